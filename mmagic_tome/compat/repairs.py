@@ -1,0 +1,296 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""The repairs, one function each.
+
+A repair is a generator around the import of one module, like a function for
+:func:`contextlib.contextmanager`: what stands before ``yield`` runs before the code
+of that module, what stands after it runs after. A repair that returns without
+``yield`` found no symptom and touched nothing. The first paragraph of its docstring
+is the symptom as :func:`mmagic_tome.compat.report` prints it.
+"""
+
+import contextlib
+import functools
+import glob
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import sys
+import types
+import warnings
+
+__all__ = ["REPAIRS", "is_installed"]
+
+REPAIRS = []
+
+
+def repairs(module, lasting=False):
+    """Declare a repair of the import of a module.
+
+    Args:
+        module (str): The module whose import (or use) shows the symptom.
+        lasting (bool): Whether the repair changes something that is used after the
+            import as well. Only such a repair makes sense for a module that was
+            imported before this package. Default: False.
+    """
+
+    def declare(function):
+        function.module = module
+        function.lasting = lasting
+        function.symptom = " ".join(function.__doc__.split("\n\n")[0].split())
+        REPAIRS.append(function)
+        return function
+
+    return declare
+
+
+def is_installed(name):
+    """Whether a module can be found, without importing it (its parents are)."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+@contextlib.contextmanager
+def _standing_in(name, module):
+    """``sys.modules[name]`` is ``module`` inside the context, and as before after it."""
+    missing = object()
+    before = sys.modules.get(name, missing)
+    sys.modules[name] = module
+    try:
+        yield
+    finally:
+        if before is missing:
+            sys.modules.pop(name, None)
+        else:
+            sys.modules[name] = before
+
+
+@repairs("torchvision")
+def torchvision_operators():
+    """torchvision built for another torch: "operator torchvision::nms does not exist".
+
+    A CPU torch beside a torchvision wheel for CUDA is the usual case. torchvision
+    cannot load its compiled operators and goes on without them, but then attaches
+    shape functions to two of them, and with it even ``from transformers import
+    CLIPTextModel`` dies. Declaring the two without an implementation is enough.
+    """
+    import torch
+
+    (folder,) = importlib.util.find_spec("torchvision").submodule_search_locations
+    libraries = glob.glob(os.path.join(folder, "_C*.so")) + glob.glob(
+        os.path.join(folder, "_C*.pyd")
+    )
+    for library in libraries:
+        # Loading is what torchvision is about to do, so it costs nothing twice. It
+        # is the only sure test: a second declaration of loaded operators would clash.
+        with contextlib.suppress(OSError):
+            torch.ops.load_library(library)
+    if hasattr(torch.ops.torchvision, "nms"):
+        return
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    torchvision_operators.library = library  # lives as long as its declarations
+    yield
+
+
+@repairs("mmagic.utils.trans_utils")
+def numpy_bool8():
+    """numpy 2: "module 'numpy' has no attribute 'bool8'"."""
+    import numpy as np
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy 1.24 to 1.26 have it, with a warning
+        if hasattr(np, "bool8"):
+            return
+    np.bool8 = np.bool_
+    try:
+        yield
+    finally:
+        del np.bool8
+
+
+@repairs("mmcv.ops")
+def mmcv_compiled_operators():
+    """mmcv-lite: "No module named 'mmcv._ext'".
+
+    The Stable Diffusion family uses none of mmcv's compiled operators, but MMagic
+    imports ``mmcv.ops`` for its other models. A stand-in answers the import with
+    functions that say what to install, and is gone afterwards: left in place, it
+    would make mmengine believe that the full mmcv is there.
+    """
+    if is_installed("mmcv._ext"):
+        return
+
+    class MissingOperators(types.ModuleType):
+        def __getattr__(self, name):
+            if name.startswith("__"):
+                raise AttributeError(name)
+
+            def missing(*args, **kwargs):
+                raise ImportError(
+                    f"the operator {name!r} is compiled code of the full mmcv, and mmcv-lite is "
+                    "installed: pip uninstall mmcv-lite && pip install 'mmcv>=2.0.0,<2.2.0'"
+                )
+
+            return missing
+
+    with _standing_in("mmcv._ext", MissingOperators("mmcv._ext")):
+        yield
+
+
+@repairs("mmagic.models.editors.vico.vico_utils")
+def diffusers_unet_module():
+    """diffusers >= 0.29: "No module named 'diffusers.models.unet_2d_condition'"."""
+    if is_installed("diffusers.models.unet_2d_condition"):
+        return
+    moved = importlib.import_module("diffusers.models.unets.unet_2d_condition")
+    with _standing_in("diffusers.models.unet_2d_condition", moved):
+        yield
+
+
+@repairs("mmagic.models.editors.animatediff.animatediff_utils")
+def diffusers_paint_by_example():
+    """diffusers >= 0.38: "No module named 'diffusers.pipelines.paint_by_example'".
+
+    MMagic's converter of original checkpoints names one class of it, for a kind of
+    checkpoint that no MMagic model has.
+    """
+    if is_installed("diffusers.pipelines.paint_by_example"):
+        return
+    gone = types.ModuleType("diffusers.pipelines.paint_by_example")
+    gone.PaintByExampleImageEncoder = type("PaintByExampleImageEncoder", (), {})
+    with _standing_in(gone.__name__, gone):
+        yield
+
+
+@repairs("mmagic.models", lasting=True)
+def transformers_text_model():
+    """transformers >= 5: "'CLIPTextModel' object has no attribute 'text_model'".
+
+    What used to be in ``CLIPTextModel().text_model`` is in the model itself now, so
+    that is what the property returns. ``state_dict`` keys do not change.
+    """
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    smallest = CLIPTextConfig(
+        vocab_size=2,
+        hidden_size=2,
+        intermediate_size=2,
+        projection_dim=2,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    # The attribute is set in ``__init__``, so only an instance can tell.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        if hasattr(CLIPTextModel(smallest), "text_model"):
+            return
+    CLIPTextModel.text_model = property(lambda self: self)
+    yield
+
+
+@repairs("controlnet_aux")
+def mediapipe_solutions():
+    """mediapipe >= 1: "module 'mediapipe' has no attribute 'solutions'".
+
+    controlnet_aux knows how to do without mediapipe (its face detector is off then),
+    so mediapipe is hidden from it while it is imported. A plain ``pip install
+    mmagic`` brings both.
+    """
+    if not is_installed("mediapipe"):
+        return
+    try:
+        if hasattr(importlib.import_module("mediapipe"), "solutions"):
+            return
+    except ImportError:
+        return  # controlnet_aux expects that
+    except Exception:  # a mediapipe that cannot start: no audio library, another numpy, ...
+        pass
+    with _standing_in("mediapipe", None):
+        yield
+
+
+@repairs("mmagic.apis.inferencers.controlnet_animation_inferencer")
+def controlnet_aux_missing():
+    """controlnet_aux missing or broken: "No module named 'controlnet_aux'".
+
+    One of MMagic's inferencers needs it, and all of them are imported together. The
+    stand-in lets the others work and says what is missing where it is used.
+    """
+    try:
+        importlib.import_module("controlnet_aux")
+        return
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+
+    class HEDdetector:
+        def __init__(self, *args, **kwargs):
+            raise ImportError(
+                "ControlNet animation needs controlnet_aux, which cannot be imported here "
+                f"({reason}): pip install controlnet_aux"
+            )
+
+        from_pretrained = classmethod(lambda cls, *args, **kwargs: cls())
+
+    absent = types.ModuleType("controlnet_aux")
+    absent.HEDdetector = HEDdetector
+    with _standing_in("controlnet_aux", absent):
+        yield
+
+
+@repairs("mmengine.utils.package_utils", lasting=True)
+def mmengine_pkg_resources():
+    """setuptools >= 81 or none: "No module named 'pkg_resources'".
+
+    mmengine asks it for the folder of a package, when a config has a ``_base_`` like
+    ``'mmagic::stable_diffusion/...'``. :mod:`importlib.metadata` knows as well.
+    """
+    if is_installed("pkg_resources"):
+        return
+    yield
+    package_utils = sys.modules["mmengine.utils.package_utils"]
+    ours = {
+        "is_installed": _is_package_installed,
+        "package2module": _package_to_module,
+        "get_installed_path": _get_installed_path,
+    }
+    theirs = {name: getattr(package_utils, name) for name in ours}
+    # mmengine's other modules import these by name; some may have done so already.
+    loaded = [m for n, m in list(sys.modules.items()) if n.partition(".")[0] == "mmengine"]
+    for name, function in ours.items():
+        function = functools.wraps(theirs[name], assigned=("__doc__",), updated=())(function)
+        for module in loaded:
+            if vars(module).get(name) is theirs[name]:
+                setattr(module, name, function)
+
+
+def _is_package_installed(package):
+    try:
+        importlib.metadata.distribution(package)
+        return True
+    except importlib.metadata.PackageNotFoundError:
+        return is_installed(package)
+
+
+def _package_to_module(package):
+    top_level = importlib.metadata.distribution(package).read_text("top_level.txt")
+    if not top_level:
+        raise ValueError(f"can not infer the module name of {package}")
+    return top_level.split("\n")[0]
+
+
+def _get_installed_path(package):
+    module = package
+    if not is_installed(package):
+        module = _package_to_module(package)  # mmcv-full -> mmcv; raises PackageNotFoundError
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise RuntimeError(f"{package} is a namespace package, which has no single folder")
+    return os.path.dirname(spec.origin)

@@ -1,0 +1,83 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Run something around the first import of a module, and not before.
+
+A repair belongs to the module it cures: ``import mmagic_tome`` must not cost a
+diffusers user the import of mmcv and MMagic, and a repair that is in place only
+while one module is imported cannot disturb any other. So :func:`around_import`
+waits, and the watcher leaves ``sys.meta_path`` when nothing is left to wait for.
+"""
+
+import contextlib
+import importlib.abc
+import sys
+
+__all__ = ["around_import"]
+
+
+def around_import(name, callback):
+    """Enter a context manager around the next import of a module.
+
+    Args:
+        name (str): Full name of a module that is not imported yet.
+        callback (Callable[[], ContextManager]): Called when the module's code is
+            about to run. The context it returns encloses that code, and learns of
+            an exception that ends it.
+    """
+    _WATCHER.waiting.setdefault(name, []).append(callback)
+    if _WATCHER not in sys.meta_path:
+        sys.meta_path.insert(0, _WATCHER)
+
+
+class _Watcher(importlib.abc.MetaPathFinder):
+    """Finds what the other finders find, with a loader that calls back."""
+
+    def __init__(self):
+        self.waiting = {}
+
+    def find_spec(self, name, path=None, target=None):
+        # Asking for a spec is not importing (``importlib.util.find_spec``), so
+        # nothing is called or forgotten here.
+        if name not in self.waiting:
+            return None
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(name, path, target)
+            if spec is not None:
+                if hasattr(spec.loader, "exec_module"):
+                    spec.loader = _Loader(spec.loader)
+                return spec
+        return None
+
+    def pop(self, name):
+        callbacks = self.waiting.pop(name, [])
+        if not self.waiting and self in sys.meta_path:
+            sys.meta_path.remove(self)
+        return callbacks
+
+
+class _Loader(importlib.abc.Loader):
+    """The real loader, with the callbacks around ``exec_module``."""
+
+    def __init__(self, real):
+        self.real = real
+
+    def __getattr__(self, name):  # get_source, is_package, get_resource_reader, ...
+        if name == "real":
+            raise AttributeError(name)
+        return getattr(self.real, name)
+
+    def create_module(self, spec):
+        return self.real.create_module(spec)
+
+    def exec_module(self, module):
+        # From here on the module is an ordinary one: inspect, pickle, reload and
+        # resource readers meet the loader they would have met without us.
+        module.__spec__.loader = module.__loader__ = self.real
+        with contextlib.ExitStack() as stack:
+            for callback in _WATCHER.pop(module.__name__):
+                stack.enter_context(callback())
+            self.real.exec_module(module)
+
+
+_WATCHER = _Watcher()
