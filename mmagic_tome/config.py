@@ -1,0 +1,196 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""What a user can ask for: one validated, immutable set of options."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from .errors import ToMeError
+
+_MAX_CELL = 16
+
+
+@dataclass(frozen=True)
+class ToMeConfig:
+    """Options of token merging; every key of MMagic's ``tomesd_cfg`` with the same meaning.
+
+    Instances are immutable and valid: whatever can be found wrong without a
+    model is found here. Use :meth:`replace` for a changed copy.
+
+    Args:
+        ratio (float): share of the tokens to remove at every site, in
+            ``[0, 1 - 1 / (sx * sy)]``. 0 runs the dense model, bit for bit.
+            Default 0.5.
+        max_downsample (int | str): merge in blocks whose grid is at most this
+            many times coarser than the latent: 1, 2, 4, 8 ... Default
+            ``'auto'``: the finest level that has blocks (1 for Stable Diffusion
+            1 and 2, 2 for SDXL), where attention costs most.
+        sx, sy (int): width and height in tokens of the cells that get one
+            destination each. Default 2.
+        use_rand (bool): draw the destination of a cell at random, anew for
+            every block and step (from ``seed``, never from a global generator);
+            otherwise its top-left token. Default True.
+        merge_attn (bool): merge around self-attention. Default True.
+        merge_crossattn (bool): merge around cross-attention. Default False.
+        merge_mlp (bool): merge around the feed-forward. Default False.
+        seed (int): of the random destinations, non-negative. The same seed
+            gives the same picture however often it is run. Default 0.
+
+    Raises:
+        ToMeError: wrong type or range; says the key, the value, what is
+            allowed and the nearest valid setting.
+
+    Source of the options: arXiv 2303.17604, sections 4 and 5.
+    """
+
+    ratio: float = 0.5
+    max_downsample: int | str = "auto"
+    sx: int = 2
+    sy: int = 2
+    use_rand: bool = True
+    merge_attn: bool = True
+    merge_crossattn: bool = False
+    merge_mlp: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp"):
+            if not isinstance(getattr(self, key), bool):
+                _fail(key, getattr(self, key), "True or False", bool(getattr(self, key)))
+        for key in ("sx", "sy"):
+            value = getattr(self, key)
+            if not _is_int(value) or not 1 <= value <= _MAX_CELL:
+                nearest = _clip(value, 1, _MAX_CELL, 2)
+                _fail(key, value, f"an integer in [1, {_MAX_CELL}]", nearest)
+        if self.sx * self.sy < 2:
+            raise ToMeError(
+                "sx=1 and sy=1 make every token a destination and leave nothing to merge; "
+                "write sx=2, sy=2"
+            )
+        self._check_ratio()
+        level = self.max_downsample
+        if level != "auto" and not (_is_int(level) and level >= 1 and level & (level - 1) == 0):
+            nearest = 2 ** round(math.log2(level)) if _is_number(level) and level >= 1 else "auto"
+            _fail("max_downsample", level, "'auto' or a power of two (1, 2, 4, 8 ...)", nearest)
+        if not _is_int(self.seed) or not 0 <= self.seed < 2**64:
+            _fail("seed", self.seed, "an integer in [0, 2**64)", _clip(self.seed, 0, 2**64 - 1, 0))
+        if not (self.merge_attn or self.merge_crossattn or self.merge_mlp):
+            raise ToMeError(
+                "merge_attn, merge_crossattn and merge_mlp are all False, which merges nothing; "
+                "write merge_attn=True (or ratio=0 for the dense model)"
+            )
+
+    def _check_ratio(self) -> None:
+        ratio, ceiling = self.ratio, self.ceiling
+        if not _is_number(ratio) or not math.isfinite(ratio):
+            _fail("ratio", ratio, f"a number in [0, {ceiling:g}]", 0.5)
+        if ratio < 0:
+            _fail("ratio", ratio, f"a number in [0, {ceiling:g}]", 0)
+        if ratio > ceiling + 1e-9:
+            wider = ""
+            if ratio < 1:
+                for cell in range(2, _MAX_CELL + 1):
+                    if 1 - 1 / cell**2 >= ratio:
+                        wider = f", or wider cells (sx={cell}, sy={cell})"
+                        break
+            raise ToMeError(
+                f"ratio={ratio!r} is above the ceiling 1 - 1 / (sx * sy) = {ceiling:g} for "
+                f"sx={self.sx}, sy={self.sy}: one token of every cell must stay. "
+                f"Write ratio={ceiling:g}{wider}"
+            )
+
+    @property
+    def ceiling(self) -> float:
+        """Largest possible ratio, ``1 - 1 / (sx * sy)``: one token of every cell stays."""
+        return 1 - 1 / (self.sx * self.sy)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of site to merge at, of ``'attn'``, ``'crossattn'``, ``'mlp'``."""
+        chosen = {
+            "attn": self.merge_attn,
+            "crossattn": self.merge_crossattn,
+            "mlp": self.merge_mlp,
+        }
+        return tuple(kind for kind, wanted in chosen.items() if wanted)
+
+    def replace(self, **changes: Any) -> ToMeConfig:
+        """A changed, validated copy.
+
+        Raises:
+            ToMeError: as the constructor, and for unknown keys.
+        """
+        _check_keys(changes)
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict of all options; JSON-able, inverse of :meth:`from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> ToMeConfig:
+        """Config from a mapping (a dict, a mmengine ``ConfigDict`` ...); missing keys default.
+
+        Raises:
+            ToMeError: not a mapping, unknown keys, or invalid values.
+        """
+        if not isinstance(options, Mapping):
+            raise ToMeError(
+                f"token merging options must be a dict such as dict(ratio=0.5), got {options!r}"
+            )
+        _check_keys(options)
+        return cls(**dict(options))
+
+    @classmethod
+    def coerce(
+        cls, config: ToMeConfig | Mapping[str, Any] | None = None, **changes: Any
+    ) -> ToMeConfig:
+        """Config from whatever a user passes: None, a mapping or a config; keywords win.
+
+        Raises:
+            ToMeError: as :meth:`from_dict`.
+        """
+        if isinstance(config, cls):
+            return config.replace(**changes) if changes else config
+        options = {} if config is None else config
+        if not isinstance(options, Mapping):
+            raise ToMeError(
+                "token merging options must be a dict such as dict(ratio=0.5) or a ToMeConfig, "
+                f"got {options!r}"
+            )
+        return cls.from_dict({**options, **changes})
+
+
+def _check_keys(options: Mapping[str, Any]) -> None:
+    known = [field.name for field in fields(ToMeConfig)]
+    for key in options:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ToMeError(
+                f"unknown token merging option {key!r}: {hint}Known: {', '.join(known)}"
+            )
+
+
+def _fail(key: str, value: Any, allowed: str, nearest: Any) -> None:
+    raise ToMeError(
+        f"{key}={value!r} is not valid: {key} must be {allowed}; write {key}={nearest!r}"
+    )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _clip(value: Any, low: int, high: int, default: int) -> int:
+    if not _is_number(value) or not math.isfinite(value):
+        return default
+    return min(max(round(value), low), high)

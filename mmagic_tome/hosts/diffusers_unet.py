@@ -1,0 +1,85 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""UNets of diffusers: down, middle and up blocks with transformer stacks between convolutions.
+
+Recognised by structure, not by class: whatever has ``down_blocks``,
+``mid_block`` and ``up_blocks`` and stacks with ``transformer_blocks`` works, of
+any diffusers version and every variant of ``BasicTransformerBlock`` (ada-norm,
+GLIGEN, IP-Adapter ...), since only the modules inside a block are wrapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from .base import Block
+
+# Names of a block's sub-modules, by kind of site.
+SITES = {"attn": "attn1", "crossattn": "attn2", "mlp": "ff"}
+
+
+class DiffusersUNet:
+    """Host for ``UNet2DConditionModel`` and what is built like it.
+
+    Blocks: members of ``transformer_blocks`` that have ``attn1``.
+    Sites: ``attn`` = ``attn1``, ``crossattn`` = ``attn2``, ``mlp`` = ``ff``.
+    Grid: the last two sizes of the (B, C, h, w) input of the stack.
+    """
+
+    description = "diffusers UNets (UNet2DConditionModel and alike)"
+
+    def matches(self, module: nn.Module) -> bool:
+        return all(hasattr(module, name) for name in ("down_blocks", "mid_block", "up_blocks"))
+
+    def blocks(self, network: nn.Module) -> list[Block]:
+        return [
+            Block(
+                name=f"{name}.transformer_blocks.{index}",
+                module=block,
+                stack=stack,
+                stack_name=name,
+                downsample=downsample,
+                sites={
+                    kind: getattr(block, attribute)
+                    for kind, attribute in SITES.items()
+                    if getattr(block, attribute, None) is not None
+                },
+            )
+            for name, stack, downsample in _stacks(network)
+            for index, block in enumerate(stack.transformer_blocks)
+            if getattr(block, "attn1", None) is not None
+        ]
+
+    def timestep(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        return args[1] if len(args) > 1 else kwargs.get("timestep")
+
+    def grid(self, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
+        x = args[0] if args else kwargs["hidden_states"]
+        return x.shape[-2], x.shape[-1]
+
+
+def _stacks(network: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+    """(name, stack, downsample) in running order.
+
+    The downsample is counted from the samplers that really are in the network:
+    the last down block has none, and some UNets skip others.
+    """
+    downsample = 1
+    for index, block in enumerate(network.down_blocks):
+        yield from _stacks_in(f"down_blocks.{index}", block, downsample)
+        if getattr(block, "downsamplers", None):
+            downsample *= 2
+    if network.mid_block is not None:
+        yield from _stacks_in("mid_block", network.mid_block, downsample)
+    for index, block in enumerate(network.up_blocks):
+        yield from _stacks_in(f"up_blocks.{index}", block, downsample)
+        if getattr(block, "upsamplers", None):
+            downsample //= 2
+
+
+def _stacks_in(prefix: str, block: nn.Module, downsample: int):
+    for name, module in block.named_modules():
+        if isinstance(getattr(module, "transformer_blocks", None), nn.ModuleList):
+            yield f"{prefix}.{name}", module, downsample

@@ -1,0 +1,27 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""MMagic's own ``DenoisingUnet`` with ``unet_type='stable'``.
+
+It is laid out like a diffusers UNet and differs in what its arguments are called.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .diffusers_unet import DiffusersUNet
+
+
+class MMagicUNet(DiffusersUNet):
+    """Host for MMagic's native ``DenoisingUnet``; same blocks and sites as diffusers'."""
+
+    description = "MMagic's DenoisingUnet (unet_type='stable')"
+
+    def matches(self, module: nn.Module) -> bool:
+        # By name, so that MMagic need not be installed for the question to be asked.
+        is_native = any(base.__name__ == "DenoisingUnet" for base in type(module).__mro__)
+        return is_native and super().matches(module)
+
+    def timestep(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        return args[1] if len(args) > 1 else kwargs.get("t")

@@ -1,0 +1,61 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Random numbers that depend on nothing but their key.
+
+A generator has a state, and state is what makes the same seed give two
+different pictures. Here a number is a hash of (key, counter), computed in
+plain tensor arithmetic: no generator is read or advanced, the device does not
+matter, nothing is copied to the host, and a compiler sees ordinary operations.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+# An odd 27-bit constant: a 32-bit value times it stays below 2**63, so int64 never overflows.
+_MULTIPLIER = 0x45D9F3B
+
+
+def mix32(x: Tensor) -> Tensor:
+    """Scramble 32-bit values (two multiply-xorshift rounds); int64 in and out, same shape."""
+    x = x & _MASK
+    x = ((x >> 16) ^ x) * _MULTIPLIER & _MASK
+    x = ((x >> 16) ^ x) * _MULTIPLIER & _MASK
+    return (x >> 16) ^ x
+
+
+def step_key(timestep: Tensor) -> Tensor:
+    """A 0-dim int64 key from a timestep of any numeric dtype, without waiting for the device.
+
+    Two timesteps have the same key exactly if they are the same float32, so
+    fractional noise levels work as well as integers up to 2**24.
+    """
+    return timestep.to(torch.float32).view(torch.int32).to(torch.int64) & _MASK
+
+
+def hashed_integers(
+    upper: int, seed: int, step: Tensor | None, rows: int, columns: int, device: torch.device
+) -> Tensor:
+    """Uniform integers in ``[0, upper)`` keyed by (seed, step, row, column).
+
+    Args:
+        upper (int): exclusive upper bound, at least 1.
+        seed (int): any non-negative integer.
+        step (Tensor | None): 0-dim int64 of :func:`step_key`; None counts as step 0.
+        rows (int): number of independent streams (one per site).
+        columns (int): numbers per stream.
+        device (torch.device): where the numbers are made.
+
+    Returns:
+        Tensor: (rows, columns) int64.
+    """
+    row = torch.arange(rows, device=device)
+    # The seed may have more than 32 bits: fold both halves in, one after the other.
+    key = mix32(row + 0x9E3779B9)
+    key = mix32(key ^ (seed & _MASK))
+    key = mix32(key ^ ((seed >> 32) & _MASK))
+    if step is not None:
+        key = mix32(key ^ step.to(device))
+    column = mix32(torch.arange(columns, device=device) + 0x7F4A7C15)
+    return mix32(key[:, None] ^ column[None, :]) * upper >> 32
