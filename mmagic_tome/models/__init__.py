@@ -1,0 +1,71 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Token merging in the configs of MMagic and mmengine.
+
+Three spellings, the same in effect::
+
+    model = dict(type='ToMe', model=dict(type='StableDiffusion', ...), tome_cfg=dict(ratio=0.5))
+    model = dict(type='StableDiffusion', ..., tome_cfg=dict(ratio=0.5))
+    tome_cfg = dict(ratio=0.5)  # at the top level, beside ``model`` or a ``_base_``
+
+==============  =================================================================
+builder.py      ``type='ToMe'``: builds the inner model, applies, returns it
+family.py       MMagic's Stable Diffusion classes with the key ``tome_cfg``
+mixin.py        what these classes have in common
+runner.py       the top-level key for mmengine's Runner
+spellings.py    reading the keys, and what happens when there are several
+==============  =================================================================
+
+``import mmagic_tome`` does not import MMagic, which takes seconds that a user of
+diffusers alone would pay for nothing: :func:`register_all` waits until something
+imports ``mmagic.models`` (the registry does, before it looks up its first name) and
+registers right after it, and does the same for mmengine's Runner.
+"""
+
+import contextlib
+import sys
+
+from ..compat import around_import
+from .builder import build_tome
+from .mixin import ToMeMixin
+
+__all__ = ["ToMeMixin", "build_tome", "register_all"]
+
+_waiting = set()
+
+
+def register_all():
+    """Make the three spellings work; calling it again does nothing.
+
+    What is not imported yet is registered when it is; nothing is imported here, and
+    nothing happens where MMagic or mmengine is not installed.
+    """
+    _when_imported("mmagic.models", _register_models)
+    _when_imported("mmengine.runner.runner", _patch_runner)
+
+
+def _register_models():
+    # Not a name from it: when the import of ``family`` itself brought MMagic in, it is
+    # half done here and registers when it gets there.
+    from . import family  # noqa: F401
+
+
+def _patch_runner():
+    from .runner import patch_runner
+
+    patch_runner()
+
+
+def _when_imported(module, action):
+    if module in _waiting:
+        return
+    _waiting.add(module)
+    if module in sys.modules:
+        action()
+        return
+
+    @contextlib.contextmanager
+    def after():
+        yield
+        action()
+
+    around_import(module, after)

@@ -1,0 +1,437 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Models small enough for tests, made on the fly, and MMagic configs of them.
+
+Their weights are random everywhere. Freshly built networks have layers that start
+at zero (the last convolution of MMagic's ``DenoisingUnet``, for one), and behind such
+a layer a test would compare zeros with zeros.
+
+Everything comes from one folder in diffusers layout, :func:`tiny_sd_folder`, so that
+the ordinary ``from_pretrained`` paths are the ones that are tested.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+# What a call of ``infer`` needs to be quick: 8x8 latents, that is 64 tokens.
+QUICK = {"num_inference_steps": 2, "height": 64, "width": 64, "show_progress": False}
+
+_BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
+_WIDTH = 16  # of the text encoder
+
+
+def randomise(module, seed=0):
+    """Give every parameter a random value, of a size that keeps activations in range.
+
+    Args:
+        module (nn.Module): Changed in place.
+        seed (int): Of a generator of its own; the global one is untouched. Default: 0.
+
+    Returns:
+        nn.Module: ``module``, in eval mode.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                noise /= parameter[0].numel() ** 0.5
+            elif name.endswith("weight"):  # a norm
+                noise = 1 + 0.2 * noise
+            else:
+                noise *= 0.2
+            parameter.copy_(noise)
+    return module.eval()
+
+
+# --- diffusers ------------------------------------------------------------------------------------
+
+
+def tiny_unet(levels=2, seed=0, **changes):
+    """A ``UNet2DConditionModel`` with attention on every level and random weights.
+
+    Args:
+        levels (int): Number of levels: 2 or 3, say. Default: 2.
+        seed (int): Of the weights. Default: 0.
+        **changes: Arguments of ``UNet2DConditionModel``, over those of
+            :func:`tiny_unet_config`.
+
+    Returns:
+        UNet2DConditionModel: In eval mode. ``unet(x, t, encoder_hidden_states=text)``
+        takes x of shape (B, 4, h, w) and text of shape (B, L, 16).
+    """
+    from diffusers import UNet2DConditionModel
+
+    return randomise(UNet2DConditionModel(**{**tiny_unet_config(levels), **changes}), seed)
+
+
+def tiny_unet_config(levels=2):
+    """Arguments of :func:`tiny_unet`, as a dict."""
+    return dict(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 32, 32, 32)[:levels],
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=_WIDTH,
+        attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D",) * levels,
+        up_block_types=("CrossAttnUpBlock2D",) * levels,
+    )
+
+
+def tiny_inputs(batch=2, size=16, seed=0, width=_WIDTH):
+    """Keyword arguments for a call of :func:`tiny_unet`: sample, timestep, text.
+
+    Args:
+        batch (int): Batch size. Default: 2.
+        size (int | tuple): Latent size, one number or (height, width). Default: 16.
+        seed (int): Default: 0.
+        width (int): Width of the text. Default: 16.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    height, width_ = (size, size) if isinstance(size, int) else size
+    return dict(
+        sample=torch.randn(batch, 4, height, width_, generator=generator),
+        timestep=torch.tensor(500),
+        encoder_hidden_states=torch.randn(batch, 7, width, generator=generator),
+    )
+
+
+def tiny_sd_folder(folder, vocabulary=1024, levels=2):
+    """Write a random Stable Diffusion in diffusers layout.
+
+    Sub-folders ``unet``, ``vae`` (factor 8), ``text_encoder``, ``text_encoder_2`` (with
+    projection), ``tokenizer``, ``tokenizer_2``, ``scheduler`` and ``clip`` (for FastComposer).
+
+    Args:
+        folder (str | Path): Created if it does not exist.
+        vocabulary (int): Size of the vocabulary; ViCo needs CLIP's 49408. Default: 1024.
+        levels (int): Of the UNet. Default: 2.
+
+    Returns:
+        str: The folder.
+    """
+    from diffusers import AutoencoderKL, DDIMScheduler
+    from transformers import (
+        CLIPConfig,
+        CLIPModel,
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+    )
+
+    folder = Path(folder)
+    for name in ("tokenizer", "tokenizer_2"):
+        _write_tokenizer(folder / name, vocabulary)
+    tiny_unet(levels).save_pretrained(folder / "unet")
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        sample_size=64,
+    )
+    randomise(vae).save_pretrained(folder / "vae")
+    text = dict(
+        vocab_size=vocabulary,
+        hidden_size=_WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        projection_dim=_WIDTH,
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=vocabulary - 1,
+    )
+    config = CLIPTextConfig(**text)
+    randomise(CLIPTextModel(config)).save_pretrained(folder / "text_encoder")
+    randomise(CLIPTextModelWithProjection(config)).save_pretrained(folder / "text_encoder_2")
+    vision = dict(
+        hidden_size=_WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
+    )
+    clip = CLIPConfig(text_config=text, vision_config=vision, projection_dim=_WIDTH)
+    randomise(CLIPModel(clip)).save_pretrained(folder / "clip")
+    DDIMScheduler(**_SCHEDULE, clip_sample=False).save_pretrained(folder / "scheduler")
+    return str(folder)
+
+
+def tiny_pipeline(folder):
+    """The diffusers pipeline of :func:`tiny_sd_folder`, without a safety checker."""
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    pipeline = StableDiffusionPipeline(
+        unet=UNet2DConditionModel.from_pretrained(folder, subfolder="unet"),
+        vae=AutoencoderKL.from_pretrained(folder, subfolder="vae"),
+        text_encoder=CLIPTextModel.from_pretrained(folder, subfolder="text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
+        scheduler=DDIMScheduler.from_pretrained(folder, subfolder="scheduler"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _write_tokenizer(folder, vocabulary):
+    """A tokenizer in CLIP's layout that knows single letters, "cat" and "dog"."""
+    folder.mkdir(parents=True, exist_ok=True)
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(hidden))]
+    merges = [("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>")]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
+    # The two special tokens come last, as in CLIP: ViCo counts on number 49407.
+    tokens += [f"filler{i}</w>" for i in range(vocabulary - 2 - len(tokens))] + [_BOS, _EOS]
+    special = dict(bos_token=_BOS, eos_token=_EOS, unk_token=_EOS, pad_token=_EOS)
+    files = {
+        "vocab.json": {token: i for i, token in enumerate(tokens)},
+        "special_tokens_map.json": special,
+        "tokenizer_config.json": {
+            "model_max_length": 16,
+            "tokenizer_class": "CLIPTokenizer",
+            "do_lower_case": True,
+            **special,
+        },
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *map(" ".join, merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+# --- MMagic ---------------------------------------------------------------------------------------
+
+_SCHEDULE = dict(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000
+)
+
+# MMagic's own UNet (unet_type='stable').
+NATIVE_UNET = dict(
+    type="DenoisingUnet",
+    image_size=64,
+    base_channels=32,
+    channels_cfg=[1, 2],
+    unet_type="stable",
+    act_cfg=dict(type="silu"),
+    cross_attention_dim=_WIDTH,
+    num_heads=2,
+    in_channels=4,
+    layers_per_block=1,
+    down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+    up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+    output_cfg=dict(var="fixed"),
+)
+
+# The number of Transformer2DModel in tiny_unet(levels=2): 2 down, 1 in the middle, 4 up.
+_TRANSFORMERS = 7
+
+
+def tiny_config(kind="StableDiffusion", folder="", **changes):
+    """The ``model=`` of a MMagic config.
+
+    Args:
+        kind (str): A class of MMagic's Stable Diffusion family, ``'StableDiffusion'`` with a
+            diffusers UNet; or ``'native'`` for ``StableDiffusion`` with MMagic's
+            ``DenoisingUnet`` (whose weights :func:`tiny_model` makes random).
+        folder (str): What :func:`tiny_sd_folder` wrote.
+        **changes: Keys to add or replace; None removes one.
+
+    Returns:
+        dict: New at every call.
+    """
+    folder = str(folder)
+    scheduler = dict(type="EditDDIMScheduler", variance_type="learned_range", **_SCHEDULE)
+    scheduler.update(set_alpha_to_one=False, clip_sample=False)
+    config = dict(
+        type=kind,
+        unet=dict(type="UNet2DConditionModel", from_pretrained=folder, subfolder="unet"),
+        vae=dict(type="AutoencoderKL", from_pretrained=folder, subfolder="vae"),
+        text_encoder=_text_encoder(folder, "text_encoder"),
+        tokenizer=folder,
+        scheduler=scheduler,
+        test_scheduler=dict(scheduler),
+        enable_xformers=False,
+    )
+    config.update(_KINDS.get(kind, lambda folder: {})(folder))
+    config.update(changes)
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def tiny_model(kind="StableDiffusion", folder="", **changes):
+    """Build :func:`tiny_config` with MMagic's registry, with random weights everywhere."""
+    from mmagic.registry import MODELS
+    from mmengine.registry import init_default_scope
+
+    init_default_scope("mmagic")  # as MMagic's init_model does
+    model = MODELS.build(tiny_config(kind, folder, **changes))
+    return randomise(model)
+
+
+def _text_encoder(folder, subfolder):
+    return dict(
+        type="ClipWrapper",
+        clip_type="huggingface",
+        pretrained_model_name_or_path=folder,
+        subfolder=subfolder,
+    )
+
+
+def _diffusers_ddim():
+    return dict(type="DDIMScheduler", clip_sample=False, **_SCHEDULE)
+
+
+def _unet(**changes):
+    return dict(type="UNet2DConditionModel", **{**tiny_unet_config(), **changes})
+
+
+def _native(folder):
+    return dict(type="StableDiffusion", unet=dict(NATIVE_UNET))
+
+
+def _inpaint(folder):
+    return dict(unet=_unet(in_channels=9))
+
+
+def _control(folder):
+    controlnet = tiny_unet_config()
+    for key in ("sample_size", "out_channels", "up_block_types"):
+        del controlnet[key]
+    controlnet["conditioning_embedding_out_channels"] = (8, 8, 16, 16)
+    return dict(controlnet=dict(type="ControlNetModel", **controlnet))
+
+
+def _xl(folder):
+    return dict(
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_one=_text_encoder(folder, "text_encoder"),
+        tokenizer_one=folder,
+        text_encoder_two=_text_encoder(folder, "text_encoder_2"),
+        tokenizer_two=folder,
+        unet=_unet(
+            cross_attention_dim=2 * _WIDTH,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=_WIDTH + 6 * 8,
+            # As in SDXL itself, the finest level has no attention.
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        ),
+    )
+
+
+def _dreambooth(folder):
+    return dict(dtype="fp32")
+
+
+def _textual_inversion(folder):
+    return dict(placeholder_token="<x>", initialize_token="cat")
+
+
+def _vico(folder):
+    return dict(
+        dtype="fp32",
+        data_preprocessor=dict(type="DataPreprocessor", data_keys=None),
+        image_cross_layers=[int(i % 2) for i in range(_TRANSFORMERS)],
+        placeholder="S*",
+        initialize_token="dog",
+        scheduler=_diffusers_ddim(),
+        test_scheduler=_diffusers_ddim(),
+    )
+
+
+def _fastcomposer(folder):
+    pretrained = dict(
+        finetuned_model_path="",
+        enable_xformers_memory_efficient_attention=None,
+        pretrained_model_name_or_path=folder,
+        image_encoder=f"{folder}/clip",
+        revision=None,
+        non_ema_revision=None,
+        object_localization=None,
+        object_localization_weight=0.01,
+        localization_layers=5,
+        mask_loss=None,
+        mask_loss_prob=0.5,
+        object_localization_threshold=1.0,
+        object_localization_normalize=None,
+        no_object_augmentation=True,
+        object_resolution=32,
+    )
+    return dict(
+        dtype="fp32",
+        pretrained_cfg=pretrained,
+        scheduler=_diffusers_ddim(),
+        test_scheduler=_diffusers_ddim(),
+    )
+
+
+def _animatediff(folder):
+    unet = dict(
+        type="UNet3DConditionMotionModel",
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=_WIDTH,
+        attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        use_inflated_groupnorm=True,
+        unet_use_cross_frame_attention=False,
+        unet_use_temporal_attention=False,
+        use_motion_module=True,
+        motion_module_resolutions=[1, 2],
+        motion_module_mid_block=True,
+        motion_module_decoder_only=False,
+        motion_module_type="Vanilla",
+        motion_module_kwargs=dict(
+            num_attention_heads=2,
+            num_transformer_block=1,
+            attention_block_types=["Temporal_Self", "Temporal_Self"],
+            temporal_position_encoding=True,
+            temporal_position_encoding_max_len=32,
+            temporal_attention_dim_div=1,
+        ),
+    )
+    return dict(
+        unet=unet,
+        enable_xformers=None,
+        scheduler=_diffusers_ddim(),
+        test_scheduler=_diffusers_ddim(),
+    )
+
+
+_KINDS = {
+    "native": _native,
+    "StableDiffusionInpaint": _inpaint,
+    "ControlStableDiffusion": _control,
+    "StableDiffusionXL": _xl,
+    "DreamBooth": _dreambooth,
+    "TextualInversion": _textual_inversion,
+    "ViCo": _vico,
+    "FastComposer": _fastcomposer,
+    "AnimateDiff": _animatediff,
+}
