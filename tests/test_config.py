@@ -1,0 +1,100 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+import json
+
+import pytest
+
+from mmagic_tome import ToMeConfig, ToMeError
+
+
+def test_defaults():
+    config = ToMeConfig()
+    assert config.to_dict() == {
+        "ratio": 0.5,
+        "max_downsample": "auto",
+        "sx": 2,
+        "sy": 2,
+        "use_rand": True,
+        "merge_attn": True,
+        "merge_crossattn": False,
+        "merge_mlp": False,
+        "seed": 0,
+    }
+    assert config.kinds == ("attn",) and config.ceiling == 0.75
+
+
+def test_json_round_trip():
+    config = ToMeConfig(ratio=0.6, sx=3, max_downsample=4, merge_mlp=True, seed=2**40)
+    assert ToMeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_every_key_of_mmagic_is_accepted():
+    config = ToMeConfig.coerce(
+        dict(
+            ratio=0.5,
+            max_downsample=1,
+            sx=2,
+            sy=2,
+            use_rand=False,
+            merge_attn=True,
+            merge_crossattn=True,
+            merge_mlp=True,
+        )
+    )
+    assert config.kinds == ("attn", "crossattn", "mlp") and not config.use_rand
+
+
+def test_coerce():
+    assert ToMeConfig.coerce() == ToMeConfig()
+    assert ToMeConfig.coerce({"ratio": 0.4}, ratio=0.3).ratio == 0.3
+    config = ToMeConfig(seed=4)
+    assert ToMeConfig.coerce(config) is config
+    assert ToMeConfig.coerce(config, ratio=0).to_dict() == {**config.to_dict(), "ratio": 0}
+    mmengine = pytest.importorskip("mmengine")
+    assert ToMeConfig.coerce(mmengine.ConfigDict(ratio=0.25)).ratio == 0.25
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (dict(ratio=0.95), ["ratio=0.95", "0.75", "write ratio=0.75", "sx=5"]),
+        (dict(ratio=-0.1), ["ratio=-0.1", "[0, 0.75]", "write ratio=0"]),
+        (dict(ratio="half"), ["ratio='half'", "a number", "write ratio=0.5"]),
+        (dict(ratio=True), ["ratio=True", "a number"]),
+        (dict(ratio=float("nan")), ["ratio=nan", "a number"]),
+        (dict(ratio=1.5), ["ratio=1.5", "ratio=0.75"]),
+        (dict(sx=0), ["sx=0", "[1, 16]", "write sx=1"]),
+        (dict(sy=2.5), ["sy=2.5", "an integer"]),
+        (dict(sx=1, sy=1), ["sx=1", "sy=1", "sx=2"]),
+        (dict(sx=1, sy=2, ratio=0.6), ["ratio=0.6", "0.5"]),
+        (dict(max_downsample=3), ["max_downsample=3", "power of two", "write max_downsample=4"]),
+        (dict(max_downsample="fine"), ["max_downsample='fine'", "'auto'"]),
+        (dict(use_rand=1), ["use_rand=1", "True or False", "write use_rand=True"]),
+        (dict(merge_attn=False), ["merges nothing", "merge_attn=True"]),
+        (dict(seed=-1), ["seed=-1", "write seed=0"]),
+        (dict(seed="x"), ["seed='x'"]),
+        (dict(ration=0.5), ["'ration'", "did you mean 'ratio'"]),
+        (dict(foo=0.5), ["'foo'", "Known: ratio"]),
+    ],
+)
+def test_errors_say_key_value_range_and_what_to_write(options, says):
+    with pytest.raises(ToMeError) as error:
+        ToMeConfig.from_dict(options)
+    for text in says:
+        assert text.lower() in str(error.value).lower()
+
+
+@pytest.mark.parametrize("value", [0.5, "ratio=0.5", [("ratio", 0.5)]])
+def test_not_a_mapping(value):
+    with pytest.raises(ToMeError, match="must be a dict"):
+        ToMeConfig.coerce(value)
+
+
+def test_immutable_and_replace():
+    config = ToMeConfig()
+    with pytest.raises(AttributeError):
+        config.ratio = 0.1
+    assert config.replace(ratio=0.1).ratio == 0.1 and config.ratio == 0.5
+    with pytest.raises(ToMeError, match="ceiling"):
+        config.replace(ratio=0.8)
+    with pytest.raises(ToMeError, match="unknown"):
+        config.replace(rate=0.8)
