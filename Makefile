@@ -1,0 +1,63 @@
+# mmagic_tome: `make help` lists what there is.
+# A machine with its own MMagic (a CUDA machine, say) needs none of this: `pip install -e .` there.
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= outputs/demo
+PYTEST_ARGS ?=
+BENCHMARK_ARGS ?= --quick
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+PINNED := $(sort $(wildcard requirements/pinned/*.txt))
+# Set-up runs again when, and only when, one of these changes.
+SETUP_FILES := $(PINNED) setup.py pyproject.toml mmagic_tome/version.py
+STAMP := $(VENV)/.installed-$(firstword $(shell cat $(SETUP_FILES) | cksum))
+
+# Everything below works without a model hub; nothing may wait for one.
+export HF_HUB_OFFLINE = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format benchmark wheel clean
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) OUT=$(OUT) PYTEST_ARGS='$(PYTEST_ARGS)'"
+
+venv: $(STAMP) ## create .venv with the pinned versions (only when they changed)
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "The pinned versions need Python 3.11 or newer, $(PYTHON) is older: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "[1/4] torch" && $(PIP) -r requirements/pinned/1-torch.txt
+	@echo "[2/4] OpenMMLab" && $(PIP) --no-deps -r requirements/pinned/2-openmmlab-no-deps.txt
+	@echo "[3/4] everything else" && $(PIP) -r requirements/pinned/3-rest.txt
+	@echo "[4/4] mmagic_tome itself, editable" && $(PIP) --no-deps --no-build-isolation -e .
+	@rm -f $(VENV)/.installed-* && touch $@
+
+demo: $(STAMP) ## generate pictures dense and merged, side by side
+	$(PY) tools/infer.py configs/demo/sd-emoji_tome-5e-1.py --compare --out $(OUT) --overwrite $(DEMO_ARGS)
+
+test: lint ## lint and all tests
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff check and ruff format --check
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(STAMP) ## mend what ruff can mend
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+benchmark: $(STAMP) ## time dense, merged, tomesd and the ideal (BENCHMARK_ARGS='...')
+	$(PY) tools/benchmark.py $(BENCHMARK_ARGS)
+
+wheel: $(STAMP) ## build dist/*.whl
+	rm -rf build dist
+	$(PY) -m pip --disable-pip-version-check wheel . --quiet --no-deps --no-build-isolation --wheel-dir dist
+	@ls -l dist
+
+clean: ## remove build products and outputs (.venv stays)
+	rm -rf build dist outputs work_dirs *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name '.venv*' -prune -o -name __pycache__ -type d -print | xargs rm -rf
