@@ -1,0 +1,407 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""What the ``infer`` command does after its own cheap checks in ``cli.py``.
+
+The request is checked against the config, the model is built and run (dense
+and merged in turn with ``--compare``), images and ``result.json`` are written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .. import ToMeError, apply_tome, get_handle
+from ..version import __version__
+from .model_config import build_model, check_config, check_device, inner_model, load_config
+from .pictures import ResultFolder, compare_sheet, file_stem, picture_difference
+from .text2image import Generator, Request
+
+ROWS_OF_SHEET = 16
+WARM_UP_STEPS = 2
+
+
+@dataclass
+class Pass:
+    """Images and clocks of one mode (dense or merged) over all rounds."""
+
+    images: dict = field(default_factory=dict)  # number of the image: PIL image of round 1
+    clocks: list = field(default_factory=list)  # (numbers of the batch, Clock), in time order
+    identical: bool = True  # whether later rounds gave the same images, bit for bit
+
+    def add(self, numbers, images, clock):
+        self.clocks.append((tuple(numbers), clock))
+        for number, image in zip(numbers, images):
+            first = self.images.setdefault(number, image)
+            if first is not image:
+                self.identical &= np.array_equal(np.asarray(first), np.asarray(image))
+
+    def per_image(self, part="total"):
+        """Return seconds per image of each run of the model."""
+        return [getattr(clock, part) / len(numbers) for numbers, clock in self.clocks]
+
+
+def spread(values):
+    """Return median, minimum, maximum and count of some figures, as a dict."""
+    return {
+        "median": round(statistics.median(values), 4),
+        "min": round(min(values), 4),
+        "max": round(max(values), 4),
+        "runs": len(values),
+    }
+
+
+def spread_text(values, unit="s"):
+    """Return figures as text: ``'3.21 s'``, with their range if there are several."""
+    text = f"{statistics.median(values):.2f}{unit and ' ' + unit}"
+    if len(values) > 1:
+        text += f" ({min(values):.2f} to {max(values):.2f})"
+    return text
+
+
+class PairedRun:
+    """Runs a request in one or two modes, in rounds, and writes what comes out.
+
+    Args:
+        generator: The :class:`Generator`.
+        handle: ToMe handle of its model, or None.
+        ratio: Ratio of the merged mode; ignored without a handle.
+        compare: Whether to run the dense mode too.
+        rounds: How often to run everything.
+        folder: The ``ResultFolder`` to write to.
+        text: Metadata common to all images, a dict of strings.
+    """
+
+    def __init__(self, generator, handle, ratio, compare, rounds, folder, text):
+        self.generator, self.handle, self.ratio = generator, handle, ratio
+        self.rounds, self.folder, self.text = rounds, folder, text
+        self.passes = {mode: Pass() for mode in (("dense", "merged") if compare else ("merged",))}
+        self.files = {}
+        self.stats, self.summary = [], ""
+
+    def set_mode(self, mode):
+        """Switch the model between dense and merged."""
+        if self.handle is not None:
+            self.handle.ratio = 0 if mode == "dense" else self.ratio
+
+    def run(self):
+        """Run everything; images are written at the end of their batch."""
+        request = self.generator.request
+        batches = request.batches()
+        warm_up = min(WARM_UP_STEPS, request.steps) if len(self.passes) > 1 else 0
+        runs = self.rounds * len(batches) * len(self.passes)
+        total = runs * request.steps + warm_up * len(self.passes)
+        slow = None if sys.stderr.isatty() else 10.0
+        bars = {"dynamic_ncols": True, "mininterval": slow or 0.1, "leave": False}
+        images = self.rounds * len(request.prompts)
+        with (
+            tqdm(total=images, desc="images", unit="image", **bars) as outer,
+            tqdm(total=total, desc="steps", unit="step", position=1, **bars) as inner,
+        ):
+            if warm_up:
+                inner.set_description("warm-up")
+                for mode in self.passes:
+                    self.set_mode(mode)
+                    self.generator.run(batches[0], warm_up, on_step=inner.update)
+            for turn in range(self.rounds):
+                for index, numbers in enumerate(batches):
+                    # Both orders take turns, so that drift favours neither.
+                    modes = list(self.passes)[:: -1 if (turn + index) % 2 else 1]
+                    for mode in modes:
+                        inner.set_description(mode if len(self.passes) > 1 else "steps")
+                        self.run_mode(mode, numbers, inner.update)
+                    if turn == 0:
+                        self.save(numbers)
+                    outer.update(len(numbers))
+        self.set_mode("merged")
+
+    def run_mode(self, mode, numbers, on_step):
+        self.set_mode(mode)
+        if self.handle is not None:
+            self.handle.reset()
+        images, clock = self.generator.run(numbers, on_step=on_step)
+        self.passes[mode].add(numbers, images, clock)
+        if mode == "merged" and self.handle is not None:
+            self.stats, self.summary = self.handle.stats(), self.handle.summary()
+
+    def save(self, numbers):
+        """Write the images of a batch, each with what it takes to make it again."""
+        request = self.generator.request
+        for number in numbers:
+            stem = file_stem(number, request.prompts[number])
+            names = {}
+            for mode, result in self.passes.items():
+                names[mode] = f"{stem}_dense.png" if mode == "dense" else f"{stem}.png"
+                ratio = 0 if mode == "dense" or self.handle is None else self.ratio
+                text = {
+                    "prompt": request.prompts[number],
+                    "seed": str(request.seed + number),
+                    "ratio": f"{ratio:g}",
+                    **self.text,
+                }
+                self.folder.save_png(names[mode], result.images[number], text)
+            self.files[number] = names
+
+
+# --- results -----------------------------------------------------------------
+
+
+def versions():
+    """Return versions of the libraries that decide what an image looks like."""
+    found = {"mmagic_tome": __version__, "python": platform.python_version()}
+    for name in ("torch", "mmagic", "mmengine", "mmcv", "diffusers", "transformers", "numpy"):
+        for distribution in (name, f"{name}-lite"):
+            try:
+                found[distribution] = metadata.version(distribution)
+                break
+            except metadata.PackageNotFoundError:
+                continue
+    return found
+
+
+def environment(device):
+    """Return what the times depend on, as a dict."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "load_average_1min": load,
+        "gpu": gpu,
+    }
+
+
+def timing_report(paired):
+    """Return the ``timing`` part of result.json."""
+    report = {
+        "what": "seconds per image of whole model.infer calls: text encoder, all steps, VAE; "
+        "'unet' is the share of the UNet's forwards in them",
+        "rounds": paired.rounds,
+        "warm_up": (
+            f"one run of {WARM_UP_STEPS} steps per mode" if len(paired.passes) > 1 else "none"
+        ),
+    }
+    for mode, result in paired.passes.items():
+        report[mode] = {
+            "seconds_per_image": spread(result.per_image()),
+            "unet_seconds_per_image": spread(result.per_image("unet")),
+            "repeats_identical": result.identical if paired.rounds > 1 else None,
+            "runs": [
+                {
+                    "images": list(numbers),
+                    **{k: v for k, v in asdict(clock).items() if v is not None},
+                }
+                for numbers, clock in result.clocks
+            ],
+        }
+    if len(paired.passes) > 1:
+        report["speedup"] = spread(speedups(paired))
+        report["unet_speedup"] = spread(speedups(paired, "unet"))
+    return report
+
+
+def speedups(paired, part="total"):
+    """Return dense time / merged time of each pair of runs, in time order."""
+    pairs = zip(paired.passes["dense"].per_image(part), paired.passes["merged"].per_image(part))
+    return [dense / merged for dense, merged in pairs]
+
+
+def image_reports(paired):
+    """Return the ``images`` part of result.json."""
+    request = paired.generator.request
+    reports = []
+    for number, names in sorted(paired.files.items()):
+        report = {
+            "prompt": request.prompts[number],
+            "seed": request.seed + number,
+            "file": names["merged"],
+        }
+        if "dense" in names:
+            images = [paired.passes[mode].images[number] for mode in ("dense", "merged")]
+            report["dense_file"] = names["dense"]
+            report.update(picture_difference(*images))
+        reports.append(report)
+    return reports
+
+
+def write_sheet(paired, reports, title):
+    """Write ``compare.png``; return its name."""
+    dense, merged = paired.passes["dense"], paired.passes["merged"]
+    heads = [
+        f"dense: {spread_text(dense.per_image())} per image",
+        f"ratio {paired.ratio:g}: {spread_text(merged.per_image())}, "
+        f"{statistics.median(speedups(paired)):.2f}x",
+    ]
+    rows = [
+        (
+            f"{report['prompt']}  (seed {report['seed']}, PSNR {psnr_text(report['psnr_db'])})",
+            dense.images[number],
+            merged.images[number],
+        )
+        for number, report in list(enumerate(reports))[:ROWS_OF_SHEET]
+    ]
+    if len(reports) > len(rows):
+        title += f"; the first {len(rows)} of {len(reports)} prompts"
+    paired.folder.save_png("compare.png", compare_sheet(title, heads, rows), paired.text)
+    return "compare.png"
+
+
+def psnr_text(value):
+    """Return a PSNR in dB as text; None means that the pictures are the same."""
+    return "identical" if value is None else f"{value:.1f} dB"
+
+
+def command(args, argv):
+    """Do what the ``infer`` command was asked to; see ``cli.py`` for ``args``.
+
+    Raises:
+        ToMeError: For input that cannot work, before a model is loaded where
+            the config tells.
+        KeyboardInterrupt: Its message says what is there already.
+    """
+    device = check_device(args.device)
+    config = load_config(args.config_path, args.cfg_options)
+    request = make_request(args, config)
+    check_config(config, request, args.ratio, args.compare)
+
+    if request.negative_prompt and request.guidance <= 1:
+        print("note: the negative prompt has no effect at a guidance of 1 or less")
+
+    quiet_libraries()
+    print(f"building {inner_model(config).type} of {args.config} on {device}")
+    model = build_model(config, device, args.dtype)
+    generator = Generator(model, request)
+    handle = get_handle(model)
+    if handle is None and args.ratio is not None:
+        handle = apply_tome(model, ratio=args.ratio)
+    ratio = None if handle is None else handle.ratio if args.ratio is None else args.ratio
+
+    rounds = args.repeats or (math.ceil(3 / len(request.batches())) if args.compare else 1)
+    height, width = generator.size
+    dtype = str(next(model.unet.parameters()).dtype).replace("torch.", "")
+    settings = {
+        "config": args.config,
+        "negative_prompt": request.negative_prompt or "",
+        "steps": request.steps,
+        "guidance": request.guidance,
+        "size": f"{height}x{width}",
+        "scheduler": scheduler_name(model.test_scheduler),
+        "dtype": dtype,
+        "device": str(device),
+    }
+    text = {key: str(value) for key, value in settings.items()}
+    if handle is not None:
+        text["tome_cfg"] = json.dumps(handle.config.to_dict())
+    text["software"] = "mmagic_tome " + __version__
+    text["versions"] = json.dumps(versions())
+    folder = ResultFolder(args.folder, overwrite=args.overwrite)
+    paired = PairedRun(generator, handle, ratio, args.compare, rounds, folder, text)
+    try:
+        paired.run()
+    except KeyboardInterrupt:
+        done = f"; {len(paired.files)} of {len(request.prompts)} prompts are complete"
+        raise KeyboardInterrupt(f"{done} in {folder.path}" if paired.files else "") from None
+
+    reports = image_reports(paired)
+    sheet = None
+    if args.compare:
+        title = (
+            f"{Path(args.config).name}: {request.steps} steps, {height}x{width}, {device} {dtype}"
+        )
+        sheet = write_sheet(paired, reports, title)
+    result = {
+        "command": ["infer", *argv],
+        "settings": {**settings, "seed": request.seed, "batch_size": request.batch_size},
+        "token_merging": None
+        if handle is None
+        else {"config": {**handle.config.to_dict(), "ratio": ratio}, "sites": paired.stats},
+        "timing": timing_report(paired),
+        "images": reports,
+        "compare": sheet,
+        "environment": environment(device),
+    }
+    folder.save_json("result.json", result)
+    print_report(paired, reports, sheet)
+
+
+def quiet_libraries():
+    """Keep the libraries' notes and bars of their own out of the command's output."""
+    from diffusers.utils import logging as diffusers_logging
+    from mmengine.logging import MMLogger
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    MMLogger.get_current_instance().setLevel("WARNING")
+
+
+def make_request(args, config):
+    """Return the :class:`Request`: the command's options, else the config's ``infer_cfg``."""
+    given = dict(config.get("infer_cfg") or {})
+    known = set(Request.__dataclass_fields__)
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ToMeError(
+            f"the config's infer_cfg has unknown keys {unknown}; it takes {sorted(known)}"
+        )
+    if isinstance(given.get("size"), int):
+        given["size"] = (given["size"],) * 2
+    for key in known:
+        value = getattr(args, key)
+        if value is not None and value != []:
+            given[key] = value
+    if not given.get("prompts"):
+        raise ToMeError("no prompts: pass --prompt TEXT ... or --prompt-file FILE")
+    given["prompts"] = list(given["prompts"])
+    return Request(**given)
+
+
+def scheduler_name(scheduler):
+    """Return the class name of a sampler, without MMagic's wrapper."""
+    return getattr(scheduler, "_scheduler_name", type(scheduler).__name__)
+
+
+def print_report(paired, reports, sheet):
+    """Print where the pictures are, what was merged, how long it took."""
+    print(f"\nPictures ({len(reports)}) and result.json: {paired.folder.path}")
+    for report in reports[:ROWS_OF_SHEET]:
+        quality = f"  PSNR {psnr_text(report['psnr_db'])}" if "psnr_db" in report else ""
+        print(f"  {report['file']}{quality}  {report['prompt']}")
+    if len(reports) > ROWS_OF_SHEET:
+        print(f"  ... and {len(reports) - ROWS_OF_SHEET} more")
+    if sheet:
+        print(f"Side by side: {paired.folder.path / sheet}")
+
+    if paired.handle is None:
+        print("\nNothing was merged: the config has no tome_cfg and --ratio was not given")
+    else:
+        print(f"\nWhat was merged in the last run (ratio {paired.ratio:g}):\n{paired.summary}")
+
+    steps = paired.generator.request.steps
+    print(f"\nTime per image, whole run with {steps} steps (in brackets the UNet alone):")
+    for mode, result in paired.passes.items():
+        label = mode if paired.handle is not None else "dense"
+        whole, unet = spread_text(result.per_image()), spread_text(result.per_image("unet"))
+        print(f"  {label:7} {whole}  [{unet}]")
+    if len(paired.passes) > 1:
+        whole = spread_text(speedups(paired), "")
+        print(f"  speed-up {whole}x  [{spread_text(speedups(paired, 'unet'), '')}x]")
+        runs = len(paired.passes["dense"].clocks)
+        pairs = f"{runs} pair{'s' * (runs > 1)} of runs in alternating order, after a warm-up"
+        print(f"  median (and range) of {pairs}; other load on this machine is in the figures")
+    else:
+        print("  one mode, no warm-up: --compare measures against the dense model")

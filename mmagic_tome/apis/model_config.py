@@ -1,0 +1,250 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""MMagic configs for the ``infer`` command: read, looked into, checked, built.
+
+What can be found wrong without loading a model is found here first.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from .. import ToMeConfig, ToMeError
+from ..models.spellings import read
+from .assets import register_config_package
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+# Arguments of `infer` that say that a model wants more than text.
+CONDITIONS = (
+    "control",
+    "image",
+    "image_reference",
+    "latent_image",
+    "reference_subject_images",
+    "video_length",
+)
+
+
+def load_config(path, options=()):
+    """Read a MMagic config and override entries of it.
+
+    Args:
+        path: File of the config.
+        options: Overrides as ``'key.of.entry=value'``, parsed as mmengine's
+            ``DictAction`` does.
+
+    Returns:
+        mmengine's ``Config``; its ``custom_imports`` are done.
+
+    Raises:
+        ToMeError: If it cannot be read, in one line that says why.
+    """
+    try:
+        from mmengine.config import Config, DictAction
+    except ImportError as error:
+        raise ToMeError(
+            f"reading MMagic configs needs mmengine, mmcv and mmagic ({error}): "
+            "pip install -r requirements/mminstall.txt"
+        ) from error
+    register_config_package()
+    try:
+        config = Config.fromfile(str(path))
+        if options:
+            import argparse
+
+            parser = argparse.ArgumentParser()
+            parser.add_argument("--options", nargs="+", action=DictAction)
+            config.merge_from_dict(parser.parse_args(["--options", *options]).options)
+    except ToMeError:
+        raise
+    except Exception as error:  # whatever Python code in a config can raise
+        raise ToMeError(f"cannot read config {path}: {type(error).__name__}: {error}") from error
+    if not isinstance(config.get("model"), dict) or "type" not in config.model:
+        raise ToMeError(f"config {path} has no model=dict(type=...)")
+    return config
+
+
+def inner_model(config):
+    """Return the ``model`` entry without ``type='ToMe'`` wrappers around it."""
+    model = config.model
+    while model.get("type") == "ToMe" and isinstance(model.get("model"), dict):
+        model = model["model"]
+    return model
+
+
+def merging_config(config):
+    """Return the :class:`ToMeConfig` that a config asks for in any spelling, or None.
+
+    Raises:
+        ToMeError: For invalid options, or spellings that contradict each other.
+    """
+    found = {"tome_cfg": config.get("tome_cfg")}
+    model = config.model
+    while isinstance(model, dict):
+        for key in ("tome_cfg", "tomesd_cfg"):
+            found[f"{key} of {model.get('type')}"] = model.get(key)
+        model = model.get("model")
+    return read(**found)
+
+
+def component(model, name):
+    """Return the description of a part of a model that a config names.
+
+    It is the part's entry itself, or, where the entry names a local folder in
+    diffusers layout, the ``config.json`` there. Nothing is loaded.
+
+    Returns:
+        A dict, empty if only loading the part would tell.
+    """
+    part = model.get(name)
+    if not isinstance(part, dict):
+        return {}
+    source = part.get("from_pretrained") or part.get("from_config")
+    if source is None:
+        return part
+    try:
+        path = Path(source, part.get("subfolder") or "", "config.json")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # a name on a model hub, or not there: loading will tell
+
+
+def size_unit(vae_levels, unet_levels):
+    """Return what height and width in pixels must be multiples of.
+
+    Args:
+        vae_levels, unet_levels: Resolutions that each part works at; all but
+            the first halve it. MMagic itself wants multiples of 8.
+    """
+    return math.lcm(8, 2 ** (max(vae_levels, 1) - 1) * 2 ** (max(unet_levels, 1) - 1))
+
+
+def check_size(size, unit):
+    """Raise :class:`ToMeError` unless both sides of a size fit the model."""
+    if size is None or all(side % unit == 0 for side in size):
+        return
+    near = "x".join(str(max(unit, round(side / unit) * unit)) for side in size)
+    raise ToMeError(
+        f"size {size[0]}x{size[1]} does not fit this model: height and width must be multiples "
+        f"of {unit} (VAE factor x UNet downsampling); the nearest is {near}"
+    )
+
+
+def check_config(config, request, ratio, compare):
+    """Check a request against a config before any model is built.
+
+    Args:
+        config: mmengine's ``Config``.
+        request: The :class:`Request`.
+        ratio: Ratio that replaces the config's, or None.
+        compare: Whether a merged run is to be compared with a dense one.
+
+    Raises:
+        ToMeError: At the first thing that does not fit.
+    """
+    merging = merging_config(config)
+    if merging is None and ratio is None and compare:
+        raise ToMeError(
+            "nothing to compare: the config has no tome_cfg; add tome_cfg=dict(ratio=0.5) "
+            "to it, or pass --ratio 0.5"
+        )
+    if ratio is not None:
+        ToMeConfig.coerce(merging, ratio=ratio)
+
+    model = inner_model(config)
+    vae, unet = component(model, "vae"), component(model, "unet")
+    vae_levels = len(vae.get("block_out_channels") or ())
+    unet_levels = len(unet.get("down_block_types") or unet.get("block_out_channels") or ())
+    if vae_levels and unet_levels:
+        check_size(request.size, size_unit(vae_levels, unet_levels))
+    for name in ("unet", "vae"):
+        part = model.get(name)
+        source = part.get("from_pretrained") if isinstance(part, dict) else None
+        # What looks like a path is one: no hub has names that start like this.
+        if source and str(source).startswith(("/", "./", "../", "~")) and not Path(source).is_dir():
+            raise ToMeError(f"the config's {name} weights are not there: {source}")
+
+
+def check_device(name):
+    """Return the ``torch.device`` of a name, cuda or cpu if it is None.
+
+    Raises:
+        ToMeError: If there is no such device in this machine.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ToMeError(f"device {name!r} is not a device; write cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ToMeError(f"device {name} is not there: this torch finds no GPU; use cpu")
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ToMeError(f"device {name} is not there: this machine has cuda:0 to {count - 1}")
+    elif device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise ToMeError("device mps is not there; use cpu")
+    elif device.type != "cpu":
+        raise ToMeError(f"device {name!r} is not supported; write cpu, cuda or cuda:N")
+    return device
+
+
+def build_model(config, device="cpu", dtype=None):
+    """Build the model of a config through ``mmagic.apis.init_model``.
+
+    Args:
+        config: mmengine's ``Config``.
+        device: Where to put the model.
+        dtype: ``'fp32'``, ``'fp16'`` or ``'bf16'`` for the whole model; None
+            for what the config says.
+
+    Returns:
+        The model, in evaluation mode, with its ``tome_cfg`` applied.
+
+    Raises:
+        ToMeError: If MMagic is missing, weights are not there, or the model
+            makes images from something else than text.
+    """
+    try:
+        from mmagic.apis import init_model
+    except ImportError as error:
+        raise ToMeError(
+            f"this needs MMagic ({error}): pip install -r requirements/mminstall.txt"
+        ) from error
+    from mmagic.registry import MODELS
+
+    kind = inner_model(config).type
+    cls = MODELS.get(kind) if isinstance(kind, str) else kind
+    if cls is None:
+        raise ToMeError(f"MMagic has no model {kind!r}")
+    check_text_to_image(cls)
+    try:
+        model = init_model(config, device=str(device))
+    except OSError as error:  # what huggingface libraries raise for missing weights
+        raise ToMeError(
+            f"cannot load weights: {error} (a local folder in diffusers layout works: "
+            "--cfg-options model.unet.from_pretrained=DIR and so on)"
+        ) from error
+    if dtype is not None:
+        # MMagic's eval() casts the UNet to `model.dtype`.
+        model.dtype = DTYPES[dtype]
+        model.to(DTYPES[dtype])
+        model.eval()
+    return model
+
+
+def check_text_to_image(cls):
+    """Raise :class:`ToMeError` unless ``cls.infer`` makes images from text alone."""
+    infer = getattr(cls, "infer", None)
+    names = set(inspect.signature(infer).parameters) if callable(infer) else set()
+    extra = sorted(names.intersection(CONDITIONS))
+    if "prompt" not in names or extra:
+        what = f"it also takes {', '.join(extra)}" if extra else "it has no infer(prompt=...)"
+        raise ToMeError(f"{cls.__name__} is not a text-to-image model ({what})")
