@@ -1,0 +1,31 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Settings and fixtures for all tests."""
+
+import os
+import sys
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+
+import pytest
+import torch
+
+import mmagic_tome  # noqa: F401  (before diffusers, which it may have to repair)
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def sd_folder(tmp_path_factory):
+    """A random Stable Diffusion in diffusers layout; see ``tiny.tiny_sd_folder``."""
+    import tiny
+
+    return tiny.tiny_sd_folder(tmp_path_factory.mktemp("tiny_sd"))
+
+
+@pytest.fixture(autouse=True)
+def _unshared_extra_parameters(monkeypatch):
+    """MMagic's inferencers keep call arguments in a dict of their class; let none leak."""
+    module = sys.modules.get("mmagic.apis.inferencers.text2image_inferencer")
+    if module is not None:
+        inferencer = module.Text2ImageInferencer
+        monkeypatch.setattr(inferencer, "extra_parameters", dict(inferencer.extra_parameters))

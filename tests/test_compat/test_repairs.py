@@ -1,0 +1,351 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Each repair alone: it acts on its symptom, leaves no trace that is not needed, and
+touches nothing where the symptom is absent (full mmcv, older or matching libraries)."""
+
+import importlib
+import importlib.machinery
+import sys
+import types
+
+import pytest
+
+from mmagic_tome import compat
+from mmagic_tome.compat import repairs
+
+
+def finds_nothing(repair):
+    """Whether a repair returns without doing anything."""
+    return next(repair(), "nothing") == "nothing"
+
+
+def fake_package(monkeypatch, name, **attributes):
+    """An importable, findable package ``name`` with these attributes."""
+    module = types.ModuleType(name)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, loader=None, is_package=True)
+    module.__path__ = []
+    vars(module).update(attributes)
+    monkeypatch.setitem(sys.modules, name, module)
+    parent, _, child = name.rpartition(".")
+    if parent in sys.modules:
+        monkeypatch.setattr(sys.modules[parent], child, module, raising=False)
+    return module
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Makes modules unfindable."""
+
+    def hide(*names):
+        real = importlib.util.find_spec
+
+        def find_spec(name, package=None):
+            return None if name in names else real(name, package)
+
+        monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+        for name in list(sys.modules):
+            if name in names or name.startswith(tuple(f"{n}." for n in names)):
+                monkeypatch.delitem(sys.modules, name)
+        for name in names:
+            monkeypatch.setitem(sys.modules, name, None)
+
+    return hide
+
+
+def test_every_repair_states_its_symptom():
+    assert len(repairs.REPAIRS) == len({repair.__name__ for repair in repairs.REPAIRS}) >= 9
+    for repair in repairs.REPAIRS:
+        assert 20 < len(repair.symptom) < 120
+        assert '"' in repair.symptom, "the error message itself, to be found by a search"
+
+
+# --- torchvision ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torchvision_folder(monkeypatch, tmp_path):
+    import torch
+
+    spec = importlib.machinery.ModuleSpec("torchvision", loader=None, is_package=True)
+    spec.submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    (tmp_path / "_C.so").touch()
+    loaded = []
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    monkeypatch.setattr(torch.ops, "torchvision", types.SimpleNamespace())
+    return loaded
+
+
+def test_torchvision_that_loads_is_left_alone(torchvision_folder, monkeypatch):
+    import torch
+
+    torch.ops.torchvision.nms = "compiled"
+    monkeypatch.setattr(torch.library, "Library", None)  # calling it would raise
+    assert finds_nothing(repairs.torchvision_operators)
+    assert torchvision_folder[0].endswith("_C.so")
+
+
+def test_torchvision_that_does_not_load(torchvision_folder, monkeypatch):
+    import torch
+
+    def fail(path):
+        raise OSError("undefined symbol")
+
+    defined = []
+    library = types.SimpleNamespace(define=defined.append)
+    monkeypatch.setattr(torch.ops, "load_library", fail)
+    monkeypatch.setattr(torch.library, "Library", lambda *args: library)
+    repair = repairs.torchvision_operators()
+    next(repair)
+    assert [schema.partition("(")[0] for schema in defined] == ["nms", "qnms"]
+
+
+# --- numpy ----------------------------------------------------------------------------------------
+
+
+def test_numpy_with_bool8_is_left_alone(monkeypatch, recwarn):
+    import numpy as np
+
+    monkeypatch.setattr(np, "bool8", np.bool_, raising=False)
+    assert finds_nothing(repairs.numpy_bool8)
+    assert np.bool8 is np.bool_
+    assert not recwarn.list
+
+
+def test_numpy_bool8_is_there_during_the_import_only(monkeypatch):
+    import numpy as np
+
+    monkeypatch.delattr(np, "bool8", raising=False)
+    repair = repairs.numpy_bool8()
+    next(repair, None)
+    assert np.bool8 is np.bool_
+    next(repair, None)
+    assert not hasattr(np, "bool8")
+
+
+# --- mmcv -----------------------------------------------------------------------------------------
+
+
+def test_full_mmcv_is_left_alone(monkeypatch):
+    fake_package(monkeypatch, "mmcv")
+    compiled = fake_package(monkeypatch, "mmcv._ext", nms="compiled")
+    assert finds_nothing(repairs.mmcv_compiled_operators)
+    assert sys.modules["mmcv._ext"] is compiled
+
+
+def test_mmcv_lite_stand_in(monkeypatch):
+    fake_package(monkeypatch, "mmcv")
+    monkeypatch.delitem(sys.modules, "mmcv._ext", raising=False)
+    repair = repairs.mmcv_compiled_operators()
+    next(repair)
+    extension = importlib.import_module("mmcv._ext")
+    assert not hasattr(extension, "__spec_of_something__")
+    with pytest.raises(ImportError, match=r"nms.*full mmcv.*pip install"):
+        extension.nms(1, 2)
+    next(repair, None)
+    assert "mmcv._ext" not in sys.modules
+
+
+# --- diffusers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("repair", "module"),
+    [
+        (repairs.diffusers_unet_module, "diffusers.models.unet_2d_condition"),
+        (repairs.diffusers_paint_by_example, "diffusers.pipelines.paint_by_example"),
+    ],
+)
+def test_old_diffusers_is_left_alone(repair, module, monkeypatch):
+    importlib.import_module(module.rpartition(".")[0])
+    old = fake_package(monkeypatch, module)
+    assert finds_nothing(repair)
+    assert sys.modules[module] is old
+
+
+@pytest.mark.parametrize(
+    ("repair", "module", "name"),
+    [
+        (
+            repairs.diffusers_unet_module,
+            "diffusers.models.unet_2d_condition",
+            "UNet2DConditionOutput",
+        ),
+        (
+            repairs.diffusers_paint_by_example,
+            "diffusers.pipelines.paint_by_example",
+            "PaintByExampleImageEncoder",
+        ),
+    ],
+)
+def test_new_diffusers(repair, module, name, without):
+    importlib.import_module("diffusers.models.unets.unet_2d_condition")
+    without(module)
+    before = dict(sys.modules)
+    running = repair()
+    next(running)
+    assert isinstance(getattr(importlib.import_module(module), name), type)
+    next(running, None)
+    assert sys.modules.get(module) is before.get(module)
+
+
+# --- transformers ---------------------------------------------------------------------------------
+
+
+def test_transformers_with_text_model_is_left_alone(monkeypatch):
+    import transformers
+
+    class Old:
+        def __init__(self, config):
+            self.text_model = "inside"
+
+    monkeypatch.setattr(transformers, "CLIPTextModel", Old)
+    assert finds_nothing(repairs.transformers_text_model)
+    assert "text_model" not in vars(Old)
+
+
+def test_transformers_without_text_model(monkeypatch):
+    import torch
+    import transformers
+
+    class New:
+        def __init__(self, config):
+            torch.rand(())  # as the initialisation of weights does
+
+    monkeypatch.setattr(transformers, "CLIPTextModel", New)
+    before = torch.get_rng_state()
+    next(repairs.transformers_text_model())
+    assert torch.equal(torch.get_rng_state(), before)
+    model = New(None)
+    assert model.text_model is model
+
+
+# --- controlnet_aux and mediapipe -----------------------------------------------------------------
+
+
+def test_mediapipe_with_solutions_is_left_alone(monkeypatch):
+    fake_package(monkeypatch, "mediapipe", solutions="here")
+    assert finds_nothing(repairs.mediapipe_solutions)
+
+
+def test_no_mediapipe_is_left_alone(without):
+    without("mediapipe")
+    assert finds_nothing(repairs.mediapipe_solutions)
+
+
+def test_mediapipe_without_solutions_is_hidden_during_the_import_only(monkeypatch):
+    mediapipe = fake_package(monkeypatch, "mediapipe")
+    repair = repairs.mediapipe_solutions()
+    next(repair)
+    with pytest.raises(ImportError):
+        import mediapipe as _  # noqa: F401
+    next(repair, None)
+    assert sys.modules["mediapipe"] is mediapipe
+
+
+def test_mediapipe_that_cannot_start_is_hidden(monkeypatch, tmp_path):
+    (tmp_path / "mediapipe.py").write_text("raise OSError('PortAudio library not found')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "mediapipe", raising=False)
+    repair = repairs.mediapipe_solutions()
+    next(repair)
+    assert sys.modules["mediapipe"] is None
+    next(repair, None)
+    assert "mediapipe" not in sys.modules
+
+
+def test_controlnet_aux_that_imports_is_left_alone(monkeypatch):
+    real = fake_package(monkeypatch, "controlnet_aux")
+    assert finds_nothing(repairs.controlnet_aux_missing)
+    assert sys.modules["controlnet_aux"] is real
+
+
+def test_controlnet_aux_missing(without):
+    without("controlnet_aux")
+    repair = repairs.controlnet_aux_missing()
+    next(repair)
+    from controlnet_aux import HEDdetector
+
+    next(repair, None)
+    assert sys.modules["controlnet_aux"] is None  # as it was
+    for use in (HEDdetector, lambda: HEDdetector.from_pretrained("anything")):
+        with pytest.raises(ImportError, match="pip install controlnet_aux"):
+            use()
+
+
+# --- setuptools -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def package_utils(monkeypatch):
+    """mmengine's functions, put back afterwards wherever they were replaced."""
+    pytest.importorskip("mmengine")
+    import mmengine.config.config  # noqa: F401
+    from mmengine.utils import package_utils
+
+    for name in ("is_installed", "package2module", "get_installed_path"):
+        function = getattr(package_utils, name)
+        for module_name, module in list(sys.modules.items()):
+            if module_name.startswith("mmengine") and vars(module).get(name) is function:
+                monkeypatch.setattr(module, name, function)
+    return package_utils
+
+
+def test_pkg_resources_that_is_there_is_used(monkeypatch):
+    fake_package(monkeypatch, "pkg_resources")
+    assert finds_nothing(repairs.mmengine_pkg_resources)
+
+
+def test_without_pkg_resources(package_utils, without, tmp_path, monkeypatch):
+    import mmengine
+    from mmengine.config import config
+
+    without("pkg_resources")
+    repair = repairs.mmengine_pkg_resources()
+    next(repair)
+    next(repair, None)
+    assert config.get_installed_path is package_utils.get_installed_path
+    assert mmengine.utils.is_installed is package_utils.is_installed
+    assert package_utils.is_installed("mmengine")
+    assert not package_utils.is_installed("no-such-package")
+    assert package_utils.get_installed_path("mmengine") == mmengine.__path__[0]
+    assert package_utils.package2module("mmcv-lite") == "mmcv"
+    assert package_utils.get_installed_path("mmcv-lite").endswith("mmcv")
+    (tmp_path / "not_distributed.py").touch()  # importable, but no installed distribution
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert package_utils.get_installed_path("not_distributed") == str(tmp_path)
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        package_utils.get_installed_path("no-such-package")
+
+
+# --- the list of them -----------------------------------------------------------------------------
+
+
+def test_a_failing_repair_warns_and_does_not_stop_the_import(monkeypatch):
+    @repairs.repairs("tome_no_such_module")
+    def broken():
+        """A symptom: "text"."""
+        raise RuntimeError("oops")
+        yield
+
+    repairs.REPAIRS.remove(broken)
+    monkeypatch.setitem(
+        compat._ENTRIES, "broken", compat.Entry("broken", "", "waiting", broken.module)
+    )
+    ran = []
+    says = r"'broken' of tome_no_such_module failed.*oops"
+    with pytest.warns(RuntimeWarning, match=says), compat._Applying(broken)():
+        ran.append(True)
+    assert ran
+    assert compat._ENTRIES["broken"].status == "failed"
+    assert compat._ENTRIES["broken"].detail == "RuntimeError: oops"
+
+
+def test_apply_is_idempotent():
+    import copy
+
+    before = copy.copy(compat._ENTRIES)
+    finders = list(sys.meta_path)
+    compat.apply()
+    compat.apply()
+    assert before == compat._ENTRIES
+    assert sys.meta_path == finders

@@ -1,0 +1,107 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+import contextlib
+import importlib
+import importlib.machinery
+import importlib.util
+import inspect
+import sys
+import types
+
+import pytest
+
+from mmagic_tome.compat.watch import _WATCHER, around_import
+
+
+@pytest.fixture
+def module_file(tmp_path, monkeypatch):
+    """Writes an importable module; forgets it, and what waits for it, afterwards."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    written = []
+
+    def write(name, source):
+        (tmp_path / f"{name}.py").write_text(source)
+        importlib.invalidate_caches()
+        written.append(name)
+        return name
+
+    yield write
+    for name in written:
+        sys.modules.pop(name, None)
+        _WATCHER.pop(name)
+
+
+def recorder(events, label):
+    @contextlib.contextmanager
+    def around():
+        events.append(f"before {label}")
+        try:
+            yield
+        except ValueError:
+            events.append(f"failed {label}")
+            raise
+        events.append(f"after {label}")
+
+    return around
+
+
+def test_callbacks_enclose_the_first_import_only(module_file):
+    name = module_file("tome_watch_order", "import tome_watch_events as e\ne.events.append('body')")
+    events = []
+    sys.modules["tome_watch_events"] = types.SimpleNamespace(events=events)
+    around_import(name, recorder(events, "a"))
+    around_import(name, recorder(events, "b"))
+    assert events == []
+    module = importlib.import_module(name)
+    assert events == ["before a", "before b", "body", "after b", "after a"]
+    importlib.reload(module)
+    assert events[5:] == ["body"]
+    del sys.modules["tome_watch_events"]
+
+
+def test_asking_for_a_spec_is_not_importing(module_file):
+    name = module_file("tome_watch_spec", "value = 1")
+    events = []
+    around_import(name, recorder(events, name))
+    assert importlib.util.find_spec(name) is not None
+    assert events == []
+    importlib.import_module(name)
+    assert len(events) == 2
+
+
+def test_the_module_is_an_ordinary_one(module_file):
+    name = module_file("tome_watch_plain", "def f():\n    return 1\n")
+    around_import(name, contextlib.nullcontext)
+    module = importlib.import_module(name)
+    assert isinstance(module.__spec__.loader, importlib.machinery.SourceFileLoader)
+    assert module.__loader__ is module.__spec__.loader
+    assert "return 1" in inspect.getsource(module.f)
+
+
+def test_a_failing_import_fails_as_it_would(module_file):
+    name = module_file("tome_watch_error", "raise ValueError('mine')")
+    events = []
+    around_import(name, recorder(events, name))
+    with pytest.raises(ValueError, match="mine"):
+        importlib.import_module(name)
+    assert events == [f"before {name}", f"failed {name}"]
+    assert name not in sys.modules
+
+
+def test_a_missing_module_is_missing():
+    around_import("tome_watch_nowhere", contextlib.nullcontext)
+    try:
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("tome_watch_nowhere")
+        assert importlib.util.find_spec("tome_watch_nowhere") is None
+    finally:
+        _WATCHER.pop("tome_watch_nowhere")
+
+
+def test_the_watcher_leaves_when_nothing_waits(module_file, monkeypatch):
+    monkeypatch.setattr(_WATCHER, "waiting", {})
+    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if f is not _WATCHER])
+    name = module_file("tome_watch_leave", "")
+    around_import(name, contextlib.nullcontext)
+    assert sys.meta_path[0] is _WATCHER
+    importlib.import_module(name)
+    assert _WATCHER not in sys.meta_path
