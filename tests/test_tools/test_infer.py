@@ -15,11 +15,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tiny import tiny_config
 
 from mmagic_tome import ToMeError
 from mmagic_tome.__main__ import main as package_main
 from mmagic_tome.apis import cli, infer, model_config, pictures
-from tests.tiny import tiny_config, tiny_sd_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("mmagic", reason="the command runs MMagic models")
@@ -45,16 +45,11 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return tiny_sd_folder(tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture(scope="module")
-def configs(weights, tmp_path_factory):
+def configs(sd_folder, tmp_path_factory):
     """Config files of one random model: by name, without and with token merging."""
     folder = tmp_path_factory.mktemp("configs")
-    model = tiny_config(folder=weights)
-    inpaint = tiny_config("StableDiffusionInpaint", weights)
+    model = tiny_config(folder=sd_folder)
+    inpaint = tiny_config("StableDiffusionInpaint", sd_folder)
     elsewhere = tiny_config(folder="/nowhere/at/all")
     tome, noisy = dict(ratio=0.5), dict(type="DDPMScheduler")
     return {
