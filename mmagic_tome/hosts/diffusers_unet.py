@@ -1,8 +1,8 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """UNets of diffusers: down, middle and up blocks with transformer stacks between convolutions.
 
-Recognised by structure, not by class: whatever has ``down_blocks``,
-``mid_block`` and ``up_blocks`` and stacks with ``transformer_blocks`` works, of
+Recognised by structure, not by class: whatever has ``down_blocks``
+and ``up_blocks`` and stacks with ``transformer_blocks`` works, of
 any diffusers version and every variant of ``BasicTransformerBlock`` (ada-norm,
 GLIGEN, IP-Adapter ...), since only the modules inside a block are wrapped.
 """
@@ -31,7 +31,10 @@ class DiffusersUNet:
     description = "diffusers UNets (UNet2DConditionModel and alike)"
 
     def matches(self, module: nn.Module) -> bool:
-        return all(hasattr(module, name) for name in ("down_blocks", "mid_block", "up_blocks"))
+        # Its own children: wrappers (torch.compile's, MMagic's) pass attributes of what is
+        # inside through, but it is the network inside that is called and must be hooked.
+        children = module._modules
+        return "down_blocks" in children and "up_blocks" in children
 
     def blocks(self, network: nn.Module) -> list[Block]:
         return [
@@ -71,7 +74,7 @@ def _stacks(network: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
         yield from _stacks_in(f"down_blocks.{index}", block, downsample)
         if getattr(block, "downsamplers", None):
             downsample *= 2
-    if network.mid_block is not None:
+    if getattr(network, "mid_block", None) is not None:
         yield from _stacks_in("mid_block", network.mid_block, downsample)
     for index, block in enumerate(network.up_blocks):
         yield from _stacks_in(f"up_blocks.{index}", block, downsample)
