@@ -29,6 +29,8 @@ from .text2image import Generator, Request
 
 ROWS_OF_SHEET = 16
 WARM_UP_STEPS = 2
+# A machine of one's own repeats a run within a few per cent, laptops within twenty.
+STEADY = 1.25
 
 
 @dataclass
@@ -398,10 +400,16 @@ def print_report(paired, reports, sheet):
         whole, unet = spread_text(result.per_image()), spread_text(result.per_image("unet"))
         print(f"  {label:7} {whole}  [{unet}]")
     if len(paired.passes) > 1:
+        both = paired.passes.values()
         whole = spread_text(speedups(paired), "")
         print(f"  speed-up {whole}x  [{spread_text(speedups(paired, 'unet'), '')}x]")
         runs = len(paired.passes["dense"].clocks)
         pairs = f"{runs} pair{'s' * (runs > 1)} of runs in alternating order, after a warm-up"
-        print(f"  median (and range) of {pairs}; other load on this machine is in the figures")
+        print(f"  median (and range) of {pairs}")
+        if any(max(times) > STEADY * min(times) for times in map(Pass.per_image, both)):
+            print(
+                "  These times are not steady: other programs were using this machine. "
+                "Take the ratios with care, or run again with --repeats 5."
+            )
     else:
         print("  one mode, no warm-up: --compare measures against the dense model")
