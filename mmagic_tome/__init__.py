@@ -1,10 +1,31 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Faster diffusion models by merging redundant tokens, without training."""
+"""Faster diffusion models by merging redundant tokens, without training.
 
-from .config import ToMeConfig
-from .engine import ToMeHandle, apply_tome, get_handle, remove_tome
-from .errors import ToMeError
-from .version import __version__
+In a MMagic config::
+
+    custom_imports = dict(imports=['mmagic_tome'])
+    tome_cfg = dict(ratio=0.5)
+
+Anywhere else::
+
+    handle = mmagic_tome.apply_tome(pipeline_or_unet, ratio=0.5)
+
+Importing this package makes MMagic 1.2 work on current libraries (see
+:mod:`mmagic_tome.compat`) and makes its models know ``tome_cfg`` (see
+:mod:`mmagic_tome.models`); neither imports MMagic itself, which need not be there.
+"""
+
+from . import compat
+
+compat.apply()  # before anything below can import a library that needs a repair
+
+from .config import ToMeConfig  # noqa: E402
+from .engine import ToMeHandle, apply_tome, get_handle, remove_tome  # noqa: E402
+from .errors import ToMeError  # noqa: E402
+from .models import build_tome, register_all  # noqa: E402
+from .version import __version__  # noqa: E402
+
+register_all()
 
 __all__ = [
     "ToMeConfig",
@@ -12,6 +33,8 @@ __all__ = [
     "ToMeHandle",
     "__version__",
     "apply_tome",
+    "build_tome",
+    "compat",
     "get_handle",
     "remove_tome",
 ]

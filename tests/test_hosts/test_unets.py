@@ -1,0 +1,169 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+import pytest
+import torch
+from tiny import tiny_inputs, tiny_unet
+
+from mmagic_tome import apply_tome
+from mmagic_tome.hosts import HOSTS, DiffusersUNet, MMagicUNet, find_host
+
+
+def levels(network):
+    host, found = find_host(network)
+    assert found is network
+    return {block.name: block.downsample for block in host.blocks(network)}
+
+
+def grids(network, size):
+    """Downsample of every stack as it really is, from the sizes that pass by."""
+    seen = {}
+
+    def note(name):
+        def hook(module, args, kwargs):
+            x = args[0] if args else kwargs["hidden_states"]
+            seen[name] = size // x.shape[-1]
+
+        return hook
+
+    host, _ = find_host(network)
+    for block in host.blocks(network):
+        block.stack.register_forward_pre_hook(note(block.name), with_kwargs=True)
+    with torch.no_grad():
+        network(**tiny_inputs(size=size))
+    return seen
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(levels=3),
+        dict(levels=4),
+        dict(
+            levels=4,
+            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        ),
+        dict(levels=2, transformer_layers_per_block=(1, 3)),
+    ],
+    ids=["three levels", "four levels", "like Stable Diffusion", "several blocks a stack"],
+)
+def test_downsample_is_that_of_the_running_network(changes):
+    network = tiny_unet(**changes)
+    assert levels(network) == grids(network, 32)
+    assert all(network.get_submodule(name) for name in levels(network))
+
+
+def test_sites_of_a_block():
+    network = tiny_unet()
+    block = DiffusersUNet().blocks(network)[0]
+    inner = block.module
+    assert block.sites == {"attn": inner.attn1, "crossattn": inner.attn2, "mlp": inner.ff}
+
+
+def test_native_unet_comes_first():
+    # It also has what the diffusers host looks for, and would be taken for one.
+    assert [type(host) for host in HOSTS] == [MMagicUNet, DiffusersUNet]
+    assert not MMagicUNet().matches(tiny_unet())
+
+
+@pytest.mark.parametrize("kind", ["positional", "keyword"])
+def test_timestep_of_both_families(kind):
+    t = torch.tensor(5)
+    args, kwargs = ((None, t), {}) if kind == "positional" else ((None,), dict(timestep=t, t=t))
+    for host in HOSTS:
+        assert host.timestep(args, kwargs) is t
+        assert host.timestep((None,), {}) is None
+
+
+VARIANTS = {
+    "linear projection": dict(use_linear_projection=True),
+    "only cross-attention": dict(only_cross_attention=True),
+    "no middle block": dict(mid_block_type=None),
+    "upcast": dict(upcast_attention=True),
+    "class conditioning": dict(num_class_embeds=4),
+    "nine channels (inpainting)": dict(in_channels=9),
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_variants_of_the_diffusers_unet(changes):
+    network = tiny_unet(**changes)
+    inputs = tiny_inputs()
+    if "num_class_embeds" in changes:
+        inputs["class_labels"] = torch.tensor([0, 1])
+    if "in_channels" in changes:
+        inputs["sample"] = torch.randn(2, 9, 16, 16)
+    with torch.no_grad():
+        dense = network(**inputs).sample
+        with apply_tome(network, ratio=0.5, merge_crossattn=True, merge_mlp=True) as handle:
+            merged = network(**inputs).sample
+        assert {row["kept"] for row in handle.stats()} == {128}
+        assert not torch.equal(merged, dense) and merged.isfinite().all()
+        assert torch.equal(network(**inputs).sample, dense)
+
+
+@pytest.mark.parametrize(
+    ("norm_type", "attention_type"),
+    [
+        ("layer_norm", "default"),
+        ("layer_norm", "gated"),  # GLIGEN
+        ("ada_norm", "default"),
+        ("ada_norm_zero", "default"),
+        ("ada_norm_single", "default"),  # PixArt
+    ],
+)
+def test_variants_of_the_block(norm_type, attention_type):
+    """Every norm of diffusers' BasicTransformerBlock that has an attn1, and GLIGEN's."""
+    from diffusers.models.attention import BasicTransformerBlock
+    from torch import nn
+
+    from mmagic_tome.engine import get_handle
+
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            block = BasicTransformerBlock(
+                16,
+                2,
+                8,
+                cross_attention_dim=16,
+                norm_type=norm_type,
+                num_embeds_ada_norm=10,
+                attention_type=attention_type,
+            )
+            self.transformer_blocks = nn.ModuleList([block])
+
+        def forward(self, hidden_states, **kwargs):
+            tokens = hidden_states.flatten(2).transpose(1, 2)
+            return self.transformer_blocks[0](tokens, **kwargs)
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            down = nn.Module()
+            down.attentions = nn.ModuleList([Stack()])
+            self.down_blocks = nn.ModuleList([down])
+            self.up_blocks = nn.ModuleList()
+
+        def forward(self, x, step, **kwargs):
+            return self.down_blocks[0].attentions[0](x, **kwargs)
+
+    torch.manual_seed(0)
+    network = Network().eval()
+    kwargs = dict(encoder_hidden_states=torch.randn(2, 7, 16))
+    if norm_type == "ada_norm":
+        kwargs["timestep"] = torch.tensor(3)
+    if norm_type == "ada_norm_zero":
+        kwargs.update(timestep=torch.tensor([3, 3]), class_labels=torch.tensor([1, 2]))
+    if norm_type == "ada_norm_single":
+        kwargs["timestep"] = torch.randn(2, 1, 6 * 16)
+    if attention_type == "gated":
+        kwargs["cross_attention_kwargs"] = dict(gligen=dict(objs=torch.randn(2, 3, 16)))
+    x = torch.randn(2, 16, 12, 10)
+    with torch.no_grad():
+        dense = network(x, 1, **kwargs)
+        apply_tome(network, ratio=0.5, merge_crossattn=True, merge_mlp=True)
+        merged = network(x, 1, **kwargs)
+        assert {row["kept"] for row in get_handle(network).stats()} == {60}
+        assert merged.shape == dense.shape and not torch.allclose(merged, dense, atol=1e-4)
+        get_handle(network).ratio = 0
+        assert torch.equal(network(x, 1, **kwargs), dense)
