@@ -30,10 +30,11 @@ $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "The pinned versions need Python 3.11 or newer, $(PYTHON) is older: make PYTHON=python3.11 ..." >&2; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@echo "[1/4] torch" && $(PIP) -r requirements/pinned/1-torch.txt
-	@echo "[2/4] OpenMMLab" && $(PIP) --no-deps -r requirements/pinned/2-openmmlab-no-deps.txt
-	@echo "[3/4] everything else" && $(PIP) -r requirements/pinned/3-rest.txt
-	@echo "[4/4] mmagic_tome itself, editable" && $(PIP) --no-deps --no-build-isolation -e .
+	@echo "[1/5] torch" && $(PIP) -r requirements/pinned/1-torch.txt
+	@echo "[2/5] torchvision" && $(PIP) --no-deps -r requirements/pinned/2-torchvision-no-deps.txt
+	@echo "[3/5] other libraries" && $(PIP) -r requirements/pinned/3-libraries.txt
+	@echo "[4/5] OpenMMLab" && $(PIP) --no-deps -r requirements/pinned/4-openmmlab-no-deps.txt
+	@echo "[5/5] mmagic_tome itself, editable" && $(PIP) --no-deps --no-build-isolation -e .
 	@rm -f $(VENV)/.installed-* && touch $@
 
 demo: $(STAMP) ## generate pictures dense and merged, side by side
