@@ -11,7 +11,9 @@ import torch
 
 import mmagic_tome  # noqa: F401  (before diffusers, which it may have to repair)
 
-torch.set_num_threads(2)
+# One thread: on tensors this small, two that wait for each other on busy cores take
+# twenty times as long.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -242,6 +242,20 @@ NATIVE_UNET = dict(
     output_cfg=dict(var="fixed"),
 )
 
+NATIVE_VAE = dict(
+    type="EditAutoencoderKL",
+    act_fn="silu",
+    block_out_channels=[8] * 4,
+    norm_num_groups=8,
+    down_block_types=["DownEncoderBlock2D"] * 4,
+    up_block_types=["UpDecoderBlock2D"] * 4,
+    in_channels=3,
+    latent_channels=4,
+    layers_per_block=1,
+    out_channels=3,
+    sample_size=64,
+)
+
 # The number of Transformer2DModel in tiny_unet(levels=2): 2 down, 1 in the middle, 4 up.
 _TRANSFORMERS = 7
 
@@ -251,8 +265,9 @@ def tiny_config(kind="StableDiffusion", folder="", **changes):
 
     Args:
         kind (str): A class of MMagic's Stable Diffusion family, ``'StableDiffusion'`` with a
-            diffusers UNet; or ``'native'`` for ``StableDiffusion`` with MMagic's
-            ``DenoisingUnet`` (whose weights :func:`tiny_model` makes random).
+            diffusers UNet; or ``'native'`` for ``StableDiffusion`` with the networks that
+            MMagic has of its own (weights: :func:`tiny_model` makes them random). Only the
+            latter can be pickled: MMagic's wrappers of diffusers' classes cannot.
         folder (str): What :func:`tiny_sd_folder` wrote.
         **changes: Keys to add or replace; None removes one.
 
@@ -305,7 +320,7 @@ def _unet(**changes):
 
 
 def _native(folder):
-    return dict(type="StableDiffusion", unet=dict(NATIVE_UNET))
+    return dict(type="StableDiffusion", unet=dict(NATIVE_UNET), vae=dict(NATIVE_VAE))
 
 
 def _inpaint(folder):

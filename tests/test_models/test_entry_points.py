@@ -1,0 +1,195 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Three spellings of a config through three ways of building a model from it."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mmagic")
+
+import tiny
+
+from mmagic_tome import ToMeConfig, ToMeError, apply_tome, get_handle
+
+RATIO = 0.5
+HEADER = "custom_imports = dict(imports=['mmagic_tome'], allow_failed_imports=False)\n"
+# The three lines of the README, on a config that MMagic ships. What follows points it to
+# weights that exist here.
+BASE = "_base_ = 'mmagic::stable_diffusion/stable-diffusion_ddim_denoisingunet.py'\n"
+WEIGHTS = """
+url = {folder!r}
+model = dict(
+    unet=dict(from_pretrained=url),
+    vae=dict(from_pretrained=url),
+    text_encoder=dict(pretrained_model_name_or_path=url),
+    tokenizer=url)
+"""
+SPELLINGS = {
+    "dense": HEADER + "model = {model}\n",
+    "wrapper": HEADER + "model = dict(type='ToMe', model={model}, tome_cfg=dict(ratio=0.5))\n",
+    "key": HEADER + "model = {model}\nmodel.update(tome_cfg=dict(ratio=0.5))\n",
+    "top": BASE + HEADER + "tome_cfg = dict(ratio=0.5)\n" + WEIGHTS,
+    "tomesd": HEADER + "model = {model}\nmodel.update(tomesd_cfg=dict(ratio=0.5))\n",
+}
+MERGED = [name for name in SPELLINGS if name != "dense"]
+
+
+@pytest.fixture
+def write(tmp_path, sd_folder):
+    """Writes a config, by the name of a spelling or as text; returns its path."""
+
+    def write(spelling, **changes):
+        text = SPELLINGS.get(spelling, spelling)
+        model = tiny.tiny_config(folder=sd_folder, **changes)
+        file = tmp_path / "config.py"
+        file.write_text(text.format(model=model, folder=sd_folder))
+        return str(file)
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def _quick_inferencer(monkeypatch):
+    from mmagic.apis.inferencers.text2image_inferencer import Text2ImageInferencer
+
+    # The inferencer hands these to ``infer``; it has no other way to ask for 2 steps.
+    monkeypatch.setattr(Text2ImageInferencer, "extra_parameters", dict(tiny.QUICK, seed=1))
+
+
+def by_init_model(file):
+    from mmagic.apis import init_model
+
+    return init_model(file, device="cpu")
+
+
+def by_inferencer(file):
+    from mmagic.apis import MMagicInferencer
+
+    with pytest.warns(UserWarning, match="is overridden by"):  # MMagic says so for any config
+        editor = MMagicInferencer(model_name="stable_diffusion", model_config=file, device="cpu")
+    editor.infer(text="a cat", result_out_dir=file.replace("config.py", "image.png"))
+    return editor.inferencer.inferencer.model
+
+
+def by_runner(file):
+    from mmengine import Config
+    from mmengine.runner import Runner
+
+    config = Config.fromfile(file)
+    config.default_scope = "mmagic"
+    config.work_dir = file.replace("config.py", "work")
+    config.log_level = "ERROR"
+    return Runner.from_cfg(config).model
+
+
+BUILDERS = {"init_model": by_init_model, "inferencer": by_inferencer, "runner": by_runner}
+
+
+def image(model):
+    model.eval()
+    return np.asarray(model.infer("a cat", seed=3, **tiny.QUICK)["samples"][0], dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def expected(sd_folder):
+    """(dense, merged) picture, merged by a call of ``apply_tome``."""
+    model = tiny.tiny_model(folder=sd_folder)
+    # tiny_model draws new weights; the configs here take those of the folder.
+    model.load_state_dict(_from_folder(sd_folder).state_dict())
+    dense = image(model)
+    apply_tome(model, ratio=RATIO)
+    merged = image(model)
+    assert np.abs(dense - merged).max() > 1, "merging has to be visible for these tests"
+    return dense, merged
+
+
+def _from_folder(folder):
+    from mmagic.registry import MODELS
+
+    return MODELS.build(tiny.tiny_config(folder=folder))
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_without_the_key_nothing_happens(builder, write, expected):
+    model = BUILDERS[builder](write("dense"))
+    assert model.tome_handle is None
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    np.testing.assert_array_equal(image(model), expected[0])
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+@pytest.mark.parametrize("spelling", MERGED)
+def test_every_spelling_every_way(spelling, builder, write, expected):
+    import mmagic.models
+
+    model = BUILDERS[builder](write(spelling))
+    assert isinstance(model, mmagic.models.StableDiffusion)
+    assert type(model).__name__ == "StableDiffusion"
+    assert model.tome_handle.config == ToMeConfig(ratio=RATIO)
+    np.testing.assert_array_equal(image(model), expected[1])
+    model.tome_handle.remove()
+    assert model.tome_handle is None
+    np.testing.assert_array_equal(image(model), expected[0])
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (HEADER + "model = {model}\nmodel.update(tome_cfg=dict(ratio=0.95))\n", "ratio=0.95"),
+        (HEADER + "model = {model}\nmodel.update(tome_cfg=0.5)\n", "dict"),
+        (HEADER + "model = {model}\nmodel.update(tomesd_cfg=dict(ration=0.5))\n", "'ratio'"),
+        (HEADER + "model = dict(type='ToMe', model={model}, tome_cfg=dict(sx=0))\n", "sx=0"),
+        (HEADER + "model = {model}\ntome_cfg = dict(max_downsample=3)\n", "max_downsample=3"),
+    ],
+)
+def test_bad_values(text, says, builder, write):
+    with pytest.raises(ToMeError, match=says):
+        BUILDERS[builder](write(text))
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_two_places_must_agree(builder, write):
+    both = SPELLINGS["key"] + "tome_cfg = dict(ratio={ratio})\n"
+    agreeing = write(both.replace("{ratio}", "0.5"))
+    assert BUILDERS[builder](agreeing).tome_handle.ratio == RATIO
+    contradicting = write(both.replace("{ratio}", "0.25"))
+    with pytest.raises(ToMeError, match=r"ratio=0.5.*top level.*ratio=0.25.*keep one"):
+        BUILDERS[builder](contradicting)
+
+
+def test_runner_checks_the_top_level_before_it_builds(write, monkeypatch):
+    from mmengine.runner import runner
+
+    def build(*args, **kwargs):
+        raise AssertionError("built before the mistake was found")
+
+    monkeypatch.setattr(runner.MODELS, "build", build)
+    with pytest.raises(ToMeError, match="ratio=2"):
+        by_runner(write(HEADER + "model = {model}\ntome_cfg = dict(ratio=2)\n"))
+
+
+def test_runner_applies_to_a_model_object(tmp_path):
+    from mmengine.model import BaseModel
+    from mmengine.runner import Runner
+
+    class Plain(BaseModel):
+        def __init__(self):
+            super().__init__()
+            self.unet = tiny.tiny_unet()
+
+        def forward(self, *args, **kwargs):
+            return None
+
+    def run(cfg):
+        return Runner(Plain(), work_dir=str(tmp_path), cfg=cfg, log_level="ERROR").model
+
+    assert get_handle(run({})) is None
+    assert get_handle(run({"tome_cfg": None})) is None
+    assert get_handle(run({"tome_cfg": {"ratio": 0.25}})).ratio == 0.25
+
+
+def test_runner_data_preprocessor_goes_to_the_inner_model(write, tmp_path):
+    """mmengine puts a top-level data_preprocessor into the outermost model config."""
+    text = SPELLINGS["wrapper"] + "data_preprocessor = dict(type='DataPreprocessor', mean=7)\n"
+    model = by_runner(write(text))
+    assert float(model.data_preprocessor.mean.flatten()[0]) == 7

@@ -1,0 +1,209 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""The key ``tome_cfg`` of MMagic's nine Stable Diffusion classes."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("mmagic")
+
+import mmagic.models
+import tiny
+from mmagic.registry import MODELS
+from PIL import Image
+
+from mmagic_tome import ToMeConfig, ToMeError, apply_tome, remove_tome
+
+FAMILY = (
+    "StableDiffusion",
+    "StableDiffusionInpaint",
+    "StableDiffusionXL",
+    "ControlStableDiffusion",
+    "DreamBooth",
+    "TextualInversion",
+    "ViCo",
+    "FastComposer",
+    "AnimateDiff",
+)
+ALIASES = {
+    "sd": "StableDiffusion",
+    "sd-inpaint": "StableDiffusionInpaint",
+    "sdxl": "StableDiffusionXL",
+    "animatediff": "AnimateDiff",
+    "ControlStableDiffusionImg2Img": "ControlStableDiffusionImg2Img",
+}
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """With CLIP's own number of words, on which ViCo insists."""
+    return tiny.tiny_sd_folder(tmp_path_factory.mktemp("clip_sd"), vocabulary=49408)
+
+
+def infer(kind, model):
+    """One small picture (or clip) as an array; the same at every call."""
+    noise = np.random.RandomState(0).randint(0, 255, (64, 64, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    arguments = {
+        "StableDiffusionInpaint": dict(
+            image=picture, mask_image=Image.fromarray((np.eye(64) * 255).astype(np.uint8))
+        ),
+        "ControlStableDiffusion": dict(control=picture),
+        "TextualInversion": dict(prompt="a <x>"),
+        "ViCo": dict(prompt="a S*", image_reference=picture),
+        "FastComposer": dict(prompt="a cat img", reference_subject_images=[picture]),
+        "AnimateDiff": dict(video_length=2),
+    }.get(kind, {})
+    quick = dict(tiny.QUICK)
+    if kind in ("FastComposer", "AnimateDiff"):
+        del quick["show_progress"]
+    torch.manual_seed(0)  # some of them have no seed argument
+    result = model.infer(**{"prompt": "a cat", **quick, **arguments})
+    if isinstance(result, dict):
+        result = result["samples"]
+    return np.asarray(result[0] if isinstance(result, (list, tuple)) else result, dtype=np.float32)
+
+
+@pytest.mark.parametrize("name", [*FAMILY, *ALIASES])
+def test_every_name_is_ours_and_still_mmagics(name):
+    ours = MODELS.get(name)
+    theirs = getattr(mmagic.models.editors.controlnet.controlnet, ALIASES.get(name, name), None)
+    theirs = theirs or getattr(mmagic.models, ALIASES.get(name, name))
+    assert issubclass(ours, theirs) and ours is not theirs
+    assert ours.__name__ == theirs.__name__
+    assert ours.__doc__ == theirs.__doc__
+    assert pickle.loads(pickle.dumps(ours)) is ours
+
+
+@pytest.mark.parametrize("kind", [*FAMILY, "native"])
+def test_infer(kind, clip_folder):
+    dense = tiny.tiny_model(kind, clip_folder)
+    model = tiny.tiny_model(kind, clip_folder, tome_cfg=dict(ratio=0.5))
+    assert list(model.state_dict()) == list(dense.state_dict())
+    before = infer(kind, dense)
+    merged = infer(kind, model)
+    for site in model.tome_handle.stats():
+        assert site["calls"] > 0
+        assert site["kept"] == site["tokens"] / 2
+    assert np.isfinite(merged).all()
+    assert np.abs(merged - before).max() > 1e-3
+    np.testing.assert_array_equal(infer(kind, model), merged)  # however often
+    model.tome_handle.ratio = 0
+    np.testing.assert_array_equal(infer(kind, model), before)
+    model.tome_handle.ratio = 0.5
+    assert remove_tome(model)
+    np.testing.assert_array_equal(infer(kind, model), before)
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusion", "native", "StableDiffusionXL"])
+def test_tomesd_cfg_is_served_by_this_package(kind, sd_folder):
+    """Its keys and defaults, without ``max_downsample``, which merges nothing in SDXL."""
+    model = tiny.tiny_model(kind, sd_folder, tomesd_cfg=dict(ratio=0.5))
+    assert model.tome_handle.config == ToMeConfig(ratio=0.5)
+    assert not any("ToMeBlock" in type(module).__name__ for module in model.modules())
+    assert model.tomesd_cfg == dict(ratio=0.5)
+
+
+def test_set_tomesd_called_by_hand(sd_folder):
+    model = tiny.tiny_model("StableDiffusion", sd_folder)
+    model.set_tomesd()
+    assert model.tome_handle is None
+    model.tomesd_cfg = dict(ratio=0.25)
+    model.set_tomesd()
+    assert model.tome_handle.ratio == 0.25
+
+
+def test_both_keys(sd_folder):
+    def build(**keys):
+        return tiny.tiny_model("StableDiffusion", sd_folder, **keys)
+
+    agreeing = build(tome_cfg=dict(ratio=0.25), tomesd_cfg=dict(ratio=0.25, sx=2))
+    assert agreeing.tome_handle.ratio == 0.25
+    with pytest.raises(ToMeError, match=r"tome_cfg: dict\(ratio=0.25\); tomesd_cfg: dict"):
+        build(tome_cfg=dict(ratio=0.25), tomesd_cfg=dict(ratio=0.5))
+
+
+@pytest.mark.parametrize("key", ["tome_cfg", "tomesd_cfg"])
+@pytest.mark.parametrize("kind", FAMILY)
+def test_bad_values_show_before_the_model_is_built(kind, key, monkeypatch):
+    base = MODELS.get(kind).__mro__[2]
+
+    def init(self, *args, **kwargs):
+        raise AssertionError("built before the mistake was found")
+
+    monkeypatch.setattr(base, "__init__", init)
+    with pytest.raises(ToMeError, match=f"{key}: ratio=0.9 is above"):
+        MODELS.get(kind)(**{key: dict(ratio=0.9)})
+
+
+def _deepcopy(model):
+    # MMagic's wrapper of diffusers' schedulers recurses without end when it is copied.
+    shared = (model.scheduler, model.test_scheduler)
+    return copy.deepcopy(model, {id(scheduler): scheduler for scheduler in shared})
+
+
+def _through_pickle(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize(
+    ("kind", "duplicate"),
+    [
+        ("StableDiffusion", _deepcopy),
+        ("ViCo", _deepcopy),
+        ("FastComposer", _deepcopy),
+        ("native", _deepcopy),
+        ("native", _through_pickle),
+    ],
+)
+def test_duplicates_are_independent(kind, duplicate, clip_folder):
+    model = tiny.tiny_model(kind, clip_folder, tome_cfg=dict(ratio=0.5))
+    expected = infer(kind, model)
+    other = duplicate(model)
+    np.testing.assert_array_equal(infer(kind, other), expected)
+    assert other.tome_handle.ratio == 0.5
+    other.tome_handle.remove()
+    assert other.tome_handle is None
+    assert model.tome_handle is not None
+    np.testing.assert_array_equal(infer(kind, model), expected)
+    assert np.abs(infer(kind, other) - expected).max() > 1e-3
+
+
+def test_assigning_cfg(sd_folder):
+    model = tiny.tiny_model("StableDiffusion", sd_folder)
+    assert not hasattr(model, "cfg")
+    for without in (None, {}, dict(tome_cfg=None)):
+        model.cfg = without
+        assert model.cfg is without
+        assert model.tome_handle is None
+    model.cfg = dict(tome_cfg=dict(ratio=0.25))
+    assert model.tome_handle.ratio == 0.25
+    model.cfg = dict(tome_cfg=dict(ratio=0.5))  # a later config replaces an earlier one
+    assert model.tome_handle.ratio == 0.5
+    model.cfg = {}  # and one that says nothing changes nothing
+    assert model.tome_handle.ratio == 0.5
+    apply_tome(model, ratio=0.25)
+    assert model.tome_handle.ratio == 0.25
+
+
+def test_a_class_of_ones_own(sd_folder):
+    from mmagic_tome.models import ToMeMixin
+
+    class Mine(ToMeMixin, mmagic.models.StableDiffusion):
+        pass
+
+    MODELS.register_module(module=Mine)
+    try:
+        model = tiny.tiny_model("Mine", sd_folder, tome_cfg=dict(ratio=0.25))
+    finally:
+        MODELS.module_dict.pop("Mine")
+    assert isinstance(model, Mine)
+    assert model.tome_handle.ratio == 0.25
+
+
+def test_max_downsample_1_on_sdxl_says_which_levels_there_are(sd_folder):
+    with pytest.raises(ToMeError, match="max_downsample"):
+        tiny.tiny_model("StableDiffusionXL", sd_folder, tome_cfg=dict(max_downsample=1))
