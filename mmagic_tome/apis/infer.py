@@ -242,10 +242,13 @@ def image_reports(paired):
 def write_sheet(paired, reports, title):
     """Write ``compare.png``; return its name."""
     dense, merged = paired.passes["dense"], paired.passes["merged"]
+    speedup = statistics.median(speedups(paired))
     heads = [
-        f"dense: {spread_text(dense.per_image())} per image",
-        f"ratio {paired.ratio:g}: {spread_text(merged.per_image())}, "
-        f"{statistics.median(speedups(paired)):.2f}x",
+        ("dense", spread_text(dense.per_image())),
+        (
+            f"merged, ratio {paired.ratio:g}: {speedup:.2f}x",
+            spread_text(merged.per_image()),
+        ),
     ]
     rows = [
         (
@@ -321,7 +324,8 @@ def command(args, argv):
     sheet = None
     if args.compare:
         title = (
-            f"{Path(args.config).name}: {request.steps} steps, {height}x{width}, {device} {dtype}"
+            f"{Path(args.config).stem}: {request.steps} steps, {height}x{width}, "
+            f"{device} {dtype}, times per image"
         )
         sheet = write_sheet(paired, reports, title)
     result = {

@@ -19,6 +19,10 @@ from .assets import register_config_package
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+# mmcv itself is compiled for half an hour where there is no wheel of it; its lite
+# form serves the Stable Diffusion family as well.
+NEEDED = "mmagic mmengine 'mmcv-lite>=2.0.0,<2.2.0'"
+
 # Arguments of `infer` that say that a model wants more than text.
 CONDITIONS = (
     "control",
@@ -48,8 +52,7 @@ def load_config(path, options=()):
         from mmengine.config import Config, DictAction
     except ImportError as error:
         raise ToMeError(
-            f"reading MMagic configs needs mmengine, mmcv and mmagic ({error}): "
-            "pip install -r requirements/mminstall.txt"
+            f"reading MMagic configs needs mmengine ({error}): pip install {NEEDED}"
         ) from error
     register_config_package()
     try:
@@ -215,9 +218,7 @@ def build_model(config, device="cpu", dtype=None):
     try:
         from mmagic.apis import init_model
     except ImportError as error:
-        raise ToMeError(
-            f"this needs MMagic ({error}): pip install -r requirements/mminstall.txt"
-        ) from error
+        raise ToMeError(f"this needs MMagic ({error}): pip install {NEEDED}") from error
     from mmagic.registry import MODELS
 
     kind = inner_model(config).type

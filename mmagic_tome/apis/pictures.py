@@ -19,10 +19,10 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 # The sheet, in pixels. Pictures smaller than CELL are enlarged by a whole factor.
-CELL = 320
+CELL = 256
 MARGIN = 16
-LINE = 26
-FONT_SIZE = 16
+LINE = 24
+FONT_SIZE = 15
 # Differences of this many of 255 levels, and above, get the brightest colour.
 FULL_SCALE = 64
 
@@ -154,7 +154,7 @@ def sheet_layout(size, rows):
     """
     factor = max(1, -(-CELL // size[0]))
     width = 3 * size[0] * factor + 4 * MARGIN
-    height = 2 * MARGIN + 2 * LINE + rows * (size[1] * factor + LINE + MARGIN)
+    height = 2 * MARGIN + 3 * LINE + rows * (size[1] * factor + LINE + MARGIN)
     return factor, width, height
 
 
@@ -163,7 +163,7 @@ def compare_sheet(title, heads, rows):
 
     Args:
         title: First line of the sheet.
-        heads: Head of the dense and of the merged column.
+        heads: Two lines each over the dense and the merged column.
         rows: ``(caption, dense image, merged image)``, all images of one size.
 
     Returns:
@@ -181,10 +181,11 @@ def compare_sheet(title, heads, rows):
     y = MARGIN
     write((MARGIN, y), title, width - 2 * MARGIN, FONT_SIZE + 2)
     y += LINE
-    for x, head in zip(columns, heads):
-        write((x, y), head, cell[0])
-    _draw_scale(sheet, write, columns[2], y, cell[0])
-    y += LINE
+    for x, head in zip(columns, [*heads, ("difference (RGB mean)", "")]):
+        for line, text in enumerate(head):
+            write((x, y + line * LINE), text, cell[0])
+    _draw_scale(sheet, write, columns[2], y + LINE, cell[0])
+    y += 2 * LINE
     for caption, dense, merged in rows:
         pictures = (dense.convert("RGB"), merged.convert("RGB"), difference_map(dense, merged))
         for x, picture in zip(columns, pictures):
@@ -196,10 +197,9 @@ def compare_sheet(title, heads, rows):
 
 
 def _draw_scale(sheet, write, x, y, width):
-    """Draw the head of the difference column: its name and its colour scale."""
-    bar = width // 4
-    write((x, y), "difference, of 255:  0", width - bar)
-    left = x + int(_font().getlength("difference, of 255:  0 ")) + 4
+    """Draw the colour scale of the difference column in one line of text."""
+    bar = width // 2
     ramp = np.linspace(0, FULL_SCALE, bar)[None].repeat(LINE - 10, axis=0)
-    sheet.paste(_colour(ramp), (left, y + 3))
-    write((left + bar + 6, y), f"{FULL_SCALE}+", x + width - left - bar - 6)
+    write((x, y), "0", 12)
+    sheet.paste(_colour(ramp), (x + 16, y + 3))
+    write((x + 16 + bar + 6, y), f"{FULL_SCALE}+ of 255", width - bar - 22)

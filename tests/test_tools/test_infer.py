@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -33,15 +32,6 @@ def write_config(path, model, **entries):
     entries["custom_imports"] = dict(imports=["mmagic_tome"], allow_failed_imports=False)
     path.write_text("\n".join(f"{key} = {value!r}" for key, value in entries.items()) + "\n")
     return str(path)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small are faster on one, above all when others use the machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -519,10 +509,10 @@ def test_difference_of_pictures():
 def test_sheet_has_the_size_of_its_layout(size):
     image = Image.new("RGB", size, "red")
     rows = [("a long caption " * 40, image, image), ("Ünï 🍎", image, image)]
-    sheet = pictures.compare_sheet("title", ["dense", "merged"], rows)
+    sheet = pictures.compare_sheet("title", [("dense", "1 s"), ("merged", "2 s")], rows)
     factor, *expected = pictures.sheet_layout(size, 2)
     assert sheet.size == tuple(expected)
-    x, y = pictures.MARGIN, pictures.MARGIN + 2 * pictures.LINE
+    x, y = pictures.MARGIN, pictures.MARGIN + 3 * pictures.LINE
     corner = (x + size[0] * factor - 1, y + size[1] * factor - 1)
     assert sheet.getpixel((x, y)) == sheet.getpixel(corner) == (255, 0, 0)
     assert sheet.getpixel((corner[0] + 1, y)) == (255, 255, 255)
