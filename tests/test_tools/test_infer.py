@@ -54,6 +54,9 @@ def configs(sd_folder, tmp_path_factory):
             {**model, "scheduler": noisy, "test_scheduler": noisy},
             tome_cfg=tome,
         ),
+        "sdxl": write_config(
+            folder / "sdxl.py", tiny_config("StableDiffusionXL", sd_folder), tome_cfg=tome
+        ),
         "inpaint": write_config(folder / "inpaint.py", inpaint, tome_cfg=tome),
         "elsewhere": write_config(folder / "elsewhere.py", elsewhere, tome_cfg=tome),
         "contradiction": write_config(
@@ -345,6 +348,19 @@ def test_compare(spelling, run, configs, tmp_path):
     _, width, height = pictures.sheet_layout((64, 64), rows=2)
     assert sheet.size == (width, height)
     assert "speed-up" in printed and "compare.png" in printed
+
+
+def test_another_model_of_the_family(run, configs, tmp_path):
+    """SDXL: two text encoders, its own infer, no attention at the finest level."""
+    out = tmp_path / "out"
+    code, _, err = run(
+        *[configs["sdxl"], "--prompt", "cat", "dog", "--batch-size", "2", "--compare"],
+        *["--repeats", "1", "--out", out, *QUICK],
+    )
+    assert code == 0, err
+    report = result(out)
+    assert all(entry["psnr_db"] is not None for entry in report["images"])
+    assert {site["downsample"] for site in report["token_merging"]["sites"]} == {2}
 
 
 def test_ratio_for_a_config_without_tome_cfg(run, configs, tmp_path):
