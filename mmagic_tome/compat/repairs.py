@@ -67,6 +67,32 @@ def _standing_in(name, module):
             sys.modules[name] = before
 
 
+class _Absent(types.ModuleType):
+    """Stands in for a module that is not there; its names say so where they are used."""
+
+    def __init__(self, name, remedy):
+        super().__init__(name)
+        self.remedy = remedy
+
+    def __getattr__(self, name):
+        if name.startswith("__"):  # what the import system asks for
+            raise AttributeError(name)
+        return _Missing(f"{self.__name__}.{name} is used here, but {self.remedy}")
+
+
+class _Missing:
+    def __init__(self, message):
+        self.message = message
+
+    def __call__(self, *args, **kwargs):
+        raise ImportError(self.message)
+
+    def __getattr__(self, name):  # a class method, such as from_pretrained
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+
 @repairs("torchvision")
 def torchvision_operators():
     """torchvision built for another torch: "operator torchvision::nms does not exist".
@@ -124,20 +150,11 @@ def mmcv_compiled_operators():
     if is_installed("mmcv._ext"):
         return
 
-    class MissingOperators(types.ModuleType):
-        def __getattr__(self, name):
-            if name.startswith("__"):
-                raise AttributeError(name)
-
-            def missing(*args, **kwargs):
-                raise ImportError(
-                    f"the operator {name!r} is compiled code of the full mmcv, and mmcv-lite is "
-                    "installed: pip uninstall mmcv-lite && pip install 'mmcv>=2.0.0,<2.2.0'"
-                )
-
-            return missing
-
-    with _standing_in("mmcv._ext", MissingOperators("mmcv._ext")):
+    remedy = (
+        "it is compiled code of the full mmcv, and mmcv-lite is installed: "
+        "pip uninstall mmcv-lite && pip install 'mmcv>=2.0.0,<2.2.0'"
+    )
+    with _standing_in("mmcv._ext", _Absent("mmcv._ext", remedy)):
         yield
 
 
@@ -229,19 +246,25 @@ def controlnet_aux_missing():
         return
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
+    remedy = f"it cannot be imported ({reason}): pip install controlnet_aux"
+    with _standing_in("controlnet_aux", _Absent("controlnet_aux", remedy)):
+        yield
 
-    class HEDdetector:
-        def __init__(self, *args, **kwargs):
-            raise ImportError(
-                "ControlNet animation needs controlnet_aux, which cannot be imported here "
-                f"({reason}): pip install controlnet_aux"
-            )
 
-        from_pretrained = classmethod(lambda cls, *args, **kwargs: cls())
+@repairs("mmagic.datasets.transforms.albu_function")
+def albumentations_missing():
+    """albumentations missing or broken: "No module named 'albumentations'".
 
-    absent = types.ModuleType("controlnet_aux")
-    absent.HEDdetector = HEDdetector
-    with _standing_in("controlnet_aux", absent):
+    Some augmentations for training need it, and ``pip install mmagic`` does not bring it;
+    every inferencer imports MMagic's metrics, and they import the augmentations.
+    """
+    try:
+        importlib.import_module("albumentations")
+        return
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    remedy = f"it cannot be imported ({reason}): pip install albumentations"
+    with _standing_in("albumentations", _Absent("albumentations", remedy)):
         yield
 
 

@@ -52,7 +52,7 @@ def without(monkeypatch):
 
 
 def test_every_repair_states_its_symptom():
-    assert len(repairs.REPAIRS) == len({repair.__name__ for repair in repairs.REPAIRS}) >= 9
+    assert len(repairs.REPAIRS) == len({repair.__name__ for repair in repairs.REPAIRS}) >= 10
     for repair in repairs.REPAIRS:
         assert 20 < len(repair.symptom) < 120
         assert '"' in repair.symptom, "the error message itself, to be found by a search"
@@ -139,7 +139,7 @@ def test_mmcv_lite_stand_in(monkeypatch):
     next(repair)
     extension = importlib.import_module("mmcv._ext")
     assert not hasattr(extension, "__spec_of_something__")
-    with pytest.raises(ImportError, match=r"nms.*full mmcv.*pip install"):
+    with pytest.raises(ImportError, match=r"mmcv._ext.nms is used.*full mmcv.*pip install"):
         extension.nms(1, 2)
     next(repair, None)
     assert "mmcv._ext" not in sys.modules
@@ -253,23 +253,41 @@ def test_mediapipe_that_cannot_start_is_hidden(monkeypatch, tmp_path):
     assert "mediapipe" not in sys.modules
 
 
-def test_controlnet_aux_that_imports_is_left_alone(monkeypatch):
-    real = fake_package(monkeypatch, "controlnet_aux")
-    assert finds_nothing(repairs.controlnet_aux_missing)
-    assert sys.modules["controlnet_aux"] is real
+OPTIONAL = pytest.mark.parametrize(
+    ("repair", "module", "uses"),
+    [
+        (
+            repairs.controlnet_aux_missing,
+            "controlnet_aux",
+            [lambda m: m.HEDdetector(), lambda m: m.HEDdetector.from_pretrained("anything")],
+        ),
+        (
+            repairs.albumentations_missing,
+            "albumentations",
+            [lambda m: m.Compose([m.HorizontalFlip()])],
+        ),
+    ],
+)
 
 
-def test_controlnet_aux_missing(without):
-    without("controlnet_aux")
-    repair = repairs.controlnet_aux_missing()
-    next(repair)
-    from controlnet_aux import HEDdetector
+@OPTIONAL
+def test_optional_package_that_imports_is_left_alone(repair, module, uses, monkeypatch):
+    real = fake_package(monkeypatch, module)
+    assert finds_nothing(repair)
+    assert sys.modules[module] is real
 
-    next(repair, None)
-    assert sys.modules["controlnet_aux"] is None  # as it was
-    for use in (HEDdetector, lambda: HEDdetector.from_pretrained("anything")):
-        with pytest.raises(ImportError, match="pip install controlnet_aux"):
-            use()
+
+@OPTIONAL
+def test_optional_package_missing(repair, module, uses, without):
+    without(module)
+    running = repair()
+    next(running)
+    stand_in = importlib.import_module(module)
+    next(running, None)
+    assert sys.modules[module] is None  # as it was
+    for use in uses:
+        with pytest.raises(ImportError, match=f"{module}.* is used here, .*pip install {module}"):
+            use(stand_in)
 
 
 # --- setuptools -----------------------------------------------------------------------------------
