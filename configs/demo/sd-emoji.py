@@ -35,6 +35,6 @@ model = dict(
 # What `tools/infer.py` generates when it is not told otherwise.
 infer_cfg = dict(
     prompts=["red apple", "smiling face with sunglasses", "sailboat"],
-    steps=20,
+    steps=16,
     guidance=5.0,
 )
