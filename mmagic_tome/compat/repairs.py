@@ -104,10 +104,12 @@ def torchvision_operators():
     """
     import torch
 
+    if os.name == "nt":
+        # There torchvision sets up folders of DLLs first, so that a failure to load
+        # here would not tell that it is going to fail, and declaring twice breaks it.
+        return
     (folder,) = importlib.util.find_spec("torchvision").submodule_search_locations
-    libraries = glob.glob(os.path.join(folder, "_C*.so")) + glob.glob(
-        os.path.join(folder, "_C*.pyd")
-    )
+    libraries = glob.glob(os.path.join(folder, "_C*.so"))
     for library in libraries:
         # Loading is what torchvision is about to do, so it costs nothing twice. It
         # is the only sure test: a second declaration of loaded operators would clash.

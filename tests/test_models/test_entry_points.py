@@ -1,6 +1,8 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Three spellings of a config through three ways of building a model from it."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ import tiny
 from mmagic_tome import ToMeConfig, ToMeError, apply_tome, get_handle
 
 RATIO = 0.5
+_COUNT = itertools.count()
 HEADER = "custom_imports = dict(imports=['mmagic_tome'], allow_failed_imports=False)\n"
 # The three lines of the README, on a config that MMagic ships. What follows points it to
 # weights that exist here.
@@ -78,6 +81,8 @@ def by_runner(file):
     config.default_scope = "mmagic"
     config.work_dir = file.replace("config.py", "work")
     config.log_level = "ERROR"
+    # mmengine keeps scopes and loggers by this name and the second of the start.
+    config.experiment_name = f"test_{next(_COUNT)}"
     return Runner.from_cfg(config).model
 
 
@@ -181,7 +186,9 @@ def test_runner_applies_to_a_model_object(tmp_path):
             return None
 
     def run(cfg):
-        return Runner(Plain(), work_dir=str(tmp_path), cfg=cfg, log_level="ERROR").model
+        name = f"test_{next(_COUNT)}"
+        settings = dict(work_dir=str(tmp_path), log_level="ERROR", experiment_name=name)
+        return Runner(Plain(), cfg=cfg, **settings).model
 
     assert get_handle(run({})) is None
     assert get_handle(run({"tome_cfg": None})) is None
