@@ -31,7 +31,8 @@ SPELLINGS = {
     "wrapper": HEADER + "model = dict(type='ToMe', model={model}, tome_cfg=dict(ratio=0.5))\n",
     "key": HEADER + "model = {model}\nmodel.update(tome_cfg=dict(ratio=0.5))\n",
     "top": BASE + HEADER + "tome_cfg = dict(ratio=0.5)\n" + WEIGHTS,
-    "tomesd": HEADER + "model = {model}\nmodel.update(tomesd_cfg=dict(ratio=0.5))\n",
+    # MMagic's own config for its own implementation, as it ships it.
+    "tomesd": BASE.replace(".py", "-tomesd_5e-1.py") + HEADER + WEIGHTS,
 }
 MERGED = [name for name in SPELLINGS if name != "dense"]
 
