@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -229,9 +230,11 @@ def build_model(config, device="cpu", dtype=None):
     try:
         model = init_model(config, device=str(device))
     except OSError as error:  # what huggingface libraries raise for missing weights
+        offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
+        hint = "HF_HUB_OFFLINE is set, nothing is downloaded; " if offline else ""
         raise ToMeError(
-            f"cannot load weights: {error} (a local folder in diffusers layout works: "
-            "--cfg-options model.unet.from_pretrained=DIR and so on)"
+            f"cannot load weights: {str(error).rstrip('. ')} "
+            f"({hint}a local folder in diffusers layout works in place of a name)"
         ) from error
     if dtype is not None:
         # MMagic's eval() casts the UNet to `model.dtype`.

@@ -177,6 +177,15 @@ def test_a_model_that_wants_more_than_text_is_refused_unloaded(run, configs, tmp
     assert "not a text-to-image model" in err and "image" in err
 
 
+def test_weights_that_would_have_to_be_downloaded(run, tmp_path, monkeypatch):
+    monkeypatch.delenv("SD_WEIGHTS", raising=False)
+    config = ROOT / "configs" / "stable_diffusion" / "stable-diffusion_ddim_tome-5e-1_local.py"
+    code, _, err = run(config, "--prompt", "cat", "--device", "cpu", "--out", tmp_path / "out")
+    assert code == 2 and err.count("\n") == 1
+    assert "cannot load weights" in err and "HF_HUB_OFFLINE is set" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_unwritable_folder(run, configs, tmp_path, monkeypatch):
     folder = tmp_path / "locked"
     folder.mkdir(mode=0o500)
