@@ -61,4 +61,4 @@ wheel: $(STAMP) ## build dist/*.whl
 
 clean: ## remove build products and outputs (.venv stays)
 	rm -rf build dist outputs work_dirs *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find . -name '.venv*' -prune -o -name __pycache__ -type d -print | xargs rm -rf
+	find . -name '.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
