@@ -52,7 +52,7 @@ def without(monkeypatch):
 
 
 def test_every_repair_states_its_symptom():
-    assert len(repairs.REPAIRS) == len({repair.__name__ for repair in repairs.REPAIRS}) >= 10
+    assert len(repairs.REPAIRS) == len({repair.__name__ for repair in repairs.REPAIRS}) >= 11
     for repair in repairs.REPAIRS:
         assert 20 < len(repair.symptom) < 120
         assert '"' in repair.symptom, "the error message itself, to be found by a search"
@@ -186,6 +186,45 @@ def test_new_diffusers(repair, module, name, without):
     assert isinstance(getattr(importlib.import_module(module), name), type)
     next(running, None)
     assert sys.modules.get(module) is before.get(module)
+
+
+class LazyPackage(types.ModuleType):
+    """Like diffusers': a name is imported when it is asked for."""
+
+    def __dir__(self):
+        return ["Good", "Broken"]
+
+    def __getattr__(self, name):
+        if name == "Good":
+            return type("Good", (), {})
+        raise RuntimeError(f"Failed to import {self.__name__}.{name}")
+
+
+def test_diffusers_with_a_broken_pipeline(monkeypatch):
+    import diffusers
+
+    pipelines = LazyPackage("diffusers.pipelines")
+    monkeypatch.setattr(diffusers, "pipelines", pipelines)
+    monkeypatch.setattr(diffusers, "models", LazyPackage("diffusers.models"))
+    repair = repairs.diffusers_broken_names()
+    next(repair)
+    assert {name: getattr(pipelines, name) is None for name in dir(pipelines)} == {
+        "Good": False,
+        "Broken": True,
+    }
+    next(repair, None)
+    with pytest.raises(RuntimeError, match=r"Failed to import diffusers.pipelines.Broken"):
+        _ = pipelines.Broken
+
+
+def test_diffusers_that_imports_is_left_alone(monkeypatch):
+    import diffusers
+
+    whole = types.SimpleNamespace(Good=object)
+    monkeypatch.setattr(diffusers, "pipelines", whole)
+    monkeypatch.setattr(diffusers, "models", whole)
+    assert finds_nothing(repairs.diffusers_broken_names)
+    assert whole == types.SimpleNamespace(Good=object)
 
 
 # --- transformers ---------------------------------------------------------------------------------
