@@ -119,8 +119,8 @@ def test_demo_runs_from_the_wheel(installed, tmp_path):
     assert str(ROOT) not in where
 
     command = [installed, "-m", "mmagic_tome", "infer", "--steps", "2", "--prompt", "red apple"]
-    options = ["--compare", "--repeats", "1", "--device", "cpu", "--out", "pictures"]
-    printed = run(*command, *options, cwd=tmp_path)
+    options = ["--compare", "--repeats", "1", "--size", "64", "--device", "cpu"]
+    printed = run(*command, *options, "--out", "pictures", cwd=tmp_path, OMP_NUM_THREADS="1")
     assert "What was merged" in printed and "speed-up" in printed
     result = json.loads((tmp_path / "pictures" / "result.json").read_text(encoding="utf-8"))
     assert (tmp_path / "pictures" / result["images"][0]["file"]).is_file()
