@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -58,6 +59,9 @@ class ToMeConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for key in ("ratio", "max_downsample", "sx", "sy", "seed"):
+            # numpy scalars and the like are as good, and would not go into JSON.
+            object.__setattr__(self, key, _plain_number(getattr(self, key)))
         for key in ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp"):
             if not isinstance(getattr(self, key), bool):
                 _fail(key, getattr(self, key), "True or False", bool(getattr(self, key)))
@@ -73,9 +77,10 @@ class ToMeConfig:
             )
         self._check_ratio()
         level = self.max_downsample
-        if level != "auto" and not (_is_int(level) and level >= 1 and level & (level - 1) == 0):
-            nearest = 2 ** round(math.log2(level)) if _is_number(level) and level >= 1 else "auto"
-            _fail("max_downsample", level, "'auto' or a power of two (1, 2, 4, 8 ...)", nearest)
+        powers = [2**i for i in range(8)]
+        if level != "auto" and not (_is_int(level) and level in powers):
+            nearest = min(powers, key=lambda p: abs(p - level)) if _is_number(level) else "auto"
+            _fail("max_downsample", level, f"'auto' or one of {powers}", nearest)
         if not _is_int(self.seed) or not 0 <= self.seed < 2**64:
             _fail("seed", self.seed, "an integer in [0, 2**64)", _clip(self.seed, 0, 2**64 - 1, 0))
         if not (self.merge_attn or self.merge_crossattn or self.merge_mlp):
@@ -86,7 +91,7 @@ class ToMeConfig:
 
     def _check_ratio(self) -> None:
         ratio, ceiling = self.ratio, self.ceiling
-        if not _is_number(ratio) or not math.isfinite(ratio):
+        if not _is_number(ratio):
             _fail("ratio", ratio, f"a number in [0, {ceiling:g}]", 0.5)
         if ratio < 0:
             _fail("ratio", ratio, f"a number in [0, {ceiling:g}]", 0)
@@ -187,10 +192,23 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """A finite int or float; floats of absurd ints overflow and count as none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _plain_number(value: Any) -> Any:
+    """int or float for whatever is registered as such a number; anything else as it is."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
 
 
 def _clip(value: Any, low: int, high: int, default: int) -> int:
-    if not _is_number(value) or not math.isfinite(value):
-        return default
-    return min(max(round(value), low), high)
+    return min(max(round(value), low), high) if _is_number(value) else default

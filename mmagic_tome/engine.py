@@ -17,12 +17,14 @@ deep-copied (the copy is independent), pickled, and compiled as one graph.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .config import ToMeConfig
 from .errors import ToMeError
@@ -67,24 +69,26 @@ def apply_tome(
     config = ToMeConfig.coerce(config, **options)
     host, network = find_host(model)
     blocks = _blocks_to_merge(host, network, config)
+    _let_the_compiler_see_hooks()
     remove_tome(network)
 
     state = MergeState(config, host)
     state.hook(network, _NetworkPreHook(state), _NetworkPostHook(state))
-    stacks: dict[str, StackState] = {}
+    stacks = set()
     for block in blocks:
         if block.stack_name not in stacks:
-            stacks[block.stack_name] = StackState(block.stack_name)
-            state.hook(block.stack, _StackPreHook(state, stacks[block.stack_name]))
+            stacks.add(block.stack_name)
+            state.hook(block.stack, _StackPreHook(state))
         row = sum(other.downsample == block.downsample for other in state.blocks)
-        merged = BlockState(block.name, block.downsample, row, stacks[block.stack_name])
+        merged = BlockState(block.name, block.downsample, row)
         state.blocks.append(merged)
         state.hook(block.module, _BlockPreHook(state, merged))
         for kind in config.kinds:
             if kind in block.sites:
                 site = SiteState(f"{block.name}.{kind}", kind, merged)
                 state.sites.append(site)
-                state.hook(block.sites[kind], _SitePreHook(site), _SitePostHook(site))
+                before, after = _SitePreHook(state, site), _SitePostHook(state)
+                state.hook(block.sites[kind], before, after)
     return ToMeHandle(network, state)
 
 
@@ -139,12 +143,18 @@ class ToMeHandle:
         """Share of tokens removed per site. Assign to change it between runs; 0 is dense.
 
         Raises:
-            ToMeError: on assignment of a ratio outside [0, config.ceiling].
+            ToMeError: on assignment of a ratio outside [0, config.ceiling], or when this
+                merging was removed or replaced.
         """
         return self._state.config.ratio
 
     @ratio.setter
     def ratio(self, value: float) -> None:
+        if not self.active:
+            raise ToMeError(
+                "this token merging was removed or replaced, its ratio changes nothing; use the "
+                "handle of the last apply_tome, or get_handle(model)"
+            )
         self._state.config = self._state.config.replace(ratio=value)
 
     @property
@@ -231,12 +241,7 @@ class ToMeHandle:
 
 
 class MergeState:
-    """Everything the hooks of one network share.
-
-    What belongs to one forward only (``step``, ``layouts``, the grids and
-    plans) is set by the pre-hooks and dropped at its end, so that a compiled
-    graph returns none of it.
-    """
+    """Everything the hooks of one network share."""
 
     def __init__(self, config: ToMeConfig, host: Host) -> None:
         self.config = config
@@ -244,8 +249,41 @@ class MergeState:
         self.blocks: list[BlockState] = []
         self.sites: list[SiteState] = []
         self.hooks: list[RemovableHandle] = []
-        self.step: Tensor | None = None
-        self.layouts: dict[tuple[int, int, int], GridLayout] = {}
+        self._threads = threading.local()
+        self._compiled = Forward()
+
+    @property
+    def forward(self) -> Forward:
+        """What belongs to the forward that is under way in this thread.
+
+        A network may run in several threads at once (a server, ``DataParallel``).
+        Compiled code knows no threads: all of it shares one, so a network with compiled parts
+        must not be run in two threads at once.
+        """
+        if torch.compiler.is_compiling():
+            return self._compiled
+        forward = getattr(self._threads, "forward", None)
+        if forward is None:
+            forward = self._threads.forward = Forward()
+        return forward
+
+    @property
+    def forwards(self) -> tuple[Forward, ...]:
+        """The same, for hooks of outer modules: the modules inside may be compiled on their own
+        (``compile_repeated_blocks``) and look for it elsewhere."""
+        if torch.compiler.is_compiling():
+            return (self._compiled,)
+        return self.forward, self._compiled
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        del state["_threads"], state["_compiled"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._threads = threading.local()
+        self._compiled = Forward()
 
     def hook(self, module: nn.Module, before: Any, after: Any = None) -> None:
         """Register a pre-hook and optionally a post-hook, to be removed together."""
@@ -258,11 +296,13 @@ class MergeState:
             hook.remove()
         self.hooks.clear()
 
-    def layout(self, height: int, width: int, block: BlockState, device: torch.device):
+    def layout(
+        self, height: int, width: int, block: BlockState, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
         """(destinations, sources) for a block; all layouts of a grid are drawn together."""
-        config = self.config
-        key = (block.downsample, height, width)
-        layouts = self.layouts.get(key)
+        config, forward = self.config, self.forward
+        key = (block.downsample, height, width, device)
+        layouts = forward.layouts.get(key)
         if layouts is None:
             if config.use_rand:
                 # A layout per block of the level: every block decorrelates its choice
@@ -274,34 +314,65 @@ class MergeState:
                     config.sx,
                     config.sy,
                     seed=config.seed,
-                    step=self.step,
+                    step=forward.step,
                     count=count,
                     device=device,
                 )
             else:
                 layouts = regular_layout(height, width, config.sx, config.sy, device)
-            self.layouts[key] = layouts
+            forward.layouts[key] = layouts
         return layouts.select(block.row if config.use_rand else 0)
 
 
-class StackState:
-    """A stack and the token grid of its present input."""
+class Forward:
+    """What the hooks know during one forward and drop at its end.
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    Attributes:
+        running (bool): whether the network's own forward is under way.
+        step (Tensor | None): key of the random destinations, from the timestep.
+        grid (tuple | None): (height, width) in tokens, of the stack that runs.
+        layouts (dict): (downsample, height, width, device) -> :class:`GridLayout`.
+        plan (MergePlan | None): of the block that runs. One place for all blocks, since they
+            do not nest: so the hooks of all blocks are the same code to a compiler.
+    """
+
+    def __init__(self) -> None:
+        self.running = False
+        self.step: Tensor | None = None
         self.grid: tuple[int, int] | None = None
+        self.layouts: dict[tuple, GridLayout] = {}
+        self.plan: MergePlan | None = None
+
+    def clear(self, running: bool) -> None:
+        """Forget everything, at the start (``running``) or the end of a forward."""
+        self.running = running
+        self.step = None
+        self.grid = None
+        self.layouts = {}
+        self.plan = None
 
 
 class BlockState:
-    """A block, its place among the blocks of its level, and the plan of its present input."""
+    """A block, its place among the blocks of its level, and the plans a backward may need."""
 
-    def __init__(self, name: str, downsample: int, row: int, stack: StackState) -> None:
+    def __init__(self, name: str, downsample: int, row: int) -> None:
         self.name = name
         self.downsample = downsample
         self.row = row
-        self.stack = stack
-        self.plan: MergePlan | None = None
         self.plans = 0
+        # Input tensor -> (config, plan), for as long as the tensor lives: gradient
+        # checkpointing calls the block again during the backward with the same tensor, when
+        # its network has long gone on, perhaps to another step and size.
+        self.saved = WeakTensorKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        del state["saved"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.saved = WeakTensorKeyDictionary()
 
 
 class SiteState:
@@ -327,8 +398,8 @@ class _NetworkPreHook:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         state = self.state
-        state.layouts = {}
-        state.step = None
+        for forward in state.forwards:
+            forward.clear(running=True)
         if not (state.config.use_rand and state.config.ratio > 0):
             return
         timestep = state.host.timestep(args, kwargs)
@@ -337,34 +408,32 @@ class _NetworkPreHook:
         if not isinstance(timestep, Tensor):
             timestep = torch.tensor(float(timestep))
         # One layout serves the whole batch, so its first timestep speaks for all.
-        state.step = step_key(timestep.detach().reshape(-1)[0])
+        step = step_key(timestep.detach().reshape(-1)[0])
+        for forward in state.forwards:
+            forward.step = step
 
 
 class _NetworkPostHook:
-    """End of a forward: drop its tensors, unless a checkpointed backward may re-run blocks."""
+    """End of a forward: drop what belonged to it (a compiled graph would return it)."""
 
     def __init__(self, state: MergeState) -> None:
         self.state = state
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return
-        state = self.state
-        state.step = None
-        state.layouts = {}
-        for block in state.blocks:
-            block.plan = None
+        for forward in self.state.forwards:
+            forward.clear(running=False)
 
 
 class _StackPreHook:
     """Note the token grid."""
 
-    def __init__(self, state: MergeState, stack: StackState) -> None:
+    def __init__(self, state: MergeState) -> None:
         self.state = state
-        self.stack = stack
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.stack.grid = self.state.host.grid(args, kwargs)
+        grid = self.state.host.grid(args, kwargs)
+        for forward in self.state.forwards:
+            forward.grid = grid
 
 
 class _BlockPreHook:
@@ -376,12 +445,35 @@ class _BlockPreHook:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         state, block = self.state, self.block
-        block.plan = None
-        config = state.config
+        config, forward = state.config, state.forward
+        forward.plan = None
         if config.ratio <= 0:
             return
         metric = args[0] if args else kwargs["hidden_states"]
-        height, width = block.stack.grid
+        if torch.compiler.is_compiling():
+            plan = self.plan(metric)
+        elif torch.is_grad_enabled():
+            made_for, plan = block.saved.get(metric, (None, None))
+            if made_for is not config:
+                plan = self.plan(metric)
+                block.plans += plan is not None
+                block.saved[metric] = (config, plan)
+        else:
+            plan = self.plan(metric)
+            block.plans += plan is not None
+        forward.plan = plan
+
+    def plan(self, metric: Tensor) -> MergePlan | None:
+        """A plan for (B, N, C) tokens of this block; None if there is nothing to merge."""
+        state, block, config = self.state, self.block, self.state.config
+        forward = state.forward
+        if not forward.running or forward.grid is None:
+            raise ToMeError(
+                f"{block.name} was called outside a forward of its network, so the token grid is "
+                "not known. Call the network; for gradient checkpointing, write "
+                "use_reentrant=False (diffusers' default)"
+            )
+        height, width = forward.grid
         tokens = metric.shape[1]
         if tokens != height * width:
             raise ToMeError(
@@ -391,22 +483,21 @@ class _BlockPreHook:
         cells = (height // config.sy) * (width // config.sx)
         r = tokens_to_remove(tokens, tokens - cells, config.ratio) if cells else 0
         if r <= 0:
-            return
+            return None
         destinations, sources = state.layout(height, width, block, metric.device)
-        block.plan = bipartite_match(metric.detach(), destinations, sources, r)
-        if not torch.compiler.is_compiling():
-            block.plans += 1
+        return bipartite_match(metric.detach(), destinations, sources, r)
 
 
 class _SitePreHook:
     """Merge the tokens that go into a site."""
 
-    def __init__(self, site: SiteState) -> None:
+    def __init__(self, state: MergeState, site: SiteState) -> None:
+        self.state = state
         self.site = site
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         site = self.site
-        plan = site.block.plan
+        plan = self.state.forward.plan
         x = args[0] if args else kwargs["hidden_states"]
         site.tokens = x.shape[1]
         site.kept = x.shape[1] if plan is None else plan.num_slots
@@ -423,16 +514,31 @@ class _SitePreHook:
 class _SitePostHook:
     """Unmerge the tokens that come out of a site."""
 
-    def __init__(self, site: SiteState) -> None:
-        self.site = site
+    def __init__(self, state: MergeState) -> None:
+        self.state = state
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        plan = self.site.block.plan
+        plan = self.state.forward.plan
         if plan is None:
             return None
         if isinstance(output, tuple):
             return (plan.unmerge(output[0]), *output[1:])
         return plan.unmerge(output)
+
+
+def _let_the_compiler_see_hooks() -> None:
+    """Make compiled graphs depend on the hooks of the modules they were made from.
+
+    By default dynamo takes for granted that hooks never change and that two models of one
+    class have the same ones: a graph that was compiled for a dense model would silently go on
+    serving it after ``apply_tome``, and would serve a merged copy of it as well.
+    """
+    import torch._dynamo.config as dynamo
+
+    if getattr(dynamo, "skip_nnmodule_hook_guards", False):
+        dynamo.skip_nnmodule_hook_guards = False
+        # What was compiled before lacks the guards.
+        torch.compiler.reset()
 
 
 def _check_site(site: SiteState, plan: MergePlan, x: Tensor, kwargs: dict[str, Any]) -> None:
@@ -450,6 +556,11 @@ def _check_site(site: SiteState, plan: MergePlan, x: Tensor, kwargs: dict[str, A
                 f"{site.name} was given an attention_mask over image tokens, which has no meaning "
                 "for merged tokens; call the model without it or write merge_attn=False"
             )
+    if site.kind == "crossattn" and kwargs.get("ip_adapter_masks") is not None:
+        raise ToMeError(
+            f"{site.name} was given ip_adapter_masks, which are laid over the token grid and do "
+            "not fit merged tokens; write merge_crossattn=False"
+        )
 
 
 # --- choice of blocks and presentation -----------------------------------------------------------

@@ -66,7 +66,11 @@ def test_coerce():
         (dict(sy=2.5), ["sy=2.5", "an integer"]),
         (dict(sx=1, sy=1), ["sx=1", "sy=1", "sx=2"]),
         (dict(sx=1, sy=2, ratio=0.6), ["ratio=0.6", "0.5"]),
-        (dict(max_downsample=3), ["max_downsample=3", "power of two", "write max_downsample=4"]),
+        (dict(max_downsample=3), ["max_downsample=3", "one of [1, 2, 4", "write max_downsample=2"]),
+        (dict(max_downsample=1000), ["write max_downsample=128"]),
+        (dict(max_downsample=float("inf")), ["max_downsample=inf", "write max_downsample='auto'"]),
+        (dict(ratio=10**400), ["a number"]),
+        (dict(sx=10**400), ["an integer"]),
         (dict(max_downsample="fine"), ["max_downsample='fine'", "'auto'"]),
         (dict(use_rand=1), ["use_rand=1", "True or False", "write use_rand=True"]),
         (dict(merge_attn=False), ["merges nothing", "merge_attn=True"]),
@@ -87,6 +91,13 @@ def test_errors_say_key_value_range_and_what_to_write(options, says):
 def test_not_a_mapping(value):
     with pytest.raises(ToMeError, match="must be a dict"):
         ToMeConfig.coerce(value)
+
+
+def test_numbers_of_other_libraries_become_plain():
+    numpy = pytest.importorskip("numpy")
+    config = ToMeConfig(ratio=numpy.float32(0.5), sx=numpy.int64(3), max_downsample=numpy.int32(2))
+    assert config == ToMeConfig(ratio=0.5, sx=3, max_downsample=2)
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
 
 
 def test_immutable_and_replace():

@@ -394,6 +394,15 @@ def test_chunked_feed_forward_with_merge_mlp_is_refused(unet):
     assert run(unet).isfinite().all()
 
 
+def test_a_handle_that_was_replaced_changes_nothing_and_says_so(unet):
+    old = apply_tome(unet, ratio=0.25)
+    new = apply_tome(unet, ratio=0.5)
+    with pytest.raises(ToMeError, match="removed or replaced"):
+        old.ratio = 0.1
+    new.ratio = 0.1
+    assert get_handle(unet).ratio == 0.1
+
+
 def test_attention_mask_over_image_tokens_is_refused(unet):
     apply_tome(unet)
     with pytest.raises(ToMeError, match="attention_mask"):
@@ -475,12 +484,132 @@ def test_gradient_checkpointing_gives_the_same_gradients(unet):
         torch.testing.assert_close(a, b)
 
 
+def test_checkpointing_with_several_forwards_before_the_backward(unet):
+    # The blocks are called again when the network has gone on to another step and size.
+    apply_tome(unet, ratio=0.5, **EVERYTHING)
+    unet.train()
+
+    def gradients():
+        unet.zero_grad()
+        calls = [
+            dict(timestep=torch.tensor(900)),
+            dict(timestep=torch.tensor(100)),
+            tiny_inputs(size=8),
+        ]
+        losses = [unet(**{**tiny_inputs(), **call}).sample.square().mean() for call in calls]
+        run(unet)  # a validation in between
+        sum(losses).backward()
+        return [p.grad.clone() for p in unet.parameters()]
+
+    expected = gradients()
+    unet.enable_gradient_checkpointing()
+    for a, b in zip(gradients(), expected):
+        torch.testing.assert_close(a, b)
+
+
+def test_reentrant_checkpointing_is_refused(unet):
+    from functools import partial
+
+    from torch.utils.checkpoint import checkpoint
+
+    apply_tome(unet, ratio=0.5)
+    unet.train()
+    unet.enable_gradient_checkpointing()
+    for module in unet.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=True)
+    with pytest.raises(ToMeError, match="use_reentrant=False"):
+        unet(**tiny_inputs()).sample.square().mean().backward()
+
+
+def test_saved_plans_live_as_long_as_the_graph(unet):
+    apply_tome(unet, ratio=0.5)
+    blocks = get_handle(unet)._state.blocks
+    run(unet)
+    assert not any(len(block.saved) for block in blocks)
+    out = unet(**tiny_inputs()).sample
+    assert all(len(block.saved) == 1 for block in blocks)
+    del out
+    assert not any(len(block.saved) for block in blocks)
+
+
 def test_nothing_of_a_forward_is_kept(unet):
     apply_tome(unet, ratio=0.5)
     run(unet)
-    state = get_handle(unet)._state
-    assert state.step is None and not state.layouts
-    assert all(block.plan is None for block in state.blocks)
+    forward = get_handle(unet)._state.forward
+    assert not forward.running and forward.step is None
+    assert forward.plan is None and forward.grid is None and not forward.layouts
+
+
+def test_one_network_in_two_threads(unet):
+    apply_tome(unet, ratio=0.5, **EVERYTHING)
+    calls = [tiny_inputs(size=16), {**tiny_inputs(size=24), "timestep": torch.tensor(3)}]
+    expected = [run(unet, **call) for call in calls]
+    wrong = []
+
+    def work(index):
+        for _ in range(8):
+            try:
+                if not torch.equal(run(unet, **calls[index]), expected[index]):
+                    wrong.append(index)
+            except Exception as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.fixture
+def compiler():
+    torch._dynamo.reset()
+    yield lambda model: torch.compile(model, fullgraph=True, backend="eager")
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def small():
+    """One level: tracing is what takes the time in the tests below."""
+    return tiny_unet(levels=1)
+
+
+def test_apply_and_remove_after_compiling(small, compiler):
+    unet = small
+    dense = run(unet)
+    compiled = compiler(unet)
+    assert torch.equal(run(compiled), dense)
+    handle = apply_tome(compiled, ratio=0.5)
+    merged = run(unet)
+    assert not torch.equal(merged, dense)
+    assert torch.equal(run(compiled), merged)
+    handle.remove()
+    assert torch.equal(run(compiled), dense)
+    handle = apply_tome(compiled, ratio=0.5)
+    assert torch.equal(run(compiled), merged)
+    handle.ratio = 0
+    assert torch.equal(run(compiled), dense)
+
+
+def test_a_compiled_dense_copy_does_not_serve_the_merged_one(small, compiler):
+    unet = small
+    clone = copy.deepcopy(unet)
+    dense = run(unet)
+    apply_tome(clone, ratio=0.5)
+    merged = run(clone)
+    assert torch.equal(run(compiler(unet)), dense)
+    assert torch.equal(run(compiler(clone)), merged)
+    assert torch.equal(run(compiler(unet)), dense)
+
+
+def test_blocks_compiled_on_their_own(small, compiler):
+    unet = small
+    apply_tome(unet, ratio=0.5, **EVERYTHING)
+    expected = run(unet)
+    unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+    assert torch.equal(run(unet), expected)
 
 
 def test_one_graph_without_breaks(unet):
@@ -499,6 +628,4 @@ def test_one_graph_without_breaks(unet):
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     assert len(graphs) <= 2
     assert {row["kept"] for row in get_handle(compiled).stats()} == {128, 32, 8}
-    remove_tome(compiled)
-    run(compiled)  # still callable, now dense
     torch._dynamo.reset()

@@ -39,12 +39,15 @@ def find_host(model: object) -> tuple[Host, nn.Module]:
     """
     seen = []
     current = model
+    called = None
     for _ in range(_MAX_DEPTH):
         seen.append(type(current).__name__)
         if isinstance(current, nn.Module):
             for host in HOSTS:
                 if host.matches(current):
-                    return host, current
+                    return host, called or current
+            if called is None and _runs_blocks_itself(current):
+                called = current
         current = next(
             (
                 inner
@@ -60,6 +63,16 @@ def find_host(model: object) -> tuple[Host, nn.Module]:
         f"nothing to merge in a {type(model).__name__} (looked at: {' > '.join(seen)}). "
         f"Supported: {known}. Pass one of these, or a model or pipeline that has it as .unet"
     )
+
+
+def _runs_blocks_itself(wrapper: nn.Module) -> bool:
+    """Whether a wrapper was given a forward of its own that calls the blocks inside directly.
+
+    MMagic's ViCo does that: the forward of the UNet inside never runs, so the
+    wrapper is the network whose call begins and ends a forward.
+    """
+    own = "forward" in vars(wrapper) and "_orig_mod" not in wrapper._modules
+    return own and hasattr(wrapper, "down_blocks")
 
 
 def _attribute(owner: object, name: str) -> object:

@@ -16,6 +16,9 @@ from torch import nn
 
 from .base import Block
 
+# Stacks over frames instead of places (video UNets): their tokens lie on no grid.
+_TEMPORAL = {"temp_attentions", "motion_modules"}
+
 # Names of a block's sub-modules, by kind of site.
 SITES = {"attn": "attn1", "crossattn": "attn2", "mlp": "ff"}
 
@@ -84,5 +87,7 @@ def _stacks(network: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
 
 def _stacks_in(prefix: str, block: nn.Module, downsample: int):
     for name, module in block.named_modules():
+        if _TEMPORAL.intersection(name.split(".")):
+            continue
         if isinstance(getattr(module, "transformer_blocks", None), nn.ModuleList):
             yield f"{prefix}.{name}", module, downsample

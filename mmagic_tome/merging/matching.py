@@ -84,7 +84,10 @@ def _nearest_destination(
     batch, num_dst, num_src = metric.shape[0], destinations.shape[0], sources.shape[0]
     # Only destinations need unit length to find the nearest; dividing the best
     # score by the source's own length afterwards gives the cosine at a fraction of the work.
-    dst = F.normalize(metric.index_select(1, destinations), dim=-1).transpose(1, 2)
+    # The bound on the length is one that half precision can hold: 0 / 0 would be NaN, and NaN
+    # the maximum of every source.
+    smallest = torch.finfo(metric.dtype).tiny
+    dst = F.normalize(metric.index_select(1, destinations), dim=-1, eps=smallest).transpose(1, 2)
     src = metric.index_select(1, sources)
     rows = max(1, max_scores // (batch * num_dst))
     if rows >= num_src:
@@ -94,4 +97,4 @@ def _nearest_destination(
         best = torch.cat([values for values, _ in parts], dim=1)
         nearest = torch.cat([indices for _, indices in parts], dim=1)
     length = torch.linalg.vector_norm(src, dim=-1)
-    return best / length.clamp_min(torch.finfo(length.dtype).tiny), nearest
+    return best / length.clamp_min(smallest), nearest

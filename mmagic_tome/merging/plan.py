@@ -13,6 +13,9 @@ _MODES = ("mean", "sum", "max")
 class MergePlan:
     """Assignment of N tokens to M <= N slots, the same counts for every batch entry.
 
+    Both directions are differentiable, merging once only (``embedding_bag`` has no second
+    derivative).
+
     Merging puts into every slot the average of its tokens (ToMe, arXiv
     2210.09461, section 3.1; for diffusion arXiv 2303.17604, section 3);
     unmerging copies every slot back to all of its tokens.

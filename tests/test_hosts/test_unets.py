@@ -167,3 +167,64 @@ def test_variants_of_the_block(norm_type, attention_type):
         assert merged.shape == dense.shape and not torch.allclose(merged, dense, atol=1e-4)
         get_handle(network).ratio = 0
         assert torch.equal(network(x, 1, **kwargs), dense)
+
+
+def test_stacks_over_frames_are_left_alone():
+    from diffusers import UNet3DConditionModel
+    from tiny import randomise
+
+    network = randomise(
+        UNet3DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            norm_num_groups=8,
+            cross_attention_dim=16,
+            attention_head_dim=8,
+            down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+            up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        )
+    )
+    inputs = dict(timestep=torch.tensor(5), encoder_hidden_states=torch.randn(1, 7, 16))
+    x = torch.randn(1, 4, 3, 8, 8)
+    with torch.no_grad():
+        dense = network(x, **inputs).sample
+        handle = apply_tome(network, ratio=0.5)
+        merged = network(x, **inputs).sample
+    assert handle.stats() and not any("temp" in row["site"] for row in handle.stats())
+    assert {(row["tokens"], row["kept"]) for row in handle.stats()} == {(64, 32)}
+    assert not torch.equal(merged, dense)
+
+
+def test_a_wrapper_with_a_forward_of_its_own_is_the_network():
+    """As MMagic's ViCo: the UNet's own forward never runs, only that of the wrapper."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(super().__getattr__("model"), name)
+
+        def forward(self, *args, **kwargs):
+            return self.model(*args, **kwargs)
+
+    unet = tiny_unet()
+    wrapper = Wrapper(unet)
+    assert find_host(wrapper)[1] is unet
+    inner = type(unet).forward
+    wrapper.forward = lambda *args, **kwargs: inner(unet, *args, **kwargs)
+    assert find_host(wrapper)[1] is wrapper
+    with torch.no_grad():
+        dense = wrapper(**tiny_inputs()).sample
+        with apply_tome(wrapper, ratio=0.5) as handle:
+            first = wrapper(**tiny_inputs()).sample
+            other = wrapper(**{**tiny_inputs(), "timestep": torch.tensor(1)}).sample
+            assert torch.equal(wrapper(**tiny_inputs()).sample, first)
+        assert {row["kept"] for row in handle.stats()} == {128}
+        assert not torch.equal(first, dense) and not torch.equal(first, other)
+        assert torch.equal(wrapper(**tiny_inputs()).sample, dense)
