@@ -228,3 +228,24 @@ def test_a_wrapper_with_a_forward_of_its_own_is_the_network():
         assert {row["kept"] for row in handle.stats()} == {128}
         assert not torch.equal(first, dense) and not torch.equal(first, other)
         assert torch.equal(wrapper(**tiny_inputs()).sample, dense)
+
+
+def test_a_diffusers_pipeline(sd_folder):
+    from tiny import tiny_pipeline
+
+    pipeline = tiny_pipeline(sd_folder)
+
+    def picture():
+        generator = torch.Generator().manual_seed(0)
+        options = dict(num_inference_steps=2, height=64, width=64, output_type="np")
+        return torch.from_numpy(pipeline("a cat", generator=generator, **options).images)
+
+    dense = picture()
+    with apply_tome(pipeline, ratio=0.5) as handle:
+        merged = picture()
+        assert torch.equal(picture(), merged)
+        # Two runs of two steps; classifier-free guidance is a batch, not a second call.
+        assert {row["calls"] for row in handle.stats()} == {4}
+        assert {(row["tokens"], row["kept"]) for row in handle.stats()} == {(64, 32)}
+    assert not torch.equal(merged, dense)
+    assert torch.equal(picture(), dense)
