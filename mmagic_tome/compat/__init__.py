@@ -128,7 +128,9 @@ class _Applying:
             next(around)
             _note(self.repair, "applied")
         except StopIteration:
-            _note(self.repair, "not needed")
+            # Unless it was, at an earlier import that failed for another reason.
+            if _ENTRIES[self.repair.__name__].status != "applied":
+                _note(self.repair, "not needed")
         except Exception as error:
             self._failed(error)
         try:

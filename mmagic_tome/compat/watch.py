@@ -15,13 +15,13 @@ __all__ = ["around_import"]
 
 
 def around_import(name, callback):
-    """Enter a context manager around the next import of a module.
+    """Enter a context manager around the next import of a module that succeeds.
 
     Args:
         name (str): Full name of a module that is not imported yet.
         callback (Callable[[], ContextManager]): Called when the module's code is
             about to run. The context it returns encloses that code, and learns of
-            an exception that ends it.
+            an exception that ends it; it is called again at the next attempt then.
     """
     _WATCHER.waiting.setdefault(name, []).append(callback)
     if _WATCHER not in sys.meta_path:
@@ -74,10 +74,18 @@ class _Loader(importlib.abc.Loader):
         # From here on the module is an ordinary one: inspect, pickle, reload and
         # resource readers meet the loader they would have met without us.
         module.__spec__.loader = module.__loader__ = self.real
-        with contextlib.ExitStack() as stack:
-            for callback in _WATCHER.pop(module.__name__):
-                stack.enter_context(callback())
-            self.real.exec_module(module)
+        name = module.__name__
+        callbacks = _WATCHER.pop(name)
+        try:
+            with contextlib.ExitStack() as stack:
+                for callback in callbacks:
+                    stack.enter_context(callback())
+                self.real.exec_module(module)
+        except BaseException:
+            # The user may install what was missing and import again in this process.
+            for callback in callbacks:
+                around_import(name, callback)
+            raise
 
 
 _WATCHER = _Watcher()

@@ -105,3 +105,17 @@ def test_the_watcher_leaves_when_nothing_waits(module_file, monkeypatch):
     assert sys.meta_path[0] is _WATCHER
     importlib.import_module(name)
     assert _WATCHER not in sys.meta_path
+
+
+def test_callbacks_wait_again_after_a_failed_import(module_file):
+    name = module_file("tome_watch_again", "raise ValueError('a dependency is missing')")
+    events = []
+    around_import(name, recorder(events, "a"))
+    around_import(name, recorder(events, "b"))
+    with pytest.raises(ValueError, match="missing"):
+        importlib.import_module(name)
+    del events[:]
+    module_file(name, "value = 'now it is installed, and the file has another length'")
+    importlib.import_module(name)
+    assert events == ["before a", "before b", "after b", "after a"]
+    assert name not in _WATCHER.waiting
