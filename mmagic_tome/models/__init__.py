@@ -7,30 +7,36 @@ Three spellings, the same in effect::
     model = dict(type='StableDiffusion', ..., tome_cfg=dict(ratio=0.5))
     tome_cfg = dict(ratio=0.5)  # at the top level, beside ``model`` or a ``_base_``
 
-==============  =================================================================
-builder.py      ``type='ToMe'``: builds the inner model, applies, returns it
-family.py       MMagic's Stable Diffusion classes with the key ``tome_cfg``
-mixin.py        what these classes have in common
-runner.py       the top-level key for mmengine's Runner
-spellings.py    reading the keys, and what happens when there are several
-==============  =================================================================
+===============  ================================================================
+builder.py       ``type='ToMe'``: builds the inner model, applies, returns it
+family.py        the key ``tome_cfg`` for MMagic's Stable Diffusion classes
+entry_points.py  the top-level key for runners, ``init_model`` and inferencers
+spellings.py     reading the keys, and what happens when there are several
+===============  ================================================================
 
 ``import mmagic_tome`` does not import MMagic, which takes seconds that a user of
 diffusers alone would pay for nothing: :func:`register_all` waits until something
 imports ``mmagic.models`` (the registry does, before it looks up its first name) and
-registers right after it, and does the same for mmengine's Runner.
+acts right after it, and does the same for what builds models.
 """
 
 import contextlib
+import functools
 import sys
 
 from ..compat import around_import
 from .builder import build_tome
-from .mixin import ToMeMixin
 
-__all__ = ["ToMeMixin", "build_tome", "register_all"]
+__all__ = ["build_tome", "register_all"]
 
 _waiting = set()
+
+_PATCHES = {
+    "mmengine.runner.runner": "patch_runner",
+    "mmengine.runner._flexible_runner": "patch_flexible_runner",
+    "mmagic.apis.inferencers.base_mmagic_inferencer": "patch_inferencer",
+    "mmagic.apis.inferencers.inference_functions": "patch_init_model",
+}
 
 
 def register_all():
@@ -40,7 +46,8 @@ def register_all():
     nothing happens where MMagic or mmengine is not installed.
     """
     _when_imported("mmagic.models", _register_models)
-    _when_imported("mmengine.runner.runner", _patch_runner)
+    for module, patch in _PATCHES.items():
+        _when_imported(module, functools.partial(_patch, module, patch))
 
 
 def _register_models():
@@ -49,10 +56,10 @@ def _register_models():
     from . import family  # noqa: F401
 
 
-def _patch_runner():
-    from .runner import patch_runner
+def _patch(module, patch):
+    from . import entry_points
 
-    patch_runner()
+    getattr(entry_points, patch)(sys.modules[module])
 
 
 def _when_imported(module, action):

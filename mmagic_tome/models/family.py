@@ -1,45 +1,128 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""MMagic's Stable Diffusion classes with the key ``tome_cfg``, under their own names.
+"""The key ``tome_cfg`` for MMagic's Stable Diffusion classes and all their subclasses.
 
-Each is a subclass of MMagic's class with :class:`ToMeMixin` before it and nothing
-else. Importing this module imports ``mmagic.models`` and puts them into its registry,
-in the place of MMagic's under every alias. Models pickle, because their class is
-found here by name.
+The classes themselves are changed, not replaced by subclasses in the registry: a class
+of a user's own, ``type=`` with a class object, ``isinstance`` and pickle then need no
+care at all. What they gain:
+
+- the argument ``tome_cfg`` (dict | ToMeConfig; default None, the model is left as it
+  is), and ``tomesd_cfg``, MMagic's own key, means the same: MMagic's implementation of
+  it fails on every current diffusers UNet, and is never run. A wrong value raises
+  ToMeError before anything is built;
+- ``set_tomesd()``, by this package's engine;
+- ``tome_handle``: the ToMeHandle in force, or None;
+- ``cfg``: assigning a whole config with a top-level ``tome_cfg`` applies it. MMagic's
+  ``init_model`` and inferencers leave their config there.
+
+Importing this module imports ``mmagic.models``.
 """
 
-import mmagic.models  # noqa: F401  (fills the registry)
+import functools
+import inspect
+
+from mmagic import models
 from mmagic.registry import MODELS
 
+from ..engine import apply_tome, get_handle
 from .builder import build_tome
-from .mixin import ToMeMixin
+from .spellings import apply_model_level, apply_top_level, read
 
-FAMILY = (
-    "StableDiffusion",
-    "StableDiffusionInpaint",
-    "StableDiffusionXL",
-    "ControlStableDiffusion",
-    "ControlStableDiffusionImg2Img",
-    "DreamBooth",
-    "TextualInversion",
-    "ViCo",
-    "FastComposer",
-    "AnimateDiff",
-)
+__all__ = ["ROOTS", "teach"]
 
-__all__ = ["FAMILY"]
+# The others of the family inherit from StableDiffusion.
+ROOTS = ("StableDiffusion", "StableDiffusionXL", "AnimateDiff")
+
+# In the ``__dict__`` of a model while its ``__init__`` runs; what it was given so far.
+_BUILDING = "_tome_building"
 
 
-def _with_tome(base):
-    body = {"__module__": __name__, "__doc__": base.__doc__}
-    return type(base.__name__, (ToMeMixin, base), body)
+def teach(root):
+    """Give a class and its subclasses, also those to come, what is listed above.
+
+    Args:
+        root (type): A subclass of :class:`torch.nn.Module`. Teaching it again does nothing.
+    """
+    if hasattr(root, "tome_handle"):
+        return
+
+    def __init_subclass__(cls, **kwargs):
+        super(root, cls).__init_subclass__(**kwargs)
+        _wrap_init(cls)
+
+    root.__init_subclass__ = classmethod(__init_subclass__)
+    root.set_tomesd = _set_tomesd
+    root.tome_handle = property(get_handle, doc="ToMeHandle | None: the token merging in force.")
+    root.cfg = property(_get_cfg, _set_cfg, doc="The whole config; its tome_cfg is applied.")
+    classes = [root]
+    while classes:
+        cls = classes.pop()
+        _wrap_init(cls)
+        classes += cls.__subclasses__()
 
 
-_registered = MODELS.module_dict
-# All ten exist in MMagic 1.2; an earlier version may lack some.
-_ours = {_registered[name]: _with_tome(_registered[name]) for name in FAMILY if name in _registered}
-globals().update({ours.__name__: ours for ours in _ours.values()})
+def _wrap_init(cls):
+    """Let ``cls.__init__`` take ``tome_cfg``, and apply it when the model is complete.
 
-for _name, _class in list(_registered.items()):  # an alias is an entry of its own
-    if _class in _ours:
-        MODELS.register_module(name=_name, module=_ours[_class], force=True)
+    The outermost ``__init__`` of a model applies: only after it is the UNet the one that
+    will run (FastComposer replaces it, ViCo its transformers). So every one is wrapped.
+    """
+    init = vars(cls).get("__init__")
+    if not inspect.isfunction(init) or hasattr(init, "takes_tome_cfg"):
+        return
+    parameters = inspect.signature(init).parameters
+    # It may have a default for it, or an opinion, before it hands it to its base.
+    passes_on = "tome_cfg" in parameters or any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
+    )
+
+    @functools.wraps(init)
+    def __init__(self, *args, **kwargs):
+        given = kwargs.get("tome_cfg")
+        outermost = _BUILDING not in self.__dict__
+        if outermost:
+            read(tome_cfg=given, tomesd_cfg=kwargs.get("tomesd_cfg"))
+            self.__dict__[_BUILDING] = {}
+        if "tome_cfg" in kwargs and not passes_on:
+            del kwargs["tome_cfg"]
+            self.__dict__[_BUILDING].setdefault("tome_cfg", given)
+        init(self, *args, **kwargs)
+        if outermost:
+            _complete(self, self.__dict__.pop(_BUILDING).get("tome_cfg", given))
+
+    __init__.takes_tome_cfg = True
+    cls.__init__ = __init__
+
+
+def _complete(model, tome_cfg):
+    # A positional ``tomesd_cfg`` shows only now.
+    tomesd_cfg = getattr(model, "tomesd_cfg", None)
+    apply_model_level(model, read(tome_cfg=tome_cfg, tomesd_cfg=tomesd_cfg))
+    apply_top_level(model, model.__dict__.get("cfg"))
+
+
+def _set_tomesd(self):
+    """Apply ``self.tomesd_cfg``.
+
+    MMagic calls it in the middle of ``__init__``, where it does nothing yet.
+    """
+    if _BUILDING not in self.__dict__ and self.tomesd_cfg is not None:
+        apply_tome(self, read(tomesd_cfg=self.tomesd_cfg))
+
+
+def _get_cfg(self):
+    try:
+        return self.__dict__["cfg"]
+    except KeyError:
+        raise AttributeError("cfg") from None  # as if there were no property
+
+
+def _set_cfg(self, cfg):
+    self.__dict__["cfg"] = cfg
+    if _BUILDING not in self.__dict__:
+        apply_top_level(self, cfg)
+
+
+for _name in ROOTS:
+    if hasattr(models, _name):  # all are in MMagic 1.2; an earlier one may lack some
+        teach(getattr(models, _name))
 MODELS.register_module(name="ToMe", module=build_tome, force=True)

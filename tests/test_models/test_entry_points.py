@@ -1,6 +1,7 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Three spellings of a config through three ways of building a model from it."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -70,8 +71,10 @@ def by_inferencer(file):
 
     with pytest.warns(UserWarning, match="is overridden by"):  # MMagic says so for any config
         editor = MMagicInferencer(model_name="stable_diffusion", model_config=file, device="cpu")
-    editor.infer(text="a cat", result_out_dir=file.replace("config.py", "image.png"))
-    return editor.inferencer.inferencer.model
+    model = editor.inferencer.inferencer.model
+    if hasattr(model, "infer"):
+        editor.infer(text="a cat", result_out_dir=file.replace("config.py", "image.png"))
+    return model
 
 
 def by_runner(file):
@@ -163,15 +166,118 @@ def test_two_places_must_agree(builder, write):
         BUILDERS[builder](contradicting)
 
 
-def test_runner_checks_the_top_level_before_it_builds(write, monkeypatch):
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_the_top_level_is_checked_before_anything_is_built(builder, write, monkeypatch):
+    import mmagic.apis.inferencers.base_mmagic_inferencer as inferencer
+    import mmagic.apis.inferencers.inference_functions as functions
     from mmengine.runner import runner
 
     def build(*args, **kwargs):
         raise AssertionError("built before the mistake was found")
 
-    monkeypatch.setattr(runner.MODELS, "build", build)
+    for module in (runner, inferencer, functions):
+        monkeypatch.setattr(module.MODELS, "build", build)
     with pytest.raises(ToMeError, match="ratio=2"):
-        by_runner(write(HEADER + "model = {model}\ntome_cfg = dict(ratio=2)\n"))
+        BUILDERS[builder](write(HEADER + "model = {model}\ntome_cfg = dict(ratio=2)\n"))
+
+
+# Classes that know nothing of this package: one of a user's own, and one outside of
+# MMagic's Stable Diffusion family.
+MINE = """
+import mmagic.models
+from mmagic.registry import MODELS
+
+@MODELS.register_module(force=True)
+class MyDiffusion(mmagic.models.StableDiffusion):
+    pass
+"""
+OUTSIDE = """
+from mmagic.registry import MODELS
+from mmengine.model import BaseModel
+
+@MODELS.register_module(force=True)
+class Outside(BaseModel):
+    def __init__(self, unet, **others):
+        super().__init__()
+        self.unet = MODELS.build(unet)
+
+    def forward(self, *args, **kwargs):
+        return None
+"""
+KINDS = {
+    "subclass": MINE + HEADER + "model = {model}\nmodel.update(type='MyDiffusion')\n",
+    "subclass in ToMe": MINE + HEADER + "model = {model}\nmodel.update(type='MyDiffusion')\n"
+    "model = dict(type='ToMe', model=model)\n",
+    "outside": OUTSIDE + HEADER + "model = {model}\nmodel.update(type='Outside')\n",
+}
+# mmengine's config style with imports.
+CLASS_OBJECT = """
+from mmagic.models import StableDiffusion
+model = {model}
+model.update(type=StableDiffusion)
+"""
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model(kind, builder, write, monkeypatch):
+    from mmengine import Config
+
+    config = _config_of(KINDS[kind], write)
+    config.tome_cfg = dict(ratio=0.25)
+    monkeypatch.setattr(Config, "fromfile", lambda *args, **kwargs: copy.deepcopy(config))
+    assert get_handle(BUILDERS[builder](config.filename)).ratio == 0.25
+
+
+@pytest.mark.parametrize("key", ["tome_cfg", "tomesd_cfg"])
+def test_the_key_of_a_class_of_ones_own(key, write):
+    from mmagic.apis import init_model
+
+    config = _config_of(KINDS["subclass"], write)
+    config.model[key] = dict(ratio=0.25)
+    assert init_model(config, device="cpu").tome_handle.ratio == 0.25
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+@pytest.mark.parametrize("spelling", ["tome_cfg = {}", "model.update(tome_cfg={})"])
+def test_a_class_object_in_place_of_a_name(spelling, builder, write):
+    file = write(CLASS_OBJECT + spelling.format("dict(ratio=0.25)") + "\n")
+    assert BUILDERS[builder](file).tome_handle.ratio == 0.25
+
+
+def _config_of(text, write):
+    from mmengine import Config
+
+    file = write(text)
+    names = {}
+    with open(file) as stream:
+        exec(stream.read(), names)
+    return Config(dict(model=names["model"], default_scope="mmagic"), filename=file)
+
+
+@pytest.mark.parametrize("builder", ["init_model", "runner"])
+def test_what_cannot_be_merged_says_so(builder, write):
+    text = HEADER + "model = dict(type='BaseEditModel', generator=dict(type='SRCNNNet'),\n"
+    text += "    pixel_loss=dict(type='L1Loss'))\ntome_cfg = dict(ratio=0.5)\n"
+    with pytest.raises(ToMeError, match="BaseEditModel"):
+        BUILDERS[builder](write(text))
+
+
+def test_flexible_runner(write, tmp_path):
+    from mmengine import Config
+    from mmengine.runner import FlexibleRunner
+
+    def runner(file):
+        config = Config.fromfile(file)
+        settings = dict(work_dir=str(tmp_path), default_scope="mmagic", env_cfg={})
+        config.update(settings, experiment_name=f"test_{next(_COUNT)}")
+        return FlexibleRunner.from_cfg(config)
+
+    merged = runner(write("top"))
+    merged.strategy.prepare(merged.model)  # as train, val and test do
+    assert get_handle(merged.strategy.model).ratio == RATIO
+    with pytest.raises(ToMeError, match="ratio=2"):
+        runner(write(HEADER + "model = {model}\ntome_cfg = dict(ratio=2)\n"))
 
 
 def test_runner_applies_to_a_model_object(tmp_path):

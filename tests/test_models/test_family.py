@@ -2,6 +2,7 @@
 """The key ``tome_cfg`` of MMagic's nine Stable Diffusion classes."""
 
 import copy
+import inspect
 import pickle
 
 import numpy as np
@@ -13,9 +14,11 @@ pytest.importorskip("mmagic")
 import mmagic.models
 import tiny
 from mmagic.registry import MODELS
+from mmengine.model import BaseModel
 from PIL import Image
 
 from mmagic_tome import ToMeConfig, ToMeError, apply_tome, remove_tome
+from mmagic_tome.models.family import teach
 
 FAMILY = (
     "StableDiffusion",
@@ -68,14 +71,17 @@ def infer(kind, model):
 
 
 @pytest.mark.parametrize("name", [*FAMILY, *ALIASES])
-def test_every_name_is_ours_and_still_mmagics(name):
-    ours = MODELS.get(name)
-    theirs = getattr(mmagic.models.editors.controlnet.controlnet, ALIASES.get(name, name), None)
-    theirs = theirs or getattr(mmagic.models, ALIASES.get(name, name))
-    assert issubclass(ours, theirs) and ours is not theirs
-    assert ours.__name__ == theirs.__name__
-    assert ours.__doc__ == theirs.__doc__
-    assert pickle.loads(pickle.dumps(ours)) is ours
+def test_every_name_is_still_mmagics_own_class(name):
+    cls = MODELS.get(name)
+    assert cls.__module__.startswith("mmagic.models.editors.")
+    assert cls.__name__ == ALIASES.get(name, name)
+    assert pickle.loads(pickle.dumps(cls)) is cls
+    assert "tokenizer" in inspect.signature(cls).parameters or name in (
+        "StableDiffusionInpaint",  # whose own is (*args, **kwargs)
+        "sd-inpaint",
+        "StableDiffusionXL",
+        "sdxl",
+    )
 
 
 @pytest.mark.parametrize("kind", [*FAMILY, "native"])
@@ -129,12 +135,10 @@ def test_both_keys(sd_folder):
 @pytest.mark.parametrize("key", ["tome_cfg", "tomesd_cfg"])
 @pytest.mark.parametrize("kind", FAMILY)
 def test_bad_values_show_before_the_model_is_built(kind, key, monkeypatch):
-    base = MODELS.get(kind).__mro__[2]
-
     def init(self, *args, **kwargs):
         raise AssertionError("built before the mistake was found")
 
-    monkeypatch.setattr(base, "__init__", init)
+    monkeypatch.setattr(BaseModel, "__init__", init)
     with pytest.raises(ToMeError, match=f"{key}: ratio=0.9 is above"):
         MODELS.get(kind)(**{key: dict(ratio=0.9)})
 
@@ -189,19 +193,82 @@ def test_assigning_cfg(sd_folder):
     assert model.tome_handle.ratio == 0.25
 
 
-def test_a_class_of_ones_own(sd_folder):
-    from mmagic_tome.models import ToMeMixin
+class Plain(mmagic.models.StableDiffusion):
+    pass
 
-    class Mine(ToMeMixin, mmagic.models.StableDiffusion):
-        pass
 
-    MODELS.register_module(module=Mine)
-    try:
-        model = tiny.tiny_model("Mine", sd_folder, tome_cfg=dict(ratio=0.25))
-    finally:
-        MODELS.module_dict.pop("Mine")
-    assert isinstance(model, Mine)
+class PassesOn(mmagic.models.StableDiffusion):
+    def __init__(self, *args, mine=1, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.mine = mine
+
+
+class ReplacesTheUnet(mmagic.models.StableDiffusionInpaint):
+    """Names every argument, and is no longer what its base built."""
+
+    def __init__(
+        self, vae, text_encoder, tokenizer, unet, scheduler, test_scheduler, enable_xformers
+    ):
+        super().__init__(
+            vae,
+            text_encoder,
+            tokenizer,
+            unet,
+            scheduler,
+            test_scheduler,
+            enable_xformers=enable_xformers,
+        )
+        self.unet = copy.deepcopy(self.unet)
+
+
+class HasADefault(mmagic.models.StableDiffusion):
+    def __init__(self, *args, tome_cfg=None, **kwargs):
+        super().__init__(*args, tome_cfg=tome_cfg or dict(ratio=0.125), **kwargs)
+
+
+class KeepsIt(mmagic.models.StableDiffusion):
+    def __init__(self, *args, tome_cfg=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.options = tome_cfg
+
+
+class SetsCfg(mmagic.models.StableDiffusion):
+    def __init__(self, *args, **kwargs):
+        self.cfg = dict(tome_cfg=dict(ratio=0.25))  # before there is a UNet
+        super().__init__(*args, **kwargs)
+
+
+OWN = (Plain, PassesOn, ReplacesTheUnet, HasADefault, KeepsIt, SetsCfg)
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_a_class_of_ones_own(own, sd_folder):
+    def build(**keys):
+        return tiny.tiny_model("StableDiffusion", sd_folder, type=own, **keys)
+
+    default = {HasADefault: 0.125, SetsCfg: 0.25}.get(own)
+    handle = build().tome_handle
+    assert (handle and handle.ratio) == default
+    model = build(tome_cfg=dict(ratio=0.25))
+    assert type(model) is own
     assert model.tome_handle.ratio == 0.25
+    assert not any(
+        "tome" in name for name in vars(model) if name not in ("_tome_cfg", "tomesd_cfg")
+    )
+    with pytest.raises(ToMeError, match="keep one"):
+        model.cfg = dict(tome_cfg=dict(ratio=0.5))
+
+
+@pytest.mark.parametrize("own", [Plain, PassesOn])
+def test_tomesd_cfg_of_a_class_of_ones_own(own, sd_folder):
+    model = tiny.tiny_model("StableDiffusion", sd_folder, type=own, tomesd_cfg=dict(ratio=0.25))
+    assert model.tome_handle.config == ToMeConfig(ratio=0.25)
+
+
+def test_teaching_twice():
+    before = dict(vars(mmagic.models.StableDiffusion))
+    teach(mmagic.models.StableDiffusion)
+    assert dict(vars(mmagic.models.StableDiffusion)) == before
 
 
 def test_max_downsample_1_on_sdxl_says_which_levels_there_are(sd_folder):
