@@ -14,7 +14,16 @@ if (CHECKOUT / "mmagic_tome").is_dir():
     # A checkout runs its own package, not another version that may be installed.
     sys.path.insert(0, str(CHECKOUT))
 
-from mmagic_tome.apis.cli import main  # noqa: E402
+
+def main():
+    """Run the command; return its exit code."""
+    try:
+        from mmagic_tome.apis import cli
+    except KeyboardInterrupt:  # this import brings torch in, which takes seconds
+        print("infer.py: interrupted", file=sys.stderr)
+        return 130
+    return cli.main(prog="infer.py")
+
 
 if __name__ == "__main__":
-    sys.exit(main(prog="infer.py"))
+    sys.exit(main())

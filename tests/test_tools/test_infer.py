@@ -473,6 +473,19 @@ def test_interrupt_keeps_whole_images_only(run, configs, tmp_path, monkeypatch):
     Image.open(out / "0000_cat.png").load()
 
 
+def test_interrupt_while_torch_is_imported(tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "infer.py")],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 130
+    assert done.stderr == "infer.py: interrupted\n"
+
+
 def test_interrupt_while_a_file_is_written(tmp_path, monkeypatch):
     folder = pictures.ResultFolder(tmp_path)
     folder.save_png("a.png", Image.new("RGB", (8, 8)), {"prompt": "old"})
