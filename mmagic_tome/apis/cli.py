@@ -19,6 +19,9 @@ from pathlib import Path
 from ..errors import ToMeError
 
 DEFAULT_CONFIG = "mmagic_tome::demo/sd-emoji_tome-5e-1.py"
+CONFIG_SUFFIXES = (".py", ".json", ".yaml", ".yml")
+# What --compare measures and draws with: name in Python, name of the package.
+COMPARE_NEEDS = {"skimage": "scikit-image", "matplotlib": "matplotlib"}
 INTERRUPTED = 130
 BAD_INPUT = 2
 
@@ -33,8 +36,9 @@ first, so an interrupted run leaves whole images or none. Without --overwrite a
 folder that already holds results is left alone, and a numbered one beside it
 (OUT-2, OUT-3, ...) is used and named.
 
-Each image has a seed of its own, --seed plus its number: it does not depend on
-the batch size, and dense and merged images start from the same noise.
+Each image has a seed of its own, --seed plus its number (0 comes after the
+largest, 4294967295): it does not depend on the batch size, and dense and merged
+images start from the same noise.
 
 A config may state defaults for this command in `infer_cfg`, with the keys
 prompts, negative_prompt, steps, guidance, size, seed and batch_size.
@@ -89,6 +93,48 @@ def parse_size(text):
     return int(parts[0]), int(parts[-1])
 
 
+# What these options take, and what the same keys of a config's `infer_cfg` take.
+VALUES = {
+    "steps": _number(int, low=1),
+    "guidance": _number(float, low=0),
+    "size": parse_size,
+    # torch takes more, but its generator on the CPU looks at 32 bits only, as numpy's does.
+    "seed": _number(int, low=0, below=2**32),
+    "batch_size": _number(int, low=1),
+}
+
+
+def check_default(key, value):
+    """Return the value of a key of ``infer_cfg`` as the option of that name gives it.
+
+    Args:
+        key: A field of ``Request``.
+        value: What the config says, not None. A text serves as one prompt, and
+            a list of two numbers as a size.
+
+    Raises:
+        BadInput: Naming the key and what it takes.
+    """
+    try:
+        if key == "prompts":
+            prompts = [value] if isinstance(value, str) else value
+            if not isinstance(prompts, (list, tuple)):
+                raise ValueError(f"expected a text or a list of texts, got {value!r}")
+            for prompt in prompts:
+                if not isinstance(prompt, str) or not prompt.strip():
+                    raise ValueError(f"expected a text for each prompt, got {prompt!r}")
+            return [prompt.strip() for prompt in prompts]
+        if key == "negative_prompt":
+            if not isinstance(value, str):
+                raise ValueError(f"expected a text, got {value!r}")
+            return value
+        if key == "size" and isinstance(value, (list, tuple)):
+            value = "x".join(map(str, value))
+        return VALUES[key](str(value))
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise BadInput(f"infer_cfg of the config: {key}: {error}") from None
+
+
 def build_parser(prog="infer"):
     """Return the parser of the ``infer`` command."""
     parser = Parser(
@@ -101,8 +147,7 @@ def build_parser(prog="infer"):
     parser.add_argument(
         "config",
         nargs="?",
-        default=DEFAULT_CONFIG,
-        help="MMagic config: a file, or package::path (default: %(default)s)",
+        help=f"MMagic config: a file, or package::path (default: {DEFAULT_CONFIG})",
     )
     add = parser.add_argument_group("what to generate").add_argument
     add(
@@ -121,26 +166,31 @@ def build_parser(prog="infer"):
         help="UTF-8 text, one prompt per line; empty lines and lines with # are skipped",
     )
     add("--negative-prompt", metavar="TEXT", help="what the images should not show")
-    add("--steps", type=_number(int, low=1), metavar="N", help="denoising steps (default: 50)")
+    add("--steps", type=VALUES["steps"], metavar="N", help="denoising steps (default: 50)")
     add(
         "--guidance",
-        type=_number(float, low=0),
+        type=VALUES["guidance"],
         metavar="W",
         help="classifier-free guidance weight; 1 or less is none (default: 7.5)",
     )
     add(
         "--size",
-        type=parse_size,
+        type=VALUES["size"],
         metavar="N|HxW",
         help="height and width in pixels (default: what the model was trained at)",
     )
     add(
         "--seed",
-        type=_number(int, low=0, below=2**63),
+        type=VALUES["seed"],
         metavar="N",
         help="seed of the first image; image i has seed N + i (default: 0)",
     )
-    add("--batch-size", type=_number(int, low=1), metavar="N", help="images per run (default: 1)")
+    add(
+        "--batch-size",
+        type=VALUES["batch_size"],
+        metavar="N",
+        help="images per run (default: 1)",
+    )
 
     add = parser.add_argument_group("token merging").add_argument
     add(
@@ -206,7 +256,7 @@ def resolve_config(name):
         if not path.is_file():
             kind = "is a folder, not a file" if path.is_dir() else "does not exist"
             raise BadInput(f"config {name} {kind}")
-        if path.suffix not in (".py", ".json", ".yaml", ".yml"):
+        if path.suffix not in CONFIG_SUFFIXES:
             raise BadInput(f"config {name} is not a .py, .json, .yaml or .yml file")
         return path
     package, _, relative = name.partition("::")
@@ -251,6 +301,26 @@ def gather_prompts(args):
     return prompts
 
 
+def check_no_config_among(prompts):
+    """Fail if a prompt is a config: ``--prompt`` takes all words that follow it."""
+    for text in prompts:
+        path = Path(text)
+        if path.suffix in CONFIG_SUFFIXES and ("::" in text or path.expanduser().is_file()):
+            raise BadInput(f"config {text} was taken as a prompt; put it first, before --prompt")
+
+
+def check_compare_installed():
+    """Fail unless what ``--compare`` needs, and only it, is installed."""
+    missing = [name for module, name in COMPARE_NEEDS.items() if not _is_installed(module)]
+    if missing:
+        names = " ".join(missing)
+        raise BadInput(f"--compare needs what is not installed here: pip install {names}")
+
+
+def _is_installed(module):
+    return importlib.util.find_spec(module) is not None
+
+
 def check_writable(folder):
     """Fail unless files can be made in ``folder``; leave no trace of the check."""
     folder = Path(folder)
@@ -293,8 +363,13 @@ def holds_results(folder):
 def run(argv, prog):
     """Parse, check what is cheap to check, then generate."""
     args = build_parser(prog).parse_args(argv)
+    if args.config is None:
+        check_no_config_among(args.prompt)
+        args.config = DEFAULT_CONFIG
     args.config_path = resolve_config(args.config)
     args.prompts = gather_prompts(args)
+    if args.compare:
+        check_compare_installed()
     for option in args.cfg_options:
         if not option.partition("=")[0] or "=" not in option:
             raise BadInput(f"--cfg-options takes KEY=VALUE, got {option!r}")

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from .. import ToMeError, apply_tome, get_handle
 from ..version import __version__
+from .cli import check_default
 from .model_config import build_model, check_config, check_device, inner_model, load_config
 from .pictures import ResultFolder, compare_sheet, file_stem, picture_difference
 from .text2image import Generator, Request
@@ -147,7 +148,7 @@ class PairedRun:
                 ratio = 0 if mode == "dense" or self.handle is None else self.ratio
                 text = {
                     "prompt": request.prompts[number],
-                    "seed": str(request.seed + number),
+                    "seed": str(request.seed_of(number)),
                     "ratio": f"{ratio:g}",
                     **self.text,
                 }
@@ -228,7 +229,7 @@ def image_reports(paired):
     for number, names in sorted(paired.files.items()):
         report = {
             "prompt": request.prompts[number],
-            "seed": request.seed + number,
+            "seed": request.seed_of(number),
             "file": names["merged"],
         }
         if "dense" in names:
@@ -357,22 +358,23 @@ def quiet_libraries():
 
 def make_request(args, config):
     """Return the :class:`Request`: the command's options, else the config's ``infer_cfg``."""
-    given = dict(config.get("infer_cfg") or {})
+    given = config.get("infer_cfg")
+    if not isinstance(given, (dict, type(None))):
+        raise ToMeError(f"infer_cfg of the config: expected a dict, got {given!r}")
+    given = dict(given or {})
     known = set(Request.__dataclass_fields__)
     unknown = sorted(set(given) - known)
     if unknown:
         raise ToMeError(
             f"the config's infer_cfg has unknown keys {unknown}; it takes {sorted(known)}"
         )
-    if isinstance(given.get("size"), int):
-        given["size"] = (given["size"],) * 2
+    given = {key: check_default(key, value) for key, value in given.items() if value is not None}
     for key in known:
         value = getattr(args, key)
         if value is not None and value != []:
             given[key] = value
     if not given.get("prompts"):
         raise ToMeError("no prompts: pass --prompt TEXT ... or --prompt-file FILE")
-    given["prompts"] = list(given["prompts"])
     return Request(**given)
 
 

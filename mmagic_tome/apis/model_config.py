@@ -16,13 +16,15 @@ import torch
 
 from .. import ToMeConfig, ToMeError
 from ..models.spellings import read
-from .assets import register_config_package
+from .assets import PACKAGE_ROOT, register_config_package
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# mmcv itself is compiled for half an hour where there is no wheel of it; its lite
-# form serves the Stable Diffusion family as well.
-NEEDED = "mmagic mmengine 'mmcv-lite>=2.0.0,<2.2.0'"
+_IN_CHECKOUT = (PACKAGE_ROOT.parent / "requirements" / "mminstall.txt").is_file()
+# A wheel knows the lines of that file as its extra `mim`.
+_LIBRARIES = "-r requirements/mminstall.txt" if _IN_CHECKOUT else "'mmagic_tome[mim]'"
+# MMagic without its dependencies: it asks for some that have no wheels and no use here.
+NEEDED = f"pip install {_LIBRARIES} && pip install --no-deps mmagic==1.2.0"
 
 # Arguments of `infer` that say that a model wants more than text.
 CONDITIONS = (
@@ -52,9 +54,7 @@ def load_config(path, options=()):
     try:
         from mmengine.config import Config, DictAction
     except ImportError as error:
-        raise ToMeError(
-            f"reading MMagic configs needs mmengine ({error}): pip install {NEEDED}"
-        ) from error
+        raise ToMeError(f"reading MMagic configs needs mmengine: {NEEDED} ({error})") from error
     register_config_package()
     try:
         config = Config.fromfile(str(path))
@@ -135,7 +135,7 @@ def check_size(size, unit):
     near = "x".join(str(max(unit, round(side / unit) * unit)) for side in size)
     raise ToMeError(
         f"size {size[0]}x{size[1]} does not fit this model: height and width must be multiples "
-        f"of {unit} (VAE factor x UNet downsampling); the nearest is {near}"
+        f"of {unit} (for its VAE and the levels of its UNet); the nearest is {near}"
     )
 
 
@@ -164,8 +164,8 @@ def check_config(config, request, ratio, compare):
     vae, unet = component(model, "vae"), component(model, "unet")
     vae_levels = len(vae.get("block_out_channels") or ())
     unet_levels = len(unet.get("down_block_types") or unet.get("block_out_channels") or ())
-    if vae_levels and unet_levels:
-        check_size(request.size, size_unit(vae_levels, unet_levels))
+    # Where only loading tells the levels, at least MMagic's multiples of 8 are certain.
+    check_size(request.size, size_unit(vae_levels, unet_levels))
     for name in ("unet", "vae"):
         part = model.get(name)
         source = part.get("from_pretrained") if isinstance(part, dict) else None
@@ -213,13 +213,14 @@ def build_model(config, device="cpu", dtype=None):
         The model, in evaluation mode, with its ``tome_cfg`` applied.
 
     Raises:
-        ToMeError: If MMagic is missing, weights are not there, or the model
-            makes images from something else than text.
+        ToMeError: If MMagic is missing, weights are not there, the config has
+            options that the model does not take, or the model makes images
+            from something else than text.
     """
     try:
         from mmagic.apis import init_model
     except ImportError as error:
-        raise ToMeError(f"this needs MMagic ({error}): pip install {NEEDED}") from error
+        raise ToMeError(f"this needs MMagic: {NEEDED} ({error})") from error
     from mmagic.registry import MODELS
 
     kind = inner_model(config).type
@@ -227,8 +228,16 @@ def build_model(config, device="cpu", dtype=None):
     if cls is None:
         raise ToMeError(f"MMagic has no model {kind!r}")
     check_text_to_image(cls)
+    check_arguments(cls, inner_model(config))
     try:
         model = init_model(config, device=str(device))
+    except ToMeError:
+        raise
+    except (TypeError, KeyError, ValueError, AssertionError) as error:
+        # What parts of a model raise for an option or a type that they do not know.
+        raise ToMeError(
+            f"cannot build {cls.__name__} from the config: {type(error).__name__}: {error}"
+        ) from error
     except OSError as error:  # what huggingface libraries raise for missing weights
         offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
         hint = "HF_HUB_OFFLINE is set, nothing is downloaded; " if offline else ""
@@ -242,6 +251,28 @@ def build_model(config, device="cpu", dtype=None):
         model.to(DTYPES[dtype])
         model.eval()
     return model
+
+
+def check_arguments(cls, model):
+    """Raise :class:`ToMeError` for keys of a ``model`` entry that ``cls`` does not take.
+
+    Only those of the model itself: what its parts take shows when they are built.
+    """
+    known = {"type", "_scope_", "tome_cfg"}
+    for base in cls.__mro__ if inspect.isclass(cls) else ():
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(base.__init__).parameters.values()
+        known.update(parameter.name for parameter in parameters)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break  # nothing goes on to the bases
+    else:
+        return  # it takes anything
+    unknown = sorted(set(model) - known)
+    if unknown:
+        names = ", ".join(f"model.{name}" for name in unknown)
+        taken = ", ".join(sorted(known - {"self", "args", "kwargs", "type", "_scope_"}))
+        raise ToMeError(f"{cls.__name__} does not take {names}; it takes {taken}")
 
 
 def check_text_to_image(cls):

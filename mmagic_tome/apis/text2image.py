@@ -23,7 +23,7 @@ class Request:
         guidance: Weight of classifier-free guidance; 1 or less is none, and
             halves the work.
         size: Height and width in pixels; None for the model's own.
-        seed: Seed of the first image; image i has ``seed + i``.
+        seed: Seed of the first image, below 2**32; image i has ``seed_of(i)``.
         batch_size: Images per run of the model.
     """
 
@@ -34,6 +34,10 @@ class Request:
     size: tuple[int, int] | None = None
     seed: int = 0
     batch_size: int = 1
+
+    def seed_of(self, number: int) -> int:
+        """Return the seed of an image: after the largest of 32 bits comes 0."""
+        return (self.seed + number) % 2**32
 
     def batches(self) -> list[range]:
         """Return the numbers of the images of each batch."""
@@ -84,7 +88,7 @@ class Generator:
         Noise is drawn on the CPU, image by image: it is the same on every
         device and at every batch size.
         """
-        generators = [torch.Generator().manual_seed(self.request.seed + i) for i in numbers]
+        generators = [torch.Generator().manual_seed(self.request.seed_of(i)) for i in numbers]
         shape = (1, self.channels, self.size[0] // self.factor, self.size[1] // self.factor)
         return generators, torch.cat([torch.randn(shape, generator=g) for g in generators])
 
@@ -110,7 +114,7 @@ class Generator:
             "num_inference_steps": steps or request.steps,
             "guidance_scale": request.guidance,
             "latents": latents,
-            "seed": request.seed + numbers[0],
+            "seed": request.seed_of(numbers[0]),
             "show_progress": False,
         }
         if self._takes_generators():

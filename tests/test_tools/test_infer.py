@@ -1,6 +1,7 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """``tools/infer.py`` with a random model: options, complaints, files, interruption."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -41,6 +42,7 @@ def configs(sd_folder, tmp_path_factory):
     model = tiny_config(folder=sd_folder)
     inpaint = tiny_config("StableDiffusionInpaint", sd_folder)
     elsewhere = tiny_config(folder="/nowhere/at/all")
+    hub = tiny_config(folder="somebody/some-model")
     tome, noisy = dict(ratio=0.5), dict(type="DDPMScheduler")
     return {
         "dense": write_config(folder / "dense.py", model),
@@ -58,6 +60,7 @@ def configs(sd_folder, tmp_path_factory):
             folder / "sdxl.py", tiny_config("StableDiffusionXL", sd_folder), tome_cfg=tome
         ),
         "inpaint": write_config(folder / "inpaint.py", inpaint, tome_cfg=tome),
+        "hub": write_config(folder / "hub.py", hub, tome_cfg=tome),
         "elsewhere": write_config(folder / "elsewhere.py", elsewhere, tome_cfg=tome),
         "contradiction": write_config(
             folder / "contradiction.py", {**model, "tome_cfg": dict(ratio=0.3)}, tome_cfg=tome
@@ -66,6 +69,9 @@ def configs(sd_folder, tmp_path_factory):
             folder / "defaults.py",
             model,
             infer_cfg=dict(prompts=["dog", "cat"], steps=3, guidance=2.0, size=64, seed=5),
+        ),
+        "texts": write_config(
+            folder / "texts.py", model, infer_cfg=dict(prompts="a cat", steps=2, size="64x72")
         ),
         "wrong_defaults": write_config(folder / "wrong.py", model, infer_cfg=dict(prompt="cat")),
         "no_model": write_config(folder / "no_model.py", None),
@@ -118,6 +124,7 @@ def complaint_cases():
         "no steps": (["{tome}", "--steps", "0"], "at least 1"),
         "steps is no number": (["{tome}", "--steps", "ten"], "whole number"),
         "guidance not finite": (["{tome}", "--guidance", "nan"], "finite"),
+        "seed too large": (["{tome}", "--seed", "4294967296"], "less than 4294967296"),
         "seed negative": (["{tome}", "--seed", "-1"], "at least 0"),
         "ratio negative": (["{tome}", "--ratio", "-0.1"], "at least 0"),
         "ratio one": (["{tome}", "--ratio", "1"], "less than 1"),
@@ -142,6 +149,38 @@ def complaint_cases():
             "cannot write",
         ),
         "weights not there": (["{elsewhere}", "--prompt", "cat"], "weights are not there"),
+        "size of weights with a name": (
+            ["{hub}", "--prompt", "cat", "--size", "64x60"],
+            "multiples of 8",
+        ),
+        "config after prompts": (["--prompt", "cat", "{tome}"], "put it first"),
+        "packaged config after prompts": (
+            ["--prompt", "cat", "mmagic_tome::demo/sd-emoji.py"],
+            "put it first",
+        ),
+        "infer_cfg no dict": (
+            ["{tome}", "--prompt", "cat", "--cfg-options", "infer_cfg=5"],
+            "infer_cfg of the config: expected a dict",
+        ),
+        **{
+            f"infer_cfg {option}": (
+                ["{tome}", "--prompt", "cat", "--cfg-options", f"infer_cfg.{option}"],
+                f"infer_cfg of the config: {option.partition('=')[0]}: expected {wanted}",
+            )
+            for option, wanted in {
+                "steps=many": "a whole number, got 'many'",
+                "steps=2.5": "a whole number, got '2.5'",
+                "steps=True": "a whole number, got 'True'",
+                "batch_size=0": "at least 1, got 0",
+                "seed=-1": "at least 0, got -1",
+                "guidance=nan": "a finite number, got 'nan'",
+                "size=64.5": "N or HxW in pixels, got '64.5'",
+                "size=64,64,64": "N or HxW in pixels, got '64x64x64'",
+                "prompts=5": "a text or a list of texts, got 5",
+                "prompts=cat,5": "a text for each prompt, got 5",
+                "negative_prompt=5": "a text, got 5",
+            }.items()
+        },
         "infer_cfg wrong": (["{wrong_defaults}", "--prompt", "cat"], "unknown keys ['prompt']"),
     }
 
@@ -175,6 +214,45 @@ def test_a_model_that_wants_more_than_text_is_refused_unloaded(run, configs, tmp
     code, _, err = run(configs["inpaint"], "--prompt", "cat", "--out", tmp_path / "out")
     assert code == 2 and err.count("\n") == 1
     assert "not a text-to-image model" in err and "image" in err
+
+
+@pytest.mark.parametrize(
+    ("spelling", "option", "expected"),
+    [
+        ("tome", "model.foo=3", "StableDiffusion does not take model.foo; it takes data_pre"),
+        ("sdxl", "model.foo=3", "StableDiffusionXL does not take model.foo; it takes data_pre"),
+        ("wrapped", "model.model.foo=3", "StableDiffusion does not take model.foo"),
+        ("wrapped", "model.foo=3", "type='ToMe' does not know 'foo'"),
+        ("tome", "model.text_encoder.foo=3", "foo"),
+        ("tome", "model.scheduler.type=Nothing", "Nothing"),
+        ("tome", "model.dtype=fp8", "'fp32', 'fp16', 'bf16'"),
+    ],
+)
+def test_options_that_the_model_does_not_take(spelling, option, expected, run, configs, tmp_path):
+    code, _, err = run(
+        *[configs[spelling], "--prompt", "cat", "--out", tmp_path / "out", *QUICK],
+        *["--cfg-options", option],
+    )
+    assert code == 2 and err.count("\n") == 1
+    assert expected in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("module", ["skimage", "matplotlib"])
+def test_compare_without_what_it_draws_with(module, run, configs, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *args: None if name == module else find(name)
+    )
+    monkeypatch.setattr(infer, "build_model", lambda *_: pytest.fail("the model was built"))
+    code, _, err = run(configs["tome"], "--prompt", "cat", "--compare", "--out", tmp_path / "out")
+    assert code == 2 and err.count("\n") == 1
+    package = {"skimage": "scikit-image"}.get(module, module)
+    assert err.endswith(f"pip install {package}\n")
+
+
+def test_what_to_install_is_what_the_readme_says():
+    assert model_config.NEEDED in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_weights_that_would_have_to_be_downloaded(run, tmp_path, monkeypatch):
@@ -406,6 +484,22 @@ def test_half_precision(dtype, run, configs, tmp_path):
     assert np.abs(full - half).mean() < 10
 
 
+def test_seeds_go_on_at_zero_after_the_largest(run, configs, tmp_path):
+    """Neither numpy nor torch's generator on the CPU looks at more than 32 bits of one."""
+    base = [configs["dense"], *QUICK, "--prompt"]
+    last = 2**32 - 1
+    for batch in (1, 2):
+        out = ["--out", tmp_path / str(batch), "--batch-size", batch]
+        code, _, err = run(*base, "cat", "dog", "--seed", last, *out)
+        assert code == 0, err
+    assert run(*base, "dog", "--seed", 0, "--out", tmp_path / "zero")[0] == 0
+    assert [entry["seed"] for entry in result(tmp_path / "1")["images"]] == [last, 0]
+    assert Image.open(tmp_path / "1" / "0001_dog.png").text["seed"] == "0"
+    dog = pixels(tmp_path / "zero" / "0000_dog.png")
+    assert np.array_equal(dog, pixels(tmp_path / "1" / "0001_dog.png"))
+    assert np.abs(dog - pixels(tmp_path / "2" / "0001_dog.png")).max() <= 2
+
+
 def test_prompts_from_files(run, configs, tmp_path):
     (tmp_path / "one.txt").write_text("\ufeff# animals\ncat\n\n  dog  \n", encoding="utf-8")
     (tmp_path / "two.txt").write_text("猫\n", encoding="utf-8")
@@ -433,6 +527,16 @@ def test_defaults_of_a_config_and_what_overrides_them(run, configs, tmp_path):
     assert code == 0, err
     settings = result(tmp_path / "b")["settings"]
     assert (settings["steps"], settings["guidance"], settings["seed"]) == (3, 0.0, 0)
+
+
+def test_defaults_written_as_texts(run, configs, tmp_path):
+    size = ["--cfg-options", "infer_cfg.size=64,64"]
+    code, _, err = run(configs["texts"], "--device", "cpu", "--out", tmp_path / "a", *size)
+    assert code == 0, err
+    assert [entry["prompt"] for entry in result(tmp_path / "a")["images"]] == ["a cat"]
+    assert result(tmp_path / "a")["settings"]["size"] == "64x64"
+    code, _, err = run(configs["texts"], "--device", "cpu", "--out", tmp_path / "b")
+    assert code == 2 and "size 64x72 does not fit" in err
 
 
 def test_earlier_results_are_not_overwritten(run, configs, tmp_path, monkeypatch):
