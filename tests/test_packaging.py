@@ -91,6 +91,8 @@ def test_wheel_holds_what_it_should(wheel):
     assert expected <= set(names)
     strays = [n for n in names if not re.match(r"mmagic_tome(/|-[\d.]+\.dist-info/)", n)]
     assert not strays
+    tops = {name.partition("/")[0].partition("-")[0] for name in names}
+    assert tops == {"mmagic_tome"}, "configs/ and tools/ stay out of site-packages itself"
     assert not [n for n in names if n.endswith((".pyc", ".part")) or "__pycache__" in n]
     assert sum((ROOT / name).stat().st_size for name in weights) <= 24e6
 
@@ -145,6 +147,15 @@ print(get_config('mmagic_tome::demo/sd-emoji_tome-5e-1.py').tome_cfg.ratio)
     ratio, kind, weights = printed[-2].split(" ", 2)
     assert (ratio, kind, printed[-1]) == ("0.25", "StableDiffusion", "0.5")
     assert Path(weights, "unet", "config.json").is_file() and str(ROOT) not in weights
+
+
+def test_what_a_wheel_says_is_needed_for_mmagic(wheel, installed, tmp_path):
+    script = "from mmagic_tome.apis.model_config import NEEDED; print(NEEDED)"
+    needed = run(installed, "-W", "ignore", "-c", script, cwd=tmp_path).strip()
+    assert needed == "pip install 'mmagic_tome[mim]' && pip install --no-deps mmagic==1.2.0"
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = archive.read(next(n for n in archive.namelist() if n.endswith("METADATA")))
+    assert "Provides-Extra: mim" in metadata.decode()
 
 
 def test_tools_of_the_wheel(installed, tmp_path):
