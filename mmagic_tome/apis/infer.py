@@ -24,7 +24,14 @@ from tqdm import tqdm
 from .. import ToMeError, apply_tome, get_handle
 from ..version import __version__
 from .cli import check_default
-from .model_config import build_model, check_config, check_device, inner_model, load_config
+from .model_config import (
+    build_model,
+    check_config,
+    check_device,
+    inner_model,
+    load_config,
+    merging_config,
+)
 from .pictures import ResultFolder, compare_sheet, file_stem, picture_difference
 from .text2image import Generator, Request
 
@@ -291,8 +298,10 @@ def command(args, argv):
     model = build_model(config, device, args.dtype)
     generator = Generator(model, request)
     handle = get_handle(model)
-    if handle is None and args.ratio is not None:
-        handle = apply_tome(model, ratio=args.ratio)
+    asked = merging_config(config)
+    if handle is None and (asked is not None or args.ratio is not None):
+        options = {} if args.ratio is None else {"ratio": args.ratio}
+        handle = apply_tome(model, asked, **options)
     ratio = None if handle is None else handle.ratio if args.ratio is None else args.ratio
 
     rounds = args.repeats or (math.ceil(3 / len(request.batches())) if args.compare else 1)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import tiny_config
 
-from mmagic_tome import ToMeError
+from mmagic_tome import ToMeError, remove_tome
 from mmagic_tome.__main__ import main as package_main
 from mmagic_tome.apis import cli, infer, model_config, pictures
 
@@ -459,6 +459,20 @@ def test_ratio_for_a_config_without_tome_cfg(run, configs, tmp_path):
     images = [pixels(tmp_path / name / "0000_cat.png") for name in ("dense", "zero", "half")]
     assert np.array_equal(images[0], images[1])
     assert not np.array_equal(images[0], images[2])
+
+
+def test_a_model_that_was_built_without_its_tome_cfg(run, configs, tmp_path, monkeypatch):
+    def build(*args):
+        model = model_config.build_model(*args)
+        assert remove_tome(model)
+        return model
+
+    monkeypatch.setattr(infer, "build_model", build)
+    out = tmp_path / "out"
+    code, printed, err = run(configs["tome"], "--prompt", "cat", "--out", out, *QUICK)
+    assert code == 0, err
+    assert "Nothing was merged" not in printed
+    assert result(out)["token_merging"]["config"]["ratio"] == 0.5
 
 
 def test_cfg_options_reach_the_model(run, configs, tmp_path):
