@@ -39,6 +39,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=10)
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="bfloat16: autocast while generating, about twice as fast on a CPU that has it",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0)
     return parser.parse_args(argv)
@@ -63,21 +69,22 @@ def choose(concepts: list[int], count: int) -> list[int]:
     return sorted(concepts[i] for i in order[:count].tolist())
 
 
-def generate(pipeline, prompts, size, steps, guidance, seed, batch) -> np.ndarray:
+def generate(pipeline, prompts, size, steps, guidance, seed, batch, dtype="float32") -> np.ndarray:
     """uint8 pictures; prompt i has seed + i, whatever the batch."""
     out = []
     for start in tqdm(range(0, len(prompts), batch), desc="generating"):
         texts = prompts[start : start + batch]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(texts))]
-        pictures = pipeline(
-            texts,
-            height=size,
-            width=size,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=generators,
-            output_type="np",
-        ).images
+        with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            pictures = pipeline(
+                texts,
+                height=size,
+                width=size,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=generators,
+                output_type="np",
+            ).images
         out.append((pictures * 255).round().astype(np.uint8))
     return np.concatenate(out)
 
@@ -145,7 +152,9 @@ def main() -> None:
     chosen = choose(data.concepts, args.count)
     captions = [data.captions[i] for i in chosen]
     began = time.monotonic()
-    pictures = generate(pipeline, captions, size, args.steps, args.guidance, args.seed, args.batch)
+    pictures = generate(
+        pipeline, captions, size, args.steps, args.guidance, args.seed, args.batch, args.dtype
+    )
     seconds = time.monotonic() - began
     features = common.Features().to(args.device)
     real = data.images[size if size in data.images else 256][chosen]
@@ -159,10 +168,12 @@ def main() -> None:
         "steps": args.steps,
         "guidance": args.guidance,
         "seed": args.seed,
+        "dtype": args.dtype,
         "features": "EfficientNet-lite0 (ImageNet), 1280 numbers, cosine",
         "command": (
             f"python tools/demo_model/evaluate.py --count {args.count} --size {size} "
-            f"--steps {args.steps} --guidance {args.guidance:g} --seed {args.seed}"
+            f"--steps {args.steps} --guidance {args.guidance:g} --seed {args.seed} "
+            f"--batch {args.batch} --dtype {args.dtype}"
         ),
         "device": args.device,
         "generation_seconds": round(seconds, 1),

@@ -64,7 +64,10 @@ def export(modules: dict, tokenizer_folder: Path, out: Path) -> int:
             **CLASSES,
         },
     )
-    return sum(p.stat().st_size for p in out.rglob("*.safetensors"))
+    weights = list(out.rglob("*.safetensors"))
+    for path in weights:
+        path.chmod(0o644)  # safetensors writes them for the owner only
+    return sum(p.stat().st_size for p in weights)
 
 
 def main() -> None:

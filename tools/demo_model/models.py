@@ -82,7 +82,7 @@ def build_scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,
-        steps_offset=0,
+        steps_offset=1,
     )
 
 
@@ -190,3 +190,15 @@ def initialise_colour_path(vae: AutoencoderKL) -> None:
     spread(vae.decoder.conv_in, torch.linalg.inv(colours))
     vae.decoder.conv_out.weight[:] *= 0.1
     collect(vae.decoder.conv_norm_out, vae.decoder.conv_out, torch.eye(3))
+
+
+@torch.no_grad()
+def soften_upsampling(vae: AutoencoderKL, amount: float = 0.5) -> None:
+    """Move the colour path of the decoder from repeating pixels towards interpolating them."""
+    line = torch.tensor([0.25, 0.5, 0.25])
+    change = amount * torch.outer(line, line)
+    change[1, 1] -= amount
+    for block in vae.decoder.up_blocks:
+        for up in block.upsamplers or ():
+            for c in range(12):
+                up.conv.weight[c, c] += change

@@ -44,6 +44,7 @@ class Stage:
     warmup: int = 100
     size: int = 128  # picture size in pixels
     ema: float = 0.995
+    late: float = 0.75  # below 1: more training at high noise (UNet stages)
     perceptual: float = 0.02  # weight of the feature loss (VAE stages)
 
     def progress(self, step: int, seconds: float) -> float:
@@ -62,8 +63,19 @@ RECIPES = {
     "cpu": [
         Stage("vae", minutes=5, batch=16, micro=4, lr=5e-4, warmup=40, size=64, ema=0.98),
         Stage("unet_64", minutes=15, batch=24, micro=6, lr=1.2e-3, lr_end=6e-4, size=64),
-        Stage("unet_128", minutes=45, batch=16, micro=4, lr=8e-4, size=128),
-        Stage("decoder", minutes=4, batch=16, micro=4, lr=7e-4, warmup=20, size=64, ema=0.97),
+        Stage("unet_64_2", minutes=19, batch=24, micro=12, lr=9e-4, lr_end=3e-4, size=64, late=0.6),
+        Stage(
+            "unet_128",
+            minutes=22,
+            batch=16,
+            micro=4,
+            lr=4e-4,
+            warmup=30,
+            size=128,
+            late=0.6,
+            ema=0.99,
+        ),
+        Stage("decoder", minutes=2.5, batch=16, micro=4, lr=4e-4, warmup=20, size=64, ema=0.97),
     ],
     "gpu": [
         Stage("vae", steps=6000, batch=64, lr=1e-3, size=64, ema=0.998),
@@ -486,6 +498,7 @@ def decoder_loss(vae, features, data: Data, stage: Stage, device, jitter: float 
 def train_decoder(stage: Stage, previous: str | None, data: Data, work_dir: Path, args) -> None:
     """Sharpen the decoder; the encoder, and so the cached latents, stay as they are."""
     from diffusers import AutoencoderKL
+    from models import soften_upsampling
 
     target = work_dir / "stages" / stage.name / "vae"
     if (target / "config.json").is_file():
@@ -495,6 +508,7 @@ def train_decoder(stage: Stage, previous: str | None, data: Data, work_dir: Path
     if not source.is_dir():
         raise ToolError(f"no VAE in {source}: run the stage before {stage.name} first")
     vae = AutoencoderKL.from_pretrained(source)
+    soften_upsampling(vae)
     vae = vae.to(args.device, memory_format=torch.channels_last).train()
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
@@ -597,7 +611,7 @@ def diffusion_loss(unet, text_encoder, latents, prompts, scheduler, stage: Stage
         # Times spread evenly over the batch: less noise in the loss.
         u = (torch.arange(n) * parts + part + torch.rand(n, generator=generator)) / stage.batch
         # ... and more of them where the picture is mostly noise and the caption decides.
-        t = (u**0.75 * steps).long().clamp_(max=steps - 1)
+        t = (u**stage.late * steps).long().clamp_(max=steps - 1)
         noise = torch.randn(x.shape, generator=generator)
         ids = prompts.batch(picks, generator)
         x, noise, ids = x.to(device), noise.to(device), ids.to(device)
@@ -710,6 +724,11 @@ def train_unet(stage: Stage, previous: str | None, data: Data, work_dir: Path, a
         args.seed,
         args.workers,
     )  # fmt: skip
+    if previous is not None:
+        # Adam's averages of the gradients too: starting them anew costs hundreds of steps.
+        before = work_dir / "checkpoints" / f"{previous}.pt"
+        state = torch.load(before, map_location="cpu", weights_only=True)["optimizer"]
+        trainer.optimizer.load_state_dict(state)
     if trainer.resume():
         print(f"{stage.name}: going on from step {trainer.state.step}")
 
