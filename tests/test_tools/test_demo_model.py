@@ -243,10 +243,10 @@ def test_shipped_size():
 
 @shipped
 def test_shipped_files_name_no_machine():
-    for path in ASSETS.rglob("*.json"):
+    for path in [*ASSETS.rglob("*config.json"), ASSETS / "model_index.json"]:
         text = path.read_text(encoding="utf-8")
         assert "_name_or_path" not in text, path
-        assert "/root" not in text and "/home" not in text, path
+        assert '"/' not in text, path
 
 
 @shipped

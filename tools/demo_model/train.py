@@ -756,11 +756,11 @@ def plot_losses(work_dir: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.2))
-    for path in sorted((work_dir / "logs").glob("*.json")):
+    for path in sorted((work_dir / "logs").glob("*.json"), key=lambda p: p.stat().st_mtime):
         log = json.loads(path.read_text(encoding="utf-8"))
         if log["losses"]:
             steps, _, losses = zip(*log["losses"])
-            ax = axes[0 if path.stem == "vae" else 1]
+            ax = axes[1 if path.stem.startswith("unet") else 0]
             ax.plot(steps, losses, label=f"{path.stem} ({log['seconds'] / 60:.0f} min)")
     for ax in axes:
         ax.set_xlabel("step")
