@@ -36,5 +36,5 @@ model = dict(
 infer_cfg = dict(
     prompts=["red apple", "smiling face with sunglasses", "sailboat"],
     steps=16,
-    guidance=5.0,
+    guidance=3.0,
 )
