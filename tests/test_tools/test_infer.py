@@ -631,6 +631,8 @@ def test_ctrl_c(configs, tmp_path):
         [*command, "--out", str(out)],
         # As for the other tests: two threads wait for each other on a busy machine.
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A run of the tests in the background ignores the signal, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
