@@ -76,8 +76,8 @@ def apply_tome(
     state.hook(network, _NetworkPreHook(state), _NetworkPostHook(state))
     stacks = set()
     for block in blocks:
-        if block.stack_name not in stacks:
-            stacks.add(block.stack_name)
+        if block.stack not in stacks:
+            stacks.add(block.stack)
             state.hook(block.stack, _StackPreHook(state))
         row = sum(other.downsample == block.downsample for other in state.blocks)
         merged = BlockState(block.name, block.downsample, row)
@@ -450,17 +450,13 @@ class _BlockPreHook:
         if config.ratio <= 0:
             return
         metric = args[0] if args else kwargs["hidden_states"]
-        if torch.compiler.is_compiling():
-            plan = self.plan(metric)
-        elif torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             made_for, plan = block.saved.get(metric, (None, None))
             if made_for is not config:
                 plan = self.plan(metric)
-                block.plans += plan is not None
                 block.saved[metric] = (config, plan)
         else:
             plan = self.plan(metric)
-            block.plans += plan is not None
         forward.plan = plan
 
     def plan(self, metric: Tensor) -> MergePlan | None:
@@ -484,6 +480,8 @@ class _BlockPreHook:
         r = tokens_to_remove(tokens, tokens - cells, config.ratio) if cells else 0
         if r <= 0:
             return None
+        if not torch.compiler.is_compiling():
+            block.plans += 1
         destinations, sources = state.layout(height, width, block, metric.device)
         return bipartite_match(metric.detach(), destinations, sources, r)
 

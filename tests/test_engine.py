@@ -469,42 +469,41 @@ def test_gradients_reach_every_parameter(unet):
     assert not missing
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(unet):
-    apply_tome(unet, ratio=0.5, **EVERYTHING)
+def assert_checkpointing_keeps_gradients(unet, loss):
+    """Gradients of ``loss()`` with gradient checkpointing on equal those with it off."""
     unet.train()
 
     def gradients():
         unet.zero_grad()
-        unet(**tiny_inputs()).sample.square().mean().backward()
+        loss().backward()
         return [p.grad.clone() for p in unet.parameters()]
 
     expected = gradients()
     unet.enable_gradient_checkpointing()
     for a, b in zip(gradients(), expected):
         torch.testing.assert_close(a, b)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(unet):
+    apply_tome(unet, ratio=0.5, **EVERYTHING)
+    assert_checkpointing_keeps_gradients(unet, lambda: unet(**tiny_inputs()).sample.square().mean())
 
 
 def test_checkpointing_with_several_forwards_before_the_backward(unet):
     # The blocks are called again when the network has gone on to another step and size.
     apply_tome(unet, ratio=0.5, **EVERYTHING)
-    unet.train()
+    calls = [
+        dict(timestep=torch.tensor(900)),
+        dict(timestep=torch.tensor(100)),
+        tiny_inputs(size=8),
+    ]
 
-    def gradients():
-        unet.zero_grad()
-        calls = [
-            dict(timestep=torch.tensor(900)),
-            dict(timestep=torch.tensor(100)),
-            tiny_inputs(size=8),
-        ]
+    def loss():
         losses = [unet(**{**tiny_inputs(), **call}).sample.square().mean() for call in calls]
         run(unet)  # a validation in between
-        sum(losses).backward()
-        return [p.grad.clone() for p in unet.parameters()]
+        return sum(losses)
 
-    expected = gradients()
-    unet.enable_gradient_checkpointing()
-    for a, b in zip(gradients(), expected):
-        torch.testing.assert_close(a, b)
+    assert_checkpointing_keeps_gradients(unet, loss)
 
 
 def test_reentrant_checkpointing_is_refused(unet):

@@ -28,6 +28,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+_SD15_BLOCKS = dict(layers_per_block=2, cross_attention_dim=768, attention_head_dim=8)
+_SD15_INPUT = dict(context=(77, 768), factor=8, size=512)
+
 # Shapes by name: UNet2DConditionModel arguments, context (tokens, width), pixels per latent place.
 SHAPES = {
     "sd15": dict(
@@ -35,13 +38,9 @@ SHAPES = {
             block_out_channels=(320, 640, 1280, 1280),
             down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-            layers_per_block=2,
-            cross_attention_dim=768,
-            attention_head_dim=8,
+            **_SD15_BLOCKS,
         ),
-        context=(77, 768),
-        factor=8,
-        size=512,
+        **_SD15_INPUT,
     ),
     "sd15-level0": dict(
         unet=dict(
@@ -49,13 +48,9 @@ SHAPES = {
             down_block_types=("CrossAttnDownBlock2D",),
             up_block_types=("CrossAttnUpBlock2D",),
             mid_block_type=None,
-            layers_per_block=2,
-            cross_attention_dim=768,
-            attention_head_dim=8,
+            **_SD15_BLOCKS,
         ),
-        context=(77, 768),
-        factor=8,
-        size=512,
+        **_SD15_INPUT,
     ),
     "small": dict(
         unet=dict(

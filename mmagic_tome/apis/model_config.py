@@ -16,7 +16,7 @@ import torch
 
 from .. import ToMeConfig, ToMeError
 from ..models.spellings import read
-from .assets import PACKAGE_ROOT, register_config_package
+from .assets import PACKAGE_ROOT
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -55,7 +55,6 @@ def load_config(path, options=()):
         from mmengine.config import Config, DictAction
     except ImportError as error:
         raise ToMeError(f"reading MMagic configs needs mmengine: {NEEDED} ({error})") from error
-    register_config_package()
     try:
         config = Config.fromfile(str(path))
         if options:

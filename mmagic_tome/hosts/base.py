@@ -18,7 +18,6 @@ class Block:
         module (nn.Module): called with (B, N, C) tokens as its first argument
             or as ``hidden_states``; what it is given is the metric.
         stack (nn.Module): the module whose input shows the token grid.
-        stack_name (str): dotted path of the stack.
         downsample (int): how many times coarser the block's grid is than the
             network's input, per side.
         sites (dict): kind of site ('attn', 'crossattn', 'mlp') -> the module
@@ -28,7 +27,6 @@ class Block:
     name: str
     module: nn.Module
     stack: nn.Module
-    stack_name: str
     downsample: int
     sites: dict[str, nn.Module] = field(default_factory=dict)
 

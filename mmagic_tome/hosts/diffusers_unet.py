@@ -45,7 +45,6 @@ class DiffusersUNet:
                 name=f"{name}.transformer_blocks.{index}",
                 module=block,
                 stack=stack,
-                stack_name=name,
                 downsample=downsample,
                 sites={
                     kind: getattr(block, attribute)
