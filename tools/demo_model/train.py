@@ -46,6 +46,7 @@ class Stage:
     ema: float = 0.995
     late: float = 0.75  # below 1: more training at high noise (UNet stages)
     perceptual: float = 0.02  # weight of the feature loss (VAE stages)
+    merge: float = 0.0  # ratio of token merging in the self-attention of the finest level (UNet)
 
     def progress(self, step: int, seconds: float) -> float:
         """0 to 1; the learning rate follows it, so that the end of the stage is always reached."""
@@ -75,6 +76,44 @@ RECIPES = {
             late=0.6,
             ema=0.99,
         ),
+        Stage(
+            "unet_128_2",
+            minutes=20,
+            batch=16,
+            micro=4,
+            lr=4e-4,
+            lr_end=2e-4,
+            warmup=30,
+            size=128,
+            late=0.6,
+            ema=0.99,
+        ),
+        # 4096 tokens: with half of them merged a step takes a little over half the time. The last
+        # stage is dense, so that the weights end adapted to attention over all tokens.
+        Stage(
+            "unet_256_merged",
+            minutes=42,
+            batch=8,
+            micro=2,
+            lr=3e-4,
+            lr_end=2e-4,
+            warmup=30,
+            size=256,
+            late=0.6,
+            ema=0.99,
+            merge=0.5,
+        ),
+        Stage(
+            "unet_256",
+            minutes=25,
+            batch=8,
+            micro=2,
+            lr=2e-4,
+            warmup=20,
+            size=256,
+            late=0.6,
+            ema=0.99,
+        ),
         Stage("decoder", minutes=2.5, batch=16, micro=4, lr=4e-4, warmup=20, size=64, ema=0.97),
     ],
     "gpu": [
@@ -84,6 +123,9 @@ RECIPES = {
         Stage("decoder", steps=3000, batch=64, lr=5e-4, size=64, ema=0.998),
     ],
 }
+
+
+LONGEST_STEP = 60.0  # seconds; what a step takes beyond this is a pause
 
 
 @dataclass
@@ -257,7 +299,8 @@ class Trainer:
     def run(self, on_checkpoint=None, max_steps: int | None = None) -> None:
         stage, state = self.stage, self.state
         bar = tqdm(total=stage.steps or None, initial=state.step, desc=stage.name, mininterval=10)
-        last_save = time.monotonic()
+        last_save = last_sheet = time.monotonic()
+        sheet_seconds = 0.0
         recent: list[float] = []
         done = 0
         if self.workers > 1:
@@ -278,7 +321,8 @@ class Trainer:
                 self.ema.step(self.parameters)
                 state.step += 1
                 done += 1
-                state.seconds += time.monotonic() - began
+                # A process that was stopped for a while did not train for that while.
+                state.seconds += min(time.monotonic() - began, LONGEST_STEP)
                 recent.append(loss)
                 bar.update()
                 if len(recent) == 20 or self.finished:
@@ -288,10 +332,13 @@ class Trainer:
                     recent.clear()
                 if time.monotonic() - last_save > 60 * self.checkpoint_minutes:
                     self.save()
-                    if on_checkpoint:
+                    last_save = time.monotonic()
+                    # Sample sheets take a tenth of the time at most.
+                    if on_checkpoint and last_save - last_sheet > 10 * sheet_seconds:
                         with self.averaged():
                             on_checkpoint(self)
-                    last_save = time.monotonic()
+                        last_sheet = time.monotonic()
+                        sheet_seconds = last_sheet - last_save
         finally:
             self._stop_helpers()
             bar.close()
@@ -691,6 +738,8 @@ def train_unet(stage: Stage, previous: str | None, data: Data, work_dir: Path, a
     from tokenizer import train_tokenizer
     from transformers import CLIPTokenizer
 
+    from mmagic_tome import apply_tome, remove_tome
+
     target = work_dir / "stages" / stage.name
     if (target / "unet" / "config.json").is_file():
         print(f"{stage.name}: finished already ({target})")
@@ -731,6 +780,8 @@ def train_unet(stage: Stage, previous: str | None, data: Data, work_dir: Path, a
         trainer.optimizer.load_state_dict(state)
     if trainer.resume():
         print(f"{stage.name}: going on from step {trainer.state.step}")
+    if stage.merge:
+        apply_tome(unet, ratio=stage.merge)
 
     def on_checkpoint(trainer):
         pictures = sample(
@@ -742,6 +793,7 @@ def train_unet(stage: Stage, previous: str | None, data: Data, work_dir: Path, a
 
     trainer.run(on_checkpoint, args.max_steps)
     if trainer.finished:
+        remove_tome(unet)
         with trainer.averaged():
             unet.to(memory_format=torch.contiguous_format)
             text_encoder.save_pretrained(target / "text_encoder")
