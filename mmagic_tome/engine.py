@@ -483,7 +483,9 @@ class _BlockPreHook:
         if not torch.compiler.is_compiling():
             block.plans += 1
         destinations, sources = state.layout(height, width, block, metric.device)
-        return bipartite_match(metric.detach(), destinations, sources, r)
+        return bipartite_match(
+            metric.detach(), destinations, sources, r, exact=config.exact_matching
+        )
 
 
 class _SitePreHook:

@@ -18,6 +18,7 @@ def test_defaults():
         "merge_crossattn": False,
         "merge_mlp": False,
         "seed": 0,
+        "exact_matching": False,
     }
     assert config.kinds == ("attn",) and config.ceiling == 0.75
 

@@ -81,7 +81,7 @@ def test_equals_tomesd_on_the_same_layout(unet):
 
     options = dict(use_rand=False, **EVERYTHING)
     inputs = tiny_inputs()
-    with torch.no_grad(), apply_tome(unet, ratio=0.5, **options):
+    with torch.no_grad(), apply_tome(unet, ratio=0.5, exact_matching=True, **options):
         ours = unet(**inputs).sample
     tomesd.apply_patch(unet, ratio=0.5, **options)
     with torch.no_grad():  # tomesd needs the sample as a positional argument
