@@ -10,6 +10,14 @@ Pure Python API, without mmengine::
 ==============  ====================================================================
 base.py         the two interfaces, and the checks that all metrics make
 pixels.py       PSNR, SSIM, MS-SSIM
+perceptual.py   LPIPS, DISTS
+latents.py      relative latent error
+difference.py   the max-error picture
+inception.py    FID, KID, precision / recall, Inception Score
+clip.py         CLIP score, CMMD
+efficientnet.py distances on EfficientNet-lite0, whose weights come with a package
+distances.py    the maths between two sets of features
+weights.py      weights files: local, torch hub's, or a clear error
 ==============  ====================================================================
 
 Libraries are imported when a metric is first used, not when this package is.
@@ -24,23 +32,48 @@ from typing import Any
 
 from ...errors import ToMeError
 from .base import PairedMetric, SetMetric
+from .clip import CMMD, CLIPScore
+from .difference import max_error_picture
+from .distances import frechet_distance
+from .efficientnet import EfficientNetDistance, EfficientNetFrechet
+from .inception import FID, KID, InceptionScore, PrecisionRecall
+from .latents import relative_latent_error
+from .perceptual import DISTS, LPIPS
 from .pixels import MSSSIM, PSNR, SSIM
 
 __all__ = [
+    "CMMD",
+    "DISTS",
+    "FID",
+    "KID",
+    "LPIPS",
     "MSSSIM",
     "PAIRED",
     "PSNR",
     "SETS",
     "SSIM",
+    "CLIPScore",
+    "EfficientNetDistance",
+    "EfficientNetFrechet",
+    "InceptionScore",
     "PairedMetric",
+    "PrecisionRecall",
     "SetMetric",
     "build_paired",
     "build_set",
+    "frechet_distance",
+    "max_error_picture",
+    "relative_latent_error",
 ]
 
-PAIRED: dict[str, type[PairedMetric]] = {cls.name: cls for cls in (PSNR, SSIM, MSSSIM)}
+PAIRED: dict[str, type[PairedMetric]] = {
+    cls.name: cls for cls in (PSNR, SSIM, MSSSIM, LPIPS, DISTS, EfficientNetDistance)
+}
 
-SETS: dict[str, type[SetMetric]] = {}
+SETS: dict[str, type[SetMetric]] = {
+    cls.name: cls
+    for cls in (FID, KID, PrecisionRecall, InceptionScore, CMMD, CLIPScore, EfficientNetFrechet)
+}
 
 
 def build_paired(name: str, **options: Any) -> PairedMetric:

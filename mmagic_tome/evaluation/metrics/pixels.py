@@ -26,8 +26,8 @@ class PSNR(PairedMetric):
 
     def one(self, reference: Tensor, candidate: Tensor) -> float:
         functional = library("torchmetrics.functional.image", "torchmetrics", self.label)
-        # float64: the float32 default loses the last digits of a sum of 10**6 squares.
         psnr = functional.peak_signal_noise_ratio
+        # float64, because float32 loses digits of a sum of 10**6 squares.
         return float(psnr(candidate.double(), reference.double(), data_range=255.0))
 
     def mean(self, values: Tensor) -> float:
