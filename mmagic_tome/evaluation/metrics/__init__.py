@@ -17,6 +17,7 @@ inception.py    FID, KID, precision / recall, Inception Score
 clip.py         CLIP score, CMMD
 efficientnet.py distances on EfficientNet-lite0, whose weights come with a package
 distances.py    the maths between two sets of features
+cost.py         time, memory, operations, tokens, energy
 weights.py      weights files: local, torch hub's, or a clear error
 ==============  ====================================================================
 
