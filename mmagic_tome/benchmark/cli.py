@@ -1,0 +1,353 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""The benchmark's options, the checks of its input, its exit codes.
+
+Exit codes: 0 done, 2 bad input or nothing could run (one line on stderr), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from ..apis.cli import (
+    BAD_INPUT,
+    CONFIG_SUFFIXES,
+    INTERRUPTED,
+    BadInput,
+    Parser,
+    _number,
+    check_writable,
+    one_line,
+    parse_size,
+    resolve_config,
+)
+from ..errors import ToMeError
+
+DESCRIPTION = """\
+Time and memory of one forward of a denoising network: dense, ours, tomesd, MMagic's own and the
+ideal, side by side.
+
+All contenders run in one process on one set of weights, in interleaved rounds, so that what slows
+the machine down for a while slows all of them down. "Ideal" is what no method of this kind can
+beat: the same sites get the first M of N tokens for free and are padded with zeros afterwards,
+with no matching, merging or unmerging. The efficiency of a method is
+
+    eta = (t_dense - t) / (t_dense - t_ideal)
+
+1 = the machinery costs nothing, 0 = no faster than dense. A ratio is the median over rounds, with
+an interval that holds the true one with 95 % certainty; if 1 is in it, it is marked as within
+noise.
+"""
+
+EPILOG = """\
+Options with several values make a case of each combination.
+
+examples:
+  python tools/benchmark.py --quick
+  python tools/benchmark.py --shape sd15-level0 --rounds 9 --json figures.json --plot figures.png
+  python tools/benchmark.py --target demo --size 128 256 512
+  python tools/benchmark.py --target sdxl --dtype fp16 --mode eager compiled
+  python tools/benchmark.py --shape small --tome wide='{"ratio": 0.8, "sx": 4, "sy": 4}'
+"""
+
+QUICK_TARGET, QUICK_ROUNDS = "small", 6
+# Seconds after which --quick starts no round, once there are three.
+QUICK_SECONDS = 45.0
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+def build_parser(prog: str = "benchmark.py") -> Parser:
+    """The parser of the command."""
+    from .attention import ATTENTIONS
+    from .contenders import CONTENDERS
+    from .meters import CLOCKS
+    from .targets import DEMO, SHAPES
+
+    shapes = "; ".join(f"{name} = {shape.about}" for name, shape in SHAPES.items())
+    parser = Parser(
+        prog=prog,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("what is run").add_argument
+    add(
+        "--target",
+        "--shape",
+        metavar="NAME|CONFIG",
+        help=f"{DEMO} = the model that comes with the package; with random weights: {shapes}; "
+        "or a MMagic config, with its weights (default: sd15)",
+    )
+    add(
+        "--size",
+        type=parse_size,
+        nargs="+",
+        metavar="N|HxW",
+        help="height and width of the picture in pixels (default: the target's)",
+    )
+    whole = _number(int, low=1)
+    add(
+        "--batch",
+        type=whole,
+        nargs="+",
+        metavar="N",
+        help="2 = one picture with classifier-free guidance (default: 2; flux 1)",
+    )
+    add("--dtype", choices=DTYPES, nargs="+", help="default: fp32; of a config: its own")
+    add(
+        "--attention",
+        choices=ATTENTIONS,
+        nargs="+",
+        default=["default"],
+        help="; ".join(f"{name} = {about}" for name, about in ATTENTIONS.items()),
+    )
+    add("--mode", choices=("eager", "compiled"), nargs="+", default=["eager"])
+    add(
+        "--cfg-options",
+        nargs="+",
+        action="extend",
+        metavar="KEY=VALUE",
+        default=[],
+        help="override entries of the config",
+    )
+
+    add = parser.add_argument_group("who runs it").add_argument
+    add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    add(
+        "--ratio",
+        type=_number(float, low=0, below=1),
+        default=0.5,
+        metavar="R",
+        help="share of tokens that all of them remove (default: 0.5)",
+    )
+    add(
+        "--max-downsample",
+        type=lambda text: text if text == "auto" else whole(text),
+        default="auto",
+        metavar="N",
+        help="coarsest level to merge at (default: auto, the finest level that has blocks)",
+    )
+    add(
+        "--tome",
+        action="append",
+        default=[],
+        metavar="NAME={...}",
+        help="one more of ours, under a name, with a tome_cfg of its own over --ratio and "
+        "--max-downsample; may be repeated",
+    )
+
+    add = parser.add_argument_group("how it is measured").add_argument
+    add("--rounds", type=_number(int, low=3), help="interleaved rounds (default: 7)", metavar="N")
+    add(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu: CPU seconds of this process instead of wall time, for a machine that other "
+        "programs use; take it with --threads 1, since threads that wait for each other count "
+        "(default: wall)",
+    )
+    add("--device", metavar="DEV", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--threads", type=whole, metavar="N", help="CPU threads (default: torch's)")
+    add("--no-memory", action="store_true", help="do not measure memory: a forward less each")
+    add(
+        "--quick",
+        action="store_true",
+        help=f"unless told otherwise {QUICK_TARGET} and {QUICK_ROUNDS} rounds, three if the machine is "
+        "slow: under two minutes",
+    )
+    add = parser.add_argument_group("results").add_argument
+    add("--json", metavar="FILE", help="write every figure there")
+    add("--plot", metavar="FILE", help="draw a picture there (.png, .svg, .pdf)")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None, prog: str = "benchmark.py") -> argparse.Namespace:
+    """Options, with defaults filled in and checked as far as no network is needed.
+
+    Raises:
+        ToMeError: the first thing that is wrong.
+    """
+    from ..apis.model_config import check_device
+    from ..config import ToMeConfig
+    from .contenders import parse_tome
+    from .targets import DEMO, SHAPES, check_size, shape_of, size_unit
+
+    args = build_parser(prog).parse_args(argv)
+    args.target = args.target or (QUICK_TARGET if args.quick else "sd15")
+    args.rounds = args.rounds or (QUICK_ROUNDS if args.quick else 7)
+    device = check_device(args.device)
+    args.device = str(device)
+    if args.clock == "cpu" and device.type == "cuda":
+        raise BadInput("--clock cpu says nothing about a GPU; write --clock wall")
+
+    args.is_config = "::" in args.target or Path(args.target).suffix in CONFIG_SUFFIXES
+    if args.is_config:
+        resolve_config(args.target)
+    elif args.target != DEMO:
+        shape = shape_of(args.target)
+        args.size = args.size or [(shape.size, shape.size)]
+        for size in args.size:
+            check_size(args.target, size, size_unit(shape))
+    elif args.size is None:
+        args.size = [None]
+    if args.cfg_options and not args.is_config:
+        raise BadInput(f"--cfg-options needs a config as target, not {args.target}")
+    args.size = args.size or [None]
+    args.batch = args.batch or [SHAPES[args.target].batch if args.target in SHAPES else 2]
+    args.dtype = args.dtype or ["config" if args.is_config else "fp32"]
+
+    base = dict(ratio=args.ratio, max_downsample=args.max_downsample)
+    if args.ratio == 0:
+        raise BadInput("--ratio 0 merges nothing: there is nothing to compare")
+    args.config = ToMeConfig(**base)
+    args.own = {}
+    for text in args.tome:
+        name, options = parse_tome(text)
+        if name in args.own:
+            raise BadInput(f"--tome {name} is there twice")
+        args.own[name] = ToMeConfig.from_dict({**base, **options})
+    for name in (args.json, args.plot):
+        if name is not None:
+            if Path(name).is_dir():
+                raise BadInput(f"{name} is a folder, not a file")
+            check_writable(Path(name).expanduser().absolute().parent)
+    if args.plot is not None:
+        if Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
+            raise BadInput(f"--plot draws .png, .svg or .pdf, not {args.plot}")
+        import importlib.util
+
+        if importlib.util.find_spec("matplotlib") is None:
+            raise BadInput("--plot needs what is not installed here: pip install matplotlib")
+    return args
+
+
+def quiet_diffusers() -> None:
+    """Keep diffusers' notes out of the output."""
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
+
+
+def run(argv: list[str], prog: str) -> None:
+    """Parse, check, build, measure, report."""
+    args = parse_args(argv, prog)
+    # The profiler's backend reads this when torch is loaded, and is talkative without it.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    warnings.filterwarnings("ignore")
+    import torch
+
+    from .attention import WRITTEN_OUT
+    from .fits import check_fits
+    from .report import case_json, case_table, environment, environment_text, write_json
+    from .rounds import Case, run_case
+    from .targets import (
+        DEMO,
+        SHAPES,
+        build_config,
+        build_demo,
+        build_shape,
+        default_size,
+    )
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch_dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if args.target in SHAPES:
+        # All of them before the first is built: an hour's run must not end with this.
+        for size, batch, dtype, attention in itertools.product(
+            args.size, args.batch, args.dtype, args.attention
+        ):
+            check_fits(
+                args.target,
+                SHAPES[args.target],
+                size,
+                batch,
+                torch_dtypes[dtype],
+                args.device,
+                attention in WRITTEN_OUT,
+            )
+
+    quiet_diffusers()
+    where = environment(args.device)
+    cases, skipped = [], []
+    heading = f"{args.target}, ratio {args.ratio:g}, " + (
+        "CPU seconds of the process" if args.clock == "cpu" else "wall time"
+    )
+    for dtype in args.dtype:
+        print(f"building {args.target} ({dtype}) on {args.device}", file=sys.stderr)
+        if args.target == DEMO:
+            target = build_demo(args.device, torch_dtypes[dtype])
+        elif args.target in SHAPES:
+            target = build_shape(args.target, args.device, torch_dtypes[dtype])
+        else:
+            target = build_config(
+                args.target, args.device, torch_dtypes.get(dtype), tuple(args.cfg_options)
+            )
+        for size, batch, attention, mode in itertools.product(
+            args.size, args.batch, args.attention, args.mode
+        ):
+            case = Case(size or default_size(target), batch, dtype, attention, mode)
+            try:
+                measured = run_case(
+                    target,
+                    case,
+                    args.contenders,
+                    args.config,
+                    args.own,
+                    args.rounds,
+                    args.device,
+                    args.clock,
+                    not args.no_memory,
+                    QUICK_SECONDS if args.quick else float("inf"),
+                )
+            except ToMeError as error:
+                skipped.append(str(error))
+                print(f"\nskipped: {one_line(error)}")
+                continue
+            if not cases:
+                print(f"\n{heading}\n{environment_text(where)}")
+            million = measured["parameters"] / 1e6
+            label = f"{case}, {million:.0f} M parameters"
+            print(f"\n### {label}\n\n{case_table(measured['results'], measured['missing'])}")
+            cases.append((case, label, measured))
+        del target
+    if not cases:
+        raise ToMeError(f"nothing could be measured: {skipped[0]}")
+
+    if args.json:
+        content = dict(
+            command=["python", "tools/benchmark.py", *argv],
+            target=args.target,
+            rounds=args.rounds,
+            clock=args.clock,
+            environment=where,
+            skipped=skipped,
+            cases=[case_json(vars(case), measured) for case, _, measured in cases],
+        )
+        write_json(args.json, content)
+        print(f"\nwritten to {args.json}")
+    if args.plot:
+        from .plot import write_plot
+
+        drawn = [dict(label=label, results=measured["results"]) for _, label, measured in cases]
+        write_plot(args.plot, heading, drawn)
+        print(f"\ndrawn in {args.plot}")
+
+
+def main(argv: list[str] | None = None, prog: str = "benchmark.py") -> int:
+    """Run the command and return its exit code; see the top of this file."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        run(argv, prog)
+    except ToMeError as error:
+        print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; nothing written", file=sys.stderr)
+        return INTERRUPTED
+    return 0

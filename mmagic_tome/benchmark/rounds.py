@@ -1,0 +1,175 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""The interleaved rounds of one case: what slows the machine slows all contenders."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..config import ToMeConfig
+from ..errors import ToMeError
+from .attention import backend, set_processor
+from .contenders import DENSE, prepare, share_weights
+from .meters import Clock, peak_memory
+from .targets import Target
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting of everything that is not the contenders' business.
+
+    Attributes:
+        size (tuple): (height, width) in pixels.
+        batch (int): of the network.
+        dtype (str): ``'fp32'``, ``'bf16'``, ``'fp16'``, or ``'config'`` for the config's own.
+        attention (str): of :data:`.attention.ATTENTIONS`.
+        mode (str): ``'eager'`` or ``'compiled'``.
+    """
+
+    size: tuple[int, int]
+    batch: int
+    dtype: str
+    attention: str
+    mode: str
+
+    def __str__(self) -> str:
+        height, width = self.size
+        return (
+            f"{height}x{width}, batch {self.batch}, {self.dtype}, {self.attention} attention, "
+            f"{self.mode}"
+        )
+
+
+def run_case(
+    target: Target,
+    case: Case,
+    wanted: list[str],
+    config: ToMeConfig,
+    own: Mapping[str, ToMeConfig],
+    rounds: int,
+    device: str,
+    clock: str = "wall",
+    memory: bool = True,
+    budget: float = float("inf"),
+) -> dict[str, Any]:
+    """Measure one case.
+
+    Args:
+        target: the network; it is not changed.
+        case: the setting; its dtype is the target's already.
+        wanted, config, own: see :func:`.contenders.prepare`.
+        rounds: how often everybody runs; one more round, which is not counted, warms up.
+        device: where the target is.
+        clock: ``'wall'`` or ``'cpu'``.
+        memory: whether to measure memory, in one more forward of everybody.
+        budget: seconds after which no round is started, once there are three.
+
+    Returns:
+        dict: ``results``: for each contender ``seconds`` (one per round), ``peak_bytes`` and
+        ``peak_in`` (operator at the peak), ``relative_rmse_to_dense``, ``config``, ``ideal``,
+        ``sites``; ``missing``: who did not take part and why; ``parameters``.
+
+    Raises:
+        ToMeError: the dense network itself does not run like this.
+    """
+    network = share_weights(target.network)
+    set_processor(network, case.attention)
+    call = target.call(case.size, case.batch)
+    timer = Clock(device, clock)
+
+    with torch.inference_mode(), backend(case.attention):
+        try:
+            reference = call(network).float().cpu()
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())
+            raise ToMeError(f"the dense network does not run with {case}: {reason}") from error
+        if not torch.isfinite(reference).all():
+            raise ToMeError(f"the dense network gives NaN or infinity with {case}")
+        contenders, missing = prepare(wanted, network, config, own, call)
+        results = {
+            one.name: dict(
+                kind=one.kind,
+                config=one.config and one.config.to_dict(),
+                ideal=one.ideal,
+                sites=one.sites,
+                seconds=[],
+            )
+            for one in contenders
+        }
+        runners = {one.name: _runner(one.network, case.mode) for one in contenders}
+        count = (rounds + 1 + memory) * len(runners)
+        start = time.monotonic()
+        slow = 0.1 if sys.stderr.isatty() else 10.0
+        with tqdm(total=count, dynamic_ncols=True, leave=False, mininterval=slow) as bar:
+            for turn in range(rounds + 1):
+                if turn > 3 and time.monotonic() - start > budget:
+                    break
+                names = list(runners)
+                # Another order every round: nobody always runs after the slowest.
+                names = names[turn % len(names) :] + names[: turn % len(names)]
+                for name in names:
+                    bar.set_description(f"{f'round {turn}' if turn else 'warm-up'}: {name}", False)
+                    try:
+                        seconds, out = timer(lambda name=name: call(runners[name]))
+                    except Exception as error:
+                        if turn or name == DENSE:
+                            raise
+                        # It ran eagerly: this is the compiler's or the memory's complaint.
+                        missing[name] = f"{case.mode}: {' '.join(str(error).split())[:250]}"
+                        del runners[name]
+                        continue
+                    if turn:
+                        results[name]["seconds"].append(seconds)
+                    else:
+                        error = _relative_error(out.float().cpu(), reference)
+                        results[name]["relative_rmse_to_dense"] = error
+                    del out
+                    bar.update()
+                if not turn:
+                    _drop_idle(runners, results, missing)
+            for name in runners if memory else ():
+                bar.set_description(f"memory: {name}", False)
+                peak, operator = peak_memory(lambda name=name: call(runners[name]), device)
+                results[name].update(peak_bytes=peak, peak_in=operator)
+                bar.update()
+    return dict(
+        results={name: results[name] for name in runners},
+        missing=missing,
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+    )
+
+
+def _runner(network: nn.Module, mode: str) -> nn.Module:
+    if mode == "eager":
+        return network
+    import torch._dynamo.config as dynamo
+
+    # All contenders are versions of the same code, and each has guards of its own.
+    for name in ("recompile_limit", "cache_size_limit"):
+        if hasattr(dynamo, name):
+            setattr(dynamo, name, max(64, getattr(dynamo, name)))
+    return torch.compile(network)
+
+
+def _drop_idle(runners: dict, results: dict, missing: dict[str, str]) -> None:
+    """Who changed nothing did not merge: its time would mean nothing."""
+    for name in list(runners):
+        error = results[name]["relative_rmse_to_dense"]
+        if name != DENSE and error == 0:
+            missing[name] = "its output is the dense one bit for bit: it merged nothing"
+        elif error != error:
+            missing[name] = "its output has NaN"
+        else:
+            continue
+        del runners[name]
+
+
+def _relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((out - reference).pow(2).mean().sqrt() / reference.std()).item()
