@@ -6,9 +6,10 @@ import sys
 from mmagic_tome.apis import cli
 
 USAGE = """\
-usage: python -m mmagic_tome infer [CONFIG] [options]
+usage: python -m mmagic_tome infer|evaluate [CONFIG] [options]
 
-  infer    generate images from text, dense and merged (infer --help)
+  infer     generate images from text, dense and merged (infer --help)
+  evaluate  compare dense, merged and fewer steps: metrics, cost, a report (evaluate --help)
 """
 
 
@@ -17,11 +18,15 @@ def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] == "infer":
         return cli.main(argv[1:], prog="mmagic_tome infer")
+    if argv and argv[0] == "evaluate":
+        from mmagic_tome.evaluation import cli as evaluate
+
+        return evaluate.main(argv[1:], prog="mmagic_tome evaluate")
     if argv and argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
     found = f"unknown command {argv[0]!r}" if argv else "no command"
-    print(f"mmagic_tome: error: {found}; there is: infer", file=sys.stderr)
+    print(f"mmagic_tome: error: {found}; there are: infer, evaluate", file=sys.stderr)
     return cli.BAD_INPUT
 
 

@@ -41,7 +41,7 @@ class ResultFolder:
         self._remove_old = overwrite
 
     @contextmanager
-    def _new_file(self, name):
+    def new_file(self, name):
         """Yield a temporary path; rename it to ``name`` when all went well."""
         self.path.mkdir(parents=True, exist_ok=True)
         if self._remove_old:
@@ -71,12 +71,12 @@ class ResultFolder:
         info = PngInfo()
         for key, value in text.items():
             info.add_itxt(key, value)
-        with self._new_file(name) as path:
+        with self.new_file(name) as path:
             image.save(path, format="PNG", pnginfo=info)
 
     def save_json(self, name, value):
         """Write a JSON file; NaN and infinities are errors, not invalid JSON."""
-        with self._new_file(name) as path:
+        with self.new_file(name) as path:
             dumped = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
             path.write_text(dumped + "\n", encoding="utf-8")
 

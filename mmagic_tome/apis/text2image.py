@@ -39,6 +39,10 @@ class Request:
         """Return the seed of an image: after the largest of 32 bits comes 0."""
         return (self.seed + number) % 2**32
 
+    def negatives(self, numbers) -> list[str] | None:
+        """Return the negative prompts of some images, or None if they have none."""
+        return None if self.negative_prompt is None else [self.negative_prompt] * len(numbers)
+
     def batches(self) -> list[range]:
         """Return the numbers of the images of each batch."""
         count, step = len(self.prompts), self.batch_size
@@ -61,6 +65,9 @@ class Generator:
         model: The model, such as MMagic's ``StableDiffusion``.
         request: The :class:`Request`.
 
+    Attributes:
+        step_seconds: Time of each forward of the UNet in the last run.
+
     Raises:
         ToMeError: If the size does not fit the model.
     """
@@ -75,6 +82,7 @@ class Generator:
         self.size = request.size or (unet.sample_size * self.factor,) * 2
         self.channels = unet.in_channels
         self.parameters = inspect.signature(model.infer).parameters
+        self.step_seconds = []
 
     @staticmethod
     def _unet_levels(unet):
@@ -105,10 +113,9 @@ class Generator:
         """
         request, model = self.request, self.model
         generators, latents = self.noise(numbers)
-        negative = request.negative_prompt
         arguments = {
             "prompt": [request.prompts[i] for i in numbers],
-            "negative_prompt": None if negative is None else [negative] * len(numbers),
+            "negative_prompt": request.negatives(numbers),
             "height": self.size[0],
             "width": self.size[1],
             "num_inference_steps": steps or request.steps,
@@ -131,7 +138,8 @@ class Generator:
             images = model.infer(**arguments)["samples"]
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        clock = Clock(time.perf_counter() - start, watch.seconds())
+        self.step_seconds = watch.step_seconds()
+        clock = Clock(time.perf_counter() - start, sum(self.step_seconds))
         if device.type == "cuda":
             clock.peak_memory = torch.cuda.max_memory_allocated(device)
         return images, clock
@@ -179,8 +187,8 @@ class UNetWatch:
         for hook in self.hooks:
             hook.remove()
 
-    def seconds(self):
-        """Return the time of all forwards; on CUDA, after a synchronisation."""
+    def step_seconds(self):
+        """Return the time of each forward; on CUDA, after a synchronisation."""
         if self.device.type == "cuda":
-            return sum(a.elapsed_time(b) for a, b in self.marks) / 1000
-        return sum(b - a for a, b in self.marks)
+            return [a.elapsed_time(b) / 1000 for a, b in self.marks]
+        return [b - a for a, b in self.marks]

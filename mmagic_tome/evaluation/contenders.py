@@ -1,0 +1,252 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""What is compared: the dense model, token merging in any setting, tomesd, fewer steps."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+from .. import ToMeConfig, apply_tome, remove_tome
+from ..errors import ToMeError
+from ..version import __version__
+
+DENSE = "dense"
+DEFAULT_RATIOS = (0.25, 0.5, 0.75)
+# Shares of the steps. Half the steps is about what ratio 0.5 promises at best.
+DEFAULT_FEWER_STEPS = (0.8, 0.65, 0.5)
+KEYS = ("name", "tome_cfg", "tomesd", "steps")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way of making the pictures.
+
+    Args:
+        name: Unique in an evaluation; appears in tables and plots.
+        tome_cfg: Options of this package's merging, or None.
+        tomesd: Options of ``tomesd.apply_patch``, or None.
+        steps: Denoising steps, or None for those of the evaluation.
+    """
+
+    name: str
+    tome_cfg: ToMeConfig | None = None
+    tomesd: Mapping[str, Any] | None = field(default=None, hash=False)
+    steps: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """'dense', 'tome', 'tomesd' or 'steps' (dense with fewer steps)."""
+        if self.tome_cfg is not None:
+            return "tome"
+        if self.tomesd is not None:
+            return "tomesd"
+        return "dense" if self.steps is None else "steps"
+
+    @property
+    def ratio(self) -> float | None:
+        """Share of tokens it removes at a site, 0 for dense ones; None if it has no one ratio."""
+        if self.tome_cfg is not None:
+            ratio = getattr(self.tome_cfg, "ratio", None)
+            return ratio if isinstance(ratio, (int, float)) else None
+        return 0.0 if self.tomesd is None else self.tomesd["ratio"]
+
+    @property
+    def folder(self) -> str:
+        """Its name as a name of a folder."""
+        return slug(self.name)
+
+    def spec(self) -> dict[str, Any]:
+        """Return everything that its pictures depend on besides the request; JSON-able."""
+        spec: dict[str, Any] = {"kind": self.kind, "steps": self.steps}
+        if self.tome_cfg is not None:
+            spec["tome_cfg"] = self.tome_cfg.to_dict()
+            spec["mmagic_tome"] = __version__
+        if self.tomesd is not None:
+            spec["tomesd_options"] = dict(self.tomesd)
+            spec["tomesd"] = metadata.version("tomesd")
+        return spec
+
+    @contextmanager
+    def on(self, model) -> Iterator[Any]:
+        """Turn the model into this contender; on exit it is dense again.
+
+        Args:
+            model: A MMagic model, or a network that ``apply_tome`` takes.
+
+        Yields:
+            The ``ToMeHandle`` of this package's merging, else None.
+        """
+        remove_tome(model)
+        if self.tome_cfg is not None:
+            with apply_tome(model, self.tome_cfg) as handle:
+                yield handle
+        elif self.tomesd is not None:
+            import tomesd
+
+            from ..hosts import find_host
+
+            # MMagic wraps the network in a class that tomesd does not know.
+            _, network = find_host(model)
+            # Its generator is made from the global one at the first forward: a new patch
+            # per run gives the same picture however often it is run.
+            tomesd.apply_patch(network, **self.tomesd)
+            try:
+                yield None
+            finally:
+                tomesd.remove_patch(network)
+        else:
+            yield None
+
+
+def slug(name: str) -> str:
+    """Return a name as lower-case letters, digits, dots and dashes."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "contender"
+
+
+def parse_options(text: str) -> Any:
+    """Return options from a command line: JSON, a Python literal, or the text itself.
+
+    The text itself serves for whatever single words ``ToMeConfig`` takes.
+    """
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text)
+        except (ValueError, SyntaxError):
+            continue
+    return text
+
+
+def parse_named(text: str) -> tuple[str, Any]:
+    """Return name and options of ``NAME={...}``.
+
+    Raises:
+        ToMeError: There is no name or no options.
+    """
+    name, equals, options = text.partition("=")
+    if not (equals and name.strip() and options.strip()):
+        raise ToMeError(f"--tome {text!r}: write NAME='{{\"ratio\": 0.5}}'")
+    return name.strip(), parse_options(options)
+
+
+def merged(name: str, options: Any, steps: int | None = None) -> Contender:
+    """Return a contender with this package's merging.
+
+    Args:
+        name: Its name.
+        options: Whatever ``ToMeConfig.coerce`` takes: a dict, a config.
+        steps: Denoising steps, None for those of the evaluation.
+
+    Raises:
+        ToMeError: Invalid options, with the name of the contender.
+    """
+    try:
+        return Contender(name, tome_cfg=ToMeConfig.coerce(options), steps=steps)
+    except ToMeError as error:
+        raise ToMeError(f"contender {name!r}: {error}") from None
+
+
+def from_config(entries: Any) -> list[Contender]:
+    """Return the contenders that a config lists.
+
+    Args:
+        entries: A list of dicts with ``name`` and one or more of ``tome_cfg``, ``tomesd``
+            (options of its ``apply_patch``, such as ``dict(ratio=0.5)``) and ``steps``.
+
+    Raises:
+        ToMeError: A wrong entry, with its number.
+    """
+    if not isinstance(entries, (list, tuple)):
+        raise ToMeError(f"evaluation.contenders: expected a list of dicts, got {entries!r}")
+    found = []
+    for number, entry in enumerate(entries, start=1):
+        where = f"evaluation.contenders, entry {number}"
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
+            raise ToMeError(f"{where}: write dict(name='...', tome_cfg=dict(ratio=0.5))")
+        unknown = sorted(set(entry) - set(KEYS))
+        if unknown:
+            raise ToMeError(f"{where} has unknown keys {unknown}; it takes {KEYS}")
+        name, steps = entry["name"], entry.get("steps")
+        if steps is not None and not (type(steps) is int and steps > 0):
+            raise ToMeError(f"{where}: steps must be a whole number above 0, got {steps!r}")
+        if entry.get("tome_cfg") is not None and entry.get("tomesd") is not None:
+            raise ToMeError(f"{where} has both tome_cfg and tomesd; write two contenders")
+        if entry.get("tome_cfg") is not None:
+            found.append(merged(name, entry["tome_cfg"], steps))
+        elif entry.get("tomesd") is not None:
+            found.append(tomesd_contender(name, entry["tomesd"], steps))
+        elif steps is not None:
+            found.append(Contender(name, steps=steps))
+        else:
+            raise ToMeError(f"{where} has neither tome_cfg, tomesd nor steps")
+    return found
+
+
+def tomesd_contender(name: str, options: Any, steps: int | None = None) -> Contender:
+    """Return the PyPI package ``tomesd`` as a contender.
+
+    Args:
+        name: Its name.
+        options: A ratio, or options of ``tomesd.apply_patch`` with a ``ratio``.
+        steps: Denoising steps, None for those of the evaluation.
+
+    Raises:
+        ToMeError: It is not installed, or there is no ratio in [0, 0.75], above which
+            tomesd silently caps.
+    """
+    options = {"ratio": options} if isinstance(options, (int, float)) else options
+    ratio = options.get("ratio") if isinstance(options, Mapping) else None
+    if not isinstance(ratio, (int, float)):
+        raise ToMeError(f"contender {name!r}: tomesd takes options such as dict(ratio=0.5)")
+    cells = options.get("sx", 2) * options.get("sy", 2)
+    if not 0 <= ratio <= 1 - 1 / cells:
+        raise ToMeError(
+            f"contender {name!r}: tomesd merges at most {1 - 1 / cells:g} of the tokens and "
+            f"silently caps what is above, got {ratio!r}"
+        )
+    if importlib.util.find_spec("tomesd") is None:
+        raise ToMeError(f"contender {name!r} needs tomesd: pip install tomesd==0.1.3")
+    return Contender(name, tomesd=dict(options), steps=steps)
+
+
+def fewer_steps(values, steps: int) -> list[Contender]:
+    """Return dense contenders with fewer steps: what a user would do instead of merging.
+
+    Args:
+        values: Shares of the steps (below 1) or numbers of steps (1 and above).
+        steps: Steps of the evaluation.
+
+    Raises:
+        ToMeError: A value that is not below ``steps``, or not above 0.
+    """
+    found = {}
+    for value in values:
+        count = max(1, round(value * steps)) if 0 < value < 1 else value
+        if count != int(count) or count <= 0:
+            raise ToMeError(f"fewer steps: {value!r} is neither a share nor a number of steps")
+        if count >= steps:
+            # A share of very few steps may round up to all of them, which is no contender.
+            if value < 1:
+                continue
+            raise ToMeError(f"fewer steps: {value:g} is not fewer than the {steps} steps of dense")
+        found[int(count)] = Contender(f"{int(count)} steps", steps=int(count))
+    return list(found.values())
+
+
+def check_names(contenders) -> None:
+    """Raise :class:`ToMeError` if two contenders share a name, or a folder's name."""
+    seen: dict[str, str] = {"real": "the real pictures"}
+    for contender in contenders:
+        other = seen.get(contender.folder)
+        if other is not None:
+            raise ToMeError(
+                f"contender {contender.name!r} has the name of another ({other!r}) as a folder; "
+                "give it one of its own"
+            )
+        seen[contender.folder] = contender.name

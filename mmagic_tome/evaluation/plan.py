@@ -1,0 +1,239 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""What an evaluation is to do: the command's options, else the config's, else the defaults.
+
+A config states its part in ``evaluation``::
+
+    evaluation = dict(
+        prompts='prompts.txt',                    # or prompt_set='demo'
+        contenders=[dict(name='ToMe', tome_cfg=dict(ratio=0.5)), dict(name='DDIM', steps=30)],
+        metrics=['psnr', 'ssim'],
+    )
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..apis.cli import VALUES, _number, check_default
+from ..apis.model_config import merging_config
+from ..errors import ToMeError
+from . import contenders as c
+from .prompts import PromptList, load_prompts
+
+# Keys of `evaluation`, which are the options of the command.
+KEYS = (
+    "prompts",
+    "prompt_set",
+    "prompt_template",
+    "images_per_prompt",
+    "limit",
+    "negative_prompt",
+    "seed",
+    "real",
+    "real_per_class",
+    "steps",
+    "guidance",
+    "size",
+    "batch_size",
+    "dtype",
+    "ratios",
+    "tomesd",
+    "fewer_steps",
+    "contenders",
+    "metrics",
+    "cost_rounds",
+)
+# What `infer_cfg` may give as well.
+SHARED = ("steps", "guidance", "size", "seed", "batch_size", "negative_prompt")
+DEFAULTS = {"steps": 50, "guidance": 7.5, "seed": 0, "batch_size": 1, "cost_rounds": 5}
+NUMBERS = {
+    **VALUES,
+    "images_per_prompt": _number(int, low=1),
+    "limit": _number(int, low=1),
+    "real_per_class": _number(int, low=1),
+    "cost_rounds": _number(int, low=0),
+}
+
+
+@dataclass
+class Plan:
+    """Everything about an evaluation that is known without a model.
+
+    Args:
+        prompts: One per picture.
+        contenders: Dense first.
+        metrics: As asked for; None for the defaults.
+        real: Folder of real pictures, or None.
+        real_per_class: Real pictures of every sub-folder, None for all.
+        steps, guidance, size, batch_size: Of the pictures; a size of None is the model's own.
+        dtype: 'fp32', 'fp16', 'bf16', or None for what the config says.
+        cost_rounds: Rounds of the measurement of cost; 0 leaves it out.
+    """
+
+    prompts: PromptList
+    contenders: list[c.Contender]
+    metrics: list[Any] | None
+    real: str | None
+    real_per_class: int | None
+    steps: int
+    guidance: float
+    size: tuple[int, int] | None
+    batch_size: int
+    dtype: str | None
+    cost_rounds: int
+
+    @property
+    def dense(self) -> c.Contender:
+        return self.contenders[0]
+
+
+def make_plan(args, config, config_path) -> Plan:
+    """Return the plan of a command and a config.
+
+    Args:
+        args: Parsed options; those that were not given are None.
+        config: mmengine's ``Config``.
+        config_path: Its file. Relative paths in its ``evaluation`` are relative to it.
+
+    Raises:
+        ToMeError: At the first thing that cannot work.
+    """
+    given = _section(config, "evaluation", KEYS)
+    values = {**DEFAULTS, **_shared(config), **_checked(given)}
+    for key in KEYS:
+        option = getattr(args, key, None)
+        if option is not None and option != []:
+            values[key] = option
+    # Either one on the command line stands in place of both in the config.
+    if args.prompts is not None:
+        values.pop("prompt_set", None)
+    elif args.prompt_set is not None:
+        values.pop("prompts", None)
+    if args.prompts is None and isinstance(values.get("prompts"), str):
+        values["prompts"] = _beside(values["prompts"], config_path)
+    if args.real is None and values.get("real") is not None:
+        values["real"] = _beside(values["real"], config_path)
+
+    if values.get("prompts") is not None and values.get("prompt_set") is not None:
+        raise ToMeError("prompts and prompt_set are both given; leave one of them out")
+    source = values.get("prompts", values.get("prompt_set"))
+    if source is None:
+        raise ToMeError("no prompts: pass --prompts FILE, or --prompt-set demo or imagenet")
+    if values.get("prompts") is None and source not in ("demo", "imagenet"):
+        raise ToMeError(f"prompt_set: there are demo and imagenet, got {source!r}")
+    prompts = load_prompts(
+        source,
+        template=values.get("prompt_template"),
+        images_per_prompt=values.get("images_per_prompt", 1),
+        limit=values.get("limit"),
+        seed=values["seed"],
+        negative=values.get("negative_prompt"),
+    )
+    return Plan(
+        prompts=prompts,
+        contenders=_contenders(args, values, merging_config(config)),
+        metrics=values.get("metrics"),
+        real=values.get("real"),
+        real_per_class=values.get("real_per_class"),
+        steps=values["steps"],
+        guidance=values["guidance"],
+        size=values.get("size"),
+        batch_size=values["batch_size"],
+        dtype=values.get("dtype"),
+        cost_rounds=values["cost_rounds"],
+    )
+
+
+def _section(config, name, known) -> dict[str, Any]:
+    section = config.get(name)
+    if section is None:
+        return {}
+    if not isinstance(section, Mapping):
+        raise ToMeError(f"{name} of the config: expected a dict, got {section!r}")
+    for key in section:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ToMeError(f"{name} of the config has no key {key!r}: {hint}It takes {known}")
+    return {key: value for key, value in dict(section).items() if value is not None}
+
+
+def _shared(config) -> dict[str, Any]:
+    """Return what the config's ``infer_cfg`` says about pictures in general."""
+    section = config.get("infer_cfg")
+    if not isinstance(section, Mapping):
+        return {}
+    found = {key: section[key] for key in SHARED if section.get(key) is not None}
+    return {key: check_default(key, value) for key, value in found.items()}
+
+
+def _checked(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the config's values as the options of the command would give them."""
+    checked = dict(given)
+    for key, parse in NUMBERS.items():
+        if key in checked:
+            value = checked[key]
+            if key == "size" and isinstance(value, (list, tuple)):
+                value = "x".join(map(str, value))
+            try:
+                checked[key] = parse(str(value))
+            except argparse.ArgumentTypeError as error:
+                raise ToMeError(f"evaluation.{key} of the config: {error}") from None
+    for key in ("prompt_template", "negative_prompt", "real", "dtype", "prompt_set"):
+        if key in checked and not isinstance(checked[key], str):
+            raise ToMeError(f"evaluation.{key} of the config: expected a text")
+    if checked.get("dtype") not in (None, "fp32", "fp16", "bf16"):
+        raise ToMeError("evaluation.dtype of the config: write fp32, fp16 or bf16")
+    for key in ("ratios", "tomesd", "fewer_steps", "metrics"):
+        if key in checked and not isinstance(checked[key], (list, tuple)):
+            raise ToMeError(f"evaluation.{key} of the config: expected a list")
+    for key in ("ratios", "tomesd", "fewer_steps"):
+        for value in checked.get(key, ()):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ToMeError(f"evaluation.{key} of the config: {value!r} is no number")
+    return checked
+
+
+def _beside(path: str, config_path) -> str:
+    """Return a path of a config: as it is, or relative to the config's folder."""
+    found = Path(path).expanduser()
+    return str(found if found.is_absolute() else Path(config_path).parent / found)
+
+
+def _contenders(args, values, merging) -> list[c.Contender]:
+    """Return all contenders, dense first and fewer steps last."""
+    steps = values["steps"]
+    on_command_line = args.ratios or args.tome or args.tomesd
+    found: list[c.Contender] = []
+    if values.get("contenders") and not on_command_line:
+        found += c.from_config(values["contenders"])
+    if args.ratios or (values.get("ratios") and not on_command_line):
+        # A sweep keeps the other options of the config's own merging.
+        base = {} if merging is None else merging.to_dict()
+        found += [c.merged(f"ratio {r:g}", {**base, "ratio": r}) for r in values["ratios"]]
+    found += [c.merged(*c.parse_named(text)) for text in args.tome or ()]
+    if args.tomesd or (values.get("tomesd") and not on_command_line):
+        found += [c.tomesd_contender(f"tomesd {r:g}", r) for r in values["tomesd"]]
+    if not found:
+        if merging is not None:
+            found = [c.Contender(f"ratio {merging.ratio:g}", tome_cfg=merging)]
+        else:
+            found = [c.merged(f"ratio {r:g}", {"ratio": r}) for r in c.DEFAULT_RATIOS]
+    if values.get("fewer_steps") is not None:
+        found += c.fewer_steps(values["fewer_steps"], steps)
+    elif not any(contender.kind == "steps" for contender in found):
+        found += c.fewer_steps(c.DEFAULT_FEWER_STEPS, steps)
+    for contender in found:
+        if contender.kind == "steps" and contender.steps >= steps:
+            raise ToMeError(
+                f"contender {contender.name!r} has {contender.steps} steps, dense has {steps}; "
+                "write fewer"
+            )
+    found = [c.Contender(c.DENSE), *found]
+    c.check_names(found)
+    return found

@@ -1,0 +1,230 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Plots as SVG that takes its colours from the page, light or dark.
+
+matplotlib draws with colours that stand for roles; they are replaced by CSS variables.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+# Role -> (colour that stands for it, CSS variable). No two may be alike.
+ROLES = {
+    "text": ("#010101", "var(--text)"),
+    "line": ("#020202", "var(--line)"),
+    "dense": ("#030303", "var(--dense)"),
+    "tome": ("#040404", "var(--tome)"),
+    "tomesd": ("#050505", "var(--tomesd)"),
+    "steps": ("#060606", "var(--steps)"),
+}
+SHAPES = {"dense": "D", "tome": "o", "tomesd": "s", "steps": "^"}
+LABELS = {
+    "dense": "dense",
+    "tome": "mmagic_tome",
+    "tomesd": "tomesd",
+    "steps": "fewer steps",
+}
+# Of one role, contenders differ by the dashes of their lines.
+DASHES = ("-", "--", ":", "-.")
+MOST_LINES = 8
+MOST_BARS = 4
+
+
+def colour(role: str) -> str:
+    """Return the colour that stands for a role while matplotlib draws."""
+    return ROLES[role][0]
+
+
+def _figure(width: float, height: float):
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(colour("line"))
+    axes.tick_params(colors=colour("text"), length=3)
+    axes.grid(color=colour("line"), linewidth=0.5, alpha=0.5)
+    axes.set_axisbelow(True)
+    for label in (axes.xaxis.label, axes.yaxis.label, axes.title):
+        label.set_color(colour("text"))
+    return figure, axes
+
+
+def _svg(figure, name: str) -> str:
+    """Return a figure as an SVG element with the page's colours and fonts."""
+    import matplotlib
+
+    text = io.StringIO()
+    # Identifiers are unique in a page, and the same whenever it is made.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for stands_for, variable in ROLES.values():
+        svg = svg.replace(stands_for, variable)
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
+    # Names of groups repeat from figure to figure.
+    svg = re.sub(r'<g id="([^"]+)"', rf'<g id="{name}-\1"', svg)
+    return re.sub(r"<svg ([^>]*)>", rf'<svg role="img" aria-label="{name}" \1>', svg, count=1)
+
+
+def _legend(axes, **options) -> None:
+    legend = axes.legend(frameon=False, fontsize=8, **options)
+    for text in legend.get_texts():
+        text.set_color(colour("text"))
+
+
+def pareto(results: dict[str, Any], metric: str) -> str | None:
+    """Return a metric against time per image, with the front that nothing beats in both.
+
+    Args:
+        results: Of ``results_of``, with a measured cost.
+        metric: Name of the metric.
+
+    Returns:
+        An SVG element, or None if fewer than two contenders have the metric.
+    """
+    points = []
+    for row in results["contenders"]:
+        value = row["quality"][metric].get("value")
+        # Dense is the reference of what is measured against it: the best value there is.
+        if value is not None:
+            spread = row["cost"]["seconds_per_image"]
+            points.append((spread, value, row))
+    if len(points) < 2:
+        return None
+    first = points[0][2]["quality"][metric]
+    figure, axes = _figure(5.2, 3.6)
+    for kind in SHAPES:
+        own = [p for p in points if p[2]["kind"] == kind]
+        if own:
+            times = [p[0]["median"] for p in own]
+            low = [max(0.0, p[0]["median"] - p[0]["p10"]) for p in own]
+            high = [max(0.0, p[0]["p90"] - p[0]["median"]) for p in own]
+            axes.errorbar(
+                times,
+                [p[1] for p in own],
+                xerr=[low, high],
+                fmt=SHAPES[kind],
+                color=colour(kind),
+                markersize=6,
+                elinewidth=1,
+                label=LABELS[kind],
+            )
+    front = _front([(p[0]["median"], p[1]) for p in points], first["higher_is_better"])
+    axes.plot(*zip(*front), color=colour("line"), linewidth=1.2, zorder=1, label="best of both")
+    for spread, value, row in points:
+        axes.annotate(
+            row["name"],
+            (spread["median"], value),
+            xytext=(5, 4),
+            textcoords="offset points",
+            fontsize=7,
+            color=colour("text"),
+        )
+    if results["contenders"][0]["quality"][metric].get("value") is None:
+        dense = results["contenders"][0]["cost"]["seconds_per_image"]["median"]
+        axes.axvline(dense, color=colour("dense"), linewidth=1, linestyle=":", label="dense: time")
+    unit = f" ({first['unit']})" if first["unit"] else ""
+    better = "higher is better" if first["higher_is_better"] else "lower is better"
+    axes.set_ylabel(f"{first['label']}{unit}, {better}")
+    axes.set_xlabel("seconds per image (median, 10th to 90th percentile)")
+    axes.margins(x=0.12, y=0.12)
+    if not first["higher_is_better"]:
+        axes.invert_yaxis()  # better is up in all of these plots
+    _legend(axes, loc="best")
+    return _svg(figure, f"pareto-{metric}")
+
+
+def _front(points, higher_is_better: bool) -> list[tuple[float, float]]:
+    """The points that no other beats in time and value, by time."""
+    front: list[tuple[float, float]] = []
+    sign = 1 if higher_is_better else -1
+    for time, value in sorted(points, key=lambda p: (p[0], -sign * p[1])):
+        if not front or sign * value > sign * front[-1][1]:
+            front.append((time, value))
+    return front
+
+
+def steps_plot(results: dict[str, Any]) -> str:
+    """Return milliseconds of every step of every contender, as an SVG element."""
+    figure, axes = _figure(5.2, 3.4)
+    used: dict[str, int] = {}
+    for row in _chosen(results, MOST_LINES):
+        kind = row["kind"]
+        dash = DASHES[used.setdefault(kind, 0) % len(DASHES)]
+        used[kind] += 1
+        series = row["cost"]["step_ms"]
+        axes.plot(
+            range(1, len(series) + 1),
+            series,
+            dash,
+            color=colour(kind),
+            linewidth=1.4,
+            label=row["name"],
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("ms per image, forward of the network")
+    axes.set_ylim(bottom=0)
+    _legend(axes, loc="lower left", ncols=2)
+    return _svg(figure, "steps")
+
+
+def layers_plot(results: dict[str, Any]) -> str | None:
+    """Return milliseconds of each stack of transformer blocks, as an SVG element.
+
+    Times of a block hold what merging does there.
+    """
+    blocks = results["cost_measured"]["blocks"]
+    rows = _chosen(results, MOST_BARS, ("dense", "tome", "tomesd"))
+    sums = {row["name"]: _by_stack(blocks[row["name"]]) for row in rows}
+    names = list(sums[rows[0]["name"]])
+    if not names:
+        return None
+    figure, axes = _figure(5.2, 0.9 + 0.34 * len(names))
+    height = 0.8 / len(rows)
+    used: dict[str, int] = {}
+    for place, row in enumerate(rows):
+        used[row["kind"]] = used.get(row["kind"], 0) + 1
+        values = [1000 * sums[row["name"]].get(name, 0.0) for name in names]
+        axes.barh(
+            [number + (place - (len(rows) - 1) / 2) * height for number in range(len(names))],
+            values,
+            height * 0.92,
+            color=colour(row["kind"]),
+            # Of one kind, later ones are paler.
+            alpha=1 / used[row["kind"]] ** 0.7,
+            label=row["name"],
+        )
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("ms per image and forward")
+    _legend(axes, loc="best")
+    return _svg(figure, "layers")
+
+
+def _by_stack(blocks: list[dict[str, Any]]) -> dict[str, float]:
+    """Sum the times of blocks that follow each other at one place of the network."""
+    sums: dict[str, float] = {}
+    for block in blocks:
+        name = re.sub(r"\.?(transformer_blocks|blocks)\.\d+$", "", block["block"])
+        name = name.replace("_blocks", "").replace("_block", "").replace("attentions.", "")
+        label = f"{name or 'blocks'} (/{block['downsample']})"
+        sums[label] = sums.get(label, 0.0) + block["seconds"]
+    return sums
+
+
+def _chosen(results, most: int, kinds=tuple(SHAPES)) -> list[dict[str, Any]]:
+    """Dense and so many others, evenly spread over the list."""
+    rows = [row for row in results["contenders"] if row["kind"] in kinds]
+    others = rows[1:]
+    count = min(most - 1, len(others))
+    return [rows[0], *(others[i * len(others) // count] for i in range(count))]
