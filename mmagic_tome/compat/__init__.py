@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from typing import Optional
 
 from . import repairs as _repairs
-from .watch import around_import
+from .watch import around_import, when_imported
 
-__all__ = ["Entry", "Report", "apply", "around_import", "report"]
+__all__ = ["Entry", "Report", "apply", "around_import", "report", "when_imported"]
 
 
 @dataclass(frozen=True)

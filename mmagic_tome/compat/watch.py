@@ -11,7 +11,7 @@ import contextlib
 import importlib.abc
 import sys
 
-__all__ = ["around_import"]
+__all__ = ["around_import", "when_imported"]
 
 
 def around_import(name, callback):
@@ -26,6 +26,25 @@ def around_import(name, callback):
     _WATCHER.waiting.setdefault(name, []).append(callback)
     if _WATCHER not in sys.meta_path:
         sys.meta_path.insert(0, _WATCHER)
+
+
+def when_imported(name, action):
+    """Call ``action()`` right after the next import of a module that succeeds; now if it has.
+
+    Args:
+        name (str): Full name of a module.
+        action (Callable[[], Any]): Called once, without arguments.
+    """
+    if name in sys.modules:
+        action()
+        return
+
+    @contextlib.contextmanager
+    def after():
+        yield
+        action()
+
+    around_import(name, after)
 
 
 class _Watcher(importlib.abc.MetaPathFinder):

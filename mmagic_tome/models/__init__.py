@@ -20,11 +20,10 @@ imports ``mmagic.models`` (the registry does, before it looks up its first name)
 acts right after it, and does the same for what builds models.
 """
 
-import contextlib
 import functools
 import sys
 
-from ..compat import around_import
+from ..compat import when_imported
 from .builder import build_tome
 
 __all__ = ["build_tome", "register_all"]
@@ -63,16 +62,6 @@ def _patch(module, patch):
 
 
 def _when_imported(module, action):
-    if module in _waiting:
-        return
-    _waiting.add(module)
-    if module in sys.modules:
-        action()
-        return
-
-    @contextlib.contextmanager
-    def after():
-        yield
-        action()
-
-    around_import(module, after)
+    if module not in _waiting:
+        _waiting.add(module)
+        when_imported(module, action)

@@ -71,7 +71,7 @@ class CostMeter:
         if cuda:
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
-        from_now = _reset_process_peak()
+        from_now = reset_process_peak()
         joules = self._energy()
         start = time.perf_counter()
         yield
@@ -86,7 +86,7 @@ class CostMeter:
                     images,
                     seconds,
                     torch.cuda.max_memory_allocated(self.device) if cuda else None,
-                    _process_peak() if from_now else None,
+                    process_peak() if from_now else None,
                     None if joules is None or used is None else used - joules,
                 )
             )
@@ -186,7 +186,7 @@ def _largest(values: Iterable[int | None]) -> int | None:
     return None if None in values else max(values)
 
 
-def _reset_process_peak() -> bool:
+def reset_process_peak() -> bool:
     """Let the kernel's peak of resident memory start anew; False where it cannot."""
     if not sys.platform.startswith("linux"):
         return False
@@ -197,7 +197,7 @@ def _reset_process_peak() -> bool:
     return True
 
 
-def _process_peak() -> int | None:
+def process_peak() -> int | None:
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

@@ -1,0 +1,185 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""``ToMeEvalHook``: the same prompts dense and merged, side by side, with metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import master_only
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from torch import Tensor, nn
+
+from ..engine import ToMeHandle, get_handle
+from ..errors import ToMeError
+from .subject import aside, model_of, request_of
+
+
+@HOOKS.register_module()
+class ToMeEvalHook(Hook):
+    """Generates pictures with and without token merging, and says how far they are apart.
+
+    At the end of test and validation, and every ``interval`` training iterations. Of each prompt,
+    dense, merged and amplified difference go as one picture to every backend of the visualizer;
+    the metrics go to the log and, as scalars, to the visualizer. Neither the weights nor
+    anybody's random numbers change.
+
+    Args:
+        prompts: one picture each.
+        seeds: one number (picture i has ``seeds + i``), or a list of one for each prompt.
+            Default: 0.
+        interval: training iterations between evaluations. Default: None, not in training (but
+            at the validations in between).
+        metrics: names in :data:`mmagic_tome.evaluation.metrics.PAIRED`, or dicts of a name and
+            options, as ``dict(name='lpips', weights='alexnet.pth')``. Default: PSNR and SSIM.
+        steps, guidance, size: of generating; size is (height, width) in pixels. Default: those
+            of ``infer_cfg`` of the config, else 50, 7.5 and the model's own.
+
+    Raises:
+        ToMeError: when built: unknown metrics or their weights missing, no prompts. At the
+            start of the run: no text-to-image model in the runner, no token merging in it.
+
+    Priority NORMAL: after the ratio is set (``ToMeHook``), before the logger writes.
+    """
+
+    priority = "NORMAL"
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        seeds: int | Sequence[int] = 0,
+        interval: int | None = None,
+        metrics: Sequence[str | dict[str, Any]] = ("psnr", "ssim"),
+        steps: int | None = None,
+        guidance: float | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        from ..evaluation.metrics import build_paired
+
+        if isinstance(prompts, str) or not prompts:
+            raise ToMeError(f"prompts of ToMeEvalHook: write a list of them, got {prompts!r}")
+        if interval is not None and (not isinstance(interval, int) or interval < 1):
+            raise ToMeError(f"interval={interval!r} of ToMeEvalHook: write 1 or more, or None")
+        self.prompts = list(prompts)
+        if isinstance(seeds, int):
+            seeds = [seeds + number for number in range(len(self.prompts))]
+        if len(seeds) != len(self.prompts):
+            raise ToMeError(
+                f"ToMeEvalHook has {len(self.prompts)} prompts and {len(seeds)} seeds; write one "
+                "number, or one for each"
+            )
+        self.seeds = list(seeds)
+        self.interval = interval
+        named = [
+            {"name": metric} if isinstance(metric, str) else dict(metric) for metric in metrics
+        ]
+        self.metrics = [build_paired(**metric) for metric in named]
+        self.settings = {"steps": steps, "guidance": guidance, "size": size}
+
+    def before_run(self, runner) -> None:
+        model = model_of(runner, "ToMeEvalHook", generates=True)
+        if get_handle(model) is None:
+            raise ToMeError(
+                "ToMeEvalHook has nothing to compare: the runner's model merges no tokens; write "
+                "tome_cfg=dict(ratio=0.5) at the top level of the config"
+            )
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        if self.interval is not None and self.every_n_train_iters(runner, self.interval):
+            self.evaluate(runner, "train", runner.iter + 1)
+
+    def after_val_epoch(self, runner, metrics=None) -> None:
+        self.evaluate(runner, "val", runner.iter)
+
+    def after_test_epoch(self, runner, metrics=None) -> None:
+        self.evaluate(runner, "test", runner.iter)
+
+    @master_only
+    def evaluate(self, runner, mode: str, step: int) -> dict[str, float]:
+        """Generate, compare, report; returns the mean of each metric by name."""
+        model = model_of(runner, "ToMeEvalHook", generates=True)
+        handle = get_handle(model)
+        values: dict[str, list[Tensor]] = {metric.name: [] for metric in self.metrics}
+        ratio = handle.ratio
+        with _undisturbed(model), aside():
+            for number, (prompt, seed) in enumerate(zip(self.prompts, self.seeds)):
+                request = request_of(runner, [prompt], seed=seed, **self.settings)
+                dense, merged = dense_and_merged(model, handle, request, [0])
+                for metric in self.metrics:
+                    values[metric.name].append(metric(dense, merged))
+                picture = _side_by_side(dense, merged)
+                runner.visualizer.add_image(f"tome_{mode}_{number:03d}", picture, step=step)
+        means = {
+            metric.name: metric.mean(torch.cat(values[metric.name])) for metric in self.metrics
+        }
+        said = ", ".join(f"{m.label} {m.text(means[m.name])}" for m in self.metrics)
+        runner.logger.info(
+            f"dense and merged (ratio {ratio:g}), {len(self.prompts)} prompts, {mode} at "
+            f"iteration {step}: {said}"
+        )
+        # An infinite PSNR (identical pictures) is in the log; as a point of a curve it breaks
+        # the files of some backends.
+        scalars = {f"tome_{mode}/{key}": x for key, x in means.items() if math.isfinite(x)}
+        if scalars:
+            runner.visualizer.add_scalars(scalars, step=step)
+        return means
+
+
+def dense_and_merged(
+    model: nn.Module, handle: ToMeHandle, request, numbers: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """The pictures ``numbers`` of a request, without and with merging, (B, 3, H, W) uint8 RGB."""
+    from ..apis.text2image import Generator
+
+    generator = Generator(model, request)
+    ratio = handle.ratio
+    try:
+        handle.ratio = 0
+        dense, _ = generator.run(numbers)
+    finally:
+        handle.ratio = ratio
+    merged, _ = generator.run(numbers)
+    return to_tensor(dense), to_tensor(merged)
+
+
+def to_tensor(images: Sequence) -> Tensor:
+    """PIL images of one size -> (B, 3, H, W) uint8 RGB."""
+    arrays = [np.array(image.convert("RGB")) for image in images]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+def _side_by_side(dense: Tensor, merged: Tensor) -> np.ndarray:
+    """One picture of three: dense, merged, amplified difference; (H + words, 3 W, 3) uint8 RGB."""
+    from ..evaluation.metrics import max_error_picture
+
+    difference = np.array(max_error_picture(dense, merged)[0])
+    white = np.full((difference.shape[0] - dense.shape[-2], dense.shape[-1], 3), 255, np.uint8)
+    columns = [
+        np.concatenate([images[0].permute(1, 2, 0).numpy(), white]) for images in (dense, merged)
+    ]
+    return np.concatenate([*columns, difference], axis=1)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """In eval mode and without gradients; modes and random numbers as they were afterwards.
+
+    Not by the model's own ``eval()``, which in MMagic casts the UNet to the inference type: the
+    way back would leave training weights rounded.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    parameter = next(model.parameters())
+    devices = [parameter.device] if parameter.is_cuda else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        try:
+            for module, _ in modes:
+                module.training = False
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
