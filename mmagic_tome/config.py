@@ -7,12 +7,16 @@ import difflib
 import math
 import numbers
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from .errors import ToMeError
+from .methods import Method, build_method
+from .schedules import RatioSchedule
+from .temporal import Refresh, Residual
 
 _MAX_CELL = 16
+_SITES = ("attn", "attn_kv", "crossattn", "mlp", "block", "stack")
 
 
 @dataclass(frozen=True)
@@ -23,9 +27,10 @@ class ToMeConfig:
     model is found here. Use :meth:`replace` for a changed copy.
 
     Args:
-        ratio (float): share of the tokens to remove at every site, in
+        ratio (float | dict | callable): share of the tokens to remove at every site, in
             ``[0, 1 - 1 / (sx * sy)]``. 0 runs the dense model, bit for bit.
-            Default 0.5.
+            Default 0.5. A dict or a callable gives each level, depth, site and
+            noise level its own, see :class:`~mmagic_tome.schedules.RatioSchedule`.
         max_downsample (int | str): merge in blocks whose grid is at most this
             many times coarser than the latent: 1, 2, 4, 8 ... Default
             ``'auto'``: the finest level that has blocks (1 for Stable Diffusion
@@ -44,6 +49,20 @@ class ToMeConfig:
             precision, as the paper has it. Default False: on a CPU with fast 8-bit
             products the choice is made by them, three times as fast and to within half a
             per cent of similarity; no difference on any other device.
+        method (str | dict): which tokens become one: a name out of
+            :data:`mmagic_tome.methods.METHODS`, or a dict with the name as
+            ``type`` and the method's own options. Default ``'tome'``.
+        sites (list of str | None): where to merge, in place of the three
+            ``merge_`` options: of ``'attn'``, ``'attn_kv'`` (keys and values of
+            self-attention only), ``'crossattn'``, ``'mlp'``, or alone ``'block'`` (once
+            around every block) or ``'stack'`` (once around all blocks of a
+            stack). Default None: what the ``merge_`` options say.
+        refresh (int | dict | None): steps that a plan serves, or a dict of
+            :class:`~mmagic_tome.temporal.Refresh`. Default None: a new plan at every step.
+        residual (str | dict | None): what a merged site adds of its last dense
+            output: ``'own'``, ``'exact'`` or ``'reuse'``, or a dict of
+            :class:`~mmagic_tome.temporal.Residual`. Needs ``refresh`` of at least 2 steps.
+            Default None.
 
     Raises:
         ToMeError: wrong type or range; says the key, the value, what is
@@ -52,7 +71,7 @@ class ToMeConfig:
     Source of the options: arXiv 2303.17604, sections 4 and 5.
     """
 
-    ratio: float = 0.5
+    ratio: Any = 0.5
     max_downsample: int | str = "auto"
     sx: int = 2
     sy: int = 2
@@ -62,6 +81,10 @@ class ToMeConfig:
     merge_mlp: bool = False
     seed: int = 0
     exact_matching: bool = False
+    method: Any = "tome"
+    sites: Any = None
+    refresh: Any = None
+    residual: Any = None
 
     def __post_init__(self) -> None:
         for key in ("ratio", "max_downsample", "sx", "sy", "seed"):
@@ -88,14 +111,58 @@ class ToMeConfig:
             _fail("max_downsample", level, f"'auto' or one of {powers}", nearest)
         if not _is_int(self.seed) or not 0 <= self.seed < 2**64:
             _fail("seed", self.seed, "an integer in [0, 2**64)", _clip(self.seed, 0, 2**64 - 1, 0))
-        if not (self.merge_attn or self.merge_crossattn or self.merge_mlp):
+        self._check_sites()
+        self._check_temporal()
+        if not (self.sites or self.merge_attn or self.merge_crossattn or self.merge_mlp):
             raise ToMeError(
                 "merge_attn, merge_crossattn and merge_mlp are all False, which merges nothing; "
                 "write merge_attn=True (or ratio=0 for the dense model)"
             )
 
+    def _check_sites(self) -> None:
+        # Building a method checks its options; a method is stateless, so one serves all.
+        object.__setattr__(self, "_method", build_method(self.method))
+        if self.sites is None:
+            return
+        sites = [self.sites] if isinstance(self.sites, str) else self.sites
+        if not isinstance(sites, (list, tuple)) or not sites:
+            _fail("sites", self.sites, f"None or a list of {', '.join(_SITES)}", ["attn"])
+        for site in sites:
+            if site not in _SITES:
+                close = difflib.get_close_matches(str(site), _SITES, n=1) or ["attn"]
+                _fail("sites", self.sites, f"a list of {', '.join(_SITES)}", close)
+        whole = [site for site in sites if site in ("block", "stack")]
+        if whole and len(sites) > 1:
+            raise ToMeError(
+                f"sites={list(sites)!r}: {whole[0]!r} merges around everything inside it; write "
+                f"sites={whole[:1]!r}, or leave it out"
+            )
+        if "attn" in sites and "attn_kv" in sites:
+            raise ToMeError("sites: 'attn' includes the keys and values of 'attn_kv'; write one")
+        object.__setattr__(self, "sites", list(dict.fromkeys(sites)))
+
+    def _check_temporal(self) -> None:
+        refresh, residual = Refresh.coerce(self.refresh), Residual.coerce(self.residual)
+        object.__setattr__(self, "_refresh", refresh)
+        object.__setattr__(self, "_residual", residual)
+        for key in ("refresh", "residual"):
+            if is_dataclass(getattr(self, key)):
+                object.__setattr__(self, key, asdict(getattr(self, key)))
+        if residual is not None and refresh.steps < 2:
+            raise ToMeError(
+                "residual needs steps between refreshes to be added at; write refresh=dict(steps=2)"
+            )
+        if residual is not None and residual.kind == "own" and "attn_kv" in self.kinds:
+            raise ToMeError(
+                "residual 'own' is what merging takes from a site's output, and 'attn_kv' merges "
+                "no output; write residual='exact'"
+            )
+
     def _check_ratio(self) -> None:
         ratio, ceiling = self.ratio, self.ceiling
+        if isinstance(ratio, Mapping) or callable(ratio):
+            object.__setattr__(self, "_ratio", RatioSchedule(ratio, ceiling))
+            return
         if not _is_number(ratio):
             _fail("ratio", ratio, f"a number in [0, {ceiling:g}]", 0.5)
         if ratio < 0:
@@ -112,6 +179,7 @@ class ToMeConfig:
                 f"sx={self.sx}, sy={self.sy}: one token of every cell must stay. "
                 f"Write ratio={ceiling:g}{wider}"
             )
+        object.__setattr__(self, "_ratio", RatioSchedule(ratio, ceiling))
 
     @property
     def ceiling(self) -> float:
@@ -120,13 +188,47 @@ class ToMeConfig:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of site to merge at, of ``'attn'``, ``'crossattn'``, ``'mlp'``."""
+        """The kinds of site to merge at, see ``sites``."""
+        keeps_queries = self.built_method.keeps_queries
+        if self.sites:
+            return tuple("attn_kv" if s == "attn" and keeps_queries else s for s in self.sites)
         chosen = {
-            "attn": self.merge_attn,
+            "attn_kv" if keeps_queries else "attn": self.merge_attn,
             "crossattn": self.merge_crossattn,
             "mlp": self.merge_mlp,
         }
         return tuple(kind for kind, wanted in chosen.items() if wanted)
+
+    @property
+    def ratio_schedule(self) -> RatioSchedule:
+        """``ratio`` as a function of place and noise level."""
+        return self._ratio
+
+    @property
+    def built_method(self) -> Method:
+        """The method that ``method`` names."""
+        return self._method
+
+    @property
+    def refresh_plan(self) -> Refresh:
+        """``refresh`` with its defaults filled in."""
+        return self._refresh
+
+    @property
+    def residual_plan(self) -> Residual | None:
+        """``residual`` with its defaults filled in; None without one."""
+        return self._residual
+
+    @property
+    def tracks_steps(self) -> bool:
+        """Whether anything depends on the place of a step in its denoising run."""
+        method = self._method
+        return (
+            self._refresh.steps > 1
+            or self._ratio.needs_noise
+            or method.tracks_steps
+            or method.watches_output
+        )
 
     def replace(self, **changes: Any) -> ToMeConfig:
         """A changed, validated copy.

@@ -10,34 +10,34 @@ block           pre-hook: make a plan from the tokens that come in
 site            pre-hook: merge what goes in; hook: unmerge what comes out
 ==============  =================================================================
 
-The hooks are small objects of top-level classes that share one
-:class:`MergeState` per network, so that a model with them can still be
+The hooks (:mod:`.hooks`) are small objects of top-level classes that share one
+:class:`~.state.MergeState` per network, so that a model with them can still be
 deep-copied (the copy is independent), pickled, and compiled as one graph.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch import nn
 
 from .config import ToMeConfig
 from .errors import ToMeError
-from .hosts import Block, Host, find_host
-from .merging import (
-    GridLayout,
-    MergePlan,
-    bipartite_match,
-    random_layout,
-    regular_layout,
-    tokens_to_remove,
+from .hooks import (
+    BlockPreHook,
+    CarriedPostHook,
+    CarriedPreHook,
+    NetworkPostHook,
+    NetworkPreHook,
+    SitePostHook,
+    SitePreHook,
+    StackPreHook,
 )
-from .merging.random import step_key
+from .hosts import Block, Host, find_host
+from .state import BlockState, MergeState, SiteState
 
 
 def apply_tome(
@@ -73,22 +73,30 @@ def apply_tome(
     remove_tome(network)
 
     state = MergeState(config, host)
-    state.hook(network, _NetworkPreHook(state), _NetworkPostHook(state))
+    state.hook(network, NetworkPreHook(state), NetworkPostHook(state))
     stacks = set()
-    for block in blocks:
+    carried = config.residual_plan is not None
+    for depth, block in enumerate(blocks):
         if block.stack not in stacks:
             stacks.add(block.stack)
-            state.hook(block.stack, _StackPreHook(state))
+            state.hook(block.stack, StackPreHook(state))
         row = sum(other.downsample == block.downsample for other in state.blocks)
-        merged = BlockState(block.name, block.downsample, row)
+        merged = BlockState(block.name, block.downsample, row, depth)
+        merged.kinds = tuple(kind for kind in config.kinds if kind in block.sites)
         state.blocks.append(merged)
-        state.hook(block.module, _BlockPreHook(state, merged))
-        for kind in config.kinds:
-            if kind in block.sites:
-                site = SiteState(f"{block.name}.{kind}", kind, merged)
-                state.sites.append(site)
-                before, after = _SitePreHook(state, site), _SitePostHook(state)
-                state.hook(block.sites[kind], before, after)
+        state.hook(block.module, BlockPreHook(state, merged))
+        for kind in merged.kinds:
+            modules = block.sites[kind]
+            modules = list(modules) if isinstance(modules, (list, tuple)) else [modules]
+            name = f"{block.name}.{kind}"
+            site = SiteState(name, kind, merged, modules, block.context_argument)
+            state.sites.append(site)
+            if carried or kind in ("block", "stack"):
+                before, after = CarriedPreHook(state, site), CarriedPostHook(state, site)
+            else:
+                before, after = SitePreHook(state, site), SitePostHook(state, site)
+            state.hook(modules[0], before)
+            state.hook_after(modules[-1], after)
     return ToMeHandle(network, state)
 
 
@@ -121,7 +129,7 @@ def get_handle(model: object) -> ToMeHandle | None:
     except ToMeError:
         return None
     for hook in network._forward_pre_hooks.values():
-        if isinstance(hook, _NetworkPreHook):
+        if isinstance(hook, NetworkPreHook):
             return ToMeHandle(network, hook.state)
     return None
 
@@ -139,8 +147,9 @@ class ToMeHandle:
         return self._state.config
 
     @property
-    def ratio(self) -> float:
-        """Share of tokens removed per site. Assign to change it between runs; 0 is dense.
+    def ratio(self) -> Any:
+        """Share of tokens removed per site, or its schedule. Assign to change it between runs; 0
+        is dense.
 
         Raises:
             ToMeError: on assignment of a ratio outside [0, config.ceiling], or when this
@@ -156,6 +165,7 @@ class ToMeHandle:
                 "handle of the last apply_tome, or get_handle(model)"
             )
         self._state.config = self._state.config.replace(ratio=value)
+        self._state.forget_run()
 
     @property
     def active(self) -> bool:
@@ -167,9 +177,14 @@ class ToMeHandle:
         self._state.remove()
 
     def reset(self) -> None:
-        """Set the counters of :meth:`stats` back to zero."""
+        """Set the counters of :meth:`stats` back to zero, and begin a new denoising run.
+
+        The second is only needed where a run was left in the middle and the next one starts at a
+        lower timestep: runs are told apart by a timestep that does not fall.
+        """
+        self._state.forget_run()
         for site in self._state.sites:
-            site.tokens, site.kept, site.calls = None, None, 0
+            site.tokens, site.kept, site.calls, site.dense_calls = None, None, 0, 0
         for block in self._state.blocks:
             block.plans = 0
 
@@ -177,8 +192,9 @@ class ToMeHandle:
         """What was done where, one dict per site in running order.
 
         Keys: ``site`` (dotted path and kind), ``block`` (dotted path), ``kind``
-        ('attn' | 'crossattn' | 'mlp'), ``downsample``, ``tokens`` and ``kept``
-        (counts at the last call; None before it), ``calls`` (of the site) and
+        (see :class:`ToMeConfig`), ``downsample``, ``tokens`` and ``kept``
+        (counts at the last call; None before it; 0 kept: the output was carried over), ``calls``
+        (of the site), ``dense_calls`` (those without merging) and
         ``plans`` (matchings made for the block) since :meth:`reset`. Compiled
         forwards record token counts but are not counted in calls and plans.
         """
@@ -191,6 +207,7 @@ class ToMeHandle:
                 "tokens": site.tokens,
                 "kept": site.kept,
                 "calls": site.calls,
+                "dense_calls": site.dense_calls,
                 "plans": site.block.plans,
             }
             for site in self._state.sites
@@ -200,9 +217,10 @@ class ToMeHandle:
         """A table of :meth:`stats` to print, with the options in its title."""
         config = self.config
         title = (
-            f"token merging in {type(self.network).__name__}: ratio {config.ratio:g}, "
+            f"token merging in {type(self.network).__name__}: {_ratio_text(config)}, "
             f"cells {config.sx}x{config.sy}, "
             f"{'random' if config.use_rand else 'regular'} destinations"
+            f"{_temporal_text(config)}"
         )
         if not self.active:
             return f"{title} (removed)"
@@ -234,296 +252,9 @@ class ToMeHandle:
 
     def __repr__(self) -> str:
         where = f"{type(self.network).__name__}, {len(self._state.sites)} sites"
-        return f"ToMeHandle({where}, ratio={self.ratio:g}{'' if self.active else ', removed'})"
-
-
-# --- state ---------------------------------------------------------------------------------------
-
-
-class MergeState:
-    """Everything the hooks of one network share."""
-
-    def __init__(self, config: ToMeConfig, host: Host) -> None:
-        self.config = config
-        self.host = host
-        self.blocks: list[BlockState] = []
-        self.sites: list[SiteState] = []
-        self.hooks: list[RemovableHandle] = []
-        self._threads = threading.local()
-        self._compiled = Forward()
-
-    @property
-    def forward(self) -> Forward:
-        """What belongs to the forward that is under way in this thread.
-
-        A network may run in several threads at once (a server, ``DataParallel``).
-        Compiled code knows no threads: all of it shares one, so a network with compiled parts
-        must not be run in two threads at once.
-        """
-        if torch.compiler.is_compiling():
-            return self._compiled
-        forward = getattr(self._threads, "forward", None)
-        if forward is None:
-            forward = self._threads.forward = Forward()
-        return forward
-
-    @property
-    def forwards(self) -> tuple[Forward, ...]:
-        """The same, for hooks of outer modules: the modules inside may be compiled on their own
-        (``compile_repeated_blocks``) and look for it elsewhere."""
-        if torch.compiler.is_compiling():
-            return (self._compiled,)
-        return self.forward, self._compiled
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        del state["_threads"], state["_compiled"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._threads = threading.local()
-        self._compiled = Forward()
-
-    def hook(self, module: nn.Module, before: Any, after: Any = None) -> None:
-        """Register a pre-hook and optionally a post-hook, to be removed together."""
-        self.hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        if after is not None:
-            self.hooks.append(module.register_forward_hook(after, with_kwargs=True))
-
-    def remove(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks.clear()
-
-    def layout(
-        self, height: int, width: int, block: BlockState, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """(destinations, sources) for a block; all layouts of a grid are drawn together."""
-        config, forward = self.config, self.forward
-        key = (block.downsample, height, width, device)
-        layouts = forward.layouts.get(key)
-        if layouts is None:
-            if config.use_rand:
-                # A layout per block of the level: every block decorrelates its choice
-                # from the others' at no more launches than one layout takes.
-                count = sum(other.downsample == block.downsample for other in self.blocks)
-                layouts = random_layout(
-                    height,
-                    width,
-                    config.sx,
-                    config.sy,
-                    seed=config.seed,
-                    step=forward.step,
-                    count=count,
-                    device=device,
-                )
-            else:
-                layouts = regular_layout(height, width, config.sx, config.sy, device)
-            forward.layouts[key] = layouts
-        return layouts.select(block.row if config.use_rand else 0)
-
-
-class Forward:
-    """What the hooks know during one forward and drop at its end.
-
-    Attributes:
-        running (bool): whether the network's own forward is under way.
-        step (Tensor | None): key of the random destinations, from the timestep.
-        grid (tuple | None): (height, width) in tokens, of the stack that runs.
-        layouts (dict): (downsample, height, width, device) -> :class:`GridLayout`.
-        plan (MergePlan | None): of the block that runs. One place for all blocks, since they
-            do not nest: so the hooks of all blocks are the same code to a compiler.
-    """
-
-    def __init__(self) -> None:
-        self.running = False
-        self.step: Tensor | None = None
-        self.grid: tuple[int, int] | None = None
-        self.layouts: dict[tuple, GridLayout] = {}
-        self.plan: MergePlan | None = None
-
-    def clear(self, running: bool) -> None:
-        """Forget everything, at the start (``running``) or the end of a forward."""
-        self.running = running
-        self.step = None
-        self.grid = None
-        self.layouts = {}
-        self.plan = None
-
-
-class BlockState:
-    """A block, its place among the blocks of its level, and the plans a backward may need."""
-
-    def __init__(self, name: str, downsample: int, row: int) -> None:
-        self.name = name
-        self.downsample = downsample
-        self.row = row
-        self.plans = 0
-        # Input tensor -> (config, plan), for as long as the tensor lives: gradient
-        # checkpointing calls the block again during the backward with the same tensor, when
-        # its network has long gone on, perhaps to another step and size.
-        self.saved = WeakTensorKeyDictionary()
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        del state["saved"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.saved = WeakTensorKeyDictionary()
-
-
-class SiteState:
-    """A wrapped module and what was seen there."""
-
-    def __init__(self, name: str, kind: str, block: BlockState) -> None:
-        self.name = name
-        self.kind = kind
-        self.block = block
-        self.tokens: int | None = None
-        self.kept: int | None = None
-        self.calls = 0
-
-
-# --- hooks ---------------------------------------------------------------------------------------
-
-
-class _NetworkPreHook:
-    """Start of a forward: forget the last one, derive the key of the random destinations."""
-
-    def __init__(self, state: MergeState) -> None:
-        self.state = state
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        state = self.state
-        for forward in state.forwards:
-            forward.clear(running=True)
-        if not (state.config.use_rand and state.config.ratio > 0):
-            return
-        timestep = state.host.timestep(args, kwargs)
-        if timestep is None:
-            return
-        if not isinstance(timestep, Tensor):
-            timestep = torch.tensor(float(timestep))
-        # One layout serves the whole batch, so its first timestep speaks for all.
-        step = step_key(timestep.detach().reshape(-1)[0])
-        for forward in state.forwards:
-            forward.step = step
-
-
-class _NetworkPostHook:
-    """End of a forward: drop what belonged to it (a compiled graph would return it)."""
-
-    def __init__(self, state: MergeState) -> None:
-        self.state = state
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        for forward in self.state.forwards:
-            forward.clear(running=False)
-
-
-class _StackPreHook:
-    """Note the token grid."""
-
-    def __init__(self, state: MergeState) -> None:
-        self.state = state
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        grid = self.state.host.grid(args, kwargs)
-        for forward in self.state.forwards:
-            forward.grid = grid
-
-
-class _BlockPreHook:
-    """Make the plan that all sites of the block share, from the tokens that enter it."""
-
-    def __init__(self, state: MergeState, block: BlockState) -> None:
-        self.state = state
-        self.block = block
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        state, block = self.state, self.block
-        config, forward = state.config, state.forward
-        forward.plan = None
-        if config.ratio <= 0:
-            return
-        metric = args[0] if args else kwargs["hidden_states"]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            made_for, plan = block.saved.get(metric, (None, None))
-            if made_for is not config:
-                plan = self.plan(metric)
-                block.saved[metric] = (config, plan)
-        else:
-            plan = self.plan(metric)
-        forward.plan = plan
-
-    def plan(self, metric: Tensor) -> MergePlan | None:
-        """A plan for (B, N, C) tokens of this block; None if there is nothing to merge."""
-        state, block, config = self.state, self.block, self.state.config
-        forward = state.forward
-        if not forward.running or forward.grid is None:
-            raise ToMeError(
-                f"{block.name} was called outside a forward of its network, so the token grid is "
-                "not known. Call the network; for gradient checkpointing, write "
-                "use_reentrant=False (diffusers' default)"
-            )
-        height, width = forward.grid
-        tokens = metric.shape[1]
-        if tokens != height * width:
-            raise ToMeError(
-                f"{block.name} was given {tokens} tokens for a grid of {height}x{width}; "
-                "token merging needs one token per grid place"
-            )
-        cells = (height // config.sy) * (width // config.sx)
-        r = tokens_to_remove(tokens, tokens - cells, config.ratio) if cells else 0
-        if r <= 0:
-            return None
-        if not torch.compiler.is_compiling():
-            block.plans += 1
-        destinations, sources = state.layout(height, width, block, metric.device)
-        return bipartite_match(
-            metric.detach(), destinations, sources, r, exact=config.exact_matching
+        return (
+            f"ToMeHandle({where}, {_ratio_text(self.config)}{'' if self.active else ', removed'})"
         )
-
-
-class _SitePreHook:
-    """Merge the tokens that go into a site."""
-
-    def __init__(self, state: MergeState, site: SiteState) -> None:
-        self.state = state
-        self.site = site
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
-        site = self.site
-        plan = self.state.forward.plan
-        x = args[0] if args else kwargs["hidden_states"]
-        site.tokens = x.shape[1]
-        site.kept = x.shape[1] if plan is None else plan.num_slots
-        if not torch.compiler.is_compiling():
-            site.calls += 1
-        if plan is None:
-            return None
-        _check_site(site, plan, x, kwargs)
-        if args:
-            return (plan.merge(x), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": plan.merge(x)}
-
-
-class _SitePostHook:
-    """Unmerge the tokens that come out of a site."""
-
-    def __init__(self, state: MergeState) -> None:
-        self.state = state
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        plan = self.state.forward.plan
-        if plan is None:
-            return None
-        if isinstance(output, tuple):
-            return (plan.unmerge(output[0]), *output[1:])
-        return plan.unmerge(output)
 
 
 def _let_the_compiler_see_hooks() -> None:
@@ -541,35 +272,14 @@ def _let_the_compiler_see_hooks() -> None:
         torch.compiler.reset()
 
 
-def _check_site(site: SiteState, plan: MergePlan, x: Tensor, kwargs: dict[str, Any]) -> None:
-    """Uses of a block that cannot be merged, said in the user's words."""
-    if x.shape[1] != plan.num_tokens or x.shape[0] != plan.batch:
-        raise ToMeError(
-            f"{site.name} was given {tuple(x.shape[:2])} (batch, tokens) but its block has "
-            f"({plan.batch}, {plan.num_tokens}): feed-forward chunking and merge_mlp exclude each "
-            "other; call disable_forward_chunking() or write merge_mlp=False"
-        )
-    if site.kind == "attn" and kwargs.get("attention_mask") is not None:
-        context = kwargs.get("encoder_hidden_states")
-        if context is None or context.shape[1] == plan.num_tokens:
-            raise ToMeError(
-                f"{site.name} was given an attention_mask over image tokens, which has no meaning "
-                "for merged tokens; call the model without it or write merge_attn=False"
-            )
-    if site.kind == "crossattn" and kwargs.get("ip_adapter_masks") is not None:
-        raise ToMeError(
-            f"{site.name} was given ip_adapter_masks, which are laid over the token grid and do "
-            "not fit merged tokens; write merge_crossattn=False"
-        )
-
-
 # --- choice of blocks and presentation -----------------------------------------------------------
 
 
 def _blocks_to_merge(host: Host, network: nn.Module, config: ToMeConfig) -> list[Block]:
     """Blocks within ``max_downsample`` that have a wanted site, or an error naming the levels."""
     name = type(network).__name__
-    blocks = [b for b in host.blocks(network) if any(kind in b.sites for kind in config.kinds)]
+    blocks = _with_all_sites(host.blocks(network), config.kinds)
+    blocks = [block for block in blocks if any(kind in block.sites for kind in config.kinds)]
     if not blocks:
         raise ToMeError(
             f"{name} has no transformer block with a site of kind {' or '.join(config.kinds)}: "
@@ -591,6 +301,50 @@ def _blocks_to_merge(host: Host, network: nn.Module, config: ToMeConfig) -> list
             f"blocks at downsample {levels}. Write max_downsample={finest} or 'auto'"
         )
     return chosen
+
+
+def _with_all_sites(blocks: list[Block], kinds: tuple[str, ...]) -> list[Block]:
+    """The blocks with the sites that follow from what a host names.
+
+    'attn_kv' is at the same module as 'attn', 'block' is the block itself; 'stack' is all blocks
+    of a stack at once, named after the first, which then stands for them all.
+    """
+    if "stack" in kinds:
+        stacks: dict[nn.Module, list[Block]] = {}
+        for block in blocks:
+            stacks.setdefault(block.stack, []).append(block)
+        return [
+            replace(members[0], sites={"stack": [block.module for block in members]})
+            for members in stacks.values()
+        ]
+    return [
+        replace(
+            block,
+            sites={
+                **block.sites,
+                **({"attn_kv": block.sites["attn"]} if "attn" in block.sites else {}),
+                "block": block.module,
+            },
+        )
+        for block in blocks
+    ]
+
+
+def _ratio_text(config: ToMeConfig) -> str:
+    residual = config.residual_plan
+    if residual is not None and residual.kind == "reuse":
+        return "outputs reused"
+    ratio = config.ratio
+    return f"ratio {ratio:g}" if config.ratio_schedule.constant else f"ratio by schedule {ratio!r}"
+
+
+def _temporal_text(config: ToMeConfig) -> str:
+    text = "" if config.method == "tome" else f", method {config.method!r}"
+    if config.refresh_plan.steps > 1:
+        text += f", refreshed every {config.refresh_plan.steps} steps"
+    if config.residual_plan is not None:
+        text += f", residual {config.residual_plan.kind} of order {config.residual_plan.order}"
+    return text
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:

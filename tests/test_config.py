@@ -19,6 +19,10 @@ def test_defaults():
         "merge_mlp": False,
         "seed": 0,
         "exact_matching": False,
+        "method": "tome",
+        "sites": None,
+        "refresh": None,
+        "residual": None,
     }
     assert config.kinds == ("attn",) and config.ceiling == 0.75
 

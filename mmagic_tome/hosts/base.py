@@ -22,6 +22,8 @@ class Block:
             network's input, per side.
         sites (dict): kind of site ('attn', 'crossattn', 'mlp') -> the module
             that computes on tokens there.
+        context_argument (str): name of the argument of its self-attention for
+            tokens to take keys and values from.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Block:
     stack: nn.Module
     downsample: int
     sites: dict[str, nn.Module] = field(default_factory=dict)
+    context_argument: str = "encoder_hidden_states"
 
 
 class Host(Protocol):
@@ -47,6 +50,9 @@ class Host(Protocol):
 
     def timestep(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The timestep in a call of the network: a tensor, a number, or None."""
+
+    def noise_level(self, timestep: float) -> float:
+        """A timestep as a share of the training steps: 1 = pure noise, 0 = none."""
 
     def grid(self, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
         """(height, width) in tokens, from the arguments of a call of a stack."""

@@ -19,6 +19,9 @@ from .base import Block
 # Stacks over frames instead of places (video UNets): their tokens lie on no grid.
 _TEMPORAL = {"temp_attentions", "motion_modules"}
 
+# Of every published model of this family; the network itself does not know it.
+_TRAINING_STEPS = 1000
+
 # Names of a block's sub-modules, by kind of site.
 SITES = {"attn": "attn1", "crossattn": "attn2", "mlp": "ff"}
 
@@ -31,6 +34,7 @@ class DiffusersUNet:
     Grid: the last two sizes of the (B, C, h, w) input of the stack.
     """
 
+    context_argument = "encoder_hidden_states"
     description = "diffusers UNets (UNet2DConditionModel and alike)"
 
     def matches(self, module: nn.Module) -> bool:
@@ -51,6 +55,7 @@ class DiffusersUNet:
                     for kind, attribute in SITES.items()
                     if getattr(block, attribute, None) is not None
                 },
+                context_argument=self.context_argument,
             )
             for name, stack, downsample in _stacks(network)
             for index, block in enumerate(stack.transformer_blocks)
@@ -59,6 +64,9 @@ class DiffusersUNet:
 
     def timestep(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         return args[1] if len(args) > 1 else kwargs.get("timestep")
+
+    def noise_level(self, timestep: float) -> float:
+        return timestep / _TRAINING_STEPS
 
     def grid(self, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
         x = args[0] if args else kwargs["hidden_states"]

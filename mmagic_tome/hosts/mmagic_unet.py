@@ -16,6 +16,7 @@ from .diffusers_unet import DiffusersUNet
 class MMagicUNet(DiffusersUNet):
     """Host for MMagic's native ``DenoisingUnet``; same blocks and sites as diffusers'."""
 
+    context_argument = "context"
     description = "MMagic's DenoisingUnet (unet_type='stable')"
 
     def matches(self, module: nn.Module) -> bool:

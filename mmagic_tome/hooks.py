@@ -1,0 +1,406 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""The hooks: what happens around a network, a stack, a block and a site while they run.
+
+Small objects of top-level classes, so that a model with them can be copied, pickled and
+compiled. What they share is in :mod:`.state`; who gets which is in :mod:`.engine`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ToMeError
+from .merging import MergePlan
+from .merging.random import step_key
+from .methods import PlanRequest
+from .schedules import Place
+from .state import BlockState, MergeState, SiteState
+from .temporal import Memory
+
+
+class NetworkPreHook:
+    """Start of a forward: forget the last one, note the timestep, go on with the run."""
+
+    def __init__(self, state: MergeState) -> None:
+        self.state = state
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        state = self.state
+        config = state.config
+        # A forward that did not come to its end may have left half of a step.
+        broken = state.forward.running
+        for forward in state.forwards:
+            forward.clear(running=True)
+        if config.ratio_schedule.zero and config.residual_plan is None:
+            return
+        timestep = state.host.timestep(args, kwargs)
+        if config.tracks_steps:
+            time = None if timestep is None else _as_float(timestep)
+            noise = None if time is None else state.host.noise_level(time)
+            key = None if torch.is_grad_enabled() else _shape_of_call(args, kwargs)
+            for forward in state.forwards:
+                if broken or key is None:
+                    forward.run.reset()
+                forward.run.begin_step(time, key)
+                forward.noise = noise
+        if not config.use_rand or timestep is None:
+            return
+        if not isinstance(timestep, Tensor):
+            timestep = torch.tensor(float(timestep))
+        # One layout serves the whole batch, so its first timestep speaks for all.
+        step = step_key(timestep.detach().reshape(-1)[0])
+        for forward in state.forwards:
+            forward.step = step
+
+
+class NetworkPostHook:
+    """End of a forward: drop what belonged to it (a compiled graph would return it)."""
+
+    def __init__(self, state: MergeState) -> None:
+        self.state = state
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        watches = self.state.config.built_method.watches_output
+        for forward in self.state.forwards:
+            if watches:
+                forward.run.heat = _heat(_first(output))
+            forward.clear(running=False)
+
+
+class StackPreHook:
+    """Note the token grid."""
+
+    def __init__(self, state: MergeState) -> None:
+        self.state = state
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        grid = self.state.host.grid(args, kwargs)
+        for forward in self.state.forwards:
+            forward.grid = grid
+
+
+class BlockPreHook:
+    """Make the plans that the sites of the block share, from the tokens that enter it."""
+
+    def __init__(self, state: MergeState, block: BlockState) -> None:
+        self.state = state
+        self.block = block
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        state, block = self.state, self.block
+        config, forward = state.config, state.forward
+        forward.plans = {}
+        forward.refreshing = True
+        if config.ratio_schedule.zero and config.residual_plan is None:
+            return
+        metric = args[0] if args else kwargs["hidden_states"]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            made_for, plans = block.saved.get(metric, (None, None))
+            if made_for is not config:
+                plans = self.plans(metric)
+                block.saved[metric] = (config, plans)
+        else:
+            plans = self.plans(metric)
+        forward.plans = plans
+
+    def plans(self, metric: Tensor) -> dict[str, MergePlan | None]:
+        """Plans for (B, N, C) tokens of this block by kind of site."""
+        state, block = self.state, self.block
+        config, forward = state.config, state.forward
+        if not forward.running or forward.grid is None:
+            raise ToMeError(
+                f"{block.name} was called outside a forward of its network, so the token grid is "
+                "not known. Call the network; for gradient checkpointing, write "
+                "use_reentrant=False (diffusers' default)"
+            )
+        height, width = forward.grid
+        tokens = metric.shape[1]
+        if tokens != height * width:
+            raise ToMeError(
+                f"{block.name} was given {tokens} tokens for a grid of {height}x{width}; "
+                "token merging needs one token per grid place"
+            )
+        schedule = config.ratio_schedule
+        if schedule.constant and config.refresh_plan.steps == 1:
+            plan = self.make(metric, schedule.spec)
+            return dict.fromkeys(block.kinds, plan)
+        refresh, run = config.refresh_plan, forward.run
+        forward.refreshing = refresh.due(run.step, block.depth)
+        if state.residual is not None and state.residual.kind == "reuse":
+            return {}
+        plans, made = {}, {}
+        for kind in block.kinds:
+            if refresh.share == "level":
+                owner = (block.downsample, height, width, kind)
+            else:
+                owner = (block.name, kind)
+            # At a refresh step a plan of this very step is shared, an older one is not.
+            known = run.plans.get(owner)
+            if known is not None and (known[0] == run.step or not forward.refreshing):
+                plans[kind] = known[1]
+                continue
+            place = Place(kind, block.downsample, block.depth, len(state.blocks), forward.noise)
+            ratio = schedule(place)
+            if ratio not in made:
+                made[ratio] = self.make(metric, ratio)
+            plans[kind] = made[ratio]
+            run.plans[owner] = (run.step, made[ratio])
+        return plans
+
+    def make(self, metric: Tensor, ratio: float) -> MergePlan | None:
+        """A new plan, by the method; None if there is nothing to merge."""
+        if ratio <= 0:
+            return None
+        state, block = self.state, self.block
+        config, forward = state.config, state.forward
+        height, width = forward.grid
+        request = PlanRequest(
+            height=height,
+            width=width,
+            sx=config.sx,
+            sy=config.sy,
+            downsample=block.downsample,
+            depth=block.depth,
+            depths=len(state.blocks),
+            step=max(forward.run.step, 0),
+            noise=forward.noise,
+            exact=config.exact_matching,
+            layout=Layout(state, block, metric.device),
+            heat=forward.run.heat,
+        )
+        plan = config.built_method.plan(metric.detach(), ratio, request)
+        if plan is not None and not torch.compiler.is_compiling():
+            block.plans += 1
+        return plan
+
+
+class Layout:
+    """() -> (destinations, sources) of a block; drawn only if the method asks."""
+
+    def __init__(self, state: MergeState, block: BlockState, device: torch.device) -> None:
+        self.state, self.block, self.device = state, block, device
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        return self.state.layout(*self.state.forward.grid, self.block, self.device)
+
+
+class SitePreHook:
+    """Merge the tokens that go into a site."""
+
+    def __init__(self, state: MergeState, site: SiteState) -> None:
+        self.state = state
+        self.site = site
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
+        site = self.site
+        plan = self.state.forward.plans.get(site.kind)
+        x = args[0] if args else kwargs["hidden_states"]
+        site.saw(x.shape[1], x.shape[1] if plan is None else plan.num_slots)
+        if plan is None:
+            return None
+        check_site(site, plan, x, kwargs)
+        return _with_merged(site, plan, x, args, kwargs)
+
+
+class SitePostHook:
+    """Unmerge the tokens that come out of a site."""
+
+    def __init__(self, state: MergeState, site: SiteState) -> None:
+        self.state = state
+        self.site = site
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        plan = self.state.forward.plans.get(self.site.kind)
+        if plan is None or self.site.kind == "attn_kv":
+            return None
+        return _replaced(output, plan.unmerge(_first(output)))
+
+
+class CarriedPreHook:
+    """As :class:`SitePreHook` where something is added to what the merged site gives.
+
+    That is the tokens themselves around a block or stack, whose own additions to them are what
+    is merged, and a residual where there is one.
+    """
+
+    def __init__(self, state: MergeState, site: SiteState) -> None:
+        self.state = state
+        self.site = site
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
+        state, site = self.state, self.site
+        forward, residual = state.forward, state.residual
+        plan = forward.plans.get(site.kind)
+        x = args[0] if args else kwargs["hidden_states"]
+        tokens = x.shape[1]
+        memory = forward.run.memories.get(site.name)
+        if residual is not None and (forward.refreshing or memory is None):
+            forward.pending[site.name] = ("refresh", x, args, kwargs)
+            site.saw(tokens, tokens)
+            return None
+        if residual is not None and residual.kind == "reuse":
+            # A module cannot be skipped by a hook: it runs on one token, which nobody reads.
+            forward.pending[site.name] = ("reuse", x)
+            site.saw(tokens, 0)
+            return _with_tokens(x[:, :1], args, kwargs)
+        if plan is None:
+            # Where nothing is merged nothing is missing.
+            forward.pending[site.name] = ("dense",)
+            site.saw(tokens, tokens)
+            return None
+        check_site(site, plan, x, kwargs)
+        site.saw(tokens, plan.num_slots)
+        if site.kind == "attn_kv":
+            forward.pending[site.name] = ("merged", x, None)
+            return _with_merged(site, plan, x, args, kwargs)
+        merged = plan.merge(x)
+        forward.pending[site.name] = ("merged", x, merged)
+        return _with_tokens(merged, args, kwargs)
+
+
+class CarriedPostHook:
+    """The counterpart of :class:`CarriedPreHook`."""
+
+    def __init__(self, state: MergeState, site: SiteState) -> None:
+        self.state = state
+        self.site = site
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        state, site = self.state, self.site
+        forward, residual = state.forward, state.residual
+        done, *kept = forward.pending.pop(site.name)
+        if done == "dense":
+            return None
+        out = _first(output)
+        adds = site.kind in ("block", "stack")  # their output is their input plus something
+        plan = forward.plans.get(site.kind)
+        run = forward.run
+        if done == "refresh":
+            if run.time is not None:
+                memory = run.memories.setdefault(site.name, Memory())
+                lost = self.lost(plan, out, adds, *kept)
+                memory.keep(run.time, lost, residual.order)
+            return None
+        x = kept[0]
+        if done == "reuse":
+            y = run.memories[site.name].predict(run.time, residual)
+        else:
+            merged = kept[1]
+            y = out - merged if adds else out
+            if site.kind != "attn_kv":
+                y = plan.unmerge(y)
+            if residual is not None:
+                y = y + run.memories[site.name].predict(run.time, residual)
+        return _replaced(output, x + y if adds else y)
+
+    def lost(
+        self,
+        plan: MergePlan | None,
+        out: Tensor,
+        adds: bool,
+        x: Tensor,
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """The residual of this step: what the dense output has and the merged one lacks."""
+        site, kind = self.site, self.state.residual.kind
+        dense = out - x if adds else out
+        if kind == "reuse":
+            return dense
+        if plan is None:
+            return torch.zeros_like(dense)
+        check_site(site, plan, x, kwargs)
+        if kind == "own":
+            return dense - plan.unmerge(plan.merge(dense))
+        # The merged run goes past the hooks, which are in the middle of this one.
+        forward = self.state.forward
+        if site.kind == "attn_kv":
+            args, kwargs = _with_merged(site, plan, x, args, kwargs)
+            return dense - _first(site.modules[0].forward(*args, **kwargs))
+        merged = y = plan.merge(x)
+        outer = dict(forward.pending)
+        for module in site.modules:
+            args, kwargs = _with_tokens(y, args, kwargs)
+            y = _first(module.forward(*args, **kwargs))
+        forward.pending = outer
+        return dense - plan.unmerge(y - merged if adds else y)
+
+
+def check_site(site: SiteState, plan: MergePlan, x: Tensor, kwargs: dict[str, Any]) -> None:
+    """Uses of a block that cannot be merged, said in the user's words."""
+    if x.shape[1] != plan.num_tokens or x.shape[0] != plan.batch:
+        raise ToMeError(
+            f"{site.name} was given {tuple(x.shape[:2])} (batch, tokens) but its block has "
+            f"({plan.batch}, {plan.num_tokens}): feed-forward chunking and merge_mlp exclude each "
+            "other; call disable_forward_chunking() or write merge_mlp=False"
+        )
+    if site.kind != "mlp" and kwargs.get("attention_mask") is not None:
+        context = kwargs.get("encoder_hidden_states")
+        if site.kind in ("block", "stack") or (
+            site.kind != "crossattn" and (context is None or context.shape[1] == plan.num_tokens)
+        ):
+            raise ToMeError(
+                f"{site.name} was given an attention_mask over image tokens, which has no meaning "
+                "for merged tokens; call the model without it or leave this site out"
+            )
+    if site.kind == "attn_kv" and kwargs.get(site.context) is not None:
+        raise ToMeError(
+            f"{site.name} takes keys and values from other tokens (only_cross_attention), which "
+            "cannot be merged by the picture's; write sites=['attn']"
+        )
+    masks = kwargs.get("ip_adapter_masks")
+    if masks is None:
+        masks = (kwargs.get("cross_attention_kwargs") or {}).get("ip_adapter_masks")
+    if site.kind in ("crossattn", "block", "stack") and masks is not None:
+        raise ToMeError(
+            f"{site.name} was given ip_adapter_masks, which are laid over the token grid and do "
+            "not fit merged tokens; merge self-attention only"
+        )
+
+
+def _with_merged(site: SiteState, plan: MergePlan, x: Tensor, args: tuple, kwargs: dict):
+    if site.kind == "attn_kv":
+        return args, {**kwargs, site.context: plan.merge(x)}
+    return _with_tokens(plan.merge(x), args, kwargs)
+
+
+def _with_tokens(x: Tensor, args: tuple, kwargs: dict):
+    if args:
+        return (x, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": x}
+
+
+def _first(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output
+    return output[0]
+
+
+def _replaced(output: Any, y: Tensor) -> Any:
+    return (y, *output[1:]) if isinstance(output, tuple) else y
+
+
+@torch.compiler.disable
+def _as_float(timestep: Any) -> float:
+    """First of the timesteps as a number; waits for the device where it is a tensor there."""
+    if isinstance(timestep, Tensor):
+        return float(timestep.detach().reshape(-1)[0])
+    return float(timestep)
+
+
+def _shape_of_call(args: tuple, kwargs: dict[str, Any]) -> Hashable:
+    x = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
+    x = kwargs.get("sample", x)
+    return (tuple(x.shape), x.dtype, x.device) if isinstance(x, Tensor) else None
+
+
+def _heat(output: Tensor) -> Tensor | None:
+    """(B / 2, h, w): how far the text moves the prediction at every place of the picture."""
+    if not isinstance(output, Tensor) or output.dim() != 4 or output.shape[0] % 2:
+        return None
+    empty, text = output.detach().chunk(2)
+    return (text - empty).abs().mean(1)

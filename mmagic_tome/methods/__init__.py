@@ -1,0 +1,7 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Token reduction methods by name: one file each, registered by :func:`register_method`."""
+
+from .base import METHODS, Method, PlanRequest, build_method, register_method
+from .tome import ToMe
+
+__all__ = ["METHODS", "Method", "PlanRequest", "ToMe", "build_method", "register_method"]

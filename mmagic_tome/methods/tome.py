@@ -1,0 +1,26 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Token merging on a grid, as for Stable Diffusion."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..merging import MergePlan, bipartite_match
+from .base import Method, PlanRequest, register_method
+
+
+@register_method("tome")
+class ToMe(Method):
+    """One destination per cell; the r sources closest to theirs merge into them.
+
+    Source: "Token Merging for Fast Stable Diffusion" (Bolya and Hoffman, CVPRW 2023, arXiv
+    2303.17604), section 4; the matching is that of arXiv 2210.09461, section 3.2. The metric
+    is the block's input.
+    """
+
+    def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> MergePlan | None:
+        r = self.removed(metric.shape[1], ratio, request)
+        if r <= 0:
+            return None
+        destinations, sources = request.layout()
+        return bipartite_match(metric, destinations, sources, r, exact=request.exact)

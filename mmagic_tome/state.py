@@ -1,0 +1,215 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""What the hooks of one network share, and for how long each part of it lives.
+
+====================  =========================================================
+:class:`MergeState`   as long as token merging is applied
+:class:`Run`          one denoising run of one thread (:mod:`.temporal`)
+:class:`Forward`      one call of the network in one thread
+====================  =========================================================
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .config import ToMeConfig
+from .hosts import Host
+from .merging import GridLayout, MergePlan, random_layout, regular_layout
+from .temporal import Residual, Run
+
+
+class MergeState:
+    """Everything the hooks of one network share."""
+
+    def __init__(self, config: ToMeConfig, host: Host) -> None:
+        self.config = config
+        self.host = host
+        self.blocks: list[BlockState] = []
+        self.sites: list[SiteState] = []
+        self.hooks: list[RemovableHandle] = []
+        self._threads = threading.local()
+        self._compiled = Forward()
+
+    @property
+    def forward(self) -> Forward:
+        """What belongs to the forward that is under way in this thread.
+
+        A network may run in several threads at once (a server, ``DataParallel``).
+        Compiled code knows no threads: all of it shares one, so a network with compiled parts
+        must not be run in two threads at once.
+        """
+        if torch.compiler.is_compiling():
+            return self._compiled
+        forward = getattr(self._threads, "forward", None)
+        if forward is None:
+            forward = self._threads.forward = Forward()
+        return forward
+
+    @property
+    def forwards(self) -> tuple[Forward, ...]:
+        """The same, for hooks of outer modules: the modules inside may be compiled on their own
+        (``compile_repeated_blocks``) and look for it elsewhere."""
+        if torch.compiler.is_compiling():
+            return (self._compiled,)
+        return self.forward, self._compiled
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        del state["_threads"], state["_compiled"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._threads = threading.local()
+        self._compiled = Forward()
+
+    def hook(self, module: nn.Module, before: Any, after: Any = None) -> None:
+        """Register a pre-hook and optionally a post-hook; :meth:`remove` takes them out."""
+        self.hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        if after is not None:
+            self.hook_after(module, after)
+
+    def hook_after(self, module: nn.Module, after: Any) -> None:
+        """Register a post-hook alone."""
+        self.hooks.append(module.register_forward_hook(after, with_kwargs=True))
+
+    @property
+    def residual(self) -> Residual | None:
+        """The residual in force: none while gradients are on, when steps are unrelated."""
+        return None if torch.is_grad_enabled() else self.config.residual_plan
+
+    def remove(self) -> None:
+        """Take all hooks out of the network and forget the run."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
+        self.forget_run()
+
+    def forget_run(self) -> None:
+        """Drop what is kept from step to step, in all threads."""
+        self._threads = threading.local()
+        self._compiled = Forward()
+
+    def layout(
+        self, height: int, width: int, block: BlockState, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """(destinations, sources) for a block; all layouts of a grid are drawn together."""
+        config, forward = self.config, self.forward
+        key = (block.downsample, height, width, device)
+        layouts = forward.layouts.get(key)
+        if layouts is None:
+            if config.use_rand:
+                # A layout per block of the level: every block decorrelates its choice
+                # from the others' at no more launches than one layout takes.
+                count = sum(other.downsample == block.downsample for other in self.blocks)
+                layouts = random_layout(
+                    height,
+                    width,
+                    config.sx,
+                    config.sy,
+                    seed=config.seed,
+                    step=forward.step,
+                    count=count,
+                    device=device,
+                )
+            else:
+                layouts = regular_layout(height, width, config.sx, config.sy, device)
+            forward.layouts[key] = layouts
+        return layouts.select(block.row if config.use_rand else 0)
+
+
+class Forward:
+    """What the hooks know during one forward and drop at its end.
+
+    Attributes:
+        running (bool): whether the network's own forward is under way.
+        step (Tensor | None): key of the random destinations, from the timestep.
+        noise (float | None): noise level, where the options depend on it.
+        grid (tuple | None): (height, width) in tokens, of the stack that runs.
+        layouts (dict): (downsample, height, width, device) -> :class:`GridLayout`.
+        plans (dict): kind of site -> :class:`MergePlan` or None, of the block that runs. One
+            place for all blocks, since they do not nest: so the hooks of all blocks are the
+            same code to a compiler.
+        refreshing (bool): whether the block that runs renews what it keeps between steps.
+        pending (dict): name of a site -> what its pre-hook leaves for its post-hook.
+        run (Run): the denoising run that this forward is a step of; outlives the forward.
+    """
+
+    def __init__(self) -> None:
+        self.run = Run()
+        self.clear(running=False)
+
+    def clear(self, running: bool) -> None:
+        """Forget everything but the run, at the start (``running``) or the end of a forward."""
+        self.running = running
+        self.step: Tensor | None = None
+        self.noise: float | None = None
+        self.grid: tuple[int, int] | None = None
+        self.layouts: dict[tuple, GridLayout] = {}
+        self.plans: dict[str, MergePlan | None] = {}
+        self.refreshing = True
+        self.pending: dict[str, Any] = {}
+
+    @property
+    def plan(self) -> MergePlan | None:
+        """The plan of the block that runs; of its first site where sites differ."""
+        return next(iter(self.plans.values()), None)
+
+
+class BlockState:
+    """A block, its place among the blocks of its level, and the plans a backward may need."""
+
+    def __init__(self, name: str, downsample: int, row: int, depth: int) -> None:
+        self.name = name
+        self.downsample = downsample
+        self.row = row
+        self.depth = depth
+        self.kinds: tuple[str, ...] = ()
+        self.plans = 0
+        # Input tensor -> (config, plans), for as long as the tensor lives: gradient
+        # checkpointing calls the block again during the backward with the same tensor, when
+        # its network has long gone on, perhaps to another step and size.
+        self.saved = WeakTensorKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        del state["saved"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.saved = WeakTensorKeyDictionary()
+
+
+class SiteState:
+    """A wrapped module (or a chain of them) and what was seen there.
+
+    ``modules`` run one after the other; what goes into the first is merged, what comes out of
+    the last unmerged.
+    """
+
+    def __init__(
+        self, name: str, kind: str, block: BlockState, modules: list[nn.Module], context: str
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self.block = block
+        self.modules = modules
+        self.context = context
+        self.tokens: int | None = None
+        self.kept: int | None = None
+        self.calls = 0
+        self.dense_calls = 0
+
+    def saw(self, tokens: int, kept: int) -> None:
+        """Note a call."""
+        self.tokens, self.kept = tokens, kept
+        if not torch.compiler.is_compiling():
+            self.calls += 1
+            self.dense_calls += kept == tokens

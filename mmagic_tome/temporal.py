@@ -1,0 +1,194 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""What is carried from one denoising step to the next: plans, and what merging lost.
+
+Neighbouring steps of a denoising run see nearly the same tokens. So a plan can serve several
+steps (:class:`Refresh`), and at the steps in between, what a merged site cannot know can be
+added from the last step at which it ran dense (:class:`Residual`)::
+
+    refresh step       D = f(x)                     the dense output, used as it is
+                       R = D - U(M(D))              kind 'own':   what merging takes from it
+                       R = D - U(f(M x))            kind 'exact': what the merged site misses
+                       R = D                        kind 'reuse': all of it
+    step in between    U(f(M x)) + R                for 'reuse': R alone, the site is not run
+
+M merges, U unmerges. With ``order=1`` R is extrapolated along the timestep from the last two
+refreshes. Site outputs that are reused or extrapolated without any merging are thus the limit
+"everything merged".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ToMeError
+
+_SHARES = ("site", "level")
+_KINDS = ("own", "exact", "reuse")
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """How long a plan (and a residual) serves.
+
+    Args:
+        steps (int): make new ones every this many steps; 1 (default) makes them at each.
+        share (str): ``'site'`` (default): every block has its own plan; ``'level'``: the first
+            block of a level makes it for all of that level.
+        stagger (bool): blocks refresh in turn instead of all at the same step, so that
+            all steps cost the same. Needs ``share='site'``. Default False.
+        warmup (int): the first steps of a run that all refresh. Default 1; with residuals of
+            order 1 write 2, so that there is something to extrapolate from at once.
+
+    Raises:
+        ToMeError: wrong type or value.
+    """
+
+    steps: int = 1
+    share: str = "site"
+    stagger: bool = False
+    warmup: int = 1
+
+    def __post_init__(self) -> None:
+        for key, low in (("steps", 1), ("warmup", 1)):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ToMeError(
+                    f"refresh: {key}={value!r} must be an integer of at least {low}; "
+                    f"write {key}={low}"
+                )
+        if self.share not in _SHARES:
+            raise ToMeError(f"refresh: share={self.share!r} must be one of {', '.join(_SHARES)}")
+        if not isinstance(self.stagger, bool):
+            raise ToMeError(f"refresh: stagger={self.stagger!r} must be True or False")
+        if self.stagger and self.share == "level":
+            raise ToMeError(
+                "refresh: stagger=True gives every block a turn of its own, share='level' one plan "
+                "to all; write share='site'"
+            )
+
+    @classmethod
+    def coerce(cls, spec: Any) -> Refresh:
+        """From None, a number of steps, a dict or a Refresh."""
+        if spec is None:
+            return cls()
+        if isinstance(spec, int) and not isinstance(spec, bool):
+            return cls(steps=spec)
+        return _coerce(cls, "refresh", spec, "dict(steps=2)")
+
+    def due(self, step: int, turn: int) -> bool:
+        """Whether the block with number ``turn`` refreshes at a step (0 = first of the run)."""
+        return step < self.warmup or (step + (turn if self.stagger else 0)) % self.steps == 0
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What is added to the output of a merged site between refreshes.
+
+    Args:
+        kind (str): ``'own'``, ``'exact'`` (default) or ``'reuse'``, see the module.
+            'exact' runs the site merged once more at every refresh.
+        order (int): 0 (default): the last residual; 1: extrapolated along the timestep.
+        gain (float): factor on what is added, in (0, 1]. Default 1.
+
+    Raises:
+        ToMeError: wrong type or value.
+    """
+
+    kind: str = "exact"
+    order: int = 0
+    gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise ToMeError(f"residual: kind={self.kind!r} must be one of {', '.join(_KINDS)}")
+        if isinstance(self.order, bool) or self.order not in (0, 1):
+            raise ToMeError(f"residual: order={self.order!r} must be 0 or 1")
+        number = isinstance(self.gain, (int, float)) and not isinstance(self.gain, bool)
+        if not number or not 0 < self.gain <= 1:
+            raise ToMeError(
+                f"residual: gain={self.gain!r} must be a number in (0, 1]; write gain=1.0"
+            )
+
+    @classmethod
+    def coerce(cls, spec: Any) -> Residual | None:
+        """From None, a kind, a dict or a Residual."""
+        if spec is None:
+            return None
+        if isinstance(spec, str):
+            return cls(kind=spec)
+        return _coerce(cls, "residual", spec, "dict(kind='exact', order=1)")
+
+
+class Memory:
+    """The residuals of one site at the last refreshes of the run."""
+
+    def __init__(self) -> None:
+        self._times: list[float] = []
+        self._residuals: list[Tensor] = []
+
+    def keep(self, time: float, residual: Tensor, order: int) -> None:
+        """Add the newest; of the older ones as many stay as ``order`` needs."""
+        self._times = [*self._times, time][-1 - order :]
+        self._residuals = [*self._residuals, residual][-1 - order :]
+
+    def predict(self, time: float, residual: Residual) -> Tensor:
+        """What to add at a timestep."""
+        last = self._residuals[-1]
+        if residual.order == 1 and len(self._residuals) == 2:
+            before, after = self._times
+            last = torch.lerp(self._residuals[0], last, (time - before) / (after - before))
+        return last if residual.gain == 1 else last * residual.gain
+
+
+class Run:
+    """One denoising run of a network, from its first step to its last.
+
+    Attributes:
+        step (int): number of the present step, 0 = the first; -1 before it.
+        time (float | None): timestep of the present step.
+        plans (dict): who shares it -> plan (None: nothing to merge).
+        memories (dict): name of a site -> :class:`Memory`.
+        heat (Tensor | None): (B / 2, h, w), how far the text moved the last step's
+            prediction at every place, for methods that watch the output.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything; the next step is the first of a new run."""
+        self.step = -1
+        self.time: float | None = None
+        self.key: Hashable = None
+        self.plans: dict[Hashable, Any] = {}
+        self.memories: dict[str, Memory] = {}
+        self.heat: Tensor | None = None
+
+    def begin_step(self, time: float | None, key: Hashable) -> None:
+        """Start the next step, of the same run only if that is beyond doubt.
+
+        A run goes from high timesteps to low ones. A timestep that does not fall, another
+        batch, size, dtype or device (``key``), or no timestep at all starts a new run.
+        """
+        falls = time is not None and self.time is not None and time < self.time
+        if not falls or key != self.key:
+            self.reset()
+        self.step += 1
+        self.time, self.key = time, key
+
+
+def _coerce(cls: type, name: str, spec: Any, example: str) -> Any:
+    if isinstance(spec, cls):
+        return spec
+    if not isinstance(spec, Mapping):
+        raise ToMeError(f"{name}={spec!r} is not valid; write for example {name}={example}")
+    known = [field.name for field in fields(cls)]
+    for key in spec:
+        if key not in known:
+            raise ToMeError(f"{name} has no key {key!r}; known: {', '.join(known)}")
+    return cls(**dict(spec))

@@ -1,0 +1,123 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmagic_tome import ToMeConfig, ToMeError
+from mmagic_tome.schedules import Place, RatioSchedule, noise_factor
+
+
+def at(spec, **place):
+    return RatioSchedule(spec, 0.75)(Place(**{"site": "attn", "downsample": 1, **place}))
+
+
+def test_a_number_is_the_same_everywhere():
+    schedule = RatioSchedule(0.3, 0.75)
+    assert schedule.constant and not schedule.needs_noise and not schedule.zero
+    assert {at(0.3, downsample=d, noise=n) for d in (1, 2) for n in (0.0, None)} == {0.3}
+    assert RatioSchedule(0, 0.75).zero
+
+
+def test_the_most_specific_wins():
+    spec = dict(base=0.1, level={2: 0.2}, site={"mlp": 0.4})
+    assert at(spec) == 0.1
+    assert at(spec, downsample=2) == 0.2
+    assert at(spec, downsample=2, site="mlp") == 0.4
+    spec["depth"] = [0.3]
+    assert at(spec, downsample=2) == 0.3
+    assert at(spec, downsample=2, site="mlp") == 0.4
+
+
+def test_what_nothing_names_is_dense():
+    assert at(dict(level={2: 0.5})) == 0
+    assert at(dict(site={"mlp": 0.5})) == 0
+
+
+def test_levels_survive_json():
+    assert at(dict(level={"2": 0.5}), downsample=2) == 0.5
+
+
+def test_depth_is_spread_evenly():
+    values = [at(dict(depth=[0.6, 0.0]), depth=i, depths=4) for i in range(4)]
+    assert values == pytest.approx([0.6, 0.4, 0.2, 0.0])
+    per_block = [0.1, 0.7, 0.3]
+    assert [at(dict(depth=per_block), depth=i, depths=3) for i in range(3)] == pytest.approx(
+        per_block
+    )
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (dict(kind="linear"), [0, 0.25, 0.5, 1]),
+        (dict(kind="linear", start=0.5, end=1), [1, 0.875, 0.75, 0.5]),
+        (dict(kind="cosine"), [0, 0.146447, 0.5, 1]),
+        (dict(points=[(1, 0.2), (0.5, 1), (0, 0)]), [0, 0.5, 1, 0.2]),
+        (dict(between=(0.4, 1)), [0, 0, 1, 1]),
+        (dict(between=(0, 0.4)), [1, 1, 0, 0]),
+        (dict(kind="linear", between=(0.25, 0.5)), [0, 0.25, 0.5, 0]),
+    ],
+)
+def test_noise(spec, expected):
+    levels = [0, 0.25, 0.5, 1]
+    assert [noise_factor(spec, n) for n in levels] == pytest.approx(expected, abs=1e-6)
+    values = [at(dict(base=0.5, noise=spec), noise=n) for n in levels]
+    assert values == pytest.approx([0.5 * e for e in expected], abs=1e-6)
+
+
+def test_noise_a_little_above_one_is_one():
+    assert noise_factor(dict(between=(0.4, 1)), 1.0001) == 1
+
+
+def test_unknown_noise_leaves_the_ratio():
+    assert at(dict(base=0.5, noise=dict(kind="linear")), noise=None) == 0.5
+
+
+def test_a_callable_sees_the_place():
+    def ratio(place):
+        return 0.5 if place.site == "attn" and place.noise > 0.5 else 0.25
+
+    assert at(ratio, noise=0.9) == 0.5 and at(ratio, noise=0.1) == 0.25
+    with pytest.raises(ToMeError, match=r"1\.5"):
+        at(lambda place: 1.5)
+
+
+@given(
+    st.lists(st.floats(0, 0.75), min_size=1, max_size=6),
+    st.integers(1, 12),
+    st.floats(0, 1),
+    st.sampled_from(["constant", "linear", "cosine"]),
+)
+def test_always_within_the_ceiling(values, depths, noise, kind):
+    for depth in range(depths):
+        value = at(
+            dict(depth=values, noise=dict(kind=kind)), depth=depth, depths=depths, noise=noise
+        )
+        assert 0 <= value <= 0.75 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (dict(), "names no ratio"),
+        (dict(noise=dict(kind="linear")), "names no ratio"),
+        (dict(base=0.9), "0.9"),
+        (dict(base="x"), "'x'"),
+        (dict(levels={1: 0.5}), "no key 'levels'"),
+        (dict(level=[0.5]), "must be a dict"),
+        (dict(level={1: -1}), "-1"),
+        (dict(depth=0.5), "must be a list"),
+        (dict(base=0.5, noise="linear"), "must be a dict"),
+        (dict(base=0.5, noise=dict(kind="quadratic")), "quadratic"),
+        (dict(base=0.5, noise=dict(kind="piecewise")), "points"),
+        (dict(base=0.5, noise=dict(points=[(1, 2, 3)])), "pair"),
+        (dict(base=0.5, noise=dict(points=[(1, 2)])), "2"),
+        (dict(base=0.5, noise=dict(between=0.5)), "must be a list"),
+        (dict(base=0.5, noise=dict(start=3)), "start"),
+        (dict(base=0.5, noise=dict(stop=3)), "no key 'stop'"),
+    ],
+)
+def test_bad_specs_are_named(spec, said):
+    with pytest.raises(ToMeError, match="ratio") as error:
+        ToMeConfig(ratio=spec)
+    assert said in str(error.value)

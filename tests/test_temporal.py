@@ -1,0 +1,358 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+import copy
+
+import pytest
+import torch
+from tiny import tiny_inputs, tiny_unet
+
+from mmagic_tome import ToMeConfig, ToMeError, apply_tome
+from mmagic_tome.temporal import Memory, Refresh, Residual, Run
+
+STEPS = (900, 700, 500, 300, 100)
+
+
+@pytest.fixture(scope="module")
+def original():
+    return tiny_unet(levels=3)
+
+
+@pytest.fixture
+def unet(original):
+    return copy.deepcopy(original)
+
+
+def drift(step, size=16, batch=2):
+    """Inputs that change a little from step to step, as those of a denoising run do."""
+    a = torch.randn(batch, 4, size, size, generator=torch.Generator().manual_seed(0))
+    b = torch.randn(batch, 4, size, size, generator=torch.Generator().manual_seed(1))
+    return a + 0.05 * step * b
+
+
+@torch.no_grad()
+def run(unet, steps=STEPS, **changes):
+    outputs = []
+    for i, t in enumerate(steps):
+        inputs = {**tiny_inputs(), "sample": drift(i), "timestep": torch.tensor(t), **changes}
+        outputs.append(unet(**inputs).sample)
+    return torch.stack(outputs)
+
+
+def error(a, b):
+    return ((a - b).square().mean() / b.square().mean()).sqrt().item()
+
+
+def plans_per_block(handle):
+    return sorted({row["plans"] for row in handle.stats()})
+
+
+# --- refresh ------------------------------------------------------------------------------------
+
+
+def test_one_step_is_the_default_to_the_bit(unet):
+    with apply_tome(unet):
+        plain = run(unet)
+    with apply_tome(unet, refresh=dict(steps=1)):
+        assert torch.equal(run(unet), plain)
+
+
+@pytest.mark.parametrize(("steps", "made"), [(1, 5), (2, 3), (3, 2), (5, 1), (9, 1)])
+def test_a_plan_serves_so_many_steps(unet, steps, made):
+    with apply_tome(unet, refresh=steps) as handle:
+        outputs = run(unet)
+        assert plans_per_block(handle) == [made]
+        # ... and the same steps give the same outputs again: a run starts anew by itself.
+        assert torch.equal(run(unet), outputs)
+        assert plans_per_block(handle) == [2 * made]
+
+
+def test_one_plan_for_a_level(unet):
+    options = dict(max_downsample=2, merge_mlp=True)
+    with apply_tome(unet, refresh=dict(steps=2, share="level"), **options) as handle:
+        outputs = run(unet)
+        made = {}
+        for row in handle.stats():
+            made.setdefault(row["downsample"], {})[row["block"]] = row["plans"]
+        # One matching of the level for all kinds of site.
+        assert [sum(blocks.values()) for blocks in made.values()] == [3, 3]
+        assert [max(blocks.values()) for blocks in made.values()] == [3, 3]
+        assert {row["kept"] / row["tokens"] for row in handle.stats()} == {0.5}
+    assert error(outputs, run(unet)) < 0.5
+
+
+def test_in_turn(unet):
+    seen = []
+    with apply_tome(unet, refresh=dict(steps=3, stagger=True)) as handle:
+        for i, t in enumerate((900, 800, 700, 600, 500, 400, 300)):
+            run_one(unet, i, t)
+            seen.append(sum({r["block"]: r["plans"] for r in handle.stats()}.values()))
+            handle_plans = [r["plans"] for r in handle.stats()]
+        assert handle_plans == [3, 3, 3]
+    # Three blocks: all at the first step, then one of them at every step.
+    assert [b - a for a, b in zip([0, *seen], seen)] == [3, 1, 1, 1, 1, 1, 1]
+
+
+@torch.no_grad()
+def run_one(unet, i, t, **changes):
+    inputs = {**tiny_inputs(), "sample": drift(i), "timestep": torch.tensor(t), **changes}
+    return unet(**inputs).sample
+
+
+def test_a_new_run_never_sees_an_old_plan(unet):
+    with apply_tome(unet, refresh=5) as handle:
+        fresh = run_one(unet, 0, 900)
+        run_one(unet, 1, 700)
+        assert plans_per_block(handle) == [1]
+        for change in (
+            dict(t=900),  # back
+            dict(t=900),  # the same once more
+            dict(t=700, sample=drift(0, batch=3), encoder_hidden_states=torch.randn(3, 5, 32)),
+            dict(t=600, sample=drift(0, size=24)),
+        ):
+            before = plans_per_block(handle)[0]
+            t = change.pop("t")
+            if "encoder_hidden_states" in change:
+                context = tiny_inputs()["encoder_hidden_states"]
+                change["encoder_hidden_states"] = context[:1].expand(3, -1, -1)
+            run_one(unet, 0, t, **change)
+            assert plans_per_block(handle) == [before + 1], change
+        assert torch.equal(run_one(unet, 0, 900), fresh)
+
+
+def test_a_forward_that_failed_ends_the_run(unet):
+    with apply_tome(unet, refresh=5) as handle:
+        run_one(unet, 0, 900)
+        broken = unet.mid_block.register_forward_pre_hook(lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_one(unet, 1, 800)
+        broken.remove()
+        assert plans_per_block(handle) == [1]
+        run_one(unet, 2, 700)
+        assert plans_per_block(handle) == [2]
+
+
+def test_training_keeps_nothing(unet):
+    handle = apply_tome(unet, refresh=5, residual="exact")
+    for i, t in enumerate((900, 700)):
+        inputs = {**tiny_inputs(), "sample": drift(i), "timestep": torch.tensor(t)}
+        unet(**inputs).sample.sum().backward()
+    assert plans_per_block(handle) == [2]
+    assert {row["kept"] for row in handle.stats()} == {128}
+    assert not handle._state.forward.run.memories
+
+
+def test_reset_starts_a_run(unet):
+    with apply_tome(unet, refresh=5) as handle:
+        run_one(unet, 0, 900)
+        handle.reset()
+        run_one(unet, 1, 700)
+        assert plans_per_block(handle) == [1]
+
+
+def test_ratio_by_level_and_noise_in_tokens(unet):
+    ratio = dict(level={1: 0.5, 2: 0.25}, noise=dict(between=(0.4, 1)))
+    kept = []
+    with apply_tome(unet, max_downsample=4, ratio=ratio) as handle:
+        for i, t in enumerate(STEPS):
+            run_one(unet, i, t)
+            kept.append({row["downsample"]: row["kept"] for row in handle.stats()})
+    # 256, 64 and 16 tokens; no ratio for the coarsest level, and none below noise 0.4.
+    on, off = {1: 128, 2: 48, 4: 16}, {1: 256, 2: 64, 4: 16}
+    assert kept == [on, on, on, off, off]
+
+
+def test_ratio_by_site_and_depth_in_tokens(unet):
+    ratio = dict(depth=[0.5, 0.25], site={"mlp": 0.75})
+    with apply_tome(unet, ratio=ratio, merge_mlp=True) as handle:
+        run_one(unet, 0, 900)
+        kept = [(row["kind"], row["kept"]) for row in handle.stats()]
+    assert kept == [
+        ("attn", 128), ("mlp", 64), ("attn", 160), ("mlp", 64), ("attn", 192), ("mlp", 64)
+    ]  # fmt: skip
+
+
+# --- sites --------------------------------------------------------------------------------------
+
+
+class Inside:
+    def __init__(self, unet, suffix):
+        self.tokens = set()
+        for name, module in unet.named_modules():
+            if name.endswith(suffix):
+                module.register_forward_pre_hook(lambda m, args: self.tokens.add(args[0].shape[1]))
+
+
+def test_keys_and_values_only(unet):
+    dense = run(unet)
+    queries, keys = Inside(unet, "attn1.to_q"), Inside(unet, "attn1.to_k")
+    with apply_tome(unet, sites="attn_kv", max_downsample=4):
+        merged = run(unet)
+    assert queries.tokens == {256, 64, 16} and keys.tokens == {128, 32, 8}
+    assert 1e-4 < error(merged, dense) < 0.5
+
+
+@pytest.mark.parametrize("site", ["block", "stack"])
+def test_around_whole_blocks(site):
+    unet = tiny_unet(levels=2, transformer_layers_per_block=2)
+    dense = run(unet)
+    first = Inside(unet, "transformer_blocks.0.ff.net.0.proj")
+    second = Inside(unet, "transformer_blocks.1.attn1.to_q")
+    with apply_tome(unet, sites=[site], max_downsample=2) as handle:
+        merged = run(unet)
+        assert first.tokens == second.tokens == {128, 32}
+        per_step = 1 if site == "stack" else 2
+        assert {row["kind"] for row in handle.stats()} == {site}
+        stacks = {row["block"].rsplit(".", 2)[0] for row in handle.stats()}
+        assert len(handle.stats()) == per_step * len(stacks)
+    assert 1e-4 < error(merged, dense) < 0.6
+    assert torch.equal(run(unet), dense)
+
+
+@pytest.mark.parametrize("site", ["block", "stack"])
+def test_what_comes_into_a_merged_block_passes_unmerged(site):
+    """A block that adds nothing gives back its input to the bit, though it was merged."""
+    unet = tiny_unet(levels=2)
+    for name, parameter in unet.named_parameters():
+        if "transformer_blocks" in name and ("to_out" in name or "ff.net.2" in name):
+            torch.nn.init.zeros_(parameter)
+    dense = run(unet)
+    with apply_tome(unet, sites=[site], ratio=0.75):
+        torch.testing.assert_close(run(unet), dense, rtol=1e-5, atol=1e-6)
+
+
+# --- residuals ----------------------------------------------------------------------------------
+
+ALL = dict(sites=["attn", "crossattn", "mlp"], max_downsample=4, ratio=0.75)
+
+
+@pytest.mark.parametrize("site", ["attn", "attn_kv", "mlp", "block", "stack"])
+@pytest.mark.parametrize("kind", ["own", "exact", "reuse"])
+def test_refresh_steps_are_dense_to_the_bit(unet, site, kind):
+    if (kind, site) == ("own", "attn_kv"):
+        return
+    dense = run(unet, steps=STEPS[:2])
+    with apply_tome(unet, sites=[site], refresh=2, residual=kind) as handle:
+        outputs = run(unet, steps=STEPS[:2])
+        row = handle.stats()[0]
+        assert (row["calls"], row["dense_calls"]) == (2, 1)
+        assert row["kept"] == (0 if kind == "reuse" else 128)
+    assert torch.equal(outputs[0], dense[0])
+    assert 1e-5 < error(outputs[1], dense[1]) < 0.5
+
+
+@pytest.mark.parametrize("site", ["attn", "attn_kv", "crossattn", "block", "stack"])
+@pytest.mark.parametrize("kind", ["exact", "reuse"])
+def test_where_nothing_changes_nothing_is_lost(unet, site, kind):
+    """The same input at the next timestep: what the residual restores is all of it.
+
+    The timestep itself changes what the convolutions give the blocks, so it is held there.
+    """
+    options = dict(sites=[site], max_downsample=4, ratio=0.75, use_rand=False)
+    same = dict(sample=drift(0))
+    embedding = unet.time_embedding.register_forward_hook(lambda m, a, out: torch.ones_like(out))
+    dense = run(unet, steps=(900, 800), **same)
+    with apply_tome(unet, refresh=2, residual=kind, **options):
+        outputs = run(unet, steps=(900, 800), **same)
+    with apply_tome(unet, **options):
+        plain = run(unet, steps=(900, 800), **same)
+    embedding.remove()
+    assert torch.equal(dense[0], dense[1])
+    torch.testing.assert_close(outputs[1], dense[1], rtol=1e-4, atol=1e-5)
+    assert error(plain[1], dense[1]) > 1e-3
+
+
+def test_residuals_beat_plain_merging(unet):
+    dense = run(unet)
+    with apply_tome(unet, **ALL):
+        plain = error(run(unet), dense)
+    for kind in ("own", "exact"):
+        with apply_tome(unet, refresh=2, residual=kind, **ALL):
+            assert error(run(unet), dense) < 0.6 * plain, kind
+
+
+def test_everything_that_changes_linearly_is_extrapolated():
+    memory, residual = Memory(), Residual("exact", order=1)
+    at = {t: torch.tensor([2.0 * t + 1, -t]) for t in (1.0, 0.8, 0.5, 0.3)}
+    memory.keep(1.0, at[1.0], 1)
+    assert torch.equal(memory.predict(0.8, residual), at[1.0])
+    memory.keep(0.8, at[0.8], 1)
+    torch.testing.assert_close(memory.predict(0.5, residual), at[0.5])
+    memory.keep(0.5, at[0.5], 1)
+    torch.testing.assert_close(memory.predict(0.3, residual), at[0.3])
+    assert len(memory._residuals) == 2
+    half = Residual("exact", order=0, gain=0.5)
+    assert torch.equal(memory.predict(0.3, half), at[0.5] * 0.5)
+
+
+def test_order_zero_keeps_one_tensor(unet):
+    with apply_tome(unet, refresh=2, residual="own") as handle:
+        run(unet)
+        memories = handle._state.forward.run.memories
+        assert [len(m._residuals) for m in memories.values()] == [1, 1, 1]
+
+
+def test_two_networks_share_nothing(unet):
+    handle = apply_tome(unet, refresh=2, residual="exact")
+    outputs = run(unet)
+    other = copy.deepcopy(unet)
+    run_one(unet, 0, 900)
+    assert torch.equal(run(other), outputs)
+    assert handle.active
+
+
+# --- options ------------------------------------------------------------------------------------
+
+
+def test_round_trip():
+    config = ToMeConfig(
+        ratio=dict(level={1: 0.5}, noise=dict(kind="linear")),
+        sites=["attn", "mlp"],
+        refresh=Refresh(steps=2, warmup=2),
+        residual=Residual("own", order=1),
+        method=dict(type="tome"),
+    )
+    assert ToMeConfig.from_dict(config.to_dict()) == config
+    assert config.to_dict()["refresh"] == dict(steps=2, share="site", stagger=False, warmup=2)
+    assert config.replace(seed=3).residual_plan == Residual("own", order=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (dict(refresh=0), "steps=1"),
+        (dict(refresh=True), "refresh=True"),
+        (dict(refresh=dict(step=2)), "no key 'step'"),
+        (dict(refresh=dict(share="all")), "site, level"),
+        (dict(refresh=dict(steps=2, stagger=True, share="level")), "share='site'"),
+        (dict(refresh=dict(steps=2, warmup=0)), "warmup=1"),
+        (dict(residual="own"), "refresh=dict(steps=2)"),
+        (dict(refresh=2, residual="all"), "own, exact, reuse"),
+        (dict(refresh=2, residual=dict(order=2)), "0 or 1"),
+        (dict(refresh=2, residual=dict(gain=0)), "gain=1.0"),
+        (dict(refresh=2, residual=3), "dict(kind='exact', order=1)"),
+        (dict(refresh=2, residual="own", sites="attn_kv"), "residual='exact'"),
+        (dict(sites=[]), "sites=['attn']"),
+        (dict(sites="atn"), "attn"),
+        (dict(sites=["block", "mlp"]), "sites=['block']"),
+        (dict(sites=["attn", "attn_kv"]), "write one"),
+        (dict(method="tomme"), "did you mean 'tome'"),
+        (dict(method=dict(name="tome")), "unknown method None"),
+        (dict(method=dict(type="tome", window=3)), "window"),
+    ],
+)
+def test_bad_options_are_named(options, said):
+    with pytest.raises(ToMeError) as error:
+        ToMeConfig(**options)
+    assert said in str(error.value)
+
+
+def test_a_run_falls():
+    run = Run()
+    run.begin_step(900, "a")
+    run.begin_step(800, "a")
+    assert run.step == 1
+    run.begin_step(800, "a")
+    assert run.step == 0
+    run.begin_step(700, "b")
+    assert run.step == 0
+    run.begin_step(None, "b")
+    assert run.step == 0
