@@ -19,7 +19,7 @@ from . import compat
 
 compat.apply()  # before anything below can import a library that needs a repair
 
-from . import engine_hooks  # noqa: E402
+from . import engine_hooks, visualization  # noqa: E402
 from .apis import register_config_package  # noqa: E402
 from .config import ToMeConfig  # noqa: E402
 from .engine import ToMeHandle, apply_tome, get_handle, remove_tome  # noqa: E402
@@ -29,6 +29,7 @@ from .version import __version__  # noqa: E402
 
 register_all()
 engine_hooks.register_all()
+visualization.register_all()
 register_config_package()  # `_base_ = 'mmagic_tome::...'`
 
 __all__ = [

@@ -1,0 +1,149 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""What ``tools/visualize.py`` does after its own cheap checks in ``cli.py``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .. import apply_tome, get_handle
+from ..apis.infer import make_request, quiet_libraries
+from ..apis.model_config import (
+    build_model,
+    check_config,
+    check_device,
+    inner_model,
+    load_config,
+    merging_config,
+)
+from ..apis.pictures import ResultFolder, file_stem, picture_difference
+from ..apis.text2image import Generator
+from ..errors import ToMeError
+from .cost_plot import cost_plot, cost_rows
+from .error_map import FULL_SCALE, error_map
+from .recorder import PlanRecorder
+from .sheets import grid_sheet, merge_sheet, save_gif, step_frames
+
+
+def command(args, argv: list[str]) -> None:
+    """Generate and draw; see ``cli.py`` for ``args``.
+
+    Raises:
+        ToMeError: for input that cannot work, before a model is loaded where the config tells.
+    """
+    device = check_device(args.device)
+    config = load_config(args.config_path, args.cfg_options)
+    request = make_request(args, config)
+    check_config(config, request, args.ratio, compare=True)
+
+    quiet_libraries()
+    print(f"building {inner_model(config).type} of {args.config} on {device}")
+    model = build_model(config, device, args.dtype)
+    generator = Generator(model, request)
+    handle = get_handle(model)
+    options = {} if args.ratio is None else {"ratio": args.ratio}
+    if handle is None or options:
+        handle = apply_tome(model, merging_config(config), **options)
+    ratio = handle.ratio
+    blocks = _chosen_blocks(handle, args.block)
+    folder = ResultFolder(args.folder, overwrite=args.overwrite)
+
+    runs = 2 * len(request.prompts) + 1
+    slow = 0.1 if sys.stderr.isatty() else 10.0
+    images, files = [], {}
+    with tqdm(total=runs * request.steps, unit="step", leave=False, mininterval=slow) as bar:
+        for number, prompt in enumerate(request.prompts):
+            bar.set_description(f"picture {number + 1} of {len(request.prompts)}", False)
+            if number == 0:
+                report = _profile(generator, handle, ratio, model, bar.update)
+                files["cost"] = "cost.png"
+                title = f"{Path(args.config).stem}, ratio {ratio:g}: time of each site on {device}"
+                with folder.new_file("cost.png") as path:
+                    cost_plot(path, report, title)
+            handle.ratio = 0
+            dense = generator.run([number], on_step=bar.update)[0][0]
+            handle.ratio = ratio
+            with PlanRecorder(model) as recorder:
+                merged = generator.run([number], on_step=bar.update)[0][0]
+            records = [record for record in recorder.records if record.block in blocks]
+            if not records:
+                raise ToMeError(
+                    "nothing was merged in this run, so there is nothing to draw: the grids are "
+                    "too small or the options merge nothing (a larger --size or --ratio)"
+                )
+            names = _write(folder, file_stem(number, prompt), prompt, dense, merged, records, args)
+            images.append(
+                {
+                    "prompt": prompt,
+                    "seed": request.seed_of(number),
+                    **names,
+                    **picture_difference(dense, merged),
+                }
+            )
+    result = {
+        "command": ["visualize", *argv],
+        "token_merging": {**handle.config.to_dict()},
+        "images": images,
+        **files,
+        "cost_ms": cost_rows(report),
+    }
+    folder.save_json("result.json", result)
+    print(f"\nPictures of {len(images)} prompts, cost.png and result.json: {folder.path}")
+    for image in images:
+        print(f"  {image['merge_sheet']}  {image['merge_gif']}  {image['error_map']}")
+
+
+def _chosen_blocks(handle, wanted: list[str]) -> set[str]:
+    names = list(dict.fromkeys(site["block"] for site in handle.stats()))
+    chosen = {name for name in names if not wanted or any(text in name for text in wanted)}
+    if not chosen:
+        raise ToMeError(f"no merged block has {' or '.join(wanted)} in its name: {names}")
+    return chosen
+
+
+def _profile(generator, handle, ratio, model, on_step) -> dict:
+    """Times of the sites over a dense and a merged run, step by step in turn."""
+    from ..engine_hooks.profile import Recorder
+
+    steps = generator.request.steps
+    for value in (0, ratio):  # warm-up
+        handle.ratio = value
+        generator.run([0], 1)
+    recorder = Recorder(model, 0, 2 * steps)
+    half = max(1, steps // 2)
+    for value in (0, ratio):
+        handle.ratio = value
+        generator.run([0], half, on_step=on_step)
+    recorder.close()
+    return recorder.report()
+
+
+def _write(folder, stem, prompt, dense, merged, records, args) -> dict[str, str]:
+    """Write all pictures of a prompt; return their names."""
+    text = {"prompt": prompt}
+    names = {
+        "file": f"{stem}.png",
+        "dense_file": f"{stem}_dense.png",
+        "merge_sheet": f"{stem}_merge.png",
+        "merge_gif": f"{stem}_merge.gif",
+        "error_map": f"{stem}_error.png",
+    }
+    folder.save_png(names["file"], merged, text)
+    folder.save_png(names["dense_file"], dense, text)
+    tokens, kept = records[0].slot.shape[1], records[0].kept
+    title = f"{prompt}: {tokens} tokens to {kept}"
+    sheet = merge_sheet(title, records, merged, args.columns)
+    folder.save_png(names["merge_sheet"], sheet, text)
+    with folder.new_file(names["merge_gif"]) as path:
+        save_gif(path, step_frames(prompt, records, merged))
+    factor = max(1, -(-256 // merged.width))
+    size = (merged.width * factor, merged.height * factor)
+    pictures = [picture.resize(size, 0) for picture in (dense, merged, error_map(dense, merged))]
+    difference = picture_difference(dense, merged)
+    psnr = difference["psnr_db"]
+    title = f"{prompt}: PSNR {'identical' if psnr is None else f'{psnr:.1f} dB'}"
+    heads = ["dense", "merged", f"difference, up to {FULL_SCALE} of 255"]
+    folder.save_png(names["error_map"], grid_sheet(title, heads, [("", pictures)]), text)
+    return names
