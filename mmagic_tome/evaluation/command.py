@@ -30,10 +30,11 @@ from ..apis.text2image import Generator
 from ..engine import remove_tome
 from ..errors import ToMeError
 from .dry_run import dry_run
-from .generate import PictureRequest, fingerprint, make_pictures
+from .generate import PictureRequest, fingerprint, make_pictures, too_long
 from .plan import Plan, make_plan
 from .real import RealPictures, find_real
 from .report import write_report
+from .report.table import check_markers, replace_table
 from .results import results_of
 from .scores import Measurer, Metrics, build_metrics
 from .store import RunFolder, differences
@@ -66,11 +67,13 @@ def _evaluate(args, argv) -> None:
     if args.dry_run:
         dry_run(args, config, plan, device)
         return
+    if args.write_table:
+        check_markers(args.write_table)
     metrics = build_metrics(plan.metrics, device, len(request.prompts), _size(plan, config))
     real = None if plan.real is None else find_real(plan.real, (1, 1), plan.real_per_class)
 
-    quiet_libraries()
     team = Team(args.launcher, device.type)
+    quiet_libraries()
     folder = RunFolder(args.folder)
     with folder.locked() if team.rank == 0 else nullcontext():
         try:
@@ -90,6 +93,9 @@ def _stages(args, argv, config, plan, request, metrics, real, device, team, fold
     generator = Generator(model, request)
     if real is not None:
         real.size = generator.size
+    cut = too_long(generator)
+    if cut:
+        plan.prompts.notes.append(f"{len(cut)} prompts are longer than the model reads; it cuts")
     for note in _notes(plan, metrics, real):
         say(f"note: {note}")
 
@@ -143,8 +149,6 @@ def _stages(args, argv, config, plan, request, metrics, real, device, team, fold
     )
     table = write_report(folder, results, measurer, generator)
     if args.write_table:
-        from .report.table import replace_table
-
         replace_table(args.write_table, table)
         say(f"table written into {args.write_table}")
     say(f"\n{table}\n")

@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from ..apis.text2image import Generator, Request
+from ..errors import ToMeError
 from .contenders import Contender
 from .prompts import Prompt
 from .store import RunFolder
@@ -137,6 +138,34 @@ def weights_digest(model) -> str:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
     return digest.hexdigest()
+
+
+def too_long(generator: Generator) -> list[int]:
+    """Return the pictures whose prompt is longer than what the model reads of it.
+
+    Raises:
+        ToMeError: There are some, and pictures are made in batches: MMagic cannot put texts
+            of different lengths into one batch if one of them has to be cut.
+    """
+    pictures = generator.request.pictures
+    found = set()
+    for name in ("tokenizer", "tokenizer_one", "tokenizer_two"):
+        tokenizer = getattr(generator.model, name, None)
+        most = getattr(tokenizer, "model_max_length", None)
+        if most is None:
+            continue
+        for number, picture in enumerate(pictures):
+            texts = [picture.text, picture.negative or ""]
+            if any(len(tokenizer(text).input_ids) > most for text in texts):
+                found.add(number)
+    if found and generator.request.batch_size > 1:
+        first = min(found)
+        raise ToMeError(
+            f"{len(found)} prompts are longer than the model reads, such as number {first + 1}, "
+            f"{pictures[first].text[:60]!r}, and MMagic cannot cut a text in a batch; shorten "
+            "them, or use --batch-size 1"
+        )
+    return sorted(found)
 
 
 def make_pictures(

@@ -29,7 +29,7 @@ LABELS = {
 # Of one role, contenders differ by the dashes of their lines.
 DASHES = ("-", "--", ":", "-.")
 MOST_LINES = 8
-MOST_BARS = 4
+MOST_BARS = 5
 
 
 def colour(role: str) -> str:
@@ -120,7 +120,14 @@ def pareto(results: dict[str, Any], metric: str) -> str | None:
                 label=LABELS[kind],
             )
     front = _front([(p[0]["median"], p[1]) for p in points], first["higher_is_better"])
-    axes.plot(*zip(*front), color=colour("line"), linewidth=1.2, zorder=1, label="best of both")
+    axes.plot(
+        *zip(*front),
+        color=colour("text"),
+        alpha=0.35,
+        linewidth=1.2,
+        zorder=1,
+        label="nothing is better in both",
+    )
     for spread, value, row in points:
         axes.annotate(
             row["name"],
@@ -172,6 +179,7 @@ def steps_plot(results: dict[str, Any]) -> str:
             label=row["name"],
         )
     axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("ms per image, forward of the network")
     axes.set_ylim(bottom=0)
     _legend(axes, loc="lower left", ncols=2)

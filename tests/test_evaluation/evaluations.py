@@ -1,0 +1,32 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Evaluations of a random model: options that make them quick, and what to look at in them."""
+
+import json
+from pathlib import Path
+
+# 64 tokens, two or three steps: an evaluation takes a second.
+QUICK = ["--size", "64", "--steps", "4", "--device", "cpu", "--fewer-steps", "0.5"]
+METRICS = ["--metrics", "psnr", "ssim", "latent_error"]
+
+
+def write_config(path, model, **entries):
+    """Write a MMagic config with plain values."""
+    entries = {"default_scope": "mmagic", "model": model, **entries}
+    entries["custom_imports"] = dict(imports=["mmagic_tome"], allow_failed_imports=False)
+    path.write_text("\n".join(f"{key} = {value!r}" for key, value in entries.items()) + "\n")
+    return str(path)
+
+
+def quality(results):
+    """What of results must not depend on how and when pictures were made."""
+    keys = ("name", "kind", "ratio", "steps", "pictures", "skipped_pictures", "quality")
+    return [{key: row[key] for key in keys} for row in results["contenders"]]
+
+
+def pixels(folder):
+    """Path below ``pictures`` -> digest of the pixels, of all committed pictures."""
+    records = sorted((Path(folder) / "pictures").rglob("*.json"))
+    return {
+        record.relative_to(folder).as_posix(): json.loads(record.read_text())["sha256"]
+        for record in records
+    }

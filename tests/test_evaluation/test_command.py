@@ -1,0 +1,391 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""``tools/evaluate.py`` with a random model: from start to end, killed, on two processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evaluations import METRICS, QUICK, pixels, quality, write_config
+from PIL import Image
+from tiny import tiny_config
+
+from mmagic_tome.__main__ import main as package_main
+from mmagic_tome.evaluation import cli, command, generate
+from mmagic_tome.evaluation.store import RunFolder
+
+ROOT = Path(__file__).resolve().parents[2]
+NO_COST = ["--cost-rounds", "0"]
+
+
+def test_results(finished):
+    rows = {row["name"]: row for row in finished.results["contenders"]}
+    assert list(rows) == ["dense", "ratio 0.25", "ratio 0.5", "tomesd 0.5", "2 steps"]
+    assert [row["kind"] for row in rows.values()] == ["dense", "tome", "tome", "tomesd", "steps"]
+    assert all(row["pictures"] == 5 for row in rows.values())
+    assert "skipped" in rows["dense"]["quality"]["psnr"]
+    # The sites that merge lose what was asked for.
+    assert rows["ratio 0.25"]["tokens_removed"] == pytest.approx(0.25, abs=0.02)
+    assert rows["ratio 0.5"]["tokens_removed"] == pytest.approx(0.5, abs=0.02)
+    assert rows["ratio 0.25"]["quality"]["latent_error"]["value"] > 0
+    for row in rows.values():
+        assert len(row["cost"]["step_ms"]) == row["steps"]
+        assert row["cost"]["unet_tflop_per_image"] > 0
+    dense, half = rows["dense"]["cost"], rows["2 steps"]["cost"]
+    assert half["unet_tflop_per_image"] == pytest.approx(dense["unet_tflop_per_image"] / 2)
+    assert dense["speedup"] == {"median": 1, "p10": 1, "p90": 1}
+    raw = json.loads((finished.folder / "cost.json").read_text())["contenders"]["dense"]
+    assert len(raw["seconds"]) == 3 and len(raw["blocks"]) > 0
+
+
+def test_values_are_those_of_the_pictures(finished):
+    """A second way to the same numbers: numpy over the files that were written."""
+    folder = RunFolder(finished.folder)
+    errors = []
+    for number in range(5):
+        dense, merged = (
+            np.asarray(folder.picture(name, number)).astype(float)
+            for name in ("dense", "ratio-0.5")
+        )
+        errors.append(np.square(dense - merged).mean())
+    row = finished.results["contenders"][2]["quality"]
+    assert row["psnr"]["value"] == pytest.approx(10 * np.log10(255**2 / np.mean(errors)))
+    relative = []
+    for number in range(5):
+        dense, merged = (folder.latents(name, number) for name in ("dense", "ratio-0.5"))
+        relative.append(np.linalg.norm(merged - dense) / np.linalg.norm(dense))
+    assert row["latent_error"]["value"] == pytest.approx(np.mean(relative), rel=1e-5)
+
+
+def test_seeds_and_negative_prompts_are_the_prompts_own(finished, evaluation, tmp_path):
+    """One picture alone, without a batch or neighbours, has the noise it had among them."""
+    record = RunFolder(finished.folder).record("dense", 1)
+    assert (record["seed"], record["negative_prompt"]) == (7, "a cat")
+    alone = tmp_path / "alone.json"
+    alone.write_text('[{"prompt": "a dog", "negative_prompt": "a cat", "seed": 7}]')
+    evaluation.run(tmp_path / "run", *METRICS, *NO_COST, prompts=alone)
+    picture = np.asarray(RunFolder(tmp_path / "run").picture("dense", 0)).astype(int)
+    among = np.asarray(RunFolder(finished.folder).picture("dense", 1)).astype(int)
+    assert np.abs(picture - among).max() <= 1  # another batch size, another order of sums
+
+
+def test_again_makes_nothing_and_adds_what_is_new(finished, evaluation, tmp_path, monkeypatch):
+    before = pixels(finished.folder)
+    made = []
+    real_run = generate.Generator.run
+
+    def run(self, numbers, *args, **kwargs):
+        made.append(numbers)
+        return real_run(self, numbers, *args, **kwargs)
+
+    monkeypatch.setattr(generate.Generator, "run", run)
+    again = evaluation.run(finished.folder, *finished.options, "--cost-rounds", "3")
+    assert not made
+    assert quality(again) == quality(finished.results)
+    assert again["contenders"][1]["cost"] == finished.results["contenders"][1]["cost"]
+    # Dense pictures serve another folder too; a contender with a preset of its own is added.
+    out = tmp_path / "other"
+    named = ["--tome", "mine={'ratio': 0.5, 'use_rand': False}"]
+    options = [*named, "--batch-size", "2", *METRICS, *NO_COST, "--dense", finished.folder]
+    results = evaluation.run(out, *options)
+    assert [row["name"] for row in results["contenders"]] == ["dense", "mine", "2 steps"]
+    assert len(made) == 6  # three batches of each of the other two
+    assert {k: v for k, v in pixels(out).items() if "/dense/" in k}.items() <= before.items()
+
+
+def test_what_does_not_fit_is_named(finished, evaluation, tmp_path, capsys):
+    evaluation.run(finished.folder, *finished.options, "--steps", "6", code=2)
+    error = capsys.readouterr().err
+    assert "holds another evaluation" in error and "steps: 4, now 6" in error
+    assert "--overwrite" in error and error.count("\n") == error.count("\n", -1)
+    options = ["--ratios", "0.5", *METRICS, *NO_COST, "--batch-size", "3"]
+    evaluation.run(tmp_path / "x", *options, "--dense", finished.folder, code=2)
+    assert "do not fit: they differ in batch_size: 2, now 3" in capsys.readouterr().err
+
+
+def test_killed_and_started_again(finished, evaluation, tmp_path):
+    """SIGKILL in the middle of the pictures: nothing half-written, the same results."""
+    out = tmp_path / "run"
+    argv = [evaluation.config, "--prompts", evaluation.prompts, *QUICK, *finished.options]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "tools" / "evaluate.py", *map(str, argv), "--out", out, *NO_COST],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    until = time.monotonic() + 200
+    while len(pixels(out)) < 3 and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    half = pixels(out)
+    assert 3 <= len(half) < 25, "it was to be killed in the middle"
+    times = {name: (out / name).stat().st_mtime_ns for name in half}
+
+    results = evaluation.run(out, *finished.options, *NO_COST)
+    assert pixels(out) == pixels(finished.folder)
+    assert quality(results) == quality(finished.results)
+    assert all((out / name).stat().st_mtime_ns == when for name, when in times.items())
+
+
+@pytest.mark.slow
+def test_two_processes(finished, evaluation, tmp_path, sd_folder):
+    """A rank that dies fails the job with its traceback; again, and all is as with one."""
+    # A module that a config imports is how a user's code gets into every rank.
+    (tmp_path / "dies.py").write_text(
+        "import os\n"
+        "from mmagic_tome.evaluation import generate\n"
+        "commit = generate._commit\n"
+        "def dies(folder, contender, *rest):\n"
+        "    if os.environ.get('RANK') == '1' and contender.name == 'ratio 0.5':\n"
+        "        raise RuntimeError('the disk of rank 1 is on fire')\n"
+        "    commit(folder, contender, *rest)\n"
+        "generate._commit = dies\n"
+    )
+    model = repr(tiny_config(folder=sd_folder))
+    bad = tmp_path / "bad.py"
+    imports = "custom_imports = dict(imports=['mmagic_tome', 'dies'])"
+    bad.write_text(f"default_scope = 'mmagic'\nmodel = {model}\n{imports}\n")
+    out = tmp_path / "run"
+
+    options = [*QUICK, *map(str, finished.options)]
+
+    def launch(config, port):
+        command = ["bash", ROOT / "tools" / "dist_evaluate.sh", config, "2"]
+        return subprocess.run(
+            [*command, "--prompts", evaluation.prompts, *options, "--out", out, *NO_COST],
+            env={
+                **os.environ,
+                "PYTHON": sys.executable,
+                "PYTHONPATH": str(tmp_path),
+                "OMP_NUM_THREADS": "1",
+                "PORT": str(port),
+            },
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+
+    died = launch(bad, 29611)
+    assert died.returncode != 0
+    assert "the disk of rank 1 is on fire" in died.stderr and "Traceback" in died.stderr
+    assert not (out / "results.json").exists()
+    done = launch(evaluation.config, 29612)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((out / "results.json").read_text())
+    assert results["processes"] == 2
+    assert pixels(out) == pixels(finished.folder)
+    for mine, theirs in zip(quality(results), quality(finished.results)):
+        for name, metric in mine["quality"].items():
+            other = theirs["quality"][name]
+            assert metric.get("value") == pytest.approx(other.get("value"), rel=1e-9)
+
+
+def test_pictures_with_nan_are_in_no_mean(finished, evaluation, tmp_path, monkeypatch):
+    real_infer = command.build_model
+
+    def build(*args):
+        model = real_infer(*args)
+        decode = model.decode_latents
+
+        def spoil(latents):
+            # The second picture of every batch of the merged model.
+            if generate.LatentWatch.spoil and len(latents) > 1:
+                latents = latents.clone()
+                latents[1] = float("nan")
+            return decode(latents)
+
+        model.decode_latents = spoil
+        return model
+
+    real_on = generate.Contender.on
+
+    def on(self, model):
+        generate.LatentWatch.spoil = self.kind == "tome"
+        return real_on(self, model)
+
+    monkeypatch.setattr(generate.LatentWatch, "spoil", False, raising=False)
+    monkeypatch.setattr(generate.Contender, "on", on)
+    monkeypatch.setattr(command, "build_model", build)
+    out = tmp_path / "run"
+    results = evaluation.run(out, "--ratios", "0.5", "--batch-size", "2", *METRICS, *NO_COST)
+    row = results["contenders"][1]
+    assert (row["pictures"], row["skipped_pictures"]) == (3, 2)
+    assert row["quality"]["psnr"]["n"] == row["quality"]["latent_error"]["n"] == 3
+    assert any("NaN or infinity" in note and "2 of ratio 0.5" in note for note in results["notes"])
+    values = [
+        float(line.split(",")[5])
+        for line in (finished.folder / "pictures.csv").read_text().splitlines()
+        if line.startswith("ratio 0.5,") and line.split(",")[1] in "024"
+    ]
+    mean = -10 * np.log10(np.mean(10 ** (-np.array(values) / 10)))
+    assert row["quality"]["psnr"]["value"] == pytest.approx(mean)
+    assert "report.html" in os.listdir(out)
+
+
+def test_metrics_of_sets(evaluation, tmp_path):
+    """Against the dense set, then against real pictures, some of which cannot be read."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    name = "frechet_efficientnet_lite0"
+    metrics = ["--metrics", f"{name}={{'min_samples': 4}}", "psnr"]
+    options = ["--ratios", "0.5", "--batch-size", "2", *NO_COST]
+    out = tmp_path / "run"
+    results = evaluation.run(out, *options, *metrics)
+    dense, merged = results["contenders"][:2]
+    assert dense["quality"][name]["skipped"] == "the dense set is the reference"
+    assert merged["quality"][name]["reference"] == "dense set"
+    assert any("no real pictures were given" in note for note in results["notes"])
+    real = tmp_path / "real"
+    real.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (4, 70, 90, 3), dtype=np.uint8)
+    for number, pixels_ in enumerate(noise):
+        Image.fromarray(pixels_).save(real / f"{number}.png")
+    (real / "broken.png").write_bytes(b"no picture")
+    results = evaluation.run(out, *options, *metrics, "--real", real)
+    dense, merged = results["contenders"][:2]
+    assert dense["quality"][name]["reference"] == "real pictures"
+    assert dense["quality"][name]["value"] > merged["quality"][name]["value"] * 0.5
+    assert any("1 of 5 real pictures cannot be read" in note for note in results["notes"])
+
+
+def bad_input():
+    return {
+        "no prompts": (["{config}"], "no prompts: pass --prompts"),
+        "missing prompts": (["{config}", "--prompts", "no.txt"], "cannot read prompt file"),
+        "empty prompts": (["{config}", "--prompts", "{tmp}/empty.txt"], "is empty"),
+        "contender twice": (["{good}", "--ratios", "0.5", "0.5"], "name of another"),
+        "ratio too high": (["{good}", "--ratios", "0.9"], "ceiling"),
+        "tome_cfg wrong": (["{good}", "--tome", "a={'ration': 0.5}"], "ration"),
+        "no fewer steps": (["{good}", "--fewer-steps", "50"], "not fewer"),
+        "metric unknown": (["{good}", "--metrics", "psnrr"], "unknown metric 'psnrr'"),
+        "metric option": (["{good}", "--metrics", "psnr={'a': 1}"], "does not take"),
+        "too few pictures": (["{good}", "--metrics", "frechet_efficientnet_lite0"], "at least 50"),
+        "pictures too small": (["{good}", "--size", "64", "--metrics", "ms_ssim"], "at least 176"),
+        "real is no folder": (["{good}", "--metrics", "psnr", "--real", "no"], "is not a folder"),
+        "launcher alone": (["{good}", "--metrics", "psnr", "--launcher", "pytorch"], "torchrun"),
+        "out is a file": (["{good}", "--out", "{tmp}/empty.txt"], "cannot write"),
+        "unknown key": (["{good}", "--cfg-options", "evaluation.promts=1"], "did you mean"),
+        "key of the config": (
+            ["{good}", "--cfg-options", "evaluation.steps=many"],
+            "evaluation.steps of the config: expected a whole number",
+        ),
+        "no markers": (["{good}", "--write-table", "{tmp}/empty.txt"], "needs the two lines"),
+    }
+
+
+@pytest.mark.parametrize("case", bad_input())
+def test_bad_input_is_one_line_and_code_2(case, evaluation, tmp_path, monkeypatch, capsys):
+    def load_nothing(*_):
+        pytest.fail("the model was built")
+
+    monkeypatch.setattr(command, "build_model", load_nothing)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+    (tmp_path / "empty.txt").write_text("")
+    argv, complaint = bad_input()[case]
+    known = {"config": evaluation.config, "tmp": tmp_path}
+    argv = [
+        text
+        for word in argv
+        for text in (
+            [evaluation.config, "--prompts", str(evaluation.prompts)]
+            if word == "{good}"
+            else [word.format(**known) if "{tmp}" in word or "{config}" in word else word]
+        )
+    ]
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err.strip()
+    assert complaint in error and "\n" not in error.replace("metrics of sets", "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt"]
+
+
+def test_prompts_that_are_too_long_for_a_batch(evaluation, tmp_path, capsys):
+    prompts = tmp_path / "long.txt"
+    prompts.write_text("a cat\n" + "dog " * 30 + "\n")
+    options = ["--ratios", "0.5", *METRICS, *NO_COST]
+    evaluation.run(tmp_path / "a", *options, "--batch-size", "2", prompts=prompts, code=2)
+    assert "longer than the model reads, such as number 2" in capsys.readouterr().err
+    results = evaluation.run(tmp_path / "b", *options, prompts=prompts)
+    assert "1 prompts are longer than the model reads; it cuts" in results["notes"]
+
+
+def test_the_config_says_what_to_do(evaluation, tmp_path, sd_folder):
+    """``evaluation`` of a config, a table into a page, the command of the package."""
+    (tmp_path / "p.txt").write_text("a cat\na dog\n")
+    page = tmp_path / "page.md"
+    page.write_text("<!-- evaluation table: begin -->\n<!-- evaluation table: end -->\n")
+    config = write_config(
+        tmp_path / "with.py",
+        tiny_config(folder=sd_folder),
+        evaluation=dict(
+            prompts="p.txt",  # beside the config
+            size=64,
+            steps=4,
+            batch_size=2,
+            contenders=[dict(name="half", tome_cfg=dict(ratio=0.5)), dict(name="one", steps=1)],
+            metrics=["psnr", "latent_error"],
+            cost_rounds=0,
+        ),
+    )
+    out = tmp_path / "run"
+    options = ["--device", "cpu", "--out", str(out), "--write-table", str(page)]
+    assert package_main(["evaluate", config, *options]) == 0
+    rows = json.loads((out / "results.json").read_text())["contenders"]
+    assert [row["name"] for row in rows] == ["dense", "half", "one"]
+    assert "| half | 50 | 4 |" in page.read_text()
+
+
+def test_dry_run_of_the_demo_table(tmp_path, capsys):
+    config = ROOT / "configs" / "benchmarks" / "demo_table.py"
+    out = tmp_path / "run"
+    argv = [str(config), "--dry-run", "--out", str(out), "--metrics", "psnr", "--device", "cpu"]
+    assert cli.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "MISSING" not in printed and "everything is there" in printed
+    assert not out.exists()
+
+
+def test_protocol_of_the_published_table(sd_folder, tmp_path, monkeypatch, capsys):
+    """Checked without what it needs, then run from end to end on a random model."""
+    config = str(ROOT / "configs" / "benchmarks" / "tomesd_table.py")
+    monkeypatch.setenv("SD_WEIGHTS", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("IMAGENET_VAL", str(tmp_path / "val"))
+    argv = [config, "--out", str(tmp_path / "run"), "--device", "cpu"]
+    # Weights as a name: a path that does not exist is an error before the dry run.
+    monkeypatch.setenv("SD_WEIGHTS", "no-one/no-such-model")
+    assert cli.main([*argv, "--dry-run"]) == 2
+    printed = capsys.readouterr().out
+    assert "2000 pictures of built-in set 'imagenet'" in printed
+    for problem in ("weights of unet", "metric fid", "val is not a folder"):
+        assert problem in printed
+
+    monkeypatch.setenv("SD_WEIGHTS", sd_folder)
+    noise = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+    (tmp_path / "val" / "n01440764").mkdir(parents=True)
+    for number, pixels_ in enumerate(noise):
+        Image.fromarray(pixels_).save(tmp_path / "val" / "n01440764" / f"{number}.JPEG")
+    small = ["--limit", "1", "--size", "64", "--steps", "3", "--dtype", "fp32", "--ratios", "0.5"]
+    metrics = ["--metrics", "psnr", "--fewer-steps", "0.5", "--cost-rounds", "1"]
+    assert cli.main([*argv, *small, *metrics]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["scheduler"] == "PNDMScheduler"
+    assert results["prompts"]["pictures"] == 2 and results["real"]["n"] == 5
+    records = RunFolder(tmp_path / "run")
+    assert records.record("dense", 0)["prompt"] == "A high quality photograph of a tench."
+    assert records.record("dense", 0)["sha256"] != records.record("dense", 1)["sha256"]
+
+
+def test_weights_are_told_apart(sd_folder):
+    from tiny import tiny_unet
+
+    one, other = tiny_unet(), tiny_unet()
+    assert generate.weights_digest(one) == generate.weights_digest(other)
+    with torch.no_grad():
+        next(other.parameters()).view(-1)[0] += 1e-3
+    assert generate.weights_digest(one) != generate.weights_digest(other)

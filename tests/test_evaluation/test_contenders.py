@@ -1,0 +1,85 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""What is compared, and that a model is dense again after each."""
+
+import pytest
+import torch
+from tiny import tiny_inputs, tiny_unet
+
+from mmagic_tome import ToMeError, get_handle
+from mmagic_tome.evaluation import contenders as c
+
+
+def test_every_kind_changes_the_model_and_leaves_it_dense():
+    unet, inputs = tiny_unet(), tiny_inputs()
+    sample, rest = inputs.pop("sample"), inputs
+
+    @torch.no_grad()
+    def run(contender):
+        # tomesd makes its generator from the global one.
+        torch.manual_seed(0)
+        with contender.on(unet):
+            return unet(sample, **rest).sample
+
+    dense = run(c.Contender("dense"))
+    ours = run(c.merged("ours", {"ratio": 0.5}))
+    theirs = run(c.tomesd_contender("theirs", 0.5))
+    assert not torch.equal(ours, dense) and not torch.equal(theirs, dense)
+    assert not torch.equal(ours, theirs)
+    assert torch.equal(run(c.tomesd_contender("theirs", 0.5)), theirs)
+    assert torch.equal(run(c.Contender("steps", steps=3)), dense)
+    assert get_handle(unet) is None
+
+
+def test_from_config_takes_any_tome_cfg():
+    found = c.from_config(
+        [
+            dict(name="wide", tome_cfg=dict(ratio=0.8, sx=4, sy=4)),
+            dict(name="fewer and merged", tome_cfg=dict(ratio=0.5), steps=20),
+            dict(name="tomesd", tomesd=dict(ratio=0.5, use_rand=False)),
+            dict(name="20 steps", steps=20),
+        ]
+    )
+    assert [x.kind for x in found] == ["tome", "tome", "tomesd", "steps"]
+    assert [x.ratio for x in found] == [0.8, 0.5, 0.5, 0]
+    assert found[0].spec()["tome_cfg"]["sx"] == 4
+    assert found[0].spec() != found[1].spec()
+
+
+@pytest.mark.parametrize(
+    ("entries", "complaint"),
+    [
+        ({"name": "x"}, "expected a list"),
+        ([{"tome_cfg": {}}], "entry 1: write dict"),
+        ([{"name": "x"}], "neither"),
+        ([{"name": "x", "tome_cfg": {"ratio": 2}}], "contender 'x': ratio=2"),
+        ([{"name": "x", "tome_cfg": {}, "tomesd": {}}], "both"),
+        ([{"name": "x", "steps": 0}], "above 0"),
+        ([{"name": "x", "step": 3}], "unknown keys"),
+        ([{"name": "x", "tomesd": {"ratio": 0.9}}], "silently caps"),
+        ([{"name": "x", "tomesd": {}}], "dict\\(ratio=0.5\\)"),
+    ],
+)
+def test_bad_entries(entries, complaint):
+    with pytest.raises(ToMeError, match=complaint):
+        c.from_config(entries)
+
+
+def test_fewer_steps():
+    assert [x.steps for x in c.fewer_steps([0.8, 0.5, 10], 50)] == [40, 25, 10]
+    # Of two steps, 0.8 is all of them.
+    assert [x.steps for x in c.fewer_steps([0.8, 0.5], 2)] == [1]
+    for wrong in (50, 60, 2.5, 0):
+        with pytest.raises(ToMeError, match="fewer steps"):
+            c.fewer_steps([wrong], 50)
+
+
+def test_names():
+    name, options = c.parse_named("wide={'ratio': 0.8, 'sx': 4, 'sy': 4}")
+    assert (name, options["sx"]) == ("wide", 4)
+    assert c.parse_named('a={"use_rand": false}')[1] == {"use_rand": False}
+    with pytest.raises(ToMeError, match="write NAME="):
+        c.parse_named("{'ratio': 0.5}")
+    with pytest.raises(ToMeError, match="name of another"):
+        c.check_names([c.Contender("A b"), c.Contender("a-b")])
+    with pytest.raises(ToMeError, match="real pictures"):
+        c.check_names([c.Contender("Real")])
