@@ -157,8 +157,8 @@ def build_parser(prog: str = "benchmark.py") -> Parser:
     add(
         "--quick",
         action="store_true",
-        help=f"unless told otherwise {QUICK_TARGET} and {QUICK_ROUNDS} rounds, three if the machine is "
-        "slow: under two minutes",
+        help=f"unless told otherwise {QUICK_TARGET} and {QUICK_ROUNDS} rounds, three if the "
+        "machine is slow: under two minutes",
     )
     add = parser.add_argument_group("results").add_argument
     add("--json", metavar="FILE", help="write every figure there")

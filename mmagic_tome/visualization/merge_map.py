@@ -14,13 +14,15 @@ from ..errors import ToMeError
 
 # Pixels per token at least, or edges would hide what they divide.
 _TOKEN = 6
+# Of 255 levels: what is brighter gets lines of this grey instead of white ones.
+_BRIGHT, _GREY = 190, 150.0
 
 
 def merge_map(
     slot: np.ndarray,
     grid: tuple[int, int],
     picture: Image.Image,
-    edge: tuple[int, int, int] | None = (255, 255, 255),
+    edge: tuple[int, int, int] | str | None = "auto",
 ) -> Image.Image:
     """Paint groups of merged tokens over a picture.
 
@@ -31,7 +33,8 @@ def merge_map(
             tensor does as well.
         grid: (height, width) in tokens, N = height * width.
         picture: PIL image that the grid lies over.
-        edge: RGB of the lines around groups; None for no lines.
+        edge: RGB of the lines around groups; ``'auto'`` is white on dark and grey on bright
+            colours, None draws no lines.
 
     Returns:
         PIL image in RGB: the picture, enlarged by a whole factor until a token has 6 pixels.
@@ -56,7 +59,11 @@ def merge_map(
     if edge is not None:
         shared = np.bincount(slot)[slot].reshape(grid) > 1
         merged = _enlarge(shared, pixels.shape[:2])
-        painted[_edges(labels, merged)] = edge
+        line = _edges(labels, merged)
+        if edge == "auto":
+            bright = painted.mean(axis=2, keepdims=True) > _BRIGHT
+            edge = np.where(bright, _GREY, 255.0)[line]
+        painted[line] = edge
     return Image.fromarray(painted.round().astype(np.uint8))
 
 

@@ -1,93 +1,152 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-import importlib.util
+"""``tools/benchmark.py``: whole runs on small networks, and its complaints."""
+
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
+from mmagic_tome.benchmark import cli, rounds, targets
+from mmagic_tome.benchmark.targets import SHAPES, Shape
 
 
-@pytest.fixture(scope="module")
-def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_tool", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def run(capfd):
+    def call(*argv):
+        code = cli.main([str(arg) for arg in argv])
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call
 
 
-def test_summary_of_known_times(benchmark):
-    results = {
-        "dense": dict(seconds=[10.0, 20.0, 40.0], mib=[5.0, 5.0, 5.0]),
-        "ours": dict(seconds=[6.0, 12.0, 24.0], mib=[4.0, 4.0, 4.0]),
-        "ideal": dict(seconds=[5.0, 10.0, 20.0], mib=[3.0, 3.0, 3.0]),
-    }
-    rows = {row["contender"]: row for row in benchmark.summarise(results)}
-    # Ratios of each round, so a machine that slows down does not show.
-    assert rows["ours"]["speedup"] == pytest.approx(10 / 6)
-    assert rows["ours"]["eta"] == pytest.approx(0.8)
-    assert rows["dense"]["eta"] == pytest.approx(0) and rows["ideal"]["eta"] == pytest.approx(1)
-    assert rows["ours"]["seconds"] == 12.0 and rows["ours"]["peak_mib"] == 4.0
+TINY = ["--shape", "small", "--size", "64", "--rounds", "3", "--device", "cpu"]
+FAST = ["--contenders", "dense", "ours", "tomesd", "ideal"]
 
 
-def test_a_spread_larger_than_the_effect_is_said(benchmark):
-    results = {
-        "dense": dict(seconds=[10.0, 10.0, 10.0, 10.0], mib=[1.0] * 4),
-        "ours": dict(seconds=[5.0, 20.0, 6.0, 18.0], mib=[1.0] * 4),
-    }
-    assert "says nothing about speed" in benchmark.table(benchmark.summarise(results))
-    results["ours"]["seconds"] = [5.0, 5.1, 5.0, 5.1]
-    assert "says nothing" not in benchmark.table(benchmark.summarise(results))
-
-
-def test_ideal_runs_the_sites_on_fewer_tokens_and_leaves_nothing_behind(benchmark):
-    from tiny import tiny_inputs, tiny_unet
-
-    unet = tiny_unet()
-    args = benchmark.parse_args(["--ratio", "0.5", "--device", "cpu"])
-    seen = []
-    with torch.no_grad():
-        dense = unet(**tiny_inputs()).sample
-        with benchmark.ideal(unet, args):
-            hook = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
-            hook = hook.register_forward_pre_hook(lambda m, a: seen.append(a[0].shape[1]))
-            assert not torch.equal(unet(**tiny_inputs()).sample, dense)
-        hook.remove()
-        assert seen == [128]
-        assert torch.equal(unet(**tiny_inputs()).sample, dense)
-
-
-def test_whole_run(benchmark, tmp_path, capsys):
-    path = tmp_path / "figures.json"
-    benchmark.main(
-        [
-            "--shape",
-            "small",
-            "--size",
-            "64",
-            "--rounds",
-            "3",
-            "--device",
-            "cpu",
-            "--json",
-            str(path),
-        ]
-    )
-    out = capsys.readouterr().out
-    for name in ("dense", "ours", "tomesd", "ideal", "eta", "256 tokens"):
-        assert name in out
+def test_whole_run(run, tmp_path):
+    path, picture = tmp_path / "figures.json", tmp_path / "figures.png"
+    own = "mlp={'merge_mlp': True}"
+    code, out, err = run(*TINY, *FAST, "--tome", own, "--json", path, "--plot", picture)
+    assert code == 0, err
     figures = json.loads(path.read_text())
-    assert [len(r["seconds"]) for r in figures["results"].values()] == [3] * 4
-    assert figures["environment"]["torch"] == torch.__version__
-    # The three contenders really differ from the dense model.
-    errors = {k: r["relative_rmse_to_dense"] for k, r in figures["results"].items()}
-    assert errors["dense"] == 0 and all(errors[k] > 0 for k in ("ours", "tomesd", "ideal"))
-    assert not list(tmp_path.glob("*.tmp"))
+    assert figures["environment"]["versions"]["torch"] == torch.__version__
+    (case,) = figures["cases"]
+    names = ["dense", "ours", "mlp", "tomesd", "ideal", "ideal for mlp"]
+    assert list(case["results"]) == names and not case["missing"]
+    assert all(f"| {name} |" in out for name in names)
+    assert {len(result["seconds"]) for result in case["results"].values()} == {3}
+    errors = {name: r["relative_rmse_to_dense"] for name, r in case["results"].items()}
+    assert errors.pop("dense") == 0 and min(errors.values()) > 0
+    assert case["results"]["ours"]["sites"][0]["kept"] == 128
+    # The peak is in the feed-forward, which only `mlp` shrinks.
+    peaks = {name: result["peak_bytes"] for name, result in case["results"].items()}
+    assert peaks["ideal"] == peaks["dense"] > peaks["ideal for mlp"]
+    assert picture.read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("arguments", [["--rounds", "2"], ["--shape", "sd99"], ["--what"]])
-def test_bad_arguments(benchmark, arguments):
-    with pytest.raises(SystemExit) as error:
-        benchmark.parse_args(arguments)
-    assert error.value.code == 2
+def test_every_combination_is_a_case(run, tmp_path):
+    path = tmp_path / "figures.json"
+    code, out, _ = run(
+        *(*TINY, "--size", "64", "32x64", "--batch", "1", "--attention", "plain", "flash"),
+        *("--contenders", "ours", "--no-memory", "--dtype", "bf16", "--json", path),
+    )
+    assert code == 0
+    cases = json.loads(path.read_text())["cases"]
+    found = [(case["case"]["size"], case["case"]["attention"]) for case in cases]
+    assert found == [(s, a) for s in ([64, 64], [32, 64]) for a in ("plain", "flash")]
+    assert all(case["results"]["ours"]["relative_rmse_to_dense"] > 0 for case in cases)
+    assert "64x64, batch 1, bf16, plain attention, eager" in out
+
+
+def test_compiled(run, monkeypatch):
+    compiled = []
+
+    def compile(network):
+        compiled.append(network)
+        return torch._dynamo.optimize("eager")(network)
+
+    monkeypatch.setattr(rounds.torch, "compile", compile)
+    code, out, _ = run(*TINY, "--contenders", "ours", "--mode", "compiled", "--no-memory")
+    assert code == 0 and len(compiled) == 2 and "| ours |" in out
+
+
+def test_an_attention_that_is_not_here_is_skipped_and_said(run):
+    if torch.cuda.is_available():
+        pytest.skip("it is here")
+    code, out, err = run(*TINY, "--attention", "efficient", "--contenders", "ours")
+    assert code == 2 and "skipped: the dense network does not run with" in out
+    assert "nothing could be measured" in err
+
+
+def test_networks_without_a_host_run_dense(run, monkeypatch):
+    sd3 = dict(SHAPES["sd3"].options, num_layers=1, attention_head_dim=8, num_attention_heads=2)
+    sd3.update(caption_projection_dim=16, joint_attention_dim=16, pooled_projection_dim=16)
+    flux = dict(SHAPES["flux"].options, num_layers=1, num_single_layers=1, attention_head_dim=16)
+    flux.update(num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=16)
+    flux["axes_dims_rope"] = (4, 6, 6)
+    tiny = {
+        "sd3": Shape("", "SD3Transformer2DModel", sd3, size=64, text=5),
+        "flux": Shape("", "FluxTransformer2DModel", flux, size=64, factor=16, batch=1, text=5),
+    }
+    monkeypatch.setattr(targets, "SHAPES", tiny)
+    for name in tiny:
+        code, out, err = run("--shape", name, "--rounds", "3", "--device", "cpu", *FAST)
+        assert code == 0, err
+        assert "| dense |" in out and "ours does not take part: " in out
+
+
+def test_demo(run):
+    code, out, _ = run(
+        *("--target", "demo", "--size", "64", "--rounds", "3", "--device", "cpu", "--no-memory"),
+        *("--contenders", "dense", "ours"),
+    )
+    assert code == 0 and "| ours |" in out
+
+
+@pytest.mark.slow
+def test_config(run, sd_folder, tmp_path):
+    pytest.importorskip("mmagic")
+    from tiny import tiny_config
+
+    path = tmp_path / "config.py"
+    entries = {"default_scope": "mmagic", "model": tiny_config("native", sd_folder)}
+    entries["tome_cfg"] = dict(ratio=0.3)
+    path.write_text("\n".join(f"{key} = {value!r}" for key, value in entries.items()) + "\n")
+    code, out, err = run(
+        *("--target", path, "--size", "64", "--rounds", "3", "--device", "cpu", "--no-memory")
+    )
+    # Fresh weights of this network answer with zeros, in which nobody can be seen to merge.
+    assert code == 0, err
+    assert "| dense |" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--rounds", "2"], "at least 3"),
+        (["--shape", "sd99"], "no target 'sd99'"),
+        (["--what"], "--what"),
+        (["--target", "nowhere.py"], "does not exist"),
+        (["--shape", "sd15", "--size", "100"], "multiples of 64; the nearest is 128x128"),
+        (["--ratio", "0.9"], "ceiling"),
+        (["--ratio", "0"], "nothing to compare"),
+        (["--tome", "a={}", "--tome", "a={}"], "there twice"),
+        (["--tome", "a={'ratio': 2}"], "--tome a"),
+        (["--plot", "a.txt"], "draws .png"),
+        (["--json", "/dev/null/a.json"], "cannot write"),
+        (["--device", "abacus"], "abacus"),
+        (["--cfg-options", "a=1"], "needs a config"),
+        (["--contenders", "nobody"], "nobody"),
+    ],
+)
+def test_bad_input_is_one_line(run, arguments, said):
+    code, out, err = run(*arguments)
+    assert code == 2 and said in err and err.count("\n") == 1 and not out
+
+
+def test_quick_is_a_default_that_can_be_changed():
+    args = cli.parse_args(["--quick", "--device", "cpu"])
+    assert (args.target, args.rounds, args.size) == ("small", 6, [(256, 256)])
+    args = cli.parse_args(["--quick", "--shape", "sd15", "--rounds", "4", "--device", "cpu"])
+    assert (args.target, args.rounds) == ("sd15", 4)

@@ -1,0 +1,64 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Memory to the byte, and memory that is not there."""
+
+import pytest
+import torch
+
+from mmagic_tome import ToMeError
+from mmagic_tome.benchmark import fits
+from mmagic_tome.benchmark.meters import Clock, peak_memory
+from mmagic_tome.benchmark.targets import SHAPES, build_shape, on_meta
+
+MIB = 2**18  # float32 values
+
+
+def test_peak_of_tensors_is_exact_and_the_same_every_time():
+    def work():
+        a = torch.zeros(MIB)
+        b = torch.cat([a, a])  # 1 + 2
+        del a
+        c = b.clone()  # 2 + 2: the peak
+        del b
+        return c
+
+    assert {peak_memory(work, "cpu") for _ in range(3)} == {(4 * 2**20, "aten::clone")}
+
+
+def test_what_was_there_before_does_not_count():
+    held = torch.zeros(8 * MIB)
+    assert peak_memory(lambda: held[:MIB].clone(), "cpu")[0] == 2**20
+
+
+def test_clock():
+    seconds, out = Clock("cpu")(lambda: 7)
+    assert out == 7 and 0 <= seconds < 1
+
+
+def test_weights_are_counted_without_being_there():
+    network = build_shape("small", "cpu", torch.float32).network
+    held = sum(t.numel() for t in (*network.parameters(), *network.buffers())) * 4
+    weights, forward = fits.needed_memory(SHAPES["small"], (256, 256), 2, torch.float32)
+    assert weights == held and forward > 0
+    assert fits.needed_memory(SHAPES["small"], (256, 256), 2, torch.float32, True)[1] > forward
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    # The sizes of the published models.
+    [("sd15", 0.860), ("sd21", 0.866), ("sdxl", 2.567), ("sd3", 2.028), ("flux", 11.901)],
+)
+def test_shapes_are_those_of_the_published_models(name, billions):
+    count = sum(p.numel() for p in on_meta(SHAPES[name]).parameters())
+    assert count / 1e9 == pytest.approx(billions, abs=0.0006)
+
+
+def test_too_little_memory_is_said_before_building(monkeypatch):
+    monkeypatch.setattr(fits, "available_memory", lambda device: 30 * 2**20)
+    arguments = ("small", SHAPES["small"], (64, 64), 2)
+    with pytest.raises(ToMeError, match=r"needs about .* has 0\.0 GiB free; write --dtype bf16"):
+        fits.check_fits(*arguments, torch.float32, "cpu")
+    fits.check_fits(*arguments, torch.bfloat16, "cpu")
+
+
+def test_available_memory_is_a_fact():
+    assert 2**20 < fits.available_memory("cpu") < 2**63 + 1
