@@ -178,7 +178,7 @@ class ToMeValLoop(_PictureLoop):
 
 
 def _evaluator(runner, evaluator):
-    """An evaluator of a config: MMagic's, unless it names one; mmengine's cannot run its metrics."""
+    """An evaluator of a config: MMagic's by default: mmengine's cannot run its metrics."""
     if isinstance(evaluator, dict) and "metrics" not in evaluator:
         evaluator = [evaluator]
     if isinstance(evaluator, list):

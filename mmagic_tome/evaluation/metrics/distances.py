@@ -41,12 +41,23 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
 
 
 def frechet_distance_of_sets(features: Tensor, reference: Tensor) -> float:
-    """:func:`frechet_distance` of the Gaussians of (N, D) and (M, D) samples, N and M > 1."""
-    statistics = []
-    for x in (features, reference):
-        x = x.double()
-        statistics += [x.mean(0), torch.cov(x.T).reshape(x.shape[1], x.shape[1])]
-    return frechet_distance(*statistics)
+    """:func:`frechet_distance` of the Gaussians of (N, D) and (M, D) samples, N and M > 1.
+
+    Small sets do not need their covariances: with C1 = A^T A and C2 = B^T B, the trace of the
+    root is the sum of the singular values of A B^T, of size (N, M). That is faster then, and
+    exact where the covariances are singular.
+    """
+    means, roots = [], []
+    for x in (features.double(), reference.double()):
+        means.append(x.mean(0))
+        roots.append((x - means[-1]) / (len(x) - 1) ** 0.5)
+    a, b = roots
+    if len(a) * len(b) > a.shape[1] ** 2:
+        return frechet_distance(means[0], a.T @ a, means[1], b.T @ b)
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise ToMeError("Frechet distance: a feature is not finite")
+    trace = a.square().sum() + b.square().sum() - 2 * torch.linalg.svdvals(a @ b.T).sum()
+    return max(0.0, float((means[0] - means[1]).square().sum() + trace))
 
 
 def gaussian_mmd(x: Tensor, y: Tensor, sigma: float, rows: int = 1024) -> float:
