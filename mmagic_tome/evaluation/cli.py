@@ -7,6 +7,7 @@ Exit codes: 0 done, 2 bad input (one line on stderr), 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 import warnings
@@ -189,6 +190,8 @@ def run(argv, prog: str) -> None:
         if value is not None and not value.strip():
             raise BadInput(f"--{name.replace('_', '-')} is empty")
     args.folder = args.out or os.path.join("outputs", "evaluate", args.config_path.stem)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise BadInput("the report is drawn with matplotlib: pip install matplotlib")
     check_writable(args.folder)
     # Deprecation notes between libraries are not this command's business.
     warnings.filterwarnings("ignore")

@@ -71,6 +71,7 @@ class LatentWatch:
         self.model = model
         self.latents: torch.Tensor | None = None
         self.finite: list[bool] = []
+        self._hidden: Any = None
 
     def __enter__(self) -> LatentWatch:
         decode = getattr(self.model, "decode_latents", None)
@@ -86,12 +87,15 @@ class LatentWatch:
                 ]
                 return decoded
 
-            # On the instance, where it hides the method of the class.
+            # On the instance, where it hides the method of the class (or what hid that before).
+            self._hidden = self.model.__dict__.get("decode_latents")
             self.model.__dict__["decode_latents"] = watched
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.model.__dict__.pop("decode_latents", None)
+        if self._hidden is not None:
+            self.model.__dict__["decode_latents"] = self._hidden
 
 
 def fingerprint(generator: Generator, device: torch.device) -> dict[str, Any]:
@@ -102,7 +106,6 @@ def fingerprint(generator: Generator, device: torch.device) -> dict[str, Any]:
     """
     model, request = generator.model, generator.request
     scheduler = model.test_scheduler
-    settings = dict(getattr(scheduler, "config", None) or {})
     found = {}
     for name in LIBRARIES:
         try:
@@ -122,10 +125,29 @@ def fingerprint(generator: Generator, device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "model": type(model).__name__,
         "scheduler": getattr(scheduler, "_scheduler_name", type(scheduler).__name__),
-        "scheduler_config": json.loads(json.dumps(settings, default=str, sort_keys=True)),
+        "scheduler_config": scheduler_settings(scheduler),
         "weights": weights_digest(model),
         "versions": found,
     }
+
+
+def scheduler_settings(scheduler) -> dict[str, Any]:
+    """Return the settings of a sampler, JSON-able.
+
+    Samplers of diffusers have a ``config``. Those of MMagic do not: their attributes serve,
+    arrays as hashes, without what a run leaves behind.
+    """
+    settings = getattr(scheduler, "config", None)
+    if settings is None:
+        settings = {}
+        for key, value in vars(scheduler).items():
+            if key in ("timesteps", "num_inference_steps"):
+                continue
+            if isinstance(value, (torch.Tensor, np.ndarray)):
+                value = hashlib.sha256(np.asarray(value).tobytes()).hexdigest()[:16]
+            if isinstance(value, (bool, int, float, str, list, tuple, type(None))):
+                settings[key] = value
+    return json.loads(json.dumps(dict(settings), default=str, sort_keys=True))
 
 
 def weights_digest(model) -> str:

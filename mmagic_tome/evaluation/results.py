@@ -77,7 +77,7 @@ def results_of(
 
 def _row(contender: Contender, plan: Plan, measurer: Measurer, cost) -> dict[str, Any]:
     good = measurer.good(contender.folder)
-    # The tokens that went into all sites of a forward and the ones that were left.
+    # Tokens of all sites of the last forward; every picture has as many.
     record = measurer.records[contender.folder, 0]
     tokens, kept = record["tokens"], record["kept"]
     return {

@@ -8,6 +8,7 @@ and a rank that dies loses only the batch that it was at.
 
 from __future__ import annotations
 
+import datetime
 import os
 import sys
 import time
@@ -15,6 +16,8 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
+
+import torch
 
 from ..errors import ToMeError
 
@@ -50,9 +53,13 @@ class Team:
             )
         from mmengine.dist import get_rank, get_world_size, init_dist
 
-        backend = "nccl" if device_type == "cuda" else "gloo"
-        # mmengine selects a GPU by the rank even for gloo, if the machine has any.
-        init_dist(launcher, backend=backend, timeout=PATIENCE_SECONDS)
+        if launcher == "pytorch" and device_type != "cuda":
+            # mmengine's selects a GPU by the rank, which fails where there is none.
+            patience = datetime.timedelta(seconds=PATIENCE_SECONDS)
+            torch.distributed.init_process_group("gloo", timeout=patience)
+        else:
+            backend = "nccl" if device_type == "cuda" else "gloo"
+            init_dist(launcher, backend=backend, timeout=PATIENCE_SECONDS)
         self.rank, self.size = get_rank(), get_world_size()
 
     @property
@@ -70,18 +77,14 @@ class Team:
     def wait(self) -> None:
         """Return when all ranks are here."""
         if self.size > 1:
-            from torch import distributed
-
-            distributed.barrier()
+            torch.distributed.barrier()
 
     def first(self, value=None):
         """Return what rank 0 passed, on all ranks."""
         if self.size == 1:
             return value
-        from torch import distributed
-
         holder = [value]
-        distributed.broadcast_object_list(holder, src=0)
+        torch.distributed.broadcast_object_list(holder, src=0)
         return holder[0]
 
     def check_shared(self, folder: Path) -> None:
@@ -112,8 +115,5 @@ class Team:
 
     def close(self) -> None:
         """Leave the group of processes."""
-        if self.size > 1:
-            from torch import distributed
-
-            if distributed.is_initialized():
-                distributed.destroy_process_group()
+        if self.size > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -25,11 +25,10 @@ from tqdm import tqdm
 from ..apis.text2image import Generator
 from ..hosts import find_host
 from .contenders import Contender
+from .metrics.cost import CostMeter, count_flops, spread
 
 WARM_UP_STEPS = 2
 PROFILE_STEPS = 4
-# The measure of a ratio: its spread may not be larger than what it says.
-SPREAD = (10, 90)
 
 
 def measure_cost(generator: Generator, contenders: Sequence[Contender], rounds: int) -> dict:
@@ -45,17 +44,20 @@ def measure_cost(generator: Generator, contenders: Sequence[Contender], rounds: 
         ``seconds`` (whole runs: text encoder, steps, VAE), ``unet_seconds``, ``step_seconds``
         (one list per run), ``peak_bytes`` (peak of the memory above what was held before the
         run, which is the weights; on a CPU of the process, None where the system does not
-        tell). Further ``blocks``: seconds per forward of each transformer
-        block, with what merging does there; ``unet_flops`` of one forward; ``sites`` (what
-        was merged where).
+        tell), ``joules`` (of the whole device, None without NVML). Further ``blocks``: seconds
+        per forward of each transformer block, with what merging does there; ``unet_flops`` of
+        one forward; ``sites`` (what was merged where).
     """
     request = generator.request
     numbers = request.batches()[0]
     device = next(generator.model.parameters()).device
     raw = {
-        c.name: {"seconds": [], "unet_seconds": [], "step_seconds": [], "peak_bytes": []}
+        c.name: {
+            key: [] for key in ("seconds", "unet_seconds", "step_seconds", "peak_bytes", "joules")
+        }
         for c in contenders
     }
+    meters = {contender.name: CostMeter(device, warm_up=0) for contender in contenders}
     steps = sum(contender.steps or request.steps for contender in contenders) * rounds
     steps += len(contenders) * (WARM_UP_STEPS + PROFILE_STEPS)
     with tqdm(
@@ -73,17 +75,20 @@ def measure_cost(generator: Generator, contenders: Sequence[Contender], rounds: 
             for contender in contenders[:: -1 if turn % 2 else 1]:
                 bar.set_postfix_str(f"{contender.name}, round {turn + 1}")
                 figures = raw[contender.name]
+                meter = meters[contender.name]
                 with contender.on(generator.model) as handle:
                     held = memory_held(device)
-                    _, clock = generator.run(numbers, contender.steps, on_step=bar.update)
+                    with meter.run(images=len(numbers)):
+                        _, clock = generator.run(numbers, contender.steps, on_step=bar.update)
                     figures["sites"] = [] if handle is None else handle.stats()
-                figures["seconds"].append(clock.total)
+                run = meter.runs[-1]
+                figures["seconds"].append(run.seconds)
                 figures["unet_seconds"].append(clock.unet)
                 figures["step_seconds"].append(list(generator.step_seconds))
-                peak = clock.peak_memory if device.type == "cuda" else process_peak()
-                figures["peak_bytes"].append(
-                    None if peak is None or held is None else max(0, peak - held)
-                )
+                peak = run.process_memory if run.cuda_memory is None else run.cuda_memory
+                known = peak is not None and held is not None
+                figures["peak_bytes"].append(max(0, peak - held) if known else None)
+                figures["joules"].append(run.joules)
         for contender in contenders:
             bar.set_postfix_str(f"{contender.name}, layers")
             figures = raw[contender.name]
@@ -118,17 +123,17 @@ def summarise(cost: dict, dense: str) -> dict[str, dict[str, Any]]:
         speedup = np.array(base["seconds"]) / np.array(figures["seconds"])
         steps = np.median(np.array(figures["step_seconds"]), axis=0) / count * 1000
         memory, dense_memory = (_memory(f["peak_bytes"], count) for f in (figures, base))
-        spread = _spread(speedup)
+        factor = spread(speedup.tolist())
         flops = figures["unet_flops"]
         report[name] = {
-            "seconds_per_image": _spread(seconds),
-            "unet_seconds_per_image": _spread(unet),
+            "seconds_per_image": spread(seconds),
+            "unet_seconds_per_image": spread(unet),
             "images_per_second": 1 / float(np.median(seconds)),
-            "speedup": spread,
-            "unet_speedup": _spread(
+            "speedup": factor,
+            "unet_speedup": spread(
                 np.array(base["unet_seconds"]) / np.array(figures["unet_seconds"])
             ),
-            "certain": name == dense or spread["p10"] > 1 or spread["p90"] < 1,
+            "certain": name == dense or factor["p10"] > 1 or factor["p90"] < 1,
             "memory_per_image": memory,
             "memory_factor": dense_memory / memory if memory and dense_memory else None,
             "unet_tflop_per_image": None if flops is None else flops * len(steps) / count / 1e12,
@@ -141,18 +146,13 @@ def _memory(peaks, count) -> float | None:
     return None if None in peaks else max(peaks) / count
 
 
-def _spread(values) -> dict[str, float]:
-    low, high = np.percentile(values, SPREAD)
-    return {"median": float(np.median(values)), "p10": float(low), "p90": float(high)}
-
-
 # --- memory -------------------------------------------------------------------------------------
 
 
 def memory_held(device: torch.device) -> int | None:
-    """Return the bytes that are held now, and let the peak begin anew from there.
+    """Return the bytes that are held before a run: of CUDA's allocator, or of this process.
 
-    CUDA's own figures; otherwise resident memory of this process on Linux, None elsewhere.
+    None where the system does not tell (it does on Linux).
     """
     gc.collect()
     if device.type == "cuda":
@@ -160,24 +160,10 @@ def memory_held(device: torch.device) -> int | None:
     try:
         # Or what the last run freed and the C library kept would hide what the next one needs.
         ctypes.CDLL(None).malloc_trim(0)
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    except (OSError, AttributeError):
-        return None
-    return _status("VmRSS")
-
-
-def process_peak() -> int | None:
-    """Return the largest resident size of this process since :func:`memory_held`, in bytes."""
-    return _status("VmHWM")
-
-
-def _status(key: str) -> int | None:
-    try:
         with open("/proc/self/status") as file:
-            lines = [line for line in file if line.startswith(f"{key}:")]
-        return int(lines[0].split()[1]) * 1024
-    except (OSError, IndexError, ValueError):
+            (line,) = (line for line in file if line.startswith("VmRSS:"))
+        return int(line.split()[1]) * 1024
+    except (OSError, AttributeError, ValueError):
         return None
 
 
@@ -244,15 +230,11 @@ def block_seconds(generator: Generator, numbers, on_step) -> list[dict[str, Any]
     return rows
 
 
-def unet_flops(generator: Generator, numbers) -> int | None:
+def unet_flops(generator: Generator, numbers) -> int:
     """Return floating-point operations of one forward of the UNet over a batch.
 
-    Multiplications and additions are counted apart, as ``torch.utils.flop_counter`` does;
-    matchings and gathers are not products of matrices and are not counted by it, except for
-    the similarities.
+    See :func:`~mmagic_tome.evaluation.metrics.cost.count_flops` for what is counted.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
     calls: list[tuple] = []
 
     def keep(module, args, kwargs):
@@ -266,6 +248,4 @@ def unet_flops(generator: Generator, numbers) -> int | None:
     finally:
         hook.remove()
     args, kwargs = calls[0]
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        unet(*args, **kwargs)
-    return counter.get_total_flops()
+    return count_flops(unet, *args, **kwargs)
