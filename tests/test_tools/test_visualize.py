@@ -36,7 +36,7 @@ def run(capfd):
 
 
 def test_all_pictures(run, config, tmp_path):
-    quick = ["--size", "64", "--steps", "3", "--device", "cpu", "--columns", "2"]
+    quick = ["--size", "64", "--steps", "4", "--device", "cpu", "--columns", "2"]
     code, _, err = run(config, "--prompt", "a cat", "dog", "--out", tmp_path / "maps", *quick)
     assert code == 0, err
     folder = tmp_path / "maps"
@@ -45,7 +45,7 @@ def test_all_pictures(run, config, tmp_path):
     expected = {f"{stem}{end}" for stem in ("0000_a-cat", "0001_dog") for end in ends}
     assert names == expected | {"cost.png", "result.json"}
     with Image.open(folder / "0000_a-cat_merge.gif") as gif:
-        assert gif.n_frames == 3
+        assert gif.n_frames == 4
     found = json.loads((folder / "result.json").read_text())
     assert [image["prompt"] for image in found["images"]] == ["a cat", "dog"]
     assert found["cost_ms"] and all(row["kept"] == 32 for row in found["cost_ms"])
