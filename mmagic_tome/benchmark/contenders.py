@@ -211,9 +211,12 @@ def _ideal(one: Contender, sites: list[dict[str, Any]], run) -> None:
         for block in host.blocks(network)
         for kind, module in block.sites.items()
     }
+    modules.update({(block.name, "block"): block.module for block in host.blocks(network)})
     for site in sites:
+        module = modules.get((site["block"], site["kind"]))
+        if module is None:
+            raise ToMeError(f"there is no ideal for sites of kind {site['kind']!r} yet")
         take = _Take(site["kept"])
-        module = modules[site["block"], site["kind"]]
         module.register_forward_pre_hook(take, with_kwargs=True)
         module.register_forward_hook(_Pad(take), with_kwargs=True)
     run(one.network)
