@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .errors import ToMeError
 from .merging import MergePlan
-from .merging.random import step_key
+from .merging.random import hashed_integers, step_key
 from .methods import PlanRequest
 from .schedules import Place
 from .state import BlockState, MergeState, SiteState
@@ -164,12 +164,14 @@ class BlockPreHook:
             sx=config.sx,
             sy=config.sy,
             downsample=block.downsample,
+            level=len({b.downsample for b in state.blocks if b.downsample < block.downsample}),
             depth=block.depth,
             depths=len(state.blocks),
             step=max(forward.run.step, 0),
             noise=forward.noise,
             exact=config.exact_matching,
             layout=Layout(state, block, metric.device),
+            draw=Draw(state, block, metric.device),
             heat=forward.run.heat,
         )
         plan = config.built_method.plan(metric.detach(), ratio, request)
@@ -186,6 +188,18 @@ class Layout:
 
     def __call__(self) -> tuple[Tensor, Tensor]:
         return self.state.layout(*self.state.forward.grid, self.block, self.device)
+
+
+class Draw:
+    """(upper, count) -> random numbers of a block and step, for methods that ask."""
+
+    def __init__(self, state: MergeState, block: BlockState, device: torch.device) -> None:
+        self.state, self.block, self.device = state, block, device
+
+    def __call__(self, upper: int, count: int) -> Tensor:
+        # The upper half of the seed tells the blocks apart, and these numbers from the layouts'.
+        seed = self.state.config.seed + (self.block.depth + 1 << 32)
+        return hashed_integers(upper, seed, self.state.forward.step, 1, count, self.device)[0]
 
 
 class SitePreHook:

@@ -25,12 +25,16 @@ class PlanRequest:
         height, width (int): the grid; the tokens come row by row.
         sx, sy (int): cell size in tokens.
         downsample (int): how many times coarser the grid is than the network's input.
+        level (int): the same counted from the finest grid among the merged blocks, that is 0.
         depth, depths (int): number of the block among the merged ones, and how many there are.
         step (int): step of the denoising run, 0 = first (always 0 where no step is tracked).
         noise (float | None): timestep as a share of the training steps, where it is tracked.
         exact (bool): full precision wanted in matching.
         layout (Callable): () -> (destinations (D,), sources (S,)) int64, one destination per
             cell, random or regular as the user chose.
+        draw (Callable): (upper, count) -> (count,) int64 in [0, upper), random numbers of this
+            block and step, the same at every call; at every step the same with
+            ``use_rand=False``.
         heat (Tensor | None): (B / 2, h', w'), how far the text moved the prediction at every
             place of the network's output at the last step of the run; only for methods with
             ``watches_output``, None at the first step and without classifier-free guidance.
@@ -41,12 +45,14 @@ class PlanRequest:
     sx: int
     sy: int
     downsample: int
+    level: int
     depth: int
     depths: int
     step: int
     noise: float | None
     exact: bool
     layout: Callable[[], tuple[Tensor, Tensor]]
+    draw: Callable[[int, int], Tensor]
     heat: Tensor | None = None
 
     @property
