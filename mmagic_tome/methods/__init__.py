@@ -2,6 +2,15 @@
 """Token reduction methods by name: one file each, registered by :func:`register_method`."""
 
 from .base import METHODS, Method, PlanRequest, build_method, register_method
+from .prune import Prune
 from .tome import ToMe
 
-__all__ = ["METHODS", "Method", "PlanRequest", "ToMe", "build_method", "register_method"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "PlanRequest",
+    "Prune",
+    "ToMe",
+    "build_method",
+    "register_method",
+]
