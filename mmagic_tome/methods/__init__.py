@@ -3,6 +3,7 @@
 
 from .base import METHODS, Method, PlanRequest, build_method, register_method
 from .prune import Prune
+from .tofu import ToFu
 from .tome import ToMe
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Method",
     "PlanRequest",
     "Prune",
+    "ToFu",
     "ToMe",
     "build_method",
     "register_method",

@@ -1,0 +1,51 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""ToFu: prune where the network is far from linear, merge with MLERP where it is close to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..merging import MergePlan
+from .base import Method, PlanRequest, register_method
+from .options import check_choice, check_number
+from .prune import match_on_grid
+
+
+@register_method("tofu")
+class ToFu(Method):
+    """ToMe's matching; early blocks prune, the later ones merge with MLERP.
+
+    The paper's argument: averaging two inputs is harmless where f(average) = average of f, that
+    is where a block is close to linear, which it finds early blocks of ViTs not to be. So early
+    blocks keep the destination's own features (pruning), later ones merge. And since an average
+    is shorter than what it averages, merging is MLERP: the direction of the average at the
+    largest length among the merged (:class:`~mmagic_tome.merging.reductions.MlerpPlan`).
+
+    Matching, r and unmerging are those of :class:`~.tome.ToMe`.
+
+    Args:
+        prune_depth (float): share of the merged blocks, in running order, that prune; in [0, 1].
+            Block number i of n prunes if i / n < prune_depth. Default 0.5. (The paper sets the
+            switch by measuring linearity of each model; it gives no number for UNets that we
+            could check.)
+        merge (str): how the others merge, 'mlerp' (default) or 'mean'.
+
+    Raises:
+        ToMeError: an option out of range.
+
+    Source: "Token Fusion: Bridging the Gap between Token Pruning and Token Merging" (Kim et al.,
+    WACV 2024, arXiv 2312.01026).
+    """
+
+    def __init__(self, prune_depth: Any = 0.5, merge: Any = "mlerp") -> None:
+        self.prune_depth = check_number("tofu", "prune_depth", prune_depth, 0, 1)
+        self.merge = check_choice("tofu", "merge", merge, ("mlerp", "mean"))
+
+    def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> MergePlan | None:
+        r = self.removed(metric.shape[1], ratio, request)
+        if r <= 0:
+            return None
+        prunes = request.depth < self.prune_depth * request.depths
+        return match_on_grid(metric, r, request, "prune" if prunes else self.merge)
