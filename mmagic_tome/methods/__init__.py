@@ -3,6 +3,7 @@
 
 from .base import METHODS, Method, PlanRequest, build_method, register_method
 from .prune import Prune
+from .threshold import Threshold
 from .tofu import ToFu
 from .tome import ToMe
 
@@ -11,6 +12,7 @@ __all__ = [
     "Method",
     "PlanRequest",
     "Prune",
+    "Threshold",
     "ToFu",
     "ToMe",
     "build_method",

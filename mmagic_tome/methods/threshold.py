@@ -1,0 +1,68 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""CA-ToMe's adaptive merging: as many tokens as are similar enough."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..merging import MergePlan
+from ..merging.edges import nearest_destination, plan_of_edges, strongest
+from .base import Method, PlanRequest, register_method
+from .options import check_choice, check_number
+
+
+@register_method("threshold")
+class Threshold(Method):
+    """Merge every source whose similarity to its destination is at least a threshold.
+
+    Destinations and edges are those of :class:`~.tome.ToMe`. With c_b the number of sources of
+    batch entry b whose cosine similarity to their destination is >= threshold,
+
+        r = min(c, int(N * ratio)),    c = max_b c_b  or  min_b c_b
+
+    and the r most similar sources of every entry merge: so ``ratio`` is the most that is ever
+    removed (the paper has no such limit: write the ceiling, ratio=0.75 for cells of 2 x 2).
+
+    The entries of a batch must keep the same number of tokens, and an entry with fewer similar
+    ones cannot both keep all the others apart and have as few tokens as the entry with the most:
+
+    - ``batch='max'`` (as the authors' package ``ca-tome`` 0.1.3): the largest count; entries
+      with fewer similar sources also merge some below the threshold;
+    - ``batch='min'``: the smallest count; nothing below the threshold is ever merged, entries
+      with more similar sources keep some of them.
+
+    With one entry the two are the same.
+
+    r is known only from the data, so making a plan waits once for the device (one number is
+    copied to the host); a compiled graph breaks there. The paper's caching, that matching is
+    done at listed steps only, is ``refresh`` of :class:`~mmagic_tome.ToMeConfig`.
+
+    Args:
+        threshold (float): cosine similarity in [-1, 1]. Default 0.7, with which the paper tests
+            caching. From 1 on only exact copies merge.
+        batch (str): 'max' (default) or 'min'.
+
+    Raises:
+        ToMeError: an option out of range.
+
+    Source: "Cached Adaptive Token Merging" (Saghatchian et al., arXiv 2501.00946).
+    """
+
+    def __init__(self, threshold: Any = 0.7, batch: Any = "max") -> None:
+        self.threshold = check_number("threshold", "threshold", threshold, -1, 1)
+        self.batch = check_choice("threshold", "batch", batch, ("max", "min"))
+
+    def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> MergePlan | None:
+        limit = self.removed(metric.shape[1], ratio, request)
+        if limit <= 0:
+            return None
+        destinations, sources = request.layout()
+        best, nearest = nearest_destination(metric, destinations, sources, exact=request.exact)
+        counts = (best >= self.threshold).sum(dim=1)
+        count = counts.max() if self.batch == "max" else counts.min()
+        r = min(int(count), limit)
+        if r == 0:
+            return None
+        return plan_of_edges(destinations, sources, nearest, strongest(best, r), r)

@@ -1,0 +1,179 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Methods with ToMe's matching: prune, tofu, threshold."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from method_requests import request, tokens
+
+from mmagic_tome.merging import MergePlan
+from mmagic_tome.merging.edges import plan_of_edges, strongest
+from mmagic_tome.merging.reductions import MlerpPlan, PrunedPlan
+from mmagic_tome.methods import build_method
+
+grids = st.tuples(st.integers(2, 9), st.integers(2, 9))
+
+
+def same_groups(a, b):
+    """Whether two (B, N) slot tensors put the same tokens together."""
+    return torch.equal(a[:, :, None] == a[:, None], b[:, :, None] == b[:, None])
+
+
+@settings(deadline=None, max_examples=40)
+@given(grids, st.floats(0.05, 0.75), st.integers(0, 10**6))
+def test_prune_and_tofu_group_as_tome_does(grid, ratio, seed):
+    x, ask = tokens(2, *grid, seed=seed), request(*grid, seed=seed)
+    plan = build_method("tome").plan(x, ratio, ask)
+    for spec in ("prune", "tofu"):
+        other = build_method(spec).plan(x, ratio, ask)
+        assert (plan is None) == (other is None)
+        if plan is not None:
+            assert same_groups(plan.slot, other.slot)
+            assert torch.equal(plan.size.sort().values, other.size.sort().values)
+
+
+@settings(deadline=None, max_examples=40)
+@given(grids, st.floats(0.1, 0.75), st.integers(0, 10**6))
+def test_prune_keeps_every_token_that_stays_and_every_destination(grid, ratio, seed):
+    x, ask = tokens(2, *grid, seed=seed), request(*grid, seed=seed)
+    plan = build_method("prune").plan(x, ratio, ask)
+    if plan is None:
+        return
+    kept = plan.merge(x)
+    for b in range(2):
+        # Every slot's content is one of its own tokens, to the bit; destinations come first.
+        assert plan.slot[b, plan.kept[b]].tolist() == list(range(plan.num_slots))
+        assert torch.equal(kept[b], x[b, plan.kept[b]])
+    destinations, _ = ask.layout()
+    assert torch.equal(plan.kept[:, : len(destinations)], destinations.expand(2, -1))
+
+
+def test_tofu_prunes_early_and_merges_late():
+    x = tokens(1, 8, 8)
+    kinds = [
+        type(build_method("tofu").plan(x, 0.5, request(8, 8, depth=depth))) for depth in range(4)
+    ]
+    assert kinds == [PrunedPlan, PrunedPlan, MlerpPlan, MlerpPlan]
+    never = build_method(dict(type="tofu", prune_depth=0, merge="mean"))
+    assert type(never.plan(x, 0.5, request(8, 8, depth=0))) is MergePlan
+    always = build_method(dict(type="tofu", prune_depth=1))
+    assert type(always.plan(x, 0.5, request(8, 8, depth=3))) is PrunedPlan
+
+
+# --- MLERP --------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(2, 20), st.integers(0, 10**6))
+def test_mlerp_by_hand(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    slots = int(torch.randint(1, count + 1, (), generator=generator))
+    rest = torch.randint(slots, (count - slots,), generator=generator)
+    slot = torch.cat([torch.arange(slots), rest])[torch.randperm(count, generator=generator)]
+    x = torch.randn(1, count, 5, generator=generator, dtype=torch.float64)
+    merged = MlerpPlan(slot[None], slots).merge(x)[0]
+    for s in range(slots):
+        group = x[0, slot == s]
+        mean = group.mean(0)
+        expected = mean / mean.norm() * group.norm(dim=1).max()
+        torch.testing.assert_close(merged[s], expected)
+
+
+def test_mlerp_of_tokens_that_cancel_is_zero_and_of_large_half_ones_finite():
+    plan = MlerpPlan(torch.tensor([[0, 0, 1]]), 2)
+    x = torch.tensor([[[1.0, 0], [-1, 0], [3, 4]]])
+    torch.testing.assert_close(plan.merge(x), torch.tensor([[[0.0, 0], [3, 4]]]))
+    half = torch.full((1, 3, 64), 3e4, dtype=torch.float16)
+    assert half.norm(dim=-1).isinf().all()  # what a length in half precision would be
+    assert torch.equal(plan.merge(half), half[:, :2])
+
+
+def test_mlerp_gradient():
+    plan = MlerpPlan(torch.tensor([[0, 1, 0, 1, 1]]), 2)
+    x = torch.randn(1, 5, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(plan.merge, (x,))
+
+
+def test_pruned_gradient_reaches_the_kept_tokens_only():
+    plan = PrunedPlan(torch.tensor([[0, 1, 0]]), torch.tensor([[2, 1]]))
+    x = torch.randn(1, 3, 2, requires_grad=True)
+    plan.unmerge(plan.merge(x)).sum().backward()
+    assert torch.equal(x.grad, torch.tensor([[[0.0, 0], [1, 1], [2, 2]]]))
+
+
+@pytest.mark.parametrize(
+    ("slot", "kept"),
+    [
+        (torch.zeros(1, 3), torch.zeros(1, 1, dtype=torch.int64)),
+        (torch.zeros(1, 3, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.int64)),
+        (torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64)),
+    ],
+)
+def test_pruned_plan_names_a_bad_argument(slot, kept):
+    with pytest.raises(ValueError, match="must be a"):
+        PrunedPlan(slot, kept)
+
+
+def test_strongest_takes_the_first_among_equals():
+    score = torch.tensor([[1.0, 3, 3, 3, 2]])
+    assert strongest(score, 2).tolist() == [[False, True, True, False, False]]
+
+
+def test_plan_of_edges_refuses_an_unknown_reduction():
+    one = torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="reduction"):
+        plan_of_edges(one[0], one[0] + 1, one, one == 0, 1, "median")
+
+
+# --- threshold ----------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=40)
+@given(grids, st.floats(-0.5, 0.999), st.sampled_from(["max", "min"]), st.integers(0, 10**6))
+def test_threshold_by_brute_force(grid, threshold, batch, seed):
+    x, ask = tokens(3, *grid, seed=seed), request(*grid, seed=seed)
+    method = build_method(dict(type="threshold", threshold=threshold, batch=batch))
+    plan = method.plan(x, 0.75, ask)
+    destinations, sources = ask.layout()
+    unit = torch.nn.functional.normalize(x.double(), dim=-1)
+    best = (unit[:, sources] @ unit[:, destinations].transpose(1, 2)).amax(-1)
+    counts = (best >= threshold).sum(1)
+    r = int(counts.max() if batch == "max" else counts.min())
+    r = min(r, int(x.shape[1] * 0.75))
+    if r == 0:
+        assert plan is None
+        return
+    assert plan.num_slots == x.shape[1] - r
+    # Those that merge are the r most similar ones of every entry.
+    shares = plan.size.gather(1, plan.slot) > 1
+    for b in range(3):
+        merged = [i for i, s in enumerate(sources.tolist()) if bool(shares[b, s])]
+        assert set(merged) == set(best[b].argsort(descending=True)[:r].tolist())
+        if batch == "min":
+            assert all(best[b, i] >= threshold - 1e-6 for i in merged)
+
+
+def test_threshold_is_limited_by_the_ratio():
+    x = torch.ones(1, 64, 4)
+    method = build_method(dict(type="threshold", threshold=0.9))
+    kept = [method.plan(x, ratio, request(8, 8)).num_slots for ratio in (0.25, 0.5, 0.75)]
+    assert kept == [48, 32, 16]
+    assert method.plan(x, 0, request(8, 8)) is None
+
+
+def test_threshold_agrees_with_its_authors_package(monkeypatch):
+    """PyPI ca-tome: ``pip install --no-deps ca-tome`` (it asks for torch < 2.2.2)."""
+    merge = pytest.importorskip("ca_tome.merge")
+    for seed in range(5):
+        x = tokens(2, 8, 10, seed=seed)
+        cache = dict(compute_on=[0], merge=None, unmerge=None)
+        theirs, back = merge.bipartite_soft_matching_random2d(
+            x, 10, 8, 2, 2, 0.7, cache, 0, no_rand=True
+        )
+        from mmagic_tome.merging import regular_layout
+
+        ask = request(8, 10, layout=lambda: regular_layout(8, 10).select(0))
+        plan = build_method("threshold").plan(x, 0.75, ask)
+        assert plan.num_slots == theirs(x).shape[1]
+        torch.testing.assert_close(plan.unmerge(plan.merge(x)), back(theirs(x)))
