@@ -2,6 +2,7 @@
 """Token reduction methods by name: one file each, registered by :func:`register_method`."""
 
 from .base import METHODS, Method, PlanRequest, build_method, register_method
+from .downsample import Downsample
 from .prune import Prune
 from .threshold import Threshold
 from .tofu import ToFu
@@ -9,6 +10,7 @@ from .tome import ToMe
 
 __all__ = [
     "METHODS",
+    "Downsample",
     "Method",
     "PlanRequest",
     "Prune",
