@@ -5,6 +5,7 @@ from .base import METHODS, Method, PlanRequest, build_method, register_method
 from .downsample import Downsample
 from .prune import Prune
 from .threshold import Threshold
+from .todo import ToDo
 from .tofu import ToFu
 from .tome import ToMe
 
@@ -15,6 +16,7 @@ __all__ = [
     "PlanRequest",
     "Prune",
     "Threshold",
+    "ToDo",
     "ToFu",
     "ToMe",
     "build_method",

@@ -1,0 +1,60 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""ToDo: all queries, but keys and values of a scaled-down grid only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..merging import MergePlan
+from ..merging.reductions import PrunedPlan
+from .base import Method, PlanRequest, register_method
+from .downsample import squares
+from .options import check_integer
+
+
+@register_method("todo")
+class ToDo(Method):
+    """Keys and values of self-attention from the grid scaled down by nearest neighbour.
+
+    With D the downsampling (the top-left token of every factor x factor square)::
+
+        attention(Q = q(x), K = k(D(x)), V = v(D(x)))        (B, N, C) -> (B, N, C)
+
+    Neighbours in a picture are alike, so no similarities are computed; and since every query
+    stays there is nothing to unmerge. The cost of the site falls from N² to N² / factor² in the
+    products of attention; its projections of queries and output stay.
+
+    ``ratio`` says where and when, not how much: above 0 it happens, at 0 it does not. Cells
+    (``sx``, ``sy``) have no meaning. Other sites than self-attention, where a user names them, get
+    the same downsampling on their way in and copies on their way out.
+
+    Args:
+        downsample_factor (int): on the finest merged level, in [1, 16]. Default 2. (The authors
+            use larger ones for larger pictures, about 3 at 1536 and 4 at 2048 pixels.)
+        downsample_factor_level_2 (int): on the coarser ones, in [1, 16]. Default 1: dense. They
+            are only reached with ``max_downsample`` above the finest level's.
+
+    Raises:
+        ToMeError: an option out of range.
+
+    Source: "ToDo: Token Downsampling for Efficient Generation of High-Resolution Images" (Smith
+    et al., IJCAI 2024, arXiv 2402.13573).
+    """
+
+    keeps_queries = True
+
+    def __init__(self, downsample_factor: Any = 2, downsample_factor_level_2: Any = 1) -> None:
+        self.factors = (
+            check_integer("todo", "downsample_factor", downsample_factor, 1, 16),
+            check_integer("todo", "downsample_factor_level_2", downsample_factor_level_2, 1, 16),
+        )
+
+    def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> MergePlan | None:
+        factor = self.factors[min(request.level, 1)]
+        if ratio <= 0 or factor == 1 or request.height * request.width == 1:
+            return None
+        batch = metric.shape[0]
+        slot, kept = squares(request.height, request.width, factor, metric.device)
+        return PrunedPlan(slot.expand(batch, -1), kept.expand(batch, -1))
