@@ -7,6 +7,7 @@ from .prune import Prune
 from .threshold import Threshold
 from .todo import ToDo
 from .tofu import ToFu
+from .toma import ToMA
 from .tome import ToMe
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Threshold",
     "ToDo",
     "ToFu",
+    "ToMA",
     "ToMe",
     "build_method",
     "register_method",

@@ -1,0 +1,93 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""A plan whose merging and unmerging are matrix products in local windows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .windows import Windows
+
+
+class MatrixPlan:
+    """Merging by a matrix: every slot is a weighted mean of all tokens of its window.
+
+    The same surface as :class:`~.plan.MergePlan` (``merge``, ``unmerge``, ``batch``,
+    ``num_slots``, ``num_tokens``), but a token belongs to several slots, to each by a share, so
+    there is no ``size``. Slots come window by window, the tokens outside of all windows after
+    them, as they are.
+
+    Args:
+        weights (Tensor): (B * W, D, n) floating, row sums 1: slot d of a window is
+            sum_i weights[d, i] x_i.
+        back (Tensor): (B * W, n, D) floating, row sums 1: token i becomes sum_d back[i, d] y_d.
+        windows (Windows): W windows of n tokens and what is outside.
+
+    Both directions are differentiable with respect to the tokens.
+    """
+
+    __slots__ = ("_inverse", "_order", "back", "batch", "num_slots", "num_tokens", "weights")
+
+    def __init__(self, weights: Tensor, back: Tensor, windows: Windows) -> None:
+        groups, slots, size = weights.shape
+        count, outside = windows.count, windows.outside.shape[0]
+        if size != windows.size or groups % count or back.shape != (groups, size, slots):
+            raise ValueError(
+                f"weights {tuple(weights.shape)} and back {tuple(back.shape)} do not fit "
+                f"{count} windows of {windows.size} tokens"
+            )
+        self.weights, self.back = weights, back
+        self.batch = groups // count
+        self.num_slots = count * slots + outside
+        self.num_tokens = count * size + outside
+        # Window order and back.
+        self._order = torch.cat([windows.inside.reshape(-1), windows.outside])
+        self._inverse = torch.empty_like(self._order)
+        self._inverse[self._order] = torch.arange(self.num_tokens, device=self._order.device)
+
+    @property
+    def slot(self) -> Tensor:
+        """(B, N) int64, the slot that gives every token its largest share; for pictures."""
+        groups, slots, _ = self.weights.shape
+        count = groups // self.batch
+        window = torch.arange(groups, device=self.back.device) % count
+        inside = self.back.argmax(dim=-1) + window[:, None] * slots
+        outside = torch.arange(count * slots, self.num_slots, device=self.back.device)
+        inside = inside.view(self.batch, -1)
+        together = torch.cat([inside, outside.expand(self.batch, -1)], dim=1)
+        return together.index_select(1, self._inverse)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, M, C), the dtype of ``x``.
+
+        Raises:
+            ValueError: shape of ``x`` does not fit the plan.
+        """
+        self._check(x, self.num_tokens, "merge")
+        return self._product(self.weights, x.index_select(1, self._order))
+
+    def unmerge(self, y: Tensor) -> Tensor:
+        """(B, M, C) -> (B, N, C), the dtype of ``y``.
+
+        Raises:
+            ValueError: shape of ``y`` does not fit the plan.
+        """
+        self._check(y, self.num_slots, "unmerge")
+        return self._product(self.back, y).index_select(1, self._inverse)
+
+    def _product(self, matrix: Tensor, x: Tensor) -> Tensor:
+        """Matrix times the windows' part of ``x``; what comes after it stays."""
+        groups, _, columns = matrix.shape
+        inside = groups // self.batch * columns
+        windows = x[:, :inside].reshape(groups, columns, x.shape[-1])
+        out = torch.bmm(matrix.to(x.dtype), windows).view(self.batch, -1, x.shape[-1])
+        return torch.cat([out, x[:, inside:]], dim=1) if inside < x.shape[1] else out
+
+    def _check(self, x: Tensor, length: int, what: str) -> None:
+        if x.dim() != 3 or x.shape[0] != self.batch or x.shape[1] != length:
+            raise ValueError(
+                f"{what} expects ({self.batch}, {length}, C) for this plan, got {tuple(x.shape)}"
+            )
+
+    def __repr__(self) -> str:
+        return f"MatrixPlan(batch={self.batch}, {self.num_tokens} -> {self.num_slots} tokens)"

@@ -1,0 +1,88 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""ToMA: destinations by facility location, merging and unmerging as matrix products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..merging.facility import facility_location
+from ..merging.matrix import MatrixPlan
+from ..merging.windows import make_windows
+from .base import Method, PlanRequest, register_method
+from .options import check_choice, check_integer, check_number
+
+# Eigenvalues below this share of the largest count as zero in a pseudo-inverse.
+_RTOL = 1e-5
+
+
+@register_method("toma")
+class ToMA(Method):
+    """Soft merging in local windows, without sorting and scattering.
+
+    In every window of n tokens x with unit vectors u, S = u u^T (n, n), and D destinations
+    (:func:`~mmagic_tome.merging.facility.facility_location` on S; S_D is their rows)::
+
+        A   = softmax(S_D / temperature) over the destinations     (D, n), columns sum to 1
+        A~  = A / row sums                                         (D, n), rows sum to 1
+        merge     y = A~ x
+        unmerge   x' = A^T y           'transpose'
+                  x' = A~^+ y          'pinv', the pseudo-inverse A~^T (A~ A~^T)^+
+
+    A column of A is how a token is shared out over the destinations, so A^T y gives it a weighted
+    mean of what became of them. Both kinds of unmerging give equal tokens back as they were: the
+    columns of A sum to 1, hence a vector of ones is in the row space of A~.
+
+    With W windows, r // W tokens (at most n - 1) are removed in each: up to W - 1 fewer than
+    ratio * N, and none where that is less than one per window. Windows are ``window`` x
+    ``window`` or a little smaller (:func:`~mmagic_tome.merging.windows.make_windows`); tokens at
+    the edge that fit into none stay as they are. Cells (``sx``, ``sy``) only bound the ratio.
+
+    The paper uses one choice of destinations for many layers and steps: that is ``refresh`` with
+    ``share='level'`` here (:class:`~mmagic_tome.ToMeConfig`).
+
+    Args:
+        window (int): largest side of a window in tokens, in [2, 32]; memory grows as N *
+            window**2. Default 8.
+        temperature (float): of the softmax over cosines, above 0. Default 0.03. The smaller, the
+            closer to plain merging; at 1 all destinations get nearly the same average.
+        unmerge (str): 'transpose' (default) or 'pinv'.
+
+    Raises:
+        ToMeError: an option out of range.
+
+    Source: "ToMA: Token Merge with Attention for Diffusion Models" (Lu et al., ICML 2025, arXiv
+    2509.10918). The axis of the softmax and its temperature are our choice, by the error of
+    self-attention on the demo model, see docs/methods.md.
+    """
+
+    def __init__(
+        self, window: Any = 8, temperature: Any = 0.03, unmerge: Any = "transpose"
+    ) -> None:
+        self.window = check_integer("toma", "window", window, 2, 32)
+        self.temperature = check_number("toma", "temperature", temperature, 0, 100, open_low=True)
+        self.unmerge = check_choice("toma", "unmerge", unmerge, ("transpose", "pinv"))
+
+    @torch.no_grad()
+    def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> MatrixPlan | None:
+        r = self.removed(metric.shape[1], ratio, request)
+        windows = make_windows(request.height, request.width, self.window, metric.device)
+        removed = min(r // windows.count, windows.size - 1)
+        if removed <= 0:
+            return None
+        # In full precision: the temperature multiplies the rounding of half-precision cosines.
+        unit = F.normalize(metric[:, windows.inside].flatten(0, 1).float(), dim=-1)
+        similarity = torch.bmm(unit, unit.transpose(1, 2))
+        chosen = facility_location(similarity, windows.size - removed)
+        rows = similarity.gather(1, chosen[..., None].expand(-1, -1, windows.size))
+        share = (rows / self.temperature).softmax(dim=1)
+        weights = share / share.sum(dim=-1, keepdim=True)
+        back = share.transpose(1, 2)
+        if self.unmerge == "pinv":
+            transposed = weights.transpose(1, 2)
+            gram = torch.bmm(weights, transposed)
+            back = torch.bmm(transposed, torch.linalg.pinv(gram, hermitian=True, rtol=_RTOL))
+        return MatrixPlan(weights.to(metric.dtype), back.to(metric.dtype), windows)
