@@ -4,6 +4,7 @@
 from .base import METHODS, Method, PlanRequest, build_method, register_method
 from .downsample import Downsample
 from .prune import Prune
+from .sito import SiTo
 from .threshold import Threshold
 from .todo import ToDo
 from .tofu import ToFu
@@ -16,6 +17,7 @@ __all__ = [
     "Method",
     "PlanRequest",
     "Prune",
+    "SiTo",
     "Threshold",
     "ToDo",
     "ToFu",

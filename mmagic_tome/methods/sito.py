@@ -1,0 +1,106 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""SiTo: prune tokens that look like the most typical token of some cell."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..merging import MergePlan
+from ..merging.edges import nearest_destination, plan_of_edges, strongest
+from ..merging.grid2d import _layout
+from .base import Method, PlanRequest, register_method
+from .options import check_number
+
+
+@register_method("sito")
+class SiTo(Method):
+    """Base tokens by similarity mass, the tokens most like them pruned and recovered by copying.
+
+    ::
+
+        SimScore_i = sum_j cos(x_i, x_j) = u_i · sum_j u_j              u = x / |x|
+        score_i    = SimScore_i + noise_alpha * std(SimScore) * n_i     n_i ~ N(0, 1)
+        base token of a cell = its token with the largest score
+        every other token draws an edge to its most similar base token
+        the r best edges: prune the token; its output is a copy of its base token's
+
+    The sum over all pairs is a product with the sum of unit vectors: (B, N, C) work, no N².
+    The noise keeps the choice from being the same at every step. It is a hash of (seed, timestep,
+    block, token), the same for all batch entries (so the two halves of classifier-free guidance
+    only differ by what is in them).
+
+    Cells are the config's ``sx``, ``sy``; tokens outside of complete cells are never base tokens.
+
+    Args:
+        noise_alpha (float): weight of the noise, at least 0. Default 0.1, as the authors'. They
+            add noise of that size to the raw sum; what that amounts to depends on the number
+            of tokens, so here it is a share of the scores' standard deviation over the picture.
+
+    Raises:
+        ToMeError: an option out of range.
+
+    Source: "Training-Free and Hardware-Friendly Acceleration for Diffusion Models via
+    Similarity-based Token Pruning" (Zhang et al., AAAI 2025).
+    """
+
+    def __init__(self, noise_alpha: Any = 0.1) -> None:
+        self.noise_alpha = check_number("sito", "noise_alpha", noise_alpha, 0, math.inf)
+
+    def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> MergePlan | None:
+        r = self.removed(metric.shape[1], ratio, request)
+        if r <= 0:
+            return None
+        offset = self.base_tokens(metric, request)
+        layout = _layout(offset, request.height, request.width, request.sx, request.sy)
+        destinations, sources = layout.destinations, layout.sources
+        best, nearest = nearest_destination(metric, destinations, sources, exact=request.exact)
+        return plan_of_edges(destinations, sources, nearest, strongest(best, r), r, "prune")
+
+    @torch.no_grad()
+    def base_tokens(self, metric: Tensor, request: PlanRequest) -> Tensor:
+        """Position of the base token inside every cell.
+
+        Args:
+            metric (Tensor): (B, N, C).
+            request (PlanRequest): grid, cells and noise.
+
+        Returns:
+            Tensor: (B, cells) int64 in [0, sx * sy).
+        """
+        score = similarity_mass(metric)
+        if self.noise_alpha > 0:
+            noise = gaussian(request, metric.shape[1]).to(score.device)
+            spread = score.std(dim=1, unbiased=False, keepdim=True)
+            score = score + self.noise_alpha * spread * noise
+        sx, sy = request.sx, request.sy
+        rows, columns = request.height // sy, request.width // sx
+        score = score.view(-1, request.height, request.width)
+        score = score[:, : rows * sy, : columns * sx]
+        cells = score.reshape(-1, rows, sy, columns, sx).transpose(2, 3)
+        return cells.reshape(-1, rows * columns, sy * sx).argmax(dim=-1)
+
+
+def similarity_mass(metric: Tensor) -> Tensor:
+    """Sum of every token's cosine similarities to all tokens, itself included.
+
+    Args:
+        metric (Tensor): (B, N, C) floating.
+
+    Returns:
+        Tensor: (B, N) float32.
+    """
+    unit = F.normalize(metric.float(), dim=-1)
+    return torch.einsum("bnc,bc->bn", unit, unit.sum(dim=1))
+
+
+def gaussian(request: PlanRequest, count: int) -> Tensor:
+    """(count,) float32 standard normal numbers out of a request's random ones (Box-Muller)."""
+    drawn = request.draw(1 << 24, 2 * count).view(2, count).float()
+    # Centres of 2**24 steps: a float32 holds them, and none is 0, which has no logarithm.
+    radius, angle = (drawn + 0.5) / (1 << 24)
+    return (-2 * radius.log()).clamp_min(0).sqrt() * (2 * math.pi * angle).cos()
