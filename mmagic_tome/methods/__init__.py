@@ -3,6 +3,7 @@
 
 from .base import METHODS, Method, PlanRequest, build_method, register_method
 from .downsample import Downsample
+from .pitome import PiToMe
 from .prune import Prune
 from .sito import SiTo
 from .threshold import Threshold
@@ -15,6 +16,7 @@ __all__ = [
     "METHODS",
     "Downsample",
     "Method",
+    "PiToMe",
     "PlanRequest",
     "Prune",
     "SiTo",
