@@ -3,6 +3,7 @@
 
 from .base import METHODS, Method, PlanRequest, build_method, register_method
 from .downsample import Downsample
+from .importance import Importance
 from .pitome import PiToMe
 from .prune import Prune
 from .sito import SiTo
@@ -15,6 +16,7 @@ from .tome import ToMe
 __all__ = [
     "METHODS",
     "Downsample",
+    "Importance",
     "Method",
     "PiToMe",
     "PlanRequest",

@@ -1,0 +1,213 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""What holds for every registered method."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from method_requests import SPECS, name_of, request, tokens
+
+from mmagic_tome import ToMeError
+from mmagic_tome.merging import MergePlan
+from mmagic_tome.merging.windows import make_windows
+from mmagic_tome.methods import METHODS, build_method
+
+every_method = pytest.mark.parametrize("spec", SPECS, ids=name_of)
+grids = st.tuples(st.integers(1, 13), st.integers(1, 13))
+
+
+def heat_of(batch, seed=0):
+    """Heat as of a guided call with ``batch`` entries; None for an odd batch."""
+    if batch % 2:
+        return None
+    return torch.rand(batch // 2, 9, 7, generator=torch.Generator().manual_seed(seed))
+
+
+def kept_by(spec, tokens, ratio, ask):
+    """(fewest, most) tokens that may stay, by what the methods document."""
+    method = build_method(spec)
+    name = spec if isinstance(spec, str) else spec["type"]
+    r = method.removed(tokens, ratio, ask)
+    if name in ("todo", "downsample"):
+        factor = 2 if name == "todo" else method.factor
+        squares = math.ceil(ask.height / factor) * math.ceil(ask.width / factor)
+        return squares, squares
+    if name == "pitome":
+        r = min(r, tokens // 2)
+    if name == "threshold":
+        return tokens - r, tokens
+    if name == "toma":
+        windows = make_windows(ask.height, ask.width, method.window, torch.device("cpu"))
+        r = windows.count * min(r // windows.count, windows.size - 1)
+    return tokens - r, tokens - r
+
+
+def test_the_list_is_complete():
+    names = {spec if isinstance(spec, str) else spec["type"] for spec in SPECS}
+    assert names == set(METHODS)
+    assert names >= {"tome", "tofu", "todo", "threshold", "toma", "importance", "sito", "pitome"}
+    assert names >= {"prune", "downsample"}
+
+
+@every_method
+@settings(deadline=None, max_examples=15)
+@given(grid=grids, batch=st.integers(1, 3), ratio=st.floats(0, 0.75), seed=st.integers(0, 999))
+def test_invariants(spec, grid, batch, ratio, seed):
+    height, width = grid
+    count = height * width
+    x = tokens(batch, height, width, seed=seed)
+    before = x.clone()
+    ask = request(height, width, seed=seed, heat=heat_of(batch, seed))
+    state = torch.get_rng_state()
+    plan = build_method(spec).plan(x, ratio, ask)
+    assert torch.equal(torch.get_rng_state(), state)  # no global random numbers
+    assert torch.equal(x, before)
+    fewest, most = kept_by(spec, count, ratio, ask)
+    if plan is None:
+        assert ratio == 0 or most == count
+        return
+    assert ratio > 0
+    assert fewest <= plan.num_slots <= most and plan.num_slots < count
+    assert (plan.batch, plan.num_tokens) == (batch, count)
+    assert f"{count} -> {plan.num_slots}" in repr(plan)
+
+    # Every token has one slot, and every slot a token.
+    assert plan.slot.shape == (batch, count)
+    assert plan.slot.min() >= 0 and plan.slot.max() < plan.num_slots
+    if isinstance(plan, MergePlan):
+        assert torch.equal(plan.size.sum(1), torch.full((batch,), count))
+        assert plan.size.min() >= 1
+        for slot, size in zip(plan.slot, plan.size):
+            assert torch.equal(slot.bincount(minlength=plan.num_slots), size)
+        # Copies of a slot merge into it again.
+        y = torch.randn(batch, plan.num_slots, 3)
+        torch.testing.assert_close(plan.merge(plan.unmerge(y)), y)
+
+    # What is the same everywhere stays the same.
+    flat = torch.tensor([3.0, -2, 0.5]).expand(batch, count, 3)
+    merged = plan.merge(flat)
+    assert merged.shape == (batch, plan.num_slots, 3)
+    torch.testing.assert_close(merged, flat[:, : plan.num_slots], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(plan.unmerge(merged), flat, rtol=1e-3, atol=1e-3)
+
+    # The same again is the same again.
+    again = build_method(spec).plan(x, ratio, ask)
+    assert torch.equal(again.merge(x), plan.merge(x))
+    assert torch.equal(again.unmerge(merged), plan.unmerge(merged))
+
+    for shape in ((batch, count + 1, 3), (batch + 1, count, 3), (count, 3)):
+        with pytest.raises(ValueError, match="merge expects"):
+            plan.merge(torch.zeros(shape))
+
+
+@every_method
+@pytest.mark.parametrize("grid", [(8, 8), (9, 11)])
+def test_batch_order_does_not_matter(spec, grid):
+    """Entries in another order (and their heat): the same results in that order."""
+    if isinstance(spec, dict) and spec.get("batch"):
+        spec = {**spec, "threshold": 0.9}
+    x = tokens(4, *grid, seed=3)
+    heat = heat_of(4)
+    ask = request(*grid, heat=heat)
+    turned = request(*grid, heat=heat.flip(0))
+    order = [1, 0, 3, 2]
+    plan, other = (build_method(spec).plan(*a) for a in ((x, 0.5, ask), (x[order], 0.5, turned)))
+    assert (plan is None) == (other is None)
+    if plan is None:
+        assert "threshold" in name_of(spec)
+        return
+    result = plan.unmerge(plan.merge(x))
+    torch.testing.assert_close(other.unmerge(other.merge(x[order])), result[order])
+
+
+def spread_out(grid):
+    """Tokens without near-ties: (1, N, C), exact in bfloat16.
+
+    Every 2 x 2 cell has a direction of its own. In every other cell all four tokens are the same,
+    in the others they lean out of it to all sides; all cells differ in how much they have in
+    common with the rest. With 3/8 removed the copies merge and the others do not.
+    """
+    height, width = grid
+    cells = (height // 2) * (width // 2)
+    row, column = torch.arange(height)[:, None], torch.arange(width)[None]
+    cell = ((row // 2) * (width // 2) + column // 2).reshape(-1)
+    corner = ((row % 2) * 2 + column % 2).reshape(-1)
+    x = torch.zeros(1, height * width, cells + 5)
+    token = torch.arange(height * width)
+    x[0, token, cell] = 2.0
+    x[0, token, cells + corner] = torch.tensor([0.5, 1.0, 1.5, 2.0])[corner] * (cell % 2)
+    x[0, :, -1] = cell / 8
+    return x
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_agrees(spec, dtype):
+    grid = (4, 8)
+    x = spread_out(grid)
+    assert torch.equal(x.to(dtype).float(), x)
+    ask = request(*grid, seed=1, heat=torch.arange(32.0).roll(5).view(1, *grid))
+    plan = build_method(spec).plan(x, 3 / 8, ask)
+    half = build_method(spec).plan(x.to(dtype), 3 / 8, ask)
+    assert plan.num_slots == half.num_slots
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 3e-3
+    tolerance = dict(rtol=tolerance, atol=tolerance)
+    merged = half.merge(x.to(dtype))
+    assert merged.dtype == half.unmerge(merged).dtype == dtype
+    torch.testing.assert_close(merged.float(), plan.merge(x), **tolerance)
+    back = half.unmerge(plan.merge(x).to(dtype)).float()
+    torch.testing.assert_close(back, plan.unmerge(plan.merge(x)), **tolerance)
+
+
+@every_method
+def test_degenerate_tokens_give_finite_results(spec):
+    """All tokens alike, or all zero: everything ties, nothing breaks."""
+    for x in (torch.zeros(2, 64, 4), torch.ones(2, 64, 4)):
+        plan = build_method(spec).plan(x, 0.5, request(8, 8, heat=torch.zeros(1, 8, 8)))
+        if plan is None:
+            assert "threshold" in name_of(spec)
+            continue
+        torch.testing.assert_close(plan.unmerge(plan.merge(x)), x, rtol=1e-3, atol=1e-3)
+
+
+@every_method
+def test_gradients_flow_through_both_directions(spec):
+    x = tokens(2, 6, 6).double()
+    if "threshold" in name_of(spec):
+        spec = dict(type="threshold", threshold=-1)
+    plan = build_method(spec).plan(x, 0.5, request(6, 6, heat=heat_of(2)))
+    x.requires_grad_()
+    plan.unmerge(plan.merge(x)).square().sum().backward()
+    assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (dict(type="tofu", prune_depth=2), "prune_depth=2 must be a number at least 0"),
+        (dict(type="tofu", merge="max"), "write merge='mlerp'"),
+        (dict(type="threshold", threshold="high"), "threshold='high'"),
+        (dict(type="threshold", batch="mean"), "max, min"),
+        (dict(type="todo", downsample_factor=0), "write downsample_factor=1"),
+        (dict(type="todo", downsample_factor_level_2=2.5), "downsample_factor_level_2=2.5"),
+        (dict(type="downsample", factor=1), "write factor=2"),
+        (dict(type="downsample", mode="cubic"), "area, nearest"),
+        (dict(type="toma", window=64), "write window=32"),
+        (dict(type="toma", temperature=0), "above 0"),
+        (dict(type="toma", unmerge="inverse"), "transpose, pinv"),
+        (dict(type="sito", noise_alpha=-1), "at least 0"),
+        (dict(type="sito", noise_alpha=float("nan")), "noise_alpha=nan"),
+        (dict(type="pitome", margin=True), "margin=True"),
+        (dict(type="importance", pool=0.5), "at least 1"),
+        (dict(type="importance", destinations=0), "above 0"),
+        (dict(type="importance", prune_steps=-1), "write prune_steps=0"),
+        (dict(type="sito", noise=1), "it has noise_alpha"),
+        (dict(type="prune", factor=1), "it has none"),
+    ],
+)
+def test_bad_options_are_named(spec, said):
+    with pytest.raises(ToMeError) as error:
+        build_method(spec)
+    assert said in str(error.value) and "\n" not in str(error.value)
