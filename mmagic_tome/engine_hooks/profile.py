@@ -152,8 +152,10 @@ class Recorder:
         if self.handle is not None:
             merged = {(site["block"], site["kind"]) for site in self.handle.stats()}
         for block in host.blocks(network):
-            # Kinds that are the block, or its stack, itself are none of its sites.
+            # Kinds that are no module of their own, or around more than one.
             modules = {**block.sites, "block": block.module, "stack": block.stack}
+            if "attn" in modules:
+                modules["attn_kv"] = modules["attn"]
             kinds = [k for k in modules if (block.name, k) in merged] if merged else block.sites
             for kind in kinds:
                 self._record(f"{block.name}.{kind}", kind, modules[kind])
@@ -258,16 +260,16 @@ class Recorder:
             {"merged": merged, "ms": self._milliseconds(start, end), "memory": memory}
             for merged, start, end, memory in self.step_marks
         ]
-        kept = {}
+        seen = {}
         if self.handle is not None:
-            kept = {site["site"]: site["kept"] for site in self.handle.stats()}
+            seen = {site["site"]: site for site in self.handle.stats()}
         sites = []
         for name, record in self.records.items():
             site = {
                 "site": name,
                 "kind": record.kind,
-                "tokens": record.tokens,
-                "kept": kept.get(name, record.tokens),
+                "tokens": seen[name]["tokens"] if name in seen else record.tokens,
+                "kept": seen[name]["kept"] if name in seen else record.tokens,
             }
             for key, merged in (("merged", True), ("dense", False)):
                 times = [self._milliseconds(*marks) for m, *marks in record.marks if m == merged]

@@ -12,9 +12,11 @@ from PIL import Image
 
 pytest.importorskip("mmagic")
 
-from mmagic_tome import ToMeError, get_handle
+import tiny
+
+from mmagic_tome import ToMeError, apply_tome, get_handle
 from mmagic_tome.engine_hooks.evaluate import ToMeEvalHook
-from mmagic_tome.engine_hooks.profile import ToMeProfileHook
+from mmagic_tome.engine_hooks.profile import Recorder, ToMeProfileHook
 from mmagic_tome.engine_hooks.tome import ToMeHook
 
 MODES = ("test", "val", "train")
@@ -230,6 +232,22 @@ def test_nothing_to_apply_and_nothing_to_compare(make_runner, tmp_path):
     hook.after_run(runner)
     assert {"attn", "crossattn", "mlp", "whole block"} <= kinds
     assert hook.recorder is None
+
+
+@pytest.mark.parametrize("kind", ["attn_kv", "block", "stack"])
+def test_profile_of_every_kind_of_site(kind):
+    unet = tiny.tiny_unet()
+    handle = apply_tome(unet, ratio=0.5, sites=[kind])
+    recorder = Recorder(unet, warm_up=0, steps=1)
+    with torch.no_grad():
+        unet(**tiny.tiny_inputs())
+    recorder.close()
+    found = {site["site"]: site for site in recorder.report()["sites"]}
+    for site in handle.stats():
+        assert found[site["site"]]["kind"] == kind
+        assert found[site["site"]]["tokens"] == 256
+        assert found[site["site"]]["kept"] == site["kept"] < 256
+        assert found[site["site"]]["merged"]["ms"] > 0
 
 
 @pytest.mark.parametrize(
