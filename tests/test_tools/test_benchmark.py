@@ -59,6 +59,7 @@ def test_every_combination_is_a_case(run, tmp_path):
     assert "64x64, batch 1, bf16, plain attention, eager" in out
 
 
+@pytest.mark.slow
 def test_compiled(run, monkeypatch):
     compiled = []
 
