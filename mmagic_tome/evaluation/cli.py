@@ -192,7 +192,9 @@ def run(argv, prog: str) -> None:
     args.folder = args.out or os.path.join("outputs", "evaluate", args.config_path.stem)
     if importlib.util.find_spec("matplotlib") is None:
         raise BadInput("the report is drawn with matplotlib: pip install matplotlib")
-    check_writable(args.folder)
+    # The check makes folders and removes them again, under the feet of other ranks.
+    if args.launcher == "none" or os.environ.get("RANK") == "0":
+        check_writable(args.folder)
     # Deprecation notes between libraries are not this command's business.
     warnings.filterwarnings("ignore")
     from .command import command

@@ -110,9 +110,9 @@ def summarise(cost: dict, dense: str) -> dict[str, dict[str, Any]]:
     ``seconds_per_image``, ``unet_seconds_per_image``, ``speedup`` (dense / this one, paired by
     round) and ``unet_speedup`` as dicts with ``median``, ``p10`` and ``p90``;
     ``images_per_second``; ``memory_per_image`` in bytes and ``memory_factor`` (dense / this
-    one), None where unknown; ``unet_tflop_per_image`` over all steps; ``step_ms``: median
-    milliseconds of each step per image; ``certain``: whether the spread of the speed-up
-    leaves no doubt on which side of 1 it is.
+    one) and ``joules_per_image``, None where unknown; ``unet_tflop_per_image`` over all steps;
+    ``step_ms``: median milliseconds of each step per image; ``certain``: whether the spread of
+    the speed-up leaves no doubt on which side of 1 it is.
     """
     count = cost["pictures"]
     base = cost["contenders"][dense]
@@ -121,22 +121,23 @@ def summarise(cost: dict, dense: str) -> dict[str, dict[str, Any]]:
         seconds = np.array(figures["seconds"]) / count
         unet = np.array(figures["unet_seconds"]) / count
         speedup = np.array(base["seconds"]) / np.array(figures["seconds"])
+        unet_speedup = np.array(base["unet_seconds"]) / np.array(figures["unet_seconds"])
         steps = np.median(np.array(figures["step_seconds"]), axis=0) / count * 1000
         memory, dense_memory = (_memory(f["peak_bytes"], count) for f in (figures, base))
         factor = spread(speedup.tolist())
-        flops = figures["unet_flops"]
         report[name] = {
-            "seconds_per_image": spread(seconds),
-            "unet_seconds_per_image": spread(unet),
+            "seconds_per_image": spread(seconds.tolist()),
+            "unet_seconds_per_image": spread(unet.tolist()),
             "images_per_second": 1 / float(np.median(seconds)),
             "speedup": factor,
-            "unet_speedup": spread(
-                np.array(base["unet_seconds"]) / np.array(figures["unet_seconds"])
-            ),
+            "unet_speedup": spread(unet_speedup.tolist()),
             "certain": name == dense or factor["p10"] > 1 or factor["p90"] < 1,
             "memory_per_image": memory,
             "memory_factor": dense_memory / memory if memory and dense_memory else None,
-            "unet_tflop_per_image": None if flops is None else flops * len(steps) / count / 1e12,
+            "unet_tflop_per_image": figures["unet_flops"] * len(steps) / count / 1e12,
+            "joules_per_image": None
+            if None in figures["joules"]
+            else float(np.median(figures["joules"])) / count,
             "step_ms": steps.tolist(),
         }
     return report

@@ -28,7 +28,7 @@ def heads_and_cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]
     sets = [name for name in metrics if kinds[name] == "set"]
     paired = [name for name in metrics if kinds[name] == "paired"]
     timed = results["cost_measured"] is not None
-    memory = timed and any(row["cost"]["memory_per_image"] for row in rows)
+    memory = timed and any(row["cost"]["memory_per_image"] is not None for row in rows)
 
     heads = ["", "r (%)", "steps", *(_head(rows, name) for name in sets)]
     heads += ["s/img ↓", "x"] if timed else []
@@ -73,7 +73,8 @@ def speedup_text(row: dict[str, Any]) -> str:
 def _memory(cost: dict[str, Any]) -> list[str]:
     if cost["memory_per_image"] is None:
         return [NONE, NONE]
-    return [f"{cost['memory_per_image'] / 1e9:.3g}", f"{cost['memory_factor']:.2f}"]
+    factor = NONE if cost["memory_factor"] is None else f"{cost['memory_factor']:.2f}"
+    return [f"{cost['memory_per_image'] / 1e9:.3g}", factor]
 
 
 def markdown_table(results: dict[str, Any]) -> str:
@@ -142,7 +143,8 @@ def result_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
             for key in ("seconds_per_image", "unet_seconds_per_image", "speedup"):
                 for part, value in row["cost"][key].items():
                     flat[f"{key}.{part}"] = value
-            for key in ("images_per_second", "memory_per_image", "unet_tflop_per_image"):
+            single = ("images_per_second", "memory_per_image", "joules_per_image")
+            for key in (*single, "unet_tflop_per_image"):
                 flat[key] = row["cost"][key]
         rows.append(flat)
     return rows
