@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-from mmagic_tome.compat.watch import _WATCHER, around_import
+from mmagic_tome.compat.watch import _WATCHER, around_import, when_imported
 
 
 @pytest.fixture
@@ -119,3 +119,16 @@ def test_callbacks_wait_again_after_a_failed_import(module_file):
     importlib.import_module(name)
     assert events == ["before a", "before b", "after b", "after a"]
     assert name not in _WATCHER.waiting
+
+
+def test_an_action_after_an_import_or_now(tmp_path, monkeypatch):
+    (tmp_path / "to_come.py").write_text("done = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    seen = []
+    when_imported("to_come", lambda: seen.append(sys.modules["to_come"].done))
+    assert seen == []
+    importlib.import_module("to_come")
+    assert seen == [True]
+    when_imported("to_come", lambda: seen.append("now"))
+    assert seen == [True, "now"]
+    del sys.modules["to_come"]

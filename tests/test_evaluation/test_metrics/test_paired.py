@@ -1,5 +1,7 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 import math
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -224,3 +226,14 @@ def test_max_error_picture_of_identical_pictures():
     picture, numbers = max_error_picture(dense[0], dense[0])
     assert numbers["max_error"] == 0
     assert not np.asarray(picture)[:48].any()
+
+
+def test_libraries_wait_until_a_metric_is_used():
+    code = """
+import sys
+import mmagic_tome.evaluation.metrics, mmagic_tome.engine_hooks
+heavy = {"torchmetrics", "torch_fidelity", "lpips", "transformers", "torchvision", "mmengine"}
+print(sorted(heavy & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[-2] == "[]"
