@@ -121,7 +121,8 @@ def _plots(results: dict[str, Any]) -> str:
         "<h2>Where the time goes</h2>",
         '<p class="soft">Left: the network\'s forward, step by step. Right: its transformer '
         "blocks, summed by place (and how many times coarser than the latent), with what merging "
-        "does there.</p>",
+        "does there: medians of a few steps of one contender after the other, so only large "
+        "differences count.</p>",
         '<div class="plots">',
         *(f'<div class="card">{svg}</div>' for svg in inside if svg),
         "</div>",

@@ -99,7 +99,8 @@ def caption(results: dict[str, Any]) -> str:
     """Return one line that says what was run."""
     settings, environment = results["settings"], results["environment"]
     height, width = settings["size"]
-    machine = environment["gpu"] or f"CPU, {environment['threads']} threads"
+    threads = environment["threads"]
+    machine = environment["gpu"] or f"CPU, {threads} thread{'s' * (threads > 1)}"
     return (
         f"{results['prompts']['pictures']} pictures of {results['prompts']['source']}, "
         f"{height}x{width}, {settings['steps']} steps of {results['scheduler']}, "
