@@ -1,0 +1,145 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Every method in a network, through apply_tome."""
+
+import copy
+
+import pytest
+import torch
+from method_requests import SPECS, name_of, request, tokens
+from tiny import tiny_inputs, tiny_unet
+
+from mmagic_tome import apply_tome
+from mmagic_tome.methods import METHODS, build_method
+
+STEPS = (900, 600, 300)
+# With the default threshold a random network may have nothing that is similar enough.
+SURE = [dict(type="threshold", threshold=-1) if spec == "threshold" else spec for spec in SPECS]
+every_variant = pytest.mark.parametrize("spec", SURE, ids=name_of)
+every_method = pytest.mark.parametrize("spec", SURE[: len(METHODS)], ids=name_of)
+
+
+@pytest.fixture(scope="module")
+def original():
+    return tiny_unet(levels=2)
+
+
+@pytest.fixture
+def unet(original):
+    return copy.deepcopy(original)
+
+
+@torch.no_grad()
+def run(unet, steps=STEPS, **changes):
+    """Outputs of a denoising run of one guided picture, whose sample hardly changes."""
+    outputs = []
+    for i, t in enumerate(steps):
+        inputs = tiny_inputs(**changes)
+        inputs["sample"] = inputs["sample"] + 0.02 * i
+        outputs.append(unet(**{**inputs, "timestep": torch.tensor(t)}).sample)
+    return torch.stack(outputs)
+
+
+@pytest.fixture(scope="module")
+def dense(original):
+    return run(original)
+
+
+def error(a, b):
+    return ((a - b).square().mean() / b.square().mean()).sqrt().item()
+
+
+@every_variant
+def test_fewer_tokens_another_picture_and_dense_at_ratio_zero(unet, dense, spec):
+    handle = apply_tome(unet, method=spec, ratio=0.5)
+    kind = "attn_kv" if name_of(spec) == "todo" else "attn"
+    merged = run(unet)
+    for row in handle.stats():
+        assert row["kind"] == kind and row["plans"] == len(STEPS)
+        assert row["tokens"] == 256 and 0 < row["kept"] <= 160
+    assert 1e-5 < error(merged, dense) < 1
+    assert torch.equal(run(unet), merged)  # the same run again
+    handle.ratio = 0
+    assert torch.equal(run(unet), dense)
+    handle.remove()
+    assert torch.equal(run(unet), dense)
+
+
+@every_method
+def test_with_refresh_and_residual(unet, dense, spec):
+    with apply_tome(unet, method=spec, ratio=0.5) as handle:
+        plain = run(unet)
+    with apply_tome(unet, method=spec, ratio=0.5, refresh=3) as handle:
+        kept = run(unet)
+        assert {row["plans"] for row in handle.stats()} == {1}
+        assert torch.equal(kept[0], plain[0])
+    with apply_tome(unet, method=spec, ratio=0.5, refresh=3, residual="exact"):
+        carried = run(unet)
+    assert torch.equal(carried[0], dense[0])
+    # A residual brings back most of what merging loses between neighbouring steps.
+    assert 0 < error(carried[1:], dense[1:]) < 0.7 * error(kept[1:], dense[1:])
+
+
+@every_method
+@pytest.mark.parametrize("sites", [["crossattn", "mlp"], ["block"]])
+def test_at_other_sites_of_both_levels_on_an_odd_grid(unet, spec, sites):
+    options = dict(method=spec, sites=sites, ratio=0.5, max_downsample=2)
+    with apply_tome(unet, **options) as handle:
+        outputs = run(unet, steps=(900,), size=(14, 18))
+        for row in handle.stats():
+            # ToDo leaves the coarser level dense.
+            dense = name_of(spec) == "todo" and row["downsample"] == 2
+            assert row["kept"] == row["tokens"] if dense else row["kept"] < row["tokens"]
+    assert outputs.isfinite().all()
+
+
+def test_todo_leaves_the_queries(unet):
+    seen = {"to_q": set(), "to_k": set(), "to_v": set()}
+    for name, module in unet.named_modules():
+        last = name.rsplit(".", 1)[-1]
+        if last in seen and ".attn1." in name:
+            note = seen[last].add
+            module.register_forward_pre_hook(lambda m, args, note=note: note(args[0].shape[1]))
+    with apply_tome(unet, method="todo", max_downsample=2):
+        run(unet, steps=(900,))
+    assert seen == {"to_q": {256, 64}, "to_k": {64}, "to_v": {64}}
+    # 64 is both: the finest level scaled down, and the coarser one as it is.
+
+
+def test_importance_uses_the_guidance_of_the_last_step(unet):
+    """From the second step on its plan differs from the one without heat."""
+    with apply_tome(unet, method=dict(type="importance", prune_steps=0), ratio=0.5) as handle:
+        guided = run(unet)
+        heat = handle._state.forward.run.heat
+    assert heat.shape == (1, 16, 16)
+    empty, text = guided[-1]
+    torch.testing.assert_close(heat[0], (text - empty).abs().mean(0))
+    with apply_tome(unet, method="tome", ratio=0.5):
+        plain = run(unet)
+    torch.testing.assert_close(guided[0], plain[0], rtol=1e-4, atol=1e-5)
+    assert error(guided[1], plain[1]) > 1e-4
+
+
+def test_random_methods_follow_the_seed(unet):
+    for spec in (dict(type="sito", noise_alpha=2), "importance"):
+        outputs = []
+        for seed in (0, 1, 0):
+            with apply_tome(unet, method=spec, ratio=0.5, seed=seed):
+                outputs.append(run(unet))
+        assert torch.equal(outputs[0], outputs[2])
+        assert not torch.equal(outputs[0], outputs[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"threshold"}))
+def test_plans_compile_without_a_break(name):
+    """All but threshold, whose number of tokens is only known from the data."""
+    method, ask = build_method(name), request(8, 8, heat=torch.rand(1, 8, 8))
+
+    def site(x):
+        plan = method.plan(x, 0.5, ask)
+        return plan.unmerge(plan.merge(x).sin())
+
+    x = tokens(2, 8, 8)
+    expected = site(x)
+    compiled = torch.compile(site, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), expected)
