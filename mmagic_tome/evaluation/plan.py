@@ -221,7 +221,10 @@ def _contenders(args, values, merging) -> list[c.Contender]:
         found += [c.tomesd_contender(f"tomesd {r:g}", r) for r in values["tomesd"]]
     if not found:
         if merging is not None:
-            found = [c.Contender(f"ratio {merging.ratio:g}", tome_cfg=merging)]
+            own = c.Contender("the config's", tome_cfg=merging)
+            # With a schedule there is no one ratio to call it by.
+            name = own.name if own.ratio is None else f"ratio {own.ratio:g}"
+            found = [c.Contender(name, tome_cfg=merging)]
         else:
             found = [c.merged(f"ratio {r:g}", {"ratio": r}) for r in c.DEFAULT_RATIOS]
     if values.get("fewer_steps") is not None:
