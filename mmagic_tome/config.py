@@ -139,7 +139,8 @@ class ToMeConfig:
             )
         if "attn" in sites and "attn_kv" in sites:
             raise ToMeError("sites: 'attn' includes the keys and values of 'attn_kv'; write one")
-        object.__setattr__(self, "sites", list(dict.fromkeys(sites)))
+        # In the order in which a block runs them.
+        object.__setattr__(self, "sites", [site for site in _SITES if site in sites])
 
     def _check_temporal(self) -> None:
         refresh, residual = Refresh.coerce(self.refresh), Residual.coerce(self.residual)

@@ -18,7 +18,7 @@ from .merging import MergePlan
 from .merging.random import hashed_integers, step_key
 from .methods import PlanRequest
 from .schedules import Place
-from .state import BlockState, MergeState, SiteState
+from .state import BlockState, Forward, MergeState, SiteState
 from .temporal import Memory
 
 
@@ -228,7 +228,9 @@ class SitePostHook:
         self.site = site
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        plan = self.state.forward.plans.get(self.site.kind)
+        forward = self.state.forward
+        plan = forward.plans.get(self.site.kind)
+        _drop_plans_after_last(forward, self.site)
         if plan is None or self.site.kind == "attn_kv":
             return None
         return _replaced(output, plan.unmerge(_first(output)))
@@ -288,10 +290,12 @@ class CarriedPostHook:
         forward, residual = state.forward, state.residual
         done, *kept = forward.pending.pop(site.name)
         if done == "dense":
+            _drop_plans_after_last(forward, site)
             return None
         out = _first(output)
         adds = site.kind in ("block", "stack")  # their output is their input plus something
         plan = forward.plans.get(site.kind)
+        _drop_plans_after_last(forward, site)
         run = forward.run
         if done == "refresh":
             if run.time is not None:
@@ -374,6 +378,12 @@ def check_site(site: SiteState, plan: MergePlan, x: Tensor, kwargs: dict[str, An
             f"{site.name} was given ip_adapter_masks, which are laid over the token grid and do "
             "not fit merged tokens; merge self-attention only"
         )
+
+
+def _drop_plans_after_last(forward: Forward, site: SiteState) -> None:
+    """Free the plans once the block needs them no more: its feed-forward needs the memory."""
+    if site.kind == site.block.kinds[-1]:
+        forward.plans = {}
 
 
 def _with_merged(site: SiteState, plan: MergePlan, x: Tensor, args: tuple, kwargs: dict):

@@ -629,3 +629,37 @@ def test_one_graph_without_breaks(unet):
     assert len(graphs) <= 2
     assert {row["kept"] for row in get_handle(compiled).stats()} == {128, 32, 8}
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("options", "held_at_ff"),
+    [({}, False), (dict(merge_mlp=True), True), (dict(refresh=2, residual="own"), False)],
+)
+def test_plans_are_freed_before_the_feed_forward(unet, options, held_at_ff):
+    handle = apply_tome(unet, **options)
+    held = []
+    for name, module in unet.named_modules():
+        if name.endswith("0.ff.net"):
+            module[0].register_forward_pre_hook(
+                lambda *_: held.append(bool(handle._state.forward.plans))
+            )
+    run(unet)
+    assert set(held[:1]) == {held_at_ff}
+
+
+def test_peak_memory_is_never_above_dense():
+    """To within the byte per cell that says where destinations are."""
+    from mmagic_tome.benchmark.meters import peak_memory
+
+    unet = tiny_unet(levels=2, block_out_channels=(64, 64), norm_num_groups=8)
+    inputs = tiny_inputs(size=32)
+
+    @torch.no_grad()
+    def peak():
+        return peak_memory(lambda: unet(**inputs).sample, "cpu")[0]
+
+    dense = peak()
+    blocks, cells = 3, 16 * 16
+    for options in ({}, dict(merge_mlp=True), dict(sites="block"), dict(use_rand=False)):
+        with apply_tome(unet, ratio=0.5, **options):
+            assert peak() <= dense + blocks * cells + 64, options

@@ -18,19 +18,60 @@ from .random import hashed_integers
 
 @dataclass(frozen=True)
 class GridLayout:
-    """Partition of the tokens of one or several sites into destinations and sources.
+    """Partitions of the tokens of a grid into destinations and sources, one per site.
+
+    Only where in its cell a destination lies is kept, a byte per cell; indices are made of it
+    when they are asked for. So what waits for the blocks to come takes next to no memory.
 
     Attributes:
-        destinations (Tensor): (L, D) int64 token indices, L layouts.
-        sources (Tensor): (L, S) int64 token indices; D + S = N = h * w.
+        offset (Tensor): (L, cells) uint8 position of the destination inside every cell, in
+            raster order; L layouts.
+        height, width (int): the grid in tokens, N = height * width.
+        sx, sy (int): cell width and height in tokens.
     """
 
-    destinations: Tensor
-    sources: Tensor
+    offset: Tensor
+    height: int
+    width: int
+    sx: int
+    sy: int
+
+    @property
+    def destinations(self) -> Tensor:
+        """(L, D) int64 token indices of all layouts."""
+        return self._indices(self.offset)[0]
+
+    @property
+    def sources(self) -> Tensor:
+        """(L, S) int64 token indices of all layouts; D + S = N."""
+        return self._indices(self.offset)[1]
 
     def select(self, index: int) -> tuple[Tensor, Tensor]:
-        """(D,) destinations and (S,) sources of one of the layouts."""
-        return self.destinations[index], self.sources[index]
+        """(D,) destinations and (S,) sources of one of the layouts, int64."""
+        return self._indices(self.offset[index])
+
+    def _indices(self, offset: Tensor) -> tuple[Tensor, Tensor]:
+        """From (..., cells) offsets to (..., D) destinations and (..., S) sources.
+
+        All shapes are known beforehand: instead of sorting a mask, the sources of a
+        cell are enumerated as the positions 0 .. k-1 with the destination's left out.
+        """
+        height, width, sx, sy = self.height, self.width, self.sx, self.sy
+        device, offset = offset.device, offset.to(torch.int64)
+        rows, columns = height // sy, width // sx
+        cell = torch.arange(rows * columns, device=device)
+        corner = (cell // columns) * (sy * width) + (cell % columns) * sx
+        destinations = corner + _inside(offset, width, sx)
+        position = torch.arange(sx * sy - 1, device=device)
+        position = position + (position >= offset[..., None]).to(torch.int64)
+        sources = (corner[:, None] + _inside(position, width, sx)).flatten(-2)
+        if rows * sy < height or columns * sx < width:
+            token = torch.arange(height * width, device=device).view(height, width)
+            right = token[: rows * sy, columns * sx :].reshape(-1)
+            bottom = token[rows * sy :].reshape(-1)
+            left_over = torch.cat([right, bottom]).expand(*offset.shape[:-1], -1)
+            sources = torch.cat([sources, left_over], dim=-1)
+        return destinations, sources
 
 
 def regular_layout(
@@ -84,26 +125,8 @@ def random_layout(
 
 
 def _layout(offset: Tensor, height: int, width: int, sx: int, sy: int) -> GridLayout:
-    """Layouts from the position of the destination inside every cell, (L, cells).
-
-    All shapes are known beforehand: instead of sorting a mask, the sources of a
-    cell are enumerated as the positions 0 .. k-1 with the destination's left out.
-    """
-    device = offset.device
-    rows, columns = height // sy, width // sx
-    cell = torch.arange(rows * columns, device=device)
-    corner = (cell // columns) * (sy * width) + (cell % columns) * sx
-    destinations = corner + _inside(offset, width, sx)
-    position = torch.arange(sx * sy - 1, device=device)
-    position = position + (position >= offset[..., None]).to(torch.int64)
-    sources = (corner[:, None] + _inside(position, width, sx)).flatten(1)
-    if rows * sy < height or columns * sx < width:
-        token = torch.arange(height * width, device=device).view(height, width)
-        right = token[: rows * sy, columns * sx :].reshape(-1)
-        bottom = token[rows * sy :].reshape(-1)
-        left_over = torch.cat([right, bottom]).expand(offset.shape[0], -1)
-        sources = torch.cat([sources, left_over], dim=1)
-    return GridLayout(destinations, sources)
+    """Layouts from the position of the destination inside every cell, (L, cells)."""
+    return GridLayout(offset.to(torch.uint8), height, width, sx, sy)
 
 
 def _inside(position: Tensor, width: int, sx: int) -> Tensor:

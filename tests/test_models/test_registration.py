@@ -73,12 +73,18 @@ def test_order_of_imports(tmp_path):
         import pickle
         with open({str(pickled)!r}, 'rb') as stream: model = pickle.load(stream)
         tell(type(model) is StableDiffusion, model.tome_handle.ratio)
+        def wrappers(function):
+            count = 0
+            while hasattr(function, '__wrapped__'):
+                function, count = function.__wrapped__, count + 1
+            return count
         for function in (
             StableDiffusion.__init__, Mine.__init__, Runner.build_model, FlexibleRunner.__init__,
             BaseMMagicInferencer._init_model, mmagic.apis.init_model,
         ):
-            tell(hasattr(function, '__wrapped__'), hasattr(function.__wrapped__, '__wrapped__'))
+            tell(wrappers(function))
         from mmagic.registry import MODELS
         tell('ToMe' in MODELS.module_dict)
     """)
-    assert lines == [["True", "0.5"], *[["True", "False"]] * 6, ["True"]]
+    # Each once; Runner.build_model once more, to show the model to visualizer backends.
+    assert lines == [["True", "0.5"], ["1"], ["1"], ["2"], ["1"], ["1"], ["1"], ["True"]]
