@@ -147,9 +147,16 @@ def merged(name: str, options: Any, steps: int | None = None) -> Contender:
         ToMeError: Invalid options, with the name of the contender.
     """
     try:
-        return Contender(name, tome_cfg=ToMeConfig.coerce(options), steps=steps)
+        config = ToMeConfig.coerce(options)
+        json.dumps(config.to_dict())
     except ToMeError as error:
         raise ToMeError(f"contender {name!r}: {error}") from None
+    except TypeError:
+        raise ToMeError(
+            f"contender {name!r} has an option that is a function or an object; its pictures could "
+            "not be told from another's. Write it as numbers, texts, lists and dicts"
+        ) from None
+    return Contender(name, tome_cfg=config, steps=steps)
 
 
 def from_config(entries: Any) -> list[Contender]:

@@ -53,6 +53,7 @@ def test_from_config_takes_any_tome_cfg():
         ([{"name": "x"}], "neither"),
         ([{"name": "x", "tome_cfg": {"ratio": 2}}], "contender 'x': ratio=2"),
         ([{"name": "x", "tome_cfg": {}, "tomesd": {}}], "both"),
+        ([{"name": "x", "tome_cfg": {"ratio": lambda *_: 0.5}}], "a function or an object"),
         ([{"name": "x", "steps": 0}], "above 0"),
         ([{"name": "x", "step": 3}], "unknown keys"),
         ([{"name": "x", "tomesd": {"ratio": 0.9}}], "silently caps"),
