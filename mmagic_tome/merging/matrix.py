@@ -80,7 +80,9 @@ class MatrixPlan:
         groups, _, columns = matrix.shape
         inside = groups // self.batch * columns
         windows = x[:, :inside].reshape(groups, columns, x.shape[-1])
-        out = torch.bmm(matrix.to(x.dtype), windows).view(self.batch, -1, x.shape[-1])
+        # Under autocast a product comes out in half precision.
+        out = torch.bmm(matrix.to(x.dtype), windows).to(x.dtype)
+        out = out.view(self.batch, -1, x.shape[-1])
         return torch.cat([out, x[:, inside:]], dim=1) if inside < x.shape[1] else out
 
     def _check(self, x: Tensor, length: int, what: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..merging import MergePlan
 from ..merging.edges import nearest_destination, plan_of_edges
+from ..merging.precision import full_precision
 from .base import Method, PlanRequest, register_method
 from .options import check_number
 
@@ -92,7 +93,8 @@ def energy(metric: Tensor, margin: float, alpha: float) -> Tensor:
     everyone = unit.transpose(1, 2)
     parts = []
     for part in unit.split(rows, dim=1):
-        score = torch.bmm(part, everyone)
+        with full_precision(metric):
+            score = torch.bmm(part, everyone)
         below = alpha * torch.expm1(score - margin)
         parts.append(torch.where(score >= margin, score, below).mean(dim=-1))
     return torch.cat(parts, dim=1)

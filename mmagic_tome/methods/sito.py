@@ -13,6 +13,7 @@ from torch import Tensor
 from ..merging import MergePlan
 from ..merging.edges import nearest_destination, plan_of_edges, strongest
 from ..merging.grid2d import _layout
+from ..merging.precision import full_precision
 from .base import Method, PlanRequest, register_method
 from .options import check_number
 
@@ -95,7 +96,8 @@ def similarity_mass(metric: Tensor) -> Tensor:
         Tensor: (B, N) float32.
     """
     unit = F.normalize(metric.float(), dim=-1)
-    return torch.einsum("bnc,bc->bn", unit, unit.sum(dim=1))
+    with full_precision(metric):
+        return torch.einsum("bnc,bc->bn", unit, unit.sum(dim=1))
 
 
 def gaussian(request: PlanRequest, count: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..merging.facility import facility_location
 from ..merging.matrix import MatrixPlan
+from ..merging.precision import full_precision
 from ..merging.windows import make_windows
 from .base import Method, PlanRequest, register_method
 from .options import check_choice, check_integer, check_number
@@ -73,16 +74,29 @@ class ToMA(Method):
         removed = min(r // windows.count, windows.size - 1)
         if removed <= 0:
             return None
-        # In full precision: the temperature multiplies the rounding of half-precision cosines.
-        unit = F.normalize(metric[:, windows.inside].flatten(0, 1).float(), dim=-1)
+        # The temperature multiplies the rounding of half-precision cosines.
+        with full_precision(metric):
+            weights, back = self.matrices(metric[:, windows.inside].flatten(0, 1).float(), removed)
+        return MatrixPlan(weights.to(metric.dtype), back.to(metric.dtype), windows)
+
+    def matrices(self, x: Tensor, removed: int) -> tuple[Tensor, Tensor]:
+        """Merging and unmerging of every window.
+
+        Args:
+            x (Tensor): (G, n, C) float32, tokens by window.
+            removed (int): n - D.
+
+        Returns:
+            tuple: (G, D, n) and (G, n, D) float32, see the class.
+        """
+        unit = F.normalize(x, dim=-1)
         similarity = torch.bmm(unit, unit.transpose(1, 2))
-        chosen = facility_location(similarity, windows.size - removed)
-        rows = similarity.gather(1, chosen[..., None].expand(-1, -1, windows.size))
+        chosen = facility_location(similarity, x.shape[1] - removed)
+        rows = similarity.gather(1, chosen[..., None].expand(-1, -1, x.shape[1]))
         share = (rows / self.temperature).softmax(dim=1)
         weights = share / share.sum(dim=-1, keepdim=True)
-        back = share.transpose(1, 2)
-        if self.unmerge == "pinv":
-            transposed = weights.transpose(1, 2)
-            gram = torch.bmm(weights, transposed)
-            back = torch.bmm(transposed, torch.linalg.pinv(gram, hermitian=True, rtol=_RTOL))
-        return MatrixPlan(weights.to(metric.dtype), back.to(metric.dtype), windows)
+        if self.unmerge == "transpose":
+            return weights, share.transpose(1, 2)
+        transposed = weights.transpose(1, 2)
+        gram = torch.bmm(weights, transposed)
+        return weights, torch.bmm(transposed, torch.linalg.pinv(gram, hermitian=True, rtol=_RTOL))

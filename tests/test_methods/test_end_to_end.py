@@ -130,9 +130,9 @@ def test_random_methods_follow_the_seed(unet):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(METHODS) - {"threshold"}))
+@pytest.mark.parametrize("name", ["tofu", "todo", "toma", "sito", "pitome", "importance"])
 def test_plans_compile_without_a_break(name):
-    """All but threshold, whose number of tokens is only known from the data."""
+    """Those left out: threshold breaks the graph, the others do nothing that these do not."""
     torch.compiler.reset()  # another method in the same function would count as a recompilation
     method, ask = build_method(name), request(8, 8, heat=torch.rand(1, 8, 8))
 

@@ -162,6 +162,21 @@ def test_half_precision_agrees(spec, dtype):
 
 
 @every_method
+def test_autocast_changes_no_choice(spec):
+    """A network may be called under autocast; the choice on float32 tokens is the same."""
+    x = spread_out((4, 8))
+    ask = request(4, 8, seed=1, heat=torch.arange(32.0).roll(5).view(1, 4, 8))
+    plan = build_method(spec).plan(x, 3 / 8, ask)
+    with torch.autocast("cpu", torch.bfloat16):
+        other = build_method(spec).plan(x, 3 / 8, ask)
+        merged = other.merge(x)
+    assert other.num_slots == plan.num_slots
+    assert merged.dtype == x.dtype
+    assert torch.equal(other.slot, plan.slot)
+    torch.testing.assert_close(merged, plan.merge(x), rtol=2e-2, atol=2e-2)
+
+
+@every_method
 def test_degenerate_tokens_give_finite_results(spec):
     """All tokens alike, or all zero: everything ties, nothing breaks."""
     for x in (torch.zeros(2, 64, 4), torch.ones(2, 64, 4)):
