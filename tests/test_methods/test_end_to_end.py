@@ -9,6 +9,7 @@ from method_requests import SPECS, name_of, request, tokens
 from tiny import tiny_inputs, tiny_unet
 
 from mmagic_tome import apply_tome
+from mmagic_tome.hooks import Draw
 from mmagic_tome.methods import METHODS, build_method
 
 STEPS = (900, 600, 300)
@@ -127,6 +128,34 @@ def test_random_methods_follow_the_seed(unet):
                 outputs.append(run(unet))
         assert torch.equal(outputs[0], outputs[2])
         assert not torch.equal(outputs[0], outputs[1])
+
+
+def test_what_a_method_may_draw(unet):
+    """Numbers of a block, step and seed; without random destinations the same at every step."""
+    handle = apply_tome(unet, method="sito", max_downsample=2)
+    state = handle._state
+    first, second = (Draw(state, block, torch.device("cpu")) for block in state.blocks[:2])
+    state.forward.step = torch.tensor(900)
+    numbers = first(10, 500)
+    assert numbers.dtype == torch.int64 and set(numbers.tolist()) == set(range(10))
+    assert torch.equal(first(10, 500), numbers)
+    assert not torch.equal(second(10, 500), numbers)
+    state.forward.step = torch.tensor(800)
+    assert not torch.equal(first(10, 500), numbers)
+    state.config = state.config.replace(seed=1)
+    state.forward.step = torch.tensor(900)
+    assert not torch.equal(first(10, 500), numbers)
+
+    for use_rand, different in ((True, len(STEPS)), (False, 1)):
+        handle, seen = apply_tome(unet, method="sito", use_rand=use_rand), set()
+        draw = Draw(handle._state, handle._state.blocks[0], torch.device("cpu"))
+
+        def note(module, args, draw=draw, seen=seen):
+            seen.add(tuple(draw(10, 50).tolist()))
+
+        unet.mid_block.register_forward_pre_hook(note)
+        run(unet)
+        assert len(seen) == different
 
 
 @pytest.mark.slow
