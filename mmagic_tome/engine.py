@@ -69,6 +69,13 @@ def apply_tome(
     config = ToMeConfig.coerce(config, **options)
     host, network = find_host(model)
     blocks = _blocks_to_merge(host, network, config)
+    for block in blocks:
+        for kind in config.kinds:
+            if kind in block.refused:
+                raise ToMeError(
+                    f"{block.name} cannot be merged at {kind!r}: {block.refused[kind]}. "
+                    "Merge self-attention and feed-forward only: sites=['attn', 'mlp']"
+                )
     _let_the_compiler_see_hooks()
     remove_tome(network)
 

@@ -44,8 +44,8 @@ class NetworkPreHook:
             key = None if torch.is_grad_enabled() else _shape_of_call(args, kwargs)
             for forward in state.forwards:
                 if broken or key is None:
-                    forward.run.reset()
-                forward.run.begin_step(time, key)
+                    forward.lanes.reset()
+                forward.lanes.begin_step(time, key)
                 forward.noise = noise
         if not config.use_rand or timestep is None:
             return

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .config import ToMeConfig
 from .hosts import Host
 from .merging import GridLayout, MergePlan, random_layout, regular_layout
-from .temporal import Residual, Run
+from .temporal import Lanes, Residual, Run
 
 
 class MergeState:
@@ -138,11 +138,11 @@ class Forward:
             same code to a compiler.
         refreshing (bool): whether the block that runs renews what it keeps between steps.
         pending (dict): name of a site -> what its pre-hook leaves for its post-hook.
-        run (Run): the denoising run that this forward is a step of; outlives the forward.
+        lanes (Lanes): the denoising runs of this thread; they outlive the forward.
     """
 
     def __init__(self) -> None:
-        self.run = Run()
+        self.lanes = Lanes()
         self.clear(running=False)
 
     def clear(self, running: bool) -> None:
@@ -155,6 +155,11 @@ class Forward:
         self.plans: dict[str, MergePlan | None] = {}
         self.refreshing = True
         self.pending: dict[str, Any] = {}
+
+    @property
+    def run(self) -> Run:
+        """The denoising run that this forward is a step of."""
+        return self.lanes.run
 
     @property
     def plan(self) -> MergePlan | None:

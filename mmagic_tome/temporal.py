@@ -182,6 +182,44 @@ class Run:
         self.time, self.key = time, key
 
 
+class Lanes:
+    """The runs that a network is in the middle of, at most two.
+
+    Some pipelines call their network twice at every step, once without and once with the text.
+    The second call at a timestep belongs to a run of its own, whose last step was the second call
+    at the timestep before.
+    """
+
+    MOST = 2
+
+    def __init__(self) -> None:
+        self.runs = [Run()]
+        self.lane = 0
+
+    @property
+    def run(self) -> Run:
+        """The run that the present forward is a step of."""
+        return self.runs[self.lane]
+
+    def begin_step(self, time: float | None, key: Hashable) -> None:
+        """As :meth:`Run.begin_step`, of the run whose turn it is."""
+        run = self.run
+        again = time is not None and time == run.time and key == run.key
+        if again and self.lane + 1 < self.MOST:
+            self.lane += 1
+            if self.lane == len(self.runs):
+                self.runs.append(Run())
+        elif again or run.time is None or time is None or time > run.time or key != run.key:
+            self.reset()
+        else:
+            self.lane = 0
+        self.run.begin_step(time, key)
+
+    def reset(self) -> None:
+        """Forget all runs."""
+        self.__init__()
+
+
 def _coerce(cls: type, name: str, spec: Any, example: str) -> Any:
     if isinstance(spec, cls):
         return spec

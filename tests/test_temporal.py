@@ -345,6 +345,32 @@ def test_bad_options_are_named(options, said):
     assert said in str(error.value)
 
 
+def test_two_calls_at_every_step_are_two_runs(unet):
+    """As of pipelines that call their network without and with the text."""
+    contexts = [tiny_inputs(seed=s)["encoder_hidden_states"] for s in (1, 2)]
+    options = dict(refresh=2, residual="exact")
+    apart = []
+    for context in contexts:
+        with apply_tome(unet, **options):
+            apart.append(run(unet, encoder_hidden_states=context))
+    with apply_tome(unet, **options) as handle:
+        for _ in range(2):
+            handle.reset()
+            for i, t in enumerate(STEPS):
+                for lane, context in enumerate(contexts):
+                    out = run_one(unet, i, t, encoder_hidden_states=context)
+                    assert torch.equal(out, apart[lane][i])
+        assert plans_per_block(handle) == [2 * 3]
+
+
+def test_one_step_pictures_are_never_one_run(unet):
+    with apply_tome(unet, refresh=5) as handle:
+        for count in range(1, 6):
+            run_one(unet, count, 999)
+            assert plans_per_block(handle) == [count]
+        assert len(handle._state.forward.lanes.runs) <= 2
+
+
 def test_a_run_falls():
     run = Run()
     run.begin_step(900, "a")

@@ -24,6 +24,7 @@ class Block:
             that computes on tokens there.
         context_argument (str): name of the argument of its self-attention for
             tokens to take keys and values from.
+        refused (dict): kind of site -> why tokens cannot be merged there.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Block:
     downsample: int
     sites: dict[str, nn.Module] = field(default_factory=dict)
     context_argument: str = "encoder_hidden_states"
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 class Host(Protocol):

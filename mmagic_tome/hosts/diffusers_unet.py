@@ -56,6 +56,7 @@ class DiffusersUNet:
                     if getattr(block, attribute, None) is not None
                 },
                 context_argument=self.context_argument,
+                refused=_refused(stack),
             )
             for name, stack, downsample in _stacks(network)
             for index, block in enumerate(stack.transformer_blocks)
@@ -71,6 +72,14 @@ class DiffusersUNet:
     def grid(self, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
         x = args[0] if args else kwargs["hidden_states"]
         return x.shape[-2], x.shape[-1]
+
+
+def _refused(stack: nn.Module) -> dict[str, str]:
+    """MMagic's ViCo lays the cross-attention maps of a block over the picture afterwards."""
+    if not getattr(stack, "have_image_cross", False):
+        return {}
+    reason = "ViCo reads the cross-attention of all tokens there"
+    return dict.fromkeys(("crossattn", "block", "stack"), reason)
 
 
 def _stacks(network: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:

@@ -104,6 +104,32 @@ def test_infer(kind, clip_folder):
     np.testing.assert_array_equal(infer(kind, model), before)
 
 
+@pytest.mark.parametrize("site", ["attn_kv", "block"])
+@pytest.mark.parametrize("kind", [*FAMILY, "native"])
+def test_sites_and_residuals(kind, site, clip_folder):
+    if (kind, site) == ("ViCo", "block"):
+        return
+    options = dict(ratio=0.5, sites=[site], refresh=2, residual="exact")
+    model = tiny.tiny_model(kind, clip_folder, tome_cfg=options)
+    merged = infer(kind, model)
+    for row in model.tome_handle.stats():
+        assert row["kept"] == row["tokens"] / 2, "at the second of two steps"
+        assert 0 < row["dense_calls"] < row["calls"]
+    np.testing.assert_array_equal(infer(kind, model), merged)
+    assert np.isfinite(merged).all()
+    # What one merged step of two leaves to see may be less than a level of 8 bits.
+    remove_tome(model)
+    assert np.abs(merged - infer(kind, model)).mean() < 0.1 * np.abs(merged).mean()
+
+
+@pytest.mark.parametrize("site", ["crossattn", "block"])
+def test_vico_reads_the_cross_attention_of_all_tokens(site, clip_folder):
+    model = tiny.tiny_model("ViCo", clip_folder)
+    with pytest.raises(ToMeError, match="ViCo reads the cross-attention"):
+        apply_tome(model, sites=[site])
+    apply_tome(model, sites=["attn", "mlp"])
+
+
 @pytest.mark.parametrize("kind", ["StableDiffusion", "native", "StableDiffusionXL"])
 def test_tomesd_cfg_is_served_by_this_package(kind, sd_folder):
     """Its keys and defaults, without ``max_downsample``, which merges nothing in SDXL."""

