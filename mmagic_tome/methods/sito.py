@@ -38,8 +38,8 @@ class SiTo(Method):
     Cells are the config's ``sx``, ``sy``; tokens outside of complete cells are never base tokens.
 
     Args:
-        noise_alpha (float): weight of the noise, at least 0. Default 0.1, as the authors'. They
-            add noise of that size to the raw sum; what that amounts to depends on the number
+        noise_alpha (float): weight of the noise, at least 0. Default 0.1, as in the
+            authors' package, whose sum it is added to; what that amounts to depends on the number
             of tokens, so here it is a share of the scores' standard deviation over the picture.
 
     Raises:

@@ -31,8 +31,7 @@ class ToDo(Method):
     the same downsampling on their way in and copies on their way out.
 
     Args:
-        downsample_factor (int): on the finest merged level, in [1, 16]. Default 2. (The authors
-            use larger ones for larger pictures, about 3 at 1536 and 4 at 2048 pixels.)
+        downsample_factor (int): on the finest merged level, in [1, 16]. Default 2.
         downsample_factor_level_2 (int): on the coarser ones, in [1, 16]. Default 1: dense. They
             are only reached with ``max_downsample`` above the finest level's.
 

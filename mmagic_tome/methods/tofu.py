@@ -18,18 +18,18 @@ class ToFu(Method):
     """ToMe's matching; early blocks prune, the later ones merge with MLERP.
 
     The paper's argument: averaging two inputs is harmless where f(average) = average of f, that
-    is where a block is close to linear, which it finds early blocks of ViTs not to be. So early
-    blocks keep the destination's own features (pruning), later ones merge. And since an average
-    is shorter than what it averages, merging is MLERP: the direction of the average at the
-    largest length among the merged (:class:`~mmagic_tome.merging.reductions.MlerpPlan`).
+    is where a block is close to linear; where it is sensitive to averaged inputs, pruning is the
+    better choice. Here depth decides: the first blocks keep the destination's own features
+    (pruning), later ones merge. And since an average is shorter than what it averages, merging is
+    MLERP: the direction of the average at the largest length among the merged
+    (:class:`~mmagic_tome.merging.reductions.MlerpPlan`).
 
     Matching, r and unmerging are those of :class:`~.tome.ToMe`.
 
     Args:
         prune_depth (float): share of the merged blocks, in running order, that prune; in [0, 1].
-            Block number i of n prunes if i / n < prune_depth. Default 0.5. (The paper sets the
-            switch by measuring linearity of each model; it gives no number for UNets that we
-            could check.)
+            Block number i of n prunes if i / n < prune_depth. Default 0.5, our choice:
+            we found no number for UNets that could be checked.
         merge (str): how the others merge, 'mlerp' (default) or 'mean'.
 
     Raises:
