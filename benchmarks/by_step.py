@@ -40,7 +40,7 @@ def main() -> None:
     merge, unmerge = theirs()
     y = plan.merge(x)
     rows = {
-        "matching": (lambda: bipartite_match(x, *layout, r), theirs),
+        "matching": (lambda: bipartite_match(x, *layout, r, exact=False), theirs),
         "merge": (lambda: plan.merge(x), lambda: merge(x)),
         "unmerge": (lambda: plan.unmerge(y), lambda: unmerge(y)),
     }

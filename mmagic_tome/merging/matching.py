@@ -81,7 +81,7 @@ def bipartite_match(
     slot = torch.empty(batch, tokens, dtype=torch.int64, device=metric.device)
     slot[:, destinations] = torch.arange(num_dst, device=metric.device)
     slot[:, sources] = source_slot
-    return MergePlan(slot, tokens - r)
+    return MergePlan(slot, tokens - r, destinations)
 
 
 def _nearest_destination(
@@ -97,13 +97,11 @@ def _nearest_destination(
     # the maximum of every source.
     smallest = torch.finfo(metric.dtype).tiny
     dst = F.normalize(metric.index_select(1, destinations), dim=-1, eps=smallest)
-    src = metric.index_select(1, sources)
     # torch 2.13 multiplies 8-bit matrices wrongly where they have a single channel.
     if on_cpu and int8.AVAILABLE and not exact and metric.shape[-1] > 1:
-        nearest = int8.nearest_int8(src, dst, max_scores)
-        best = _score_of_pairs(src, dst, nearest)
-    else:
-        best, nearest = _best_of_all(src, dst.transpose(1, 2), max_scores)
+        return int8.nearest_int8(metric, sources, dst, max_scores)
+    src = metric.index_select(1, sources)
+    best, nearest = _best_of_all(src, dst.transpose(1, 2), max_scores)
     length = torch.linalg.vector_norm(src, dim=-1)
     return best / length.clamp_min(smallest), nearest
 
@@ -118,11 +116,3 @@ def _best_of_all(src: Tensor, dst: Tensor, max_scores: int) -> tuple[Tensor, Ten
     best = torch.cat([values for values, _ in parts], dim=1)
     nearest = torch.cat([indices for _, indices in parts], dim=1)
     return best, nearest
-
-
-def _score_of_pairs(src: Tensor, dst: Tensor, nearest: Tensor) -> Tensor:
-    """Dot product of every source with its own destination, (B, S)."""
-    batch, num_dst, channels = dst.shape
-    first = torch.arange(0, batch * num_dst, num_dst, device=dst.device)
-    chosen = dst.reshape(-1, channels).index_select(0, (nearest + first[:, None]).reshape(-1))
-    return torch.linalg.vecdot(src.reshape(-1, channels), chosen).view(batch, -1)

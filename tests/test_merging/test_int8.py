@@ -39,11 +39,15 @@ def scores(source, destination):
 def test_what_is_chosen_is_nearly_the_best(batch, num_src, num_dst, channels, bound, dtype):
     x = tokens(batch, num_src + num_dst, channels, seed=num_src, dtype=dtype)
     source, destination = x[:, :num_src], x[:, num_src:]
-    nearest = nearest_int8(source, F.normalize(destination, dim=-1), bound)
+    picks = torch.arange(num_src)
+    similarity, nearest = nearest_int8(x, picks, F.normalize(destination, dim=-1), bound)
+    assert similarity.shape == nearest.shape and similarity.dtype == dtype
     assert nearest.shape == (batch, num_src) and nearest.dtype == torch.int64
     every = scores(source, destination)
     best = every.amax(-1)
     chosen = every.gather(-1, nearest[..., None])[..., 0]
+    tolerance = 1e-5 if dtype in (torch.float32, torch.float64) else 2e-2
+    torch.testing.assert_close(similarity.double(), chosen, rtol=tolerance, atol=tolerance)
     # Two roundings of at most half a level of the largest entry, over all channels.
     assert (best - chosen).max() < 2 * channels**0.5 / 127
 
@@ -51,23 +55,27 @@ def test_what_is_chosen_is_nearly_the_best(batch, num_src, num_dst, channels, bo
 def test_most_choices_are_those_of_full_precision():
     x = tokens(2, 4096, 320)
     source, destination = x[:, 1024:], F.normalize(x[:, :1024], dim=-1)
-    nearest = nearest_int8(source, destination, 1 << 19)
+    nearest = nearest_int8(x, torch.arange(1024, 4096), destination, 1 << 19)[1]
     every = scores(source, destination)
     assert (nearest == every.argmax(-1)).double().mean() > 0.9
     chosen = every.gather(-1, nearest[..., None])[..., 0]
     assert (every.amax(-1) - chosen).mean() < 1e-3 * (1 - every.amax(-1)).mean()
 
 
-@pytest.mark.parametrize("scale", [1e-18, 1e18])
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
 def test_any_magnitude(scale):
     x = tokens(1, 200, 16)
-    plain = nearest_int8(x[:, 50:], F.normalize(x[:, :50], dim=-1), 1 << 19)
-    scaled = nearest_int8(x[:, 50:] * scale, F.normalize(x[:, :50], dim=-1), 1 << 19)
-    assert torch.equal(plain, scaled)
+    sources, destination = torch.arange(50, 200), F.normalize(x[:, :50], dim=-1)
+    plain = nearest_int8(x, sources, destination, 1 << 19)
+    scaled = nearest_int8(x * scale, sources, destination, 1 << 19)
+    assert torch.equal(plain[1], scaled[1])
+    torch.testing.assert_close(plain[0], scaled[0])
 
 
 def test_zeros_are_no_reason_to_stop():
-    nearest = nearest_int8(torch.zeros(1, 5, 8), torch.zeros(1, 3, 8), 100)
+    zeros = torch.zeros(1, 8, 8)
+    similarity, nearest = nearest_int8(zeros, torch.arange(3, 8), zeros[:, :3], 100)
+    assert not similarity.any()
     assert nearest.min() >= 0 and nearest.max() < 3
 
 
