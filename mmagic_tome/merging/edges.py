@@ -96,9 +96,9 @@ def plan_of_edges(
     slot.scatter_(1, destinations, own)
     slot.scatter_(1, sources, torch.where(merged, nearest, stay))
     if reduction == "mean":
-        return MergePlan(slot, num_slots)
+        return MergePlan(slot, num_slots, destinations)
     if reduction == "mlerp":
-        return MlerpPlan(slot, num_slots)
+        return MlerpPlan(slot, num_slots, destinations)
     # Merged sources write into a column more, which is cut off.
     kept = torch.empty(batch, num_slots + 1, dtype=torch.int64, device=merged.device)
     kept[:, :num_dst] = destinations

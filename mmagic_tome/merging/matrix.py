@@ -57,6 +57,20 @@ class MatrixPlan:
         together = torch.cat([inside, outside.expand(self.batch, -1)], dim=1)
         return together.index_select(1, self._inverse)
 
+    @property
+    def representative(self) -> Tensor:
+        """(B, M) int64, the token with the largest weight in every slot."""
+        groups, slots, size = self.weights.shape
+        count = groups // self.batch
+        inside = count * size
+        window = torch.arange(groups, device=self.weights.device) % count
+        place = self.weights.argmax(dim=-1) + window[:, None] * size
+        outside = torch.arange(inside, self.num_tokens, device=place.device)
+        place = torch.cat(
+            [place.view(self.batch, count * slots), outside.expand(self.batch, -1)], dim=1
+        )
+        return self._order[place]
+
     def merge(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, M, C), the dtype of ``x``.
 

@@ -32,14 +32,16 @@ class MergePlan:
             the producer's duty and not checked (a check would wait for the
             device), an empty slot merges to zeros.
         num_slots (int): M, the number of slots per batch entry.
+        centres (Tensor | None): (D,) or (B, D) int64, the tokens that the first D slots grew
+            around, see :attr:`representative`. Default None: not known.
 
     Raises:
         ValueError: ``slot`` is not (B, N) int64 or ``num_slots`` is not in [1, N].
     """
 
-    __slots__ = ("_offset", "_order", "_row", "num_slots", "slot")
+    __slots__ = ("_centres", "_offset", "_order", "_row", "num_slots", "slot")
 
-    def __init__(self, slot: Tensor, num_slots: int) -> None:
+    def __init__(self, slot: Tensor, num_slots: int, centres: Tensor | None = None) -> None:
         if slot.dim() != 2 or slot.dtype != torch.int64:
             raise ValueError(
                 f"slot must be a (B, N) int64 tensor, got {tuple(slot.shape)} {slot.dtype}"
@@ -49,6 +51,7 @@ class MergePlan:
             raise ValueError(f"num_slots must be in [1, N={tokens}], got {num_slots}")
         self.slot = slot
         self.num_slots = num_slots
+        self._centres = centres
         # Rows of the flattened (B*M, C) merged tensor: one index serves the whole batch.
         first = torch.arange(0, batch * num_slots, num_slots, device=slot.device)
         row = (slot + first[:, None]).reshape(-1)
@@ -73,6 +76,21 @@ class MergePlan:
         """(B, M) int64, how many tokens each slot holds; every row sums to N."""
         end = torch.full_like(self._offset[:1], self._row.shape[0])
         return torch.diff(self._offset, append=end).view(self.batch, self.num_slots)
+
+    @property
+    def representative(self) -> Tensor:
+        """(B, M) int64: one token of every slot, whose place in the picture stands for it.
+
+        The slot's destination, which all of its tokens resemble; the slot's first token where
+        the plan knows of no destinations.
+        """
+        batch, tokens = self.slot.shape
+        first = self._order.index_select(0, self._offset) % tokens
+        first = first.view(batch, self.num_slots)
+        if self._centres is None:
+            return first
+        centres = self._centres.expand(batch, -1)
+        return torch.cat([centres, first[:, centres.shape[1] :]], dim=1)
 
     def merge(self, x: Tensor, mode: str = "mean") -> Tensor:
         """Combine the tokens of each slot.

@@ -63,6 +63,11 @@ class PrunedPlan(MergePlan):
         size.index_add_(0, self._row, torch.ones_like(self._row))
         return size.view(self.batch, self.num_slots)
 
+    @property
+    def representative(self) -> Tensor:
+        """(B, M) int64, the kept tokens."""
+        return self.kept
+
     def merge(self, x: Tensor) -> Tensor:
         """The kept tokens.
 
@@ -96,6 +101,7 @@ class MlerpPlan(MergePlan):
     Args:
         slot (Tensor): (B, N) int64, see :class:`~.plan.MergePlan`.
         num_slots (int): M.
+        centres (Tensor | None): see there.
 
     Source: "Token Fusion" (Kim et al., WACV 2024, arXiv 2312.01026), the section on MLERP.
     """
