@@ -1,0 +1,341 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""What vision transformers look like: where their blocks are, and the places inside a block.
+
+Unlike the hosts of diffusion models these need no grid, no timestep and no levels, but
+know how many tokens at the front are protected, and where a block's queries, keys and values come
+from. No library is imported: a model of a library that nobody imported cannot be there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..errors import ToMeError
+
+
+@dataclass(frozen=True)
+class ViTBlock:
+    """The places of one block.
+
+    Attributes:
+        name (str): dotted path in the model.
+        module (nn.Module): the block; gives (B, N, C) for (B, N, C).
+        first (nn.Module): its first norm, which is given what the block is given.
+        attention (nn.Module): whose call takes the attention mask.
+        output (nn.Module): whose output is the attention's, after its last projection.
+        norm (nn.Module): of the feed-forward; what goes into it is where merging sits.
+        last (nn.Module): the last of the feed-forward, before anything is added.
+        sources (dict): 'queries', 'keys', 'values' -> (module, :class:`Heads`).
+        hidden (int): channels inside the feed-forward, as if it had two projections.
+    """
+
+    name: str
+    module: nn.Module
+    first: nn.Module
+    attention: nn.Module
+    output: nn.Module
+    norm: nn.Module
+    last: nn.Module
+    sources: dict[str, tuple[nn.Module, Heads]]
+    hidden: int
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How a module's output holds the heads.
+
+    Attributes:
+        dim (int): channels of a head; 0: the output is (B, heads, N, dim) already, else it
+            is (B, N, parts * heads * dim).
+        part (int): which of the parts of a joint projection. Default 0.
+        parts (int): of a joint projection. Default 1.
+    """
+
+    dim: int
+    part: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class ViT:
+    """A vision transformer that was found.
+
+    Attributes:
+        description (str): of its family.
+        root (nn.Module): the module whose call is a forward.
+        blocks (list): of :class:`ViTBlock`, in running order.
+        prefix (int): protected tokens at the front: class, distillation, registers.
+        mask (str | None): argument of ``attention`` that an additive mask can be given by; None:
+            it has none, see :mod:`.interface`.
+        reads_all (bool): whether what follows the blocks reads more than the protected tokens.
+    """
+
+    description: str
+    root: nn.Module
+    blocks: list[ViTBlock]
+    prefix: int
+    mask: str | None
+    reads_all: bool
+
+
+@dataclass(frozen=True)
+class _Transformers:
+    """A family of the transformers library, by the names of its parts."""
+
+    description: str
+    module: str  # below transformers.models
+    root: str  # class
+    layers: str
+    attention: str
+    norm: str
+    last: str
+    prefix: Callable[[nn.Module], int]
+    reads_all: Callable[[nn.Module, set[str]], bool]
+    output: str = ""  # default: attention
+    projections: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj")
+    mask: str | None = "attention_mask"
+    first_linear: str = "mlp.fc1"
+
+    def find(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        module = sys.modules.get(f"transformers.models.{self.module}")
+        root = getattr(module, self.root, None)
+        return [] if root is None else _instances(model, root)
+
+    def describe(self, path: str, root: nn.Module, model: nn.Module) -> ViT:
+        layers = root.get_submodule(self.layers)
+        blocks = []
+        for index, layer in enumerate(layers):
+            attention = layer.get_submodule(self.attention)
+            dim = getattr(attention, "head_dim", None) or attention.attention_head_size
+            sources = {
+                kind: (attention.get_submodule(name), Heads(dim))
+                for kind, name in zip(("queries", "keys", "values"), self.projections)
+            }
+            blocks.append(
+                ViTBlock(
+                    name=".".join(part for part in (path, self.layers, str(index)) if part),
+                    module=layer,
+                    first=layer.get_submodule(_FIRST_NORM[self.norm]),
+                    attention=attention,
+                    output=layer.get_submodule(self.output or self.attention),
+                    norm=layer.get_submodule(self.norm),
+                    last=layer.get_submodule(self.last),
+                    sources=sources,
+                    hidden=_hidden(layer, self.first_linear),
+                )
+            )
+        outer = {type(module).__name__ for module in model.modules()}
+        reads_all = self.reads_all(root, outer)
+        return ViT(self.description, root, blocks, self.prefix(root), self.mask, reads_all)
+
+
+class _Timm:
+    """VisionTransformer of timm and its subclasses."""
+
+    description = "timm VisionTransformer"
+
+    def find(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        module = sys.modules.get("timm.models.vision_transformer")
+        root = getattr(module, "VisionTransformer", None)
+        return [] if root is None else _instances(model, root)
+
+    def describe(self, path: str, root: nn.Module, model: nn.Module) -> ViT:
+        library = sys.modules["timm.models.vision_transformer"]
+        blocks = []
+        for index, block in enumerate(root.blocks):
+            name = ".".join(part for part in (path, "blocks", str(index)) if part)
+            attention = getattr(block, "attn", None)
+            if type(block) is not library.Block or type(attention) is not library.Attention:
+                raise ToMeError(
+                    f"{name} is a {type(block).__name__} with {type(attention).__name__}; of "
+                    "timm's blocks only Block with Attention can be merged"
+                )
+            sources = {
+                "queries": (attention.q_norm, Heads(0)),
+                "keys": (attention.k_norm, Heads(0)),
+                "values": (attention.qkv, Heads(attention.head_dim, 2, 3)),
+            }
+            blocks.append(
+                ViTBlock(
+                    name=name,
+                    module=block,
+                    first=block.norm1,
+                    attention=attention,
+                    output=attention,
+                    norm=block.norm2,
+                    last=block.mlp,
+                    sources=sources,
+                    hidden=next(
+                        part.out_features for part in block.mlp.modules() if hasattr(part, "weight")
+                    ),
+                )
+            )
+        pooled = root.attn_pool is not None or root.global_pool != "token"
+        return ViT(self.description, root, blocks, root.num_prefix_tokens, "attn_mask", pooled)
+
+
+def _instances(model: nn.Module, kind: type) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
+
+
+def _hidden(layer: nn.Module, linear: str) -> int:
+    gate = getattr(getattr(layer, "mlp", None), "gate_proj", None)
+    if gate is not None:  # gated: three projections
+        return gate.out_features * 3 // 2
+    return layer.get_submodule(linear).out_features
+
+
+# The norm in front of the attention, by that in front of the feed-forward.
+_FIRST_NORM = {
+    "layernorm_after": "layernorm_before",
+    "layer_norm2": "layer_norm1",
+    "norm2": "norm1",
+    "final_layer_norm": "self_attn_layer_norm",
+}
+
+FAMILIES = (
+    _Transformers(
+        "transformers ViT",
+        "vit.modeling_vit",
+        "ViTModel",
+        "layers",
+        "attention",
+        "layernorm_after",
+        "mlp",
+        prefix=lambda root: 1,
+        reads_all=lambda root, outer: "ViTForMaskedImageModeling" in outer,
+    ),
+    _Transformers(
+        "transformers DeiT",
+        "deit.modeling_deit",
+        "DeiTModel",
+        "layers",
+        "attention",
+        "layernorm_after",
+        "mlp",
+        prefix=lambda root: 2,
+        reads_all=lambda root, outer: "DeiTForMaskedImageModeling" in outer,
+    ),
+    _Transformers(
+        "transformers CLIPVisionModel",
+        "clip.modeling_clip",
+        "CLIPVisionModel",
+        "encoder.layers",
+        "self_attn",
+        "layer_norm2",
+        "mlp",
+        prefix=lambda root: 1,
+        reads_all=lambda root, outer: "CLIPForImageClassification" in outer,
+    ),
+    _Transformers(
+        "transformers SiglipVisionModel",
+        "siglip.modeling_siglip",
+        "SiglipVisionModel",
+        "encoder.layers",
+        "self_attn",
+        "layer_norm2",
+        "mlp",
+        prefix=lambda root: 0,
+        reads_all=lambda root, outer: True,
+    ),
+    _Transformers(
+        "transformers DINOv2",
+        "dinov2.modeling_dinov2",
+        "Dinov2Model",
+        "encoder.layer",
+        "attention",
+        "norm2",
+        "mlp",
+        prefix=lambda root: 1,
+        reads_all=lambda root, outer: "Dinov2ForImageClassification" in outer,
+    ),
+    _Transformers(
+        "transformers DINOv2 with registers",
+        "dinov2_with_registers.modeling_dinov2_with_registers",
+        "Dinov2WithRegistersModel",
+        "encoder.layer",
+        "attention",
+        "norm2",
+        "mlp",
+        prefix=lambda root: 1 + root.config.num_register_tokens,
+        reads_all=lambda root, outer: "Dinov2WithRegistersForImageClassification" in outer,
+    ),
+    _Transformers(
+        "transformers VideoMAE",
+        "videomae.modeling_videomae",
+        "VideoMAEModel",
+        "encoder.layer",
+        "attention.attention",
+        "layernorm_after",
+        "output.dense",
+        prefix=lambda root: 0,
+        reads_all=lambda root, outer: True,
+        output="attention",
+        projections=("query", "key", "value"),
+        mask=None,
+        first_linear="intermediate.dense",
+    ),
+    _Transformers(
+        "transformers AST",
+        "audio_spectrogram_transformer.modeling_audio_spectrogram_transformer",
+        "ASTModel",
+        "layers",
+        "attention",
+        "layernorm_after",
+        "mlp",
+        prefix=lambda root: 2,
+        reads_all=lambda root, outer: False,
+    ),
+    _Transformers(
+        "transformers Whisper encoder",
+        "whisper.modeling_whisper",
+        "WhisperEncoder",
+        "layers",
+        "self_attn",
+        "final_layer_norm",
+        "fc2",
+        prefix=lambda root: 0,
+        reads_all=lambda root, outer: True,
+        first_linear="fc1",
+    ),
+    _Timm(),
+)
+
+
+def find_vit(model: object) -> ViT:
+    """The one vision transformer inside ``model``.
+
+    Args:
+        model: a module of one of the families, or one that has it inside, also wrapped by
+            DistributedDataParallel or torch.compile.
+
+    Raises:
+        ToMeError: there is none, or several.
+    """
+    found = []
+    if isinstance(model, nn.Module):
+        for family in FAMILIES:
+            found += [(family, path, root) for path, root in family.find(model)]
+    known = ", ".join(family.description for family in FAMILIES)
+    if not found:
+        raise ToMeError(
+            f"no vision transformer to merge in a {type(model).__name__}. Supported: {known}"
+        )
+    if len(found) > 1:
+        paths = ", ".join(repr(path) for _, path, _ in found)
+        raise ToMeError(
+            f"{len(found)} vision transformers in a {type(model).__name__}: {paths}; pass one"
+        )
+    ((family, path, root),) = found
+    try:
+        return family.describe(path, root, model)
+    except (AttributeError, KeyError) as error:
+        # Libraries rename the parts of their models from one major version to the next.
+        raise ToMeError(
+            f"this {type(root).__name__} is not built as those of transformers 5 and timm 1 are "
+            f"({error}); install transformers>=5 or timm>=1"
+        ) from error

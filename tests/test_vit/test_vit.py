@@ -1,0 +1,405 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+import copy
+import pickle
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("timm")
+
+from vits import FAMILIES, LAYERS, build, forget_positions, inputs, result
+
+from mmagic_tome import ToMeError
+from mmagic_tome.vit import apply_tome_vit, get_vit_handle, remove_tome_vit
+from mmagic_tome.vit.families import find_vit
+
+NAMES = sorted(FAMILIES)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def tokens_of_blocks(model, arguments):
+    """What goes in and out of every block, counted from outside, after all other hooks."""
+    seen, hooks = [], []
+
+    def note(module, args, output):
+        seen.append((args[0].shape[1], output.shape[1]))
+
+    for block in find_vit(model).blocks:
+        hooks.append(block.module.register_forward_hook(note))
+    model(**arguments)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_per_block_are_those_of_the_schedule(name):
+    _, prefix, unmerges = FAMILIES[name]
+    model, arguments = build(name), inputs(name)
+    tokens = tokens_of_blocks(model, arguments)[0][0]
+    handle = apply_tome_vit(model, r=[5, 0, 3], trace_source=True)
+    left = [tokens - 5, tokens - 5, tokens - 8, tokens - 8]
+    expected = list(zip([tokens, *left], left))
+    seen = tokens_of_blocks(model, arguments)
+    if unmerges:
+        assert seen.pop() == (left[-1], tokens) and expected.pop() == (left[-1], left[-1])
+    assert seen == expected
+    assert handle.tokens == list(zip([tokens, *left], left))
+    # Sizes: all patches, and the protected alone and in front.
+    size, source = handle.size, handle.source
+    assert size.shape == (2, left[-1]) and size.sum(1).tolist() == [tokens] * 2
+    assert torch.equal(size[:, :prefix], torch.ones(2, prefix))
+    # Every patch is in one token; tokens hold as many patches as their size says.
+    assert source.shape == (2, tokens)
+    assert torch.equal(torch.stack([row.bincount() for row in source]).float(), size)
+    assert source[:, :prefix].tolist() == [list(range(prefix))] * 2
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", NAMES)
+def test_merging_duplicates_changes_nothing(name, attention):
+    """Tokens that are the same and stand for several are what those several were: exactly what
+    proportional attention and size-weighted pooling are for."""
+    model, arguments = build(name, attention).double(), inputs(name, redundant=True)
+    arguments = {k: v.double() if v.is_floating_point() else v for k, v in arguments.items()}
+    forget_positions(model)
+    dense = result(model, arguments)
+    handle = apply_tome_vit(model, r=5)
+    merged = result(model, arguments)
+    before, after = handle.tokens[0][0], handle.tokens[-1][1]
+    assert after <= before - 16
+    torch.testing.assert_close(merged, dense, rtol=1e-4, atol=1e-5)
+    if FAMILIES[name][1]:  # without a class token all tokens are the same, and so is attention
+        apply_tome_vit(model, r=5, prop_attn=False)
+        assert (result(model, arguments) - dense).abs().max() > 1e-3 * dense.abs().max()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bit_exact_at_zero_and_after_removal(name):
+    model, arguments = build(name), inputs(name)
+    keys, classes = list(model.state_dict()), [type(m) for m in model.modules()]
+    dense = result(model, arguments)
+    handle = apply_tome_vit(model, r=0)
+    assert torch.equal(result(model, arguments), dense)
+    handle.r = 4
+    assert not torch.equal(result(model, arguments), dense)
+    assert list(model.state_dict()) == keys and [type(m) for m in model.modules()] == classes
+    twin = copy.deepcopy(model)
+    merged = result(model, arguments)
+    assert remove_tome_vit(model) and not remove_tome_vit(model)
+    assert torch.equal(result(model, arguments), dense)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    # The copy is merged still, and on its own.
+    assert torch.equal(result(twin, arguments), merged)
+    get_vit_handle(twin).r = 0
+    assert torch.equal(result(twin, arguments), dense)
+    get_vit_handle(twin).remove()
+    assert torch.equal(result(twin, arguments), dense)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_little_merging_changes_little(name):
+    model, arguments = build(name), inputs(name, redundant=True)
+    noise = inputs(name, seed=2)
+    for key, value in arguments.items():
+        if value.is_floating_point():
+            arguments[key] = value + 0.02 * noise[key]
+    forget_positions(model)
+    dense = result(model, arguments)
+    apply_tome_vit(model, r=3)
+    error = (result(model, arguments) - dense).norm() / dense.norm()
+    assert 0 < error < 0.1
+    other = inputs(name, seed=3)
+    assert (result(model, other) - dense).norm() / dense.norm() > 3 * error
+
+
+@pytest.mark.parametrize("metric", ["keys", "queries", "values", "features", "attention"])
+@pytest.mark.parametrize("name", ["vit", "timm-options", "videomae"])
+def test_metrics_measure_what_they_say(name, metric):
+    """The matching of the first block, made again from what a block computes densely."""
+    from mmagic_tome.merging.bipartite import match_tokens
+
+    model, arguments = build(name), inputs(name)
+    vit, seen = find_vit(model), {}
+    block = vit.blocks[0]
+    hooks = [
+        block.norm.register_forward_pre_hook(lambda m, a: seen.update(features=a[0])),
+        block.output.register_forward_hook(
+            lambda m, a, y: seen.update(attention=y if torch.is_tensor(y) else y[0], x=a[0])
+        ),
+    ]
+    model(**arguments)
+    for hook in hooks:
+        hook.remove()
+    x, attention = seen["x"], block.attention
+    if name == "vit":
+        names = {"keys": "k_proj", "queries": "q_proj", "values": "v_proj"}
+        heads = {k: getattr(attention, v)(x) for k, v in names.items()}
+    elif name == "videomae":
+        names = {"keys": "key", "queries": "query", "values": "value"}
+        heads = {k: getattr(attention, v)(x) for k, v in names.items()}
+    else:
+        q, k, v = attention.qkv(x).chunk(3, -1)
+        q, k = (
+            norm(part.unflatten(-1, (2, 16))).flatten(2)
+            for norm, part in ((attention.q_norm, q), (attention.k_norm, k))
+        )
+        heads = {"keys": k, "queries": q, "values": v}
+    seen.update({k: (v[..., :16] + v[..., 16:]) / 2 for k, v in heads.items()})
+    expected = match_tokens(seen[metric], 6, vit.prefix).plan.slot
+    handle = apply_tome_vit(model, r=[6], metric=metric, trace_source=True)
+    model(**arguments)
+    assert torch.equal(handle.source, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(distance="dot"),
+        dict(distance="euclidean"),
+        dict(distance="softmax"),
+        dict(combination="mean"),
+        dict(combination="max"),
+        dict(combination="drop"),
+        dict(partition="sequential"),
+        dict(partition="random"),
+        dict(prop_attn=False),
+    ],
+)
+def test_every_option_has_an_effect_and_sizes_add_up(options):
+    model, arguments = build("vit"), inputs("vit")
+    apply_tome_vit(model, r=6)
+    default = result(model, arguments)
+    handle = apply_tome_vit(model, r=6, **options)
+    state = torch.get_rng_state()
+    changed = result(model, arguments)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.allclose(changed, default, rtol=1e-4, atol=1e-5)
+    assert handle.size.sum(1).tolist() == [37, 37]
+    assert torch.equal(result(model, arguments), changed)
+
+
+@pytest.mark.parametrize("combination", ["weighted", "mean", "max", "drop"])
+@pytest.mark.parametrize("name", ["vit", "whisper"])
+def test_is_the_block_of_the_paper(name, combination):
+    """One merged block against the same computed with merging in the middle of it."""
+    from mmagic_tome.merging.bipartite import match_tokens
+
+    model, arguments = build(name), inputs(name)
+    vit, seen = find_vit(model), {}
+    block = vit.blocks[0]
+    hook = block.norm.register_forward_pre_hook(lambda m, a: seen.update(features=a[0]))
+    model(**arguments)
+    hook.remove()
+    handle = apply_tome_vit(model, r=[6], metric="features", combination=combination, unmerge=False)
+    out = {}
+    hook = block.module.register_forward_hook(lambda m, a, y: out.update(y=y))
+    if name == "vit":
+        result(model, arguments)
+    else:
+        model.encoder(arguments["input_features"])
+    hook.remove()
+    handle.remove()
+    match = match_tokens(seen["features"], 6, vit.prefix)
+    x = match.combine(seen["features"], None, combination)
+    if name == "vit":
+        expected = x + block.module.mlp(block.norm(x))
+    else:
+        layer = block.module
+        expected = x + layer.fc2(layer.activation_fn(layer.fc1(block.norm(x))))
+    torch.testing.assert_close(out["y"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_output_has_its_dense_shape_when_unmerged():
+    model, arguments = build("vit").vit, inputs("vit")
+    handle = apply_tome_vit(model, r=6, trace_source=True)
+    merged = model(**arguments).last_hidden_state
+    assert merged.shape[1] == 37 - 4 * 6
+    copied = handle.unmerge(merged)
+    apply_tome_vit(model, r=6, unmerge=True)
+    torch.testing.assert_close(model(**arguments).last_hidden_state, copied)
+
+
+@pytest.mark.parametrize("name", ["vit", "timm", "videomae"])
+def test_gradients_and_checkpointing(name):
+    model, arguments = build(name), inputs(name)
+    apply_tome_vit(model, r=6)
+    with torch.enable_grad():
+        result(model, arguments).square().sum().backward()
+        plain = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+        assert len(plain) > 8 * LAYERS
+        model.zero_grad()
+        if name == "timm":
+            model.set_grad_checkpointing()
+        else:
+            model.gradient_checkpointing_enable()
+        model.train()
+        # A forward between the forward and its backward leaves other sizes behind.
+        loss = result(model, arguments).square().sum()
+        result(model, inputs(name, seed=4))
+        loss.backward()
+    for key, parameter in model.named_parameters():
+        if key in plain:
+            torch.testing.assert_close(parameter.grad, plain[key], rtol=1e-3, atol=1e-4)
+
+
+def test_half_precision_and_autocast():
+    model, arguments = build("vit"), inputs("vit")
+    handle = apply_tome_vit(model, r=6)
+    reference = result(model, arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (result(model, arguments).float() - reference).norm() < 0.2 * reference.norm()
+    model.bfloat16()
+    out = result(model, {k: v.bfloat16() for k, v in arguments.items()})
+    assert out.dtype == torch.bfloat16 and handle.size.sum(1).tolist() == [37, 37]
+    assert (out.float() - reference).norm() < 0.2 * reference.norm()
+
+
+def test_finds_the_picture_half_of_clip():
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig
+    from vits import _IMAGE, _SIZE
+
+    text = CLIPTextConfig(**_SIZE, vocab_size=50, max_position_embeddings=8, eos_token_id=2)
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=dict(_IMAGE), projection_dim=7)
+    model = CLIPModel(config).eval()
+    ids = torch.tensor([[1, 5, 6, 2]])
+    arguments = {**inputs("clip", batch=1), "input_ids": ids}
+    dense = model(**arguments)
+    handle = apply_tome_vit(model, r=6)
+    merged = model(**arguments)
+    assert torch.equal(merged.text_embeds, dense.text_embeds)
+    assert not torch.equal(merged.image_embeds, dense.image_embeds)
+    assert handle.tokens[-1][1] == 37 - 24
+
+
+def test_pickled_models_are_merged():
+    for name in ("vit", "videomae"):
+        model, arguments = build(name), inputs(name)
+        apply_tome_vit(model, r=4)
+        merged = result(model, arguments)
+        assert torch.equal(result(pickle.loads(pickle.dumps(model)), arguments), merged)
+
+
+def test_handle():
+    model, arguments = build("vit"), inputs("vit")
+    with apply_tome_vit(model, r=(4, -1.0)) as handle:
+        assert "not run yet" in handle.summary() and handle.tokens is None
+        result(model, arguments)
+        assert [a - b for a, b in handle.tokens] == [8, 5, 3, 0]
+        assert "vit.layers.1  29 -> 24" in handle.summary()
+        # A forward on another size, and one that failed in the middle, leave nothing behind.
+        with pytest.raises(RuntimeError):
+            model.vit.layers[0].mlp.fc2.weight.data = torch.zeros(32, 47)
+            result(model, arguments)
+        model.vit.layers[0].mlp.fc2.weight.data = torch.zeros(32, 48)
+        one = inputs("vit", batch=1)
+        assert result(model, one).shape == (1, 5)
+        again = apply_tome_vit(model, r=2)
+        assert not handle.active and again.active and "removed" in handle.summary()
+        with pytest.raises(ToMeError, match="removed or replaced"):
+            handle.r = 1
+        again.remove()
+    assert get_vit_handle(model) is None
+
+
+def test_target_speedup_counts_operations():
+    from mmagic_tome.vit.schedules import relative_cost
+
+    model, arguments = build("vit"), inputs("vit")
+    handle = apply_tome_vit(model, target_speedup=1.5)
+    result(model, arguments)
+    dense = relative_cost([(37, 37)] * LAYERS, 32, 48)
+    r = handle.tokens[0][0] - handle.tokens[0][1]
+    assert dense / relative_cost(handle.tokens, 32, 48) >= 1.5
+    with apply_tome_vit(model, r=r - 1) as less:
+        result(model, arguments)
+        assert dense / relative_cost(less.tokens, 32, 48) < 1.5
+    apply_tome_vit(model, target_speedup=50)
+    with pytest.raises(ToMeError, match="target_speedup=50 is out of reach with 37 tokens"):
+        result(model, arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(r=-1), "r must be an integer >= 0"),
+        (dict(r=2.5), "r must be an integer >= 0"),
+        (dict(r=[1] * 5), "r has 5 entries but the model has 4 blocks"),
+        (dict(r=(8, 1.5)), r"inflect in r=\(r, inflect\) must be in \[-1, 1\], got 1.5"),
+        (dict(metric="gradients"), "metric must be one of 'keys', 'queries'"),
+        (dict(distance="l1"), "distance must be one of"),
+        (dict(combination="median"), "combination must be one of"),
+        (dict(partition="thirds"), "partition must be one of"),
+        (dict(prop_attn=1), "prop_attn must be True or False, got 1"),
+        (dict(unmerge="last"), "unmerge must be True, False or None"),
+        (dict(seed=-1), "seed must be an integer >= 0"),
+        (dict(target_speedup=0.5), "target_speedup must be a number >= 1"),
+        (dict(r=3, target_speedup=2), "write either r or target_speedup, not both"),
+    ],
+)
+def test_wrong_options_change_nothing(options, message):
+    model = build("vit")
+    with pytest.raises(ToMeError, match=message):
+        apply_tome_vit(model, **options)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_what_cannot_be_merged_is_said():
+    with pytest.raises(ToMeError, match=r"no vision transformer to merge in a Linear.*timm"):
+        apply_tome_vit(torch.nn.Linear(2, 2), r=1)
+    pair = torch.nn.ModuleList([build("vit"), build("clip")])
+    with pytest.raises(
+        ToMeError, match=r"2 vision transformers in a ModuleList: '0.vit', '1.vision_model'"
+    ):
+        apply_tome_vit(pair, r=1)
+    from timm.models.vision_transformer import ParallelScalingBlock
+    from vits import _timm
+
+    with pytest.raises(ToMeError, match=r"blocks.0 is a ParallelScalingBlock"):
+        apply_tome_vit(_timm(block_fn=ParallelScalingBlock), r=1)
+    model, arguments = build("vit"), inputs("vit")
+    handle = apply_tome_vit(model, r=2)
+    mask = torch.ones(2, 37)
+    mask[:, -5:] = 0
+    with pytest.raises(ToMeError, match=r"vit.layers.0 was given an attention mask"):
+        model.vit(**arguments, attention_mask=mask)
+    model.vit.layers[0].attention.config._attn_implementation = "flex_attention"
+    with pytest.raises(ToMeError, match=r"needs an additive mask.*'flex_attention'"):
+        model.vit.layers[0].attention(torch.zeros(1, 5, 32))
+    assert handle.active
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit", "timm", "videomae"])
+def test_compiles_as_one_graph(name):
+    model, arguments = build(name), inputs(name)
+    dense = result(model, arguments)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(result(compiled, arguments), dense, rtol=1e-4, atol=1e-4)
+    handle = apply_tome_vit(model, r=6, trace_source=True)
+    merged = result(model, arguments)
+    size, source = handle.size.clone(), handle.source.clone()
+    torch.testing.assert_close(result(compiled, arguments), merged, rtol=1e-4, atol=1e-4)
+    assert torch.equal(handle.size, size) and torch.equal(handle.source, source)
+    handle.r = 2
+    assert not torch.allclose(result(compiled, arguments), merged, rtol=1e-3)
+    handle.remove()
+    torch.testing.assert_close(result(compiled, arguments), dense, rtol=1e-4, atol=1e-4)
+
+
+def test_importing_it_imports_neither_library():
+    import subprocess
+
+    code = (
+        "import sys, mmagic_tome.vit; "
+        "print([m for m in ('timm', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
