@@ -17,7 +17,7 @@ deep-copied (the copy is independent), pickled, and compiled as one graph.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -46,8 +46,8 @@ def apply_tome(
     """Merge tokens in ``model`` from now on, in place.
 
     Args:
-        model: a diffusers UNet or pipeline, a MMagic model (or its ``unet``),
-            MMagic's native ``DenoisingUnet``.
+        model: a diffusers UNet, diffusion transformer or pipeline, a MMagic model (or its
+            ``unet``), MMagic's native ``DenoisingUnet``.
         config: a :class:`ToMeConfig`, a dict of its options, or None for the
             defaults (ratio 0.5 around self-attention of the finest level).
         **options: options of :class:`ToMeConfig`; they win over ``config``.
@@ -70,12 +70,7 @@ def apply_tome(
     host, network = find_host(model)
     blocks = _blocks_to_merge(host, network, config)
     for block in blocks:
-        for kind in config.kinds:
-            if kind in block.refused:
-                raise ToMeError(
-                    f"{block.name} cannot be merged at {kind!r}: {block.refused[kind]}. "
-                    "Merge self-attention and feed-forward only: sites=['attn', 'mlp']"
-                )
+        _check_block(block, config)
     _let_the_compiler_see_hooks()
     remove_tome(network)
 
@@ -92,11 +87,8 @@ def apply_tome(
         merged.kinds = tuple(kind for kind in config.kinds if kind in block.sites)
         state.blocks.append(merged)
         state.hook(block.module, BlockPreHook(state, merged))
-        for kind in merged.kinds:
-            modules = block.sites[kind]
-            modules = list(modules) if isinstance(modules, (list, tuple)) else [modules]
-            name = f"{block.name}.{kind}"
-            site = SiteState(name, kind, merged, modules, block.context_argument)
+        for name, kind, modules in _sites_in_running_order(block, merged.kinds):
+            site = SiteState(name, kind, merged, modules, block)
             state.sites.append(site)
             if carried or kind in ("block", "stack"):
                 before, after = CarriedPreHook(state, site), CarriedPostHook(state, site)
@@ -104,6 +96,7 @@ def apply_tome(
                 before, after = SitePreHook(state, site), SitePostHook(state, site)
             state.hook(modules[0], before)
             state.hook_after(modules[-1], after)
+        state.sites[-1].last = True
     return ToMeHandle(network, state)
 
 
@@ -310,6 +303,32 @@ def _blocks_to_merge(host: Host, network: nn.Module, config: ToMeConfig) -> list
     return chosen
 
 
+def _check_block(block: Block, config: ToMeConfig) -> None:
+    """Refuse what a block's structure does not allow, in the words of its host."""
+    residual = config.residual_plan
+    for kind in config.kinds:
+        if kind in block.refused:
+            raise ToMeError(f"{block.name} cannot be merged at {kind!r}: {block.refused[kind]}")
+        if kind in block.joint and residual is not None and residual.kind == "reuse":
+            raise ToMeError(
+                f"residual 'reuse' leaves out {block.name} at {kind!r}, which computes the text's "
+                "tokens too; write residual='exact' or 'own', or sites=['mlp']"
+            )
+
+
+def _sites_in_running_order(
+    block: Block, kinds: tuple[str, ...]
+) -> Iterator[tuple[str, str, list[nn.Module]]]:
+    """(name, kind, modules) of every site of a block, twins included."""
+    for kind, modules in block.sites.items():
+        if kind not in kinds:
+            continue
+        modules = list(modules) if isinstance(modules, (list, tuple)) else [modules]
+        yield f"{block.name}.{kind}", kind, modules
+        if kind in block.twins:
+            yield f"{block.name}.{kind}_2", kind, [block.twins[kind]]
+
+
 def _with_all_sites(blocks: list[Block], kinds: tuple[str, ...]) -> list[Block]:
     """The blocks with the sites that follow from what a host names.
 
@@ -324,17 +343,16 @@ def _with_all_sites(blocks: list[Block], kinds: tuple[str, ...]) -> list[Block]:
             replace(members[0], sites={"stack": [block.module for block in members]})
             for members in stacks.values()
         ]
-    return [
-        replace(
-            block,
-            sites={
-                **block.sites,
-                **({"attn_kv": block.sites["attn"]} if "attn" in block.sites else {}),
-                "block": block.module,
-            },
-        )
-        for block in blocks
-    ]
+    return [replace(block, sites=_all_sites(block)) for block in blocks]
+
+
+def _all_sites(block: Block) -> dict[str, Any]:
+    sites: dict[str, Any] = {}
+    for kind, modules in block.sites.items():
+        sites[kind] = modules
+        if kind == "attn":
+            sites["attn_kv"] = modules
+    return {**sites, "block": block.module}
 
 
 def _ratio_text(config: ToMeConfig) -> str:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from .errors import ToMeError
 from .merging import MergePlan
+from .merging.prefix import PrefixedPlan
 from .merging.random import hashed_integers, step_key
+from .merging.reductions import PrunedPlan
 from .methods import PlanRequest
 from .schedules import Place
 from .state import BlockState, Forward, MergeState, SiteState
@@ -78,7 +80,7 @@ class StackPreHook:
         self.state = state
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        grid = self.state.host.grid(args, kwargs)
+        grid = self.state.host.grid(module, args, kwargs)
         for forward in self.state.forwards:
             forward.grid = grid
 
@@ -210,14 +212,14 @@ class SitePreHook:
         self.site = site
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
-        site = self.site
-        plan = self.state.forward.plans.get(site.kind)
+        state, site = self.state, self.site
         x = args[0] if args else kwargs["hidden_states"]
-        site.saw(x.shape[1], x.shape[1] if plan is None else plan.num_slots)
+        plan = _plan_before(state.forward, site, x)
+        _saw(state.forward, site, x, plan)
         if plan is None:
             return None
         check_site(site, plan, x, kwargs)
-        return _with_merged(site, plan, x, args, kwargs)
+        return _with_merged(state, site, plan, x, args, kwargs)
 
 
 class SitePostHook:
@@ -229,11 +231,13 @@ class SitePostHook:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         forward = self.state.forward
-        plan = forward.plans.get(self.site.kind)
-        _drop_plans_after_last(forward, self.site)
-        if plan is None or self.site.kind == "attn_kv":
+        site = self.site
+        y = _tokens_of(site, output)
+        plan = _plan_after(forward, site, y)
+        _drop_plans_after_last(forward, site)
+        if plan is None or site.kind == "attn_kv":
             return None
-        return _replaced(output, plan.unmerge(_first(output)))
+        return _replaced(site, output, plan.unmerge(y))
 
 
 class CarriedPreHook:
@@ -250,32 +254,35 @@ class CarriedPreHook:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         state, site = self.state, self.site
         forward, residual = state.forward, state.residual
-        plan = forward.plans.get(site.kind)
         x = args[0] if args else kwargs["hidden_states"]
-        tokens = x.shape[1]
+        plan = _plan_before(forward, site, x)
         memory = forward.run.memories.get(site.name)
         if residual is not None and (forward.refreshing or memory is None):
             forward.pending[site.name] = ("refresh", x, args, kwargs)
-            site.saw(tokens, tokens)
+            _saw(forward, site, x, None)
             return None
         if residual is not None and residual.kind == "reuse":
             # A module cannot be skipped by a hook: it runs on one token, which nobody reads.
             forward.pending[site.name] = ("reuse", x)
-            site.saw(tokens, 0)
-            return _with_tokens(x[:, :1], args, kwargs)
+            site.saw(x.shape[1] - _text(forward, site, x), 0)
+            alone = PrunedPlan(
+                torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device),
+                torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device),
+            )
+            return state.host.adapt(site.name, alone, *_with_tokens(x[:, :1], args, kwargs))
         if plan is None:
             # Where nothing is merged nothing is missing.
             forward.pending[site.name] = ("dense",)
-            site.saw(tokens, tokens)
+            _saw(forward, site, x, None)
             return None
         check_site(site, plan, x, kwargs)
-        site.saw(tokens, plan.num_slots)
+        _saw(forward, site, x, plan)
         if site.kind == "attn_kv":
             forward.pending[site.name] = ("merged", x, None)
-            return _with_merged(site, plan, x, args, kwargs)
+            return _with_merged(state, site, plan, x, args, kwargs)
         merged = plan.merge(x)
         forward.pending[site.name] = ("merged", x, merged)
-        return _with_tokens(merged, args, kwargs)
+        return state.host.adapt(site.name, plan, *_with_tokens(merged, args, kwargs))
 
 
 class CarriedPostHook:
@@ -292,9 +299,10 @@ class CarriedPostHook:
         if done == "dense":
             _drop_plans_after_last(forward, site)
             return None
-        out = _first(output)
+        out = _tokens_of(site, output)
         adds = site.kind in ("block", "stack")  # their output is their input plus something
-        plan = forward.plans.get(site.kind)
+        look_up = _plan_before if done == "refresh" else _plan_after
+        plan = look_up(forward, site, out)
         _drop_plans_after_last(forward, site)
         run = forward.run
         if done == "refresh":
@@ -313,7 +321,7 @@ class CarriedPostHook:
                 y = plan.unmerge(y)
             if residual is not None:
                 y = y + run.memories[site.name].predict(run.time, residual)
-        return _replaced(output, x + y if adds else y)
+        return _replaced(site, output, x + y if adds else y)
 
     def lost(
         self,
@@ -325,7 +333,8 @@ class CarriedPostHook:
         kwargs: dict[str, Any],
     ) -> Tensor:
         """The residual of this step: what the dense output has and the merged one lacks."""
-        site, kind = self.site, self.state.residual.kind
+        state, site = self.state, self.site
+        kind = state.residual.kind
         dense = out - x if adds else out
         if kind == "reuse":
             return dense
@@ -335,15 +344,16 @@ class CarriedPostHook:
         if kind == "own":
             return dense - plan.unmerge(plan.merge(dense))
         # The merged run goes past the hooks, which are in the middle of this one.
-        forward = self.state.forward
+        forward = state.forward
         if site.kind == "attn_kv":
-            args, kwargs = _with_merged(site, plan, x, args, kwargs)
-            return dense - _first(site.modules[0].forward(*args, **kwargs))
+            args, kwargs = _with_merged(state, site, plan, x, args, kwargs)
+            return dense - _tokens_of(site, site.modules[0].forward(*args, **kwargs))
         merged = y = plan.merge(x)
         outer = dict(forward.pending)
+        args, kwargs = state.host.adapt(site.name, plan, args, kwargs)
         for module in site.modules:
             args, kwargs = _with_tokens(y, args, kwargs)
-            y = _first(module.forward(*args, **kwargs))
+            y = _tokens_of(site, module.forward(*args, **kwargs))
         forward.pending = outer
         return dense - plan.unmerge(y - merged if adds else y)
 
@@ -382,14 +392,48 @@ def check_site(site: SiteState, plan: MergePlan, x: Tensor, kwargs: dict[str, An
 
 def _drop_plans_after_last(forward: Forward, site: SiteState) -> None:
     """Free the plans once the block needs them no more: its feed-forward needs the memory."""
-    if site.kind == site.block.kinds[-1]:
+    if site.last:
         forward.plans = {}
 
 
-def _with_merged(site: SiteState, plan: MergePlan, x: Tensor, args: tuple, kwargs: dict):
+def _plan_before(forward: Forward, site: SiteState, x: Tensor) -> MergePlan | None:
+    """The plan for what goes into a site dense; a plan that leaves alone the text in front."""
+    plan = forward.plans.get(site.kind)
+    if plan is None or not site.text_in_front:
+        return plan
+    return PrefixedPlan(plan, x.shape[1] - plan.num_tokens)
+
+
+def _plan_after(forward: Forward, site: SiteState, y: Tensor) -> MergePlan | None:
+    """The same, for what comes out of it merged."""
+    plan = forward.plans.get(site.kind)
+    if plan is None or not site.text_in_front:
+        return plan
+    return PrefixedPlan(plan, y.shape[1] - plan.num_slots)
+
+
+def _text(forward: Forward, site: SiteState, x: Tensor) -> int:
+    """How many of the tokens that go into a site are the text's."""
+    if not site.text_in_front or forward.grid is None:
+        return 0
+    height, width = forward.grid
+    return x.shape[1] - height * width
+
+
+def _saw(forward: Forward, site: SiteState, x: Tensor, plan: MergePlan | None) -> None:
+    """Note a call, in tokens of the picture."""
+    # A backward that runs a block again does so when the grid is forgotten.
+    text = plan.count if isinstance(plan, PrefixedPlan) else _text(forward, site, x)
+    kept = x.shape[1] if plan is None else plan.num_slots
+    site.saw(x.shape[1] - text, kept - text)
+
+
+def _with_merged(
+    state: MergeState, site: SiteState, plan: MergePlan, x: Tensor, args: tuple, kwargs: dict
+):
     if site.kind == "attn_kv":
         return args, {**kwargs, site.context: plan.merge(x)}
-    return _with_tokens(plan.merge(x), args, kwargs)
+    return state.host.adapt(site.name, plan, *_with_tokens(plan.merge(x), args, kwargs))
 
 
 def _with_tokens(x: Tensor, args: tuple, kwargs: dict):
@@ -404,8 +448,15 @@ def _first(output: Any) -> Any:
     return output[0]
 
 
-def _replaced(output: Any, y: Tensor) -> Any:
-    return (y, *output[1:]) if isinstance(output, tuple) else y
+def _tokens_of(site: SiteState, output: Any) -> Tensor:
+    """The picture's tokens in what a site returns."""
+    return output if isinstance(output, Tensor) else output[site.returns]
+
+
+def _replaced(site: SiteState, output: Any, y: Tensor) -> Any:
+    if not isinstance(output, tuple):
+        return y
+    return (*output[: site.returns], y, *output[site.returns + 1 :])
 
 
 @torch.compiler.disable

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .config import ToMeConfig
-from .hosts import Host
+from .hosts import Block, Host
 from .merging import GridLayout, MergePlan, random_layout, regular_layout
 from .temporal import Lanes, Residual, Run
 
@@ -196,17 +196,21 @@ class SiteState:
     """A wrapped module (or a chain of them) and what was seen there.
 
     ``modules`` run one after the other; what goes into the first is merged, what comes out of
-    the last unmerged.
+    the last unmerged. ``last`` says whether it is the last of its block. The other attributes are
+    what the host says of the block, see :class:`~.hosts.Block`.
     """
 
     def __init__(
-        self, name: str, kind: str, block: BlockState, modules: list[nn.Module], context: str
+        self, name: str, kind: str, block: BlockState, modules: list[nn.Module], host: Block
     ) -> None:
         self.name = name
         self.kind = kind
         self.block = block
         self.modules = modules
-        self.context = context
+        self.context = host.context_argument
+        self.returns = host.returns.get(kind, 0)
+        self.text_in_front = kind in host.text_in_front
+        self.last = False
         self.tokens: int | None = None
         self.kept: int | None = None
         self.calls = 0

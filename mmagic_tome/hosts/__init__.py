@@ -11,16 +11,31 @@ from torch import nn
 
 from ..errors import ToMeError
 from .base import Block, Host
+from .cogvideox import CogVideoX
 from .diffusers_unet import DiffusersUNet
+from .dit import DiT, PixArt
+from .flux import Flux
 from .mmagic_unet import MMagicUNet
+from .sd3 import SD3
+from .unsupported import why_unsupported
+from .wan import Wan
 
 # The first host that recognises a module wins: specific ones come first.
-HOSTS: list[Host] = [MMagicUNet(), DiffusersUNet()]
+HOSTS: list[Host] = [
+    MMagicUNet(),
+    DiffusersUNet(),
+    DiT(),
+    PixArt(),
+    SD3(),
+    Flux(),
+    Wan(),
+    CogVideoX(),
+]
 
 # Attributes that lead from what users hold to the network inside: pipelines and
-# MMagic models (.unet), MMagic's DiffusersWrapper (.model), DistributedDataParallel
+# MMagic models (.unet, .transformer), MMagic's DiffusersWrapper (.model), DistributedDataParallel
 # (.module), torch.compile (._orig_mod).
-_WRAPPERS = ("_orig_mod", "unet", "module", "model")
+_WRAPPERS = ("_orig_mod", "unet", "transformer", "module", "model")
 _MAX_DEPTH = 6
 
 
@@ -35,7 +50,7 @@ def find_host(model: object) -> tuple[Host, nn.Module]:
         tuple: the host and the network.
 
     Raises:
-        ToMeError: no network inside is of a known family; names what was looked at.
+        ToMeError: no network inside is of a known family; names what was looked at and for.
     """
     seen = []
     current = model
@@ -59,10 +74,34 @@ def find_host(model: object) -> tuple[Host, nn.Module]:
         if current is None:
             break
     known = "; ".join(host.description for host in HOSTS)
+    reason = next(filter(None, map(why_unsupported, seen)), "")
     raise ToMeError(
-        f"nothing to merge in a {type(model).__name__} (looked at: {' > '.join(seen)}). "
-        f"Supported: {known}. Pass one of these, or a model or pipeline that has it as .unet"
+        f"nothing to merge in a {type(model).__name__} (looked at: {' > '.join(seen)}). {reason}"
+        f"Supported: {known}. Pass one of these, or a model or pipeline that has it as .unet or "
+        ".transformer; for a model of your own write a host: docs/adding_a_model.md"
     )
+
+
+def register_host(host: Host) -> Host:
+    """Make :func:`~mmagic_tome.apply_tome` know a model family of your own.
+
+    Args:
+        host: asked before those that are known already. One of the same class replaces an
+            earlier one.
+
+    Returns:
+        Host: ``host``.
+
+    Raises:
+        ToMeError: not an instance of :class:`Host`, or one without a description.
+    """
+    if not isinstance(host, Host) or not getattr(host, "description", None):
+        raise ToMeError(
+            f"a host is an instance of a subclass of mmagic_tome.hosts.Host with a description, "
+            f"got {host!r}; see docs/adding_a_model.md"
+        )
+    HOSTS[:] = [host, *(other for other in HOSTS if type(other) is not type(host))]
+    return host
 
 
 def _runs_blocks_itself(wrapper: nn.Module) -> bool:
@@ -83,4 +122,4 @@ def _attribute(owner: object, name: str) -> object:
         return None
 
 
-__all__ = ["HOSTS", "Block", "Host", "find_host"]
+__all__ = ["HOSTS", "Block", "Host", "find_host", "register_host"]

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
@@ -17,26 +18,41 @@ class Block:
         name (str): dotted path of the block inside the network.
         module (nn.Module): called with (B, N, C) tokens as its first argument
             or as ``hidden_states``; what it is given is the metric.
-        stack (nn.Module): the module whose input shows the token grid.
+        stack (nn.Module): the module whose call shows the token grid; the network itself where
+            all blocks have the same.
         downsample (int): how many times coarser the block's grid is than the
-            network's input, per side.
-        sites (dict): kind of site ('attn', 'crossattn', 'mlp') -> the module
-            that computes on tokens there.
+            network's finest one, per side.
+        sites (dict): kind of site ('attn', 'crossattn', 'mlp') -> the module that computes on
+            tokens there, or several that run one after the other. In the order in which the
+            block runs them.
+        twins (dict): kind of site -> a second module of that kind in the same block, which gets
+            tokens of its own and runs right after the first.
         context_argument (str): name of the argument of its self-attention for
             tokens to take keys and values from.
-        refused (dict): kind of site -> why tokens cannot be merged there.
+        returns (dict): kind of site (also 'block') -> position of the picture's tokens in the
+            tuple that is returned there. Default: 0, or no tuple at all.
+        text_in_front (tuple): kinds of site whose module is given the text's tokens and the
+            picture's in one sequence, in this order. The text is not merged.
+        joint (tuple): kinds of site (also 'block') that compute the text's tokens from the
+            picture's as well, so that they cannot be left out.
+        refused (dict): kind of site -> why tokens cannot be merged there, and what to write
+            instead; two sentences without the last full stop.
     """
 
     name: str
     module: nn.Module
     stack: nn.Module
     downsample: int
-    sites: dict[str, nn.Module] = field(default_factory=dict)
+    sites: dict[str, nn.Module | Sequence[nn.Module]] = field(default_factory=dict)
+    twins: dict[str, nn.Module] = field(default_factory=dict)
     context_argument: str = "encoder_hidden_states"
+    returns: dict[str, int] = field(default_factory=dict)
+    text_in_front: tuple[str, ...] = ()
+    joint: tuple[str, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
 
 
-class Host(Protocol):
+class Host:
     """Description of one model family. Stateless; its methods are called while the model runs.
 
     ``description`` is a short phrase for error messages.
@@ -46,15 +62,45 @@ class Host(Protocol):
 
     def matches(self, module: nn.Module) -> bool:
         """Whether ``module`` is a network of this family."""
+        raise NotImplementedError
 
     def blocks(self, network: nn.Module) -> list[Block]:
         """All blocks of the network in the order in which they run."""
+        raise NotImplementedError
 
     def timestep(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The timestep in a call of the network: a tensor, a number, or None."""
+        """The timestep in a call of the network: a tensor, a number, or None.
+
+        Default: what is called ``timestep``.
+        """
+        return kwargs.get("timestep")
 
     def noise_level(self, timestep: float) -> float:
-        """A timestep as a share of the training steps: 1 = pure noise, 0 = none."""
+        """A timestep as a share of the training steps: 1 = pure noise, 0 = none.
 
-    def grid(self, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
-        """(height, width) in tokens, from the arguments of a call of a stack."""
+        Default: of 1000 steps, as of every published diffusion model; networks do not know it.
+        """
+        return timestep / 1000
+
+    def grid(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
+        """(height, width) in tokens, from a call of a stack."""
+        raise NotImplementedError
+
+    def adapt(
+        self, site: str, plan: Any, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        """What else a module needs changed when it is given merged tokens.
+
+        Args:
+            site (str): name of the site, for error messages; ends with its kind.
+            plan (MergePlan): how the module's tokens were merged; ``plan.representative`` says
+                whose position a merged token has.
+            args, kwargs: of the call, with the merged tokens in place. Not to be changed.
+
+        Returns:
+            tuple: args and kwargs to call the module with. Default: as they are.
+
+        Raises:
+            ToMeError: an argument that has no meaning for merged tokens.
+        """
+        return args, kwargs

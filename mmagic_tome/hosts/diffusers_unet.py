@@ -14,19 +14,16 @@ from typing import Any
 
 from torch import nn
 
-from .base import Block
+from .base import Block, Host
 
 # Stacks over frames instead of places (video UNets): their tokens lie on no grid.
 _TEMPORAL = {"temp_attentions", "motion_modules"}
-
-# Of every published model of this family; the network itself does not know it.
-_TRAINING_STEPS = 1000
 
 # Names of a block's sub-modules, by kind of site.
 SITES = {"attn": "attn1", "crossattn": "attn2", "mlp": "ff"}
 
 
-class DiffusersUNet:
+class DiffusersUNet(Host):
     """Host for ``UNet2DConditionModel`` and what is built like it.
 
     Blocks: members of ``transformer_blocks`` that have ``attn1``.
@@ -35,7 +32,9 @@ class DiffusersUNet:
     """
 
     context_argument = "encoder_hidden_states"
-    description = "diffusers UNets (UNet2DConditionModel and alike)"
+    description = (
+        "diffusers UNets (UNet2DConditionModel and whatever has down_blocks and up_blocks)"
+    )
 
     def matches(self, module: nn.Module) -> bool:
         # Its own children: wrappers (torch.compile's, MMagic's) pass attributes of what is
@@ -66,10 +65,7 @@ class DiffusersUNet:
     def timestep(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         return args[1] if len(args) > 1 else kwargs.get("timestep")
 
-    def noise_level(self, timestep: float) -> float:
-        return timestep / _TRAINING_STEPS
-
-    def grid(self, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
+    def grid(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
         x = args[0] if args else kwargs["hidden_states"]
         return x.shape[-2], x.shape[-1]
 
@@ -78,7 +74,10 @@ def _refused(stack: nn.Module) -> dict[str, str]:
     """MMagic's ViCo lays the cross-attention maps of a block over the picture afterwards."""
     if not getattr(stack, "have_image_cross", False):
         return {}
-    reason = "ViCo reads the cross-attention of all tokens there"
+    reason = (
+        "ViCo reads the cross-attention of all tokens there. "
+        "Merge self-attention and feed-forward only: sites=['attn', 'mlp']"
+    )
     return dict.fromkeys(("crossattn", "block", "stack"), reason)
 
 

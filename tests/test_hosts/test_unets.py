@@ -61,7 +61,7 @@ def test_sites_of_a_block():
 
 def test_native_unet_comes_first():
     # It also has what the diffusers host looks for, and would be taken for one.
-    assert [type(host) for host in HOSTS] == [MMagicUNet, DiffusersUNet]
+    assert [type(host) for host in HOSTS[:2]] == [MMagicUNet, DiffusersUNet]
     assert not MMagicUNet().matches(tiny_unet())
 
 
@@ -69,7 +69,7 @@ def test_native_unet_comes_first():
 def test_timestep_of_both_families(kind):
     t = torch.tensor(5)
     args, kwargs = ((None, t), {}) if kind == "positional" else ((None,), dict(timestep=t, t=t))
-    for host in HOSTS:
+    for host in HOSTS[:2]:
         assert host.timestep(args, kwargs) is t
         assert host.timestep((None,), {}) is None
 

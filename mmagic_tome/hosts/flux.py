@@ -1,0 +1,135 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Flux.1 in diffusers: double blocks (two streams), single blocks (one), rotary embeddings.
+
+Double blocks are as those of Stable Diffusion 3. Single blocks are called with picture and text
+apart too, but put the text in front of the picture inside; what is wrapped there leaves the text
+alone. Rotary embeddings: :mod:`.rotary`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..errors import ToMeError
+from .base import Block, Host
+from .dit import is_a
+from .rotary import with_merged_rotary
+from .sd3 import REFUSED
+
+# Positions among the arguments of the network.
+_TIMESTEP, _IMG_IDS = 3, 4
+
+
+class Flux(Host):
+    """Host for ``FluxTransformer2DModel``.
+
+    Sites of double blocks: ``attn`` = ``attn``, ``mlp`` = ``ff`` (the picture's). Of single
+    blocks: ``attn`` = ``attn``, ``mlp`` = ``proj_mlp`` and ``act_mlp``; the projection back is
+    shared by both and runs on all tokens. To merge it as well, write ``sites='block'``.
+
+    The grid is read from ``img_ids``, once for every tensor that is given as such: that is one
+    wait for the device per picture, as pipelines make the tensor before the first step. A graph
+    of the whole network (``torch.compile(fullgraph=True)``) cannot do that; compile the blocks
+    (``compile_repeated_blocks``) instead, or allow graph breaks.
+    """
+
+    description = "Flux.1 (FluxTransformer2DModel)"
+
+    def matches(self, module: nn.Module) -> bool:
+        return is_a(module, "FluxTransformer2DModel")
+
+    def blocks(self, network: nn.Module) -> list[Block]:
+        common = dict(stack=network, downsample=1, returns={"block": 1}, joint=("attn", "block"))
+        double = [
+            Block(
+                name=f"transformer_blocks.{index}",
+                module=block,
+                sites={"attn": block.attn, "mlp": block.ff},
+                refused=REFUSED,
+                **common,
+            )
+            for index, block in enumerate(network.transformer_blocks)
+        ]
+        single = [
+            Block(
+                name=f"single_transformer_blocks.{index}",
+                module=block,
+                sites={"mlp": [block.proj_mlp, block.act_mlp], "attn": block.attn},
+                text_in_front=("attn", "mlp"),
+                refused=REFUSED,
+                **common,
+            )
+            for index, block in enumerate(network.single_transformer_blocks)
+        ]
+        return double + single
+
+    def timestep(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        return args[_TIMESTEP] if len(args) > _TIMESTEP else kwargs.get("timestep")
+
+    def noise_level(self, timestep: float) -> float:
+        # Pipelines divide by 1000 before the call.
+        return timestep
+
+    def grid(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
+        return grid_of_ids(args[_IMG_IDS] if len(args) > _IMG_IDS else kwargs["img_ids"])
+
+    def adapt(
+        self, site: str, plan: Any, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        if kwargs.get("attention_mask") is not None:
+            raise ToMeError(
+                f"{site} was given an attention_mask over all tokens, which has no meaning for "
+                "merged ones; call the model without it"
+            )
+        if kwargs.get("ip_hidden_states") is not None and "encoder_hidden_states" in kwargs:
+            raise ToMeError(
+                f"{site} returns what an IP-Adapter adds apart from its output; with one write "
+                "sites='block' or sites=['mlp']"
+            )
+        return with_merged_rotary(plan, args, kwargs)
+
+
+# --- the grid -------------------------------------------------------------------------------------
+
+_known_grids = WeakTensorKeyDictionary()
+
+
+@torch.compiler.disable
+def grid_of_ids(ids: Tensor) -> tuple[int, int]:
+    """(height, width) in tokens from position ids, remembered as long as the tensor lives.
+
+    Args:
+        ids (Tensor): (N, 3) or (B, N, 3): picture, row and column of every token.
+
+    Raises:
+        ToMeError: the tokens are not those of one picture, row by row (as with reference
+            pictures in the same sequence).
+    """
+    version = None if ids.is_inference() else ids._version
+    known = _known_grids.get(ids)
+    if known is None or known[0] != version:
+        known = _known_grids[ids] = (version, _read_grid(ids))
+    return known[1]
+
+
+def _read_grid(ids: Tensor) -> tuple[int, int]:
+    # By how they repeat, not by the largest: half precision does not hold all integers.
+    places = (ids[0] if ids.dim() == 3 else ids).detach().float().cpu()
+    tokens = places.shape[0]
+    changes = (places[:, 1] != places[0, 1]).nonzero()
+    width = int(changes[0]) if len(changes) else tokens
+    if tokens % width == 0:
+        rows = places.view(-1, width, places.shape[1])
+        same_picture = (rows[..., 0] == places[0, 0]).all()
+        if same_picture and (rows[..., 1] == rows[:, :1, 1]).all():
+            falls = (rows[1:, 0, 1] < rows[:-1, 0, 1]).any()
+            if not falls and (rows[..., 2] == rows[:1, :, 2]).all():
+                return rows.shape[0], width
+    raise ToMeError(
+        f"the {tokens} tokens of img_ids are not one picture row by row (reference pictures in the "
+        "same sequence?), so they lie on no grid to merge on; call the model without token merging"
+    )

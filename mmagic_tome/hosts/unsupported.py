@@ -1,0 +1,40 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Networks of diffusers that cannot be merged, or not yet, and why: for error messages."""
+
+from __future__ import annotations
+
+_LINEAR = (
+    "its attention is linear: it costs as much per token as any other layer, so that fewer tokens "
+    "save little there, and its feed-forward is a convolution over the grid, which needs all tokens"
+)
+_FRAMES = (
+    "its tokens lie on a grid of frames, rows and columns, and a host that describes one is not "
+    "written"
+)
+_JOINED = (
+    "its blocks work on text and picture in one sequence behind masks of its own, and a host that "
+    "describes it is not written"
+)
+
+# Beginning of a class name -> why.
+_REASONS = {
+    "SanaTransformer": _LINEAR,
+    "SanaVideoTransformer": _LINEAR,
+    "Lumina": _JOINED,
+    "ZImageTransformer": _JOINED,
+    "WanVACE": _FRAMES,
+    "WanAnimate": _FRAMES,
+    "HunyuanVideo": _FRAMES,
+    "LTX": _FRAMES,
+    "MochiTransformer": _FRAMES,
+    "AllegroTransformer": _FRAMES,
+    "LatteTransformer": _FRAMES,
+}
+
+
+def why_unsupported(name: str) -> str:
+    """A sentence on a class of that name, with a space after it; empty if none is known."""
+    for beginning, reason in _REASONS.items():
+        if name.startswith(beginning):
+            return f"{name}: {reason}. "
+    return ""

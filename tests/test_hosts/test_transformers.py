@@ -1,0 +1,432 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_transformers import TEXT, TRANSFORMERS, image_ids
+from torch import nn
+
+from mmagic_tome import ToMeError, apply_tome, get_handle
+from mmagic_tome.hosts import find_host
+from mmagic_tome.hosts.flux import grid_of_ids
+from mmagic_tome.methods import METHODS
+
+FLUX, SD3, SD35 = (
+    TRANSFORMERS[n] for n in ("Flux.1", "Stable Diffusion 3", "Stable Diffusion 3.5")
+)
+PIXART = TRANSFORMERS["PixArt-alpha, PixArt-sigma"]
+WAN = TRANSFORMERS["Wan 2.1, 2.2 (video)"]
+COGVIDEOX = TRANSFORMERS["CogVideoX (video)"]
+SITES = (["attn"], ["mlp"], ["attn", "mlp"], ["block"])
+
+every_family = pytest.mark.parametrize("family", TRANSFORMERS.values(), ids=TRANSFORMERS)
+every_site = pytest.mark.parametrize("sites", SITES, ids="+".join)
+
+
+@torch.no_grad()
+def run(network, inputs, **changes):
+    return network(**{**inputs, **changes}, return_dict=False)[0]
+
+
+def difference(one, other):
+    """Root mean square, in units of the spread of the second."""
+    return float((one - other).pow(2).mean().sqrt() / other.std())
+
+
+class Seen:
+    """Tokens that modules inside were really given: name -> (B, N, C) or its length."""
+
+    def __init__(self, network, *endings):
+        self.given = {}
+        for name, module in network.named_modules():
+            if name.endswith(endings):
+                module.register_forward_pre_hook(self._note(name), with_kwargs=True)
+
+    def _note(self, name):
+        def hook(module, args, kwargs):
+            self.given[name] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    def lengths(self):
+        return {x.shape[1] for x in self.given.values()}
+
+
+def first_linears(network):
+    """Name of the first layer at every site -> (kind of site, tokens of text in front)."""
+    names = {module: name for name, module in network.named_modules()}
+    host, _ = find_host(network)
+    found = {}
+    for block in host.blocks(network):
+        attention = [block.sites["attn"], *block.twins.values()]
+        mlp = block.sites["mlp"]
+        for kind, layers in (
+            ("attn", [module.to_q for module in attention]),
+            ("mlp", [mlp[0] if isinstance(mlp, list) else mlp.net[0].proj]),
+        ):
+            # The attention of CogVideoX puts both into one sequence itself.
+            joined = kind == "attn" and type(host).__name__ == "CogVideoX"
+            text = TEXT if kind in block.text_in_front or joined else 0
+            found.update((names[layer], (kind, text)) for layer in layers)
+    return found
+
+
+# --- every family ---------------------------------------------------------------------------------
+
+
+@every_site
+@every_family
+def test_tokens_fall_inside_and_the_output_changes_a_little(family, sites):
+    network, inputs = family.build(), family.inputs()
+    dense = run(network, inputs)
+    assert dense.std() > 0.05
+    assert difference(run(network, family.inputs(time=100)), dense) > 1e-3
+    handle = apply_tome(network, ratio=0.5, sites=sites)
+    linears = first_linears(network)
+    seen = Seen(network, *linears)
+    merged = run(network, inputs)
+    tokens = family.tokens()
+    assert {(row["tokens"], row["kept"]) for row in handle.stats()} == {(tokens, tokens // 2)}
+    for name, (kind, text) in linears.items():
+        expected = tokens // 2 if kind in sites or "block" in sites else tokens
+        assert seen.given[name].shape[1] == text + expected, name
+    assert 1e-4 < difference(merged, dense) < 0.6
+    assert torch.equal(run(network, inputs), merged)
+    handle.ratio = 0
+    assert torch.equal(run(network, inputs), dense)
+    handle.ratio = 0.5
+    assert torch.equal(run(network, inputs), merged)
+    handle.remove()
+    assert torch.equal(run(network, inputs), dense)
+
+
+@every_family
+def test_every_block_has_its_sites_and_its_own_plan(family):
+    network = family.build()
+    host, found = find_host(SimpleNamespace(transformer=network))
+    assert found is network
+    blocks = host.blocks(network)
+    assert len(blocks) == family.options["num_layers"] + family.options.get("num_single_layers", 0)
+    for block in blocks:
+        assert network.get_submodule(block.name) is block.module
+        assert {"attn", "mlp"} <= set(block.sites) <= {"attn", "crossattn", "mlp"}
+    crossed = any(name in family.title for name in ("PixArt", "Wan"))
+    assert ("crossattn" in blocks[0].sites) == crossed
+    handle = apply_tome(network, ratio=0.5, sites=["attn", "mlp"])
+    run(network, family.inputs())
+    assert {row["plans"] for row in handle.stats()} == {1}
+
+
+@every_family
+@pytest.mark.parametrize("batch", [1, 3])
+def test_odd_grids_and_batches(family, batch):
+    network = family.build()
+    apply_tome(network, ratio=0.6, sites=["attn", "mlp"])
+    for grid in ((9, 9), (5, 5)) if family.square else ((9, 7), (3, 20), (8, 8)):
+        tokens = family.tokens(grid)
+        inputs = family.inputs(grid, batch)
+        merged = run(network, inputs)
+        assert merged.isfinite().all()
+        rows = {(row["tokens"], row["kept"]) for row in get_handle(network).stats()}
+        assert rows == {(tokens, tokens - int(0.6 * tokens))}
+        with apply_tome(copy.deepcopy(network), ratio=0) as handle:
+            assert run(handle.network, inputs).shape == merged.shape
+
+
+@every_site
+@every_family
+def test_entries_of_a_batch_do_not_touch_each_other(family, sites):
+    """Above all the rotary rows of Flux, which differ between entries once tokens are merged."""
+    network = family.build()
+    apply_tome(network, ratio=0.5, sites=sites)
+    inputs = family.inputs(batch=3)
+    together = run(network, inputs)
+    for entry in range(3):
+        alone = {
+            name: value[entry : entry + 1]
+            if isinstance(value, torch.Tensor) and not name.endswith("ids")
+            else value
+            for name, value in inputs.items()
+        }
+        torch.testing.assert_close(run(network, alone), together[entry : entry + 1])
+
+
+@every_family
+def test_refresh_and_residual(family):
+    network = family.build()
+    first, second = family.inputs(time=500), family.inputs(time=499)
+    dense = run(network, first), run(network, second)
+    for sites in (["attn", "mlp"], ["block"]):
+        errors = {}
+        for residual in (None, "own", "exact"):
+            options = dict(ratio=0.5, refresh=2, residual=residual, sites=sites)
+            with apply_tome(network, **options) as handle:
+                start, merged = run(network, first), run(network, second)
+                if residual is not None:
+                    assert torch.equal(start, dense[0])
+                assert {row["kept"] for row in handle.stats()} == {family.tokens() // 2}
+                assert {row["plans"] for row in handle.stats()} == {1}
+            errors[residual] = difference(merged, dense[1])
+        assert errors["exact"] < 0.5 * errors[None], errors
+        assert errors["own"] < errors[None], errors
+
+
+def test_reuse_is_for_sites_that_compute_no_text():
+    for family in (PIXART, WAN):
+        network = family.build()
+        first, second = family.inputs(time=500), family.inputs(time=499)
+        dense = run(network, first), run(network, second)
+        for sites in (["attn", "mlp"], ["block"]):
+            with apply_tome(network, refresh=2, residual="reuse", sites=sites) as handle:
+                run(network, first)
+                again = run(network, second)
+                assert 0 < difference(again, dense[1]) < 0.5 * difference(*dense)
+                assert {row["kept"] for row in handle.stats()} == {0}
+    for family in (SD3, FLUX, COGVIDEOX):
+        network = family.build()
+        for sites in (["attn"], ["block"]):
+            with pytest.raises(ToMeError, match="computes the text's tokens too"):
+                apply_tome(network, refresh=2, residual="reuse", sites=sites)
+        with apply_tome(network, refresh=2, residual="reuse", sites=["mlp"]) as handle:
+            run(network, family.inputs(time=500))
+            assert run(network, family.inputs(time=499)).isfinite().all()
+            assert {row["kept"] for row in handle.stats()} == {0}
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_methods(method):
+    """Every plan knows who stands for its slots."""
+    network = FLUX.build()
+    if METHODS[method].keeps_queries:
+        with pytest.raises(ToMeError, match="method that merges queries too"):
+            apply_tome(network, ratio=0.5, method=method)
+        return
+    inputs = FLUX.inputs()
+    dense = run(network, inputs)
+    apply_tome(network, ratio=0.5, method=method, sites=["attn", "mlp"])
+    merged = run(network, inputs)
+    assert merged.isfinite().all() and not torch.equal(merged, dense)
+
+
+@pytest.mark.parametrize("family", [PIXART, SD35, FLUX, WAN, COGVIDEOX], ids=lambda f: f.title)
+@pytest.mark.parametrize("sites", [["attn", "mlp"], ["block"]], ids="+".join)
+def test_gradients_are_those_without_checkpointing(family, sites):
+    network, inputs = family.build().train(), family.inputs()
+    apply_tome(network, ratio=0.5, sites=sites)
+
+    def gradients():
+        network.zero_grad()
+        network(**inputs, return_dict=False)[0].square().sum().backward()
+        return {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    network.enable_gradient_checkpointing()
+    found = gradients()
+    assert expected.keys() == found.keys() and len(expected) > 20
+    for name, gradient in expected.items():
+        assert gradient.isfinite().all()
+        torch.testing.assert_close(found[name], gradient, msg=lambda text, name=name: name + text)
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [SD3, SD35, FLUX], ids=["SD 3", "SD 3.5", "Flux"])
+@every_site
+def test_text_is_not_merged(family, sites):
+    network = family.build()
+    apply_tome(network, ratio=0.5, sites=sites)
+    seen = Seen(network, "add_k_proj", "ff_context.net.0.proj")
+    run(network, family.inputs())
+    assert len(seen.given) >= 4 and seen.lengths() == {TEXT}
+
+
+def test_text_in_front_goes_through_bit_for_bit():
+    network = FLUX.build()
+    apply_tome(network, ratio=0.5, sites=["attn", "mlp"])
+    block = network.single_transformer_blocks[0]
+    normed = []
+    block.norm.register_forward_hook(lambda module, args, output: normed.append(output[0]))
+    seen = Seen(block, "proj_mlp", "to_q")
+    run(network, FLUX.inputs())
+    for x in seen.given.values():
+        assert x.shape[1] == TEXT + 32
+        assert torch.equal(x[:, :TEXT], normed[0][:, :TEXT])
+
+
+# --- rotary embeddings ----------------------------------------------------------------------------
+
+
+class SamePlaceInACell(nn.Module):
+    """Flux' table for a grid whose tokens have the place of their 2x2 cell."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, ids):
+        return self.inner((ids / 2).floor())
+
+
+@every_site
+@pytest.mark.parametrize("batch", [1, 2])
+def test_merging_exact_copies_changes_nothing(sites, batch):
+    """Cells of four equal tokens with equal rows, no text: four equal keys weigh like one.
+
+    Rows that were averaged, or those of other slots, would turn queries against keys.
+    """
+    network = FLUX.build()
+    network.pos_embed = SamePlaceInACell(network.pos_embed)
+    cells = FLUX.inputs((4, 5), batch)["hidden_states"].view(batch, 4, 1, 5, 1, 4)
+    inputs = FLUX.inputs((8, 10), batch)
+    inputs.update(
+        hidden_states=cells.expand(-1, -1, 2, -1, 2, -1).reshape(batch, 80, 4),
+        encoder_hidden_states=inputs["encoder_hidden_states"][:, :0],
+        txt_ids=torch.zeros(0, 3),
+    )
+    dense = run(network, inputs)
+    handle = apply_tome(network, ratio=0.75, sites=sites, exact_matching=True)
+    torch.testing.assert_close(run(network, inputs), dense)
+    assert {row["kept"] for row in handle.stats()} == {20}
+    # The same with a table that does not follow fails.
+    network.pos_embed = Shuffled(network.pos_embed)
+    assert not torch.allclose(run(network, inputs), dense, atol=1e-2)
+
+
+class Shuffled(nn.Module):
+    """Rows in reverse order."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, ids):
+        return tuple(part.flip(0) for part in self.inner(ids))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_kept_tokens_keep_their_places(batch):
+    """The rows that attention is given are the text's and those of 32 tokens."""
+    network = FLUX.build()
+    apply_tome(network, ratio=0.5, sites=["attn"])
+    calls = []
+    for blocks in (network.transformer_blocks, network.single_transformer_blocks):
+        blocks[0].attn.register_forward_pre_hook(
+            lambda module, args, kwargs: calls.append(kwargs["image_rotary_emb"]), with_kwargs=True
+        )
+    tables = []
+    network.pos_embed.register_forward_hook(lambda module, args, output: tables.append(output))
+    run(network, FLUX.inputs(batch=batch))
+    cos, sin = tables[0]
+    assert len(calls) == 2
+    for merged_cos, merged_sin in calls:
+        for entry in range(batch):
+            given = torch.cat([rows(merged_cos, entry), rows(merged_sin, entry)], dim=1)
+            table = torch.cat([cos, sin], dim=1)
+            assert given.shape[0] == TEXT + 32
+            assert torch.equal(given[:TEXT], table[:TEXT])
+            # Every row is one of the table, and no two are of the same place.
+            same = (given[TEXT:, None] == table[None, TEXT:]).all(dim=-1)
+            assert (same.sum(dim=1) == 1).all() and same.any(dim=0).sum() == 32
+
+
+def rows(table, entry):
+    """Rows for one entry of the batch, got at as attention does."""
+    if isinstance(table, torch.Tensor):
+        return table
+    return table[None, :, None, :][entry, :, 0]
+
+
+def test_the_grid_of_img_ids():
+    for grid in ((8, 8), (3, 20), (1, 7), (7, 1), (600, 2)):
+        ids = image_ids(*grid)
+        assert grid_of_ids(ids) == grid
+        assert grid_of_ids(ids.bfloat16()[None]) == grid
+    with torch.inference_mode():
+        assert grid_of_ids(image_ids(2, 3)) == (2, 3)
+    ids = image_ids(4, 4)
+    assert grid_of_ids(ids) == (4, 4)
+    ids.copy_(image_ids(2, 8))
+    assert grid_of_ids(ids) == (2, 8)  # remembered by content, not by object alone
+    reference = image_ids(4, 4)
+    reference[:, 0] = 1
+    with pytest.raises(ToMeError, match="not one picture row by row"):
+        grid_of_ids(torch.cat([image_ids(4, 4), reference]))
+    with pytest.raises(ToMeError, match="not one picture row by row"):
+        grid_of_ids(image_ids(4, 4)[:-1])
+
+
+# --- what cannot be merged ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [SD3, FLUX, COGVIDEOX], ids=lambda f: f.title)
+def test_sites_that_joint_attention_does_not_allow(family):
+    network = family.build()
+    with pytest.raises(ToMeError, match=r"blocks.0 cannot be merged at 'attn_kv'.*tome"):
+        apply_tome(network, ratio=0.5, sites=["attn_kv"])
+    with pytest.raises(ToMeError, match=r"at 'stack'.*sites='block'"):
+        apply_tome(network, ratio=0.5, sites="stack")
+    with pytest.raises(ToMeError, match="no transformer block with a site of kind crossattn"):
+        apply_tome(network, ratio=0.5, sites=["crossattn"])
+    assert get_handle(network) is None
+
+
+def test_stack_of_one_stream():
+    network, inputs = PIXART.build(), PIXART.inputs()
+    dense = run(network, inputs)
+    handle = apply_tome(network, ratio=0.5, sites="stack")
+    seen = Seen(network, "to_q", "ff.net.0.proj")
+    assert 1e-4 < difference(run(network, inputs), dense) < 0.6
+    assert seen.lengths() == {32} and len(handle.stats()) == 1
+
+
+def test_arguments_that_do_not_fit_merged_tokens():
+    network, inputs = FLUX.build(), FLUX.inputs()
+    apply_tome(network, ratio=0.5)
+    mask = torch.ones(2, 1, 1, TEXT + 64, dtype=torch.bool)
+    with pytest.raises(ToMeError, match="attn was given an attention_mask"):
+        run(network, inputs, joint_attention_kwargs=dict(attention_mask=mask))
+    with pytest.raises(ToMeError, match="IP-Adapter"):
+        run(network, inputs, joint_attention_kwargs=dict(ip_hidden_states=[torch.zeros(2, 3, 16)]))
+    assert run(network, inputs).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("SanaTransformer2DModel", "its attention is linear"),
+        ("MochiTransformer3DModel", "grid of frames"),
+        ("WanVACETransformer3DModel", "grid of frames"),
+        ("Lumina2Transformer2DModel", "in one sequence"),
+        ("SomethingElse", "Supported"),
+    ],
+)
+def test_unsupported_transformers_are_named_with_the_reason(name, reason):
+    import diffusers
+
+    network = type(name, (nn.Module,), {})()
+    assert name == "SomethingElse" or hasattr(diffusers, name)
+    with pytest.raises(ToMeError, match=f"nothing to merge in a {name}.*{reason}") as error:
+        apply_tome(network)
+    for text in ("down_blocks and up_blocks", "FluxTransformer2DModel", "docs/adding_a_model.md"):
+        assert text in str(error.value)
+
+
+# --- compiling ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@every_family
+def test_compiled(family):
+    network, inputs = family.build(), family.inputs()
+    apply_tome(network, ratio=0.5, sites=["attn", "mlp"])
+    expected = run(network, inputs)
+    torch._dynamo.reset()
+    if family.compiles == "the whole network":
+        compiled = torch.compile(network, fullgraph=True, backend="eager")
+    else:
+        compiled = network
+        network.compile_repeated_blocks(fullgraph=True, backend="eager")
+    torch.testing.assert_close(run(compiled, inputs), expected)
+    torch._dynamo.reset()
