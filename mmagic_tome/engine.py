@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -39,10 +39,13 @@ from .hooks import (
 from .hosts import Block, Host, find_host
 from .state import BlockState, MergeState, SiteState
 
+if TYPE_CHECKING:
+    from .vit import ViTHandle
+
 
 def apply_tome(
     model: object, config: ToMeConfig | Mapping[str, Any] | None = None, **options: Any
-) -> ToMeHandle:
+) -> ToMeHandle | ViTHandle:
     """Merge tokens in ``model`` from now on, in place.
 
     Args:
@@ -50,12 +53,14 @@ def apply_tome(
             ``unet``), MMagic's native ``DenoisingUnet``.
         config: a :class:`ToMeConfig`, a dict of its options, or None for the
             defaults (ratio 0.5 around self-attention of the finest level).
-        **options: options of :class:`ToMeConfig`; they win over ``config``.
+        **options: options of :class:`ToMeConfig`; they win over ``config``. With ``r`` or
+            ``target_speedup`` among them, ``model`` is a vision transformer and all options are
+            those of :func:`mmagic_tome.vit.apply_tome_vit`.
 
     Returns:
         ToMeHandle: to look at, change and remove what was applied; as a context
         manager it removes on exit. Applying to a model that already has token
-        merging replaces it.
+        merging replaces it. For a vision transformer a :class:`mmagic_tome.vit.ViTHandle`.
 
     Raises:
         ToMeError: an invalid option, a model of no known family, or a
@@ -66,6 +71,11 @@ def apply_tome(
         >>> image = pipeline("a red apple").images[0]
         >>> print(handle.summary())
     """
+    named = {**config, **options} if isinstance(config, Mapping) else options
+    if "r" in named or "target_speedup" in named:
+        from .vit.engine import apply_options
+
+        return apply_options(model, named)
     config = ToMeConfig.coerce(config, **options)
     host, network = find_host(model)
     blocks = _blocks_to_merge(host, network, config)
@@ -116,7 +126,7 @@ def remove_tome(model: object) -> bool:
     return True
 
 
-def get_handle(model: object) -> ToMeHandle | None:
+def get_handle(model: object) -> ToMeHandle | ViTHandle | None:
     """Handle of the token merging that is applied to ``model``; None if there is none.
 
     Works on copies and on unpickled models too: the state travels with the hooks.
@@ -127,7 +137,9 @@ def get_handle(model: object) -> ToMeHandle | None:
     try:
         _, network = find_host(model)
     except ToMeError:
-        return None
+        from .vit import get_vit_handle
+
+        return get_vit_handle(model)
     for hook in network._forward_pre_hooks.values():
         if isinstance(hook, NetworkPreHook):
             return ToMeHandle(network, hook.state)

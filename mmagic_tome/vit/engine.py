@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -114,6 +115,22 @@ def apply_tome_vit(
     )
     _hook(vit, state)
     return ViTHandle(vit.root, state)
+
+
+def apply_options(model: nn.Module, options: Mapping[str, Any]) -> ViTHandle:
+    """:func:`apply_tome_vit` with options in a dict, as configs have them.
+
+    Raises:
+        ToMeError: a name that is no option of it, besides what that raises.
+    """
+    known = [field.name for field in fields(ViTOptions)]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise ToMeError(
+            f"with r or target_speedup, which are for vision transformers, there is no option "
+            f"{unknown[0]!r}; there are {', '.join(known)}"
+        )
+    return apply_tome_vit(model, **options)
 
 
 def _hook(vit: ViT, state: ViTState) -> None:
