@@ -305,6 +305,34 @@ class Shuffled(nn.Module):
         return tuple(part.flip(0) for part in self.inner(ids))
 
 
+class SamePlaceInACellOfAFrame(nn.Module):
+    """The same for Wan, whose table is made from the latent: every token has its cell's first."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, latent):
+        frames, height, width = latent.shape[2], latent.shape[3] // 2, latent.shape[4] // 2
+        place = torch.arange(frames * height * width).view(frames, height, width)
+        first = place[:, ::2, ::2].repeat_interleave(2, 1).repeat_interleave(2, 2).flatten()
+        return tuple(part[:, first] for part in self.inner(latent))
+
+
+@every_site
+def test_merging_exact_copies_of_a_video_changes_nothing(sites):
+    network, inputs = WAN.build(), WAN.inputs((4, 6))
+    network.rope = SamePlaceInACellOfAFrame(network.rope)
+    # Patches of 2x2 in cells of 2x2 patches: every patch is that to its left and above.
+    patch = inputs["hidden_states"].unflatten(4, (3, 2, 2)).unflatten(3, (2, 2, 2))
+    latent = patch[:, :, :, :, :1, :, :, :1].expand_as(patch)
+    inputs["hidden_states"] = latent.flatten(6, 8).flatten(3, 5)
+    dense = run(network, inputs)
+    handle = apply_tome(network, ratio=0.75, sites=sites, exact_matching=True)
+    torch.testing.assert_close(run(network, inputs), dense)
+    assert {row["kept"] for row in handle.stats()} == {12}
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_kept_tokens_keep_their_places(batch):
     """The rows that attention is given are the text's and those of 32 tokens."""
@@ -392,6 +420,26 @@ def test_arguments_that_do_not_fit_merged_tokens():
     assert run(network, inputs).isfinite().all()
 
 
+def test_a_timestep_per_token():
+    """Wan 2.2 from a picture: its first frame has timestep 0 at every step."""
+    network = WAN.build()
+
+    def inputs(time):
+        steps = torch.full((2, 128), time)
+        steps[:, :64] = 0
+        return {**WAN.inputs(), "timestep": steps}
+
+    dense = run(network, inputs(500))
+    with apply_tome(network, ratio=0.5, refresh=2, sites=["attn", "mlp"]) as handle:
+        assert 1e-4 < difference(run(network, inputs(500)), dense) < 0.6
+        run(network, inputs(400))
+        assert {row["plans"] for row in handle.stats()} == {1}  # the second step of a run
+    apply_tome(network, ratio=0.5, sites="block")
+    with pytest.raises(ToMeError, match=r"blocks.0.block is given a timestep per token"):
+        run(network, inputs(500))
+    assert run(network, WAN.inputs()).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -411,6 +459,61 @@ def test_unsupported_transformers_are_named_with_the_reason(name, reason):
         apply_tome(network)
     for text in ("down_blocks and up_blocks", "FluxTransformer2DModel", "docs/adding_a_model.md"):
         assert text in str(error.value)
+
+
+# --- pipelines ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [SD3, FLUX], ids=lambda family: family.title)
+def test_pipelines(family):
+    """What diffusers' own pipelines call the networks with, over all steps."""
+    import diffusers
+    from tiny import randomise
+
+    channels = 4 if family is SD3 else 1  # Flux packs four places into one token
+    vae = randomise(
+        diffusers.AutoencoderKL(
+            in_channels=3,
+            out_channels=3,
+            latent_channels=channels,
+            block_out_channels=(8,) * 4,
+            norm_num_groups=8,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            shift_factor=0.1,
+        )
+    )
+    parts = dict(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=vae, transformer=family.build()
+    )
+    names = ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
+    if family is SD3:
+        names += ["text_encoder_3", "tokenizer_3"]
+    kind = diffusers.StableDiffusion3Pipeline if family is SD3 else diffusers.FluxPipeline
+    pipeline = kind(**parts, **dict.fromkeys(names))
+    pipeline.set_progress_bar_config(disable=True)
+    embeds = dict(prompt_embeds=torch.randn(1, TEXT, 12), pooled_prompt_embeds=torch.randn(1, 12))
+    if family is SD3:
+        embeds.update({f"negative_{name}": -value for name, value in embeds.items()})
+
+    def picture():
+        return pipeline(
+            **embeds,
+            height=128,
+            width=96,
+            num_inference_steps=4,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).images
+
+    dense = picture()
+    with apply_tome(pipeline, ratio=0.5, refresh=2, sites=["attn", "mlp"]) as handle:
+        merged = picture()
+        assert {(row["tokens"], row["kept"]) for row in handle.stats()} == {(48, 24)}
+        assert {(row["calls"], row["plans"]) for row in handle.stats()} == {(4, 2)}
+        assert torch.equal(picture(), merged)
+    assert 1e-4 < difference(merged, dense) < 0.6
+    assert torch.equal(picture(), dense)
 
 
 # --- compiling ------------------------------------------------------------------------------------
