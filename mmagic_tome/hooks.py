@@ -459,7 +459,6 @@ def _replaced(site: SiteState, output: Any, y: Tensor) -> Any:
     return (*output[: site.returns], y, *output[site.returns + 1 :])
 
 
-@torch.compiler.disable
 def _as_float(timestep: Any) -> float:
     """First of the timesteps as a number; waits for the device where it is a tensor there."""
     if isinstance(timestep, Tensor):
