@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import ToMeError
@@ -98,7 +99,7 @@ class Flux(Host):
 _known_grids = WeakTensorKeyDictionary()
 
 
-@torch.compiler.disable
+@_disable_dynamo  # torch.compiler.disable, which would import the compiler now
 def grid_of_ids(ids: Tensor) -> tuple[int, int]:
     """(height, width) in tokens from position ids, remembered as long as the tensor lives.
 
