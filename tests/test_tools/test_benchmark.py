@@ -80,7 +80,7 @@ def test_an_attention_that_is_not_here_is_skipped_and_said(run):
     assert "nothing could be measured" in err
 
 
-def test_networks_without_a_host_run_dense(run, monkeypatch):
+def test_diffusion_transformers(run, monkeypatch):
     sd3 = dict(SHAPES["sd3"].options, num_layers=1, attention_head_dim=8, num_attention_heads=2)
     sd3.update(caption_projection_dim=16, joint_attention_dim=16, pooled_projection_dim=16)
     flux = dict(SHAPES["flux"].options, num_layers=1, num_single_layers=1, attention_head_dim=16)
@@ -94,7 +94,8 @@ def test_networks_without_a_host_run_dense(run, monkeypatch):
     for name in tiny:
         code, out, err = run("--shape", name, "--rounds", "3", "--device", "cpu", *FAST)
         assert code == 0, err
-        assert "| dense |" in out and "ours does not take part: " in out
+        assert "| dense |" in out and "| ours |" in out
+        assert "tomesd does not take part: " in out
 
 
 def test_demo(run):
