@@ -55,10 +55,16 @@ class Block:
 class Host:
     """Description of one model family. Stateless; its methods are called while the model runs.
 
-    ``description`` is a short phrase for error messages.
+    Attributes:
+        description (str): a short phrase for error messages.
+        timestep_position (int | None): position of the timestep among the arguments of the
+            network's forward. Default: None, given by name only.
+        timestep_name (str): what the forward calls it. Default: ``timestep``.
     """
 
     description: str
+    timestep_position: int | None = None
+    timestep_name: str = "timestep"
 
     def matches(self, module: nn.Module) -> bool:
         """Whether ``module`` is a network of this family."""
@@ -71,9 +77,12 @@ class Host:
     def timestep(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The timestep in a call of the network: a tensor, a number, or None.
 
-        Default: what is called ``timestep``.
+        Default: what is at :attr:`timestep_position`, else what is called :attr:`timestep_name`.
         """
-        return kwargs.get("timestep")
+        position = self.timestep_position
+        if position is not None and len(args) > position:
+            return args[position]
+        return kwargs.get(self.timestep_name)
 
     def noise_level(self, timestep: float) -> float:
         """A timestep as a share of the training steps: 1 = pure noise, 0 = none.

@@ -21,6 +21,7 @@ class CogVideoX(Host):
     """Host for ``CogVideoXTransformer3DModel``. Sites: ``attn`` = ``attn1``, ``mlp`` = ``ff``."""
 
     description = "CogVideoX (CogVideoXTransformer3DModel)"
+    timestep_position = 2
 
     def matches(self, module: nn.Module) -> bool:
         return is_a(module, "CogVideoXTransformer3DModel")
@@ -39,9 +40,6 @@ class CogVideoX(Host):
             )
             for index, block in enumerate(network.transformer_blocks)
         ]
-
-    def timestep(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        return args[2] if len(args) > 2 else kwargs.get("timestep")
 
     def grid(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
         latent = args[0] if args else kwargs["hidden_states"]

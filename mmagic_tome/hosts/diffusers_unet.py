@@ -35,6 +35,7 @@ class DiffusersUNet(Host):
     description = (
         "diffusers UNets (UNet2DConditionModel and whatever has down_blocks and up_blocks)"
     )
+    timestep_position = 1
 
     def matches(self, module: nn.Module) -> bool:
         # Its own children: wrappers (torch.compile's, MMagic's) pass attributes of what is
@@ -61,9 +62,6 @@ class DiffusersUNet(Host):
             for index, block in enumerate(stack.transformer_blocks)
             if getattr(block, "attn1", None) is not None
         ]
-
-    def timestep(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        return args[1] if len(args) > 1 else kwargs.get("timestep")
 
     def grid(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
         x = args[0] if args else kwargs["hidden_states"]

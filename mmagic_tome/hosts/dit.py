@@ -21,13 +21,6 @@ class PatchTransformer(Host):
     All blocks see the same grid, that of the patches; it is level 1 of ``max_downsample``.
     """
 
-    #: Position of the timestep among the arguments of the network's forward.
-    timestep_position: int
-
-    def timestep(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        position = self.timestep_position
-        return args[position] if len(args) > position else kwargs.get("timestep")
-
     def grid(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
         latent = args[0] if args else kwargs["hidden_states"]
         patch = stack.config.patch_size

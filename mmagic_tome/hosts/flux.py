@@ -20,8 +20,8 @@ from .dit import is_a
 from .rotary import with_merged_rotary
 from .sd3 import REFUSED
 
-# Positions among the arguments of the network.
-_TIMESTEP, _IMG_IDS = 3, 4
+# Position among the arguments of the network.
+_IMG_IDS = 4
 
 
 class Flux(Host):
@@ -38,6 +38,7 @@ class Flux(Host):
     """
 
     description = "Flux.1 (FluxTransformer2DModel)"
+    timestep_position = 3
 
     def matches(self, module: nn.Module) -> bool:
         return is_a(module, "FluxTransformer2DModel")
@@ -66,9 +67,6 @@ class Flux(Host):
             for index, block in enumerate(network.single_transformer_blocks)
         ]
         return double + single
-
-    def timestep(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        return args[_TIMESTEP] if len(args) > _TIMESTEP else kwargs.get("timestep")
 
     def noise_level(self, timestep: float) -> float:
         # Pipelines divide by 1000 before the call.

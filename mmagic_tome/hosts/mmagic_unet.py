@@ -6,8 +6,6 @@ It is laid out like a diffusers UNet and differs in what its arguments are calle
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from .diffusers_unet import DiffusersUNet
@@ -18,11 +16,9 @@ class MMagicUNet(DiffusersUNet):
 
     context_argument = "context"
     description = "MMagic's DenoisingUnet (unet_type='stable')"
+    timestep_name = "t"
 
     def matches(self, module: nn.Module) -> bool:
         # By name, so that MMagic need not be installed for the question to be asked.
         is_native = any(base.__name__ == "DenoisingUnet" for base in type(module).__mro__)
         return is_native and super().matches(module)
-
-    def timestep(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        return args[1] if len(args) > 1 else kwargs.get("t")

@@ -25,6 +25,7 @@ class Wan(Host):
     """
 
     description = "Wan (WanTransformer3DModel)"
+    timestep_position = 1
 
     def matches(self, module: nn.Module) -> bool:
         return is_a(module, "WanTransformer3DModel")
@@ -52,7 +53,7 @@ class Wan(Host):
         ]
 
     def timestep(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
+        timestep = super().timestep(args, kwargs)
         if isinstance(timestep, Tensor) and timestep.dim() == 2:
             # One per token: those of a given first frame are 0 throughout, the last are not.
             return timestep[:, -1]
