@@ -6,7 +6,6 @@ targets.py       what is run: named shapes with random weights, the demo, a conf
 fits.py          whether it fits into this machine's memory, asked before it is built
 attention.py     how attention is computed: diffusers processors, torch's backends
 contenders.py    who runs it: dense, ours, tomesd, MMagic's own, the ideal
-meters.py        clocks and memory
 rounds.py        the interleaved rounds of one case
 statistics.py    ratios of paired rounds, eta, what is within noise
 report.py        the table and the JSON

@@ -8,8 +8,6 @@ at the same time and take turns, compiled ones too.
 from __future__ import annotations
 
 import copy
-import json
-from ast import literal_eval
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ToMeConfig, apply_tome
+from ..contenders import apply_tomesd
 from ..errors import ToMeError
 from ..hosts import find_host
 
@@ -50,34 +49,6 @@ class Contender:
     network: nn.Module
     ideal: str | None = None
     sites: list[dict[str, Any]] = field(default_factory=list)
-
-
-def parse_tome(text: str) -> tuple[str, dict[str, Any]]:
-    """``NAME={...}`` as (name, options of a :class:`ToMeConfig`); JSON or Python spelling.
-
-    Raises:
-        ToMeError: it is neither, or the options are not valid.
-    """
-    name, equals, options = text.partition("=")
-    name = name.strip()
-    if not equals or not name or name in CONTENDERS:
-        raise ToMeError(
-            f"--tome takes NAME='{{\"ratio\": 0.5, ...}}' with a name of your own, got {text!r}"
-        )
-    try:
-        given = json.loads(options)
-    except ValueError:
-        try:
-            given = literal_eval(options.strip())
-        except (ValueError, SyntaxError):
-            given = None
-    if not isinstance(given, dict):
-        raise ToMeError(f"--tome {name}: expected a dict such as {{'ratio': 0.6}}, got {options!r}")
-    try:
-        ToMeConfig.from_dict(given)
-    except ToMeError as error:
-        raise ToMeError(f"--tome {name}: {error}") from error
-    return name, given
 
 
 def prepare(
@@ -184,11 +155,7 @@ def _tomesd_options(config: ToMeConfig, network: nn.Module) -> dict[str, Any]:
 
 
 def _tomesd(one: Contender, run) -> None:
-    try:
-        import tomesd
-    except ImportError as error:
-        raise ToMeError("not installed: pip install tomesd==0.1.3") from error
-    tomesd.apply_patch(one.network, **_tomesd_options(one.config, one.network))
+    apply_tomesd(one.network, _tomesd_options(one.config, one.network))
     run(one.network)
 
 

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from ..config import ToMeConfig
 from ..errors import ToMeError
+from ..meters import Clock, peak_memory
 from .attention import backend, set_processor
 from .contenders import DENSE, prepare, share_weights
-from .meters import Clock, peak_memory
 from .targets import Target
 
 

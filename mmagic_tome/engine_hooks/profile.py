@@ -16,8 +16,8 @@ from torch import nn
 from ..apis.pictures import ResultFolder
 from ..engine import get_handle
 from ..errors import ToMeError
-from ..evaluation.metrics.cost import process_peak, reset_process_peak
 from ..hosts import find_host
+from ..meters import process_peak, reset_process_peak
 from .subject import is_aside, model_of
 
 

@@ -73,7 +73,7 @@ def request_of(runner, prompts: list[str], **given: Any) -> Request:
     Raises:
         ToMeError: a value that cannot be.
     """
-    from ..apis.cli import check_default
+    from ..apis.command_line import check_default
 
     config = dict(getattr(runner, "cfg", {}).get("infer_cfg") or {})
     fields = {}

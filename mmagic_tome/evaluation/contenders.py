@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -14,6 +12,7 @@ from importlib import metadata
 from typing import Any
 
 from .. import ToMeConfig, apply_tome, remove_tome
+from ..contenders import apply_tomesd, require_tomesd
 from ..errors import ToMeError
 from ..version import __version__
 
@@ -88,18 +87,13 @@ class Contender:
             with apply_tome(model, self.tome_cfg) as handle:
                 yield handle
         elif self.tomesd is not None:
-            import tomesd
-
-            from ..hosts import find_host
-
-            # MMagic wraps the network in a class that tomesd does not know.
-            _, network = find_host(model)
-            # Its generator is made from the global one at the first forward: a new patch
-            # per run gives the same picture however often it is run.
-            tomesd.apply_patch(network, **self.tomesd)
+            # A new patch per run, with a new generator: the same picture however often it is run.
+            network = apply_tomesd(model, self.tomesd)
             try:
                 yield None
             finally:
+                import tomesd
+
                 tomesd.remove_patch(network)
         else:
             yield None
@@ -108,31 +102,6 @@ class Contender:
 def slug(name: str) -> str:
     """Return a name as lower-case letters, digits, dots and dashes."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "contender"
-
-
-def parse_options(text: str) -> Any:
-    """Return options from a command line: JSON, a Python literal, or the text itself.
-
-    The text itself serves for whatever single words ``ToMeConfig`` takes.
-    """
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            return parse(text)
-        except (ValueError, SyntaxError):
-            continue
-    return text
-
-
-def parse_named(text: str) -> tuple[str, Any]:
-    """Return name and options of ``NAME={...}``.
-
-    Raises:
-        ToMeError: There is no name or no options.
-    """
-    name, equals, options = text.partition("=")
-    if not (equals and name.strip() and options.strip()):
-        raise ToMeError(f"--tome {text!r}: write NAME='{{\"ratio\": 0.5}}'")
-    return name.strip(), parse_options(options)
 
 
 def merged(name: str, options: Any, steps: int | None = None) -> Contender:
@@ -217,8 +186,10 @@ def tomesd_contender(name: str, options: Any, steps: int | None = None) -> Conte
             f"contender {name!r}: tomesd merges at most {1 - 1 / cells:g} of the tokens and "
             f"silently caps what is above, got {ratio!r}"
         )
-    if importlib.util.find_spec("tomesd") is None:
-        raise ToMeError(f"contender {name!r} needs tomesd: pip install tomesd==0.1.3")
+    try:
+        require_tomesd()
+    except ToMeError as error:
+        raise ToMeError(f"contender {name!r} needs tomesd, which is {error}") from None
     return Contender(name, tomesd=dict(options), steps=steps)
 
 

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..apis.cli import VALUES, _number, check_default
+from ..apis.command_line import VALUES, check_default, number
 from ..apis.model_config import merging_config
+from ..contenders import parse_named
 from ..errors import ToMeError
 from . import contenders as c
 from .prompts import PromptList, load_prompts
@@ -53,10 +54,10 @@ SHARED = ("steps", "guidance", "size", "seed", "batch_size", "negative_prompt")
 DEFAULTS = {"steps": 50, "guidance": 7.5, "seed": 0, "batch_size": 1, "cost_rounds": 5}
 NUMBERS = {
     **VALUES,
-    "images_per_prompt": _number(int, low=1),
-    "limit": _number(int, low=1),
-    "real_per_class": _number(int, low=1),
-    "cost_rounds": _number(int, low=0),
+    "images_per_prompt": number(int, low=1),
+    "limit": number(int, low=1),
+    "real_per_class": number(int, low=1),
+    "cost_rounds": number(int, low=0),
 }
 
 
@@ -216,7 +217,7 @@ def _contenders(args, values, merging) -> list[c.Contender]:
         # A sweep keeps the other options of the config's own merging.
         base = {} if merging is None else merging.to_dict()
         found += [c.merged(f"ratio {r:g}", {**base, "ratio": r}) for r in values["ratios"]]
-    found += [c.merged(*c.parse_named(text)) for text in args.tome or ()]
+    found += [c.merged(*parse_named(text)) for text in args.tome or ()]
     if args.tomesd or (values.get("tomesd") and not on_command_line):
         found += [c.tomesd_contender(f"tomesd {r:g}", r) for r in values["tomesd"]]
     if not found:

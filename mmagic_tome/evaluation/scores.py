@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..contenders import parse_options
 from ..errors import ToMeError
-from .contenders import DENSE, Contender, parse_options
+from .contenders import DENSE, Contender
 from .metrics import PAIRED, SETS, PairedMetric, SetMetric, build_paired, build_set
 from .real import RealPictures
 from .store import RunFolder

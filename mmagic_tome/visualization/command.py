@@ -18,11 +18,11 @@ from ..apis.model_config import (
     load_config,
     merging_config,
 )
-from ..apis.pictures import ResultFolder, file_stem, picture_difference
+from ..apis.pictures import FULL_SCALE, ResultFolder, file_stem, picture_difference
 from ..apis.text2image import Generator
 from ..errors import ToMeError
 from .cost_plot import cost_plot, cost_rows
-from .error_map import FULL_SCALE, error_map
+from .error_map import error_map
 from .recorder import PlanRecorder
 from .sheets import grid_sheet, merge_sheet, save_gif, step_frames
 

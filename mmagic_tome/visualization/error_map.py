@@ -6,10 +6,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from ..apis.pictures import FULL_SCALE
 from ..errors import ToMeError
-
-# Of 255 levels, the mean over RGB: what gets the brightest colour, as in the comparison sheets.
-FULL_SCALE = 64
 
 
 def pixel_error(dense: Image.Image, merged: Image.Image) -> np.ndarray:

@@ -5,8 +5,8 @@ import pytest
 import torch
 from tiny import tiny_inputs, tiny_unet
 
-from mmagic_tome import ToMeConfig, ToMeError
-from mmagic_tome.benchmark.contenders import parse_tome, prepare, share_weights
+from mmagic_tome import ToMeConfig
+from mmagic_tome.benchmark.contenders import prepare, share_weights
 
 
 def run(network):
@@ -82,26 +82,3 @@ def test_mmagic_runs_on_its_own_unet_or_says_why():
     pytest.importorskip("mmagic")
     _, missing = prepare(["mmagic"], tiny_unet(), ToMeConfig(), {}, run)
     assert "encoder_attention_mask" in missing["mmagic"]
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("ratio", "takes NAME="),
-        ("={}", "takes NAME="),
-        ("ours={}", "a name of your own"),
-        ("a=3", "expected a dict"),
-        ("a={ratio}", "expected a dict"),
-        ("a={'ratio': 2}", "--tome a: "),
-        ("a={'ration': 0.2}", "did you mean 'ratio'"),
-    ],
-)
-def test_bad_tome_options(text, said):
-    with pytest.raises(ToMeError, match=said):
-        parse_tome(text)
-
-
-def test_tome_options_in_both_spellings():
-    expected = ("a", {"ratio": 0.6, "merge_mlp": True})
-    assert parse_tome("a={'ratio': 0.6, 'merge_mlp': True}") == expected
-    assert parse_tome('a={"ratio": 0.6, "merge_mlp": true}') == expected

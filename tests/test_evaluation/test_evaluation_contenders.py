@@ -75,11 +75,6 @@ def test_fewer_steps():
 
 
 def test_names():
-    name, options = c.parse_named("wide={'ratio': 0.8, 'sx': 4, 'sy': 4}")
-    assert (name, options["sx"]) == ("wide", 4)
-    assert c.parse_named('a={"use_rand": false}')[1] == {"use_rand": False}
-    with pytest.raises(ToMeError, match="write NAME="):
-        c.parse_named("{'ratio': 0.5}")
     with pytest.raises(ToMeError, match="name of another"):
         c.check_names([c.Contender("A b"), c.Contender("a-b")])
     with pytest.raises(ToMeError, match="real pictures"):

@@ -5,17 +5,16 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...errors import ToMeError
+from ...meters import energy_reader, finish, process_peak, reset_process_peak
 
 
 @dataclass
@@ -60,7 +59,7 @@ class CostMeter:
         self.warm_up = warm_up
         self.runs: list[Run] = []
         self._seen = 0
-        self._energy = _energy_reader(self.device)
+        self._energy = energy_reader(self.device)
 
     @contextlib.contextmanager
     def run(self, images: int = 1) -> Iterator[None]:
@@ -68,15 +67,14 @@ class CostMeter:
         if not isinstance(images, int) or images < 1:
             raise ToMeError(f"images={images!r}: write how many pictures the run makes")
         cuda = self.device.type == "cuda"
+        finish(self.device)
         if cuda:
-            torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
         from_now = reset_process_peak()
         joules = self._energy()
         start = time.perf_counter()
         yield
-        if cuda:
-            torch.cuda.synchronize(self.device)
+        finish(self.device)
         seconds = time.perf_counter() - start
         used = self._energy()
         self._seen += 1
@@ -184,38 +182,3 @@ def tokens_removed(stats: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 def _largest(values: Iterable[int | None]) -> int | None:
     values = list(values)
     return None if None in values else max(values)
-
-
-def reset_process_peak() -> bool:
-    """Let the kernel's peak of resident memory start anew; False where it cannot."""
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:  # a container without the right
-        return False
-    return True
-
-
-def process_peak() -> int | None:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _energy_reader(device: torch.device) -> Callable[[], float | None]:
-    """A function that returns the device's joules so far, or None where nobody counts them."""
-    if device.type != "cuda":
-        return lambda: None
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        # By UUID: CUDA_VISIBLE_DEVICES changes torch's numbers, not NVML's.
-        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except Exception:  # not installed, no driver, too old a GPU, torch without uuid
-        return lambda: None
-    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000

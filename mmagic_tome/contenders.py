@@ -1,0 +1,84 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""What the benchmark and the evaluation share about contenders.
+
+How token merging under a name is spelled on a command line, and how the package tomesd, the
+reference to beat, is put on a network.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import nn
+
+from .config import ToMeConfig
+from .errors import ToMeError
+from .hosts import find_host
+
+TOMESD_VERSION = "0.1.3"
+
+
+def parse_options(text: str) -> Any:
+    """What a command line means by ``text``: JSON, a Python literal, or the text itself."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text.strip())
+        except (ValueError, SyntaxError):
+            continue
+    return text
+
+
+def parse_named(text: str, taken: Collection[str] = ()) -> tuple[str, dict[str, Any]]:
+    """``NAME={...}`` as (name, options of a :class:`ToMeConfig`); JSON or Python spelling.
+
+    Args:
+        text: value of an option ``--tome``.
+        taken: names that cannot be given.
+
+    Raises:
+        ToMeError: it is neither, or the options are not valid.
+    """
+    name, equals, options = text.partition("=")
+    name = name.strip()
+    if not equals or not name or name in taken or not options.strip():
+        raise ToMeError(
+            f"--tome takes NAME='{{\"ratio\": 0.5, ...}}' with a name of your own, got {text!r}"
+        )
+    given = parse_options(options)
+    if not isinstance(given, dict):
+        raise ToMeError(f"--tome {name}: expected a dict such as {{'ratio': 0.6}}, got {options!r}")
+    try:
+        ToMeConfig.from_dict(given)
+    except ToMeError as error:
+        raise ToMeError(f"--tome {name}: {error}") from error
+    return name, given
+
+
+def require_tomesd() -> None:
+    """Raise :class:`ToMeError` if the package tomesd is not installed."""
+    if importlib.util.find_spec("tomesd") is None:
+        raise ToMeError(f"not installed: pip install tomesd=={TOMESD_VERSION}")
+
+
+def apply_tomesd(network: nn.Module, options: Mapping[str, Any]) -> nn.Module:
+    """Put the package tomesd on a network, to be taken off by ``tomesd.remove_patch``.
+
+    Its generator of random destinations is made from torch's global one at the first forward.
+
+    Args:
+        network: a UNet of diffusers, or one in a wrapper, which tomesd itself does not know.
+        options: keyword arguments of ``tomesd.apply_patch``.
+
+    Returns:
+        nn.Module: what was patched, the network out of its wrapper.
+    """
+    require_tomesd()
+    import tomesd
+
+    _, network = find_host(network)
+    tomesd.apply_patch(network, **options)
+    return network
