@@ -60,7 +60,7 @@ def apply_tome(
     Returns:
         ToMeHandle: to look at, change and remove what was applied; as a context
         manager it removes on exit. Applying to a model that already has token
-        merging replaces it. For a vision transformer a :class:`mmagic_tome.vit.ViTHandle`.
+        merging replaces it; as a context manager it is put back on exit. For a vision transformer a :class:`mmagic_tome.vit.ViTHandle`.
 
     Raises:
         ToMeError: an invalid option, a model of no known family, or a
@@ -82,7 +82,9 @@ def apply_tome(
     for block in blocks:
         _check_block(block, config)
     _let_the_compiler_see_hooks()
-    remove_tome(network)
+    replaced = get_handle(network)
+    if replaced is not None:
+        replaced.remove()
 
     state = MergeState(config, host)
     state.hook(network, NetworkPreHook(state), NetworkPostHook(state))
@@ -107,7 +109,7 @@ def apply_tome(
             state.hook(modules[0], before)
             state.hook_after(modules[-1], after)
         state.sites[-1].last = True
-    return ToMeHandle(network, state)
+    return ToMeHandle(network, state, replaced)
 
 
 def remove_tome(model: object) -> bool:
@@ -149,9 +151,12 @@ def get_handle(model: object) -> ToMeHandle | ViTHandle | None:
 class ToMeHandle:
     """What :func:`apply_tome` returns: a view on the token merging of one network."""
 
-    def __init__(self, network: nn.Module, state: MergeState) -> None:
+    def __init__(
+        self, network: nn.Module, state: MergeState, replaced: ToMeHandle | None = None
+    ) -> None:
         self.network = network
         self._state = state
+        self._replaced = replaced
 
     @property
     def config(self) -> ToMeConfig:
@@ -260,7 +265,12 @@ class ToMeHandle:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        # One that was removed or replaced in the meantime has nothing to undo.
+        if not self.active:
+            return
         self.remove()
+        if self._replaced is not None:
+            self._replaced._state.put_back()
 
     def __repr__(self) -> str:
         where = f"{type(self.network).__name__}, {len(self._state.sites)} sites"

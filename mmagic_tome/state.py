@@ -33,6 +33,8 @@ class MergeState:
         self.blocks: list[BlockState] = []
         self.sites: list[SiteState] = []
         self.hooks: list[RemovableHandle] = []
+        # (module, hook, whether it runs after the module), of all that were ever registered.
+        self.placed: list[tuple[nn.Module, Any, bool]] = []
         self._threads = threading.local()
         self._compiled = Forward()
 
@@ -71,13 +73,24 @@ class MergeState:
 
     def hook(self, module: nn.Module, before: Any, after: Any = None) -> None:
         """Register a pre-hook and optionally a post-hook; :meth:`remove` takes them out."""
-        self.hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        self.placed.append((module, before, False))
+        self._register(module, before, False)
         if after is not None:
             self.hook_after(module, after)
 
     def hook_after(self, module: nn.Module, after: Any) -> None:
         """Register a post-hook alone."""
-        self.hooks.append(module.register_forward_hook(after, with_kwargs=True))
+        self.placed.append((module, after, True))
+        self._register(module, after, True)
+
+    def put_back(self) -> None:
+        """Register again what :meth:`remove` took out."""
+        for placed in self.placed:
+            self._register(*placed)
+
+    def _register(self, module: nn.Module, hook: Any, after: bool) -> None:
+        register = module.register_forward_hook if after else module.register_forward_pre_hook
+        self.hooks.append(register(hook, with_kwargs=True))
 
     @property
     def residual(self) -> Residual | None:

@@ -362,6 +362,47 @@ def test_exception_inside_with_removes(unet):
     assert get_handle(unet) is None
 
 
+def test_nested_with_puts_the_outer_one_back(unet):
+    dense = run(unet)
+    with apply_tome(unet, ratio=0.25) as outer:
+        expected = run(unet)
+        with apply_tome(unet, ratio=0.5) as middle:
+            halved = run(unet)
+            with pytest.raises(KeyError), apply_tome(unet, ratio=0.75) as inner:
+                assert not outer.active and not middle.active
+                raise KeyError
+            assert middle.active and not inner.active
+            assert get_handle(unet).ratio == 0.5 and torch.equal(run(unet), halved)
+        assert outer.active and get_handle(unet).ratio == 0.25
+        outer.reset()
+        assert torch.equal(run(unet), expected)
+        assert {(row["kept"], row["calls"]) for row in outer.stats()} == {(192, 1)}
+    assert torch.equal(run(unet), dense) and not hooks_of(unet)
+
+
+def test_with_puts_back_what_was_applied_for_good_also_in_a_copy(unet):
+    apply_tome(unet, ratio=0.25)
+    expected = run(unet)
+    for network in (unet, pickle.loads(pickle.dumps(unet)), copy.deepcopy(unet)):
+        count = len(hooks_of(network))
+        with apply_tome(network, ratio=0.5):
+            assert not torch.equal(run(network), expected)
+        assert torch.equal(run(network), expected) and len(hooks_of(network)) == count
+        remove_tome(network)
+        assert not hooks_of(network)
+
+
+def test_with_leaves_alone_what_replaced_it_inside(unet):
+    with apply_tome(unet, ratio=0.25):
+        with apply_tome(unet, ratio=0.5):
+            last = apply_tome(unet, ratio=0.75)
+        assert last.active and get_handle(unet).ratio == 0.75
+    assert last.active
+    with apply_tome(unet, ratio=0.5):
+        remove_tome(unet)
+    assert get_handle(unet) is None
+
+
 def test_two_models_in_two_threads(unet):
     networks = [unet, copy.deepcopy(unet)]
     apply_tome(networks[0], ratio=0.25)
