@@ -64,6 +64,7 @@ def test_only_torch_and_diffusers():
     """No OpenMMLab package at all, no torchvision, no transformers."""
     openmmlab = ("mmagic", "mmcv", "mmengine")
     others = ("transformers", "torchvision", "controlnet_aux", "mediapipe", "albumentations", "cv2")
+    others += ("peft",)  # which needs transformers
     setuptools = ("pkg_resources", "setuptools")
     result = run(
         """
