@@ -244,6 +244,55 @@ def transformers_text_model():
     yield
 
 
+@repairs("mmagic.models.diffusion_schedulers", lasting=True)
+def mmagic_scheduler_copies():
+    """copies and EMA of a MMagic model: "RecursionError: maximum recursion depth exceeded".
+
+    Its wrapper of diffusers' schedulers looks up every name it lacks in ``self.scheduler``,
+    also that one, which a copy lacks at first. So no model with such a scheduler can be copied.
+    """
+    yield
+    wrapper = sys.modules["mmagic.models.diffusion_schedulers"].SchedulerWrapper
+    look_up = wrapper.__getattr__
+    try:
+        hasattr(wrapper.__new__(wrapper), "scheduler")
+        return
+    except RecursionError:
+        pass
+
+    @functools.wraps(look_up)
+    def __getattr__(self, name):
+        if name == "scheduler":
+            raise AttributeError(name)
+        return look_up(self, name)
+
+    wrapper.__getattr__ = __getattr__
+
+
+@repairs("mmagic.models.archs.attention_injection", lasting=True)
+def mmagic_attention_injection():
+    """attention_injection=True: "'AttentionInjection' object has no attribute 'in_channels'".
+
+    ``ControlStableDiffusion`` asks its UNet for sizes and dtypes, and the wrapper that it puts
+    around the UNet for attention injection has none. It passes on what it lacks, as MMagic's other
+    wrappers do.
+    """
+    yield
+    wrapper = sys.modules["mmagic.models.archs.attention_injection"].AttentionInjection
+    if "__getattr__" in vars(wrapper):
+        return
+
+    def __getattr__(self, name):
+        try:
+            return super(wrapper, self).__getattr__(name)
+        except AttributeError:
+            if name == "unet":  # not there yet: its own __init__, or a copy in the making
+                raise
+            return getattr(self.unet, name)
+
+    wrapper.__getattr__ = __getattr__
+
+
 @repairs("controlnet_aux")
 def mediapipe_solutions():
     """mediapipe >= 1: "module 'mediapipe' has no attribute 'solutions'".

@@ -2,6 +2,7 @@
 """Each repair alone: it acts on its symptom, leaves no trace that is not needed, and
 touches nothing where the symptom is absent (full mmcv, older or matching libraries)."""
 
+import copy
 import importlib
 import importlib.machinery
 import sys
@@ -372,6 +373,62 @@ def test_without_pkg_resources(package_utils, without, tmp_path, monkeypatch):
     assert package_utils.get_installed_path("not_distributed") == str(tmp_path)
     with pytest.raises(importlib.metadata.PackageNotFoundError):
         package_utils.get_installed_path("no-such-package")
+
+
+# --- MMagic ---------------------------------------------------------------------------------------
+
+
+def run_repair(repair):
+    for _ in repair():
+        pass
+
+
+def test_scheduler_wrappers_can_be_copied(monkeypatch):
+    class Wrapper:
+        def __init__(self):
+            self.scheduler = types.SimpleNamespace(steps=5)
+
+        def __getattr__(self, name):  # as MMagic has it
+            return getattr(self.scheduler, name)
+
+    fake_package(monkeypatch, "mmagic")
+    fake_package(monkeypatch, "mmagic.models")
+    name = "mmagic.models.diffusion_schedulers"
+    fake_package(monkeypatch, name, SchedulerWrapper=Wrapper)
+    with pytest.raises(RecursionError):
+        copy.deepcopy(Wrapper())
+    run_repair(repairs.mmagic_scheduler_copies)
+    copied = copy.deepcopy(Wrapper())
+    assert copied.steps == 5
+    with pytest.raises(AttributeError, match="nonsense"):
+        getattr(copied, "nonsense")  # noqa: B009
+    repaired = Wrapper.__getattr__
+    run_repair(repairs.mmagic_scheduler_copies)  # nothing to repair any more
+    assert Wrapper.__getattr__ is repaired
+
+
+def test_attention_injection_passes_on_what_it_lacks(monkeypatch):
+    import torch
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, unet):
+            super().__init__()
+            self.unet = unet
+
+    fake_package(monkeypatch, "mmagic")
+    fake_package(monkeypatch, "mmagic.models")
+    fake_package(monkeypatch, "mmagic.models.archs")
+    name = "mmagic.models.archs.attention_injection"
+    fake_package(monkeypatch, name, AttentionInjection=Wrapper)
+    run_repair(repairs.mmagic_attention_injection)
+    wrapper = copy.deepcopy(Wrapper(torch.nn.Conv2d(3, 4, 1)))
+    assert wrapper.in_channels == 3
+    assert wrapper.unet.out_channels == 4
+    with pytest.raises(AttributeError, match="nonsense"):
+        getattr(wrapper, "nonsense")  # noqa: B009
+    repaired = Wrapper.__getattr__
+    run_repair(repairs.mmagic_attention_injection)
+    assert Wrapper.__getattr__ is repaired
 
 
 # --- the list of them -----------------------------------------------------------------------------
