@@ -1,33 +1,62 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """``python -m mmagic_tome COMMAND``: the commands, also from an installed wheel."""
 
+from __future__ import annotations
+
 import sys
+from importlib import import_module
 
-from mmagic_tome.apis import cli
+from mmagic_tome.apis.command_line import BAD_INPUT
 
-USAGE = """\
-usage: python -m mmagic_tome infer|evaluate [CONFIG] [options]
+# Command -> (module with its ``main(argv, prog)``, what it does).
+COMMANDS = {
+    "infer": ("apis.cli", "generate images from text, dense and merged"),
+    "evaluate": (
+        "evaluation.cli",
+        "compare dense, merged and fewer steps: metrics, cost, a report",
+    ),
+    "benchmark": ("benchmark.cli", "time and memory of one forward, contenders side by side"),
+    "visualize": ("visualization.cli", "merge maps, error maps, the cost of each layer"),
+}
 
-  infer     generate images from text, dense and merged (infer --help)
-  evaluate  compare dense, merged and fewer steps: metrics, cost, a report (evaluate --help)
-"""
+
+def run_command(name: str, argv: list[str] | None, prog: str) -> int:
+    """Run one of :data:`COMMANDS`; return its exit code.
+
+    Args:
+        name: of the command.
+        argv: its arguments; those of the process by default.
+        prog: name shown in help and complaints.
+    """
+    return import_module(f"mmagic_tome.{COMMANDS[name][0]}").main(argv, prog=prog)
 
 
-def main(argv=None):
+def usage() -> str:
+    """What ``--help`` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"usage: python -m mmagic_tome {'|'.join(COMMANDS)} [options]",
+            "",
+            *lines,
+            "",
+            "COMMAND --help explains each.",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
     """Run a command; return its exit code (2 for an unknown one)."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] == "infer":
-        return cli.main(argv[1:], prog="mmagic_tome infer")
-    if argv and argv[0] == "evaluate":
-        from mmagic_tome.evaluation import cli as evaluate
-
-        return evaluate.main(argv[1:], prog="mmagic_tome evaluate")
+    if argv and argv[0] in COMMANDS:
+        return run_command(argv[0], argv[1:], f"mmagic_tome {argv[0]}")
     if argv and argv[0] in ("-h", "--help"):
-        print(USAGE, end="")
+        print(usage())
         return 0
     found = f"unknown command {argv[0]!r}" if argv else "no command"
-    print(f"mmagic_tome: error: {found}; there are: infer, evaluate", file=sys.stderr)
-    return cli.BAD_INPUT
+    print(f"mmagic_tome: error: {found}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
+    return BAD_INPUT
 
 
 if __name__ == "__main__":

@@ -450,3 +450,11 @@ _KINDS = {
     "FastComposer": _fastcomposer,
     "AnimateDiff": _animatediff,
 }
+
+
+def write_config(path, model, **entries):
+    """Write a MMagic config with plain values; return its path."""
+    entries = {"default_scope": "mmagic", "model": model, **entries}
+    entries["custom_imports"] = dict(imports=["mmagic_tome"], allow_failed_imports=False)
+    path.write_text("\n".join(f"{key} = {value!r}" for key, value in entries.items()) + "\n")
+    return str(path)

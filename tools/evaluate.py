@@ -8,23 +8,8 @@ devices: ``bash tools/dist_evaluate.sh CONFIG N``.
 """
 
 import sys
-from pathlib import Path
 
-CHECKOUT = Path(__file__).resolve().parents[1]
-if (CHECKOUT / "mmagic_tome").is_dir():
-    # A checkout runs its own package, not another version that may be installed.
-    sys.path.insert(0, str(CHECKOUT))
-
-
-def main():
-    """Run the command; return its exit code."""
-    try:
-        from mmagic_tome.evaluation import cli
-    except KeyboardInterrupt:  # this import brings torch in, which takes seconds
-        print("evaluate.py: interrupted", file=sys.stderr)
-        return 130
-    return cli.main(prog="evaluate.py")
-
+from _start import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start("evaluate"))

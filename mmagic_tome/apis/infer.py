@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .. import ToMeError, apply_tome, get_handle
 from ..version import __version__
-from .cli import check_default
+from .command_line import check_default
 from .model_config import (
     build_model,
     check_config,

@@ -1,7 +1,7 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""The benchmark's options, the checks of its input, its exit codes.
+"""``tools/benchmark.py``: its options, the checks of its input, and its run.
 
-Exit codes: 0 done, 2 bad input or nothing could run (one line on stderr), 130 interrupted.
+Exit codes are those of ``apis/command_line.py``; 2 also if nothing could run.
 """
 
 from __future__ import annotations
@@ -13,14 +13,20 @@ import sys
 import warnings
 from pathlib import Path
 
-from ..apis.cli import (
-    BAD_INPUT,
+from ..apis.command_line import (
     CONFIG_SUFFIXES,
-    INTERRUPTED,
+    DTYPES,
+    RATIO,
     BadInput,
     Parser,
-    _number,
+    add_cfg_options,
+    add_device,
+    check_cfg_options,
+    check_installed,
     check_writable,
+    exit_code,
+    new_parser,
+    number,
     one_line,
     parse_size,
     resolve_config,
@@ -57,24 +63,17 @@ examples:
 QUICK_TARGET, QUICK_ROUNDS = "small", 6
 # Seconds after which --quick starts no round, once there are three.
 QUICK_SECONDS = 45.0
-DTYPES = ("fp32", "bf16", "fp16")
 
 
-def build_parser(prog: str = "benchmark.py") -> Parser:
+def build_parser(prog: str = "benchmark") -> Parser:
     """The parser of the command."""
+    from ..meters import CLOCKS
     from .attention import ATTENTIONS
     from .contenders import CONTENDERS
-    from .meters import CLOCKS
     from .targets import DEMO, SHAPES
 
     shapes = "; ".join(f"{name} = {shape.about}" for name, shape in SHAPES.items())
-    parser = Parser(
-        prog=prog,
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser(prog, DESCRIPTION, EPILOG)
     add = parser.add_argument_group("what is run").add_argument
     add(
         "--target",
@@ -90,7 +89,7 @@ def build_parser(prog: str = "benchmark.py") -> Parser:
         metavar="N|HxW",
         help="height and width of the picture in pixels (default: the target's)",
     )
-    whole = _number(int, low=1)
+    whole = number(int, low=1)
     add(
         "--batch",
         type=whole,
@@ -107,20 +106,13 @@ def build_parser(prog: str = "benchmark.py") -> Parser:
         help="; ".join(f"{name} = {about}" for name, about in ATTENTIONS.items()),
     )
     add("--mode", choices=("eager", "compiled"), nargs="+", default=["eager"])
-    add(
-        "--cfg-options",
-        nargs="+",
-        action="extend",
-        metavar="KEY=VALUE",
-        default=[],
-        help="override entries of the config",
-    )
+    add_cfg_options(add)
 
     add = parser.add_argument_group("who runs it").add_argument
     add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     add(
         "--ratio",
-        type=_number(float, low=0, below=1),
+        type=RATIO,
         default=0.5,
         metavar="R",
         help="share of tokens that all of them remove (default: 0.5)",
@@ -142,7 +134,7 @@ def build_parser(prog: str = "benchmark.py") -> Parser:
     )
 
     add = parser.add_argument_group("how it is measured").add_argument
-    add("--rounds", type=_number(int, low=3), help="interleaved rounds (default: 7)", metavar="N")
+    add("--rounds", type=number(int, low=3), help="interleaved rounds (default: 7)", metavar="N")
     add(
         "--clock",
         choices=CLOCKS,
@@ -151,7 +143,7 @@ def build_parser(prog: str = "benchmark.py") -> Parser:
         "programs use; take it with --threads 1, since threads that wait for each other count "
         "(default: wall)",
     )
-    add("--device", metavar="DEV", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add_device(add)
     add("--threads", type=whole, metavar="N", help="CPU threads (default: torch's)")
     add("--no-memory", action="store_true", help="do not measure memory: a forward less each")
     add(
@@ -166,7 +158,7 @@ def build_parser(prog: str = "benchmark.py") -> Parser:
     return parser
 
 
-def parse_args(argv: list[str] | None = None, prog: str = "benchmark.py") -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None, prog: str = "benchmark") -> argparse.Namespace:
     """Options, with defaults filled in and checked as far as no network is needed.
 
     Raises:
@@ -174,7 +166,8 @@ def parse_args(argv: list[str] | None = None, prog: str = "benchmark.py") -> arg
     """
     from ..apis.model_config import check_device
     from ..config import ToMeConfig
-    from .contenders import parse_tome
+    from ..contenders import parse_named
+    from .contenders import CONTENDERS
     from .targets import DEMO, SHAPES, check_size, shape_of, size_unit
 
     args = build_parser(prog).parse_args(argv)
@@ -197,6 +190,7 @@ def parse_args(argv: list[str] | None = None, prog: str = "benchmark.py") -> arg
         args.size = [None]
     if args.cfg_options and not args.is_config:
         raise BadInput(f"--cfg-options needs a config as target, not {args.target}")
+    check_cfg_options(args.cfg_options)
     args.size = args.size or [None]
     args.batch = args.batch or [SHAPES[args.target].batch if args.target in SHAPES else 2]
     args.dtype = args.dtype or ["config" if args.is_config else "fp32"]
@@ -207,7 +201,7 @@ def parse_args(argv: list[str] | None = None, prog: str = "benchmark.py") -> arg
     args.config = ToMeConfig(**base)
     args.own = {}
     for text in args.tome:
-        name, options = parse_tome(text)
+        name, options = parse_named(text, taken=CONTENDERS)
         if name in args.own:
             raise BadInput(f"--tome {name} is there twice")
         args.own[name] = ToMeConfig.from_dict({**base, **options})
@@ -219,10 +213,7 @@ def parse_args(argv: list[str] | None = None, prog: str = "benchmark.py") -> arg
     if args.plot is not None:
         if Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
             raise BadInput(f"--plot draws .png, .svg or .pdf, not {args.plot}")
-        import importlib.util
-
-        if importlib.util.find_spec("matplotlib") is None:
-            raise BadInput("--plot needs what is not installed here: pip install matplotlib")
+        check_installed("--plot", {"matplotlib": "matplotlib"})
     return args
 
 
@@ -339,15 +330,6 @@ def run(argv: list[str], prog: str) -> None:
         print(f"\ndrawn in {args.plot}")
 
 
-def main(argv: list[str] | None = None, prog: str = "benchmark.py") -> int:
-    """Run the command and return its exit code; see the top of this file."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        run(argv, prog)
-    except ToMeError as error:
-        print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted; nothing written", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+def main(argv: list[str] | None = None, prog: str = "benchmark") -> int:
+    """Run the command and return its exit code."""
+    return exit_code(run, argv, prog, "; nothing written")

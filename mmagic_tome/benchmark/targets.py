@@ -276,7 +276,7 @@ def build_config(
         ToMeError: see :func:`mmagic_tome.apis.model_config.build_model`.
     """
     from .. import remove_tome
-    from ..apis.cli import resolve_config
+    from ..apis.command_line import resolve_config
     from ..apis.infer import quiet_libraries
     from ..apis.model_config import build_model, load_config
     from ..hosts import find_host

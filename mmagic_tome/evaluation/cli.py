@@ -1,29 +1,32 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""The ``evaluate`` command: its options and exit codes. What it does is in ``command.py``.
+"""The ``evaluate`` command: its options and the checks of its input.
 
-Exit codes: 0 done, 2 bad input (one line on stderr), 130 interrupted.
+What it does is in ``command.py``; exit codes are those of ``apis/command_line.py``.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
-import sys
 import warnings
 
-from ..apis.cli import (
-    BAD_INPUT,
+from ..apis.command_line import (
     DEFAULT_CONFIG,
-    INTERRUPTED,
+    RATIO,
     BadInput,
     Parser,
-    _number,
+    add_cfg_options,
+    add_config,
+    add_device,
+    add_dtype,
+    check_cfg_options,
+    check_installed,
     check_writable,
-    one_line,
+    exit_code,
+    new_parser,
+    number,
     resolve_config,
 )
-from ..errors import ToMeError
 from .plan import NUMBERS
 from .team import LAUNCHERS
 
@@ -50,20 +53,10 @@ examples:
 """
 
 
-def build_parser(prog: str = "evaluate") -> argparse.ArgumentParser:
+def build_parser(prog: str = "evaluate") -> Parser:
     """Return the parser of the ``evaluate`` command. Options that are not given are None."""
-    parser = Parser(
-        prog=prog,
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "config",
-        nargs="?",
-        help=f"MMagic config: a file, or package::path (default: {DEFAULT_CONFIG})",
-    )
+    parser = new_parser(prog, DESCRIPTION, EPILOG)
+    add_config(parser)
     add = parser.add_argument_group("pictures").add_argument
     add(
         "--prompts",
@@ -107,19 +100,18 @@ def build_parser(prog: str = "evaluate") -> argparse.ArgumentParser:
     )
 
     add = parser.add_argument_group("contenders (dense is always one)").add_argument
-    ratio = _number(float, low=0, below=1)
-    add("--ratios", nargs="+", type=ratio, metavar="R", help="token merging with these ratios")
+    add("--ratios", nargs="+", type=RATIO, metavar="R", help="token merging with these ratios")
     add(
         "--tome",
         action="append",
         metavar="NAME={...}",
         help="token merging with any tome_cfg, under a name; may be given several times",
     )
-    add("--tomesd", nargs="+", type=ratio, metavar="R", help="the package tomesd, these ratios")
+    add("--tomesd", nargs="+", type=RATIO, metavar="R", help="the package tomesd, these ratios")
     add(
         "--fewer-steps",
         nargs="+",
-        type=_number(float, low=0),
+        type=number(float, low=0),
         metavar="N",
         help="dense with fewer steps, as shares below 1 or numbers (default: 0.8 0.65 0.5)",
     )
@@ -159,22 +151,15 @@ def build_parser(prog: str = "evaluate") -> argparse.ArgumentParser:
         metavar="FILE",
         help="also put the table into a Markdown file, between its markers",
     )
-    add("--device", metavar="DEV", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    add("--dtype", choices=("fp32", "fp16", "bf16"), help="precision of the whole model")
+    add_device(add)
+    add_dtype(add)
     add(
         "--launcher",
         choices=LAUNCHERS,
         default="none",
         help="how the processes of tools/dist_evaluate.sh find each other",
     )
-    add(
-        "--cfg-options",
-        nargs="+",
-        action="extend",
-        metavar="KEY=VALUE",
-        default=[],
-        help="override entries of the config",
-    )
+    add_cfg_options(add)
     # torchrun of some versions adds it to every command.
     add("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
@@ -185,13 +170,13 @@ def run(argv, prog: str) -> None:
     args = build_parser(prog).parse_args(argv)
     args.config = args.config or DEFAULT_CONFIG
     args.config_path = resolve_config(args.config)
+    check_cfg_options(args.cfg_options)
     for name in ("out", "dense", "real", "write_table"):
         value = getattr(args, name)
         if value is not None and not value.strip():
             raise BadInput(f"--{name.replace('_', '-')} is empty")
     args.folder = args.out or os.path.join("outputs", "evaluate", args.config_path.stem)
-    if importlib.util.find_spec("matplotlib") is None:
-        raise BadInput("the report is drawn with matplotlib: pip install matplotlib")
+    check_installed("the report", {"matplotlib": "matplotlib"})
     # The check makes folders and removes them again, under the feet of other ranks.
     if args.launcher == "none" or os.environ.get("RANK") == "0":
         check_writable(args.folder)
@@ -203,19 +188,10 @@ def run(argv, prog: str) -> None:
 
 
 def main(argv=None, prog: str = "evaluate") -> int:
-    """Run the command and return its exit code; see the top of this file.
+    """Run the command and return its exit code.
 
     Args:
         argv: Arguments after the command's name; those of the process by default.
         prog: Name shown in help and complaints.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        run(argv, prog)
-    except ToMeError as error:
-        print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted; run the same command again to go on", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    return exit_code(run, argv, prog, "; run the same command again to go on")

@@ -6,8 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from evaluations import METRICS, QUICK, write_config
-from tiny import tiny_config
+from evaluations import METRICS, QUICK
+from tiny import tiny_config, write_config
 
 from mmagic_tome.evaluation import cli
 

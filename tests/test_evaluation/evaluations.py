@@ -9,14 +9,6 @@ QUICK = ["--size", "64", "--steps", "4", "--device", "cpu", "--fewer-steps", "0.
 METRICS = ["--metrics", "psnr", "ssim", "latent_error"]
 
 
-def write_config(path, model, **entries):
-    """Write a MMagic config with plain values."""
-    entries = {"default_scope": "mmagic", "model": model, **entries}
-    entries["custom_imports"] = dict(imports=["mmagic_tome"], allow_failed_imports=False)
-    path.write_text("\n".join(f"{key} = {value!r}" for key, value in entries.items()) + "\n")
-    return str(path)
-
-
 def quality(results):
     """What of results must not depend on how and when pictures were made."""
     keys = ("name", "kind", "ratio", "steps", "pictures", "skipped_pictures", "quality")

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluations import METRICS, QUICK, pixels, quality, write_config
+from evaluations import METRICS, QUICK, pixels, quality
 from PIL import Image
-from tiny import tiny_config
+from tiny import tiny_config, write_config
 
 from mmagic_tome.__main__ import main as package_main
 from mmagic_tome.evaluation import cli, command, generate

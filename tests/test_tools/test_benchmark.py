@@ -1,6 +1,7 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """``tools/benchmark.py``: whole runs on small networks, and its complaints."""
 
+import functools
 import json
 
 import pytest
@@ -11,13 +12,8 @@ from mmagic_tome.benchmark.targets import SHAPES, Shape
 
 
 @pytest.fixture
-def run(capfd):
-    def call(*argv):
-        code = cli.main([str(arg) for arg in argv])
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return call
+def run(call_command):
+    return functools.partial(call_command, cli.main)
 
 
 TINY = ["--shape", "small", "--size", "64", "--rounds", "3", "--device", "cpu"]
@@ -109,12 +105,10 @@ def test_demo(run):
 @pytest.mark.slow
 def test_config(run, sd_folder, tmp_path):
     pytest.importorskip("mmagic")
-    from tiny import tiny_config
+    from tiny import tiny_config, write_config
 
-    path = tmp_path / "config.py"
-    entries = {"default_scope": "mmagic", "model": tiny_config("native", sd_folder)}
-    entries["tome_cfg"] = dict(ratio=0.3)
-    path.write_text("\n".join(f"{key} = {value!r}" for key, value in entries.items()) + "\n")
+    model = tiny_config("native", sd_folder)
+    path = write_config(tmp_path / "config.py", model, tome_cfg=dict(ratio=0.3))
     code, out, err = run(
         *("--target", path, "--size", "64", "--rounds", "3", "--device", "cpu", "--no-memory")
     )

@@ -1,6 +1,7 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """``tools/infer.py`` with a random model: options, complaints, files, interruption."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -15,24 +16,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import tiny_config
+from tiny import tiny_config, write_config
 
 from mmagic_tome import ToMeError, remove_tome
 from mmagic_tome.__main__ import main as package_main
-from mmagic_tome.apis import cli, infer, model_config, pictures
+from mmagic_tome.apis import cli, command_line, infer, model_config, pictures
 
 ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("mmagic", reason="the command runs MMagic models")
 
 QUICK = ["--size", "64", "--steps", "2", "--device", "cpu"]
-
-
-def write_config(path, model, **entries):
-    """Write a MMagic config with plain values."""
-    entries = {"default_scope": "mmagic", "model": model, **entries}
-    entries["custom_imports"] = dict(imports=["mmagic_tome"], allow_failed_imports=False)
-    path.write_text("\n".join(f"{key} = {value!r}" for key, value in entries.items()) + "\n")
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +72,8 @@ def configs(sd_folder, tmp_path_factory):
 
 
 @pytest.fixture
-def run(capfd):
-    """Call the command; return its exit code, what it printed, and its complaints."""
-
-    def call(*argv):
-        code = cli.main([str(arg) for arg in argv])
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return call
+def run(call_command):
+    return functools.partial(call_command, cli.main)
 
 
 def pixels(path):
@@ -306,7 +292,7 @@ def test_the_size_that_a_complaint_suggests_is_right(size, vae_levels, unet_leve
     try:
         model_config.check_size(size, unit)
     except ToMeError as error:
-        suggested = cli.parse_size(str(error).rsplit(" ", 1)[1])
+        suggested = command_line.parse_size(str(error).rsplit(" ", 1)[1])
         model_config.check_size(suggested, unit)
         assert all(abs(a - b) < max(unit, b) for a, b in zip(suggested, size))
     else:
@@ -589,19 +575,6 @@ def test_interrupt_keeps_whole_images_only(run, configs, tmp_path, monkeypatch):
     assert err.rstrip().splitlines()[-1].startswith("infer: interrupted; 1 of 2 prompts")
     assert [path.name for path in out.iterdir()] == ["0000_cat.png"]
     Image.open(out / "0000_cat.png").load()
-
-
-def test_interrupt_while_torch_is_imported(tmp_path):
-    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "infer.py")],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 130
-    assert done.stderr == "infer.py: interrupted\n"
 
 
 def test_interrupt_while_a_file_is_written(tmp_path, monkeypatch):

@@ -1,11 +1,12 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """``tools/visualize.py`` with a random model: files and complaints."""
 
+import functools
 import json
 
 import pytest
 from PIL import Image
-from tiny import tiny_config
+from tiny import tiny_config, write_config
 
 from mmagic_tome.visualization import cli
 
@@ -15,24 +16,12 @@ pytest.importorskip("mmagic", reason="the command runs MMagic models")
 @pytest.fixture(scope="module")
 def config(sd_folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("configs") / "tome.py"
-    entries = {
-        "default_scope": "mmagic",
-        "model": tiny_config(folder=sd_folder),
-        "custom_imports": dict(imports=["mmagic_tome"], allow_failed_imports=False),
-        "tome_cfg": dict(ratio=0.5),
-    }
-    path.write_text("\n".join(f"{key} = {value!r}" for key, value in entries.items()) + "\n")
-    return str(path)
+    return write_config(path, tiny_config(folder=sd_folder), tome_cfg=dict(ratio=0.5))
 
 
 @pytest.fixture
-def run(capfd):
-    def call(*argv):
-        code = cli.main([str(arg) for arg in argv])
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return call
+def run(call_command):
+    return functools.partial(call_command, cli.main)
 
 
 def test_all_pictures(run, config, tmp_path):
