@@ -60,11 +60,14 @@ class Host:
         timestep_position (int | None): position of the timestep among the arguments of the
             network's forward. Default: None, given by name only.
         timestep_name (str): what the forward calls it. Default: ``timestep``.
+        has_frames (bool): whether blocks are given the frames of a clip as batch entries, all of
+            the first clip before those of the second. Default: False.
     """
 
     description: str
     timestep_position: int | None = None
     timestep_name: str = "timestep"
+    has_frames: bool = False
 
     def matches(self, module: nn.Module) -> bool:
         """Whether ``module`` is a network of this family."""
@@ -94,6 +97,10 @@ class Host:
     def grid(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
         """(height, width) in tokens, from a call of a stack."""
         raise NotImplementedError
+
+    def frames(self, args: tuple, kwargs: dict[str, Any]) -> int:
+        """How many frames a clip has, from a call of the network. Default: 1."""
+        return 1
 
     def adapt(
         self, site: str, plan: Any, args: tuple, kwargs: dict[str, Any]

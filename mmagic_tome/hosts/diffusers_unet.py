@@ -2,8 +2,8 @@
 """UNets of diffusers: down, middle and up blocks with transformer stacks between convolutions.
 
 Recognised by structure, not by class: whatever has ``down_blocks``
-and ``up_blocks`` and stacks with ``transformer_blocks`` works, of
-any diffusers version and every variant of ``BasicTransformerBlock`` (ada-norm,
+and ``up_blocks`` (ControlNets: ``controlnet_down_blocks``) and stacks with ``transformer_blocks``
+works, of any diffusers version and every variant of ``BasicTransformerBlock`` (ada-norm,
 GLIGEN, IP-Adapter ...), since only the modules inside a block are wrapped.
 """
 
@@ -24,7 +24,7 @@ SITES = {"attn": "attn1", "crossattn": "attn2", "mlp": "ff"}
 
 
 class DiffusersUNet(Host):
-    """Host for ``UNet2DConditionModel`` and what is built like it.
+    """Host for ``UNet2DConditionModel``, ``ControlNetModel`` and what is built like them.
 
     Blocks: members of ``transformer_blocks`` that have ``attn1``.
     Sites: ``attn`` = ``attn1``, ``crossattn`` = ``attn2``, ``mlp`` = ``ff``.
@@ -33,7 +33,8 @@ class DiffusersUNet(Host):
 
     context_argument = "encoder_hidden_states"
     description = (
-        "diffusers UNets (UNet2DConditionModel and whatever has down_blocks and up_blocks)"
+        "diffusers UNets (UNet2DConditionModel and whatever has down_blocks and up_blocks) and "
+        "ControlNets"
     )
     timestep_position = 1
 
@@ -41,7 +42,8 @@ class DiffusersUNet(Host):
         # Its own children: wrappers (torch.compile's, MMagic's) pass attributes of what is
         # inside through, but it is the network inside that is called and must be hooked.
         children = module._modules
-        return "down_blocks" in children and "up_blocks" in children
+        second_half = "up_blocks" in children or "controlnet_down_blocks" in children
+        return "down_blocks" in children and second_half
 
     def blocks(self, network: nn.Module) -> list[Block]:
         return [
@@ -92,7 +94,7 @@ def _stacks(network: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
             downsample *= 2
     if getattr(network, "mid_block", None) is not None:
         yield from _stacks_in("mid_block", network.mid_block, downsample)
-    for index, block in enumerate(network.up_blocks):
+    for index, block in enumerate(getattr(network, "up_blocks", ())):
         yield from _stacks_in(f"up_blocks.{index}", block, downsample)
         if getattr(block, "upsamplers", None):
             downsample //= 2

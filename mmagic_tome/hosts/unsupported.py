@@ -16,8 +16,14 @@ _JOINED = (
     "describes it is not written"
 )
 
+_SEVERAL = (
+    "it holds several ControlNets, each with token merging of its own: call apply_tome with every "
+    "one of its .nets"
+)
+
 # Beginning of a class name -> why.
 _REASONS = {
+    "MultiControlNetModel": _SEVERAL,
     "SanaTransformer": _LINEAR,
     "SanaVideoTransformer": _LINEAR,
     "Lumina": _JOINED,

@@ -1,0 +1,211 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Diffusers' own pipelines around UNets, and what users switch on in them."""
+
+import importlib.util
+
+import pytest
+import torch
+from tiny_pipelines import PIPELINES, picture, tiny_controlnet
+
+from mmagic_tome import ToMeError, apply_tome, get_handle
+
+SD = PIPELINES["Stable Diffusion 1.x"]
+
+
+def difference(one, other):
+    """Root mean square, in units of the spread of the second."""
+    return float((one - other).pow(2).mean().sqrt() / other.std())
+
+
+@pytest.mark.parametrize("case", PIPELINES.values(), ids=PIPELINES)
+def test_every_pipeline(case):
+    pipeline = case.pipeline()
+    dense = case.run(pipeline)
+    assert dense.std() > 0.05
+    with apply_tome(pipeline, ratio=0.5, **case.options) as handle:
+        assert handle.network is pipeline.unet
+        merged = case.run(pipeline)
+        seen = {(row["tokens"], row["kept"], row["calls"]) for row in handle.stats()}
+        assert seen == {(case.tokens, case.tokens // 2, case.calls)}
+        assert 1e-3 < difference(merged, dense) < 0.8
+        assert torch.equal(case.run(pipeline), merged)
+        handle.ratio = 0
+        assert torch.equal(case.run(pipeline), dense)
+    assert torch.equal(case.run(pipeline), dense)
+
+
+def test_base_and_refiner_are_merged_apart():
+    base, refiner = PIPELINES["SDXL base"], PIPELINES["SDXL refiner"]
+    first, second = base.pipeline(), refiner.pipeline()
+
+    def run():
+        latents = base.run(first, num_inference_steps=5, denoising_end=0.6)
+        return refiner.run(second, image=latents)
+
+    dense = run()
+    with apply_tome(first, ratio=0.25) as one, apply_tome(second, ratio=0.5) as two:
+        merged = run()
+        for handle, kept, calls in ((one, 48, 3), (two, 32, 2)):
+            seen = {(row["kept"], row["calls"]) for row in handle.stats()}
+            assert seen == {(kept, calls)}
+    assert not torch.equal(merged, dense) and torch.equal(run(), dense)
+
+
+# --- ControlNets ----------------------------------------------------------------------------------
+
+
+def test_the_controlnet_has_a_switch_of_its_own():
+    case = PIPELINES["ControlNet"]
+    pipeline = case.pipeline()
+    dense = case.run(pipeline)
+    with apply_tome(pipeline.controlnet, ratio=0.5, sites=["attn", "mlp"]) as handle:
+        assert get_handle(pipeline) is None
+        branch = case.run(pipeline)
+        # Three stacks: two down, one in the middle; the finest level has one.
+        assert {(row["tokens"], row["kept"]) for row in handle.stats()} == {(64, 32)}
+        with apply_tome(pipeline, ratio=0.5):
+            both = case.run(pipeline)
+        assert torch.equal(case.run(pipeline), branch)
+    assert torch.equal(case.run(pipeline), dense)
+    assert 1e-4 < difference(branch, dense) < 0.8
+    assert not torch.equal(both, branch) and not torch.equal(both, dense)
+
+
+def test_levels_of_a_controlnet():
+    network = tiny_controlnet()
+    handle = apply_tome(network, ratio=0.5, max_downsample=8)
+    inputs = dict(
+        sample=torch.randn(2, 4, 8, 8),
+        timestep=500,
+        encoder_hidden_states=torch.randn(2, 7, 16),
+        controlnet_cond=picture(batch=2),
+    )
+    with torch.no_grad():
+        network(**inputs)
+    seen = [(row["downsample"], row["tokens"], row["kept"]) for row in handle.stats()]
+    assert seen == [(1, 64, 32), (2, 16, 8), (2, 16, 8)]
+
+
+def test_several_controlnets_are_merged_one_by_one():
+    case = PIPELINES["several ControlNets"]
+    pipeline = case.pipeline()
+    with pytest.raises(ToMeError, match=r"several ControlNets.*one of its \.nets"):
+        apply_tome(pipeline.controlnet)
+    dense = case.run(pipeline)
+    handles = [apply_tome(net, ratio=0.5) for net in pipeline.controlnet.nets]
+    assert difference(case.run(pipeline), dense) > 1e-4
+    for handle in handles:
+        assert {row["kept"] for row in handle.stats()} == {32}
+        handle.remove()
+    assert torch.equal(case.run(pipeline), dense)
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+def test_ip_adapter_also_where_cross_attention_is_merged():
+    case = PIPELINES["IP-Adapter"]
+    pipeline = case.pipeline()
+    pipeline.set_ip_adapter_scale(0.7)
+    dense = case.run(pipeline)
+    apply_tome(pipeline, ratio=0.5, merge_crossattn=True, merge_mlp=True)
+    assert 1e-3 < difference(case.run(pipeline), dense) < 0.8
+    masks = [torch.ones(1, 1, 64, 64)]
+    with pytest.raises(ToMeError, match=r"ip_adapter_masks.*self-attention only"):
+        case.run(pipeline, cross_attention_kwargs=dict(ip_adapter_masks=masks))
+    apply_tome(pipeline, ratio=0.5)
+    masked = case.run(pipeline, cross_attention_kwargs=dict(ip_adapter_masks=masks))
+    torch.testing.assert_close(masked, case.run(pipeline))  # a mask of ones
+
+
+def test_lora_may_come_go_and_be_fused_while_merging_is_on():
+    case = PIPELINES["LoRA"]
+    ready = case.pipeline()
+    apply_tome(ready, ratio=0.5, merge_mlp=True)
+    expected = case.run(ready)
+
+    pipeline = SD.pipeline()
+    handle = apply_tome(pipeline, ratio=0.5, merge_mlp=True)
+    plain = case.run(pipeline)
+    case.prepare(pipeline)
+    assert torch.equal(case.run(pipeline), expected) and not torch.equal(plain, expected)
+    pipeline.fuse_lora(components=["unet"])
+    torch.testing.assert_close(case.run(pipeline), expected, rtol=1e-3, atol=1e-4)
+    pipeline.unfuse_lora(components=["unet"])
+    pipeline.unet.delete_adapters("default")
+    torch.testing.assert_close(case.run(pipeline), plain, rtol=1e-3, atol=1e-4)
+    assert handle.active and {row["kept"] for row in handle.stats()} == {32}
+
+
+# --- attention processors -------------------------------------------------------------------------
+
+
+def processors():
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
+    missing = importlib.util.find_spec("xformers") is None
+    xformers = pytest.mark.skipif(missing, reason="xformers is not installed")
+    return [
+        pytest.param(lambda p: p.unet.set_attn_processor(AttnProcessor2_0()), id="SDPA"),
+        pytest.param(lambda p: p.unet.set_attn_processor(AttnProcessor()), id="written out"),
+        pytest.param(lambda p: p.enable_attention_slicing("max"), id="sliced"),
+        pytest.param(lambda p: p.unet.fuse_qkv_projections(), id="fused projections"),
+        pytest.param(
+            lambda p: p.enable_xformers_memory_efficient_attention(), id="xformers", marks=xformers
+        ),
+    ]
+
+
+@pytest.mark.parametrize("switch_on", processors())
+@pytest.mark.parametrize("first", ["merging", "processor"])
+def test_attention_processors(switch_on, first):
+    pipeline = SD.pipeline()
+    dense = SD.run(pipeline)
+    apply_tome(pipeline, ratio=0.5, merge_crossattn=True)
+    expected = SD.run(pipeline)
+    if first == "processor":
+        get_handle(pipeline).remove()
+        switch_on(pipeline)
+        apply_tome(pipeline, ratio=0.5, merge_crossattn=True)
+    else:
+        switch_on(pipeline)
+    torch.testing.assert_close(SD.run(pipeline), expected, rtol=1e-3, atol=1e-4)
+    get_handle(pipeline).remove()
+    torch.testing.assert_close(SD.run(pipeline), dense, rtol=1e-3, atol=1e-4)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["merging", "offload"])
+def test_model_cpu_offload(first):
+    """To the same device, since there is no other: what accelerate wraps is the same."""
+    expected = SD.pipeline()
+    apply_tome(expected, ratio=0.5, merge_mlp=True)
+    pipeline = SD.pipeline()
+    if first == "offload":
+        pipeline.enable_model_cpu_offload(device="cpu")
+    handle = apply_tome(pipeline, ratio=0.5, merge_mlp=True)
+    if first == "merging":
+        pipeline.enable_model_cpu_offload(device="cpu")
+    assert hasattr(pipeline.unet, "_hf_hook")
+    assert torch.equal(SD.run(pipeline), SD.run(expected))
+    assert {(row["kept"], row["calls"]) for row in handle.stats()} == {(32, 2)}
+
+
+def test_vae_tiling_and_slicing_see_nothing_of_it(monkeypatch):
+    pipeline = SD.pipeline()
+    pipeline.vae.enable_tiling()
+    pipeline.vae.enable_slicing()
+    pipeline.vae.tile_latent_min_size, pipeline.vae.tile_sample_min_size = 4, 32
+    tiled, decode = [], pipeline.vae.tiled_decode
+    monkeypatch.setattr(
+        pipeline.vae, "tiled_decode", lambda *args, **kw: tiled.append(1) or decode(*args, **kw)
+    )
+    apply_tome(pipeline, ratio=0.5)
+    latents = SD.run(pipeline)
+    with torch.no_grad():
+        decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+    pictures = SD.run(pipeline, output_type="pt")
+    torch.testing.assert_close(pictures, (decoded / 2 + 0.5).clamp(0, 1))
+    assert len(tiled) == 2
