@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -32,12 +32,17 @@ def parse_options(text: str) -> Any:
     return text
 
 
-def parse_named(text: str, taken: Collection[str] = ()) -> tuple[str, dict[str, Any]]:
+def parse_named(
+    text: str,
+    taken: Collection[str] = (),
+    check: Callable[[dict[str, Any]], object] = ToMeConfig.from_dict,
+) -> tuple[str, dict[str, Any]]:
     """``NAME={...}`` as (name, options of a :class:`ToMeConfig`); JSON or Python spelling.
 
     Args:
         text: value of an option ``--tome``.
         taken: names that cannot be given.
+        check: raises ToMeError for options that are not valid.
 
     Raises:
         ToMeError: it is neither, or the options are not valid.
@@ -52,7 +57,7 @@ def parse_named(text: str, taken: Collection[str] = ()) -> tuple[str, dict[str, 
     if not isinstance(given, dict):
         raise ToMeError(f"--tome {name}: expected a dict such as {{'ratio': 0.6}}, got {options!r}")
     try:
-        ToMeConfig.from_dict(given)
+        check(given)
     except ToMeError as error:
         raise ToMeError(f"--tome {name}: {error}") from error
     return name, given

@@ -69,7 +69,7 @@ def build_parser(prog: str = "benchmark") -> Parser:
     """The parser of the command."""
     from ..meters import CLOCKS
     from .attention import ATTENTIONS
-    from .contenders import CONTENDERS
+    from .kinds import CONTENDERS
     from .targets import DEMO, SHAPES
 
     shapes = "; ".join(f"{name} = {shape.about}" for name, shape in SHAPES.items())
@@ -109,28 +109,32 @@ def build_parser(prog: str = "benchmark") -> Parser:
     add_cfg_options(add)
 
     add = parser.add_argument_group("who runs it").add_argument
-    add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    add("--contenders", nargs="+", choices=CONTENDERS, help="default: all that there are")
     add(
         "--ratio",
         type=RATIO,
-        default=0.5,
         metavar="R",
         help="share of tokens that all of them remove (default: 0.5)",
     )
     add(
         "--max-downsample",
         type=lambda text: text if text == "auto" else whole(text),
-        default="auto",
         metavar="N",
         help="coarsest level to merge at (default: auto, the finest level that has blocks)",
+    )
+    add(
+        "--r",
+        type=number(int, low=0),
+        metavar="N",
+        help="tokens to remove per block, in vision transformers in place of --ratio (default: 8)",
     )
     add(
         "--tome",
         action="append",
         default=[],
         metavar="NAME={...}",
-        help="one more of ours, under a name, with a tome_cfg of its own over --ratio and "
-        "--max-downsample; may be repeated",
+        help="one more of ours, under a name, with a tome_cfg of its own over the options above; "
+        "may be repeated",
     )
 
     add = parser.add_argument_group("how it is measured").add_argument
@@ -165,10 +169,9 @@ def parse_args(argv: list[str] | None = None, prog: str = "benchmark") -> argpar
         ToMeError: the first thing that is wrong.
     """
     from ..apis.model_config import check_device
-    from ..config import ToMeConfig
     from ..contenders import parse_named
-    from .contenders import CONTENDERS
-    from .targets import DEMO, SHAPES, check_size, shape_of, size_unit
+    from .kinds import CONTENDERS, check_size
+    from .targets import DEMO, SHAPES, merging_of, shape_of
 
     args = build_parser(prog).parse_args(argv)
     args.target = args.target or (QUICK_TARGET if args.quick else "sd15")
@@ -185,7 +188,7 @@ def parse_args(argv: list[str] | None = None, prog: str = "benchmark") -> argpar
         shape = shape_of(args.target)
         args.size = args.size or [(shape.size, shape.size)]
         for size in args.size:
-            check_size(args.target, size, size_unit(shape))
+            check_size(args.target, size, shape.unit)
     elif args.size is None:
         args.size = [None]
     if args.cfg_options and not args.is_config:
@@ -195,16 +198,22 @@ def parse_args(argv: list[str] | None = None, prog: str = "benchmark") -> argpar
     args.batch = args.batch or [SHAPES[args.target].batch if args.target in SHAPES else 2]
     args.dtype = args.dtype or ["config" if args.is_config else "fp32"]
 
-    base = dict(ratio=args.ratio, max_downsample=args.max_downsample)
-    if args.ratio == 0:
-        raise BadInput("--ratio 0 merges nothing: there is nothing to compare")
-    args.config = ToMeConfig(**base)
+    merging = merging_of(args.target)
+    strangers = [name for name in args.contenders or () if name not in merging.contenders]
+    if strangers:
+        raise BadInput(
+            f"--contenders: there is no {strangers[0]} for {args.target}, only "
+            f"{', '.join(merging.contenders)}"
+        )
+    args.contenders = args.contenders or list(merging.contenders)
+    args.everybody = merging.options(args)
+    args.config = merging.config(args.everybody)
     args.own = {}
     for text in args.tome:
-        name, options = parse_named(text, taken=CONTENDERS)
+        name, options = parse_named(text, taken=CONTENDERS, check=merging.config)
         if name in args.own:
             raise BadInput(f"--tome {name} is there twice")
-        args.own[name] = ToMeConfig.from_dict({**base, **options})
+        args.own[name] = merging.config({**args.everybody, **options})
     for name in (args.json, args.plot):
         if name is not None:
             if Path(name).is_dir():
@@ -242,7 +251,6 @@ def run(argv: list[str], prog: str) -> None:
         build_config,
         build_demo,
         build_shape,
-        default_size,
     )
 
     if args.threads:
@@ -266,9 +274,9 @@ def run(argv: list[str], prog: str) -> None:
     quiet_diffusers()
     where = environment(args.device)
     cases, skipped = [], []
-    heading = f"{args.target}, ratio {args.ratio:g}, " + (
-        "CPU seconds of the process" if args.clock == "cpu" else "wall time"
-    )
+    merged = ", ".join(f"{name} {value}" for name, value in args.everybody.items())
+    measured_in = "CPU seconds of the process" if args.clock == "cpu" else "wall time"
+    heading = f"{args.target}, {merged}, {measured_in}"
     for dtype in args.dtype:
         print(f"building {args.target} ({dtype}) on {args.device}", file=sys.stderr)
         if args.target == DEMO:
@@ -282,7 +290,7 @@ def run(argv: list[str], prog: str) -> None:
         for size, batch, attention, mode in itertools.product(
             args.size, args.batch, args.attention, args.mode
         ):
-            case = Case(size or default_size(target), batch, dtype, attention, mode)
+            case = Case(size or target.size, batch, dtype, attention, mode)
             try:
                 measured = run_case(
                     target,
@@ -304,7 +312,10 @@ def run(argv: list[str], prog: str) -> None:
                 print(f"\n{heading}\n{environment_text(where)}")
             million = measured["parameters"] / 1e6
             label = f"{case}, {million:.0f} M parameters"
-            print(f"\n### {label}\n\n{case_table(measured['results'], measured['missing'])}")
+            table = case_table(
+                measured["results"], measured["missing"], measured["counts"], case.batch
+            )
+            print(f"\n### {label}\n\n{table}")
             cases.append((case, label, measured))
         del target
     if not cases:

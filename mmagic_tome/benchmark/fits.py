@@ -8,14 +8,8 @@ from pathlib import Path
 import torch
 
 from ..errors import ToMeError
-from .targets import Shape, on_meta
-
-# A forward holds about this many tensors of the widest level's size at its peak: the input of
-# the feed-forward, its two halves of 4 x the width, and what waits for it (skips, residuals).
-# Measured on Stable Diffusion's finest level: 24.
-_TENSORS = 32
-# Attention that is written out holds the scores of all pairs, and their softmax.
-_SCORES = 2
+from .kinds import Shape
+from .targets import on_meta
 
 
 def available_memory(device: str) -> int:
@@ -57,19 +51,7 @@ def needed_memory(
     """
     network = on_meta(shape)
     count = sum(t.numel() for t in (*network.parameters(), *network.buffers()))
-    options = shape.options
-    side = shape.factor * options.get("patch_size", 1)
-    tokens = size[0] // side * (size[1] // side)
-    if "block_out_channels" in options:
-        width, heads = options["block_out_channels"][0], options["attention_head_dim"]
-        heads = heads[0] if isinstance(heads, tuple) else heads
-    else:
-        heads = options["num_attention_heads"]
-        width, tokens = heads * options["attention_head_dim"], tokens + shape.text
-    places = batch * tokens * width * _TENSORS
-    if written_out:
-        places += batch * heads * tokens**2 * _SCORES
-    return count * dtype.itemsize, places * dtype.itemsize
+    return count * dtype.itemsize, shape.activations(size, batch, written_out) * dtype.itemsize
 
 
 def check_fits(

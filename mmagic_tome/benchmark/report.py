@@ -19,25 +19,32 @@ from .statistics import LEVEL, Interval, duels, summarise
 NOISE = "within noise"
 
 
-def case_table(results: dict[str, dict[str, Any]], missing: dict[str, str]) -> str:
+def case_table(
+    results: dict[str, dict[str, Any]],
+    missing: dict[str, str],
+    counts: str | None = None,
+    batch: int = 1,
+) -> str:
     """Markdown table of one case, with a line for everything that it does not show.
 
     Args:
-        results, missing: see :func:`.rounds.run_case`.
+        results, missing, counts: see :func:`.rounds.run_case`.
+        batch: entries of which ``counts`` is the name, in one forward.
     """
     rows = summarise(results)
     rounds = len(results["dense"]["seconds"])
     sure = rows[0]["speedup"].coverage
     lines = [
-        f"| {rounds} rounds | s / forward (min - max) | x dense ({sure:.0%} interval) "
-        "| eta | peak MiB | change |",
-        "|---|---|---|---|---|---|",
+        f"| {rounds} rounds | s / forward (min - max) |{f' {counts} / s |' if counts else ''} "
+        f"x dense ({sure:.0%} interval) | eta | peak MiB | change |",
+        "|---|---|---|---|---|---|" + ("---|" if counts else ""),
     ]
     for row in rows:
+        rate = f" {batch / row['seconds']:.4g} |" if counts else ""
         lines.append(
             f"| {row['contender']} | {row['seconds']:.3f} "
-            f"({row['seconds_min']:.3f} - {row['seconds_max']:.3f}) "
-            f"| {ratio_text(row['speedup'], row['clear'])} | {_eta_text(row)} "
+            f"({row['seconds_min']:.3f} - {row['seconds_max']:.3f}) |{rate} "
+            f"{ratio_text(row['speedup'], row['clear'])} | {_eta_text(row)} "
             f"| {_mib(row['peak_bytes'])} | {row['error']:.2g} |"
         )
     notes = []
@@ -142,6 +149,8 @@ def case_json(case: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
     for row in summarise(measured["results"]):
         row = dict(row, speedup=row["speedup"].to_dict())
         row["eta"] = row["eta"] and row["eta"].to_dict()
+        if measured["counts"]:
+            row[f"{measured['counts']}_per_second"] = case["batch"] / row["seconds"]
         summary.append(row)
     against = [dict(duel, ratio=duel["ratio"].to_dict()) for duel in duels(measured["results"])]
     return dict(case=case, summary=summary, duels=against, **measured)

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..config import ToMeConfig
 from ..errors import ToMeError
 from ..meters import Clock, peak_memory
 from .attention import backend, set_processor
-from .contenders import DENSE, prepare, share_weights
+from .contenders import prepare, share_weights
+from .kinds import DENSE
 from .targets import Target
 
 
@@ -51,8 +51,8 @@ def run_case(
     target: Target,
     case: Case,
     wanted: list[str],
-    config: ToMeConfig,
-    own: Mapping[str, ToMeConfig],
+    config: Any,
+    own: Mapping[str, Any],
     rounds: int,
     device: str,
     clock: str = "wall",
@@ -74,7 +74,8 @@ def run_case(
     Returns:
         dict: ``results``: for each contender ``seconds`` (one per round), ``peak_bytes`` and
         ``peak_in`` (operator at the peak), ``relative_rmse_to_dense``, ``config``, ``ideal``,
-        ``sites``; ``missing``: who did not take part and why; ``parameters``.
+        ``sites``; ``missing``: who did not take part and why; ``parameters``; ``counts``: what an
+        entry of the batch is called in a figure per second, or None.
 
     Raises:
         ToMeError: the dense network itself does not run like this.
@@ -92,7 +93,7 @@ def run_case(
             raise ToMeError(f"the dense network does not run with {case}: {reason}") from error
         if not torch.isfinite(reference).all():
             raise ToMeError(f"the dense network gives NaN or infinity with {case}")
-        contenders, missing = prepare(wanted, network, config, own, call)
+        contenders, missing = prepare(wanted, network, target.merging, config, own, call)
         results = {
             one.name: dict(
                 kind=one.kind,
@@ -143,6 +144,7 @@ def run_case(
         results={name: results[name] for name in runners},
         missing=missing,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
+        counts=target.counts,
     )
 
 

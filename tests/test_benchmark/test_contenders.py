@@ -7,6 +7,7 @@ from tiny import tiny_inputs, tiny_unet
 
 from mmagic_tome import ToMeConfig
 from mmagic_tome.benchmark.contenders import prepare, share_weights
+from mmagic_tome.benchmark.denoisers import DENOISER_MERGING
 
 
 def run(network):
@@ -28,7 +29,7 @@ def test_all_of_them():
     dense = run(unet)
     config, wide = ToMeConfig(ratio=0.5), ToMeConfig(ratio=0.25, merge_mlp=True)
     wanted = ["dense", "ours", "tomesd", "ideal"]
-    ready, missing = prepare(wanted, unet, config, {"other": wide}, run)
+    ready, missing = prepare(wanted, unet, DENOISER_MERGING, config, {"other": wide}, run)
     assert not missing
     named = {one.name: one for one in ready}
     assert list(named) == ["dense", "ours", "other", "tomesd", "ideal", "ideal for other"]
@@ -63,7 +64,7 @@ def test_a_contender_that_cannot_run_says_why():
         return out
 
     wanted = ["dense", "tomesd", "ideal"]
-    ready, missing = prepare(wanted, tiny_unet(), ToMeConfig(), {}, broken)
+    ready, missing = prepare(wanted, tiny_unet(), DENOISER_MERGING, ToMeConfig(), {}, broken)
     assert missing == {"tomesd": "RuntimeError: no such thing"}
     # The ideal is there without ours, too.
     assert [one.name for one in ready] == ["dense", "ideal"]
@@ -72,7 +73,12 @@ def test_a_contender_that_cannot_run_says_why():
 def test_a_network_without_a_host_runs_dense_only():
     network = torch.nn.Sequential(torch.nn.Linear(4, 4))
     ready, missing = prepare(
-        ["dense", "ours", "ideal"], network, ToMeConfig(), {}, lambda m: m(torch.ones(1, 4))
+        ["dense", "ours", "ideal"],
+        network,
+        DENOISER_MERGING,
+        ToMeConfig(),
+        {},
+        lambda m: m(torch.ones(1, 4)),
     )
     assert [one.name for one in ready] == ["dense"]
     assert "nothing to merge in a Sequential" in missing["ours"] and "\n" not in missing["ours"]
@@ -80,5 +86,5 @@ def test_a_network_without_a_host_runs_dense_only():
 
 def test_mmagic_runs_on_its_own_unet_or_says_why():
     pytest.importorskip("mmagic")
-    _, missing = prepare(["mmagic"], tiny_unet(), ToMeConfig(), {}, run)
+    _, missing = prepare(["mmagic"], tiny_unet(), DENOISER_MERGING, ToMeConfig(), {}, run)
     assert "encoder_attention_mask" in missing["mmagic"]

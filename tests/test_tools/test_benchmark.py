@@ -1,6 +1,7 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """``tools/benchmark.py``: whole runs on small networks, and its complaints."""
 
+import dataclasses
 import functools
 import json
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from mmagic_tome.benchmark import cli, rounds, targets
-from mmagic_tome.benchmark.targets import SHAPES, Shape
+from mmagic_tome.benchmark.targets import SHAPES
 
 
 @pytest.fixture
@@ -77,14 +78,14 @@ def test_an_attention_that_is_not_here_is_skipped_and_said(run):
 
 
 def test_diffusion_transformers(run, monkeypatch):
-    sd3 = dict(SHAPES["sd3"].options, num_layers=1, attention_head_dim=8, num_attention_heads=2)
+    sd3 = dict(SHAPES["sd3"].arguments, num_layers=1, attention_head_dim=8, num_attention_heads=2)
     sd3.update(caption_projection_dim=16, joint_attention_dim=16, pooled_projection_dim=16)
-    flux = dict(SHAPES["flux"].options, num_layers=1, num_single_layers=1, attention_head_dim=16)
-    flux.update(num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=16)
-    flux["axes_dims_rope"] = (4, 6, 6)
+    flux = dict(SHAPES["flux"].arguments, num_layers=1, num_single_layers=1)
+    flux.update(attention_head_dim=16, num_attention_heads=2, axes_dims_rope=(4, 6, 6))
+    flux.update(joint_attention_dim=16, pooled_projection_dim=16)
     tiny = {
-        "sd3": Shape("", "SD3Transformer2DModel", sd3, size=64, text=5),
-        "flux": Shape("", "FluxTransformer2DModel", flux, size=64, factor=16, batch=1, text=5),
+        name: dataclasses.replace(SHAPES[name], arguments=arguments, size=64, text=5)
+        for name, arguments in (("sd3", sd3), ("flux", flux))
     }
     monkeypatch.setattr(targets, "SHAPES", tiny)
     for name in tiny:
@@ -134,6 +135,7 @@ def test_config(run, sd_folder, tmp_path):
         (["--device", "abacus"], "abacus"),
         (["--cfg-options", "a=1"], "needs a config"),
         (["--contenders", "nobody"], "nobody"),
+        (["--r", "8"], "--r is for vision transformers; for sd15 write --ratio"),
     ],
 )
 def test_bad_input_is_one_line(run, arguments, said):
