@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from ..engine import ToMeHandle, get_handle
 from ..errors import ToMeError
-from .subject import aside, model_of, request_of
+from .subject import aside, merging_off, model_of, ratio_text, request_of, undisturbed
 
 
 @HOOKS.register_module()
@@ -105,21 +104,20 @@ class ToMeEvalHook(Hook):
         model = model_of(runner, "ToMeEvalHook", generates=True)
         handle = get_handle(model)
         values: dict[str, list[Tensor]] = {metric.name: [] for metric in self.metrics}
-        ratio = handle.ratio
-        with _undisturbed(model), aside():
+        with undisturbed(model), aside():
             for number, (prompt, seed) in enumerate(zip(self.prompts, self.seeds)):
                 request = request_of(runner, [prompt], seed=seed, **self.settings)
                 dense, merged = dense_and_merged(model, handle, request, [0])
                 for metric in self.metrics:
-                    values[metric.name].append(metric(dense, merged))
-                picture = _side_by_side(dense, merged)
+                    values[metric.name].append(metric(*_what_it_compares(metric, dense, merged)))
+                picture = _side_by_side(dense.pictures, merged.pictures)
                 runner.visualizer.add_image(f"tome_{mode}_{number:03d}", picture, step=step)
         means = {
             metric.name: metric.mean(torch.cat(values[metric.name])) for metric in self.metrics
         }
         said = ", ".join(f"{m.label} {m.text(means[m.name])}" for m in self.metrics)
         runner.logger.info(
-            f"dense and merged (ratio {ratio:g}), {len(self.prompts)} prompts, {mode} at "
+            f"dense and merged ({ratio_text(handle)}), {len(self.prompts)} prompts, {mode} at "
             f"iteration {step}: {said}"
         )
         # An infinite PSNR (identical pictures) is in the log; as a point of a curve it breaks
@@ -130,21 +128,43 @@ class ToMeEvalHook(Hook):
         return means
 
 
+class Generated(NamedTuple):
+    """Pictures, (B, 3, H, W) uint8 RGB, and the latents that they were decoded from.
+
+    The latents are (B, C, h, w) float32 on the CPU, None of a model that does not show them.
+    """
+
+    pictures: Tensor
+    latents: Tensor | None
+
+
+def generate(generator, numbers: Sequence[int]) -> Generated:
+    """The pictures ``numbers`` of a :class:`~mmagic_tome.apis.text2image.Generator`."""
+    from ..evaluation.generate import LatentWatch
+
+    with LatentWatch(generator.model) as watch:
+        images, _ = generator.run(numbers)
+    return Generated(to_tensor(images), watch.latents)
+
+
 def dense_and_merged(
     model: nn.Module, handle: ToMeHandle, request, numbers: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """The pictures ``numbers`` of a request, without and with merging, (B, 3, H, W) uint8 RGB."""
+) -> tuple[Generated, Generated]:
+    """The pictures ``numbers`` of a request, without and with merging."""
     from ..apis.text2image import Generator
 
     generator = Generator(model, request)
-    ratio = handle.ratio
-    try:
-        handle.ratio = 0
-        dense, _ = generator.run(numbers)
-    finally:
-        handle.ratio = ratio
-    merged, _ = generator.run(numbers)
-    return to_tensor(dense), to_tensor(merged)
+    with merging_off(handle):
+        dense = generate(generator, numbers)
+    return dense, generate(generator, numbers)
+
+
+def _what_it_compares(metric, dense: Generated, merged: Generated) -> tuple[Tensor, Tensor]:
+    if metric.of == "pictures":
+        return dense.pictures, merged.pictures
+    if dense.latents is None or merged.latents is None:
+        raise ToMeError(f"the final latents of this model cannot be seen; leave out {metric.name}")
+    return dense.latents, merged.latents
 
 
 def to_tensor(images: Sequence) -> Tensor:
@@ -163,23 +183,3 @@ def _side_by_side(dense: Tensor, merged: Tensor) -> np.ndarray:
         np.concatenate([images[0].permute(1, 2, 0).numpy(), white]) for images in (dense, merged)
     ]
     return np.concatenate([*columns, difference], axis=1)
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """In eval mode and without gradients; modes and random numbers as they were afterwards.
-
-    Not by the model's own ``eval()``, which in MMagic casts the UNet to the inference type: the
-    way back would leave training weights rounded.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    parameter = next(model.parameters())
-    devices = [parameter.device] if parameter.is_cuda else []
-    with torch.random.fork_rng(devices), torch.no_grad():
-        try:
-            for module, _ in modes:
-                module.training = False
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training

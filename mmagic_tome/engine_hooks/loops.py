@@ -8,6 +8,7 @@ These take steps, guidance and seed from the config, and hand every metric what 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..engine import get_handle
 from ..errors import ToMeError
-from .subject import model_of, request_of
+from .subject import model_of, request_of, undisturbed
 
 
 class _PictureLoop(BaseLoop):
@@ -39,6 +40,7 @@ class _PictureLoop(BaseLoop):
 
     - ``fake_img``, and the same as ``output.pred_img``: the picture;
     - ``dense_img``: the picture without merging;
+    - ``latents`` and ``dense_latents``: (C, h, w), what they were decoded from;
     - ``gt_img``: the real picture, if the data set has one;
     - ``prompt``.
 
@@ -85,7 +87,18 @@ class _PictureLoop(BaseLoop):
         model = model_of(runner, type(self).__name__, generates=True)
         runner.call_hook(f"before_{mode}")
         runner.call_hook(f"before_{mode}_epoch")
-        runner.model.eval()
+        if mode == "test":
+            runner.model.eval()
+        # In between of training: its weights, modes and random numbers are not validation's.
+        with undisturbed(model) if mode == "val" else nullcontext():
+            metrics = self._evaluate(model)
+        runner.call_hook(f"after_{mode}_epoch", metrics=metrics)
+        runner.call_hook(f"after_{mode}")
+        return metrics
+
+    def _evaluate(self, model) -> dict[str, Any]:
+        """Generate all pictures, judge each as it comes and in the end all together."""
+        runner, mode = self.runner, self.mode
         # MMagic's evaluator prepares metrics (FID looks at the real pictures) and groups them.
         of_mmagic = hasattr(self.evaluator, "prepare_metrics")
         if of_mmagic:
@@ -102,10 +115,7 @@ class _PictureLoop(BaseLoop):
                 f"after_{mode}_iter", batch_idx=index, data_batch=batch, outputs=outputs
             )
         size = () if of_mmagic else (len(self.dataloader.dataset),)
-        metrics = self.evaluator.evaluate(*size)
-        runner.call_hook(f"after_{mode}_epoch", metrics=metrics)
-        runner.call_hook(f"after_{mode}")
-        return metrics
+        return self.evaluator.evaluate(*size)
 
     @torch.no_grad()
     def _generate(self, model, index: int, batch: Any) -> list:
@@ -113,7 +123,7 @@ class _PictureLoop(BaseLoop):
         from mmagic.structures import DataSample
 
         from ..apis.text2image import Generator
-        from .evaluate import dense_and_merged, to_tensor
+        from .evaluate import dense_and_merged, generate
 
         samples = batch["data_samples"]
         # As mmengine's DefaultSampler deals them out; a last round that it fills up repeats.
@@ -134,18 +144,21 @@ class _PictureLoop(BaseLoop):
         if self.dense and handle is not None:
             dense, merged = dense_and_merged(model, handle, self.request, numbers)
         else:
-            images, _ = Generator(model, self.request).run(numbers)
-            dense, merged = None, to_tensor(images)
+            dense, merged = None, generate(Generator(model, self.request), numbers)
         outputs = []
         for i, sample in enumerate(samples):
-            picture = _bgr(merged[i])
+            picture = _bgr(merged.pictures[i])
             output = DataSample(
                 fake_img=picture,
                 output=DataSample(pred_img=picture),
                 prompt=sample.get("prompt"),
             )
+            if merged.latents is not None:
+                output.latents = merged.latents[i]
             if dense is not None:
-                output.dense_img = _bgr(dense[i])
+                output.dense_img = _bgr(dense.pictures[i])
+                if dense.latents is not None:
+                    output.dense_latents = dense.latents[i]
             real = sample.get("gt_img")
             if real is not None:
                 output.gt_img = _real(real, sample)

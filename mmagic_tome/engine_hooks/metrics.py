@@ -77,8 +77,16 @@ class _PairedAdapter(_Adapter):
                     f"{self.metric.label} compares with the dense picture, which is not there; use "
                     "test_cfg=dict(type='ToMeTestLoop') and a config with tome_cfg"
                 )
-            pair = (_rgb(sample[key])[None] for key in ("dense_img", "fake_img"))
-            self.results.append(float(self.metric(*pair)))
+            if self.metric.of == "latents":
+                pair = [sample.get(key) for key in ("dense_latents", "latents")]
+                if pair[0] is None or pair[1] is None:
+                    raise ToMeError(
+                        f"{self.metric.label} compares the final latents, which this model does "
+                        "not show; leave it out"
+                    )
+            else:
+                pair = [_rgb(sample[key]) for key in ("dense_img", "fake_img")]
+            self.results.append(float(self.metric(pair[0][None], pair[1][None])))
 
     def compute_metrics(self, results):
         return {self.metric.name: self.metric.mean(torch.tensor(results, dtype=torch.float64))}

@@ -18,7 +18,7 @@ from ..engine import get_handle
 from ..errors import ToMeError
 from ..hosts import find_host
 from ..meters import process_peak, reset_process_peak
-from .subject import is_aside, model_of
+from .subject import is_aside, model_of, ratio_text
 
 
 @HOOKS.register_module()
@@ -194,7 +194,7 @@ class Recorder:
                 self.peak = 0
             else:
                 self.known = reset_process_peak()
-            self.merged = self.handle is not None and self.handle.ratio > 0
+            self.merged = self.handle is not None and self.handle.ratio != 0
             self.start = self._mark()
 
     def _step_ends(self, module, args, output) -> None:
@@ -285,7 +285,7 @@ class Recorder:
             sites.append(site)
         return {
             "device": str(self.device),
-            "ratio": 0.0 if self.handle is None else self.handle.ratio,
+            "merging": "none" if self.handle is None else ratio_text(self.handle),
             "warm_up": min(self.warm_up, self.seen),
             "steps": steps,
             "sites": sites,
@@ -307,7 +307,7 @@ class _Record:
 def table(report: dict[str, Any]) -> str:
     """A report of :class:`Recorder`, with its ``mode``, as lines of text."""
     lines = [
-        f"profile of {report['mode']} on {report['device']}, ratio {report['ratio']:g}, after "
+        f"profile of {report['mode']} on {report['device']}, merging: {report['merging']}, after "
         f"{report['warm_up']} steps of warm-up"
     ]
     for key in ("merged", "dense"):

@@ -6,13 +6,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from numbers import Real
 from typing import Any
 
+import torch
 from mmengine.model import is_model_wrapper
 from torch import nn
 
 from ..apis.model_config import check_text_to_image
 from ..apis.text2image import Request
+from ..engine import ToMeHandle
 from ..errors import ToMeError
 from ..hosts import find_host
 
@@ -60,6 +63,57 @@ def model_of(runner, needed_by: str, generates: bool = False) -> nn.Module:
         except ToMeError as error:
             raise ToMeError(f"{needed_by}: {error}") from error
     return model
+
+
+@contextmanager
+def merging_off(handle: ToMeHandle) -> Iterator[None]:
+    """The dense model, bit for bit, while entered; hooks that watch the network stay in place.
+
+    Ratio 0 alone would leave on what is carried from step to step (``residual='reuse'``).
+    """
+    state, config = handle._state, handle.config
+    state.config = config.replace(ratio=0, method="tome", refresh=None, residual=None)
+    state.forget_run()
+    try:
+        yield
+    finally:
+        state.config = config
+        state.forget_run()
+
+
+def ratio_text(handle: ToMeHandle) -> str:
+    """The ratio in force, in words."""
+    return f"ratio {handle.ratio:g}" if isinstance(handle.ratio, Real) else "ratio by schedule"
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """As for inference; weights, modes and random numbers bit for bit as they were afterwards.
+
+    In eval mode, without gradients, and with the UNet in the type that the model infers with
+    (``dtype`` of MMagic's models, float16 of its DreamBooth). Not by the model's own ``eval()``,
+    which casts the UNet there and back: that would leave training weights rounded.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    parameter = next(model.parameters())
+    devices = [parameter.device] if parameter.is_cuda else []
+    dtype = getattr(model, "dtype", None)
+    held = []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        try:
+            for module, _ in modes:
+                module.training = False
+            if isinstance(dtype, torch.dtype):
+                for tensor in (*model.unet.parameters(), *model.unet.buffers()):
+                    if tensor.is_floating_point() and tensor.dtype != dtype:
+                        held.append((tensor, tensor.data))
+                        tensor.data = tensor.data.to(dtype)
+            yield
+        finally:
+            for tensor, data in held:
+                tensor.data = data
+            for module, training in modes:
+                module.training = training
 
 
 def request_of(runner, prompts: list[str], **given: Any) -> Request:

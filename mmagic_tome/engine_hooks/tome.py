@@ -105,7 +105,8 @@ class ToMeHook(Hook):
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         self._set(runner.iter)
-        runner.message_hub.update_scalar("train/tome_ratio", self.handle.ratio)
+        if isinstance(self.handle.ratio, Real):  # and not a schedule over the noise
+            runner.message_hub.update_scalar("train/tome_ratio", self.handle.ratio)
 
     def before_val_iter(self, runner, batch_idx, data_batch=None) -> None:
         if not self._training:

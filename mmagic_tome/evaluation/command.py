@@ -39,7 +39,7 @@ from .results import results_of
 from .scores import Measurer, Metrics, build_metrics
 from .store import RunFolder, differences
 from .team import Team
-from .timing import cost_key, measure_cost
+from .timing import cost_key, is_complete, measure_cost
 
 
 def command(args, argv) -> None:
@@ -156,19 +156,29 @@ def _stages(args, argv, config, plan, request, metrics, real, device, team, fold
 
 
 def _cost(generator, plan: Plan, folder: RunFolder, basis, where) -> dict[str, Any] | None:
-    """Return the measured cost: the folder's if it belongs to the same contenders and machine."""
-    if plan.cost_rounds == 0:
-        return None
+    """Return the measured cost, of which the folder may have some rounds or all.
+
+    They belong to the same contenders, pictures and machine; else all is measured anew. Without
+    rounds to measure it is the folder's, or None.
+    """
     place = {key: where[key] for key in ("processor", "cpus", "gpu")}
     place.update(host=socket.gethostname(), threads=torch.get_num_threads())
-    key = cost_key(basis, plan.contenders, plan.cost_rounds, place)
+    key = cost_key(basis, plan.contenders, place)
     held = folder.read_json("cost.json")
-    if held is not None and held.get("key") == key:
+    if held is not None and held.get("key") != key:
+        held = None
+    if plan.cost_rounds == 0:
+        return held if is_complete(held) else None
+    if is_complete(held) and held["rounds"] >= plan.cost_rounds:
         return held
-    cost = {"key": key, **measure_cost(generator, plan.contenders, plan.cost_rounds)}
-    cost["load_average_1min"] = [where["load_average_1min"], environment_load()]
-    folder.save_json("cost.json", cost)
-    return cost
+    before = [] if held is None else held["load_average_1min"]
+
+    def save(cost: dict[str, Any]) -> None:
+        load = [*before, where["load_average_1min"], environment_load()]
+        folder.save_json("cost.json", {**cost, "key": key, "load_average_1min": load})
+
+    measure_cost(generator, plan.contenders, plan.cost_rounds, held, save)
+    return folder.read_json("cost.json")
 
 
 def environment_load() -> float | None:

@@ -62,15 +62,26 @@ class Contender:
         return slug(self.name)
 
     def spec(self) -> dict[str, Any]:
-        """Return everything that its pictures depend on besides the request; JSON-able."""
+        """Return everything that its pictures depend on besides the request; JSON-able.
+
+        Of the options of token merging those that are not the default: a version of this package
+        that has learnt another option goes on with the pictures of one that had not.
+        """
         spec: dict[str, Any] = {"kind": self.kind, "steps": self.steps}
         if self.tome_cfg is not None:
-            spec["tome_cfg"] = self.tome_cfg.to_dict()
+            usual = ToMeConfig().to_dict()
+            spec["tome_cfg"] = {k: v for k, v in self.options().items() if v != usual.get(k)}
             spec["mmagic_tome"] = __version__
         if self.tomesd is not None:
             spec["tomesd_options"] = dict(self.tomesd)
             spec["tomesd"] = metadata.version("tomesd")
         return spec
+
+    def options(self) -> dict[str, Any] | None:
+        """Return all options of its merging, those of the default too; None for dense ones."""
+        if self.tome_cfg is not None:
+            return self.tome_cfg.to_dict()
+        return None if self.tomesd is None else dict(self.tomesd)
 
     @contextmanager
     def on(self, model) -> Iterator[Any]:

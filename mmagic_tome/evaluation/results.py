@@ -8,7 +8,7 @@ from typing import Any
 from .contenders import DENSE, Contender
 from .plan import Plan
 from .scores import Measurer
-from .timing import summarise
+from .timing import FEWEST_ROUNDS, summarise
 
 
 def results_of(
@@ -43,7 +43,13 @@ def results_of(
     if bad:
         notes = [*notes, f"pictures with NaN or infinity, in no mean: {', '.join(bad)}"]
     unclear = [row["name"] for row in rows if row["cost"] and not row["cost"]["certain"]]
-    if unclear:
+    if cost is not None and cost["rounds"] < FEWEST_ROUNDS:
+        notes = [
+            *notes,
+            f"{cost['rounds']} rounds of timing have no spread to speak of: no speed-up here is "
+            f"certain; measure at least {FEWEST_ROUNDS} (--cost-rounds)",
+        ]
+    elif unclear:
         notes = [
             *notes,
             "the spread of these speed-ups reaches across 1x, so they may be none: "
@@ -68,8 +74,8 @@ def results_of(
             "what": "whole model.infer calls after a warm-up, all contenders in turn; "
             "raw figures in cost.json",
             "blocks": {name: f["blocks"] for name, f in cost["contenders"].items()},
-            "memory": "peak above the weights, "
-            + ("of CUDA's allocator" if basis["device"] != "cpu" else "of the process"),
+            "memory": "most that tensors hold at once above the weights, in a whole run and in one "
+            "forward of the network",
         },
         "contenders": rows,
     }
@@ -85,7 +91,7 @@ def _row(contender: Contender, plan: Plan, measurer: Measurer, cost) -> dict[str
         "kind": contender.kind,
         "ratio": contender.ratio,
         "steps": contender.steps or plan.steps,
-        "options": contender.spec(),
+        "options": contender.options(),
         "pictures": len(good),
         "skipped_pictures": len(plan.prompts.prompts) - len(good),
         "tokens_removed": 1 - kept / tokens if tokens else None,

@@ -26,7 +26,6 @@ from .real import RealPictures
 from .store import RunFolder
 from .team import Team
 
-LATENT_ERROR = "latent_error"
 # Pictures per file of kept values. A value does not depend on it.
 CHUNK = 64
 REAL = "real"
@@ -37,13 +36,12 @@ class Metrics:
     """The metrics of an evaluation.
 
     Args:
-        named: Name to metric, in the order of the report; None stands for the relative error of
-            the final latents, which looks at no picture.
+        named: Name to metric, in the order of the report.
         options: Name to the options that the metric was made with.
         skipped: Name to the reason why a metric of the defaults is left out.
     """
 
-    named: dict[str, PairedMetric | SetMetric | None]
+    named: dict[str, PairedMetric | SetMetric]
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -56,7 +54,7 @@ def default_names() -> list[str]:
     """Return the metrics of an evaluation that names none: those that need no download."""
     names = ["psnr", "ssim", "ms_ssim"]
     shipped = ["efficientnet_lite0_distance", "frechet_efficientnet_lite0"]
-    return [*names, LATENT_ERROR, *shipped]
+    return [*names, "latent_error", *shipped]
 
 
 def build_metrics(asked, device, pictures: int, size: tuple[int, int] | None) -> Metrics:
@@ -103,10 +101,8 @@ def _name_and_options(entry) -> tuple[str, dict[str, Any]]:
     return name, dict(options)
 
 
-def _build(name, options, device, pictures, size) -> PairedMetric | SetMetric | None:
-    if name == LATENT_ERROR:
-        return None
-    known = [*PAIRED, *SETS, LATENT_ERROR]
+def _build(name, options, device, pictures, size) -> PairedMetric | SetMetric:
+    known = [*PAIRED, *SETS]
     if name not in known:
         raise ToMeError(f"unknown metric {name!r}; there are {', '.join(known)}")
     build = build_paired if name in PAIRED else build_set
@@ -116,7 +112,7 @@ def _build(name, options, device, pictures, size) -> PairedMetric | SetMetric | 
             f"{metric.label} needs at least {metric.min_samples} pictures, and there are "
             f"{pictures}; generate more, or leave this metric out"
         )
-    if size is not None:
+    if size is not None and getattr(metric, "of", "pictures") == "pictures":
         noise = torch.Generator().manual_seed(0)
         probe = torch.randint(0, 256, (1, 3, *size), generator=noise, dtype=torch.uint8)
         if isinstance(metric, SetMetric):
@@ -229,8 +225,8 @@ class Measurer:
 
     def _compute(self, job: Job) -> np.ndarray:
         metric = self.metrics.named[job.metric]
-        if metric is None:
-            return self._latent_errors(job)
+        if not isinstance(metric, SetMetric) and metric.of == "latents":
+            return self._of_latents(job, metric)
         values = []
         for number in job.numbers:
             if job.contender == REAL:
@@ -245,18 +241,16 @@ class Measurer:
                 values.append(metric(dense, picture))
         return torch.cat(values).cpu().numpy()
 
-    def _latent_errors(self, job: Job) -> np.ndarray:
-        from .metrics import relative_latent_error
-
+    def _of_latents(self, job: Job, metric: PairedMetric) -> np.ndarray:
         values = []
         for number in job.numbers:
             pair = [self.folder.latents(f, number) for f in (DENSE, job.contender)]
             if any(latents is None for latents in pair):
                 raise ToMeError(
                     "the final latents of this model cannot be seen; leave out the metric "
-                    f"{LATENT_ERROR}"
+                    f"{job.metric}"
                 )
-            values.append(relative_latent_error(*(torch.from_numpy(p)[None] for p in pair)))
+            values.append(metric(*(torch.from_numpy(p)[None] for p in pair)))
         return torch.cat(values).double().cpu().numpy()
 
     # --- results ------------------------------------------------------------------------------
@@ -298,12 +292,11 @@ class Measurer:
         return report
 
     def _paired_result(self, name, metric, contender) -> dict[str, Any]:
-        label = "latent error" if metric is None else metric.label
         result = {
-            "label": label,
+            "label": metric.label,
             "kind": "paired",
-            "higher_is_better": metric is not None and metric.higher_is_better,
-            "unit": "" if metric is None else metric.unit,
+            "higher_is_better": metric.higher_is_better,
+            "unit": metric.unit,
             "reference": "dense",
         }
         if contender.kind == DENSE:
@@ -311,8 +304,7 @@ class Measurer:
         numbers, values = self.values(name, contender.folder)
         if not numbers:
             return {**result, "skipped": "no pair of pictures without NaN"}
-        value = float(values.mean()) if metric is None else metric.mean(values)
-        text = f"{value:.4g}" if metric is None else metric.text(value)
+        value = metric.mean(values)
         finite = values[values.isfinite()]
         spread = None
         if len(finite):
@@ -322,7 +314,7 @@ class Measurer:
             **result,
             "n": len(numbers),
             "value": value if math.isfinite(value) else None,
-            "text": text,
+            "text": metric.text(value),
             "spread": spread,
             "identical": int((~values.isfinite()).sum()),
         }

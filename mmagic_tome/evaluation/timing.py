@@ -8,13 +8,11 @@ rounds in which every contender runs once: what slows the machine for a while sl
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import hashlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,42 +22,57 @@ from tqdm import tqdm
 
 from ..apis.text2image import Generator
 from ..hosts import find_host
+from ..meters import peak_memory
 from .contenders import Contender
 from .metrics.cost import CostMeter, count_flops, spread
 
 WARM_UP_STEPS = 2
 PROFILE_STEPS = 4
+# Of fewer rounds a spread says nothing.
+FEWEST_ROUNDS = 3
+# What each run of a contender adds one entry to.
+PER_RUN = ("seconds", "unet_seconds", "step_seconds", "process_peak_bytes", "joules")
 
 
-def measure_cost(generator: Generator, contenders: Sequence[Contender], rounds: int) -> dict:
+def measure_cost(
+    generator: Generator,
+    contenders: Sequence[Contender],
+    rounds: int,
+    held: dict[str, Any] | None = None,
+    save: Callable[[dict[str, Any]], None] = lambda cost: None,
+) -> dict[str, Any]:
     """Run every contender once per round and return all raw figures.
 
     Args:
         generator: With the request; its first batch is what runs.
         contenders: In order; every other round goes backwards.
         rounds: How often each runs, after a warm-up of two steps each.
+        held: Figures of an earlier call, of the same contenders on the same machine: their rounds
+            count, and only what they lack is measured.
+        save: Called with the figures after each round, to be gone on with.
 
     Returns:
-        ``pictures`` per run, and per name of a contender lists with one entry per run:
-        ``seconds`` (whole runs: text encoder, steps, VAE), ``unet_seconds``, ``step_seconds``
-        (one list per run), ``peak_bytes`` (peak of the memory above what was held before the
-        run, which is the weights; on a CPU of the process, None where the system does not
-        tell), ``joules`` (of the whole device, None without NVML). Further ``blocks``: seconds
-        per forward of each transformer block, with what merging does there; ``unet_flops`` of
-        one forward; ``sites`` (what was merged where).
+        ``pictures`` per run, ``rounds``, and per name of a contender lists with one entry per
+        run: ``seconds`` (whole runs: text encoder, steps, VAE), ``unet_seconds``,
+        ``step_seconds`` (one list per run), ``process_peak_bytes`` (resident memory of the whole
+        process, None where the system does not tell), ``joules`` (of the whole device, None
+        without NVML). Further ``sites`` (what was merged where); ``blocks``: seconds per
+        forward of each transformer block, with what merging does there; ``peak_bytes`` and
+        ``unet_peak_bytes``: most that tensors hold beyond what they held before, the weights, in
+        a run and in one forward of the network; ``unet_flops`` of one forward.
     """
     request = generator.request
     numbers = request.batches()[0]
-    device = next(generator.model.parameters()).device
-    raw = {
-        c.name: {
-            key: [] for key in ("seconds", "unet_seconds", "step_seconds", "peak_bytes", "joules")
-        }
-        for c in contenders
-    }
-    meters = {contender.name: CostMeter(device, warm_up=0) for contender in contenders}
-    steps = sum(contender.steps or request.steps for contender in contenders) * rounds
-    steps += len(contenders) * (WARM_UP_STEPS + PROFILE_STEPS)
+    names = [contender.name for contender in contenders]
+    cost = held
+    if cost is None or cost["pictures"] != len(numbers) or list(cost["contenders"]) != names:
+        figures = {name: {key: [] for key in PER_RUN} for name in names}
+        cost = {"pictures": len(numbers), "rounds": 0, "contenders": figures}
+    turns = range(cost["rounds"], max(rounds, cost["rounds"]))
+    inside = [c for c in contenders if "unet_flops" not in cost["contenders"][c.name]]
+    steps = sum(contender.steps or request.steps for contender in contenders) * len(turns)
+    steps += len(contenders) * WARM_UP_STEPS * bool(turns)
+    steps += len(inside) * (PROFILE_STEPS + WARM_UP_STEPS)
     with tqdm(
         total=steps,
         desc="measuring cost",
@@ -67,40 +80,74 @@ def measure_cost(generator: Generator, contenders: Sequence[Contender], rounds: 
         dynamic_ncols=True,
         mininterval=0.1 if sys.stderr.isatty() else 10.0,
     ) as bar:
-        for contender in contenders:
+        for contender in contenders if turns else ():
             bar.set_postfix_str(f"{contender.name}, warm-up")
             with contender.on(generator.model):
                 generator.run(numbers, min(WARM_UP_STEPS, request.steps), on_step=bar.update)
-        for turn in range(rounds):
-            for contender in contenders[:: -1 if turn % 2 else 1]:
-                bar.set_postfix_str(f"{contender.name}, round {turn + 1}")
-                figures = raw[contender.name]
-                meter = meters[contender.name]
-                with contender.on(generator.model) as handle:
-                    held = memory_held(device)
-                    with meter.run(images=len(numbers)):
-                        _, clock = generator.run(numbers, contender.steps, on_step=bar.update)
-                    figures["sites"] = [] if handle is None else handle.stats()
-                run = meter.runs[-1]
-                figures["seconds"].append(run.seconds)
-                figures["unet_seconds"].append(clock.unet)
-                figures["step_seconds"].append(list(generator.step_seconds))
-                peak = run.process_memory if run.cuda_memory is None else run.cuda_memory
-                known = peak is not None and held is not None
-                figures["peak_bytes"].append(max(0, peak - held) if known else None)
-                figures["joules"].append(run.joules)
-        for contender in contenders:
-            bar.set_postfix_str(f"{contender.name}, layers")
-            figures = raw[contender.name]
+        for turn in turns:
+            _round(generator, contenders[:: -1 if turn % 2 else 1], cost, turn, bar)
+            save(cost)
+        for contender in inside:
+            bar.set_postfix_str(f"{contender.name}, layers and memory")
             with contender.on(generator.model):
-                figures["blocks"] = block_seconds(generator, numbers, bar.update)
-                figures["unet_flops"] = unet_flops(generator, numbers)
-    return {"pictures": len(numbers), "rounds": rounds, "contenders": raw}
+                found = _inside(generator, numbers, bar.update)
+            cost["contenders"][contender.name].update(found)
+            save(cost)
+    return cost
 
 
-def cost_key(fingerprint: dict, contenders: Sequence[Contender], rounds: int, where: dict) -> str:
-    """Return a hash of what a measured cost belongs to."""
-    basis = [fingerprint, [[c.name, c.spec()] for c in contenders], rounds, where]
+def _round(generator, contenders, cost, turn, bar) -> None:
+    """Run each contender once and append its figures; a round counts as a whole or not at all."""
+    numbers = generator.request.batches()[0]
+    device = next(generator.model.parameters()).device
+    found = {}
+    for contender in contenders:
+        bar.set_postfix_str(f"{contender.name}, round {turn + 1}")
+        meter = CostMeter(device, warm_up=0)
+        with contender.on(generator.model) as handle:
+            with meter.run(images=len(numbers)):
+                _, clock = generator.run(numbers, contender.steps, on_step=bar.update)
+            sites = [] if handle is None else handle.stats()
+        (run,) = meter.runs
+        seconds = list(generator.step_seconds)
+        values = (run.seconds, clock.unet, seconds, run.process_memory, run.joules)
+        found[contender.name] = (dict(zip(PER_RUN, values)), sites)
+    for name, (values, sites) in found.items():
+        figures = cost["contenders"][name]
+        figures["sites"] = sites
+        for key, value in values.items():
+            figures[key].append(value)
+    cost["rounds"] += 1
+
+
+def _inside(generator: Generator, numbers, on_step) -> dict[str, Any]:
+    """What is measured once: time of each block, memory, operations."""
+    device = next(generator.model.parameters()).device
+    few = min(WARM_UP_STEPS, generator.request.steps)
+    blocks = block_seconds(generator, numbers, on_step)
+    # The largest of a few steps is that of all: what is kept from step to step is there by then.
+    peak, _ = peak_memory(lambda: generator.run(numbers, few, on_step=on_step), device)
+    unet, args, kwargs = _first_call(generator, numbers)
+    with torch.no_grad():
+        unet_peak, _ = peak_memory(lambda: unet(*args, **kwargs), device)
+    return {
+        "blocks": blocks,
+        "peak_bytes": peak,
+        "unet_peak_bytes": unet_peak,
+        "unet_flops": count_flops(unet, *args, **kwargs),
+    }
+
+
+def is_complete(cost: dict[str, Any] | None) -> bool:
+    """Whether a report can be made of some figures: rounds, and what is measured once."""
+    if cost is None or cost["rounds"] == 0:
+        return False
+    return all("unet_flops" in figures for figures in cost["contenders"].values())
+
+
+def cost_key(fingerprint: dict, contenders: Sequence[Contender], where: dict) -> str:
+    """Return a hash of what a measured cost belongs to; rounds can be added to it."""
+    basis = [fingerprint, [[c.name, c.spec()] for c in contenders], where]
     return hashlib.sha256(json.dumps(basis, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -109,13 +156,15 @@ def summarise(cost: dict, dense: str) -> dict[str, dict[str, Any]]:
 
     ``seconds_per_image``, ``unet_seconds_per_image``, ``speedup`` (dense / this one, paired by
     round) and ``unet_speedup`` as dicts with ``median``, ``p10`` and ``p90``;
-    ``images_per_second``; ``memory_per_image`` in bytes and ``memory_factor`` (dense / this
-    one) and ``joules_per_image``, None where unknown; ``unet_tflop_per_image`` over all steps;
-    ``step_ms``: median milliseconds of each step per image; ``certain``: whether the spread of
-    the speed-up leaves no doubt on which side of 1 it is.
+    ``images_per_second``; ``memory_per_image`` and ``unet_memory_per_image`` in bytes above the
+    weights, of the whole run and of a forward of the network, each with its ``..._factor``
+    (dense / this one); ``process_peak_bytes`` and ``joules_per_image``, None where unknown;
+    ``unet_tflop_per_image`` over all steps; ``step_ms``: median milliseconds of each step per
+    image; ``certain``: whether the spread of the speed-up leaves no doubt on which side of 1 it is.
     """
     count = cost["pictures"]
     base = cost["contenders"][dense]
+    enough = cost["rounds"] >= FEWEST_ROUNDS
     report = {}
     for name, figures in cost["contenders"].items():
         seconds = np.array(figures["seconds"]) / count
@@ -123,7 +172,6 @@ def summarise(cost: dict, dense: str) -> dict[str, dict[str, Any]]:
         speedup = np.array(base["seconds"]) / np.array(figures["seconds"])
         unet_speedup = np.array(base["unet_seconds"]) / np.array(figures["unet_seconds"])
         steps = np.median(np.array(figures["step_seconds"]), axis=0) / count * 1000
-        memory, dense_memory = (_memory(f["peak_bytes"], count) for f in (figures, base))
         factor = spread(speedup.tolist())
         report[name] = {
             "seconds_per_image": spread(seconds.tolist()),
@@ -131,9 +179,11 @@ def summarise(cost: dict, dense: str) -> dict[str, dict[str, Any]]:
             "images_per_second": 1 / float(np.median(seconds)),
             "speedup": factor,
             "unet_speedup": spread(unet_speedup.tolist()),
-            "certain": name == dense or factor["p10"] > 1 or factor["p90"] < 1,
-            "memory_per_image": memory,
-            "memory_factor": dense_memory / memory if memory and dense_memory else None,
+            "certain": name == dense or (enough and (factor["p10"] > 1 or factor["p90"] < 1)),
+            **_memory(figures, base, count),
+            "process_peak_bytes": None
+            if None in figures["process_peak_bytes"]
+            else max(figures["process_peak_bytes"]),
             "unet_tflop_per_image": figures["unet_flops"] * len(steps) / count / 1e12,
             "joules_per_image": None
             if None in figures["joules"]
@@ -143,29 +193,12 @@ def summarise(cost: dict, dense: str) -> dict[str, dict[str, Any]]:
     return report
 
 
-def _memory(peaks, count) -> float | None:
-    return None if None in peaks else max(peaks) / count
-
-
-# --- memory -------------------------------------------------------------------------------------
-
-
-def memory_held(device: torch.device) -> int | None:
-    """Return the bytes that are held before a run: of CUDA's allocator, or of this process.
-
-    None where the system does not tell (it does on Linux).
-    """
-    gc.collect()
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    try:
-        # Or what the last run freed and the C library kept would hide what the next one needs.
-        ctypes.CDLL(None).malloc_trim(0)
-        with open("/proc/self/status") as file:
-            (line,) = (line for line in file if line.startswith("VmRSS:"))
-        return int(line.split()[1]) * 1024
-    except (OSError, AttributeError, ValueError):
-        return None
+def _memory(figures, base, count) -> dict[str, float]:
+    found = {}
+    for key, source in (("memory", "peak_bytes"), ("unet_memory", "unet_peak_bytes")):
+        found[f"{key}_per_image"] = figures[source] / count
+        found[f"{key}_factor"] = base[source] / figures[source]
+    return found
 
 
 # --- inside the network --------------------------------------------------------------------------
@@ -231,11 +264,8 @@ def block_seconds(generator: Generator, numbers, on_step) -> list[dict[str, Any]
     return rows
 
 
-def unet_flops(generator: Generator, numbers) -> int:
-    """Return floating-point operations of one forward of the UNet over a batch.
-
-    See :func:`~mmagic_tome.evaluation.metrics.cost.count_flops` for what is counted.
-    """
+def _first_call(generator: Generator, numbers) -> tuple[Any, tuple, dict[str, Any]]:
+    """Return the network and the arguments of its first forward over some pictures."""
     calls: list[tuple] = []
 
     def keep(module, args, kwargs):
@@ -245,8 +275,7 @@ def unet_flops(generator: Generator, numbers) -> int:
     unet = generator.model.unet
     hook = unet.register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        generator.run(numbers, WARM_UP_STEPS)
+        generator.run(numbers, min(WARM_UP_STEPS, generator.request.steps))
     finally:
         hook.remove()
-    args, kwargs = calls[0]
-    return count_flops(unet, *args, **kwargs)
+    return (unet, *calls[0])

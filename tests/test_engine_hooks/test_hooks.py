@@ -14,8 +14,9 @@ pytest.importorskip("mmagic")
 
 import tiny
 
-from mmagic_tome import ToMeError, apply_tome, get_handle
-from mmagic_tome.engine_hooks.evaluate import ToMeEvalHook
+from mmagic_tome import ToMeConfig, ToMeError, apply_tome, get_handle, remove_tome
+from mmagic_tome.apis.text2image import Generator, Request
+from mmagic_tome.engine_hooks.evaluate import ToMeEvalHook, dense_and_merged, to_tensor
 from mmagic_tome.engine_hooks.profile import Recorder, ToMeProfileHook
 from mmagic_tome.engine_hooks.tome import ToMeHook
 
@@ -160,6 +161,93 @@ def test_validation_in_between_of_training(make_runner, tmp_path):
     assert len(report["steps"]) == 4
     assert not (tmp_path / "tome_profile_val.json").exists()
     assert any(not torch.equal(a, b) for a, b in zip(weights, runner.model.parameters()))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_evaluation_in_training_is_as_inference_and_changes_nothing(
+    dtype, make_runner, sd_folder, tmp_path, monkeypatch
+):
+    """In the type that the model infers with, while weights stay in float32 to the last bit."""
+    seen = []
+    real_run = Generator.run
+
+    def run(self, *args, **kwargs):
+        seen.append({p.dtype for p in self.model.unet.parameters()})
+        images = real_run(self, *args, **kwargs)
+        return images
+
+    monkeypatch.setattr(Generator, "run", run)
+    scheduler = dict(type="DDIMScheduler", clip_sample=False)
+
+    def trained(evaluated):
+        model = tiny.tiny_config(
+            "DreamBooth",
+            folder=sd_folder,
+            scheduler=scheduler,
+            test_scheduler=scheduler,
+            dtype="fp32",
+        )
+        where = tmp_path / str(evaluated)
+        runner = make_runner("train", where, model=model, images=True, validate=evaluated)
+        # As its ``dtype`` would do; MMagic's wrappers of networks do not know bf16.
+        runner.model.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+        runner.model.prepare_model()
+        tiny.randomise(runner.model)
+        runner.model.train()
+        if evaluated:
+            runner.register_hook(ToMeEvalHook(["cat"], interval=1))
+        torch.manual_seed(0)
+        runner.train()
+        return runner.model
+
+    plain = trained(False)
+    assert not seen
+    model = trained(True)
+    # Four evaluations of a pair each, two validations of two batches of pairs, and a pair each
+    # by the hook after them.
+    assert len(seen) == 2 * (4 + 2 * 2 + 2)
+    assert all(found == {model.dtype} for found in seen)
+    assert model.dtype in (torch.float16, torch.bfloat16)
+    assert model.unet.training and {p.dtype for p in model.unet.parameters()} == {torch.float32}
+    for (name, a), b in zip(plain.named_parameters(), model.parameters()):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (dict(ratio=0.5, refresh=2, residual="reuse"), "ratio 0.5"),
+        (dict(ratio=dict(level={1: 0.5})), "ratio by schedule"),
+    ],
+)
+def test_dense_is_dense_whatever_the_merging_carries_along(options, said, make_runner, tmp_path):
+    """What is carried from step to step goes on at ratio 0; the dense picture has none of it."""
+    runner = make_runner("test", tmp_path, images=False, tome_cfg=options)
+    model, handle = runner.model, get_handle(runner.model)
+    request = Request(["cat"], steps=3, guidance=3.0, size=(64, 64))
+    dense, merged = dense_and_merged(model, handle, request, [0])
+    assert not torch.equal(dense.pictures, merged.pictures)
+    assert handle.config == ToMeConfig(**options)
+    recorder = Recorder(model, warm_up=0, steps=20)
+    assert recorder.report()["merging"] == said
+    ToMeEvalHook(["cat"], metrics=["psnr", "latent_error"]).evaluate(runner, "test", 0)
+    recorder.close()
+    assert [step["merged"] for step in recorder.report()["steps"]] == []  # it was aside
+    assert f"dense and merged ({said})" in next(tmp_path.rglob("*.log")).read_text()
+    remove_tome(model)
+    images, _ = Generator(model, request).run([0])
+    assert torch.equal(to_tensor(images), dense.pictures)
+
+
+def test_order_of_hooks(ran):
+    """Priorities as the page says, among those of mmengine."""
+    names = [type(hook).__name__ for hook in ran("train").runner.hooks]
+    order = ["ToMeHook", "ToMeEvalHook", "LoggerHook", "ToMeProfileHook"]
+    assert sorted(order, key=names.index) == order
+    found = {cls.__name__: str(cls.priority) for cls in (ToMeHook, ToMeEvalHook, ToMeProfileHook)}
+    page = (Path(__file__).parents[2] / "docs" / "hooks.md").read_text()
+    for name, priority in found.items():
+        assert re.search(rf"\| `{name}` \|.*\| {priority}: ", page), (name, priority)
 
 
 def test_evaluation_disturbs_neither_modes_nor_random_numbers(make_runner, tmp_path):

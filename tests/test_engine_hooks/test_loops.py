@@ -10,7 +10,14 @@ pytest.importorskip("mmagic")
 
 from mmagic_tome import ToMeError, get_handle
 from mmagic_tome.apis.text2image import Generator, Request
-from mmagic_tome.evaluation.metrics import PAIRED, SETS, build_paired, build_set
+from mmagic_tome.evaluation.generate import LatentWatch
+from mmagic_tome.evaluation.metrics import (
+    PAIRED,
+    SETS,
+    build_paired,
+    build_set,
+    relative_latent_error,
+)
 
 PROMPTS = ["a cat", "a dog", "cat", "dog"]
 
@@ -57,6 +64,8 @@ def test_metrics_of_both_in_one_evaluator(make_runner, tmp_path, inception, real
         of_mmagic("IS", inception, tmp_path, splits=2),
         dict(type="ToMePSNR"),
         dict(type="ToMeSSIM"),
+        dict(type="ToMeLatentError"),
+        dict(type="ToMeMaxError"),
         dict(type="ToMeEfficientNetFrechet", min_samples=2),
         dict(type="ToMeEfficientNetFrechet", min_samples=2, against="dense"),
     ]
@@ -67,14 +76,20 @@ def test_metrics_of_both_in_one_evaluator(make_runner, tmp_path, inception, real
     model = runner.model
     handle = get_handle(model)
     request = Request(PROMPTS, steps=3, guidance=3.0, size=(64, 64), seed=11)
-    merged = tensor(Generator(model, request).run(range(4))[0])
-    handle.ratio = 0
-    dense = tensor(Generator(model, request).run(range(4))[0])
+    with LatentWatch(model) as watch:
+        merged = tensor(Generator(model, request).run(range(4))[0])
+        latents = watch.latents
+        handle.ratio = 0
+        dense = tensor(Generator(model, request).run(range(4))[0])
+        error = relative_latent_error(watch.latents, latents)
     real = tensor([Image.open(f"{real_pictures}/{i}.png") for i in range(4)])
 
     psnr = build_paired("psnr")(dense, merged)
     assert found["PSNR"] == pytest.approx(float(psnr.mean()), rel=1e-4)
     assert found["tome/psnr"] == pytest.approx(build_paired("psnr").mean(psnr), rel=1e-4)
+    assert found["tome/latent_error"] == pytest.approx(float(error.mean()), rel=1e-3)
+    largest = int((dense.int() - merged.int()).abs().max())
+    assert found["tome/max_error"] == pytest.approx(largest, abs=1)
     ssim = build_paired("ssim")(dense, merged)
     assert found["tome/ssim"] == pytest.approx(float(ssim.mean()), rel=1e-4)
     assert found["SSIM"] == pytest.approx(float(ssim.mean()), abs=0.02)

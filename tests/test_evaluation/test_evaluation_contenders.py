@@ -79,3 +79,12 @@ def test_names():
         c.check_names([c.Contender("A b"), c.Contender("a-b")])
     with pytest.raises(ToMeError, match="real pictures"):
         c.check_names([c.Contender("Real")])
+
+
+def test_pictures_depend_on_what_is_not_the_default():
+    """A package that learns an option goes on with pictures made before it knew it."""
+    usual = c.merged("usual", {})
+    assert usual.spec()["tome_cfg"] == {}
+    assert usual.options()["sx"] == 2
+    assert c.merged("other", {"ratio": 0.25, "sx": 2}).spec()["tome_cfg"] == {"ratio": 0.25}
+    assert c.Contender("dense").options() is None

@@ -12,7 +12,7 @@ base.py         the two interfaces, and the checks that all metrics make
 pixels.py       PSNR, SSIM, MS-SSIM
 perceptual.py   LPIPS, DISTS
 latents.py      relative latent error
-difference.py   the max-error picture
+difference.py   the largest error, and the picture that shows where it is
 inception.py    FID, KID, precision / recall, Inception Score
 clip.py         CLIP score, CMMD
 efficientnet.py distances on EfficientNet-lite0, whose weights come with a package
@@ -34,11 +34,11 @@ from typing import Any
 from ...errors import ToMeError
 from .base import PairedMetric, SetMetric
 from .clip import CMMD, CLIPScore
-from .difference import max_error_picture
+from .difference import MaxError, max_error_picture
 from .distances import frechet_distance
 from .efficientnet import EfficientNetDistance, EfficientNetFrechet
 from .inception import FID, KID, InceptionScore, PrecisionRecall
-from .latents import relative_latent_error
+from .latents import LatentError, relative_latent_error
 from .perceptual import DISTS, LPIPS
 from .pixels import MSSSIM, PSNR, SSIM
 
@@ -57,6 +57,8 @@ __all__ = [
     "EfficientNetDistance",
     "EfficientNetFrechet",
     "InceptionScore",
+    "LatentError",
+    "MaxError",
     "PairedMetric",
     "PrecisionRecall",
     "SetMetric",
@@ -68,7 +70,8 @@ __all__ = [
 ]
 
 PAIRED: dict[str, type[PairedMetric]] = {
-    cls.name: cls for cls in (PSNR, SSIM, MSSSIM, LPIPS, DISTS, EfficientNetDistance)
+    cls.name: cls
+    for cls in (PSNR, SSIM, MSSSIM, LPIPS, DISTS, LatentError, EfficientNetDistance, MaxError)
 }
 
 SETS: dict[str, type[SetMetric]] = {

@@ -29,6 +29,8 @@ class PairedMetric:
         label (str): for tables.
         higher_is_better (bool): whether more means closer to the dense picture.
         unit (str): ``''`` or ``'dB'``.
+        of (str): ``'pictures'``, or ``'latents'`` where the two batches are final latents,
+            (B, C, h, w) of any floating type.
 
     Raises:
         ToMeError: shapes, types or sizes that the metric cannot take.
@@ -38,6 +40,7 @@ class PairedMetric:
     label: str
     higher_is_better: bool
     unit: str = ""
+    of: str = "pictures"
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
         self.device = torch.device(device)
@@ -68,7 +71,7 @@ class PairedMetric:
 
     def text(self, value: float) -> str:
         """``value`` as a table shows it."""
-        return f"{value:.4g}{self.unit and ' ' + self.unit}"
+        return f"{value:#.4g}{self.unit and ' ' + self.unit}"
 
 
 class SetMetric:
@@ -186,7 +189,7 @@ class SetMetric:
 
     def text(self, value: float) -> str:
         """The metric's ``value`` as a table shows it."""
-        return f"{value:.4g}"
+        return f"{value:#.4g}"
 
 
 def check_images(images: Any, what: str = "images") -> None:

@@ -7,9 +7,30 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .base import check_pair
+from .base import PairedMetric, check_pair
 
 STRIP = 16  # pixels under the picture, for the words
+
+
+class MaxError(PairedMetric):
+    """The largest difference of any channel of any pixel, of 255 levels; 0 is identical.
+
+    Of many pictures it is that of the worst one, no mean. :func:`max_error_picture` shows where.
+    """
+
+    name = "max_error"
+    label = "max error"
+    higher_is_better = False
+
+    def one(self, reference: Tensor, candidate: Tensor) -> float:
+        return float((reference.int() - candidate.int()).abs().max())
+
+    def mean(self, values: Tensor) -> float:
+        super().mean(values)  # for its checks
+        return float(values.max())
+
+    def text(self, value: float) -> str:
+        return f"{value:.0f} of 255"
 
 
 def max_error_picture(
@@ -48,6 +69,7 @@ def max_error_picture(
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline="red")
         # What the ring's lower part may have drawn over.
         draw.rectangle((0, height, width, height + STRIP), fill="white")
-    text = f"max error {worst} of 255 at ({x}, {y})" if worst else "identical"
-    draw.text((2, height + 2), text, fill="black")
+    texts = [f"max error {worst} of 255 at ({x}, {y})", f"{worst} at ({x}, {y})", str(worst)]
+    fitting = [text for text in texts if draw.textlength(text) <= width - 4]
+    draw.text((2, height + 2), (fitting or [""])[0] if worst else "identical", fill="black")
     return picture, {"max_error": worst, "x": x, "y": y, "scale": scale}

@@ -7,6 +7,22 @@ import torch
 from torch import Tensor
 
 from ...errors import ToMeError
+from .base import PairedMetric
+
+
+class LatentError(PairedMetric):
+    """Relative error of the final latents, see :func:`relative_latent_error`; 0 is identical.
+
+    What the network did, before the VAE decodes it. Computed on the CPU in float64.
+    """
+
+    name = "latent_error"
+    label = "latent error"
+    higher_is_better = False
+    of = "latents"
+
+    def __call__(self, reference: Tensor, candidate: Tensor) -> Tensor:
+        return relative_latent_error(reference, candidate)
 
 
 def relative_latent_error(reference: Tensor, candidate: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import base64
 import html
 import io
 import json
+import math
 import re
 import shlex
 from pathlib import Path
@@ -18,11 +19,13 @@ from PIL import Image
 from ...apis.assets import asset_path
 from ...apis.pictures import FULL_SCALE, difference_map
 from ..contenders import DENSE
+from ..metrics import max_error_picture
+from ..scores import _tensor
 from . import plots
 from .table import NONE, caption, footnotes_of, heads_and_cells
 
 MOST_PICTURES = 12
-MOST_CONTENDERS = 12
+MOST_CONTENDERS = 16
 # Of all pictures in the page, as base64. Browsers and mail take pages of this size.
 MOST_BYTES = 14_000_000
 LARGEST_SIDE = 512
@@ -85,12 +88,42 @@ def _summary(results: dict[str, Any]) -> str:
             "times.</p>"
         )
     best = max(sure, key=lambda row: row["cost"]["speedup"]["median"])
-    paired = [m for m in best["quality"].values() if m["kind"] == "paired" and "text" in m]
-    quality = f", at {paired[0]['label']} {paired[0]['text']} to the dense pictures"
+    paired = [k for k, m in best["quality"].items() if m["kind"] == "paired" and "text" in m]
     return (
         f"<p>Fastest setting of token merging: <strong>{_text(best['name'])}</strong>, "
         f"<strong>{best['cost']['speedup']['median']:.2f}x</strong>"
-        f"{_text(quality) if paired else ''}.</p>"
+        f"{_quality(best, paired[0], ' to the dense pictures') if paired else ''}. "
+        f"{_against_steps(results, best, paired[0]) if paired else ''}</p>"
+    )
+
+
+def _quality(row: dict[str, Any], metric: str, to: str = "") -> str:
+    found = row["quality"][metric]
+    return _text(f", at {found['label']} {found['text']}{to}")
+
+
+def _against_steps(results, best, metric: str) -> str:
+    """A sentence: whether fewer steps are as fast and as near to dense as the best merging."""
+    sign = 1 if best["quality"][metric]["higher_is_better"] else -1
+
+    def goodness(row) -> float:
+        value = row["quality"][metric].get("value")
+        return math.inf if value is None else sign * value  # None: identical
+
+    better = [
+        row
+        for row in results["contenders"]
+        if row["kind"] == "steps"
+        and row["cost"]["speedup"]["median"] >= best["cost"]["speedup"]["median"]
+        and "text" in row["quality"][metric]
+        and goodness(row) >= goodness(best)
+    ]
+    if not better:
+        return "No number of fewer steps that was tried is as fast and as near to dense."
+    row = max(better, key=goodness)
+    return (
+        f"Fewer steps do better than that here: {_text(row['name'])}, "
+        f"{row['cost']['speedup']['median']:.2f}x{_quality(row, metric)}."
     )
 
 
@@ -136,6 +169,8 @@ def _pictures(data: dict[str, Any], results: dict[str, Any], size) -> str:
     total = results["prompts"]["pictures"]
     shown = len(data["pictures"])
     scaled = "" if max(size) <= LARGEST_SIDE else f", shown at {LARGEST_SIDE} pixels"
+    # In the sheet all columns are to be seen at once, as far as they can be.
+    columns = len(data["contenders"]) + 1
     return f"""\
 <h2>Pictures</h2>
 <p class="soft">{shown} of {total} prompts, evenly spread{scaled}. Drag over a picture to uncover
@@ -145,9 +180,37 @@ the dense one from the left. Differences: mean over RGB, black is 0, pale yellow
 <label for="choice">Compare dense with</label><select id="choice"></select>
 </div>
 <div class="pairs" id="pairs"></div>
+{_worst(data)}
 <h2>Contact sheet</h2>
 <p class="soft">Click a picture to see it against the dense one.</p>
-<div class="card scroll"><table class="sheet" id="sheet"></table></div>"""
+<div class="card scroll"><table class="sheet" id="sheet" style="--columns: {columns}"></table>
+</div>"""
+
+
+def _worst(data: dict[str, Any]) -> str:
+    """The picture of each contender that is furthest from the dense one."""
+    if not data["worst"]:
+        return ""
+    figures = []
+    for one in data["worst"]:
+        pictures = [(one["dense"], "dense"), (one["picture"], one["name"]), (one["error"], "error")]
+        cells = "".join(
+            f'<div class="difference"><img src="{uri}" alt="{_text(word)}: {_text(one["prompt"])}">'
+            f'<span class="tag left">{_text(word)}</span></div>'
+            for uri, word in pictures
+        )
+        says = " · ".join([f"seed {one['seed']}", *one["values"]])
+        figures.append(
+            f'<figure class="card pair"><div class="three">{cells}</div><figcaption>'
+            f"<strong>{_text(one['name'])}</strong>: {_text(one['prompt'])}"
+            f'<div class="soft">{_text(says)}</div></figcaption></figure>'
+        )
+    return f"""\
+<h2>Worst pictures</h2>
+<p class="soft">Of each contender the one of all its pictures that is furthest from the dense one by
+{_text(data["worst_by"])}. Errors: largest over RGB, white is the largest of the picture, in the
+red ring.</p>
+<div class="pairs">{"".join(figures)}</div>"""
 
 
 def _environment(results: dict[str, Any]) -> str:
@@ -155,7 +218,7 @@ def _environment(results: dict[str, Any]) -> str:
     items = {
         "command": shlex.join(results["command"]),
         "processor": f"{environment['processor']}, {environment['cpus']} CPUs, "
-        f"{environment['threads']} threads",
+        f"{environment['threads']} thread{'s' * (environment['threads'] > 1)}",
         "GPU": environment["gpu"] or "none",
         "system": environment["platform"],
         "versions": ", ".join(f"{k} {v}" for k, v in environment["versions"].items()),
@@ -208,7 +271,44 @@ def picture_data(results: dict[str, Any], folder, measurer) -> dict[str, Any]:
             break
         pictures.append(entry)
     names = [contender.name for contender in others]
-    return {"contenders": names, "first": _first(others), "pictures": pictures}
+    worst, by = _worst_data(folder, measurer, others, values)
+    return {
+        "contenders": names,
+        "first": _first(others),
+        "pictures": pictures,
+        "worst": worst,
+        "worst_by": by,
+    }
+
+
+def _worst_data(folder, measurer, others, values) -> tuple[list[dict[str, Any]], str]:
+    """Of each contender the picture that is furthest from dense, and the metric that says so."""
+    paired = {n: m for n, m in measurer.metrics.named.items() if n not in measurer.metrics.sets()}
+    if not paired:
+        return [], ""
+    name, metric = next(iter(paired.items()))
+    worst = []
+    for contender in others:
+        numbers, found = measurer.values(name, contender.folder)
+        if not numbers:
+            continue
+        place = int(found.argmin() if metric.higher_is_better else found.argmax())
+        number = numbers[place]
+        dense, other = (folder.picture(f, number) for f in (DENSE, contender.folder))
+        error, where = max_error_picture(*(_tensor(np.asarray(p)) for p in (dense, other)))
+        worst.append(
+            {
+                "name": contender.name,
+                "prompt": measurer.prompts[number],
+                "seed": measurer.records[DENSE, number]["seed"],
+                "values": [*values[contender.name][number], f"max error {where['max_error']}"],
+                "dense": data_uri(dense),
+                "picture": data_uri(other),
+                # Without its strip of words, which are in the caption.
+                "error": data_uri(error.crop((0, 0, *dense.size)), colours=64),
+            }
+        )
+    return worst, metric.label
 
 
 def _first(others) -> str | None:
@@ -225,11 +325,9 @@ def _values(results, measurer, contender) -> dict[int, list[str]]:
     names = [n for n in measurer.metrics.named if n not in measurer.metrics.sets()][:2]
     for name in names:
         metric = measurer.metrics.named[name]
-        label = "latent error" if metric is None else metric.label
         numbers, found = measurer.values(name, contender.folder)
         for number, value in zip(numbers, found.tolist()):
-            text = f"{value:.3g}" if metric is None else metric.text(value)
-            texts.setdefault(number, []).append(f"{label} {text}")
+            texts.setdefault(number, []).append(f"{metric.label} {metric.text(value)}")
     return texts
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from typing import Any
 
 # Role -> (colour that stands for it, CSS variable). No two may be alike.
@@ -76,8 +77,9 @@ def _svg(figure, name: str) -> str:
     return re.sub(r"<svg ([^>]*)>", rf'<svg role="img" aria-label="{name}" \1>', svg, count=1)
 
 
-def _legend(axes, **options) -> None:
-    legend = axes.legend(frameon=False, fontsize=8, **options)
+def _legend(figure, columns: int) -> None:
+    """Below the axes, where it hides no point."""
+    legend = figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     for text in legend.get_texts():
         text.set_color(colour("text"))
 
@@ -102,7 +104,7 @@ def pareto(results: dict[str, Any], metric: str) -> str | None:
     if len(points) < 2:
         return None
     first = points[0][2]["quality"][metric]
-    figure, axes = _figure(5.2, 3.6)
+    figure, axes = _figure(5.2, 4.0)
     for kind in SHAPES:
         own = [p for p in points if p[2]["kind"] == kind]
         if own:
@@ -128,27 +130,94 @@ def pareto(results: dict[str, Any], metric: str) -> str | None:
         zorder=1,
         label="nothing is better in both",
     )
-    for spread, value, row in points:
-        axes.annotate(
-            row["name"],
-            (spread["median"], value),
-            xytext=(5, 4),
-            textcoords="offset points",
-            fontsize=7,
-            color=colour("text"),
-        )
     if results["contenders"][0]["quality"][metric].get("value") is None:
         dense = results["contenders"][0]["cost"]["seconds_per_image"]["median"]
         axes.axvline(dense, color=colour("dense"), linewidth=1, linestyle=":", label="dense: time")
     unit = f" ({first['unit']})" if first["unit"] else ""
-    better = "higher is better" if first["higher_is_better"] else "lower is better"
-    axes.set_ylabel(f"{first['label']}{unit}, {better}")
-    axes.set_xlabel("seconds per image (median, 10th to 90th percentile)")
+    better = "higher is better" if first["higher_is_better"] else "lower is better: axis turned"
+    label = "\n".join([*textwrap.wrap(f"{first['label']}{unit}", 32), better])
+    axes.set_ylabel(label, fontsize=9)
+    axes.set_xlabel("seconds per image (median, 10th to 90th percentile)", fontsize=9)
     axes.margins(x=0.12, y=0.12)
     if not first["higher_is_better"]:
         axes.invert_yaxis()  # better is up in all of these plots
-    _legend(axes, loc="best")
+    _legend(figure, 3)
+    place_labels(
+        figure, axes, [(row["name"], spread["median"], value) for spread, value, row in points]
+    )
     return _svg(figure, f"pareto-{metric}")
+
+
+def place_labels(figure, axes, points: list[tuple[str, float, float]]) -> list[Any]:
+    """Write a name beside each point where it covers neither a point nor another name.
+
+    Args:
+        figure, axes: With everything else drawn on them.
+        points: Name, x and y, in data coordinates.
+
+    Returns:
+        The boxes of the names, as matplotlib's ``Bbox`` in pixels.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.transforms import Bbox
+
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # names fit into the axes, and these stay where they are
+    room = axes.get_window_extent(renderer)
+    pixel = figure.dpi / 72
+    spots = axes.transData.transform([(x, y) for _, x, y in points])
+    marks = [
+        Bbox.from_bounds(x - 5 * pixel, y - 5 * pixel, 10 * pixel, 10 * pixel) for x, y in spots
+    ]
+    placed: list[Any] = []
+    # From the right edge inwards: those have the fewest places to choose from.
+    for place in sorted(range(len(points)), key=lambda i: -spots[i][0]):
+        name, x, y = points[place]
+        note = axes.annotate(
+            name,
+            (x, y),
+            xytext=(0, 0),
+            textcoords="offset points",
+            fontsize=7,
+            color=colour("text"),
+            arrowprops=dict(
+                arrowstyle="-", color=colour("text"), alpha=0.5, linewidth=0.5, shrinkB=3
+            ),
+        )
+        note.arrow_patch.set_visible(False)
+        size = note.get_window_extent(renderer)
+        best, lowest = (0.0, 0.0), float("inf")
+        for dx, dy in _offsets(size.width / pixel, size.height / pixel):
+            left, bottom = spots[place][0] + dx * pixel, spots[place][1] + dy * pixel
+            box = Bbox.from_bounds(left, bottom, size.width, size.height)
+            outside = box.width * box.height - _shared(box, room)
+            cost = sum(_shared(box, other) for other in (*marks, *placed)) + 10 * outside
+            cost += 0.02 * (abs(dx) + abs(dy))
+            if cost < lowest:
+                best, lowest = (dx, dy), cost
+        note.set_position(best)
+        left, bottom = spots[place][0] + best[0] * pixel, spots[place][1] + best[1] * pixel
+        placed.append(Bbox.from_bounds(left, bottom, size.width, size.height))
+        gap = max(best[0], -best[0] - size.width / pixel, abs(best[1]))
+        note.arrow_patch.set_visible(bool(gap > 8))
+    return placed
+
+
+def _offsets(width: float, height: float):
+    """Places of a name's lower left corner around its point, in points, the nearest first."""
+    for far in range(6, 80, 4):
+        for dx in (far, -far - width, -width / 2):
+            for dy in (0.3 * far, -height / 2, -height - 0.3 * far, far, -height - far):
+                if dx != -width / 2 or abs(dy) >= far:
+                    yield dx, dy
+
+
+def _shared(one, other) -> float:
+    """Area that two boxes share."""
+    wide = min(one.x1, other.x1) - max(one.x0, other.x0)
+    high = min(one.y1, other.y1) - max(one.y0, other.y0)
+    return wide * high if wide > 0 and high > 0 else 0.0
 
 
 def _front(points, higher_is_better: bool) -> list[tuple[float, float]]:
@@ -163,7 +232,7 @@ def _front(points, higher_is_better: bool) -> list[tuple[float, float]]:
 
 def steps_plot(results: dict[str, Any]) -> str:
     """Return milliseconds of every step of every contender, as an SVG element."""
-    figure, axes = _figure(5.2, 3.4)
+    figure, axes = _figure(5.2, 4.0)
     used: dict[str, int] = {}
     for row in _chosen(results, MOST_LINES):
         kind = row["kind"]
@@ -182,7 +251,7 @@ def steps_plot(results: dict[str, Any]) -> str:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("ms per image, forward of the network")
     axes.set_ylim(bottom=0)
-    _legend(axes, loc="lower left", ncols=2)
+    _legend(figure, 3)
     return _svg(figure, "steps")
 
 
@@ -197,7 +266,7 @@ def layers_plot(results: dict[str, Any]) -> str | None:
     names = list(sums[rows[0]["name"]])
     if not names:
         return None
-    figure, axes = _figure(5.2, 0.9 + 0.34 * len(names))
+    figure, axes = _figure(5.2, max(4.0, 1.2 + 0.34 * len(names)))
     height = 0.8 / len(rows)
     used: dict[str, int] = {}
     for place, row in enumerate(rows):
@@ -215,7 +284,7 @@ def layers_plot(results: dict[str, Any]) -> str | None:
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("ms per image and forward")
-    _legend(axes, loc="best")
+    _legend(figure, 3)
     return _svg(figure, "layers")
 
 

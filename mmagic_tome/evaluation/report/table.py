@@ -18,6 +18,15 @@ from ...errors import ToMeError
 BEGIN = "<!-- evaluation table: begin -->"
 END = "<!-- evaluation table: end -->"
 NONE = "–"
+# Figures of the cost that are one number each.
+SINGLE = (
+    "images_per_second",
+    "memory_per_image",
+    "unet_memory_per_image",
+    "process_peak_bytes",
+    "joules_per_image",
+    "unet_tflop_per_image",
+)
 
 
 def heads_and_cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -28,11 +37,12 @@ def heads_and_cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]
     sets = [name for name in metrics if kinds[name] == "set"]
     paired = [name for name in metrics if kinds[name] == "paired"]
     timed = results["cost_measured"] is not None
-    memory = timed and any(row["cost"]["memory_per_image"] is not None for row in rows)
+    energy = timed and all(row["cost"]["joules_per_image"] is not None for row in rows)
 
     heads = ["", "r (%)", "steps", *(_head(rows, name) for name in sets)]
     heads += ["s/img ↓", "x"] if timed else []
-    heads += ["GB/img ↓", "x"] if memory else []
+    heads += ["GB/img ↓", "x", "of the network ↓"] if timed else []
+    heads += ["J/img ↓"] if energy else []
     heads += [_head(rows, name) for name in paired]
     cells = []
     for row in rows:
@@ -40,9 +50,15 @@ def heads_and_cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]
         line = [row["name"], ratio, str(row["steps"])]
         line += [_metric(row["quality"][name]) for name in sets]
         if timed:
-            line += [f"{row['cost']['seconds_per_image']['median']:.3g}", speedup_text(row)]
-        if memory:
-            line += _memory(row["cost"])
+            seconds = _three_digits(row["cost"]["seconds_per_image"]["median"])
+            line += [seconds, speedup_text(row)]
+            run, network = (
+                (_three_digits(row["cost"][f"{key}_per_image"] / 1e9), row["cost"][f"{key}_factor"])
+                for key in ("memory", "unet_memory")
+            )
+            line += [run[0], f"{run[1]:.2f}", f"{network[0]} ({network[1]:.2f}x)"]
+        if energy:
+            line.append(_three_digits(row["cost"]["joules_per_image"]))
         line += [_metric(row["quality"][name]) for name in paired]
         cells.append(line)
     return heads, cells
@@ -70,11 +86,8 @@ def speedup_text(row: dict[str, Any]) -> str:
     return f"{doubt}{spread['median']:.2f} ({spread['p10']:.2f}–{spread['p90']:.2f})"
 
 
-def _memory(cost: dict[str, Any]) -> list[str]:
-    if cost["memory_per_image"] is None:
-        return [NONE, NONE]
-    factor = NONE if cost["memory_factor"] is None else f"{cost['memory_factor']:.2f}"
-    return [f"{cost['memory_per_image'] / 1e9:.3g}", factor]
+def _three_digits(value: float) -> str:
+    return f"{value:#.3g}".rstrip(".")
 
 
 def markdown_table(results: dict[str, Any]) -> str:
@@ -144,8 +157,7 @@ def result_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
             for key in ("seconds_per_image", "unet_seconds_per_image", "speedup"):
                 for part, value in row["cost"][key].items():
                     flat[f"{key}.{part}"] = value
-            single = ("images_per_second", "memory_per_image", "joules_per_image")
-            for key in (*single, "unet_tflop_per_image"):
+            for key in SINGLE:
                 flat[key] = row["cost"][key]
         rows.append(flat)
     return rows
