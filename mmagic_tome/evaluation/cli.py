@@ -42,11 +42,13 @@ only what is missing. A folder that holds another evaluation is left alone.
 
 A config may state any of these options in `evaluation`, with the same names, and there also
 contenders=[dict(name=..., tome_cfg=dict(...)), dict(name=..., steps=...)]. Options of the
-command line win; --ratios, --tome and --tomesd stand in place of the config's contenders.
+command line win; --ratios, --methods, --presets, --tome and --tomesd stand in place of the
+config's contenders.
 
 examples:
   python tools/evaluate.py configs/demo/sd-emoji.py --prompt-set demo --limit 50
   python tools/evaluate.py CONFIG --prompts prompts.txt --ratios 0.25 0.5 --tomesd 0.5
+  python tools/evaluate.py CONFIG --prompts prompts.txt --methods tome tofu pitome --ratios 0.5
   python tools/evaluate.py CONFIG --prompts p.csv --tome wide='{"ratio": 0.8, "sx": 4, "sy": 4}'
   python tools/evaluate.py configs/benchmarks/tomesd_table.py --dry-run
   bash tools/dist_evaluate.sh CONFIG 8 --prompt-set imagenet
@@ -102,6 +104,14 @@ def build_parser(prog: str = "evaluate") -> Parser:
     add = parser.add_argument_group("contenders (dense is always one)").add_argument
     add("--ratios", nargs="+", type=RATIO, metavar="R", help="token merging with these ratios")
     add(
+        "--methods",
+        nargs="+",
+        metavar="NAME",
+        help="by each of these methods, at each of --ratios (default: that of the config, else "
+        "0.5); the error for a wrong name lists them",
+    )
+    add("--presets", nargs="+", metavar="NAME", help="token merging as a preset says")
+    add(
         "--tome",
         action="append",
         metavar="NAME={...}",
@@ -139,7 +149,8 @@ def build_parser(prog: str = "evaluate") -> Parser:
         "--cost-rounds",
         type=NUMBERS["cost_rounds"],
         metavar="N",
-        help="rounds of the measurement of time and memory (default: 5; 0: leave it out)",
+        help="rounds of the measurement of time and memory (default: 5; those in the folder count; "
+        "0: measure none now)",
     )
 
     add = parser.add_argument_group("where and how").add_argument

@@ -21,6 +21,7 @@ from typing import Any
 
 from ..apis.command_line import VALUES, check_default, number
 from ..apis.model_config import merging_config
+from ..config import ToMeConfig
 from ..contenders import parse_named
 from ..errors import ToMeError
 from . import contenders as c
@@ -43,6 +44,8 @@ KEYS = (
     "batch_size",
     "dtype",
     "ratios",
+    "methods",
+    "presets",
     "tomesd",
     "fewer_steps",
     "contenders",
@@ -190,9 +193,16 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
             raise ToMeError(f"evaluation.{key} of the config: expected a text")
     if checked.get("dtype") not in (None, "fp32", "fp16", "bf16"):
         raise ToMeError("evaluation.dtype of the config: write fp32, fp16 or bf16")
-    for key in ("ratios", "tomesd", "fewer_steps", "metrics"):
+    for key in ("ratios", "methods", "presets", "tomesd", "fewer_steps", "metrics"):
         if key in checked and not isinstance(checked[key], (list, tuple)):
             raise ToMeError(f"evaluation.{key} of the config: expected a list")
+    for key in ("methods", "presets"):
+        for value in checked.get(key, ()):
+            if not isinstance(value, str):
+                raise ToMeError(
+                    f"evaluation.{key} of the config: {value!r} is no name; one with options is "
+                    "written as contenders=[dict(name=..., tome_cfg=dict(...))]"
+                )
     for key in ("ratios", "tomesd", "fewer_steps"):
         for value in checked.get(key, ()):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -209,17 +219,17 @@ def _beside(path: str, config_path) -> str:
 def _contenders(args, values, merging) -> list[c.Contender]:
     """Return all contenders, dense first and fewer steps last."""
     steps = values["steps"]
-    on_command_line = args.ratios or args.tome or args.tomesd
+    sweeps = ("ratios", "methods", "presets", "tomesd")
+    given = {key: getattr(args, key, None) for key in sweeps}
     found: list[c.Contender] = []
-    if values.get("contenders") and not on_command_line:
-        found += c.from_config(values["contenders"])
-    if args.ratios or (values.get("ratios") and not on_command_line):
-        # A sweep keeps the other options of the config's own merging.
-        base = {} if merging is None else merging.to_dict()
-        found += [c.merged(f"ratio {r:g}", {**base, "ratio": r}) for r in values["ratios"]]
+    if not args.tome and not any(given.values()):
+        # Nothing on the command line: what the config says.
+        given = {key: values.get(key) for key in sweeps}
+        found += c.from_config(values.get("contenders") or [])
+    found += _sweep(given["ratios"], given["methods"], merging)
+    found += [c.merged(f"preset {name}", {"preset": name}) for name in given["presets"] or ()]
     found += [c.merged(*parse_named(text)) for text in args.tome or ()]
-    if args.tomesd or (values.get("tomesd") and not on_command_line):
-        found += [c.tomesd_contender(f"tomesd {r:g}", r) for r in values["tomesd"]]
+    found += [c.tomesd_contender(f"tomesd {r:g}", r) for r in given["tomesd"] or ()]
     if not found:
         if merging is not None:
             own = c.Contender("the config's", tome_cfg=merging)
@@ -241,3 +251,21 @@ def _contenders(args, values, merging) -> list[c.Contender]:
     found = [c.Contender(c.DENSE), *found]
     c.check_names(found)
     return found
+
+
+def _sweep(ratios, methods, merging) -> list[c.Contender]:
+    """Return token merging at each ratio, by each method if some are named.
+
+    The other options are those of the config's own merging, and without ratios its own one.
+    """
+    base = {} if merging is None else merging.to_dict()
+    if not methods:
+        return [c.merged(f"ratio {r:g}", {**base, "ratio": r}) for r in ratios or ()]
+    own = c.Contender("", tome_cfg=ToMeConfig.coerce(base)).ratio
+    if not ratios and own is None:
+        raise ToMeError("--methods of a config with a schedule of ratios: write --ratios too")
+    return [
+        c.merged(f"{method} {r:g}", {**base, "ratio": r, "method": method})
+        for method in methods
+        for r in ratios or (own,)
+    ]

@@ -1,0 +1,66 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Which contenders a command line and a config ask for."""
+
+import pytest
+
+pytest.importorskip("mmengine")
+
+from mmengine.config import Config
+
+from mmagic_tome import ToMeError
+from mmagic_tome.evaluation.cli import build_parser
+from mmagic_tome.evaluation.plan import make_plan
+
+
+def contenders(*argv, tome_cfg=None, **evaluation):
+    evaluation.setdefault("prompts", ["a cat"])
+    entries = dict(evaluation=evaluation, model=dict(type="StableDiffusion"))
+    if tome_cfg is not None:
+        entries["tome_cfg"] = tome_cfg
+    args = build_parser().parse_args(["config.py", *argv])
+    return {one.name: one for one in make_plan(args, Config(entries), "config.py").contenders}
+
+
+STEPS = ["40 steps", "32 steps", "25 steps"]
+
+
+def test_methods_at_ratios():
+    found = contenders("--ratios", "0.25", "0.5", "--methods", "tome", "tofu")
+    merged = ["tome 0.25", "tome 0.5", "tofu 0.25", "tofu 0.5"]
+    assert list(found) == ["dense", *merged, *STEPS]
+    assert (found["tofu 0.25"].tome_cfg.method, found["tofu 0.25"].ratio) == ("tofu", 0.25)
+    # Without ratios those of the config, whose other options are kept.
+    found = contenders("--methods", "tofu", tome_cfg=dict(ratio=0.3, merge_mlp=True))
+    assert list(found) == ["dense", "tofu 0.3", *STEPS]
+    assert found["tofu 0.3"].tome_cfg.merge_mlp
+    assert list(contenders(methods=["tofu"])) == ["dense", "tofu 0.5", *STEPS]
+
+
+def test_the_command_line_stands_in_place_of_the_configs_contenders():
+    of_config = dict(
+        contenders=[dict(name="half", tome_cfg=dict(ratio=0.5))], ratios=[0.75], tomesd=[0.5]
+    )
+    assert list(contenders(**of_config)) == ["dense", "half", "ratio 0.75", "tomesd 0.5", *STEPS]
+    assert list(contenders("--tomesd", "0.25", **of_config)) == ["dense", "tomesd 0.25", *STEPS]
+    assert list(contenders("--tome", "a={'ratio': 0.2}", **of_config)) == ["dense", "a", *STEPS]
+
+
+def test_fewer_steps_are_always_among_them():
+    """Cutting steps is what one would do instead of merging."""
+    for argv in ([], ["--ratios", "0.5"], ["--tomesd", "0.5"], ["--methods", "tofu"]):
+        kinds = [one.kind for one in contenders(*argv).values()]
+        assert kinds.count("steps") == 3 and kinds[0] == "dense"
+
+
+@pytest.mark.parametrize(
+    ("argv", "evaluation", "said"),
+    [
+        (["--methods", "tomee"], {}, "unknown method 'tomee'.*did you mean 'tome'"),
+        ([], {"methods": [{"type": "tofu"}]}, "is no name; one with options is written as"),
+        ([], {"methods": "tofu"}, "expected a list"),
+        (["--methods", "tofu"], {"tome_cfg": dict(ratio=dict(level={1: 0.5}))}, "write --ratios"),
+    ],
+)
+def test_what_cannot_be(argv, evaluation, said):
+    with pytest.raises(ToMeError, match=said):
+        contenders(*argv, **evaluation)
