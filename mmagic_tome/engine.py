@@ -27,6 +27,7 @@ from torch import nn
 from .config import ToMeConfig
 from .errors import ToMeError
 from .hooks import (
+    AlikePreHook,
     BlockPreHook,
     CarriedPostHook,
     CarriedPreHook,
@@ -60,7 +61,8 @@ def apply_tome(
     Returns:
         ToMeHandle: to look at, change and remove what was applied; as a context
         manager it removes on exit. Applying to a model that already has token
-        merging replaces it; as a context manager it is put back on exit. For a vision transformer a :class:`mmagic_tome.vit.ViTHandle`.
+        merging replaces it; as a context manager it is put back on exit. For a vision
+        transformer a :class:`mmagic_tome.vit.ViTHandle`.
 
     Raises:
         ToMeError: an invalid option, a model of no known family, or a
@@ -107,6 +109,8 @@ def apply_tome(
             else:
                 before, after = SitePreHook(state, site), SitePostHook(state, site)
             state.hook(modules[0], before)
+            for module in block.alike.get(kind, ()):
+                state.hook(module, AlikePreHook(state, site))
             state.hook_after(modules[-1], after)
         state.sites[-1].last = True
     return ToMeHandle(network, state, replaced)
@@ -331,6 +335,11 @@ def _check_block(block: Block, config: ToMeConfig) -> None:
     for kind in config.kinds:
         if kind in block.refused:
             raise ToMeError(f"{block.name} cannot be merged at {kind!r}: {block.refused[kind]}")
+        if kind in block.alike and residual is not None:
+            raise ToMeError(
+                f"{block.name} takes queries, keys and values from what is merged at {kind!r}, so "
+                "that it cannot run dense at refreshes in between; write residual=None"
+            )
         if kind in block.joint and residual is not None and residual.kind == "reuse":
             raise ToMeError(
                 f"residual 'reuse' leaves out {block.name} at {kind!r}, which computes the text's "

@@ -110,7 +110,7 @@ class BlockPreHook:
         forward.plans = plans
 
     def plans(self, metric: Tensor) -> dict[str, MergePlan | None]:
-        """Plans for (B, N, C) tokens of this block by kind of site."""
+        """Plans for (B, N, C) tokens, or a (B, C, h, w) picture, of this block by kind of site."""
         state, block = self.state, self.block
         config, forward = state.config, state.forward
         if not forward.running or forward.grid is None:
@@ -120,6 +120,8 @@ class BlockPreHook:
                 "use_reentrant=False (diffusers' default)"
             )
         height, width = forward.grid
+        if metric.dim() == 4:
+            metric = metric.flatten(2).transpose(1, 2)
         tokens = metric.shape[1]
         if tokens != height * width:
             raise ToMeError(
@@ -220,6 +222,19 @@ class SitePreHook:
             return None
         check_site(site, plan, x, kwargs)
         return _with_merged(state, site, plan, x, args, kwargs)
+
+
+class AlikePreHook:
+    """Merge the same tokens for a further module of a site; counted where the site begins."""
+
+    def __init__(self, state: MergeState, site: SiteState) -> None:
+        self.state = state
+        self.site = site
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
+        x = args[0] if args else kwargs["hidden_states"]
+        plan = _plan_before(self.state.forward, self.site, x)
+        return None if plan is None else _with_tokens(plan.merge(x), args, kwargs)
 
 
 class SitePostHook:

@@ -275,6 +275,44 @@ def _upscaler():
     return dict(**parts, low_res_scheduler=DDPMScheduler(), max_noise_level=350)
 
 
+def _kandinsky():
+    """Its attention works on the picture itself; there are no transformer blocks."""
+    from diffusers import DDPMScheduler, UNet2DConditionModel, VQModel
+
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=8,  # with the variance
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=8,
+        cross_attention_dim=_WIDTH,
+        addition_embed_type="image",
+        encoder_hid_dim=_WIDTH,
+        encoder_hid_dim_type="image_proj",
+        resnet_time_scale_shift="scale_shift",
+    )
+    movq = VQModel(
+        block_out_channels=(32,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_type="spatial",
+        num_vq_embeddings=12,
+    )
+    scheduler = DDPMScheduler(clip_sample=False)
+    return dict(unet=randomise(unet), scheduler=scheduler, movq=randomise(movq))
+
+
+def _image_embeds():
+    embeds = torch.randn(1, _WIDTH, generator=torch.Generator().manual_seed(8))
+    return dict(image_embeds=embeds, negative_image_embeds=-embeds, height=128, width=128)
+
+
 # --- the list -------------------------------------------------------------------------------------
 
 _SD = "StableDiffusionPipeline"
@@ -363,6 +401,7 @@ PIPELINES = {
         Case("FreeU", _SD, _v1, _size(), prepare=_freeu),
         Case("LoRA", _SD, _v1, _size(), prepare=_lora),
         Case("LoRA, fused", _SD, _v1, _size(), prepare=lambda p: _lora(p, fused=True)),
+        Case("Kandinsky 2.2", "KandinskyV22Pipeline", _kandinsky, lambda pipeline: _image_embeds()),
         Case(
             "SDXL base",
             "StableDiffusionXLPipeline",

@@ -16,8 +16,8 @@ class Block:
 
     Attributes:
         name (str): dotted path of the block inside the network.
-        module (nn.Module): called with (B, N, C) tokens as its first argument
-            or as ``hidden_states``; what it is given is the metric.
+        module (nn.Module): called with (B, N, C) tokens, or a (B, C, h, w) picture of them, as
+            its first argument or as ``hidden_states``; what it is given is the metric.
         stack (nn.Module): the module whose call shows the token grid; the network itself where
             all blocks have the same.
         downsample (int): how many times coarser the block's grid is than the
@@ -25,6 +25,8 @@ class Block:
         sites (dict): kind of site ('attn', 'crossattn', 'mlp') -> the module that computes on
             tokens there, or several that run one after the other. In the order in which the
             block runs them.
+        alike (dict): kind of site -> further modules that are given the same tokens as the first
+            one of that site, such as the projections to keys and values beside that to queries.
         twins (dict): kind of site -> a second module of that kind in the same block, which gets
             tokens of its own and runs right after the first.
         context_argument (str): name of the argument of its self-attention for
@@ -44,6 +46,7 @@ class Block:
     stack: nn.Module
     downsample: int
     sites: dict[str, nn.Module | Sequence[nn.Module]] = field(default_factory=dict)
+    alike: dict[str, Sequence[nn.Module]] = field(default_factory=dict)
     twins: dict[str, nn.Module] = field(default_factory=dict)
     context_argument: str = "encoder_hidden_states"
     returns: dict[str, int] = field(default_factory=dict)

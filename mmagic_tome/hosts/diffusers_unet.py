@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from .added_kv import added_kv_block, check_added_kv_call, is_added_kv
 from .base import Block, Host
 
 # Stacks over frames instead of places (video UNets): their tokens lie on no grid.
@@ -28,6 +29,7 @@ class DiffusersUNet(Host):
 
     Blocks: members of ``transformer_blocks`` that have ``attn1``.
     Sites: ``attn`` = ``attn1``, ``crossattn`` = ``attn2``, ``mlp`` = ``ff``.
+    And attention on the picture itself, :mod:`.added_kv`.
     Grid: the last two sizes of the (B, C, h, w) input of the stack.
     """
 
@@ -47,7 +49,19 @@ class DiffusersUNet(Host):
 
     def blocks(self, network: nn.Module) -> list[Block]:
         return [
-            Block(
+            block
+            for name, stack, downsample in _stacks(network)
+            for block in self._blocks_of(name, stack, downsample)
+        ]
+
+    def _blocks_of(self, name: str, stack: nn.Module, downsample: int) -> Iterator[Block]:
+        if is_added_kv(stack):
+            yield added_kv_block(name, stack, downsample)
+            return
+        for index, block in enumerate(stack.transformer_blocks):
+            if getattr(block, "attn1", None) is None:
+                continue
+            yield Block(
                 name=f"{name}.transformer_blocks.{index}",
                 module=block,
                 stack=stack,
@@ -60,12 +74,10 @@ class DiffusersUNet(Host):
                 context_argument=self.context_argument,
                 refused=_refused(stack),
             )
-            for name, stack, downsample in _stacks(network)
-            for index, block in enumerate(stack.transformer_blocks)
-            if getattr(block, "attn1", None) is not None
-        ]
 
     def grid(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
+        if is_added_kv(stack):
+            check_added_kv_call(kwargs)
         x = args[0] if args else kwargs["hidden_states"]
         return x.shape[-2], x.shape[-1]
 
@@ -104,5 +116,6 @@ def _stacks_in(prefix: str, block: nn.Module, downsample: int):
     for name, module in block.named_modules():
         if _TEMPORAL.intersection(name.split(".")):
             continue
-        if isinstance(getattr(module, "transformer_blocks", None), nn.ModuleList):
+        has_blocks = isinstance(getattr(module, "transformer_blocks", None), nn.ModuleList)
+        if has_blocks or is_added_kv(module):
             yield f"{prefix}.{name}", module, downsample

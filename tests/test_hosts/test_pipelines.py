@@ -137,6 +137,88 @@ def test_lora_may_come_go_and_be_fused_while_merging_is_on():
     assert handle.active and {row["kept"] for row in handle.stats()} == {32}
 
 
+# --- attention on the picture itself --------------------------------------------------------------
+
+
+@pytest.fixture
+def kandinsky():
+    return PIPELINES["Kandinsky 2.2"].pipeline().unet
+
+
+def kandinsky_inputs(batch=2, size=(16, 16)):
+    generator = torch.Generator().manual_seed(0)
+    embeds = torch.randn(batch, 16, generator=generator)
+    return dict(
+        sample=torch.randn(batch, 4, *size, generator=generator),
+        timestep=torch.tensor(500),
+        encoder_hidden_states=None,
+        added_cond_kwargs=dict(image_embeds=embeds),
+    )
+
+
+def test_added_keys_are_not_merged_and_their_neighbours_are(kandinsky):
+    handle = apply_tome(kandinsky, ratio=0.25)
+    names = ("to_q", "to_k", "to_v", "add_k_proj", "to_out.0")
+    seen = {name: [] for name in names}
+    for path, module in kandinsky.named_modules():
+        for name in names:
+            if path.endswith(f".{name}"):
+                module.register_forward_pre_hook(lambda m, args, n=name: seen[n].append(args[0]))
+    with torch.no_grad():
+        kandinsky(**kandinsky_inputs())
+    for name in ("to_q", "to_k", "to_v", "to_out.0"):
+        assert [x.shape[1] for x in seen[name]] == [48] * 4, name
+    for q, k, v in zip(seen["to_q"], seen["to_k"], seen["to_v"]):
+        assert torch.equal(q, k) and torch.equal(q, v)
+    assert {x.shape[1] for x in seen["add_k_proj"]} == {32}  # of the prompt's picture
+    assert [row["calls"] for row in handle.stats()] == [1] * 4
+
+
+def test_merging_copies_on_the_picture_itself_changes_nothing(kandinsky):
+    """Four equal places for one, without added keys, weigh the same in attention."""
+    from mmagic_tome.hosts import find_host
+
+    host, _ = find_host(kandinsky)
+    attention = host.blocks(kandinsky)[0].module
+    handle = apply_tome(kandinsky, ratio=0.75, exact_matching=True)
+    cells = torch.randn(2, 32, 4, 1, 4, 1).expand(-1, -1, -1, 2, -1, 2).reshape(2, 32, 8, 8)
+    text = torch.zeros(2, 0, 16)
+    pictures = []
+    kandinsky.down_blocks[1].register_forward_pre_hook(
+        lambda *_: pictures.append(attention(cells, encoder_hidden_states=text))
+    )
+    with torch.no_grad():
+        kandinsky(**kandinsky_inputs())
+        handle.remove()
+        dense = attention(cells, encoder_hidden_states=text)
+    torch.testing.assert_close(pictures[0], dense, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_attention_on_the_picture_itself_on_odd_grids(kandinsky, batch):
+    handle = apply_tome(kandinsky, ratio=0.6)
+    with torch.no_grad():
+        for size in ((14, 18), (6, 40), (16, 16)):
+            assert kandinsky(**kandinsky_inputs(batch, size)).sample.isfinite().all()
+            tokens = size[0] * size[1] // 4
+            seen = {(row["tokens"], row["kept"]) for row in handle.stats()}
+            assert seen == {(tokens, tokens - int(0.6 * tokens))}
+    kandinsky(**kandinsky_inputs()).sample.square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in kandinsky.parameters() if p.grad is not None)
+
+
+def test_what_attention_on_the_picture_itself_does_not_allow(kandinsky):
+    for sites in ("block", "stack", ["attn_kv"]):
+        with pytest.raises(ToMeError, match=r"cannot be merged at .*sites=\['attn'\]"):
+            apply_tome(kandinsky, ratio=0.5, sites=sites)
+    with pytest.raises(ToMeError, match="write residual=None"):
+        apply_tome(kandinsky, ratio=0.5, refresh=2, residual="own")
+    apply_tome(kandinsky, ratio=0.5, refresh=2)
+    mask = torch.ones(2, 10)
+    with torch.no_grad(), pytest.raises(ToMeError, match="given an attention_mask"):
+        kandinsky(**kandinsky_inputs(), encoder_attention_mask=mask)
+
+
 # --- attention processors -------------------------------------------------------------------------
 
 
