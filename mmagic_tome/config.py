@@ -63,6 +63,11 @@ class ToMeConfig:
             output: ``'own'``, ``'exact'`` or ``'reuse'``, or a dict of
             :class:`~mmagic_tome.temporal.Residual`. Needs ``refresh`` of at least 2 steps.
             Default None.
+        controlnet (bool | dict): merge in the model's ControlNet too: True for the same options
+            there, a dict of those that differ there. Default False: the UNet only.
+        across_frames (bool): in video UNets that work frame by frame (AnimateDiff) merge the tokens
+            of all frames of a clip together; self-attention then joins the frames, see
+            :class:`~mmagic_tome.merging.frames.FramesPlan`. Default False: frame by frame.
 
     Raises:
         ToMeError: wrong type or range; says the key, the value, what is
@@ -85,12 +90,15 @@ class ToMeConfig:
     sites: Any = None
     refresh: Any = None
     residual: Any = None
+    controlnet: Any = False
+    across_frames: bool = False
 
     def __post_init__(self) -> None:
         for key in ("ratio", "max_downsample", "sx", "sy", "seed"):
             # numpy scalars and the like are as good, and would not go into JSON.
             object.__setattr__(self, key, _plain_number(getattr(self, key)))
-        for key in ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp", "exact_matching"):
+        switches = ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp", "exact_matching")
+        for key in (*switches, "across_frames"):
             if not isinstance(getattr(self, key), bool):
                 _fail(key, getattr(self, key), "True or False", bool(getattr(self, key)))
         for key in ("sx", "sy"):
@@ -118,6 +126,8 @@ class ToMeConfig:
                 "merge_attn, merge_crossattn and merge_mlp are all False, which merges nothing; "
                 "write merge_attn=True (or ratio=0 for the dense model)"
             )
+        self._check_across_frames()
+        self._check_controlnet()
 
     def _check_sites(self) -> None:
         # Building a method checks its options; a method is stateless, so one serves all.
@@ -158,6 +168,32 @@ class ToMeConfig:
                 "residual 'own' is what merging takes from a site's output, and 'attn_kv' merges "
                 "no output; write residual='exact'"
             )
+
+    def _check_across_frames(self) -> None:
+        if not self.across_frames:
+            return
+        for kind, instead in (("attn_kv", "attn"), ("stack", "block")):
+            if kind in self.kinds:
+                raise ToMeError(
+                    f"across_frames=True cannot merge at {kind!r}; write sites=[{instead!r}]"
+                    + (" and another method than 'todo'" if self.built_method.keeps_queries else "")
+                )
+
+    def _check_controlnet(self) -> None:
+        branch = self.controlnet
+        if isinstance(branch, bool):
+            return
+        if not isinstance(branch, Mapping):
+            _fail("controlnet", branch, "True, False or a dict of options for it", True)
+        if "controlnet" in branch:
+            raise ToMeError(
+                "controlnet: a dict of its options has no 'controlnet' in it; leave out"
+            )
+        object.__setattr__(self, "controlnet", dict(branch))
+        try:
+            self.controlnet_config  # noqa: B018
+        except ToMeError as error:
+            raise ToMeError(f"controlnet: {error}") from error
 
     def _check_ratio(self) -> None:
         ratio, ceiling = self.ratio, self.ceiling
@@ -219,6 +255,14 @@ class ToMeConfig:
     def residual_plan(self) -> Residual | None:
         """``residual`` with its defaults filled in; None without one."""
         return self._residual
+
+    @property
+    def controlnet_config(self) -> ToMeConfig | None:
+        """The options of the ControlNet; None where it is not merged."""
+        if self.controlnet is False:
+            return None
+        own = {} if self.controlnet is True else self.controlnet
+        return self.replace(**{**own, "controlnet": False})
 
     @property
     def tracks_steps(self) -> bool:

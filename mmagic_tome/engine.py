@@ -79,15 +79,55 @@ def apply_tome(
 
         return apply_options(model, named)
     config = ToMeConfig.coerce(config, **options)
+    found = [(config, *_found(model, config))]
+    if config.controlnet_config is not None:
+        # Looked at before anything is changed, like the network itself.
+        for branch in _controlnets(model):
+            own = config.controlnet_config
+            found.append((own, *_found(branch, own)))
+    _let_the_compiler_see_hooks()
+    replaced = [_removed(network) for _, _, network, _ in found]
+    state, *branches = [_hooked(*one) for one in found]
+    state.branches = branches
+    return ToMeHandle(found[0][2], state, [old for old in replaced if old is not None])
+
+
+def _found(model: object, config: ToMeConfig) -> tuple[Host, nn.Module, list[Block]]:
+    """Host, network and the blocks to merge; nothing is changed yet."""
     host, network = find_host(model)
     blocks = _blocks_to_merge(host, network, config)
     for block in blocks:
         _check_block(block, config)
-    _let_the_compiler_see_hooks()
-    replaced = get_handle(network)
-    if replaced is not None:
-        replaced.remove()
+    if config.across_frames and not host.has_frames:
+        raise ToMeError(
+            f"across_frames=True: {type(network).__name__} does not work frame by frame; leave it "
+            "out (Wan and CogVideoX merge across frames as they are)"
+        )
+    return host, network, blocks
 
+
+def _controlnets(model: object) -> list[nn.Module]:
+    """The ControlNets beside the network of a pipeline or a MMagic model."""
+    branch = getattr(model, "controlnet", None)
+    if branch is None:
+        raise ToMeError(
+            f"controlnet=True asks for a ControlNet, and a {type(model).__name__} has none; leave "
+            "it out, or pass a model or pipeline that has it as .controlnet"
+        )
+    return list(getattr(branch, "nets", None) or [branch])
+
+
+def _removed(network: nn.Module) -> MergeState | None:
+    """Take out what is applied to a network; what that was, to be put back."""
+    handle = get_handle(network)
+    if handle is None:
+        return None
+    handle.remove()
+    return handle._state
+
+
+def _hooked(config: ToMeConfig, host: Host, network: nn.Module, blocks: list[Block]) -> MergeState:
+    """Hooks on the network, its stacks, blocks and sites."""
     state = MergeState(config, host)
     state.hook(network, NetworkPreHook(state), NetworkPostHook(state))
     stacks = set()
@@ -113,7 +153,7 @@ def apply_tome(
                 state.hook(module, AlikePreHook(state, site))
             state.hook_after(modules[-1], after)
         state.sites[-1].last = True
-    return ToMeHandle(network, state, replaced)
+    return state
 
 
 def remove_tome(model: object) -> bool:
@@ -156,11 +196,11 @@ class ToMeHandle:
     """What :func:`apply_tome` returns: a view on the token merging of one network."""
 
     def __init__(
-        self, network: nn.Module, state: MergeState, replaced: ToMeHandle | None = None
+        self, network: nn.Module, state: MergeState, replaced: list[MergeState] | None = None
     ) -> None:
         self.network = network
         self._state = state
-        self._replaced = replaced
+        self._replaced = replaced or []
 
     @property
     def config(self) -> ToMeConfig:
@@ -169,8 +209,8 @@ class ToMeHandle:
 
     @property
     def ratio(self) -> Any:
-        """Share of tokens removed per site, or its schedule. Assign to change it between runs; 0
-        is dense.
+        """Share of tokens removed per site, or its schedule. Assign to change it between runs, also
+        in the ControlNet where that is merged along; 0 is dense.
 
         Raises:
             ToMeError: on assignment of a ratio outside [0, config.ceiling], or when this
@@ -185,8 +225,20 @@ class ToMeHandle:
                 "this token merging was removed or replaced, its ratio changes nothing; use the "
                 "handle of the last apply_tome, or get_handle(model)"
             )
-        self._state.config = self._state.config.replace(ratio=value)
-        self._state.forget_run()
+        for state in self._states.values():
+            state.config = state.config.replace(ratio=value)
+            state.forget_run()
+
+    @property
+    def _states(self) -> dict[str, MergeState]:
+        """What the names of its sites begin with -> state, of the network and its ControlNets."""
+        branches = self._state.branches
+        names = ["controlnet."]
+        if len(branches) > 1:
+            names = [f"controlnet.nets.{index}." for index in range(len(branches))]
+        # One that was replaced on its own belongs here no more.
+        named = {name: state for name, state in zip(names, branches) if state.hooks}
+        return {"": self._state, **named}
 
     @property
     def active(self) -> bool:
@@ -194,7 +246,8 @@ class ToMeHandle:
         return bool(self._state.hooks)
 
     def remove(self) -> None:
-        """Take token merging out of the network again; a second call does nothing."""
+        """Take token merging out of the network again, and out of the ControlNet that was merged
+        along; a second call does nothing."""
         self._state.remove()
 
     def reset(self) -> None:
@@ -203,11 +256,12 @@ class ToMeHandle:
         The second is only needed where a run was left in the middle and the next one starts at a
         lower timestep: runs are told apart by a timestep that does not fall.
         """
-        self._state.forget_run()
-        for site in self._state.sites:
-            site.tokens, site.kept, site.calls, site.dense_calls = None, None, 0, 0
-        for block in self._state.blocks:
-            block.plans = 0
+        for state in self._states.values():
+            state.forget_run()
+            for site in state.sites:
+                site.tokens, site.kept, site.calls, site.dense_calls = None, None, 0, 0
+            for block in state.blocks:
+                block.plans = 0
 
     def stats(self) -> list[dict[str, Any]]:
         """What was done where, one dict per site in running order.
@@ -217,12 +271,13 @@ class ToMeHandle:
         (counts at the last call; None before it; 0 kept: the output was carried over), ``calls``
         (of the site), ``dense_calls`` (those without merging) and
         ``plans`` (matchings made for the block) since :meth:`reset`. Compiled
-        forwards record token counts but are not counted in calls and plans.
+        forwards record token counts but are not counted in calls and plans. Sites of a ControlNet
+        that is merged along come last, and begin with ``controlnet.``.
         """
         return [
             {
-                "site": site.name,
-                "block": site.block.name,
+                "site": prefix + site.name,
+                "block": prefix + site.block.name,
                 "kind": site.kind,
                 "downsample": site.block.downsample,
                 "tokens": site.tokens,
@@ -231,7 +286,8 @@ class ToMeHandle:
                 "dense_calls": site.dense_calls,
                 "plans": site.block.plans,
             }
-            for site in self._state.sites
+            for prefix, state in self._states.items()
+            for site in state.sites
         ]
 
     def summary(self) -> str:
@@ -273,8 +329,8 @@ class ToMeHandle:
         if not self.active:
             return
         self.remove()
-        if self._replaced is not None:
-            self._replaced._state.put_back()
+        for state in self._replaced:
+            state.put_back()
 
     def __repr__(self) -> str:
         where = f"{type(self.network).__name__}, {len(self._state.sites)} sites"
@@ -396,6 +452,8 @@ def _ratio_text(config: ToMeConfig) -> str:
 
 def _temporal_text(config: ToMeConfig) -> str:
     text = "" if config.method == "tome" else f", method {config.method!r}"
+    if config.across_frames:
+        text += ", across frames"
     if config.refresh_plan.steps > 1:
         text += f", refreshed every {config.refresh_plan.steps} steps"
     if config.residual_plan is not None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .errors import ToMeError
 from .merging import MergePlan
+from .merging.frames import FramesPlan, as_clips
 from .merging.prefix import PrefixedPlan
 from .merging.random import hashed_integers, step_key
 from .merging.reductions import PrunedPlan
@@ -39,6 +40,10 @@ class NetworkPreHook:
             forward.clear(running=True)
         if config.ratio_schedule.zero and config.residual_plan is None:
             return
+        if config.across_frames:
+            frames = state.host.frames(args, kwargs)
+            for forward in state.forwards:
+                forward.frames = frames
         timestep = state.host.timestep(args, kwargs)
         if config.tracks_steps:
             time = None if timestep is None else _as_float(timestep)
@@ -80,9 +85,9 @@ class StackPreHook:
         self.state = state
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        grid = self.state.host.grid(module, args, kwargs)
+        height, width = self.state.host.grid(module, args, kwargs)
         for forward in self.state.forwards:
-            forward.grid = grid
+            forward.grid = (height * forward.frames, width)
 
 
 class BlockPreHook:
@@ -122,6 +127,8 @@ class BlockPreHook:
         height, width = forward.grid
         if metric.dim() == 4:
             metric = metric.flatten(2).transpose(1, 2)
+        if forward.frames > 1:
+            metric = as_clips(metric, forward.frames)
         tokens = metric.shape[1]
         if tokens != height * width:
             raise ToMeError(
@@ -181,6 +188,8 @@ class BlockPreHook:
         plan = config.built_method.plan(metric.detach(), ratio, request)
         if plan is not None and not torch.compiler.is_compiling():
             block.plans += 1
+        if plan is not None and forward.frames > 1:
+            return FramesPlan(plan, forward.frames)
         return plan
 
 
@@ -279,7 +288,7 @@ class CarriedPreHook:
         if residual is not None and residual.kind == "reuse":
             # A module cannot be skipped by a hook: it runs on one token, which nobody reads.
             forward.pending[site.name] = ("reuse", x)
-            site.saw(x.shape[1] - _text(forward, site, x), 0)
+            site.saw(x.shape[1] * forward.frames - _text(forward, site, x), 0)
             alone = PrunedPlan(
                 torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device),
                 torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device),
@@ -439,8 +448,10 @@ def _saw(forward: Forward, site: SiteState, x: Tensor, plan: MergePlan | None) -
     """Note a call, in tokens of the picture."""
     # A backward that runs a block again does so when the grid is forgotten.
     text = plan.count if isinstance(plan, PrefixedPlan) else _text(forward, site, x)
-    kept = x.shape[1] if plan is None else plan.num_slots
-    site.saw(x.shape[1] - text, kept - text)
+    frames = plan.frames if isinstance(plan, FramesPlan) else forward.frames
+    tokens = x.shape[1] * frames
+    kept = tokens if plan is None else plan.num_slots
+    site.saw(tokens - text, kept - text)
 
 
 def _with_merged(

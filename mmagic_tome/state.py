@@ -35,6 +35,8 @@ class MergeState:
         self.hooks: list[RemovableHandle] = []
         # (module, hook, whether it runs after the module), of all that were ever registered.
         self.placed: list[tuple[nn.Module, Any, bool]] = []
+        # Of the ControlNets that were merged along with this network: they come and go together.
+        self.branches: list[MergeState] = []
         self._threads = threading.local()
         self._compiled = Forward()
 
@@ -87,6 +89,8 @@ class MergeState:
         """Register again what :meth:`remove` took out."""
         for placed in self.placed:
             self._register(*placed)
+        for branch in self.branches:
+            branch.put_back()
 
     def _register(self, module: nn.Module, hook: Any, after: bool) -> None:
         register = module.register_forward_hook if after else module.register_forward_pre_hook
@@ -103,6 +107,8 @@ class MergeState:
             hook.remove()
         self.hooks.clear()
         self.forget_run()
+        for branch in self.branches:
+            branch.remove()
 
     def forget_run(self) -> None:
         """Drop what is kept from step to step, in all threads."""
@@ -144,7 +150,9 @@ class Forward:
         running (bool): whether the network's own forward is under way.
         step (Tensor | None): key of the random destinations, from the timestep.
         noise (float | None): noise level, where the options depend on it.
-        grid (tuple | None): (height, width) in tokens, of the stack that runs.
+        grid (tuple | None): (height, width) in tokens, of the stack that runs; of all frames of a
+            clip, below each other, where they are merged together.
+        frames (int): of a clip, where they are merged together; 1 otherwise.
         layouts (dict): (downsample, height, width, device) -> :class:`GridLayout`.
         plans (dict): kind of site -> :class:`MergePlan` or None, of the block that runs. One
             place for all blocks, since they do not nest: so the hooks of all blocks are the
@@ -164,6 +172,7 @@ class Forward:
         self.step: Tensor | None = None
         self.noise: float | None = None
         self.grid: tuple[int, int] | None = None
+        self.frames = 1
         self.layouts: dict[tuple, GridLayout] = {}
         self.plans: dict[str, MergePlan | None] = {}
         self.refreshing = True

@@ -23,6 +23,8 @@ def test_defaults():
         "sites": None,
         "refresh": None,
         "residual": None,
+        "controlnet": False,
+        "across_frames": False,
     }
     assert config.kinds == ("attn",) and config.ceiling == 0.75
 
@@ -114,3 +116,43 @@ def test_immutable_and_replace():
         config.replace(ratio=0.8)
     with pytest.raises(ToMeError, match="unknown"):
         config.replace(rate=0.8)
+
+
+# --- ControlNets and clips ------------------------------------------------------------------------
+
+
+def test_options_of_the_controlnet():
+    assert ToMeConfig().controlnet_config is None
+    assert ToMeConfig(ratio=0.25, controlnet=True).controlnet_config == ToMeConfig(ratio=0.25)
+    config = ToMeConfig(ratio=0.25, seed=3, controlnet=dict(ratio=0.5, sites=["mlp"]))
+    assert config.controlnet_config == ToMeConfig(ratio=0.5, seed=3, sites=["mlp"])
+    assert ToMeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.replace(ratio=0).controlnet_config.ratio == 0.5
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (1, "controlnet must be True, False or a dict"),
+        (dict(ratio=0.9), "controlnet: ratio=0.9 is above"),
+        (dict(ration=0.5), "controlnet: unknown.*'ratio'"),
+        (dict(controlnet=True), "has no 'controlnet' in it"),
+    ],
+)
+def test_bad_options_of_the_controlnet(value, says):
+    with pytest.raises(ToMeError, match=says):
+        ToMeConfig(controlnet=value)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (dict(across_frames=1), "across_frames must be True or False"),
+        (dict(across_frames=True, sites=["stack"]), r"'stack'; write sites=\['block'\]"),
+        (dict(across_frames=True, sites=["attn_kv"]), r"'attn_kv'; write sites=\['attn'\]"),
+        (dict(across_frames=True, method="todo"), "another method than 'todo'"),
+    ],
+)
+def test_what_cannot_be_merged_across_frames(options, says):
+    with pytest.raises(ToMeError, match=says):
+        ToMeConfig(**options)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import ToMeError
+from .animatediff import AnimateDiffUNet
 from .base import Block, Host
 from .cogvideox import CogVideoX
 from .diffusers_unet import DiffusersUNet
@@ -23,6 +24,7 @@ from .wan import Wan
 # The first host that recognises a module wins: specific ones come first.
 HOSTS: list[Host] = [
     MMagicUNet(),
+    AnimateDiffUNet(),
     DiffusersUNet(),
     DiT(),
     PixArt(),

@@ -1,0 +1,54 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""UNets of AnimateDiff: MMagic's and diffusers'.
+
+Their spatial blocks are those of an image UNet, and get the frames of a clip as batch entries:
+(B * F, N, C) tokens. They are merged frame by frame, or across the frames of a clip
+(``across_frames=True``). The motion modules between them attend along the frames of one
+place and are left alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..merging.frames import FramesPlan
+from .diffusers_unet import DiffusersUNet
+
+_NAMES = {"UNet3DConditionMotionModel", "UNetMotionModel"}
+
+# What blocks and their cross-attention are given once per frame, the same for all of a clip.
+_PER_FRAME = ("encoder_hidden_states", "encoder_attention_mask", "attention_mask")
+
+
+class AnimateDiffUNet(DiffusersUNet):
+    """Host for MMagic's ``UNet3DConditionMotionModel`` and diffusers' ``UNetMotionModel``.
+
+    Blocks and sites: as in an image UNet. Frames: the third size of the (B, C, F, h, w) input.
+    """
+
+    description = (
+        "AnimateDiff's UNets (MMagic's UNet3DConditionMotionModel, diffusers' UNetMotionModel)"
+    )
+    has_frames = True
+
+    def matches(self, module: nn.Module) -> bool:
+        known = any(base.__name__ in _NAMES for base in type(module).__mro__)
+        return known and super().matches(module)
+
+    def frames(self, args: tuple, kwargs: dict[str, Any]) -> int:
+        sample = args[0] if args else kwargs["sample"]
+        return sample.shape[2]
+
+    def adapt(
+        self, site: str, plan: Any, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        if not isinstance(plan, FramesPlan):
+            return args, kwargs
+        once = {
+            name: kwargs[name][:: plan.frames]
+            for name in _PER_FRAME
+            if isinstance(kwargs.get(name), Tensor) and kwargs[name].shape[0] == plan.batch
+        }
+        return args, {**kwargs, **once}
