@@ -26,8 +26,10 @@ from .engine import ToMeHandle, apply_tome, get_handle, remove_tome  # noqa: E40
 from .errors import ToMeError  # noqa: E402
 from .models import build_tome, register_all  # noqa: E402
 from .version import __version__  # noqa: E402
+from .vit.registry import register_all as register_vits  # noqa: E402
 
 register_all()
+register_vits()
 engine_hooks.register_all()
 visualization.register_all()
 register_config_package()  # `_base_ = 'mmagic_tome::...'`

@@ -23,7 +23,6 @@ from .hooks import (
     OutputHook,
     RootPreHook,
 )
-from .interface import Injection
 from .schedules import removed_per_block
 from .state import ViTOptions, ViTState
 
@@ -143,7 +142,7 @@ def _hook(vit: ViT, state: ViTState) -> None:
         attention = AttentionPreHook(state, block.name, vit.mask)
         state.hook(block.attention, attention)
         if vit.mask is None:
-            state.hooks.append(Injection(block.attention, attention))
+            state.hooks.append(vit.injection(block.attention, attention))
         if metric in block.sources:
             module, heads = block.sources[metric]
             state.hook(module, after=MetricHook(state, heads))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import ToMeError
+from .interface import AttributeInjection, ConfigInjection
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,9 @@ class ViT:
         blocks (list): of :class:`ViTBlock`, in running order.
         prefix (int): protected tokens at the front: class, distillation, registers.
         mask (str | None): argument of ``attention`` that an additive mask can be given by; None:
-            it has none, see :mod:`.interface`.
+            it has none, and ``injection`` says how it gets the bias.
         reads_all (bool): whether what follows the blocks reads more than the protected tokens.
+        injection (type): of :mod:`.interface`, for modules without an argument for a mask.
     """
 
     description: str
@@ -80,6 +82,7 @@ class ViT:
     prefix: int
     mask: str | None
     reads_all: bool
+    injection: type = ConfigInjection
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,73 @@ class _Timm:
         return ViT(self.description, root, blocks, root.num_prefix_tokens, "attn_mask", pooled)
 
 
+class _MMPretrain:
+    """VisionTransformer of mmpretrain and those of its subclasses that run as it does."""
+
+    description = "mmpretrain VisionTransformer"
+
+    def find(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        module = sys.modules.get("mmpretrain.models.backbones.vision_transformer")
+        root = getattr(module, "VisionTransformer", None)
+        return [] if root is None else _instances(model, root)
+
+    def describe(self, path: str, root: nn.Module, model: nn.Module) -> ViT:
+        backbones = sys.modules["mmpretrain.models.backbones"]
+        utils = sys.modules["mmpretrain.models.utils"]
+        library = sys.modules["mmpretrain.models.backbones.vision_transformer"]
+        known = (backbones.VisionTransformer.forward, backbones.DistilledVisionTransformer.forward)
+        if type(root).forward not in known:
+            raise ToMeError(
+                f"{type(root).__name__} of mmpretrain has a forward of its own; of its vision "
+                "transformers VisionTransformer and DistilledVisionTransformer can be merged"
+            )
+        blocks = []
+        for index, layer in enumerate(root.layers):
+            name = ".".join(part for part in (path, "layers", str(index)) if part)
+            attention = getattr(layer, "attn", None)
+            if (
+                type(layer) is not library.TransformerEncoderLayer
+                or type(attention) is not utils.MultiheadAttention
+            ):
+                raise ToMeError(
+                    f"{name} is a {type(layer).__name__} with {type(attention).__name__}; of "
+                    "mmpretrain only TransformerEncoderLayer with MultiheadAttention can be merged"
+                )
+            sources = {
+                kind: (attention.qkv, Heads(attention.head_dims, part, 3))
+                for part, kind in enumerate(("queries", "keys", "values"))
+            }
+            gated = hasattr(layer.ffn, "w12")
+            blocks.append(
+                ViTBlock(
+                    name=name,
+                    module=layer,
+                    first=layer.ln1,
+                    attention=attention,
+                    output=attention,
+                    norm=layer.ln2,
+                    # What it gives is added to the tokens that went into the feed-forward.
+                    last=layer.ffn.dropout_layer,
+                    sources=sources,
+                    hidden=(
+                        layer.ffn.w3.in_features * 3 // 2
+                        if gated
+                        else layer.ffn.feedforward_channels
+                    ),
+                )
+            )
+        distilled = type(root).forward is backbones.DistilledVisionTransformer.forward
+        reads_all = not distilled and root.out_type != "cls_token"
+        if reads_all and list(root.out_indices) != [len(blocks) - 1]:
+            raise ToMeError(
+                f"out_type={root.out_type!r} with out_indices={tuple(root.out_indices)} reads the "
+                "tokens of blocks in the middle, which stay merged; write out_indices=-1 or "
+                "out_type='cls_token'"
+            )
+        prefix = root.num_extra_tokens
+        return ViT(self.description, root, blocks, prefix, None, reads_all, AttributeInjection)
+
+
 def _instances(model: nn.Module, kind: type) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
 
@@ -251,7 +321,7 @@ FAMILIES = (
         "norm2",
         "mlp",
         prefix=lambda root: 1,
-        reads_all=lambda root, outer: "Dinov2ForImageClassification" in outer,
+        reads_all=lambda root, outer: bool(outer & {"Dinov2ForImageClassification", "FocusViT"}),
     ),
     _Transformers(
         "transformers DINOv2 with registers",
@@ -303,6 +373,7 @@ FAMILIES = (
         first_linear="fc1",
     ),
     _Timm(),
+    _MMPretrain(),
 )
 
 
@@ -336,6 +407,6 @@ def find_vit(model: object) -> ViT:
     except (AttributeError, KeyError) as error:
         # Libraries rename the parts of their models from one major version to the next.
         raise ToMeError(
-            f"this {type(root).__name__} is not built as those of transformers 5 and timm 1 are "
-            f"({error}); install transformers>=5 or timm>=1"
+            f"this {type(root).__name__} is not built as those of transformers 5, timm 1 and "
+            f"mmpretrain 1.2 are ({error}); install one of these"
         ) from error

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..errors import ToMeError
 from ..merging.bipartite import match_tokens
 from .families import Heads
+from .interface import StandInConfig
 from .schedules import removed_for_speedup
 from .state import Saved, ViTState
 
@@ -103,9 +104,10 @@ class AttentionPreHook:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         merging = any(self.state.forward.removed)
-        implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
-        if self.mask is None:
-            implementation = module.config.config._attn_implementation
+        config = getattr(module, "config", None)
+        if isinstance(config, StandInConfig):
+            config = config.config
+        implementation = getattr(config, "_attn_implementation", None)
         takes_bias = implementation in (None, "eager", "sdpa")
         if merging and self.state.options.prop_attn and not takes_bias:
             raise ToMeError(

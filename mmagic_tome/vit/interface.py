@@ -1,9 +1,12 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Proportional attention where a module has no argument for a mask: VideoMAE.
+"""Proportional attention where a module has no argument for a mask.
 
-The attention modules of transformers look their implementation up by the name in their ``config``.
-Merged modules get a stand-in for it that names an implementation of ours, which adds the bias and
-hands on to the one that the model's own config names at that moment.
+VideoMAE: the attention modules of transformers look their implementation up by the name in their
+``config``. Merged modules get a stand-in for it that names an implementation of ours, which adds
+the bias and hands on to the one that the model's own config names at that moment.
+
+mmpretrain: its attention modules keep the function that attends as an attribute. Merged modules
+get one that adds the bias and hands on to theirs.
 """
 
 from __future__ import annotations
@@ -40,8 +43,8 @@ class StandInConfig:
         self.__dict__.update(state)
 
 
-class Injection:
-    """Puts a stand-in into a module; :meth:`remove` takes it out, as those of hooks do."""
+class ConfigInjection:
+    """Puts a stand-in for its config into a module; :meth:`remove`, as hooks have, takes it out."""
 
     def __init__(self, module: nn.Module, bias_of: Any) -> None:
         register()
@@ -52,6 +55,40 @@ class Injection:
         """Give the module its config back."""
         if isinstance(self.module.config, StandInConfig):
             self.module.config = self.module.config.config
+
+
+class BiasedAttention:
+    """``scaled_dot_product_attention`` of a module with the bias of proportional attention.
+
+    Attributes:
+        attention: the module's own.
+        bias_of: object whose ``bias(x)`` gives the bias of the forward under way.
+    """
+
+    def __init__(self, attention: Any, bias_of: Any) -> None:
+        self.attention = attention
+        self.bias_of = bias_of
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+        bias = self.bias_of.bias(query)
+        if bias is not None:
+            kwargs["attn_mask"] = bias
+        return self.attention(query, key, value, **kwargs)
+
+
+class AttributeInjection:
+    """Puts a biased attention into a module; :meth:`remove` takes it out."""
+
+    def __init__(self, module: nn.Module, bias_of: Any) -> None:
+        self.module = module
+        own = module.scaled_dot_product_attention
+        module.scaled_dot_product_attention = BiasedAttention(own, bias_of)
+
+    def remove(self) -> None:
+        """Give the module its own attention back."""
+        injected = self.module.scaled_dot_product_attention
+        if isinstance(injected, BiasedAttention):
+            self.module.scaled_dot_product_attention = injected.attention
 
 
 def register() -> None:

@@ -16,6 +16,8 @@ from mmagic_tome.vit import ViTHandle, apply_tome_vit, get_vit_handle, remove_to
 from mmagic_tome.vit.families import find_vit
 
 NAMES = sorted(FAMILIES)
+#: One of every way to give a bias to the attention.
+BIASES = [name for name in ("vit", "timm", "videomae", "mmpretrain") if name in FAMILIES]
 
 
 @pytest.fixture(autouse=True)
@@ -280,7 +282,7 @@ def test_finds_the_picture_half_of_clip():
 
 
 def test_pickled_models_are_merged():
-    for name in ("vit", "videomae"):
+    for name in [n for n in ("vit", "videomae", "mmpretrain") if n in FAMILIES]:
         model, arguments = build(name), inputs(name)
         apply_tome_vit(model, r=4)
         merged = result(model, arguments)
@@ -391,7 +393,7 @@ def test_what_cannot_be_merged_is_said():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit", "timm", "videomae"])  # one of every way to give a bias
+@pytest.mark.parametrize("name", BIASES)
 def test_compiles_as_one_graph(name):
     model, arguments = build(name), inputs(name)
     dense = result(model, arguments)

