@@ -46,8 +46,8 @@ def results_of(
     if cost is not None and cost["rounds"] < FEWEST_ROUNDS:
         notes = [
             *notes,
-            f"{cost['rounds']} rounds of timing have no spread to speak of: no speed-up here is "
-            f"certain; measure at least {FEWEST_ROUNDS} (--cost-rounds)",
+            f"fewer than {FEWEST_ROUNDS} rounds of timing have no spread to speak of: no speed-up "
+            "here is certain (--cost-rounds)",
         ]
     elif unclear:
         notes = [

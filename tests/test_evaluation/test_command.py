@@ -1,6 +1,7 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """``tools/evaluate.py`` with a random model: from start to end, killed, on two processes."""
 
+import errno
 import json
 import os
 import signal
@@ -17,7 +18,8 @@ from PIL import Image
 from tiny import tiny_config, write_config
 
 from mmagic_tome.__main__ import main as package_main
-from mmagic_tome.evaluation import cli, command, generate
+from mmagic_tome.apis import asset_path
+from mmagic_tome.evaluation import cli, command, generate, timing
 from mmagic_tome.evaluation.store import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +39,11 @@ def test_results(finished):
     for row in rows.values():
         assert len(row["cost"]["step_ms"]) == row["steps"]
         assert row["cost"]["unet_tflop_per_image"] > 0
+        # Tensors of a forward are held within a run; the weights are in neither.
+        assert 0 < row["cost"]["unet_memory_per_image"] <= row["cost"]["memory_per_image"]
+        assert row["cost"]["joules_per_image"] is None  # no GPU that counts them
     dense, half = rows["dense"]["cost"], rows["2 steps"]["cost"]
+    assert half["memory_factor"] == half["unet_memory_factor"] == 1  # exactly, unlike a process's
     assert half["unet_tflop_per_image"] == pytest.approx(dense["unet_tflop_per_image"] / 2)
     assert dense["speedup"] == {"median": 1, "p10": 1, "p90": 1}
     raw = json.loads((finished.folder / "cost.json").read_text())["contenders"]["dense"]
@@ -97,6 +103,84 @@ def test_again_makes_nothing_and_adds_what_is_new(finished, evaluation, tmp_path
     assert [row["name"] for row in results["contenders"]] == ["dense", "mine", "2 steps"]
     assert len(made) == 6  # three batches of each of the other two
     assert {k: v for k, v in pixels(out).items() if "/dense/" in k}.items() <= before.items()
+
+
+def test_timing_comes_later_and_goes_on_round_by_round(evaluation, tmp_path, monkeypatch):
+    """Pictures first, times another day; killed between two rounds, none is lost or repeated."""
+    out = tmp_path / "run"
+    options = ["--ratios", "0.5", "--batch-size", "2", *METRICS]
+    results = evaluation.run(out, *options, *NO_COST)
+    assert results["cost_measured"] is None and not (out / "cost.json").exists()
+    assert "s/img" not in (out / "table.md").read_text()
+    before = pixels(out)
+    real_round, turns = timing._round, []
+
+    def stops_in_the_second(generator, contenders, cost, turn, bar):
+        turns.append(turn)
+        if len(turns) == 2:
+            raise KeyboardInterrupt
+        real_round(generator, contenders, cost, turn, bar)
+
+    monkeypatch.setattr(timing, "_round", stops_in_the_second)
+    argv = [evaluation.config, "--prompts", str(evaluation.prompts), *QUICK, *options]
+    code = cli.main([*argv, "--out", str(out), "--cost-rounds", "3"])
+    assert code == 130
+    first = json.loads((out / "cost.json").read_text())
+    assert first["rounds"] == 1
+    # Half a measurement is none in a report.
+    assert evaluation.run(out, *options, *NO_COST)["cost_measured"] is None
+    results = evaluation.run(out, *options, "--cost-rounds", "3")
+    assert turns == [0, 1, 1, 2]
+    cost = json.loads((out / "cost.json").read_text())
+    assert cost["rounds"] == results["cost_measured"]["rounds"] == 3
+    for name, figures in cost["contenders"].items():
+        assert len(figures["seconds"]) == 3
+        assert figures["seconds"][0] == first["contenders"][name]["seconds"][0]
+    # More rounds are added, fewer are all there, and none are asked for: all as they are.
+    assert evaluation.run(out, *options, "--cost-rounds", "4")["cost_measured"]["rounds"] == 4
+    assert turns == [0, 1, 1, 2, 3]
+    assert evaluation.run(out, *options, *NO_COST)["cost_measured"]["rounds"] == 4
+    assert len(turns) == 5 and pixels(out) == before
+
+
+def test_two_rounds_are_certain_of_nothing():
+    figures = dict(
+        unet_seconds=[1.0, 1.0], step_seconds=[[1.0]] * 2, joules=[None] * 2,
+        process_peak_bytes=[None] * 2, peak_bytes=8, unet_peak_bytes=4, unet_flops=1,
+    )  # fmt: skip
+    cost = dict(pictures=1, rounds=2)
+    cost["contenders"] = {"dense": {**figures, "seconds": [2.0, 2.0]}}
+    cost["contenders"]["fast"] = {**figures, "seconds": [1.0, 1.0]}
+    assert not timing.summarise(cost, "dense")["fast"]["certain"]
+    for one in cost["contenders"].values():
+        one["seconds"].append(one["seconds"][0])
+    found = timing.summarise({**cost, "rounds": 3}, "dense")["fast"]
+    assert found["certain"] and found["speedup"]["median"] == 2
+
+
+def test_a_full_disk_is_one_line_and_what_is_there_serves(
+    evaluation, tmp_path, monkeypatch, capsys
+):
+    """In the middle of the pictures; with room again the same command goes on."""
+    out = tmp_path / "run"
+    options = ["--ratios", "0.5", "--batch-size", "2", *METRICS, *NO_COST]
+    real_save, saved = Image.Image.save, []
+
+    def save(self, path, *args, **kwargs):
+        if len(saved) == 3:
+            Path(path).write_bytes(b"half a pict")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        saved.append(path)
+        real_save(self, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", save)
+        assert evaluation.run(out, *options, code=2) is None
+    error = capsys.readouterr().err
+    assert f"cannot write to {out}: No space left on device" in error
+    assert "run the same command again" in error and "Traceback" not in error
+    assert len(pixels(out)) == 3 and not list(out.rglob("*.part"))
+    assert all(row["pictures"] == 5 for row in evaluation.run(out, *options)["contenders"])
 
 
 def test_what_does_not_fit_is_named(finished, evaluation, tmp_path, capsys):
@@ -229,6 +313,33 @@ def test_pictures_with_nan_are_in_no_mean(finished, evaluation, tmp_path, monkey
     mean = -10 * np.log10(np.mean(10 ** (-np.array(values) / 10)))
     assert row["quality"]["psnr"]["value"] == pytest.approx(mean)
     assert "report.html" in os.listdir(out)
+
+
+def test_nothing_but_nan(evaluation, tmp_path, monkeypatch):
+    """A merging whose every picture is broken has no figures, and the others have theirs."""
+
+    class Broken(generate.LatentWatch):
+        def __exit__(self, *exc_info):
+            super().__exit__(*exc_info)
+            if generate.LatentWatch.broken:
+                self.finite = [False] * len(self.finite)
+
+    real_on = generate.Contender.on
+
+    def on(self, model):
+        generate.LatentWatch.broken = self.kind == "tome"
+        return real_on(self, model)
+
+    monkeypatch.setattr(generate.LatentWatch, "broken", False, raising=False)
+    monkeypatch.setattr(generate.Contender, "on", on)
+    monkeypatch.setattr(generate, "LatentWatch", Broken)
+    options = ["--ratios", "0.5", "--metrics", "psnr", "latent_error", *NO_COST]
+    results = evaluation.run(tmp_path / "run", *options)
+    broken, steps = results["contenders"][1:]
+    assert (broken["pictures"], broken["skipped_pictures"]) == (0, 5)
+    assert broken["quality"]["psnr"]["skipped"] == "no pair of pictures without NaN"
+    assert steps["quality"]["psnr"]["n"] == 5
+    assert "| ratio 0.5 | 50 | 4 | – | – |" in (tmp_path / "run" / "table.md").read_text()
 
 
 def test_metrics_of_sets(evaluation, tmp_path):
@@ -367,11 +478,19 @@ def test_protocol_of_the_published_table(sd_folder, tmp_path, monkeypatch, capsy
     for problem in ("weights of unet", "metric fid", "val is not a folder"):
         assert problem in printed
 
-    monkeypatch.setenv("SD_WEIGHTS", sd_folder)
+    # The demo model in place of Stable Diffusion: all is there but FID's weights.
+    monkeypatch.setenv("SD_WEIGHTS", asset_path("demo_model"))
     noise = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
     (tmp_path / "val" / "n01440764").mkdir(parents=True)
     for number, pixels_ in enumerate(noise):
         Image.fromarray(pixels_).save(tmp_path / "val" / "n01440764" / f"{number}.JPEG")
+    few = ["--metrics", "psnr", "ssim", "latent_error"]
+    assert cli.main([*argv, "--dry-run", *few, "--batch-size", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "MISSING" not in printed and "everything is there" in printed
+    assert "contenders (16)" in printed
+
+    monkeypatch.setenv("SD_WEIGHTS", sd_folder)
     small = ["--limit", "1", "--size", "64", "--steps", "3", "--dtype", "fp32", "--batch-size", "1"]
     other = ["--metrics", "psnr", "--ratios", "0.5", "--fewer-steps", "0.5", "--cost-rounds", "1"]
     assert cli.main([*argv, *small, *other]) == 0

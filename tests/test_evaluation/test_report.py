@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from mmagic_tome import ToMeError
-from mmagic_tome.evaluation.report import table
+from mmagic_tome.evaluation.report import html, plots, table
 
 BROWSERS = (
     "chromium-headless-shell",
@@ -163,3 +163,59 @@ def test_what_is_uncertain_says_so():
     assert table.speedup_text(row) == "~1.05 (0.90–1.20)"
     row["cost"]["certain"] = True
     assert table.speedup_text(row).startswith("1.05")
+
+
+def test_names_in_a_plot_cover_neither_points_nor_each_other():
+    """Fourteen contenders, most of them in one heap, as in the demo table."""
+    heap = [(f"contender {i}", 1.5 + 0.02 * i, 31 + 0.4 * (i % 5)) for i in range(11)]
+    points = [*heap, ("13 steps", 1.3, 45.0), ("8 steps", 0.8, 38.0), ("far", 2.6, 37.0)]
+    figure, axes = plots._figure(5.2, 4.0)
+    axes.plot([p[1] for p in points], [p[2] for p in points], "o")
+    axes.margins(x=0.12, y=0.12)
+    boxes = plots.place_labels(figure, axes, points)
+    assert len(boxes) == len(points)
+    shared = [plots._shared(a, b) for i, a in enumerate(boxes) for b in boxes[:i]]
+    assert max(shared) < 1
+    room = axes.get_window_extent()
+    assert all(room.x0 <= box.x0 and box.x1 <= room.x1 for box in boxes)
+    spots = axes.transData.transform([p[1:] for p in points])
+    covered = [b for b in boxes for x, y in spots if b.x0 < x < b.x1 and b.y0 < y < b.y1]
+    assert not covered
+
+
+def row_of(kind, name, speedup, psnr):
+    quality = {"psnr": {"kind": "paired", "label": "PSNR", "higher_is_better": True}}
+    if kind != "dense":
+        quality["psnr"].update(value=psnr, text="identical" if psnr is None else f"{psnr:.2f} dB")
+    cost = {"certain": True, "speedup": {"median": speedup}}
+    return {"kind": kind, "name": name, "cost": cost, "quality": quality}
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ((1.4, 40.0), "Fewer steps do better than that here: 13 steps, 1.40x, at PSNR 40.00 dB."),
+        ((1.4, None), "at PSNR identical."),
+        ((1.4, 20.0), "No number of fewer steps that was tried is as fast and as near to dense."),
+        ((1.1, 40.0), "No number of fewer steps"),
+    ],
+)
+def test_the_summary_says_when_fewer_steps_do_better(steps, said):
+    rows = [row_of("dense", "dense", 1, None), row_of("tome", "half", 1.3, 31.0)]
+    rows.append(row_of("steps", "13 steps", *steps))
+    summary = html._summary({"cost_measured": {}, "contenders": rows})
+    assert "<strong>half</strong>, <strong>1.30x</strong>, at PSNR 31.00 dB" in summary
+    assert said in summary
+
+
+def test_the_worst_picture_of_each_contender_is_shown(text, finished):
+    data = json.loads(Page(text).data)
+    assert [one["name"] for one in data["worst"]] == data["contenders"]
+    assert data["worst_by"] == "PSNR"
+    rows = list(csv.DictReader((finished.folder / "pictures.csv").open()))
+    for one in data["worst"]:
+        own = [row for row in rows if row["contender"] == one["name"]]
+        worst = min(own, key=lambda row: float(row["psnr"]))
+        assert (one["prompt"], one["seed"]) == (worst["prompt"], int(worst["seed"]))
+        assert one["values"][0] == f"PSNR {float(worst['psnr']):.2f} dB"
+    assert text.count('<div class="three">') == len(data["worst"])

@@ -41,7 +41,7 @@ def heads_and_cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]
 
     heads = ["", "r (%)", "steps", *(_head(rows, name) for name in sets)]
     heads += ["s/img ↓", "x"] if timed else []
-    heads += ["GB/img ↓", "x", "of the network ↓"] if timed else []
+    heads += ["GB/img ↓", "x", "network: GB/img ↓"] if timed else []
     heads += ["J/img ↓"] if energy else []
     heads += [_head(rows, name) for name in paired]
     cells = []
@@ -84,6 +84,10 @@ def speedup_text(row: dict[str, Any]) -> str:
     spread = row["cost"]["speedup"]
     doubt = "" if row["cost"]["certain"] else "~"
     return f"{doubt}{spread['median']:.2f} ({spread['p10']:.2f}–{spread['p90']:.2f})"
+
+
+def _rounds(count: int) -> str:
+    return f"{count} round{'s' * (count != 1)}"
 
 
 def _three_digits(value: float) -> str:
@@ -132,7 +136,7 @@ def footnotes_of(results: dict[str, Any]) -> list[str]:
     measured = results["cost_measured"]
     if measured is not None:
         notes.append(
-            f"times: median of {measured['rounds']} rounds in which all contenders took turns, "
+            f"times: median of {_rounds(measured['rounds'])} in which all contenders took turns, "
             "factors with their 10th and 90th percentile; memory: " + measured["memory"]
         )
     return list(dict.fromkeys(notes))

@@ -1,0 +1,93 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Loops, metrics and hooks in two processes that share the prompts, as in one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("mmagic")
+
+from mmagic_tome.engine_hooks.evaluate import ToMeEvalHook
+
+PROMPTS = ["a cat", "a dog", "cat", "dog", "a red cat"]  # an odd number: the last round repeats
+METRICS = [
+    dict(type="ToMePSNR"),
+    dict(type="ToMeSSIM"),
+    dict(type="ToMeLatentError"),
+    dict(type="PSNR", gt_key="dense_img"),  # MMagic's
+    dict(type="ToMeEfficientNetFrechet", min_samples=2, against="dense"),
+]
+HOOKS = [
+    dict(type="ToMeHook"),
+    dict(type="ToMeEvalHook", prompts=["cat"]),
+    dict(type="ToMeProfileHook"),
+]
+SCRIPT = """
+import json, sys
+import torch
+torch.cuda.set_device = lambda device: None  # mmengine takes the GPU of the rank; there is none
+import mmagic_tome
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+runner = Runner.from_cfg(Config.fromfile(sys.argv[1]))
+assert type(runner.model).__name__ == "MMDistributedDataParallel"
+found = runner.test()
+if runner.rank == 0:
+    json.dump(found, open(sys.argv[2], "w"), default=float)
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_find_what_one_process_finds(make_runner, tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    loader = dict(
+        batch_size=1,  # of other batches the lowest bits of pictures differ
+        num_workers=0,
+        sampler=dict(type="DefaultSampler", shuffle=False),
+        dataset=dict(type="ToMePromptDataset", prompts=PROMPTS),
+    )
+    alone = make_runner(
+        "test", tmp_path / "one", images=False, metrics=METRICS, test_dataloader=loader
+    )
+    expected = alone.test()
+    config = alone.cfg.copy()
+    config.update(
+        launcher="pytorch",
+        work_dir=str(tmp_path / "two"),
+        experiment_name="two_ranks",
+        env_cfg=dict(dist_cfg=dict(backend="gloo")),
+        model_wrapper_cfg=dict(type="MMDistributedDataParallel", device_ids=None),
+        custom_hooks=HOOKS,
+    )
+    config.dump(str(tmp_path / "config.py"))
+    (tmp_path / "run.py").write_text(SCRIPT)
+    found = tmp_path / "found.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, "--master_port=29613", "run.py", "config.py", str(found)],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+        },
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(found.read_text()) == pytest.approx(expected, rel=1e-6)
+    # The hooks: once, by the first process.
+    log = next((tmp_path / "two").rglob("*.log")).read_text()
+    assert log.count("dense and merged (ratio 0.5), 1 prompts, test") == 1
+    assert (tmp_path / "two" / "tome_profile_test.json").is_file()
+    assert len(list((tmp_path / "two").rglob("tome_test_000*.png"))) == 1
+    torch.manual_seed(0)
+    means = ToMeEvalHook(["cat"]).evaluate(alone, "test", 0)
+    assert f"PSNR {means['psnr']:.2f} dB" in log
