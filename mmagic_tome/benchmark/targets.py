@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ..errors import ToMeError
 from .denoisers import DENOISER_MERGING, DENOISERS, denoiser_call, side_unit
 from .kinds import Call, Merging, Noise, Shape, check_size
+from .vits import VITS
 
 # Name of --target -> what it is. More kinds of networks are added here.
-SHAPES: dict[str, Shape] = {**DENOISERS}
+SHAPES: dict[str, Shape] = {**DENOISERS, **VITS}
 DEMO = "demo"
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -56,6 +56,10 @@ class ViTOptions:
             isinstance(target, bool) or not isinstance(target, (int, float)) or not target >= 1
         ):
             raise ToMeError(f"target_speedup must be a number >= 1, got {target!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as keyword arguments of :func:`~.engine.apply_tome_vit`."""
+        return asdict(self)
 
 
 class ViTState:
