@@ -5,6 +5,7 @@
 targets.py       what is run: named shapes with random weights, the demo, a config
 kinds.py         what a kind of network says about itself: its shapes, how it merges
 denoisers.py     UNets and diffusion transformers
+vits.py          vision transformers, for pictures and clips
 fits.py          whether it fits into this machine's memory, asked before it is built
 attention.py     how attention is computed: diffusers processors, torch's backends
 contenders.py    who runs it, each on a copy that shares its weights
