@@ -12,6 +12,8 @@ from typing import Any
 
 from .errors import ToMeError
 from .methods import Method, build_method
+from .presets import with_preset
+from .reuse import Reuse
 from .schedules import RatioSchedule
 from .temporal import Refresh, Residual
 
@@ -63,6 +65,10 @@ class ToMeConfig:
             output: ``'own'``, ``'exact'`` or ``'reuse'``, or a dict of
             :class:`~mmagic_tome.temporal.Residual`. Needs ``refresh`` of at least 2 steps.
             Default None.
+        reuse (int | dict | None): leave out a part of the network at some steps and foretell its
+            output from the last ones: 2 runs the network at every second step; or a dict of
+            :class:`~mmagic_tome.reuse.Reuse`. Merges nothing by itself: with ``ratio=0`` it is
+            all that is done. For samplers that add no noise between the steps. Default None.
         controlnet (bool | dict): merge in the model's ControlNet too: True for the same options
             there, a dict of those that differ there. Default False: the UNet only.
         across_frames (bool): in video UNets that work frame by frame (AnimateDiff) merge the tokens
@@ -90,6 +96,7 @@ class ToMeConfig:
     sites: Any = None
     refresh: Any = None
     residual: Any = None
+    reuse: Any = None
     controlnet: Any = False
     across_frames: bool = False
 
@@ -156,6 +163,10 @@ class ToMeConfig:
         refresh, residual = Refresh.coerce(self.refresh), Residual.coerce(self.residual)
         object.__setattr__(self, "_refresh", refresh)
         object.__setattr__(self, "_residual", residual)
+        reuse = Reuse.coerce(self.reuse)
+        object.__setattr__(self, "_reuse", reuse)
+        if isinstance(self.reuse, Reuse):
+            object.__setattr__(self, "reuse", reuse.to_dict())
         for key in ("refresh", "residual"):
             if is_dataclass(getattr(self, key)):
                 object.__setattr__(self, key, asdict(getattr(self, key)))
@@ -262,7 +273,22 @@ class ToMeConfig:
         if self.controlnet is False:
             return None
         own = {} if self.controlnet is True else self.controlnet
+        reuse = self._reuse
+        if reuse is not None and "reuse" not in own:
+            # Its levels only go down: nothing is inside them.
+            network = reuse.scopes.get("network")
+            own = {**own, "reuse": None if network is None else {"network": network}}
         return self.replace(**{**own, "controlnet": False})
+
+    @property
+    def reuse_plan(self) -> Reuse | None:
+        """``reuse`` with its defaults filled in; None without it."""
+        return self._reuse
+
+    @property
+    def dense(self) -> bool:
+        """Whether nothing is done at all."""
+        return self._ratio.zero and self._residual is None and self._reuse is None
 
     @property
     def tracks_steps(self) -> bool:
@@ -270,6 +296,7 @@ class ToMeConfig:
         method = self._method
         return (
             self._refresh.steps > 1
+            or self._reuse is not None
             or self._ratio.needs_noise
             or method.tracks_steps
             or method.watches_output
@@ -281,6 +308,7 @@ class ToMeConfig:
         Raises:
             ToMeError: as the constructor, and for unknown keys.
         """
+        changes = with_preset(changes)
         _check_keys(changes)
         return replace(self, **changes)
 
@@ -292,6 +320,9 @@ class ToMeConfig:
     def from_dict(cls, options: Mapping[str, Any]) -> ToMeConfig:
         """Config from a mapping (a dict, a mmengine ``ConfigDict`` ...); missing keys default.
 
+        ``preset`` stands for the options of that name in :data:`mmagic_tome.presets.PRESETS`;
+        what else is there wins over them.
+
         Raises:
             ToMeError: not a mapping, unknown keys, or invalid values.
         """
@@ -299,8 +330,9 @@ class ToMeConfig:
             raise ToMeError(
                 f"token merging options must be a dict such as dict(ratio=0.5), got {options!r}"
             )
+        options = with_preset(options)
         _check_keys(options)
-        return cls(**dict(options))
+        return cls(**options)
 
     @classmethod
     def coerce(
@@ -323,7 +355,7 @@ class ToMeConfig:
 
 
 def _check_keys(options: Mapping[str, Any]) -> None:
-    known = [field.name for field in fields(ToMeConfig)]
+    known = [*(field.name for field in fields(ToMeConfig)), "preset"]
     for key in options:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)

@@ -38,6 +38,7 @@ from .hooks import (
     StackPreHook,
 )
 from .hosts import Block, Host, find_host
+from .reuse import scope_states
 from .state import BlockState, MergeState, SiteState
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ def _found(model: object, config: ToMeConfig) -> tuple[Host, nn.Module, list[Blo
     blocks = _blocks_to_merge(host, network, config)
     for block in blocks:
         _check_block(block, config)
+    if config.reuse_plan is not None:
+        scope_states(config.reuse_plan, host, network)
     if config.across_frames and not host.has_frames:
         raise ToMeError(
             f"across_frames=True: {type(network).__name__} does not work frame by frame; leave it "
@@ -130,6 +133,8 @@ def _hooked(config: ToMeConfig, host: Host, network: nn.Module, blocks: list[Blo
     """Hooks on the network, its stacks, blocks and sites."""
     state = MergeState(config, host)
     state.hook(network, NetworkPreHook(state), NetworkPostHook(state))
+    if config.reuse_plan is not None:
+        state.leave_out(scope_states(config.reuse_plan, host, network))
     stacks = set()
     carried = config.residual_plan is not None
     for depth, block in enumerate(blocks):
@@ -262,6 +267,8 @@ class ToMeHandle:
                 site.tokens, site.kept, site.calls, site.dense_calls = None, None, 0, 0
             for block in state.blocks:
                 block.plans = 0
+            for scope in state.scopes:
+                scope.runs = scope.reused = 0
 
     def stats(self) -> list[dict[str, Any]]:
         """What was done where, one dict per site in running order.
@@ -288,6 +295,19 @@ class ToMeHandle:
             }
             for prefix, state in self._states.items()
             for site in state.sites
+        ]
+
+    def scopes(self) -> list[dict[str, Any]]:
+        """Parts of the network that do not run at every step (option ``reuse``), one dict each.
+
+        Keys: ``scope`` ('network' or 'deep', in a ControlNet with ``controlnet.`` in front),
+        ``runs`` and ``reused`` (calls at which it ran, and at which its output was foretold)
+        since :meth:`reset`.
+        """
+        return [
+            {"scope": prefix + scope.name, "runs": scope.runs, "reused": scope.reused}
+            for prefix, state in self._states.items()
+            for scope in state.scopes
         ]
 
     def summary(self) -> str:
@@ -319,7 +339,11 @@ class ToMeHandle:
             )
         if all(row["tokens"] is None for row in self.stats()):
             title += " (not run yet)"
-        return "\n".join([title, *_table(header, rows)])
+        scopes = [
+            f"{row['scope']}: ran {row['runs']} times, output foretold {row['reused']} times"
+            for row in self.scopes()
+        ]
+        return "\n".join([title, *_table(header, rows), *scopes])
 
     def __enter__(self) -> ToMeHandle:
         return self
@@ -452,6 +476,9 @@ def _ratio_text(config: ToMeConfig) -> str:
 
 def _temporal_text(config: ToMeConfig) -> str:
     text = "" if config.method == "tome" else f", method {config.method!r}"
+    if config.reuse_plan is not None:
+        scopes = config.reuse_plan.scopes.items()
+        text += "".join(f", {name} every {scope.steps} steps" for name, scope in scopes)
     if config.across_frames:
         text += ", across frames"
     if config.refresh_plan.steps > 1:

@@ -20,6 +20,7 @@ from .merging.prefix import PrefixedPlan
 from .merging.random import hashed_integers, step_key
 from .merging.reductions import PrunedPlan
 from .methods import PlanRequest
+from .reuse import foretold
 from .schedules import Place
 from .state import BlockState, Forward, MergeState, SiteState
 from .temporal import Memory
@@ -38,7 +39,7 @@ class NetworkPreHook:
         broken = state.forward.running
         for forward in state.forwards:
             forward.clear(running=True)
-        if config.ratio_schedule.zero and config.residual_plan is None:
+        if config.dense:
             return
         if config.across_frames:
             frames = state.host.frames(args, kwargs)
@@ -54,6 +55,7 @@ class NetworkPreHook:
                     forward.lanes.reset()
                 forward.lanes.begin_step(time, key)
                 forward.noise = noise
+                self.leave_out(forward)
         if not config.use_rand or timestep is None:
             return
         if not isinstance(timestep, Tensor):
@@ -62,6 +64,16 @@ class NetworkPreHook:
         step = step_key(timestep.detach().reshape(-1)[0])
         for forward in state.forwards:
             forward.step = step
+
+    def leave_out(self, forward: Forward) -> None:
+        """Say which scopes do not run at this step; with gradients all do."""
+        scopes = self.state.scopes
+        if not scopes or torch.is_grad_enabled() or forward.run.time is None:
+            return
+        forward.foretold = foretold(scopes, forward.run, forward.noise)
+        forward.remembered = frozenset(scope.name for scope in scopes)
+        if "network" in forward.foretold:
+            forward.run.leave_out()
 
 
 class NetworkPostHook:
@@ -337,14 +349,14 @@ class CarriedPostHook:
             return None
         x = kept[0]
         if done == "reuse":
-            y = run.memories[site.name].predict(run.time, residual)
+            y = residual.predict(run.memories[site.name], run.time)
         else:
             merged = kept[1]
             y = out - merged if adds else out
             if site.kind != "attn_kv":
                 y = plan.unmerge(y)
             if residual is not None:
-                y = y + run.memories[site.name].predict(run.time, residual)
+                y = y + residual.predict(run.memories[site.name], run.time)
         return _replaced(site, output, x + y if adds else y)
 
     def lost(

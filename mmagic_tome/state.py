@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .config import ToMeConfig
 from .hosts import Block, Host
 from .merging import GridLayout, MergePlan, random_layout, regular_layout
+from .reuse import ScopeForward, ScopeState
 from .temporal import Lanes, Residual, Run
 
 
@@ -33,6 +34,9 @@ class MergeState:
         self.blocks: list[BlockState] = []
         self.sites: list[SiteState] = []
         self.hooks: list[RemovableHandle] = []
+        # Parts that do not run at every step, and the modules' forwards that see to it.
+        self.scopes: list[ScopeState] = []
+        self.forwards_placed: list[ScopeForward] = []
         # (module, hook, whether it runs after the module), of all that were ever registered.
         self.placed: list[tuple[nn.Module, Any, bool]] = []
         # Of the ControlNets that were merged along with this network: they come and go together.
@@ -80,6 +84,13 @@ class MergeState:
         if after is not None:
             self.hook_after(module, after)
 
+    def leave_out(self, scopes: list[ScopeState]) -> None:
+        """Place forwards that need not run; :meth:`remove` takes them out."""
+        self.scopes = scopes
+        for scope in scopes:
+            for index in range(len(scope.modules)):
+                self.forwards_placed.append(ScopeForward(self, scope, index))
+
     def hook_after(self, module: nn.Module, after: Any) -> None:
         """Register a post-hook alone."""
         self.placed.append((module, after, True))
@@ -89,6 +100,8 @@ class MergeState:
         """Register again what :meth:`remove` took out."""
         for placed in self.placed:
             self._register(*placed)
+        for forward in self.forwards_placed:
+            forward.place()
         for branch in self.branches:
             branch.put_back()
 
@@ -106,6 +119,8 @@ class MergeState:
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
+        for forward in reversed(self.forwards_placed):
+            forward.remove()
         self.forget_run()
         for branch in self.branches:
             branch.remove()
@@ -158,6 +173,8 @@ class Forward:
             place for all blocks, since they do not nest: so the hooks of all blocks are the
             same code to a compiler.
         refreshing (bool): whether the block that runs renews what it keeps between steps.
+        foretold (frozenset): names of the scopes that do not run in this forward, see
+            :mod:`.reuse`; ``remembered``: of those whose output is kept.
         pending (dict): name of a site -> what its pre-hook leaves for its post-hook.
         lanes (Lanes): the denoising runs of this thread; they outlive the forward.
     """
@@ -176,6 +193,8 @@ class Forward:
         self.layouts: dict[tuple, GridLayout] = {}
         self.plans: dict[str, MergePlan | None] = {}
         self.refreshing = True
+        self.foretold: frozenset[str] = frozenset()
+        self.remembered: frozenset[str] = frozenset()
         self.pending: dict[str, Any] = {}
 
     @property

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, fields
+from math import prod
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ class Refresh:
             return cls()
         if isinstance(spec, int) and not isinstance(spec, bool):
             return cls(steps=spec)
-        return _coerce(cls, "refresh", spec, "dict(steps=2)")
+        return coerce_options(cls, "refresh", spec, "dict(steps=2)")
 
     def due(self, step: int, turn: int) -> bool:
         """Whether the block with number ``turn`` refreshes at a step (0 = first of the run)."""
@@ -92,7 +93,8 @@ class Residual:
     Args:
         kind (str): ``'own'``, ``'exact'`` (default) or ``'reuse'``, see the module.
             'exact' runs the site merged once more at every refresh.
-        order (int): 0 (default): the last residual; 1: extrapolated along the timestep.
+        order (int): 0 (default): the last residual; 1: extrapolated along the timestep from the
+            last two, on a line; 2: from the last three, on a parabola.
         gain (float): factor on what is added, in (0, 1]. Default 1.
 
     Raises:
@@ -106,8 +108,7 @@ class Residual:
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise ToMeError(f"residual: kind={self.kind!r} must be one of {', '.join(_KINDS)}")
-        if isinstance(self.order, bool) or self.order not in (0, 1):
-            raise ToMeError(f"residual: order={self.order!r} must be 0 or 1")
+        check_order("residual", self.order)
         number = isinstance(self.gain, (int, float)) and not isinstance(self.gain, bool)
         if not number or not 0 < self.gain <= 1:
             raise ToMeError(
@@ -121,7 +122,12 @@ class Residual:
             return None
         if isinstance(spec, str):
             return cls(kind=spec)
-        return _coerce(cls, "residual", spec, "dict(kind='exact', order=1)")
+        return coerce_options(cls, "residual", spec, "dict(kind='exact', order=1)")
+
+    def predict(self, memory: Memory, time: float) -> Tensor:
+        """What to add at a timestep."""
+        last = memory.predict(time, self.order)
+        return last if self.gain == 1 else last * self.gain
 
 
 class Memory:
@@ -136,23 +142,40 @@ class Memory:
         self._times = [*self._times, time][-1 - order :]
         self._residuals = [*self._residuals, residual][-1 - order :]
 
-    def predict(self, time: float, residual: Residual) -> Tensor:
-        """What to add at a timestep."""
-        last = self._residuals[-1]
-        if residual.order == 1 and len(self._residuals) == 2:
-            before, after = self._times
-            last = torch.lerp(self._residuals[0], last, (time - before) / (after - before))
-        return last if residual.gain == 1 else last * residual.gain
+    def __len__(self) -> int:
+        return len(self._times)
+
+    def predict(self, time: float, order: int) -> Tensor:
+        """What is expected at a timestep: on the polynomial of this order through the last ones,
+        or of a lower order where too few are known."""
+        times, residuals = self._times[-1 - order :], self._residuals[-1 - order :]
+        if len(times) == 1:
+            return residuals[0]
+        if len(times) == 2:
+            before, after = times
+            return torch.lerp(*residuals, (time - before) / (after - before))
+        # Lagrange: every residual times the polynomial that is 1 at its time, 0 at the others.
+        total = None
+        for i, residual in enumerate(residuals):
+            others = times[:i] + times[i + 1 :]
+            weight = prod((time - other) / (times[i] - other) for other in others)
+            total = residual * weight if total is None else total.add_(residual, alpha=weight)
+        return total
 
 
 class Run:
     """One denoising run of a network, from its first step to its last.
 
     Attributes:
-        step (int): number of the present step, 0 = the first; -1 before it.
+        step (int): number of the present step, 0 = the first; -1 before it. Steps at which the
+            network does not run are not counted.
         time (float | None): timestep of the present step.
         plans (dict): who shares it -> plan (None: nothing to merge).
         memories (dict): name of a site -> :class:`Memory`.
+        kept (dict): of a scope -> what is kept of its output (:mod:`.reuse`).
+        left_out (dict): name of a scope -> for how many steps it has not run now.
+        last (bool): whether the present step looks like the last: as long a stride again
+            would reach timestep 0.
         heat (Tensor | None): (B / 2, h, w), how far the text moved the last step's
             prediction at every place, for methods that watch the output.
     """
@@ -167,6 +190,9 @@ class Run:
         self.key: Hashable = None
         self.plans: dict[Hashable, Any] = {}
         self.memories: dict[str, Memory] = {}
+        self.kept: dict[Hashable, Any] = {}
+        self.left_out: dict[str, int] = {}
+        self.last = False
         self.heat: Tensor | None = None
 
     def begin_step(self, time: float | None, key: Hashable) -> None:
@@ -179,7 +205,12 @@ class Run:
         if not falls or key != self.key:
             self.reset()
         self.step += 1
+        self.last = self.time is not None and 2 * time <= self.time
         self.time, self.key = time, key
+
+    def leave_out(self) -> None:
+        """The network does not run at this step: for what counts its runs there is none."""
+        self.step -= 1
 
 
 class Lanes:
@@ -220,7 +251,14 @@ class Lanes:
         self.__init__()
 
 
-def _coerce(cls: type, name: str, spec: Any, example: str) -> Any:
+def check_order(name: str, order: Any) -> None:
+    """Refuse an order of extrapolation that there is not."""
+    if isinstance(order, bool) or order not in (0, 1, 2):
+        raise ToMeError(f"{name}: order={order!r} must be 0, 1 or 2; write order=1")
+
+
+def coerce_options(cls: type, name: str, spec: Any, example: str) -> Any:
+    """Options of a dataclass from a dict or an instance, or an error that knows the keys."""
     if isinstance(spec, cls):
         return spec
     if not isinstance(spec, Mapping):

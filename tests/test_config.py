@@ -23,6 +23,7 @@ def test_defaults():
         "sites": None,
         "refresh": None,
         "residual": None,
+        "reuse": None,
         "controlnet": False,
         "across_frames": False,
     }

@@ -273,14 +273,14 @@ def test_everything_that_changes_linearly_is_extrapolated():
     memory, residual = Memory(), Residual("exact", order=1)
     at = {t: torch.tensor([2.0 * t + 1, -t]) for t in (1.0, 0.8, 0.5, 0.3)}
     memory.keep(1.0, at[1.0], 1)
-    assert torch.equal(memory.predict(0.8, residual), at[1.0])
+    assert torch.equal(residual.predict(memory, 0.8), at[1.0])
     memory.keep(0.8, at[0.8], 1)
-    torch.testing.assert_close(memory.predict(0.5, residual), at[0.5])
+    torch.testing.assert_close(residual.predict(memory, 0.5), at[0.5])
     memory.keep(0.5, at[0.5], 1)
-    torch.testing.assert_close(memory.predict(0.3, residual), at[0.3])
+    torch.testing.assert_close(residual.predict(memory, 0.3), at[0.3])
     assert len(memory._residuals) == 2
     half = Residual("exact", order=0, gain=0.5)
-    assert torch.equal(memory.predict(0.3, half), at[0.5] * 0.5)
+    assert torch.equal(half.predict(memory, 0.3), at[0.5] * 0.5)
 
 
 def test_order_zero_keeps_one_tensor(unet):
@@ -326,7 +326,7 @@ def test_round_trip():
         (dict(refresh=dict(steps=2, warmup=0)), "warmup=1"),
         (dict(residual="own"), "refresh=dict(steps=2)"),
         (dict(refresh=2, residual="all"), "own, exact, reuse"),
-        (dict(refresh=2, residual=dict(order=2)), "0 or 1"),
+        (dict(refresh=2, residual=dict(order=3)), "0, 1 or 2"),
         (dict(refresh=2, residual=dict(gain=0)), "gain=1.0"),
         (dict(refresh=2, residual=3), "dict(kind='exact', order=1)"),
         (dict(refresh=2, residual="own", sites="attn_kv"), "residual='exact'"),

@@ -97,6 +97,14 @@ class Host:
         """
         return timestep / 1000
 
+    def deep(self, network: nn.Module, outer: int) -> list[nn.Module]:
+        """The modules inside the ``outer`` outermost levels of a UNet, in running order.
+
+        The output of the last one is all that the rest of the network needs of them. Default:
+        none, a network without levels.
+        """
+        return []
+
     def grid(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
         """(height, width) in tokens, from a call of a stack."""
         raise NotImplementedError

@@ -75,6 +75,13 @@ class DiffusersUNet(Host):
                 refused=_refused(stack),
             )
 
+    def deep(self, network: nn.Module, outer: int) -> list[nn.Module]:
+        down, up = list(network.down_blocks), list(getattr(network, "up_blocks", []))
+        if not up or outer >= len(down):
+            return []
+        middle = [] if getattr(network, "mid_block", None) is None else [network.mid_block]
+        return [*down[outer:], *middle, *up[: len(up) - outer]]
+
     def grid(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
         if is_added_kv(stack):
             check_added_kv_call(kwargs)

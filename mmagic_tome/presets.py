@@ -1,0 +1,43 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Options under a name, chosen by measurement: what to start with.
+
+What each gains and costs, and how they were found: ``docs/research/``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import ToMeError
+
+#: name -> options of :class:`~mmagic_tome.config.ToMeConfig`.
+PRESETS: dict[str, dict[str, Any]] = {
+    # The inner levels at every second step of the middle of a run.
+    "quality": dict(ratio=0, reuse=dict(deep=dict(steps=2, between=(0.0, 0.8)))),
+    # The network at every second step, and at all where its output bends.
+    "balanced": dict(ratio=0, reuse=dict(network=dict(steps=2, between=(0.1, 0.8)))),
+    # The network at every second step, its inner levels at every second of those.
+    "fast": dict(
+        ratio=0, reuse=dict(network=dict(steps=2), deep=dict(steps=2, between=(0.0, 0.7)))
+    ),
+}
+
+
+def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with those that ``preset`` stands for, which give way to the others.
+
+    Raises:
+        ToMeError: no preset of this name.
+    """
+    options = dict(options)
+    name = options.pop("preset", None)
+    if name is None:
+        return options
+    if name not in PRESETS:
+        close = difflib.get_close_matches(str(name), PRESETS, n=1) or ["balanced"]
+        raise ToMeError(
+            f"preset={name!r} must be one of {', '.join(PRESETS)}; write preset={close[0]!r}"
+        )
+    return {**PRESETS[name], **options}
