@@ -293,6 +293,32 @@ def mmagic_attention_injection():
     wrapper.__getattr__ = __getattr__
 
 
+@repairs("mmagic.apis.inferencers.base_mmagic_inferencer", lasting=True)
+def mmagic_inferencer_without_test_data():
+    """inferencers of DreamBooth and others: "argument of type 'NoneType' is not iterable".
+
+    MMagic's own configs for models that are trained without a test say ``test_dataloader = None``,
+    and its inferencers look for a pipeline in that.
+    """
+    yield
+    from mmengine import Config
+
+    module = sys.modules["mmagic.apis.inferencers.base_mmagic_inferencer"]
+    inferencer = module.BaseMMagicInferencer
+    init = inferencer._init_pipeline
+    try:
+        init(None, Config(dict(test_dataloader=None)))
+        return
+    except TypeError:
+        pass
+
+    @functools.wraps(init)
+    def _init_pipeline(self, cfg):
+        return None if cfg.get("test_dataloader") is None else init(self, cfg)
+
+    inferencer._init_pipeline = _init_pipeline
+
+
 @repairs("controlnet_aux")
 def mediapipe_solutions():
     """mediapipe >= 1: "module 'mediapipe' has no attribute 'solutions'".

@@ -34,6 +34,7 @@ _PATCHES = {
     "mmengine.runner.runner": "patch_runner",
     "mmengine.runner._flexible_runner": "patch_flexible_runner",
     "mmagic.apis.inferencers.base_mmagic_inferencer": "patch_inferencer",
+    "mmagic.apis.inferencers.controlnet_animation_inferencer": "patch_animation_inferencer",
     "mmagic.apis.inferencers.inference_functions": "patch_init_model",
 }
 

@@ -14,7 +14,13 @@ import sys
 
 from .spellings import apply_top_level, read_top_level
 
-__all__ = ["patch_flexible_runner", "patch_inferencer", "patch_init_model", "patch_runner"]
+__all__ = [
+    "patch_animation_inferencer",
+    "patch_flexible_runner",
+    "patch_inferencer",
+    "patch_init_model",
+    "patch_runner",
+]
 
 
 def patch_runner(module):
@@ -69,6 +75,24 @@ def patch_inferencer(module):
         return init_and_apply
 
     _replace(module.BaseMMagicInferencer, "_init_model", around)
+
+
+def patch_animation_inferencer(module):
+    """The same for the inferencer of ControlNet animation, which has a way of its own.
+
+    It reads its config, builds the model and keeps nothing but the model.
+    """
+
+    def around(init):
+        def init_and_apply(self, config, *args, **kwargs):
+            whole = module.Config.fromfile(config)
+            read_top_level(whole)
+            init(self, config, *args, **kwargs)
+            apply_top_level(self.pipe, whole)
+
+        return init_and_apply
+
+    _replace(module.ControlnetAnimationInferencer, "__init__", around)
 
 
 def patch_init_model(module):

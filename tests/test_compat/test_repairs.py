@@ -431,6 +431,26 @@ def test_attention_injection_passes_on_what_it_lacks(monkeypatch):
     assert Wrapper.__getattr__ is repaired
 
 
+def test_inferencers_of_configs_without_a_test(monkeypatch):
+    class Inferencer:
+        def _init_pipeline(self, cfg):  # as MMagic has it
+            if "test_dataloader" in cfg and "dataset" in cfg.test_dataloader:
+                return cfg.test_dataloader.dataset
+            return None
+
+    for name in ("mmagic", "mmagic.apis", "mmagic.apis.inferencers"):
+        fake_package(monkeypatch, name)
+    name = "mmagic.apis.inferencers.base_mmagic_inferencer"
+    fake_package(monkeypatch, name, BaseMMagicInferencer=Inferencer)
+    run_repair(repairs.mmagic_inferencer_without_test_data)
+    config = pytest.importorskip("mmengine").Config
+    assert Inferencer()._init_pipeline(config(dict(test_dataloader=None))) is None
+    assert Inferencer()._init_pipeline(config(dict(test_dataloader=dict(dataset=5)))) == 5
+    repaired = Inferencer._init_pipeline
+    run_repair(repairs.mmagic_inferencer_without_test_data)
+    assert Inferencer._init_pipeline is repaired
+
+
 # --- the list of them -----------------------------------------------------------------------------
 
 

@@ -1,0 +1,5 @@
+# DreamBooth as MMagic has it, trained and sampled with half of the tokens merged.
+_base_ = "mmagic::dreambooth/dreambooth.py"
+
+custom_imports = dict(imports=["mmagic_tome"], allow_failed_imports=False)
+tome_cfg = dict(ratio=0.5)

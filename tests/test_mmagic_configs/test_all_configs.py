@@ -1,0 +1,225 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Every config of MMagic's for the Stable Diffusion family with token merging, and ours on top.
+
+The layout of the networks is the real one, the widths are tiny and the weights random.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mmagic")
+
+import mmagic_hub
+from mmagic.registry import MODELS
+from mmengine import Config
+
+from mmagic_tome import ToMeConfig, get_handle, remove_tome
+
+OURS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = sorted(
+    str(file.relative_to(OURS)) for name in mmagic_hub.FOLDERS for file in OURS.glob(f"{name}/*.py")
+)
+# The others take part in the slow run.
+QUICK = (
+    "animatediff/animatediff_ToonYou_tome-75e-2_across-frames.py",
+    "controlnet/controlnet-animation_tome-5e-1.py",
+    "controlnet/controlnet-canny_tome-5e-1_both.py",
+    "dreambooth/dreambooth-lora_tome-5e-1.py",
+    "stable_diffusion_xl/stable-diffusion_xl_ddim_tome-5e-1.py",
+)
+FAMILY = {
+    "AnimateDiff",
+    "ControlStableDiffusion",
+    "ControlStableDiffusionImg2Img",
+    "DreamBooth",
+    "FastComposer",
+    "StableDiffusion",
+    "StableDiffusionInpaint",
+    "StableDiffusionXL",
+    "TextualInversion",
+    "ViCo",
+}
+
+
+def slow_unless(quick, names):
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def ours(name, hub):
+    """One of this project's configs; its networks of MMagic's own get tiny, too."""
+    import tiny
+
+    config = Config.fromfile(str(OURS / name))
+    if config.model.unet.type == "DenoisingUnet":
+        config.model.unet = dict(
+            tiny.NATIVE_UNET,
+            channels_cfg=[1, 2, 2, 2],
+            layers_per_block=2,
+            down_block_types=list(config.model.unet.down_block_types),
+            up_block_types=list(config.model.unet.up_block_types),
+        )
+        config.model.vae = dict(tiny.NATIVE_VAE)
+    return mmagic_hub.shrink(config, hub)
+
+
+def check(config, build):
+    """It builds and infers, fewer tokens are in the blocks, and ratio 0 and removal are exact."""
+    model = build(config)
+    given = mmagic_hub.arguments(config)
+    assert type(model) is MODELS.get(config.model.type)
+    handle = model.tome_handle
+    merged = mmagic_hub.infer(model, **given)
+    share = 1 - np.array([site["kept"] / site["tokens"] for site in handle.stats()])
+    assert len(share) >= 5 and all(site["calls"] > 0 for site in handle.stats())
+    np.testing.assert_array_equal(mmagic_hub.infer(model, **given), merged)  # however often
+    handle.ratio = 0
+    dense = mmagic_hub.infer(model, **given)
+    assert np.isfinite(merged).all()
+    assert np.abs(merged - dense).max() > 1e-3
+    assert remove_tome(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    np.testing.assert_array_equal(mmagic_hub.infer(model, **given), dense)
+    return share
+
+
+@pytest.mark.parametrize("name", slow_unless(QUICK, CONFIGS))
+def test_our_configs(name, hub, build):
+    config = ours(name, hub)
+    expected = ToMeConfig.from_dict(config.tome_cfg)
+    share = check(config, build)
+    if expected.controlnet:
+        assert set(share) == {expected.ratio, expected.controlnet_config.ratio}
+    else:
+        assert set(share) == {expected.ratio}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spelling", ["top level", "in the model"])
+@pytest.mark.parametrize("name", mmagic_hub.mmagic_configs())
+def test_mmagics_own_configs(name, spelling, hub, build):
+    if spelling == "in the model" and name.startswith("animatediff") and "ToonYou" not in name:
+        pytest.skip("they differ in their weights")
+    config = mmagic_hub.shrink(Config.fromfile(str(mmagic_hub.mmagic_folder() / name)), hub)
+    where = config if spelling == "top level" else config.model
+    if "tomesd_cfg" not in config.model:
+        where["tome_cfg"] = dict(ratio=0.5)
+    if config.get("inference_method") == "attention_injection":
+        config.model.attention_injection = True  # as the inferencer for it does
+    assert set(check(config, build)) == {0.5}
+
+
+def test_no_class_and_no_config_is_left_out():
+    """The walks above cover the family, and every class has a config of ours."""
+    root = mmagic_hub.mmagic_folder()
+    theirs = {Config.fromfile(str(root / name)).model.type for name in mmagic_hub.mmagic_configs()}
+    assert theirs == FAMILY
+    assert {Config.fromfile(str(OURS / name)).model.type for name in CONFIGS} == FAMILY
+    assert set(QUICK) < set(CONFIGS)
+
+
+# --- MMagicInferencer -----------------------------------------------------------------------------
+
+# What its text-to-image inferencer can call: a prompt, and a control picture. The others need
+# arguments that it does not have (ViCo and FastComposer a reference, inpainting a mask).
+INFERENCER = {
+    "stable_diffusion_xl/stable-diffusion_xl_ddim_tome-5e-1.py": "stable_diffusion",
+    "controlnet/controlnet-canny_tome-5e-1_both.py": "controlnet",
+    "stable_diffusion/stable-diffusion_ddim_tome-5e-1.py": "stable_diffusion",
+    "stable_diffusion/stable-diffusion_ddim_native_tome-5e-1.py": "stable_diffusion",
+    "dreambooth/dreambooth_tome-5e-1.py": "stable_diffusion",
+    "dreambooth/dreambooth-lora_tome-5e-1.py": "stable_diffusion",
+    "textual_inversion/textual_inversion_tome-5e-1.py": "stable_diffusion",
+    "animatediff/animatediff_ToonYou_tome-5e-1.py": "stable_diffusion",
+}
+
+
+@pytest.mark.parametrize("name", slow_unless(list(INFERENCER)[:2], INFERENCER))
+def test_mmagic_inferencer(name, hub, monkeypatch, tmp_path):
+    import tiny
+    from mmagic.apis import MMagicInferencer
+    from mmagic.apis.inferencers.text2image_inferencer import Text2ImageInferencer
+
+    given = dict(tiny.QUICK, seed=1)
+    if name.startswith("animatediff"):
+        given["video_length"] = 2
+    # The inferencer hands these to ``infer``; it has no other way to ask for 2 steps.
+    monkeypatch.setattr(Text2ImageInferencer, "extra_parameters", given)
+    config = ours(name, hub)
+    with pytest.warns(UserWarning, match="is overridden by"):
+        editor = MMagicInferencer(model_name=INFERENCER[name], model_config=config, device="cpu")
+    model = tiny.randomise(editor.inferencer.inferencer.model)
+    call = dict(text="a cat")
+    if INFERENCER[name] == "controlnet":
+        call["control"] = str(tmp_path / "control.png")
+        mmagic_hub.a_picture().save(call["control"])
+
+    def picture():
+        import torch
+
+        torch.manual_seed(0)
+        return np.asarray(editor.infer(**call)[1][0], dtype=np.float32)
+
+    merged = picture()
+    handle = model.tome_handle
+    assert all(site["kept"] < site["tokens"] for site in handle.stats())
+    assert bool(get_handle(getattr(model, "controlnet", None))) == bool(
+        config.tome_cfg.get("controlnet")
+    )
+    handle.remove()
+    dense = picture()
+    assert np.abs(merged - dense).max() > 1e-3
+    assert model.tome_handle is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["attention_injection", "multi-frame rendering"])
+def test_animation_inferencer(method, hub, monkeypatch, tmp_path):
+    """The one that needs a GPU and a detector of edges, with both taken away."""
+    import tiny
+    import torch
+    from mmagic.apis.inferencers import controlnet_animation_inferencer as module
+    from mmengine.registry import init_default_scope
+    from PIL import Image
+
+    class Detector:
+        @classmethod
+        def from_pretrained(cls, name):
+            return cls()
+
+        def __call__(self, image, **kwargs):
+            return image
+
+    monkeypatch.setattr(module, "HEDdetector", Detector)
+    monkeypatch.setattr(torch.nn.Module, "cuda", lambda self, *args: self)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self, *args: self)
+    config = ours("controlnet/controlnet-animation_tome-5e-1.py", hub)
+    config.inference_method = method
+    config.model.attention_injection = method == "attention_injection"
+    monkeypatch.setattr(module.Config, "fromfile", lambda file: config)
+    init_default_scope("mmagic")
+    inferencer = module.ControlnetAnimationInferencer("the config")
+    model = tiny.randomise(inferencer.pipe)
+    video = tmp_path / "video"
+    video.mkdir()
+    mmagic_hub.a_picture().save(video / "0.png")
+
+    def frame(name):
+        out = tmp_path / name
+        inferencer(
+            prompt="a cat",
+            video=str(video),
+            image_width=64,
+            image_height=64,
+            num_inference_steps=2,
+            strength=1.0,
+            save_path=str(out),
+        )
+        with Image.open(out / "0.png") as image:
+            return np.asarray(image, dtype=np.float32)
+
+    merged = frame("merged")
+    assert all(site["kept"] < site["tokens"] for site in model.tome_handle.stats())
+    remove_tome(model)
+    assert np.abs(frame("dense") - merged).max() >= 1
