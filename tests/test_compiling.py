@@ -1,0 +1,78 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Graphs of a merged network: how many, for which shapes, and exported ones."""
+
+import io
+
+import pytest
+import torch
+from tiny import tiny_inputs, tiny_unet
+from tiny_transformers import TRANSFORMERS
+
+from mmagic_tome import apply_tome
+
+PIXART = TRANSFORMERS["PixArt-alpha, PixArt-sigma"]
+
+
+def unet():
+    return tiny_unet(levels=1), [tiny_inputs(size=size) for size in ((16, 16), (12, 20))]
+
+
+def transformer():
+    inputs = [PIXART.inputs(grid) for grid in ((8, 8), (6, 10))]
+    return PIXART.build(), inputs
+
+
+@torch.no_grad()
+def run(network, inputs):
+    return network(**inputs, return_dict=False)[0]
+
+
+@pytest.fixture
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [unet, transformer])
+def test_at_most_two_graphs_per_shape_and_the_same_picture(build, fresh):
+    network, shapes = build()
+    dense = run(network, shapes[0])
+    handle = apply_tome(network, ratio=0.5, sites=["attn", "mlp"])
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(network, fullgraph=True, backend=count)
+    for number, inputs in enumerate(shapes, start=1):
+        for step in (0, 100):
+            current = {**inputs, "timestep": inputs["timestep"] - step}
+            expected = run(network, current)
+            torch.testing.assert_close(run(compiled, current), expected, rtol=1e-4, atol=1e-5)
+        assert len(graphs) <= 2 * number
+        tokens = handle.stats()[0]["tokens"]
+        assert {row["kept"] for row in handle.stats()} == {tokens // 2}
+    assert not torch.allclose(run(compiled, shapes[0]), dense, atol=1e-2)
+    assert 1 <= len(graphs) <= 2 * len(shapes)
+
+
+@pytest.mark.slow
+def test_an_exported_network_merges_at_every_timestep():
+    network, (inputs, *_) = unet()
+    dense = run(network, inputs)
+    apply_tome(network, ratio=0.5, sites=["attn", "mlp"])
+    with torch.no_grad():
+        program = torch.export.export(network, (), {**inputs, "return_dict": False}, strict=False)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    with torch.no_grad():
+        for step in (0, 100):
+            current = {**inputs, "timestep": inputs["timestep"] - step}
+            exported = loaded(**current, return_dict=False)[0]
+            torch.testing.assert_close(exported, run(network, current))
+    assert not torch.allclose(run(network, inputs), dense, atol=1e-2)
