@@ -1,15 +1,14 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""``tools/benchmark.py``: its options, the checks of its input, and its run.
+"""``tools/benchmark.py``: its options and the checks of its input.
 
-Exit codes are those of ``apis/command_line.py``; 2 also if nothing could run.
+What it does is in ``command.py``; exit codes are those of ``apis/command_line.py``, 2 also if
+nothing could run.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
-import sys
 import warnings
 from pathlib import Path
 
@@ -27,11 +26,9 @@ from ..apis.command_line import (
     exit_code,
     new_parser,
     number,
-    one_line,
     parse_size,
     resolve_config,
 )
-from ..errors import ToMeError
 
 DESCRIPTION = """\
 Time and memory of one forward of a denoising network: dense, ours, tomesd, MMagic's own and the
@@ -61,15 +58,13 @@ examples:
 """
 
 QUICK_TARGET, QUICK_ROUNDS = "small", 6
-# Seconds after which --quick starts no round, once there are three.
-QUICK_SECONDS = 45.0
 
 
 def build_parser(prog: str = "benchmark") -> Parser:
     """The parser of the command."""
     from ..meters import CLOCKS
     from .attention import ATTENTIONS
-    from .kinds import CONTENDERS
+    from .kinds import CONTENDERS, MMAGIC
     from .targets import DEMO, SHAPES
 
     shapes = "; ".join(f"{name} = {shape.about}" for name, shape in SHAPES.items())
@@ -153,8 +148,9 @@ def build_parser(prog: str = "benchmark") -> Parser:
     add(
         "--quick",
         action="store_true",
-        help=f"unless told otherwise {QUICK_TARGET} and {QUICK_ROUNDS} rounds, three if the "
-        "machine is slow: under two minutes",
+        help=f"under two minutes on two cores: unless told otherwise {QUICK_TARGET}, without "
+        f"{MMAGIC} (whose import takes long), as large a picture as the machine allows now, and "
+        f"{QUICK_ROUNDS} rounds, fewer if it is busy",
     )
     add = parser.add_argument_group("results").add_argument
     add("--json", metavar="FILE", help="write every figure there")
@@ -170,7 +166,7 @@ def parse_args(argv: list[str] | None = None, prog: str = "benchmark") -> argpar
     """
     from ..apis.model_config import check_device
     from ..contenders import parse_named
-    from .kinds import CONTENDERS, check_size
+    from .kinds import CONTENDERS, MMAGIC, check_size
     from .targets import DEMO, SHAPES, merging_of, shape_of
 
     args = build_parser(prog).parse_args(argv)
@@ -181,16 +177,16 @@ def parse_args(argv: list[str] | None = None, prog: str = "benchmark") -> argpar
     if args.clock == "cpu" and device.type == "cuda":
         raise BadInput("--clock cpu says nothing about a GPU; write --clock wall")
 
+    args.fit_size = False
     args.is_config = "::" in args.target or Path(args.target).suffix in CONFIG_SUFFIXES
     if args.is_config:
         resolve_config(args.target)
     elif args.target != DEMO:
         shape = shape_of(args.target)
+        args.fit_size = args.quick and args.target == QUICK_TARGET and not args.size
         args.size = args.size or [(shape.size, shape.size)]
         for size in args.size:
             check_size(args.target, size, shape.unit)
-    elif args.size is None:
-        args.size = [None]
     if args.cfg_options and not args.is_config:
         raise BadInput(f"--cfg-options needs a config as target, not {args.target}")
     check_cfg_options(args.cfg_options)
@@ -205,7 +201,8 @@ def parse_args(argv: list[str] | None = None, prog: str = "benchmark") -> argpar
             f"--contenders: there is no {strangers[0]} for {args.target}, only "
             f"{', '.join(merging.contenders)}"
         )
-    args.contenders = args.contenders or list(merging.contenders)
+    if not args.contenders:
+        args.contenders = [n for n in merging.contenders if n != MMAGIC or not args.quick]
     args.everybody = merging.options(args)
     args.config = merging.config(args.everybody)
     args.own = {}
@@ -226,119 +223,15 @@ def parse_args(argv: list[str] | None = None, prog: str = "benchmark") -> argpar
     return args
 
 
-def quiet_diffusers() -> None:
-    """Keep diffusers' notes out of the output."""
-    from diffusers.utils import logging
-
-    logging.set_verbosity_error()
-
-
 def run(argv: list[str], prog: str) -> None:
-    """Parse, check, build, measure, report."""
+    """Parse, check what needs no network, then build, measure and report."""
     args = parse_args(argv, prog)
     # The profiler's backend reads this when torch is loaded, and is talkative without it.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     warnings.filterwarnings("ignore")
-    import torch
+    from .command import command
 
-    from .attention import WRITTEN_OUT
-    from .fits import check_fits
-    from .report import case_json, case_table, environment, environment_text, write_json
-    from .rounds import Case, run_case
-    from .targets import (
-        DEMO,
-        SHAPES,
-        build_config,
-        build_demo,
-        build_shape,
-    )
-
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch_dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if args.target in SHAPES:
-        # All of them before the first is built: an hour's run must not end with this.
-        for size, batch, dtype, attention in itertools.product(
-            args.size, args.batch, args.dtype, args.attention
-        ):
-            check_fits(
-                args.target,
-                SHAPES[args.target],
-                size,
-                batch,
-                torch_dtypes[dtype],
-                args.device,
-                attention in WRITTEN_OUT,
-            )
-
-    quiet_diffusers()
-    where = environment(args.device)
-    cases, skipped = [], []
-    merged = ", ".join(f"{name} {value}" for name, value in args.everybody.items())
-    measured_in = "CPU seconds of the process" if args.clock == "cpu" else "wall time"
-    heading = f"{args.target}, {merged}, {measured_in}"
-    for dtype in args.dtype:
-        print(f"building {args.target} ({dtype}) on {args.device}", file=sys.stderr)
-        if args.target == DEMO:
-            target = build_demo(args.device, torch_dtypes[dtype])
-        elif args.target in SHAPES:
-            target = build_shape(args.target, args.device, torch_dtypes[dtype])
-        else:
-            target = build_config(
-                args.target, args.device, torch_dtypes.get(dtype), tuple(args.cfg_options)
-            )
-        for size, batch, attention, mode in itertools.product(
-            args.size, args.batch, args.attention, args.mode
-        ):
-            case = Case(size or target.size, batch, dtype, attention, mode)
-            try:
-                measured = run_case(
-                    target,
-                    case,
-                    args.contenders,
-                    args.config,
-                    args.own,
-                    args.rounds,
-                    args.device,
-                    args.clock,
-                    not args.no_memory,
-                    QUICK_SECONDS if args.quick else float("inf"),
-                )
-            except ToMeError as error:
-                skipped.append(str(error))
-                print(f"\nskipped: {one_line(error)}")
-                continue
-            if not cases:
-                print(f"\n{heading}\n{environment_text(where)}")
-            million = measured["parameters"] / 1e6
-            label = f"{case}, {million:.0f} M parameters"
-            table = case_table(
-                measured["results"], measured["missing"], measured["counts"], case.batch
-            )
-            print(f"\n### {label}\n\n{table}")
-            cases.append((case, label, measured))
-        del target
-    if not cases:
-        raise ToMeError(f"nothing could be measured: {skipped[0]}")
-
-    if args.json:
-        content = dict(
-            command=["python", "tools/benchmark.py", *argv],
-            target=args.target,
-            rounds=args.rounds,
-            clock=args.clock,
-            environment=where,
-            skipped=skipped,
-            cases=[case_json(vars(case), measured) for case, _, measured in cases],
-        )
-        write_json(args.json, content)
-        print(f"\nwritten to {args.json}")
-    if args.plot:
-        from .plot import write_plot
-
-        drawn = [dict(label=label, results=measured["results"]) for _, label, measured in cases]
-        write_plot(args.plot, heading, drawn)
-        print(f"\ndrawn in {args.plot}")
+    command(args, argv)
 
 
 def main(argv: list[str] | None = None, prog: str = "benchmark") -> int:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from .. import ToMeConfig, apply_tome
 from ..contenders import apply_tomesd
 from ..errors import ToMeError
-from ..hosts import find_host
+from ..hosts import Host, find_host
+from ..state import SiteState
 from .kinds import CONTENDERS, TOMESD, Call, Merging, Noise, Shape
 
 # A forward holds about this many tensors of the widest level's size at its peak: the input of
@@ -64,19 +65,21 @@ class DenoiserMerging(Merging):
 
     def ideal(self, network: nn.Module, sites: list[dict[str, Any]], run: Call) -> None:
         """The same sites get the first M of N tokens and are padded with zeros afterwards."""
+        # Where sites begin and end, the engine knows; nothing of it stays in the network.
+        kinds = list(dict.fromkeys(site["kind"] for site in sites))
+        coarsest = max(site["downsample"] for site in sites)
+        handle = apply_tome(network, sites=kinds, max_downsample=coarsest)
+        places = {place.name: place for place in handle._state.sites}
+        handle.remove()
         host, inner = find_host(network)
-        blocks = host.blocks(inner)
-        modules = {
-            (block.name, kind): module for block in blocks for kind, module in block.sites.items()
-        }
-        modules.update({(block.name, "block"): block.module for block in blocks})
+        alike = {block.name: block.alike for block in host.blocks(inner)}
         for site in sites:
-            module = modules.get((site["block"], site["kind"]))
-            if module is None:
-                raise ToMeError(f"there is no ideal for sites of kind {site['kind']!r} yet")
-            take = _Take(site["kept"])
-            module.register_forward_pre_hook(take, with_kwargs=True)
-            module.register_forward_hook(_Pad(take), with_kwargs=True)
+            place = places[site["site"]]
+            take = _Take(host, place, site["tokens"], site["kept"])
+            for module in (place.modules[0], *alike[place.block.name].get(place.kind, ())):
+                module.register_forward_pre_hook(take, with_kwargs=True)
+            if place.kind != "attn_kv":
+                place.modules[-1].register_forward_hook(_Pad(take), with_kwargs=True)
         run(network)
 
 
@@ -101,16 +104,34 @@ def _apply_mmagic(network: nn.Module, options: dict[str, Any]) -> None:
 
 
 class _Take:
-    """Pre-hook: the first of the tokens, for free."""
+    """Pre-hook: the first of the tokens, for free.
 
-    def __init__(self, kept: int) -> None:
-        self.kept, self.removed = kept, 0
+    Args:
+        host (Host): knows what else a module needs changed, such as its table of positions.
+        place (SiteState): where the tokens go in.
+        tokens, kept (int): of the picture, before and after.
+    """
+
+    def __init__(self, host: Host, place: SiteState, tokens: int, kept: int) -> None:
+        self.host, self.name, self.kind = host, place.name, place.kind
+        self.context, self.returns = place.context, place.returns
+        self.removed, self.plan = tokens - kept, _FirstTokens(tokens, kept)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         x = args[0] if args else kwargs["hidden_states"]
-        self.removed = max(0, x.shape[1] - self.kept)
-        kept = x[:, : self.kept]
-        return ((kept, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": kept})
+        if x.shape[1] < self.plan.num_tokens:
+            raise ToMeError(f"there is no ideal for {self.name}: its tokens come in parts")
+        if self.plan.representative.device != x.device:  # the first call
+            self.plan.representative = self.plan.representative.to(x.device)
+        # Text, where there is some, is in front.
+        x = x[:, : x.shape[1] - self.removed]
+        if self.kind == "attn_kv":
+            return args, {**kwargs, self.context: x}
+        if args:
+            args = (x, *args[1:])
+        else:
+            kwargs = {**kwargs, "hidden_states": x}
+        return self.host.adapt(self.name, self.plan, args, kwargs)
 
 
 class _Pad:
@@ -120,9 +141,23 @@ class _Pad:
         self.take = take
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (F.pad(output[0], (0, 0, 0, self.take.removed)), *output[1:])
-        return F.pad(output, (0, 0, 0, self.take.removed))
+        space, at = (0, 0, 0, self.take.removed), self.take.returns
+        if not isinstance(output, tuple):
+            return F.pad(output, space)
+        return (*output[:at], F.pad(output[at], space), *output[at + 1 :])
+
+
+class _FirstTokens:
+    """What :meth:`Host.adapt` asks of a plan, for tokens that stand for themselves.
+
+    One entry serves the whole batch: it is the same for all.
+    """
+
+    batch = 1
+
+    def __init__(self, tokens: int, kept: int) -> None:
+        self.num_tokens, self.num_slots = tokens, kept
+        self.representative = torch.arange(kept)[None]
 
 
 DENOISER_MERGING = DenoiserMerging()

@@ -19,18 +19,14 @@ from .statistics import LEVEL, Interval, duels, summarise
 NOISE = "within noise"
 
 
-def case_table(
-    results: dict[str, dict[str, Any]],
-    missing: dict[str, str],
-    counts: str | None = None,
-    batch: int = 1,
-) -> str:
+def case_table(measured: dict[str, Any], batch: int = 1) -> str:
     """Markdown table of one case, with a line for everything that it does not show.
 
     Args:
-        results, missing, counts: see :func:`.rounds.run_case`.
-        batch: entries of which ``counts`` is the name, in one forward.
+        measured: see :func:`.rounds.run_case`.
+        batch: entries in one forward.
     """
+    results, missing, counts = (measured[key] for key in ("results", "missing", "counts"))
     rows = summarise(results)
     rounds = len(results["dense"]["seconds"])
     sure = rows[0]["speedup"].coverage
@@ -55,8 +51,8 @@ def case_table(
             "these rounds say nothing about speed; use more --rounds or a quieter machine"
         )
     for duel in duels(results):
-        ratio = ratio_text(duel["ratio"], duel["clear"])
-        notes.append(f"{duel['ours']} against {duel['other']}: {ratio} times as fast")
+        ratio = ratio_text(duel["ratio"], duel["clear"], " times as fast")
+        notes.append(f"{duel['ours']} against {duel['other']}: {ratio}")
     if sure < LEVEL:
         notes.append(
             f"{rounds} rounds give {sure:.0%} certainty at most; 95 % takes --rounds 6 or more"
@@ -65,16 +61,28 @@ def case_table(
     if any(row["eta"] is None for row in ideals):
         notes.append("no eta: not even the ideal is clearly faster than dense here")
     notes += [f"{name} does not take part: {reason}" for name, reason in missing.items()]
+    carried = [name for name, result in results.items() if _carries(result["config"])]
+    if carried:
+        notes.append(
+            f"{', '.join(carried)}: what is carried from step to step shows in whole runs only; "
+            "a forward on its own makes everything anew"
+        )
     notes += _memory_notes(rows)
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]).rstrip()
 
 
-def ratio_text(ratio: Interval, clear: bool | None) -> str:
+def ratio_text(ratio: Interval, clear: bool | None, unit: str = "") -> str:
     """``'1.374 (1.268 - 1.409)'``, marked if 1 is in its interval; None: it is 1 by definition."""
     if clear is None:
         return "1"
-    text = f"{ratio.median:.3f} ({ratio.low:.3f} - {ratio.high:.3f})"
+    text = f"{ratio.median:.3f}{unit} ({ratio.low:.3f} - {ratio.high:.3f})"
     return text if clear else f"{text} {NOISE}"
+
+
+def _carries(config: dict[str, Any] | None) -> bool:
+    """Whether a config does something that takes several steps."""
+    keys = ("refresh", "residual", "reuse")
+    return any((config or {}).get(key) not in (None, False, 1) for key in keys)
 
 
 def _eta_text(row: dict[str, Any]) -> str:

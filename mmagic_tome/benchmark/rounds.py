@@ -57,7 +57,7 @@ def run_case(
     device: str,
     clock: str = "wall",
     memory: bool = True,
-    budget: float = float("inf"),
+    until: float | None = None,
 ) -> dict[str, Any]:
     """Measure one case.
 
@@ -69,7 +69,8 @@ def run_case(
         device: where the target is.
         clock: ``'wall'`` or ``'cpu'``.
         memory: whether to measure memory, in one more forward of everybody.
-        budget: seconds after which no round is started, once there are three.
+        until: time (``time.monotonic()``) by which to be done, if three rounds can be: later ones
+            and then the memory are left out. None, the default: no limit.
 
     Returns:
         dict: ``results``: for each contender ``seconds`` (one per round), ``peak_bytes`` and
@@ -106,11 +107,13 @@ def run_case(
         }
         runners = {one.name: _runner(one.network, case.mode) for one in contenders}
         count = (rounds + 1 + memory) * len(runners)
-        start = time.monotonic()
+        longest = 0.0
         slow = 0.1 if sys.stderr.isatty() else 10.0
         with tqdm(total=count, dynamic_ncols=True, leave=False, mininterval=slow) as bar:
             for turn in range(rounds + 1):
-                if turn > 3 and time.monotonic() - start > budget:
+                started = time.monotonic()
+                # Memory takes about as long as a round.
+                if turn > 3 and until and started + (1 + memory) * longest > until:
                     break
                 names = list(runners)
                 # Another order every round: nobody always runs after the slowest.
@@ -135,7 +138,9 @@ def run_case(
                     bar.update()
                 if not turn:
                     _drop_idle(runners, results, missing)
-            for name in runners if memory else ():
+                longest = max(longest, time.monotonic() - started)
+            in_time = not until or time.monotonic() < until
+            for name in runners if memory and in_time else ():
                 bar.set_description(f"memory: {name}", False)
                 peak, operator = peak_memory(lambda name=name: call(runners[name]), device)
                 results[name].update(peak_bytes=peak, peak_in=operator)

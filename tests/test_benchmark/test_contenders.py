@@ -56,6 +56,31 @@ def test_all_of_them():
         assert seen == {kind: kept if kind in kinds else 256 for kind in seen}
 
 
+@pytest.mark.parametrize(
+    ("options", "seen"),
+    [
+        # Tokens that queries, keys of self-attention, and the feed-forward are given; of 256.
+        (dict(sites=["attn_kv"]), (256, 128, 256)),
+        (dict(method="todo"), (256, 64, 256)),
+        (dict(sites="block"), (128, 128, 128)),
+        (dict(sites="stack"), (128, 128, 128)),
+        (dict(sites=["attn", "mlp"], ratio=0.25), (192, 192, 192)),
+    ],
+)
+def test_the_ideal_works_on_as_many_tokens_as_ours(options, seen):
+    ready, missing = prepare(
+        ["ours", "ideal"], tiny_unet(), DENOISER_MERGING, ToMeConfig(**options), {}, run
+    )
+    assert not missing
+    for one in ready[1:]:
+        block = one.network.down_blocks[0].attentions[0].transformer_blocks[0]
+        found = []
+        for layer in (block.attn1.to_q, block.attn1.to_k, block.ff.net[0].proj):
+            layer.register_forward_pre_hook(lambda m, a, found=found: found.append(a[0].shape[1]))
+        run(one.network)
+        assert tuple(found) == seen, one.name
+
+
 def test_a_contender_that_cannot_run_says_why():
     def broken(network):
         out = run(network)

@@ -70,6 +70,7 @@ def run(monkeypatch, tmp_path, capsys):
     def call(*argv):
         path = tmp_path / "figures.json"
         argv = ["--target", "layers", "--rounds", "3", "--device", "cpu", "--json", path, *argv]
+        argv.append("--no-memory")
         code = cli.main([str(arg) for arg in argv])
         out, err = capsys.readouterr()
         return code, out + err, json.loads(path.read_text()) if code == 0 else None

@@ -18,9 +18,14 @@ def results(**seconds):
             peak_bytes=2**20,
             peak_in="aten::mul",
             relative_rmse_to_dense=0.1,
+            config=None,
         )
         for name, times in seconds.items()
     }
+
+
+def table_of(found, **missing):
+    return case_table(dict(results=found, missing=missing, counts=None))
 
 
 def test_ratios_are_of_each_round():
@@ -57,25 +62,43 @@ def test_interval_covers_the_true_median_as_often_as_it_says():
 
 def test_a_spread_larger_than_the_effect_is_said():
     noisy = results(dense=[10.0] * 6, ours=[5.0, 20.0, 6.0, 18.0, 9.0, 5.0])
-    table = case_table(noisy, {})
+    table = table_of(noisy)
     assert "within noise (ours)" in table and ") within noise |" in table
-    clear = case_table(results(dense=[10.0] * 6, ours=[5.0, 5.1, 5.0, 5.1, 5.2, 5.0]), {})
+    clear = table_of(results(dense=[10.0] * 6, ours=[5.0, 5.1, 5.0, 5.1, 5.2, 5.0]))
     assert "noise" not in clear and "1.980 (1.923 - 2.000)" in clear
 
 
 def test_no_eta_where_the_ideal_gains_nothing():
     found = results(dense=[10.0] * 6, ours=[9.0] * 6, ideal=[9.0, 11.0, 10.0, 9.5, 10.5, 9.0])
     assert all(row["eta"] is None for row in summarise(found))
-    assert "not even the ideal" in case_table(found, {})
+    assert "not even the ideal" in table_of(found)
 
 
 def test_few_rounds_are_said_and_so_is_who_did_not_run():
     found = results(dense=[10.0] * 3, ours=[5.0] * 3, tomesd=[6.0] * 3)
     found["ours"]["peak_bytes"] = 2**20 + 2**18
-    table = case_table(found, {"mmagic": "TypeError: x"})
+    table = table_of(found, mmagic="TypeError: x")
     assert "3 rounds give 75% certainty at most" in table
     assert "mmagic does not take part: TypeError: x" in table
     assert "ours needs 0.25 MiB more than dense at its peak (+25.00%)" in table
     assert [(duel["ours"], duel["other"], duel["clear"]) for duel in duels(found)] == [
         ("ours", "tomesd", True)
+    ]
+
+
+def test_what_takes_several_steps_is_said():
+    found = results(dense=[10.0] * 6, ours=[5.0] * 6, other=[5.0] * 6)
+    found["ours"]["config"] = {"ratio": 0.5, "refresh": 1, "residual": None}
+    found["other"]["config"] = {"ratio": 0.5, "refresh": {"steps": 2}, "residual": "own"}
+    assert "\n- other: what is carried from step to step shows in whole runs" in table_of(found)
+
+
+def test_own_configs_are_compared_with_the_first_and_with_the_others():
+    found = results(**{name: [1.0, 2.0, 3.0] for name in ("dense", "ours", "a", "b", "tomesd")})
+    for name in ("a", "b"):
+        found[name]["kind"] = "ours"
+    pairs = [(duel["ours"], duel["other"]) for duel in duels(found)]
+    assert pairs == [(name, "tomesd") for name in ("ours", "a", "b")] + [
+        ("a", "ours"),
+        ("b", "ours"),
     ]

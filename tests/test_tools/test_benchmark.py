@@ -4,11 +4,12 @@
 import dataclasses
 import functools
 import json
+import time
 
 import pytest
 import torch
 
-from mmagic_tome.benchmark import cli, rounds, targets
+from mmagic_tome.benchmark import cli, command, rounds, targets
 from mmagic_tome.benchmark.targets import SHAPES
 
 
@@ -88,10 +89,14 @@ def test_diffusion_transformers(run, monkeypatch):
         for name, arguments in (("sd3", sd3), ("flux", flux))
     }
     monkeypatch.setattr(targets, "SHAPES", tiny)
+    wide = ["--tome", "mlp={'merge_mlp': True}", "--tome", "block={'sites': 'block'}"]
     for name in tiny:
-        code, out, err = run("--shape", name, "--rounds", "3", "--device", "cpu", *FAST)
+        code, out, err = run(
+            *("--shape", name, "--rounds", "3", "--device", "cpu", "--no-memory"), *FAST, *wide
+        )
         assert code == 0, err
-        assert "| dense |" in out and "| ours |" in out
+        for row in ("dense", "ours", "mlp", "block", "ideal", "ideal for mlp", "ideal for block"):
+            assert f"| {row} |" in out
         assert "tomesd does not take part: " in out
 
 
@@ -145,6 +150,50 @@ def test_bad_input_is_one_line(run, arguments, said):
 
 def test_quick_is_a_default_that_can_be_changed():
     args = cli.parse_args(["--quick", "--device", "cpu"])
-    assert (args.target, args.rounds, args.size) == ("small", 6, [(256, 256)])
+    assert (args.target, args.rounds, args.fit_size) == ("small", 6, True)
+    assert "mmagic" not in args.contenders
     args = cli.parse_args(["--quick", "--shape", "sd15", "--rounds", "4", "--device", "cpu"])
-    assert (args.target, args.rounds) == ("sd15", 4)
+    assert (args.target, args.rounds, args.fit_size) == ("sd15", 4, False)
+    args = cli.parse_args(["--quick", "--size", "64", "--contenders", "mmagic", "--device", "cpu"])
+    assert (args.size, args.fit_size, args.contenders) == ([(64, 64)], False, ["mmagic"])
+
+
+def test_quick_takes_the_largest_picture_that_there_is_time_for():
+    class Network:
+        def call(self, size, batch):
+            return lambda network: time.sleep(0.01)
+
+        network = None
+
+    sides = [
+        command._fitting_side(Network(), 2, 4, time.monotonic() + seconds)
+        for seconds in (0.1, 1.2, 60)
+    ]
+    assert sides == [128, 192, 256]
+
+
+def test_quick_out_of_time_does_three_rounds_and_leaves_out_the_memory(run, monkeypatch):
+    monkeypatch.setattr(command, "QUICK_SECONDS", 0)
+    code, out, err = run("--quick", "--contenders", "dense", "ours", "--device", "cpu")
+    assert code == 0, err
+    assert "### 128x128" in out and "| 3 rounds |" in out and "| - | 0 |" in out
+
+
+def test_interrupted_between_cases(run, monkeypatch, tmp_path):
+    run_case = rounds.run_case
+
+    def interrupted(target, case, *rest):
+        if case.batch == 2:
+            raise KeyboardInterrupt
+        return run_case(target, case, *rest)
+
+    monkeypatch.setattr(command, "run_case", interrupted)
+    path = tmp_path / "figures.json"
+    options = [*TINY, "--contenders", "ours", "--no-memory", "--batch", "1", "2", "--json", path]
+    code, _, err = run(*options)
+    assert code == 130
+    assert err.splitlines()[-1] == (
+        f"benchmark: interrupted; the cases before this one (1) are in {path}"
+    )
+    (case,) = json.loads(path.read_text())["cases"]
+    assert case["case"]["batch"] == 1
