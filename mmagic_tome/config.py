@@ -167,6 +167,10 @@ class ToMeConfig:
         object.__setattr__(self, "_reuse", reuse)
         if isinstance(self.reuse, Reuse):
             object.__setattr__(self, "reuse", reuse.to_dict())
+        elif isinstance(self.reuse, Mapping):
+            # Scopes in it are plain from here on.
+            plain = {k: asdict(v) if is_dataclass(v) else v for k, v in self.reuse.items()}
+            object.__setattr__(self, "reuse", plain)
         for key in ("refresh", "residual"):
             if is_dataclass(getattr(self, key)):
                 object.__setattr__(self, key, asdict(getattr(self, key)))
@@ -313,8 +317,9 @@ class ToMeConfig:
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dict of all options; JSON-able, inverse of :meth:`from_dict`."""
-        return asdict(self)
+        """Plain dict of all options, as it would come back from JSON; inverse of
+        :meth:`from_dict`."""
+        return _as_lists(asdict(self))
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> ToMeConfig:
@@ -383,6 +388,13 @@ def _is_number(value: Any) -> bool:
         return math.isfinite(value)
     except OverflowError:
         return False
+
+
+def _as_lists(value: Any) -> Any:
+    """The same with lists for tuples, also inside."""
+    if isinstance(value, Mapping):
+        return {key: _as_lists(item) for key, item in value.items()}
+    return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _plain_number(value: Any) -> Any:

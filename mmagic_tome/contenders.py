@@ -1,8 +1,8 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """What the benchmark and the evaluation share about contenders.
 
-How token merging under a name is spelled on a command line, and how the package tomesd, the
-reference to beat, is put on a network.
+How token merging under a name is spelled on a command line, and how the packages tomesd and
+DeepCache, the references to beat, are put on a network.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ast
 import importlib.util
 import json
 from collections.abc import Callable, Collection, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -20,6 +21,7 @@ from .errors import ToMeError
 from .hosts import find_host
 
 TOMESD_VERSION = "0.1.3"
+DEEPCACHE_VERSION = "0.1.1"
 
 
 def parse_options(text: str) -> Any:
@@ -87,3 +89,34 @@ def apply_tomesd(network: nn.Module, options: Mapping[str, Any]) -> nn.Module:
     _, network = find_host(network)
     tomesd.apply_patch(network, **options)
     return network
+
+
+def require_deepcache() -> None:
+    """Raise :class:`ToMeError` if the package DeepCache is not installed."""
+    if importlib.util.find_spec("DeepCache") is None:
+        raise ToMeError(f"not installed: pip install --no-deps DeepCache=={DEEPCACHE_VERSION}")
+
+
+def apply_deepcache(model: object, options: Mapping[str, Any]) -> Any:
+    """Put the package DeepCache on a network.
+
+    It counts steps by its place among the scheduler's timesteps, so it needs that too; MMagic's
+    wrapper of schedulers is opened for it.
+
+    Args:
+        model: a pipeline or MMagic model: a diffusers UNet and a scheduler.
+        options: keyword arguments of ``DeepCacheSDHelper.set_params``, such as
+            ``dict(cache_interval=3, cache_branch_id=0)``.
+
+    Returns:
+        Its helper; ``disable()`` takes it off.
+    """
+    require_deepcache()
+    from DeepCache import DeepCacheSDHelper
+
+    _, network = find_host(model)
+    scheduler = getattr(model, "test_scheduler", None) or model.scheduler
+    helper = DeepCacheSDHelper(SimpleNamespace(unet=network, scheduler=scheduler))
+    helper.set_params(**options)
+    helper.enable()
+    return helper

@@ -4,6 +4,7 @@ import json
 import pytest
 
 from mmagic_tome import ToMeConfig, ToMeError
+from mmagic_tome.reuse import Scope
 
 
 def test_defaults():
@@ -157,3 +158,14 @@ def test_bad_options_of_the_controlnet(value, says):
 def test_what_cannot_be_merged_across_frames(options, says):
     with pytest.raises(ToMeError, match=says):
         ToMeConfig(**options)
+
+
+def test_a_dict_of_options_is_what_json_makes_of_it():
+    config = ToMeConfig(
+        ratio=dict(base=0.5, noise=dict(between=(0.3, 1))),
+        reuse=dict(network=Scope(2, (0.1, 0.8)), deep=dict(steps=2, between=(0.0, 0.5))),
+    )
+    plain = config.to_dict()
+    assert json.loads(json.dumps(plain)) == plain
+    assert ToMeConfig.from_dict(plain).to_dict() == plain
+    assert ToMeConfig.from_dict(plain).reuse_plan == config.reuse_plan

@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""What is compared: the dense model, token merging in any setting, tomesd, fewer steps."""
+"""What is compared: dense, token merging in any setting, tomesd, DeepCache, fewer steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from importlib import metadata
 from typing import Any
 
 from .. import ToMeConfig, apply_tome, remove_tome
-from ..contenders import apply_tomesd, require_tomesd
+from ..contenders import apply_deepcache, apply_tomesd, require_deepcache, require_tomesd
 from ..errors import ToMeError
 from ..version import __version__
 
@@ -20,7 +20,7 @@ DENSE = "dense"
 DEFAULT_RATIOS = (0.25, 0.5, 0.75)
 # Shares of the steps. Half the steps is about what ratio 0.5 promises at best.
 DEFAULT_FEWER_STEPS = (0.8, 0.65, 0.5)
-KEYS = ("name", "tome_cfg", "tomesd", "steps")
+KEYS = ("name", "tome_cfg", "tomesd", "deepcache", "steps")
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,25 @@ class Contender:
         name: Unique in an evaluation; appears in tables and plots.
         tome_cfg: Options of this package's merging, or None.
         tomesd: Options of ``tomesd.apply_patch``, or None.
+        deepcache: Options of ``DeepCacheSDHelper.set_params``, or None.
         steps: Denoising steps, or None for those of the evaluation.
     """
 
     name: str
     tome_cfg: ToMeConfig | None = None
     tomesd: Mapping[str, Any] | None = field(default=None, hash=False)
+    deepcache: Mapping[str, Any] | None = field(default=None, hash=False)
     steps: int | None = None
 
     @property
     def kind(self) -> str:
-        """'dense', 'tome', 'tomesd' or 'steps' (dense with fewer steps)."""
+        """'dense', 'tome', 'tomesd', 'deepcache' or 'steps' (dense with fewer steps)."""
         if self.tome_cfg is not None:
             return "tome"
         if self.tomesd is not None:
             return "tomesd"
+        if self.deepcache is not None:
+            return "deepcache"
         return "dense" if self.steps is None else "steps"
 
     @property
@@ -75,13 +79,17 @@ class Contender:
         if self.tomesd is not None:
             spec["tomesd_options"] = dict(self.tomesd)
             spec["tomesd"] = metadata.version("tomesd")
+        if self.deepcache is not None:
+            spec["deepcache_options"] = dict(self.deepcache)
+            spec["deepcache"] = metadata.version("DeepCache")
         return spec
 
     def options(self) -> dict[str, Any] | None:
         """Return all options of its merging, those of the default too; None for dense ones."""
         if self.tome_cfg is not None:
             return self.tome_cfg.to_dict()
-        return None if self.tomesd is None else dict(self.tomesd)
+        other = self.tomesd if self.tomesd is not None else self.deepcache
+        return None if other is None else dict(other)
 
     @contextmanager
     def on(self, model) -> Iterator[Any]:
@@ -106,6 +114,12 @@ class Contender:
                 import tomesd
 
                 tomesd.remove_patch(network)
+        elif self.deepcache is not None:
+            helper = apply_deepcache(model, self.deepcache)
+            try:
+                yield None
+            finally:
+                helper.disable()
         else:
             yield None
 
@@ -160,18 +174,21 @@ def from_config(entries: Any) -> list[Contender]:
         if unknown:
             raise ToMeError(f"{where} has unknown keys {unknown}; it takes {KEYS}")
         name, steps = entry["name"], entry.get("steps")
+        ways = [key for key in ("tome_cfg", "tomesd", "deepcache") if entry.get(key) is not None]
         if steps is not None and not (type(steps) is int and steps > 0):
             raise ToMeError(f"{where}: steps must be a whole number above 0, got {steps!r}")
-        if entry.get("tome_cfg") is not None and entry.get("tomesd") is not None:
-            raise ToMeError(f"{where} has both tome_cfg and tomesd; write two contenders")
+        if len(ways) > 1:
+            raise ToMeError(f"{where} has both {' and '.join(ways)}; write two contenders")
         if entry.get("tome_cfg") is not None:
             found.append(merged(name, entry["tome_cfg"], steps))
         elif entry.get("tomesd") is not None:
             found.append(tomesd_contender(name, entry["tomesd"], steps))
+        elif entry.get("deepcache") is not None:
+            found.append(deepcache_contender(name, entry["deepcache"], steps))
         elif steps is not None:
             found.append(Contender(name, steps=steps))
         else:
-            raise ToMeError(f"{where} has neither tome_cfg, tomesd nor steps")
+            raise ToMeError(f"{where} has neither tome_cfg, tomesd, deepcache nor steps")
     return found
 
 
@@ -202,6 +219,31 @@ def tomesd_contender(name: str, options: Any, steps: int | None = None) -> Conte
     except ToMeError as error:
         raise ToMeError(f"contender {name!r} needs tomesd, which is {error}") from None
     return Contender(name, tomesd=dict(options), steps=steps)
+
+
+def deepcache_contender(name: str, options: Any, steps: int | None = None) -> Contender:
+    """Return the PyPI package ``DeepCache`` as a contender.
+
+    Args:
+        name: Its name.
+        options: Steps between two full ones, or options of ``DeepCacheSDHelper.set_params``.
+        steps: Denoising steps, None for those of the evaluation.
+
+    Raises:
+        ToMeError: It is not installed, or no ``cache_interval`` of at least 1 is given.
+    """
+    options = {"cache_interval": options} if isinstance(options, int) else options
+    interval = options.get("cache_interval") if isinstance(options, Mapping) else None
+    if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
+        raise ToMeError(
+            f"contender {name!r}: DeepCache takes options such as "
+            f"dict(cache_interval=3, cache_branch_id=0), got {options!r}"
+        )
+    try:
+        require_deepcache()
+    except ToMeError as error:
+        raise ToMeError(f"contender {name!r} needs DeepCache, which is {error}") from None
+    return Contender(name, deepcache=dict(options), steps=steps)
 
 
 def fewer_steps(values, steps: int) -> list[Contender]:

@@ -1,6 +1,8 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """What is compared, and that a model is dense again after each."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import tiny_inputs, tiny_unet
@@ -30,6 +32,28 @@ def test_every_kind_changes_the_model_and_leaves_it_dense():
     assert get_handle(unet) is None
 
 
+def test_deepcache_reuses_every_second_step_and_goes_off_again():
+    pytest.importorskip("DeepCache")
+    unet, times = tiny_unet(), torch.tensor([800, 600, 400, 200])
+    model = SimpleNamespace(unet=unet, scheduler=SimpleNamespace(timesteps=times))
+    rest = {k: v for k, v in tiny_inputs().items() if k not in ("sample", "timestep")}
+
+    @torch.no_grad()
+    def run(contender):
+        with contender.on(model):
+            outputs = []
+            for step, time in enumerate(times):
+                sample = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(step))
+                outputs.append(unet(sample, time, **rest).sample)
+            return torch.stack(outputs)
+
+    dense = run(c.Contender("dense"))
+    theirs = run(c.deepcache_contender("theirs", 2))
+    changed = [not torch.equal(a, b) for a, b in zip(theirs, dense)]
+    assert changed == [False, True, False, True]
+    assert torch.equal(run(c.Contender("dense")), dense)
+
+
 def test_from_config_takes_any_tome_cfg():
     found = c.from_config(
         [
@@ -57,6 +81,8 @@ def test_from_config_takes_any_tome_cfg():
         ([{"name": "x", "steps": 0}], "above 0"),
         ([{"name": "x", "step": 3}], "unknown keys"),
         ([{"name": "x", "tomesd": {"ratio": 0.9}}], "silently caps"),
+        ([{"name": "x", "deepcache": {}}], "cache_interval=3"),
+        ([{"name": "x", "deepcache": 0}], "cache_interval=3"),
         ([{"name": "x", "tomesd": {}}], "dict\\(ratio=0.5\\)"),
     ],
 )

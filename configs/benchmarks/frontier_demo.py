@@ -1,0 +1,82 @@
+# Every way to make the demo model faster, at several strengths: measured time against error.
+#   python tools/evaluate.py configs/benchmarks/frontier_demo.py --write-table docs/frontier.md
+# With 50 steps: --steps 50 --fewer-steps 0.8 0.65 0.5 0.4 --work-dir of its own.
+_base_ = "../demo/sd-emoji.py"
+
+evaluation = dict(
+    prompt_set="demo",
+    limit=64,
+    images_per_prompt=2,
+    steps=20,
+    guidance=3.0,
+    batch_size=8,
+    contenders=[
+        # Ours: parts of the network left out and foretold.
+        *[dict(name=name, tome_cfg=dict(preset=name)) for name in ("quality", "balanced", "fast")],
+        dict(
+            name="network every 2nd",
+            tome_cfg=dict(ratio=0, reuse=dict(network=dict(steps=2))),
+        ),
+        dict(
+            name="network every 2nd, half of the run",
+            tome_cfg=dict(ratio=0, reuse=dict(network=dict(steps=2, between=(0.1, 0.6)))),
+        ),
+        # What is done elsewhere: the last output again, of the network, of its inner levels.
+        dict(
+            name="network again, every 2nd",
+            tome_cfg=dict(ratio=0, reuse=dict(network=dict(steps=2, order=0))),
+        ),
+        dict(
+            name="inner levels again, every 2nd",
+            tome_cfg=dict(ratio=0, reuse=dict(deep=dict(steps=2, order=0))),
+        ),
+        *[
+            dict(name=f"DeepCache {k}", deepcache=dict(cache_interval=k, cache_branch_id=0))
+            for k in (2, 3, 5)
+        ],
+        # Outputs of sites, repeated and foretold.
+        dict(
+            name="blocks again, every 2nd",
+            tome_cfg=dict(sites="block", max_downsample=4, refresh=2, residual="reuse"),
+        ),
+        dict(
+            name="blocks foretold, every 2nd",
+            tome_cfg=dict(
+                sites="block",
+                max_downsample=4,
+                refresh=dict(steps=2, warmup=2),
+                residual=dict(kind="reuse", order=1),
+            ),
+        ),
+        # Merging with a residual.
+        dict(
+            name="ToMe 0.75, exact residual",
+            tome_cfg=dict(
+                ratio=0.75,
+                refresh=dict(steps=2, warmup=2),
+                residual=dict(kind="exact", order=1),
+            ),
+        ),
+        # Merging alone, by every method; ToDo keeps the queries.
+        *[dict(name=f"ToMe {r:g}", tome_cfg=dict(ratio=r)) for r in (0.25, 0.5, 0.75)],
+        dict(name="ToMe 0.5, refresh 4", tome_cfg=dict(ratio=0.5, refresh=4)),
+        dict(name="ToMe 0.5, blocks", tome_cfg=dict(ratio=0.5, sites="block", max_downsample=4)),
+        *[
+            dict(name=f"{label} 0.5", tome_cfg=dict(ratio=0.5, method=method))
+            for label, method in (
+                ("ToFu", "tofu"),
+                ("ToMA", "toma"),
+                ("importance", "importance"),
+                ("SiTo", "sito"),
+                ("PiToMe", "pitome"),
+                ("prune", "prune"),
+            )
+        ],
+        dict(name="CA-ToMe", tome_cfg=dict(method="threshold", ratio=0.75)),
+        dict(name="ToDo", tome_cfg=dict(method="todo", ratio=0.75)),
+        dict(name="downsample", tome_cfg=dict(method="downsample", ratio=0.75)),
+        *[dict(name=f"tomesd {r:g}", tomesd=dict(ratio=r)) for r in (0.25, 0.5, 0.75)],
+    ],
+    fewer_steps=[0.9, 0.8, 0.65, 0.5, 0.4],
+    cost_rounds=9,
+)
