@@ -194,7 +194,7 @@ class Recorder:
                 self.peak = 0
             else:
                 self.known = reset_process_peak()
-            self.merged = self.handle is not None and self.handle.ratio != 0
+            self.merged = self.handle is not None and not self.handle.config.dense
             self.start = self._mark()
 
     def _step_ends(self, module, args, output) -> None:

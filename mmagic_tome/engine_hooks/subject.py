@@ -19,6 +19,8 @@ from ..engine import ToMeHandle
 from ..errors import ToMeError
 from ..hosts import find_host
 
+# Options of what is carried from step to step.
+CARRIED = ("refresh", "residual", "reuse")
 # Whether what the model does is a hook's business, and not the run's.
 _aside = ContextVar("aside", default=False)
 
@@ -69,10 +71,10 @@ def model_of(runner, needed_by: str, generates: bool = False) -> nn.Module:
 def merging_off(handle: ToMeHandle) -> Iterator[None]:
     """The dense model, bit for bit, while entered; hooks that watch the network stay in place.
 
-    Ratio 0 alone would leave on what is carried from step to step (``residual='reuse'``).
+    Ratio 0 alone would leave on what is carried from step to step (``reuse``, ``residual``).
     """
     state, config = handle._state, handle.config
-    state.config = config.replace(ratio=0, method="tome", refresh=None, residual=None)
+    state.config = config.replace(ratio=0, method="tome", **dict.fromkeys(CARRIED))
     state.forget_run()
     try:
         yield
@@ -82,8 +84,11 @@ def merging_off(handle: ToMeHandle) -> Iterator[None]:
 
 
 def ratio_text(handle: ToMeHandle) -> str:
-    """The ratio in force, in words."""
-    return f"ratio {handle.ratio:g}" if isinstance(handle.ratio, Real) else "ratio by schedule"
+    """What is done, in words."""
+    ratio = handle.ratio
+    text = f"ratio {ratio:g}" if isinstance(ratio, Real) else "ratio by schedule"
+    carried = [key for key in CARRIED if getattr(handle.config, key) is not None]
+    return ", ".join([text, *carried])
 
 
 @contextmanager

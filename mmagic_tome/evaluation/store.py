@@ -322,6 +322,7 @@ def differences(held: dict | None, fingerprint: dict, contenders: dict[str, dict
         return []
     if held.get("format") != FORMAT:
         return [f"format: {held.get('format')!r}, now {FORMAT}"]
+    fingerprint, contenders = _plain(fingerprint), _plain(contenders)
     changed = _compare(held["fingerprint"], fingerprint, "")
     for name, spec in contenders.items():
         if name in held["contenders"]:

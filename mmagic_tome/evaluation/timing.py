@@ -24,7 +24,7 @@ from ..apis.text2image import Generator
 from ..hosts import find_host
 from ..meters import peak_memory
 from .contenders import Contender
-from .metrics.cost import CostMeter, count_flops, spread
+from .metrics.cost import CostMeter, count_flops_of, spread
 
 WARM_UP_STEPS = 2
 PROFILE_STEPS = 4
@@ -59,7 +59,8 @@ def measure_cost(
         without NVML). Further ``sites`` (what was merged where); ``blocks``: seconds per
         forward of each transformer block, with what merging does there; ``peak_bytes`` and
         ``unet_peak_bytes``: most that tensors hold beyond what they held before, the weights, in
-        a run and in one forward of the network; ``unet_flops`` of one forward.
+        a run and in one forward of the network; ``flops`` of a run, of which ``unet_flops`` in the
+        network.
     """
     request = generator.request
     numbers = request.batches()[0]
@@ -72,7 +73,7 @@ def measure_cost(
     inside = [c for c in contenders if "unet_flops" not in cost["contenders"][c.name]]
     steps = sum(contender.steps or request.steps for contender in contenders) * len(turns)
     steps += len(contenders) * WARM_UP_STEPS * bool(turns)
-    steps += len(inside) * (PROFILE_STEPS + WARM_UP_STEPS)
+    steps += sum(PROFILE_STEPS + 2 * (c.steps or request.steps) for c in inside)
     with tqdm(
         total=steps,
         desc="measuring cost",
@@ -90,7 +91,7 @@ def measure_cost(
         for contender in inside:
             bar.set_postfix_str(f"{contender.name}, layers and memory")
             with contender.on(generator.model):
-                found = _inside(generator, numbers, bar.update)
+                found = _inside(generator, numbers, contender.steps, bar.update)
             cost["contenders"][contender.name].update(found)
             save(cost)
     return cost
@@ -120,21 +121,28 @@ def _round(generator, contenders, cost, turn, bar) -> None:
     cost["rounds"] += 1
 
 
-def _inside(generator: Generator, numbers, on_step) -> dict[str, Any]:
-    """What is measured once: time of each block, memory, operations."""
+def _inside(generator: Generator, numbers, steps, on_step) -> dict[str, Any]:
+    """What is measured once: time of each block, memory, operations.
+
+    The latter two over a whole run: not every step need do and hold the same.
+    """
     device = next(generator.model.parameters()).device
-    few = min(WARM_UP_STEPS, generator.request.steps)
+
+    def run():
+        generator.run(numbers, steps, on_step=on_step)
+
     blocks = block_seconds(generator, numbers, on_step)
-    # The largest of a few steps is that of all: what is kept from step to step is there by then.
-    peak, _ = peak_memory(lambda: generator.run(numbers, few, on_step=on_step), device)
+    peak, _ = peak_memory(run, device)
     unet, args, kwargs = _first_call(generator, numbers)
     with torch.no_grad():
         unet_peak, _ = peak_memory(lambda: unet(*args, **kwargs), device)
+    flops, unet_flops = count_flops_of(unet, run)
     return {
         "blocks": blocks,
         "peak_bytes": peak,
         "unet_peak_bytes": unet_peak,
-        "unet_flops": count_flops(unet, *args, **kwargs),
+        "flops": flops,
+        "unet_flops": unet_flops,
     }
 
 
@@ -159,8 +167,9 @@ def summarise(cost: dict, dense: str) -> dict[str, dict[str, Any]]:
     ``images_per_second``; ``memory_per_image`` and ``unet_memory_per_image`` in bytes above the
     weights, of the whole run and of a forward of the network, each with its ``..._factor``
     (dense / this one); ``process_peak_bytes`` and ``joules_per_image``, None where unknown;
-    ``unet_tflop_per_image`` over all steps; ``step_ms``: median milliseconds of each step per
-    image; ``certain``: whether the spread of the speed-up leaves no doubt on which side of 1 it is.
+    ``tflop_per_image`` and the network's share ``unet_tflop_per_image``, of whole runs;
+    ``step_ms``: median milliseconds of each step per image; ``certain``: whether the spread of
+    the speed-up leaves no doubt on which side of 1 it is.
     """
     count = cost["pictures"]
     base = cost["contenders"][dense]
@@ -184,7 +193,8 @@ def summarise(cost: dict, dense: str) -> dict[str, dict[str, Any]]:
             "process_peak_bytes": None
             if None in figures["process_peak_bytes"]
             else max(figures["process_peak_bytes"]),
-            "unet_tflop_per_image": figures["unet_flops"] * len(steps) / count / 1e12,
+            "tflop_per_image": figures["flops"] / count / 1e12,
+            "unet_tflop_per_image": figures["unet_flops"] / count / 1e12,
             "joules_per_image": None
             if None in figures["joules"]
             else float(np.median(figures["joules"])) / count,

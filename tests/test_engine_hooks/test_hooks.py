@@ -216,18 +216,19 @@ def test_evaluation_in_training_is_as_inference_and_changes_nothing(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (dict(ratio=0.5, refresh=2, residual="reuse"), "ratio 0.5"),
+        (dict(ratio=0.5, refresh=2, residual="reuse"), "ratio 0.5, refresh, residual"),
         (dict(ratio=dict(level={1: 0.5})), "ratio by schedule"),
+        (dict(preset="fast"), "ratio 0, reuse"),
     ],
 )
 def test_dense_is_dense_whatever_the_merging_carries_along(options, said, make_runner, tmp_path):
     """What is carried from step to step goes on at ratio 0; the dense picture has none of it."""
     runner = make_runner("test", tmp_path, images=False, tome_cfg=options)
     model, handle = runner.model, get_handle(runner.model)
-    request = Request(["cat"], steps=3, guidance=3.0, size=(64, 64))
+    request = Request(["cat"], steps=6, guidance=3.0, size=(64, 64))
     dense, merged = dense_and_merged(model, handle, request, [0])
     assert not torch.equal(dense.pictures, merged.pictures)
-    assert handle.config == ToMeConfig(**options)
+    assert handle.config == ToMeConfig.from_dict(options)
     recorder = Recorder(model, warm_up=0, steps=20)
     assert recorder.report()["merging"] == said
     ToMeEvalHook(["cat"], metrics=["psnr", "latent_error"]).evaluate(runner, "test", 0)

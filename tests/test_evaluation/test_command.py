@@ -38,7 +38,7 @@ def test_results(finished):
     assert rows["ratio 0.25"]["quality"]["latent_error"]["value"] > 0
     for row in rows.values():
         assert len(row["cost"]["step_ms"]) == row["steps"]
-        assert row["cost"]["unet_tflop_per_image"] > 0
+        assert 0 < row["cost"]["unet_tflop_per_image"] < row["cost"]["tflop_per_image"]
         # Tensors of a forward are held within a run; the weights are in neither.
         assert 0 < row["cost"]["unet_memory_per_image"] <= row["cost"]["memory_per_image"]
         assert row["cost"]["joules_per_image"] is None  # no GPU that counts them
@@ -146,7 +146,7 @@ def test_timing_comes_later_and_goes_on_round_by_round(evaluation, tmp_path, mon
 def test_two_rounds_are_certain_of_nothing():
     figures = dict(
         unet_seconds=[1.0, 1.0], step_seconds=[[1.0]] * 2, joules=[None] * 2,
-        process_peak_bytes=[None] * 2, peak_bytes=8, unet_peak_bytes=4, unet_flops=1,
+        process_peak_bytes=[None] * 2, peak_bytes=8, unet_peak_bytes=4, unet_flops=1, flops=2,
     )  # fmt: skip
     cost = dict(pictures=1, rounds=2)
     cost["contenders"] = {"dense": {**figures, "seconds": [2.0, 2.0]}}

@@ -7,7 +7,7 @@ pytest.importorskip("mmengine")
 
 from mmengine.config import Config
 
-from mmagic_tome import ToMeError
+from mmagic_tome import ToMeConfig, ToMeError
 from mmagic_tome.evaluation.cli import build_parser
 from mmagic_tome.evaluation.plan import make_plan
 
@@ -36,6 +36,15 @@ def test_methods_at_ratios():
     assert list(contenders(methods=["tofu"])) == ["dense", "tofu 0.5", *STEPS]
 
 
+def test_presets():
+    found = contenders("--presets", "balanced", "fast")
+    assert list(found) == ["dense", "preset balanced", "preset fast", *STEPS]
+    assert found["preset fast"].tome_cfg == ToMeConfig.from_dict(dict(preset="fast"))
+    assert "preset fast" in contenders(presets=["fast"])
+    entry = dict(name="mine", tome_cfg=dict(preset="fast", ratio=0.25))
+    assert contenders(contenders=[entry])["mine"].ratio == 0.25
+
+
 def test_the_command_line_stands_in_place_of_the_configs_contenders():
     of_config = dict(
         contenders=[dict(name="half", tome_cfg=dict(ratio=0.5))], ratios=[0.75], tomesd=[0.5]
@@ -58,6 +67,7 @@ def test_fewer_steps_are_always_among_them():
         (["--methods", "tomee"], {}, "unknown method 'tomee'.*did you mean 'tome'"),
         ([], {"methods": [{"type": "tofu"}]}, "is no name; one with options is written as"),
         ([], {"methods": "tofu"}, "expected a list"),
+        (["--presets", "faast"], {}, "contender 'preset faast': preset='faast' must be one of"),
         (["--methods", "tofu"], {"tome_cfg": dict(ratio=dict(level={1: 0.5}))}, "write --ratios"),
     ],
 )

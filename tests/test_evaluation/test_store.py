@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mmagic_tome import ToMeError
-from mmagic_tome.evaluation.store import RunFolder
+from mmagic_tome.evaluation.store import RunFolder, differences
 
 BASIS = {"steps": 4, "versions": {"torch": "1"}, "size": (64, 64)}
 SPECS = {"dense": {"kind": "dense"}}
@@ -31,6 +31,9 @@ def test_goes_on_with_the_same_and_adds_contenders(tmp_path):
     save(folder)
     manifest = folder.open(BASIS, {**SPECS, "ratio 0.5": {"kind": "tome"}}, overwrite=False)
     assert list(manifest["contenders"]) == ["dense", "ratio 0.5"]
+    # JSON knows no tuples: what comes back is the same all the same.
+    assert differences(manifest, {**BASIS, "size": [64, 64]}, SPECS) == []
+    assert differences(manifest, BASIS, SPECS) == []
     assert folder.has_picture("dense", 0) and not folder.has_picture("dense", 1)
     assert np.array_equal(np.asarray(folder.picture("dense", 0)), np.asarray(picture()))
     assert folder.latents("dense", 0).shape == (4, 1, 1)

@@ -149,11 +149,25 @@ def count_flops(run: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     Args:
         run: called once, without gradients, with ``args`` and ``kwargs``. Not compiled.
     """
+    return count_flops_of(None, run, *args, **kwargs)[0]
+
+
+def count_flops_of(
+    part: torch.nn.Module | None, run: Callable[..., Any], *args: Any, **kwargs: Any
+) -> tuple[int, int]:
+    """Operations of a call, and how many of them a module did in it; see :func:`count_flops`.
+
+    Args:
+        part: a module that is called by ``run`` as often as it likes and is in no other; None for
+            none, whose share is 0.
+        run: called once with ``args`` and ``kwargs``.
+    """
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     counter = FlopCounterMode(display=False, custom_mapping={attention: _attention_flops})
     with counter, torch.no_grad():
         run(*args, **kwargs)
-    return int(counter.get_total_flops())
+    own = {} if part is None else counter.get_flop_counts().get(type(part).__name__, {})
+    return int(counter.get_total_flops()), int(sum(own.values()))
 
 
 def _attention_flops(query, key, value, *args, out_shape=None, **kwargs):

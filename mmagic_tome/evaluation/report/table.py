@@ -25,6 +25,7 @@ SINGLE = (
     "unet_memory_per_image",
     "process_peak_bytes",
     "joules_per_image",
+    "tflop_per_image",
     "unet_tflop_per_image",
 )
 
