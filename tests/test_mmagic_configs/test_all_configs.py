@@ -79,7 +79,9 @@ def check(config, build):
     assert np.isfinite(merged).all()
     assert np.abs(merged - dense).max() > 1e-3
     assert remove_tome(model)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    networks = [model.unet, getattr(model, "controlnet", model.unet)]
+    for module in (module for network in networks for module in network.modules()):
+        assert not module._forward_hooks and not module._forward_pre_hooks
     np.testing.assert_array_equal(mmagic_hub.infer(model, **given), dense)
     return share
 

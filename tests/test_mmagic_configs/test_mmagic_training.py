@@ -1,0 +1,191 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Training, checkpoints and averages of MMagic models with token merging."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("mmagic")
+
+import mmagic_hub
+from mmagic.structures import DataSample
+from mmengine import Config
+from mmengine.model import ExponentialMovingAverage
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.runner import load_checkpoint, save_checkpoint
+
+from mmagic_tome import ToMeConfig, get_handle, remove_tome
+
+OURS = Path(__file__).resolve().parents[2] / "configs"
+LORA = "dreambooth/dreambooth-lora_tome-5e-1.py"
+CONTROL = "controlnet/controlnet-canny_tome-5e-1_both.py"
+
+
+def shrunk(name, hub):
+    return mmagic_hub.shrink(Config.fromfile(str(OURS / name)), hub)
+
+
+def some_data():
+    """A batch of one picture, as MMagic's data loaders give it."""
+    generator = torch.Generator().manual_seed(0)
+    picture = torch.randint(0, 256, (3, 64, 64), generator=generator, dtype=torch.uint8)
+    return dict(inputs=[picture], data_samples=[DataSample(prompt="a cat")])
+
+
+def losses(model, wrapper, data, steps):
+    """Of this many steps on the same picture with the same noise."""
+    found = []
+    for _ in range(steps):
+        torch.manual_seed(0)
+        log = model.train_step(data, wrapper)
+        found.append(float(log["loss"]))
+    return found
+
+
+def test_dreambooth_lora_learns(hub, build):
+    config = shrunk(LORA, hub)
+    model = build(config).train()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all("lora" in name for name in trained)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    found = losses(model, OptimWrapper(optimizer), some_data(), steps=6)
+    assert found[-1] < 0.98 * found[0]
+    assert all(later < earlier for earlier, later in zip(found, found[1:]))
+    for site in model.tome_handle.stats():
+        assert site["kept"] == site["tokens"] / 2 and site["calls"] == 6
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == trained
+    # What was learned with merged tokens is there without merging as well.
+    remove_tome(model)
+    torch.manual_seed(0)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    (dense,) = losses(model, OptimWrapper(optimizer), some_data(), steps=1)
+    assert dense < found[0]
+
+
+def test_controlnet_learns_through_a_merged_unet(hub, build):
+    model = build(shrunk(CONTROL, hub)).train()
+    optimizer = torch.optim.AdamW(model.controlnet.parameters(), lr=1e-3)
+    wrapper = OptimWrapperDict(controlnet=OptimWrapper(optimizer))
+    picture = some_data()["inputs"][0]
+    data = dict(
+        inputs=[dict(source=picture, target=picture)], data_samples=[DataSample(prompt="a cat")]
+    )
+    model.data_preprocessor.data_keys = None
+    collated = dict(
+        inputs=dict(source=picture[None], target=picture[None]), data_samples=data["data_samples"]
+    )
+    found = losses(model, wrapper, collated, steps=4)
+    assert found[-1] < found[0]
+    names = [site["site"] for site in model.tome_handle.stats() if site["calls"] == 4]
+    assert any(name.startswith("controlnet.") for name in names)
+    assert any(name.startswith("up_blocks.") for name in names)
+
+
+def close_to(picture):
+    """How far two objects with the same weights may be apart: their weights lie elsewhere in
+    memory, and a sum in another order may tip a value over to the next of 256 levels."""
+    return 1 if picture.max() > 2 else 1e-4
+
+
+def assert_the_same(picture, expected):
+    np.testing.assert_allclose(picture, expected, rtol=0, atol=close_to(expected))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stable_diffusion/stable-diffusion_ddim_tome-5e-1.py",
+        CONTROL,
+        pytest.param(LORA, marks=pytest.mark.slow),
+        pytest.param("animatediff/animatediff_ToonYou_tome-5e-1.py", marks=pytest.mark.slow),
+    ],
+)
+def test_checkpoints_and_averages(name, hub, build, tmp_path):
+    config = shrunk(name, hub)
+    given = mmagic_hub.arguments(config)
+    model = build(config)
+    merged = mmagic_hub.infer(model, **given)
+    file = str(tmp_path / "model.pth")
+    save_checkpoint(dict(state_dict=model.state_dict()), file)
+
+    # The checkpoint knows nothing of merging: a dense model reads it, and the other way round.
+    plain = shrunk(name, hub)
+    plain.pop("tome_cfg")
+    other = build(plain)
+    assert other.tome_handle is None
+    assert list(other.state_dict()) == list(model.state_dict())
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+    load_checkpoint(other, file, strict=True)
+    dense = mmagic_hub.infer(other, **given)
+    assert np.abs(dense - merged).max() > 30 * close_to(dense)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    load_checkpoint(model, file, strict=True)
+    assert_the_same(mmagic_hub.infer(model, **given), merged)
+
+    # An average is a copy with token merging of its own.
+    average = ExponentialMovingAverage(model, momentum=0.5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    average.update_parameters(model)
+    copied = average.module
+    assert copied.tome_handle.config == ToMeConfig.from_dict(config.tome_cfg)
+    load_checkpoint(copied, file, strict=True)
+    assert_the_same(mmagic_hub.infer(copied, **given), merged)
+    assert remove_tome(copied)
+    assert_the_same(mmagic_hub.infer(copied, **given), dense)
+    assert model.tome_handle is not None
+    if hasattr(model, "controlnet"):
+        assert get_handle(copied.controlnet) is None
+        assert get_handle(model.controlnet) is not None
+
+
+@pytest.mark.slow
+def test_a_runner_trains_and_averages(hub, tmp_path):
+    """mmengine's Runner with CheckpointHook and EMAHook."""
+    from mmengine.runner import Runner
+
+    (tmp_path / "imgs").mkdir()
+    mmagic_hub.a_picture().save(tmp_path / "imgs" / "0.png")
+
+    def runner(iterations):
+        config = shrunk(LORA, hub)
+        data = config.train_dataloader
+        data.update(num_workers=0, persistent_workers=False)
+        data.dataset.data_root = str(tmp_path)
+        data.dataset.pipeline[1].scale = (64, 64)
+        config.update(
+            work_dir=str(tmp_path),
+            experiment_name=f"lora_{iterations}",
+            log_level="ERROR",
+            train_cfg=dict(by_epoch=False, max_iters=iterations),
+            custom_hooks=[dict(type="EMAHook", begin_iter=0)],
+        )
+        config.default_hooks.checkpoint.interval = 1
+        return Runner.from_cfg(config)
+
+    first = runner(2)
+    first.train()
+    assert (tmp_path / "iter_2.pth").exists()
+    assert all(site["calls"] == 2 for site in first.model.tome_handle.stats())
+    (ema,) = [hook.ema_model for hook in first.hooks if type(hook).__name__ == "EMAHook"]
+    assert ema.module.tome_handle.config == first.model.tome_handle.config
+    # mmengine 0.10 cannot resume from its own checkpoints with torch >= 2.6, which refuses what
+    # else is in them; the weights are all right.
+    saved = torch.load(tmp_path / "iter_2.pth", weights_only=False)
+    assert "ema_state_dict" in saved
+    assert list(saved["state_dict"]) == list(first.model.state_dict())
+    # It stores the average as the model's weights.
+    dense = runner(1).model
+    remove_tome(dense)
+    dense.load_state_dict(saved["state_dict"])
+    for name, parameter in ema.module.named_parameters():
+        assert torch.equal(parameter, dense.get_parameter(name))
