@@ -168,8 +168,9 @@ class ToMeConfig:
         if isinstance(self.reuse, Reuse):
             object.__setattr__(self, "reuse", reuse.to_dict())
         elif isinstance(self.reuse, Mapping):
-            # Scopes in it are plain from here on.
+            # Scopes in it are plain from here on, and what JSON would make of them.
             plain = {k: asdict(v) if is_dataclass(v) else v for k, v in self.reuse.items()}
+            plain = _as_lists(plain)
             object.__setattr__(self, "reuse", plain)
         for key in ("refresh", "residual"):
             if is_dataclass(getattr(self, key)):

@@ -11,8 +11,8 @@ the scope of a whole network instead of one site. Two scopes:
 
 =========  =======================================================================
 network    everything: the call returns the foretold output
-deep       everything inside the outermost level(s) of a UNet; these run, with the
-           foretold output of the inner ones in their middle
+deep       everything inside the outermost level(s) of a UNet, or the middle half of the
+           blocks of a transformer; the outer part runs, around a foretold inner one
 =========  =======================================================================
 
 The first steps of a run (high noise) and the last ones are where outputs bend, so both run in
@@ -92,8 +92,10 @@ class Reuse:
 
     Args:
         network (int | dict | None): a :class:`Scope` of the whole network.
-        deep (int | dict | None): one of what is inside the ``outer`` outermost levels of a UNet.
-        outer (int): levels outside of ``deep``. Default 1.
+        deep (int | dict | None): one of the network's inner part, inside the ``outer`` outermost
+            levels of a UNet.
+        outer (int): levels outside of ``deep``; of a transformer, quarters of its blocks at each
+            end. Default 1.
 
     Raises:
         ToMeError: wrong type or value, or nothing that is left out.
@@ -282,15 +284,16 @@ def scope_states(reuse: Reuse, host: Host, network: nn.Module) -> list[ScopeStat
     """The modules of every scope that is left out at times.
 
     Raises:
-        ToMeError: a network without inner levels.
+        ToMeError: a network without an inner part.
     """
     states = []
     for name, scope in reuse.scopes.items():
         modules = [network] if name == "network" else host.deep(network, reuse.outer)
         if not modules:
             raise ToMeError(
-                f"reuse: {type(network).__name__} has no levels inside the {reuse.outer} "
-                "outermost, so 'deep' has nothing to leave out; write reuse=dict(network=2)"
+                f"reuse: {type(network).__name__} has no levels or blocks inside the "
+                f"{reuse.outer} outermost, so 'deep' has nothing to leave out; write "
+                "reuse=dict(network=2)"
             )
         states.append(ScopeState(name, scope, modules))
     return states

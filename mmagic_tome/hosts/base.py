@@ -98,12 +98,26 @@ class Host:
         return timestep / 1000
 
     def deep(self, network: nn.Module, outer: int) -> list[nn.Module]:
-        """The modules inside the ``outer`` outermost levels of a UNet, in running order.
+        """The modules between the outer parts of the network, in running order.
 
-        The output of the last one is all that the rest of the network needs of them. Default:
-        none, a network without levels.
+        The output of the last one is all that the rest of the network needs of them.
+
+        Args:
+            network (nn.Module): the network.
+            outer (int): how much is outside, at least 1: levels of a UNet, or where there are
+                none, quarters of the blocks at each end (so that 1 leaves the middle half).
+
+        Default: the middle of the network's longest list of blocks; nothing if they are too few.
         """
-        return []
+        blocks = {block.module for block in self.blocks(network)}
+        lists = [
+            list(child)
+            for child in network.children()
+            if isinstance(child, nn.ModuleList) and len(child) and blocks.issuperset(child)
+        ]
+        longest = max(lists, key=len, default=[])
+        edge = max(1, len(longest) * outer // 4)
+        return longest[edge:-edge] if 2 * edge < len(longest) else []
 
     def grid(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
         """(height, width) in tokens, from a call of a stack."""
