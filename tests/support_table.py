@@ -1,34 +1,71 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""The table of docs/support.md, made from the networks that the tests go through.
+"""The tables of docs/support.md and README.md, made from the lists that the tests go through.
 
-``python tests/support_table.py`` writes it; a test fails when it is out of date.
+``python tests/support_table.py`` writes them; a test fails when one is out of date.
 """
 
 from pathlib import Path
 
-PAGE = Path(__file__).parents[1] / "docs" / "support.md"
-BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
+_ROOT = Path(__file__).parents[1]
+PAGE, README = _ROOT / "docs" / "support.md", _ROOT / "README.md"
 _KINDS = ("attn", "attn_kv", "crossattn", "mlp", "block", "stack")
 
 
-def rows():
-    """(model, class, sites, what compiles without a graph break) of every family."""
-    from tiny import tiny_unet
+def networks():
+    """The networks in Markdown: sites, grids and what compiles without a graph break."""
+    rows = [
+        (one.title, one.class_name, _sites(one.build()), one.grids, one.compiles)
+        for one in _all_networks()
+    ]
+    head = (
+        "model",
+        "class in diffusers",
+        "sites",
+        "grids tested, in tokens",
+        "`torch.compile(fullgraph=True)` of",
+    )
+    return _table(head, [(*row[:2], _code(row[2]), _grids(row[3]), row[4]) for row in rows])
+
+
+def pipelines():
+    """The pipelines in Markdown, by what users call the model."""
+    from tiny_pipelines import PIPELINES
+
+    grouped = {}
+    for case in PIPELINES.values():
+        grouped.setdefault(case.class_name, []).append(case.title)
+    rows = [("; ".join(titles), f"`{name}`") for name, titles in grouped.items()]
+    return _table(("model or option", "pipeline in diffusers"), rows)
+
+
+def short():
+    """The networks for the README: sites only."""
+    rows = [(one.title, _code(_sites(one.build()))) for one in _all_networks()]
+    return _table(("model", "sites"), rows)
+
+
+# file -> {name of a table: what makes it}
+TABLES = {PAGE: {"networks": networks, "pipelines": pipelines}, README: {"support": short}}
+
+
+def updated(file):
+    """The text of a file with its tables made anew."""
+    text = file.read_text(encoding="utf-8")
+    for name, make in TABLES[file].items():
+        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
+        before, rest = text.split(begin)
+        _, after = rest.split(end)
+        text = before + begin + make() + end + after
+    return text
+
+
+def _all_networks():
+    from tiny_pipelines import NETWORKS
     from tiny_transformers import TRANSFORMERS
 
     import mmagic_tome  # noqa: F401  (before diffusers, which it may have to repair)
 
-    found = [
-        (
-            "Stable Diffusion 1, 2, XL and other UNets",
-            "UNet2DConditionModel and alike",
-            _sites(tiny_unet(levels=1)),
-            "the whole network",
-        )
-    ]
-    for family in TRANSFORMERS.values():
-        found.append((family.title, family.class_name, _sites(family.build()), family.compiles))
-    return found
+    return [*NETWORKS.values(), *TRANSFORMERS.values()]
 
 
 def _sites(network):
@@ -45,25 +82,20 @@ def _sites(network):
     return accepted
 
 
-def table():
-    """The table in Markdown."""
-    lines = [
-        "| model | class in diffusers | sites | `torch.compile(fullgraph=True)` of |",
-        "|---|---|---|---|",
-    ]
-    for model, name, sites, compiles in rows():
-        kinds = ", ".join(f"`{kind}`" for kind in sites)
-        lines.append(f"| {model} | {name} | {kinds} | {compiles} |")
+def _code(words):
+    return ", ".join(f"`{word}`" for word in words)
+
+
+def _grids(grids):
+    return ", ".join(f"{height}x{width}" for height, width in grids)
+
+
+def _table(head, rows):
+    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
+    lines.insert(1, "|" + "---|" * len(head))
     return "\n".join(lines) + "\n"
 
 
-def split(text):
-    """The page before, in and after the table."""
-    before, rest = text.split(BEGIN)
-    inside, after = rest.split(END)
-    return before, inside, after
-
-
 if __name__ == "__main__":
-    before, _, after = split(PAGE.read_text(encoding="utf-8"))
-    PAGE.write_text(before + BEGIN + table() + END + after, encoding="utf-8")
+    for file in TABLES:
+        file.write_text(updated(file), encoding="utf-8")

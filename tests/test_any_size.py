@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_inputs, tiny_unet
+from tiny_pipelines import GRIDS
 
 from mmagic_tome import apply_tome, get_handle, remove_tome
 
@@ -36,7 +37,7 @@ def kept_tokens(height, width, ratio, sx, sy):
     return tokens - min(int(tokens * ratio), tokens - destinations)
 
 
-@pytest.mark.parametrize("size", [(33, 31), (17, 90), (8, 200)])
+@pytest.mark.parametrize("size", GRIDS)
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_odd_grids_and_batches(original, size, batch):
     network = copy.deepcopy(original)

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from tiny import tiny_inputs, tiny_unet
+from tiny_pipelines import NETWORKS
 from tiny_transformers import TRANSFORMERS
 
 from mmagic_tome import apply_tome
@@ -25,6 +26,11 @@ def transformer():
 @torch.no_grad()
 def run(network, inputs):
     return network(**inputs, return_dict=False)[0]
+
+
+def _tensors(output):
+    """A ControlNet gives a list, one for every level."""
+    return [output] if isinstance(output, torch.Tensor) else list(output)
 
 
 @pytest.fixture
@@ -57,6 +63,21 @@ def test_at_most_two_graphs_per_shape_and_the_same_picture(build, fresh):
         assert {row["kept"] for row in handle.stats()} == {tokens // 2}
     assert not torch.allclose(run(compiled, shapes[0]), dense, atol=1e-2)
     assert 1 <= len(graphs) <= 2 * len(shapes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("title", [title for title in NETWORKS if "Stable" not in title])
+def test_other_unets_are_one_graph(title, fresh):
+    """Those of Stable Diffusion are above."""
+    network, inputs = NETWORKS[title].build(), NETWORKS[title].inputs()
+    dense = run(network, inputs)
+    apply_tome(network, ratio=0.5)
+    expected = run(network, inputs)
+    assert NETWORKS[title].compiles == "the whole network"
+    found = run(torch.compile(network, fullgraph=True, backend="eager"), inputs)
+    torch.testing.assert_close(_tensors(found), _tensors(expected))
+    # The last tensor is behind all blocks.
+    assert not torch.allclose(_tensors(found)[-1], _tensors(dense)[-1], atol=1e-3)
 
 
 @pytest.mark.slow

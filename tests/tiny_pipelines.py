@@ -8,13 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from tiny import randomise, tiny_unet, tiny_unet_config
+from tiny import randomise, tiny_inputs, tiny_unet, tiny_unet_config
 
 _TEXT, _WIDTH = 7, 16
 _SCHEDULE = dict(
     beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000
 )
 STEPS = 2
+# Of UNets with one level; others want multiples of their factor.
+GRIDS = ((33, 31), (17, 90), (8, 200))
 
 
 @dataclass(frozen=True)
@@ -275,9 +277,9 @@ def _upscaler():
     return dict(**parts, low_res_scheduler=DDPMScheduler(), max_noise_level=350)
 
 
-def _kandinsky():
+def kandinsky_unet():
     """Its attention works on the picture itself; there are no transformer blocks."""
-    from diffusers import DDPMScheduler, UNet2DConditionModel, VQModel
+    from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel(
         sample_size=16,
@@ -296,6 +298,29 @@ def _kandinsky():
         encoder_hid_dim_type="image_proj",
         resnet_time_scale_shift="scale_shift",
     )
+    return randomise(unet)
+
+
+def kandinsky_inputs(batch=2, size=(16, 16)):
+    """Keyword arguments for a call of :func:`kandinsky_unet`."""
+    generator = torch.Generator().manual_seed(0)
+    embeds = torch.randn(batch, _WIDTH, generator=generator)
+    return dict(
+        sample=torch.randn(batch, 4, *size, generator=generator),
+        timestep=torch.tensor(500),
+        encoder_hidden_states=None,
+        added_cond_kwargs=dict(image_embeds=embeds),
+    )
+
+
+def controlnet_inputs():
+    """Keyword arguments for a call of :func:`tiny_controlnet`."""
+    return {**tiny_inputs(size=8), "controlnet_cond": picture(batch=2)}
+
+
+def _kandinsky():
+    from diffusers import DDPMScheduler, VQModel
+
     movq = VQModel(
         block_out_channels=(32,) * 4,
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -305,7 +330,7 @@ def _kandinsky():
         num_vq_embeddings=12,
     )
     scheduler = DDPMScheduler(clip_sample=False)
-    return dict(unet=randomise(unet), scheduler=scheduler, movq=randomise(movq))
+    return dict(unet=kandinsky_unet(), scheduler=scheduler, movq=randomise(movq))
 
 
 def _image_embeds():
@@ -313,7 +338,41 @@ def _image_embeds():
     return dict(image_embeds=embeds, negative_image_embeds=-embeds, height=128, width=128)
 
 
-# --- the list -------------------------------------------------------------------------------------
+# --- the lists ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Network:
+    """A kind of UNet: what users call it, the class, odd grids that it is tested on in tokens."""
+
+    title: str
+    class_name: str
+    build: Callable
+    inputs: Callable
+    grids: tuple
+    compiles: str = "the whole network"
+
+
+NETWORKS = {
+    network.title: network
+    for network in (
+        Network(
+            "Stable Diffusion 1, 2, XL and other UNets",
+            "UNet2DConditionModel and alike",
+            lambda: tiny_unet(levels=1),
+            tiny_inputs,
+            GRIDS,
+        ),
+        Network("ControlNet", "ControlNetModel", tiny_controlnet, controlnet_inputs, ((8, 8),)),
+        Network(
+            "Kandinsky 2.2: attention on the picture itself",
+            "UNet2DConditionModel with added keys",
+            kandinsky_unet,
+            kandinsky_inputs,
+            ((7, 9), (3, 20), (8, 8)),
+        ),
+    )
+}
 
 _SD = "StableDiffusionPipeline"
 

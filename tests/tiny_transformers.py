@@ -33,6 +33,11 @@ class Family:
     frames: int = 1
     square: bool = False  # whether diffusers runs it on square grids only
 
+    @property
+    def grids(self):
+        """Odd ones that it is tested on, (height, width) in tokens of a frame."""
+        return ((9, 9), (5, 5)) if self.square else ((9, 7), (3, 20), (8, 8))
+
     def build(self, seed=0):
         """The network, in eval mode."""
         import diffusers

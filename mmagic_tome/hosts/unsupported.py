@@ -12,8 +12,12 @@ _FRAMES = (
     "written"
 )
 _JOINED = (
-    "its blocks work on text and picture in one sequence behind masks of its own, and a host that "
-    "describes it is not written"
+    "its blocks work on text and picture in one sequence, in which the picture begins at another "
+    "place for every prompt, and a host that describes that is not written"
+)
+_MIXED = (
+    "its self-attention and cross-attention give heads back apart, with one projection behind both "
+    "attentions, so that neither is a site of its own"
 )
 
 _SEVERAL = (
@@ -26,7 +30,8 @@ _REASONS = {
     "MultiControlNetModel": _SEVERAL,
     "SanaTransformer": _LINEAR,
     "SanaVideoTransformer": _LINEAR,
-    "Lumina": _JOINED,
+    "LuminaNext": _MIXED,
+    "Lumina2": _JOINED,
     "ZImageTransformer": _JOINED,
     "WanVACE": _FRAMES,
     "WanAnimate": _FRAMES,

@@ -5,7 +5,14 @@ import importlib.util
 
 import pytest
 import torch
-from tiny_pipelines import PIPELINES, picture, tiny_controlnet
+from tiny_pipelines import (
+    NETWORKS,
+    PIPELINES,
+    controlnet_inputs,
+    kandinsky_inputs,
+    kandinsky_unet,
+    tiny_controlnet,
+)
 
 from mmagic_tome import ToMeError, apply_tome, get_handle
 
@@ -74,14 +81,8 @@ def test_the_controlnet_has_a_switch_of_its_own():
 def test_levels_of_a_controlnet():
     network = tiny_controlnet()
     handle = apply_tome(network, ratio=0.5, max_downsample=8)
-    inputs = dict(
-        sample=torch.randn(2, 4, 8, 8),
-        timestep=500,
-        encoder_hidden_states=torch.randn(2, 7, 16),
-        controlnet_cond=picture(batch=2),
-    )
     with torch.no_grad():
-        network(**inputs)
+        network(**controlnet_inputs())
     seen = [(row["downsample"], row["tokens"], row["kept"]) for row in handle.stats()]
     assert seen == [(1, 64, 32), (2, 16, 8), (2, 16, 8)]
 
@@ -142,18 +143,7 @@ def test_lora_may_come_go_and_be_fused_while_merging_is_on():
 
 @pytest.fixture
 def kandinsky():
-    return PIPELINES["Kandinsky 2.2"].pipeline().unet
-
-
-def kandinsky_inputs(batch=2, size=(16, 16)):
-    generator = torch.Generator().manual_seed(0)
-    embeds = torch.randn(batch, 16, generator=generator)
-    return dict(
-        sample=torch.randn(batch, 4, *size, generator=generator),
-        timestep=torch.tensor(500),
-        encoder_hidden_states=None,
-        added_cond_kwargs=dict(image_embeds=embeds),
-    )
+    return kandinsky_unet()
 
 
 def test_added_keys_are_not_merged_and_their_neighbours_are(kandinsky):
@@ -198,9 +188,10 @@ def test_merging_copies_on_the_picture_itself_changes_nothing(kandinsky):
 def test_attention_on_the_picture_itself_on_odd_grids(kandinsky, batch):
     handle = apply_tome(kandinsky, ratio=0.6)
     with torch.no_grad():
-        for size in ((14, 18), (6, 40), (16, 16)):
-            assert kandinsky(**kandinsky_inputs(batch, size)).sample.isfinite().all()
-            tokens = size[0] * size[1] // 4
+        for height, width in NETWORKS["Kandinsky 2.2: attention on the picture itself"].grids:
+            inputs = kandinsky_inputs(batch, (2 * height, 2 * width))
+            assert kandinsky(**inputs).sample.isfinite().all()
+            tokens = height * width
             seen = {(row["tokens"], row["kept"]) for row in handle.stats()}
             assert seen == {(tokens, tokens - int(0.6 * tokens))}
     kandinsky(**kandinsky_inputs()).sample.square().mean().backward()

@@ -123,7 +123,7 @@ def test_every_block_has_its_sites_and_its_own_plan(family):
 def test_odd_grids_and_batches(family, batch):
     network = family.build()
     apply_tome(network, ratio=0.6, sites=["attn", "mlp"])
-    for grid in ((9, 9), (5, 5)) if family.square else ((9, 7), (3, 20), (8, 8)):
+    for grid in family.grids:
         tokens = family.tokens(grid)
         inputs = family.inputs(grid, batch)
         merged = run(network, inputs)
@@ -446,7 +446,8 @@ def test_a_timestep_per_token():
         ("SanaTransformer2DModel", "its attention is linear"),
         ("MochiTransformer3DModel", "grid of frames"),
         ("WanVACETransformer3DModel", "grid of frames"),
-        ("Lumina2Transformer2DModel", "in one sequence"),
+        ("Lumina2Transformer2DModel", "begins at another place for every prompt"),
+        ("LuminaNextDiT2DModel", "one projection behind both attentions"),
         ("SomethingElse", "Supported"),
     ],
 )
