@@ -2,6 +2,7 @@
 """Vision transformers in configs, and the real weights that they can name."""
 
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,3 +169,51 @@ def test_reading_ctranslate2(tmp_path):
     path.write_bytes(model_bin({"encoder/conv1/weight": np.ones(2, "i1")}))
     with pytest.raises(ToMeError, match="numbers of a type that is not read"):
         read_ctranslate2(path)
+
+
+CONFIGS = sorted(
+    path
+    for folder in ("vit", "video", "audio")
+    for path in (Path(__file__).parents[2] / "configs" / folder).glob("*.py")
+)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_of_the_package(path, monkeypatch):
+    """Every config builds, with small models in place of large and of packaged ones."""
+    config = Config.fromfile(path)
+    model = config.model
+    inner = model.model if model.type == "ToMe" else model
+    tokens = {
+        "vit-s14-focus_tome-r13": (257, 1, 101),
+        "vit-s14-focus-518_tome-r75": (1370, 1, 470),
+        "vit-large-p16_tome-r8_timm": (197, 1, 7),
+        "videomae-base_tome-r65": (1568, 0, 788),
+        "vit-s14-focus-video_tome-r35": (512, 0, 92),
+        "whisper-tiny-en_tome-r150": (1500, 0, 900),
+    }
+    if path.stem in tokens:
+        from mmagic_tome.vit.schedules import removed_per_block, tokens_per_block
+
+        depth = {"vit-large-p16_tome-r8_timm": 24, "whisper-tiny-en_tome-r150": 4}
+        before, prefix, after = tokens[path.stem]
+        removed = removed_per_block(model.r, depth.get(path.stem, 12))
+        assert tokens_per_block(removed, before, prefix)[-1][1] == after
+    else:
+        assert path.stem in ("vit-s14-focus", "vit-base-p16_tome-r13_mmpretrain")
+    if model.type == "ImageClassifier":
+        pytest.importorskip("mmpretrain")
+        from mmpretrain.models import build_classifier
+
+        arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=48)
+        model.backbone.model.arch, model.head.in_channels = arch, 32
+        built = build_classifier(model)
+        assert get_vit_handle(built).r == 13
+    elif inner.type in ("TimmModel", "TransformersModel"):
+        small = dict(TimmModel=dict(embed_dim=32, depth=2, num_heads=2))
+        inner.update(small.get(inner.type, dict(hidden_size=24, num_hidden_layers=2)))
+        built = MODELS.build(model)
+        assert get_vit_handle(built).r == model.r
+    else:
+        assert inner.type in ("FocusViT", "FocusVideoViT", "WhisperTinyEn")
+        assert MODELS.get(inner.type) is not None

@@ -1,0 +1,23 @@
+# VideoMAE's ViT-B on 16 frames: 1568 tokens, 65 merged per block as the paper does on video, with
+# random weights: there are none in any package.
+custom_imports = dict(imports=["mmagic_tome"], allow_failed_imports=False)
+
+model = dict(
+    type="ToMe",
+    model=dict(
+        type="TransformersModel",
+        model="VideoMAEForVideoClassification",
+        config="VideoMAEConfig",
+        num_labels=400,
+    ),
+    r=65,
+)
+vit_input = dict(
+    kind="video",
+    size=224,
+    patch=16,
+    frames=16,
+    tubelet=2,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+)
