@@ -16,6 +16,7 @@ COMMANDS = {
         "compare dense, merged and fewer steps: metrics, cost, a report",
     ),
     "benchmark": ("benchmark.cli", "time and memory of one forward, contenders side by side"),
+    "tune": ("tuning.cli", "find the options that reach a speed-up or a PSNR"),
     "visualize": ("visualization.cli", "merge maps, error maps, the cost of each layer"),
 }
 

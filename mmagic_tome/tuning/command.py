@@ -1,0 +1,466 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""What the ``tune`` command does: costs, dense pictures, search, check, config, in this order.
+
+Each stage looks at the folder for what is done already, so every run of the command is a
+continuation, a first one of an empty folder.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..apis.infer import environment, make_request, quiet_libraries, scheduler_name
+from ..apis.model_config import (
+    build_model,
+    check_config,
+    check_device,
+    inner_model,
+    load_config,
+    merging_config,
+)
+from ..apis.text2image import Generator
+from ..engine import remove_tome
+from ..errors import ToMeError
+from ..evaluation.generate import PictureRequest, fingerprint, too_long
+from ..evaluation.prompts import PromptList, load_prompts
+from ..hosts import find_host
+from ..presets import PRESETS
+from ..version import __version__
+from .check import check
+from .costs import costs_of, measure_costs, space_of
+from .folder import SearchFolder
+from .judge import Judge
+from .plot import write_plot
+from .predict import Predictor
+from .sampler import adds_noise
+from .search import MARGIN, Goal, Search, Trial, front, psnr_of
+from .space import Candidate, Space, candidate_of
+from .write import base_of, config_text, write_text
+
+# Dense with these shares of the steps, to compare with.
+FEWER_STEPS = (0.8, 0.65, 0.5)
+# How often the goal is set higher where the clock says less than was predicted.
+ATTEMPTS = 3
+# At least this share of the budget is for the search itself, however long the rest took.
+LEAST_SHARE = 0.2
+ROWS = 8
+
+
+@dataclass
+class Found:
+    """What came out of a search.
+
+    Args:
+        trial: the chosen one.
+        checked: of :func:`~.check.check`.
+        search: with all trials.
+        others: (name, speed-up, PSNR) of presets and fewer steps.
+        notes: what a user should know, one sentence each.
+    """
+
+    trial: Trial
+    checked: dict[str, Any]
+    search: Search
+    others: list[tuple[str, float, float]]
+    notes: list[str]
+
+
+def command(args: Namespace, argv: Sequence[str]) -> None:
+    """Do what the ``tune`` command was asked to; see ``cli.py`` for ``args``.
+
+    Raises:
+        ToMeError: for input that cannot work, before a model is loaded wherever that can be
+            told without one.
+    """
+    device = check_device(args.device)
+    config = load_config(args.config_path, args.cfg_options)
+    _check_spelling(config)
+    notes: list[str] = []
+    args.prompt_source, picked = _prompts(args, config, notes)
+    request = _request(args, config, picked)
+    check_config(config, request, None, compare=False)
+
+    quiet_libraries()
+    folder = SearchFolder(args.folder)
+    with folder.locked():
+        print(f"building {inner_model(config).type} of {args.config} on {device}")
+        model = build_model(config, device, args.dtype)
+        remove_tome(model)  # what is found takes the place of the config's own
+        generator = Generator(model, request)
+        if too_long(generator):
+            notes.append("some prompts are longer than the model reads; it cuts them")
+        basis = fingerprint(generator, device)
+        about = {"mmagic_tome": __version__, "search_prompts": args.search_prompts}
+        folder.open(basis, {"search": about}, args.overwrite)
+        found = _search(args, generator, device, folder, notes)
+        _report(args, argv, config, generator, device, folder, found)
+
+
+# --- input ----------------------------------------------------------------------------------------
+
+
+def _check_spelling(config) -> None:
+    """Fail where a ``tome_cfg`` at the top of the written config would contradict another."""
+    merging_config(config)
+    model = config.model
+    while isinstance(model, dict):
+        for key in ("tome_cfg", "tomesd_cfg"):
+            if model.get(key) is not None:
+                raise ToMeError(
+                    f"the config has {key} inside model=dict(type={model.get('type')!r}), where "
+                    "the written config could not replace it; move it to the top as tome_cfg, or "
+                    "take it out"
+                )
+        model = model.get("model")
+
+
+def _prompts(args, config, notes) -> tuple[str, PromptList]:
+    """Where the prompts come from, and as many as are needed, those of the search first."""
+    seed = args.seed
+    if seed is None:
+        seed = (config.get("infer_cfg") or {}).get("seed") or 0
+    wanted = args.search_prompts + args.unseen_prompts
+    given = args.prompts or args.prompt_set
+    asked = given is not None
+    if not asked:
+        evaluation = config.get("evaluation") or {}
+        given = evaluation.get("prompts") or evaluation.get("prompt_set")
+        if isinstance(given, str) and evaluation.get("prompts"):
+            given = str(args.config_path.parent / given)
+        own = (config.get("infer_cfg") or {}).get("prompts") or []
+        if given is None and not isinstance(own, str) and len(own) >= wanted:
+            given = list(own)
+    if given is None:
+        given = "demo"
+        notes.append(
+            "no prompts were given: these are captions of the demo model; pass --prompts FILE "
+            "with prompts like those that you will use"
+        )
+    found = load_prompts(
+        given if isinstance(given, str) else list(given),
+        limit=wanted,
+        seed=seed,
+        negative=args.negative_prompt or (config.get("infer_cfg") or {}).get("negative_prompt"),
+    )
+    count = len(found.prompts)
+    if count < wanted:
+        raise ToMeError(
+            f"prompts of {found.source}: there are {count}, and --search-prompts "
+            f"{args.search_prompts} plus --unseen-prompts {args.unseen_prompts} are {wanted}; "
+            + (
+                f"write --search-prompts {max(1, count // 3)} --unseen-prompts "
+                f"{count - max(1, count // 3)}"
+                if count > 1
+                else "write more prompts"
+            )
+        )
+    # Both parts evenly spread over the list.
+    first = {i * wanted // args.search_prompts for i in range(args.search_prompts)}
+    order = [*sorted(first), *(i for i in range(wanted) if i not in first)]
+    found.prompts = [found.prompts[i] for i in order]
+    return found.source, found
+
+
+def _request(args, config, picked: PromptList) -> PictureRequest:
+    """The request: the command's options, else the config's ``infer_cfg``."""
+    values = {**vars(args), "prompts": [prompt.text for prompt in picked.prompts]}
+    plain = make_request(Namespace(**values), config)
+    return PictureRequest(**vars(plain), pictures=picked.prompts)
+
+
+# --- search ---------------------------------------------------------------------------------------
+
+
+def _search(args, generator, device, folder, notes) -> Found:
+    goal = Goal(args.speedup, args.psnr)
+    numbers = range(args.search_prompts)
+    scopes, order = _scopes(generator, notes)
+    measured = _costs(generator, device, folder, numbers, scopes, order)
+    judge = Judge(generator, numbers, folder)
+    trace = judge.make_dense()
+    space = space_of(measured, order)
+    predictor = Predictor(costs_of(measured), trace["times"], trace["levels"])
+    space = _useful(space, predictor, generator.request.steps, notes)
+
+    budget = 60 * args.budget
+    spent = measured["seconds"]
+    search = Search(space, predictor.speedup, lambda one: (0.0, 0.0), 0.0)
+    search.check_reachable(goal)
+    others, seconds = _fewer_steps(judge, predictor, generator.request.steps)
+    presets = {name: candidate_of({"preset": name}) for name in PRESETS}
+    starts = {name: one for name, one in presets.items() if one is not None and space.holds(one)}
+
+    with tqdm(total=budget, desc="searching", unit="s", dynamic_ncols=True, bar_format=_BAR) as bar:
+        bar.update(min(spent + seconds, budget))
+
+        def tried(candidate: Candidate) -> tuple[float, float]:
+            bar.set_postfix_str(f"{len(search.trials) + 1}: {candidate.text()}")
+            trial = judge.trial(candidate.options())
+            # Beyond its end a bar has no shape.
+            bar.update(min(trial["seconds"], max(bar.total - bar.n, 0)))
+            return trial["mse"], trial["seconds"]
+
+        left = max(budget - spent - seconds, LEAST_SHARE * budget)
+        search = Search(space, predictor.speedup, tried, left, starts.values())
+        unseen = range(args.search_prompts, len(generator.request.prompts))
+        trial, checked = _best(search, goal, judge, unseen, bar, notes)
+    for name, candidate in starts.items():
+        if candidate in search.trials:
+            one = search.trials[candidate]
+            others.append((f"preset {name}", one.speedup, one.psnr))
+    return Found(trial, checked, search, others, notes)
+
+
+_BAR = "{desc}: {percentage:3.0f}% of the budget|{bar}| {postfix}"
+
+
+def _scopes(generator, notes) -> tuple[list[str], int]:
+    """What may be left out with the model's sampler, and the order to foretell it with."""
+    model = generator.model
+    host, network = find_host(model)
+    deep = ["deep"] if host.deep(network, 1) else []
+    noise = adds_noise(model.test_scheduler, generator.request.steps)
+    if noise is False:
+        return ["network", *deep], 1
+    name = scheduler_name(model.test_scheduler)
+    why = "adds noise between the steps" if noise else "could not be looked into"
+    notes.append(
+        f"the sampler {name} {why}, so the network is never left out as a whole; a sampler "
+        "without noise, such as DDIM or DPM-Solver++, allows for more"
+    )
+    return deep, 0
+
+
+def _costs(generator, device, folder, numbers, scopes, order) -> dict[str, Any]:
+    """Measured costs; those of the folder where they were measured on this machine."""
+    where = environment(device)
+    place = {key: where[key] for key in ("processor", "cpus", "gpu")}
+    place.update(host=socket.gethostname(), threads=torch.get_num_threads())
+    held = folder.kept("costs.json")
+    if held and held["place"] == place:
+        return held
+    start = time.perf_counter()
+    first = list(numbers)[: generator.request.batch_size]
+    measured = measure_costs(generator, first, scopes, order)
+    measured.update(
+        place=place,
+        seconds=time.perf_counter() - start,
+        load_average_1min=environment(device)["load_average_1min"],
+    )
+    folder.keep("costs.json", measured)
+    return measured
+
+
+def _useful(space: Space, predictor: Predictor, steps: int, notes) -> Space:
+    """The space without what can never be left out in so few steps."""
+    useful = []
+    for scope in space.scopes:
+        alone = Space((scope,), order=space.order)
+        if predictor.speedup(alone.fastest()[0]) > 1:
+            useful.append(scope)
+        else:
+            notes.append(f"{scope}: nothing to leave out in {steps} steps; more --steps allow it")
+    return Space(tuple(useful), space.merges, space.order)
+
+
+def _fewer_steps(judge, predictor, steps) -> tuple[list[tuple[str, float, float]], float]:
+    """(name, speed-up, PSNR) of the dense model with fewer steps, and the seconds it took."""
+    counts = sorted({max(1, round(steps * share)) for share in FEWER_STEPS} - {steps}, reverse=True)
+    points, seconds = [], 0.0
+    for count in tqdm(counts, desc="fewer steps", dynamic_ncols=True):
+        trial = judge.trial(None, steps=count)
+        seconds += trial["seconds"]
+        speedup = predictor.fewer_steps(count / steps)
+        points.append((f"{count} steps", speedup, psnr_of(trial["mse"])))
+    return points, seconds
+
+
+def _best(search, goal, judge, unseen, bar, notes) -> tuple[Trial, dict[str, Any]]:
+    """The best candidate, and what it does on the prompts that the search did not see."""
+    if goal.speedup is None:
+        trial = search.run(goal)
+        bar.close()
+        checked = check(judge, unseen, trial.candidate.options())
+        psnr = math.inf if checked["psnr"] is None else checked["psnr"]
+        if psnr < goal.psnr:
+            notes.append(
+                f"on the unseen prompts the PSNR is {psnr:.1f} dB, below {goal.psnr:g}: these few "
+                "search prompts were easier; write more --search-prompts, or a higher --psnr"
+            )
+        return trial, checked
+    found: list[tuple[Trial, dict[str, Any]]] = []
+    needed = min(goal.speedup * MARGIN, search.top)
+    for _ in range(ATTEMPTS):
+        try:
+            trial = search.run(Goal(speedup=needed))
+        except ToMeError:
+            if not found:
+                raise
+            break
+        bar.close()
+        checked = check(judge, unseen, trial.candidate.options())
+        found.append((trial, checked))
+        measured = checked["speedup"]["median"]
+        if measured >= goal.speedup:
+            return trial, checked
+        notes.append(
+            f"predicted {trial.speedup:.2f}x measures {measured:.2f}x on the unseen prompts, below "
+            f"{goal.speedup:g}x: the search went on with a higher goal"
+        )
+        needed = trial.speedup * max(goal.speedup / measured, 1.0) * 1.005
+    trial, checked = max(found, key=lambda one: one[1]["speedup"]["median"])
+    notes.append(
+        f"MISSED: {goal.speedup:g}x was not measured; this is the fastest of {len(found)} checked, "
+        f"{checked['speedup']['median']:.2f}x. On a busy machine, try again when it is quiet"
+    )
+    return trial, checked
+
+
+# --- what comes out -------------------------------------------------------------------------------
+
+
+def _report(args, argv, config, generator, device, folder, found: Found) -> None:
+    where = environment(device)
+    settings = _settings(args, generator, device)
+    goal = Goal(args.speedup, args.psnr)
+    text = config_text(
+        base_of(args.config, args.target),
+        found.trial.candidate.options(),
+        _comment(args, settings, where, found),
+        replaces=config.get("tome_cfg") is not None,
+        imports=_imports(config),
+    )
+    title = f"{args.config_path.stem}: {settings['steps']} steps, {settings['size']}, {device}"
+    write_plot(
+        folder.path / "pareto.png",
+        title,
+        list(found.search.trials.values()),
+        found.others,
+        goal,
+        found.trial,
+        found.checked,
+    )
+    folder.keep("result.json", _result(argv, args, settings, where, found))
+    write_text(args.target, text)
+    print(f"\n{_table(found)}\n")
+    print(_said(found))
+    for note in found.notes:
+        print(f"note: {note}")
+    print(f"config: {args.target}\npicture, table and everything tried: {folder.path}")
+
+
+def _settings(args, generator, device) -> dict[str, Any]:
+    request = generator.request
+    height, width = generator.size
+    return {
+        "config": args.config,
+        "cfg_options": list(args.cfg_options),
+        "prompts": args.prompt_source,
+        "search_prompts": args.search_prompts,
+        "unseen_prompts": len(request.prompts) - args.search_prompts,
+        "steps": request.steps,
+        "guidance": request.guidance,
+        "size": f"{height}x{width}",
+        "batch_size": request.batch_size,
+        "scheduler": scheduler_name(generator.model.test_scheduler),
+        "dtype": str(next(generator.model.unet.parameters()).dtype).replace("torch.", ""),
+        "device": str(device),
+    }
+
+
+def _imports(config) -> list[str] | None:
+    """What the config imports if this package is not among it, else None."""
+    imports = (config.get("custom_imports") or {}).get("imports") or []
+    imports = [imports] if isinstance(imports, str) else list(imports)
+    return None if any(name.split(".")[0] == "mmagic_tome" for name in imports) else imports
+
+
+def _comment(args, settings, where, found: Found) -> list[str]:
+    goal = Goal(args.speedup, args.psnr).text()
+    versions = ", ".join(f"{name} {one}" for name, one in where["versions"].items())
+    place = where["gpu"] or f"{where['processor']}, {where['cpus']} CPUs"
+    notes = [
+        f"Found by the tune command of mmagic_tome for {goal}: {settings['steps']} steps, "
+        f"guidance {settings['guidance']:g}, {settings['size']}, batch size "
+        f"{settings['batch_size']}, {settings['scheduler']}, {settings['dtype']}.",
+        f"Search: {len(found.search.trials)} settings on {settings['search_prompts']} prompts "
+        f"({settings['prompts']}).",
+        _said(found),
+        f"Machine: {place}, {where['torch_threads']} threads of torch, {where['platform']}; load "
+        f"average of the last minute {where['load_average_1min']}.",
+        f"Versions: {versions}.",
+    ]
+    if settings["cfg_options"]:
+        notes.append(
+            f"Measured with --cfg-options {' '.join(settings['cfg_options'])}: not in this config."
+        )
+    return [*notes, *(note for note in found.notes if note.startswith("MISSED"))]
+
+
+def _said(found: Found) -> str:
+    """What was predicted and measured of the chosen one, in a few sentences."""
+    checked, factor = found.checked, found.checked["speedup"]
+    return (
+        f"Chosen: {found.trial.candidate.text()}. Search prompts: predicted "
+        f"{found.trial.speedup:.2f}x, {_db(found.trial.psnr)}. Prompts that the search did not "
+        f"see: measured {factor['median']:.2f}x (10th to 90th percentile {factor['p10']:.2f} to "
+        f"{factor['p90']:.2f} of {checked['pairs']} pairs of whole runs in turn), "
+        f"{_db(checked['psnr'])}; dense {checked['dense_seconds']:.3g} s per picture, tuned "
+        f"{checked['seconds']:.3g} s."
+    )
+
+
+def _db(psnr: float | None) -> str:
+    return "identical" if psnr is None or math.isinf(psnr) else f"{psnr:.1f} dB PSNR"
+
+
+def _table(found: Found) -> str:
+    """What is on the front, presets and fewer steps, the slowest first."""
+    best = [trial for trial in front(found.search.trials.values()) if trial.speedup > 1]
+    count = min(ROWS, len(best))
+    shown = {best[i * (len(best) - 1) // max(count - 1, 1)] for i in range(count)}
+    rows = [
+        ("-> " if trial == found.trial else "", trial.speedup, trial.psnr, trial.candidate.text())
+        for trial in {*shown, found.trial}
+    ]
+    rows += [("", speedup, psnr, name) for name, speedup, psnr in found.others]
+    lines = [f"   {'speed-up':>8}  {'PSNR':>9}  setting"]
+    for mark, speedup, psnr, name in sorted(rows, key=lambda row: (row[1], row[3])):
+        value = "identical" if math.isinf(psnr) else f"{psnr:.1f} dB"
+        lines.append(f"{mark:3}{speedup:7.2f}x  {value:>9}  {name}")
+    lines.append("   (speed-ups as predicted from measured costs; PSNR on the search prompts)")
+    return "\n".join(lines)
+
+
+def _result(argv, args, settings, where, found: Found) -> dict[str, Any]:
+    """``result.json``: everything; a PSNR of None stands for the same pictures."""
+
+    def row(trial: Trial) -> dict[str, Any]:
+        psnr = None if math.isinf(trial.psnr) else trial.psnr
+        options = trial.candidate.options()
+        return {"options": options, "speedup": trial.speedup, "psnr": psnr, "mse": trial.mse}
+
+    return {
+        "command": ["tune", *argv],
+        "goal": {"speedup": args.speedup, "psnr": args.psnr},
+        "settings": settings,
+        "chosen": row(found.trial),
+        "unseen": found.checked,
+        "notes": found.notes,
+        "trials": [row(trial) for trial in found.search.trials.values()],
+        "path": [row(trial) for trial in found.search.path],
+        "others": [
+            {"name": name, "speedup": x, "psnr": None if math.isinf(y) else y}
+            for name, x, y in found.others
+        ],
+        "environment": where,
+    }

@@ -1,0 +1,198 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""What the parts of a network cost on this machine.
+
+Short runs of the whole model, in rounds in which everything that is measured runs once: what slows
+the machine for a while slows all of them. Every figure is a share of the dense network's in the
+same round, and the median of the rounds counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import mean, median
+from typing import Any
+
+from tqdm import tqdm
+
+from ..apis.text2image import Generator
+from ..config import ToMeConfig
+from ..errors import ToMeError
+from ..evaluation.contenders import Contender
+from ..hosts import find_host
+from .predict import Costs, left_out
+from .sampler import Trace
+from .space import RATIOS, REFRESH, Space
+
+ROUNDS = 3
+# Few steps give every kind of call a few times.
+STEPS = 8
+SITES = ("attn", "block")
+# Merging that saves less of a call than this is left out: it costs quality, and the clock is no
+# better than that.
+LEAST_SAVING = 0.02
+
+
+def measure_costs(
+    generator: Generator, numbers: Sequence[int], scopes: Sequence[str], order: int
+) -> dict[str, Any]:
+    """Measure what there is to choose from.
+
+    Args:
+        generator: of a model that is dense.
+        numbers: the pictures of a run.
+        scopes: of 'network' and 'deep', what may be left out.
+        order: of foretelling.
+
+    Returns:
+        JSON-able: ``foretold``, ``shallow`` (None where they were not measured), ``rest``,
+        ``merges`` (a list of [site, level, ratio, what it adds]), ``deep_levels``,
+        ``dense_call_seconds``, ``rounds``.
+    """
+    host, network = find_host(generator.model)
+    blocks = host.blocks(network)
+    levels = sorted({block.downsample for block in blocks})
+    runs = {"dense": None}
+    for scope in scopes:
+        # Everywhere, to see as many as possible in a short run.
+        reuse = {scope: dict(steps=2, between=(0.0, 1.0), order=order)}
+        runs[scope] = ToMeConfig(ratio=0, reuse=reuse)
+    merges = {}
+    for site in SITES:
+        for level in levels:
+            config = merging(site, level, 0.5)
+            if _works(generator.model, config):
+                merges[site, level, 0.5] = config
+    with tqdm(desc="measuring costs", unit="step", dynamic_ncols=True) as bar:
+        first = _rounds(generator, numbers, {**runs, **merges}, bar)
+        kept = [key for key in merges if _added(first, key) < -LEAST_SAVING]
+        more = {
+            (site, level, ratio): merging(site, level, ratio)
+            for site, level, _ in kept
+            for ratio in RATIOS
+            if ratio != 0.5
+        }
+        second = _rounds(generator, numbers, {"dense": None, **more}, bar) if more else None
+    found = [[*key, _added(first, key)] for key in kept]
+    found += [[*key, _added(second, key)] for key in more if _added(second, key) < -LEAST_SAVING]
+    deep = _inside(host.deep(network, 1), blocks) if "deep" in scopes else set()
+    inner = {
+        level
+        for level in levels
+        if all(block.name in deep for block in blocks if block.downsample == level)
+    }
+    dense = first["dense"]
+    return {
+        "foretold": _share(first, "network", "network"),
+        "shallow": _share(first, "deep", "deep"),
+        "rest": median(one["rest"] / one["full"] for one in dense),
+        "merges": sorted(found),
+        "deep_levels": sorted(inner),
+        "dense_call_seconds": median(one["full"] for one in dense),
+        "rounds": ROUNDS,
+    }
+
+
+def costs_of(measured: dict[str, Any]) -> Costs:
+    """The figures of :func:`measure_costs`, for a predictor."""
+    return Costs(
+        foretold=measured["foretold"] or 0.0,
+        shallow=measured["shallow"],
+        rest=measured["rest"],
+        merges={(site, level, ratio): added for site, level, ratio, added in measured["merges"]},
+        deep_levels=frozenset(measured["deep_levels"]),
+    )
+
+
+def space_of(measured: dict[str, Any], order: int) -> Space:
+    """What saves time here.
+
+    Merging: of each level the ratios that save more than the ratio below.
+    """
+    scopes = [("network", "foretold"), ("deep", "shallow")]
+    usable = tuple(s for s, key in scopes if measured[key] is not None and measured[key] < 1)
+    tables: dict[str, dict[int, tuple[float, ...]]] = {}
+    best: dict[tuple[str, int], float] = {}
+    for site, level, ratio, added in sorted(measured["merges"]):
+        if added < best.get((site, level), 0.0):
+            best[site, level] = added
+            table = tables.setdefault(site, {})
+            table[level] = (*table.get(level, ()), ratio)
+    return Space(usable, tables, order)
+
+
+def merging(site: str, level: int, ratio: float) -> ToMeConfig:
+    """Merging at one level, with a schedule as a candidate has it."""
+    return ToMeConfig(
+        ratio={"level": {level: ratio}},
+        sites=[site],
+        max_downsample=level,
+        refresh={"steps": REFRESH},
+    )
+
+
+def _works(model: Any, config: ToMeConfig) -> bool:
+    """Whether a model can be merged like this."""
+    try:
+        with Contender("", tome_cfg=config).on(model):
+            return True
+    except ToMeError:
+        return False
+
+
+def _rounds(generator, numbers, runs, bar) -> dict[Any, list[dict[str, float]]]:
+    """Figures of every run in every round, after a round to warm up."""
+    steps = min(STEPS, generator.request.steps)
+    bar.total = (bar.total or 0) + steps * len(runs) * (ROUNDS + 1)
+    found: dict[Any, list[dict[str, float]]] = {key: [] for key in runs}
+    for turn in range(-1, ROUNDS):
+        for key in list(runs)[:: -1 if turn % 2 else 1]:
+            bar.set_postfix_str(_name(key) if turn >= 0 else "warm-up")
+            figures = _run(generator, numbers, runs[key], steps, bar.update)
+            if turn >= 0:
+                found[key].append(figures)
+    return found
+
+
+def _run(
+    generator: Generator,
+    numbers: Sequence[int],
+    config: ToMeConfig | None,
+    steps: int,
+    on_step: Callable[[], object],
+) -> dict[str, float]:
+    """Mean seconds of a call by what is left out at it, and ``rest``: all around the calls."""
+    model = generator.model
+    with Contender("", tome_cfg=config).on(model), Trace(model) as trace:
+        _, clock = generator.run(numbers, steps, on_step=on_step)
+    seconds = generator.step_seconds
+    out = left_out(config or ToMeConfig(ratio=0), trace.times, trace.levels)
+    by_kind: dict[str, list[float]] = {}
+    # The first call of a run pays for what the machine had forgotten of the network.
+    for number, (kind, time) in enumerate(zip(out, seconds)):
+        if number or len(seconds) == 1:
+            by_kind.setdefault(min(kind, default="full"), []).append(time)
+    return {"rest": clock.total - clock.unet, **{k: mean(v) for k, v in by_kind.items()}}
+
+
+def _share(found, key, kind) -> float | None:
+    """Seconds of a kind of call as a share of the dense ones of the same round."""
+    shares = [
+        one[kind] / dense["full"]
+        for dense, one in zip(found["dense"], found.get(key, []))
+        if kind in one
+    ]
+    return median(shares) if shares else None
+
+
+def _added(found, key) -> float:
+    return _share(found, key, "full") - 1
+
+
+def _inside(modules, blocks) -> set[str]:
+    """Names of the blocks that are somewhere in some modules."""
+    held = {id(inner) for module in modules for inner in module.modules()}
+    return {block.name for block in blocks if id(block.module) in held}
+
+
+def _name(key: Any) -> str:
+    return key if isinstance(key, str) else "merge {} at {}: {}".format(*key)

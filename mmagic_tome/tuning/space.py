@@ -1,0 +1,264 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""What can be tuned, and the moves that make a candidate faster or slower.
+
+A candidate has at most three parts, each with a window of noise levels in which it acts:
+
+- ``network`` and ``deep``: leave the network, or its inner levels, out at some steps
+  (option ``reuse``);
+- ``merge``: merge tokens at some levels (option ``ratio``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..config import ToMeConfig
+from ..presets import with_preset
+from ..reuse import SCOPES, Reuse
+
+# Width of one move of a window's edge, in noise levels.
+NOTCH = 0.1
+# A part that runs at every fifth step or more rarely is foretold from too far away.
+MOST_STEPS = 4
+RATIOS = (0.25, 0.5, 0.75)
+# Steps that a plan of merging serves: matching is a large part of what merging costs.
+REFRESH = 2
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of the network that is left out.
+
+    Args:
+        steps: it runs at every this many steps.
+        low, high: noise levels between which it is left out, 1 = pure noise.
+    """
+
+    steps: int
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Token merging.
+
+    Args:
+        site: kind of site, as in ``ToMeConfig(sites=...)``.
+        ratios: (level, ratio) of every level with merging, by level. A level is how many times
+            coarser its grid is than the finest one.
+        low, high: noise levels between which tokens are merged.
+    """
+
+    site: str
+    ratios: tuple[tuple[int, float], ...]
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting; the empty one is the dense model.
+
+    Args:
+        network, deep: what is left out, or None.
+        merge: what is merged, or None.
+        order: of the line or curve on which left-out outputs are foretold.
+    """
+
+    network: Window | None = None
+    deep: Window | None = None
+    merge: Merge | None = None
+    order: int = 1
+
+    def options(self) -> dict[str, Any]:
+        """Options of a :class:`~mmagic_tome.config.ToMeConfig`; of JSON's types but for levels."""
+        options: dict[str, Any] = {"ratio": 0}
+        if self.merge is not None:
+            merge = self.merge
+            options["ratio"] = {"level": dict(merge.ratios)}
+            if (merge.low, merge.high) != (0.0, 1.0):
+                options["ratio"]["noise"] = {"between": [merge.low, merge.high]}
+            options["sites"] = [merge.site]
+            options["max_downsample"] = max(level for level, _ in merge.ratios)
+            options["refresh"] = {"steps": REFRESH}
+        reuse = {}
+        for name in SCOPES:
+            window = getattr(self, name)
+            if window is not None:
+                reuse[name] = {"steps": window.steps, "between": [window.low, window.high]}
+                if self.order != 1:
+                    reuse[name]["order"] = self.order
+        if reuse:
+            options["reuse"] = reuse
+        return options
+
+    def config(self) -> ToMeConfig:
+        """The same as a validated config."""
+        return ToMeConfig.from_dict(self.options())
+
+    @property
+    def dense(self) -> bool:
+        """Whether it changes nothing."""
+        return self.network is None and self.deep is None and self.merge is None
+
+    def text(self) -> str:
+        """A few words, for tables."""
+        words = []
+        for name in SCOPES:
+            window = getattr(self, name)
+            if window is not None:
+                words.append(f"{name} 1/{window.steps} in {window.low:g}-{window.high:g}")
+        if self.merge is not None:
+            merge = self.merge
+            levels = ", ".join(f"/{level}: {ratio:g}" for level, ratio in merge.ratios)
+            words.append(f"merge {merge.site} {levels} in {merge.low:g}-{merge.high:g}")
+        return "; ".join(words) or "dense"
+
+
+def candidate_of(options: Mapping[str, Any]) -> Candidate | None:
+    """The candidate that options stand for; None where they say what no candidate can.
+
+    Args:
+        options: of a ToMeConfig, such as ``dict(preset='fast')``.
+    """
+    options = with_preset(options)
+    if options.pop("ratio", None) != 0:
+        return None
+    reuse = Reuse.coerce(options.pop("reuse", None))
+    if options or reuse is None or reuse.outer != 1:
+        return None
+    scopes = reuse.scopes
+    orders = {scope.order for scope in scopes.values()}
+    if len(orders) != 1:
+        return None
+    windows = {name: Window(scope.steps, *scope.between) for name, scope in scopes.items()}
+    return Candidate(**windows, order=orders.pop())
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a search may do to a model on this machine.
+
+    Args:
+        scopes: of 'network' and 'deep', those that can be left out.
+        merges: site -> level -> ratios, ascending, of merging that saves time here.
+        order: of every candidate.
+    """
+
+    scopes: tuple[str, ...]
+    merges: Mapping[str, Mapping[int, tuple[float, ...]]] = field(default_factory=dict)
+    order: int = 1
+
+    @property
+    def dense(self) -> Candidate:
+        """Where a search starts."""
+        return Candidate(order=self.order)
+
+    def holds(self, candidate: Candidate) -> bool:
+        """Whether a candidate does nothing that this space leaves out."""
+        scopes = all(getattr(candidate, name) is None or name in self.scopes for name in SCOPES)
+        return scopes and candidate.order == self.order
+
+    def fastest(self) -> list[Candidate]:
+        """The far ends of the space; one of them is the fastest candidate."""
+        everything = Window(MOST_STEPS, 0.0, 1.0)
+        base = replace(self.dense, **dict.fromkeys(self.scopes, everything))
+        merges = [
+            Merge(site, tuple((level, ratios[-1]) for level, ratios in sorted(table.items())), 0, 1)
+            for site, table in self.merges.items()
+        ]
+        return [base, *(replace(base, merge=merge) for merge in merges)]
+
+    def faster(self, candidate: Candidate) -> Iterator[tuple[str, list[Candidate]]]:
+        """Moves that make a candidate faster.
+
+        Yields:
+            Name of the move, and the candidates that it leads to, the nearest first: the first of
+            them that is faster is meant. A window's edge may have to move several notches to
+            reach the next step of the sampler.
+        """
+        for name in self.scopes:
+            window = getattr(candidate, name)
+            if window is None:
+                starts = [Window(2, *_edges(0.5 - k * NOTCH, 0.5 + k * NOTCH)) for k in range(1, 6)]
+                yield f"{name}: in", [replace(candidate, **{name: start}) for start in starts]
+                continue
+            for edge, windows in _wider(window):
+                yield f"{name}: {edge}", [replace(candidate, **{name: one}) for one in windows]
+            if window.steps < MOST_STEPS:
+                more = replace(window, steps=window.steps + 1)
+                yield f"{name}: steps", [replace(candidate, **{name: more})]
+        yield from self._more_merging(candidate)
+
+    def _more_merging(self, candidate: Candidate) -> Iterator[tuple[str, list[Candidate]]]:
+        merge = candidate.merge
+        if merge is None:
+            for site, table in self.merges.items():
+                for level, ratios in table.items():
+                    for part, low, high in (("late", 0.0, 0.5), ("early", 0.5, 1.0)):
+                        start = Merge(site, ((level, ratios[0]),), low, high)
+                        name = f"merge {site} at {level}: {part}"
+                        yield name, [replace(candidate, merge=start)]
+            return
+        for edge, wider in _wider(merge):
+            yield f"merge: {edge}", [replace(candidate, merge=one) for one in wider]
+        held = dict(merge.ratios)
+        for level, ratios in self.merges.get(merge.site, {}).items():
+            higher = [ratio for ratio in ratios if ratio > held.get(level, 0)]
+            if higher:
+                more = tuple(sorted({**held, level: higher[0]}.items()))
+                name = f"merge {merge.site} at {level}: more"
+                yield name, [replace(candidate, merge=replace(merge, ratios=more))]
+
+    def slower(self, candidate: Candidate) -> Iterator[Candidate]:
+        """Neighbours that do one thing less."""
+        for name in SCOPES:
+            window = getattr(candidate, name)
+            if window is None:
+                continue
+            for narrower in _narrower(window):
+                yield replace(candidate, **{name: narrower})
+            if window.steps > 2:
+                yield replace(candidate, **{name: replace(window, steps=window.steps - 1)})
+            yield replace(candidate, **{name: None})
+        merge = candidate.merge
+        if merge is None:
+            return
+        for narrower in _narrower(merge):
+            yield replace(candidate, merge=narrower)
+        for level, ratio in merge.ratios:
+            lower = [r for r in self.merges.get(merge.site, {}).get(level, ()) if r < ratio]
+            held = {**dict(merge.ratios), level: lower[-1] if lower else 0}
+            rest = tuple((level, ratio) for level, ratio in sorted(held.items()) if ratio)
+            yield replace(candidate, merge=replace(merge, ratios=rest) if rest else None)
+
+
+def _edges(low: float, high: float) -> tuple[float, float]:
+    """Within [0, 1], and without the last digits of sums of floats."""
+    return max(round(low, 2), 0.0), min(round(high, 2), 1.0)
+
+
+def _wider(part: Any) -> Iterator[tuple[str, list[Any]]]:
+    count = round(1 / NOTCH)
+    for edge in ("low", "high"):
+        chain, last = [], part
+        for k in range(1, count + 1):
+            low = part.low - k * NOTCH * (edge == "low")
+            high = part.high + k * NOTCH * (edge == "high")
+            low, high = _edges(low, high)
+            one = replace(part, low=low, high=high)
+            if one != last:
+                chain.append(one)
+            last = one
+        if chain:
+            yield edge, chain
+
+
+def _narrower(part: Any) -> Iterator[Any]:
+    for low, high in ((part.low + NOTCH, part.high), (part.low, part.high - NOTCH)):
+        low, high = _edges(low, high)
+        if low < high:
+            yield replace(part, low=low, high=high)

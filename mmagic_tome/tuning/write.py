@@ -1,0 +1,84 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""The config that comes out: a base, ``tome_cfg``, and a comment with what was measured."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def config_text(
+    base: str,
+    options: Mapping[str, Any],
+    notes: Iterable[str],
+    replaces: bool = False,
+    imports: Iterable[str] | None = None,
+) -> str:
+    """The text of a MMagic config.
+
+    Args:
+        base: what its ``_base_`` says.
+        options: of token merging.
+        notes: paragraphs of the comment at its top.
+        replaces: whether the base has a ``tome_cfg``, whose keys would be mixed with these.
+        imports: modules that the base imports, if this package is not among them: without it
+            nobody reads ``tome_cfg``.
+    """
+    lines = []
+    for note in notes:
+        lines += textwrap.wrap(note, 97, initial_indent="# ", subsequent_indent="# ")
+    lines += [f"_base_ = {quoted(base)}", ""]
+    if imports is not None:
+        names = [*imports, "mmagic_tome"]
+        entry = {"imports": names, "allow_failed_imports": False}
+        lines.append(f"custom_imports = {python_of(entry)}")
+    if replaces:
+        options = {"_delete_": True, **options}
+    lines.append("tome_cfg = dict(")
+    lines += [f"    {key}={python_of(value)}," for key, value in options.items()]
+    return "\n".join([*lines, ")"]) + "\n"
+
+
+def base_of(config: str, target: str | os.PathLike) -> str:
+    """What a config at ``target`` calls the config that was tuned."""
+    if "::" in config:
+        return config
+    source, folder = Path(config).resolve(), Path(target).resolve().parent
+    try:
+        relative = os.path.relpath(source, folder)
+    except ValueError:  # on another drive
+        return source.as_posix()
+    relative = Path(relative).as_posix()
+    return relative if relative.startswith(".") else f"./{relative}"
+
+
+def python_of(value: Any) -> str:
+    """JSON-able values as one would write them in a config."""
+    if isinstance(value, Mapping):
+        items = [(key, python_of(one)) for key, one in value.items()]
+        if all(isinstance(key, str) and key.isidentifier() for key, _ in items):
+            return f"dict({', '.join(f'{key}={one}' for key, one in items)})"
+        return "{" + ", ".join(f"{python_of(key)}: {one}" for key, one in items) + "}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(python_of, value))}]"
+    return quoted(value) if isinstance(value, str) else repr(value)
+
+
+def quoted(text: str) -> str:
+    """A string literal in double quotes."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a file under a temporary name first."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
