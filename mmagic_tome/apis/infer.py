@@ -11,8 +11,10 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -179,6 +181,15 @@ def versions():
     return found
 
 
+def _processor():
+    """Return the name of the processor; of its architecture where the system tells no more."""
+    with suppress(OSError):
+        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine()
+
+
 def environment(device):
     """Return what the times depend on, as a dict."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
@@ -186,7 +197,7 @@ def environment(device):
     return {
         "versions": versions(),
         "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
+        "processor": _processor(),
         "cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "load_average_1min": load,

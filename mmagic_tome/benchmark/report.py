@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 from contextlib import suppress
 from importlib import metadata
@@ -121,9 +120,6 @@ def environment(device: str) -> dict[str, Any]:
     found = common(torch.device(device))
     with suppress(metadata.PackageNotFoundError):
         found["versions"]["tomesd"] = metadata.version("tomesd")
-    with suppress(OSError, TypeError):
-        text = Path("/proc/cpuinfo").read_text()
-        found["processor"] = re.search(r"model name\s*: (.+)", text)[1]
     if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)

@@ -73,14 +73,17 @@ def merging_off(handle: ToMeHandle) -> Iterator[None]:
 
     Ratio 0 alone would leave on what is carried from step to step (``reuse``, ``residual``).
     """
-    state, config = handle._state, handle.config
-    state.config = config.replace(ratio=0, method="tome", **dict.fromkeys(CARRIED))
-    state.forget_run()
+    # Of the network and its ControlNets.
+    held = [(state, state.config) for state in handle._states.values()]
     try:
+        for state, config in held:
+            state.config = config.replace(ratio=0, method="tome", **dict.fromkeys(CARRIED))
+            state.forget_run()
         yield
     finally:
-        state.config = config
-        state.forget_run()
+        for state, config in held:
+            state.config = config
+            state.forget_run()
 
 
 def ratio_text(handle: ToMeHandle) -> str:

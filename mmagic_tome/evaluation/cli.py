@@ -27,6 +27,7 @@ from ..apis.command_line import (
     number,
     resolve_config,
 )
+from ..presets import PRESETS
 from .plan import NUMBERS
 from .team import LAUNCHERS
 
@@ -110,7 +111,7 @@ def build_parser(prog: str = "evaluate") -> Parser:
         help="by each of these methods, at each of --ratios (default: that of the config, else "
         "0.5); the error for a wrong name lists them",
     )
-    add("--presets", nargs="+", metavar="NAME", help="token merging as a preset says")
+    add("--presets", nargs="+", metavar="NAME", help=f"what is meant by {', '.join(PRESETS)}")
     add(
         "--tome",
         action="append",

@@ -31,6 +31,7 @@ from PIL import Image
 
 from ..apis.pictures import ResultFolder
 from ..errors import ToMeError
+from .contenders import slug
 
 FORMAT = 1
 PARTS = ("pictures", "measures")
@@ -125,7 +126,8 @@ class RunFolder:
         Args:
             fingerprint: What all pictures depend on, JSON-able.
             contenders: Name of each contender to what its pictures depend on besides.
-            overwrite: Begin anew where the folder holds something else.
+            overwrite: Begin anew where the folder holds something else; if only some contenders
+                are others than they were, those alone.
 
         Returns:
             The manifest, which may hold contenders that are not asked for now.
@@ -146,7 +148,11 @@ class RunFolder:
                 f"{self.path} holds another evaluation, which differs in {'; '.join(changed)}. "
                 "Use --overwrite to replace it, or another folder with --out"
             )
-        if changed or (held is None and self._holds_parts()):
+        if changed and not differences(held, fingerprint, {}):
+            for name, spec in contenders.items():
+                if held["contenders"].get(name, spec) != spec:
+                    shutil.rmtree(self.path / "pictures" / slug(name), ignore_errors=True)
+        elif changed or (held is None and self._holds_parts()):
             self.clear()
             held = None
         manifest = held or {"format": FORMAT, "fingerprint": fingerprint, "contenders": {}}

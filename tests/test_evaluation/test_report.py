@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmagic_tome import ToMeError
+from mmagic_tome import ToMeConfig, ToMeError
+from mmagic_tome.evaluation.contenders import Contender
 from mmagic_tome.evaluation.report import html, plots, table
 
 BROWSERS = (
@@ -130,6 +131,31 @@ def test_the_markdown_table_has_the_layout_of_the_paper(finished):
     assert rows[3][1] == "50" and rows[1][4] == "1"
     assert len({len(row) for row in rows}) == 1
     assert "5 pictures of prompts.json, 64x64, 4 steps" in lines[0]
+
+
+def test_a_preset_without_merging_is_not_read_as_dense():
+    for options, said in ((None, "0"), ({"reuse": None}, "0"), ({"reuse": 2}, "0 + reuse")):
+        assert table._ratio({"ratio": 0, "kind": "tome", "options": options}) == said
+    assert table._ratio({"ratio": None, "kind": "tome", "options": {}}) == table.NONE
+    assert table._ratio({"ratio": 0, "kind": "deepcache", "options": {}}) == "0 + reuse"
+
+
+def test_every_kind_of_contender_has_a_mark_and_colours_in_both_themes():
+    kinds = {
+        one.kind
+        for one in (
+            Contender("a"),
+            Contender("b", tome_cfg=ToMeConfig()),
+            Contender("c", tomesd={"ratio": 0.5}),
+            Contender("d", deepcache={"cache_interval": 2}),
+            Contender("e", steps=3),
+        )
+    }
+    css = html._asset("report.css")
+    for kind in kinds:
+        assert kind in plots.SHAPES and kind in plots.LABELS and kind in plots.ROLES
+        assert css.count(f"--{kind}:") == 3, "light, dark by the system, dark by the button"
+    assert len({stands_for for stands_for, _ in plots.ROLES.values()}) == len(plots.ROLES)
 
 
 def test_csv_has_unrounded_figures(finished):

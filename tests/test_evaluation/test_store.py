@@ -56,6 +56,19 @@ def test_what_differs_is_named_and_nothing_is_lost(tmp_path):
     assert (folder.path / "mine.txt").is_file()
 
 
+def test_a_contender_that_became_another_is_replaced_alone(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    specs = {**SPECS, "My half": {"kind": "tome", "tome_cfg": {"sx": 2}}}
+    folder.open(BASIS, specs, overwrite=False)
+    save(folder), save(folder, contender="my-half")
+    other = {**SPECS, "My half": {"kind": "tome", "tome_cfg": {"sx": 4}}}
+    with pytest.raises(ToMeError, match=r"My half\.tome_cfg\.sx: 2, now 4"):
+        folder.open(BASIS, other, overwrite=False)
+    manifest = folder.open(BASIS, other, overwrite=True)
+    assert manifest["contenders"] == other
+    assert folder.has_picture("dense", 0) and not folder.has_picture("my-half", 0)
+
+
 def test_a_picture_counts_when_its_record_is_there(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path / "run")
 

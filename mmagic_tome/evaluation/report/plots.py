@@ -18,13 +18,15 @@ ROLES = {
     "dense": ("#030303", "var(--dense)"),
     "tome": ("#040404", "var(--tome)"),
     "tomesd": ("#050505", "var(--tomesd)"),
+    "deepcache": ("#070707", "var(--deepcache)"),
     "steps": ("#060606", "var(--steps)"),
 }
-SHAPES = {"dense": "D", "tome": "o", "tomesd": "s", "steps": "^"}
+SHAPES = {"dense": "D", "tome": "o", "tomesd": "s", "deepcache": "P", "steps": "^"}
 LABELS = {
     "dense": "dense",
     "tome": "mmagic_tome",
     "tomesd": "tomesd",
+    "deepcache": "DeepCache",
     "steps": "fewer steps",
 }
 # Of one role, contenders differ by the dashes of their lines.
@@ -261,7 +263,7 @@ def layers_plot(results: dict[str, Any]) -> str | None:
     Times of a block hold what merging does there.
     """
     blocks = results["cost_measured"]["blocks"]
-    rows = _chosen(results, MOST_BARS, ("dense", "tome", "tomesd"))
+    rows = _chosen(results, MOST_BARS, ("dense", "tome", "tomesd", "deepcache"))
     sums = {row["name"]: _by_stack(blocks[row["name"]]) for row in rows}
     names = list(sums[rows[0]["name"]])
     if not names:

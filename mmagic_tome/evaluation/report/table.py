@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,7 @@ def heads_and_cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]
     heads += [_head(rows, name) for name in paired]
     cells = []
     for row in rows:
-        ratio = NONE if row["ratio"] is None else f"{100 * row['ratio']:g}"
-        line = [row["name"], ratio, str(row["steps"])]
+        line = [row["name"], _ratio(row), str(row["steps"])]
         line += [_metric(row["quality"][name]) for name in sets]
         if timed:
             seconds = _three_digits(row["cost"]["seconds_per_image"]["median"])
@@ -63,6 +63,13 @@ def heads_and_cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]
         line += [_metric(row["quality"][name]) for name in paired]
         cells.append(line)
     return heads, cells
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    """Per cent; and what is done besides, lest 0 be read as dense."""
+    text = NONE if row["ratio"] is None else f"{100 * row['ratio']:g}"
+    reused = row["kind"] == "deepcache" or (row["options"] or {}).get("reuse") is not None
+    return f"{text} + reuse" if reused else text
 
 
 def _head(rows, name) -> str:
@@ -103,10 +110,19 @@ def markdown_table(results: dict[str, Any]) -> str:
     lines.append("| " + " | ".join(heads) + " |")
     lines.append("|---|" + "---:|" * (len(heads) - 1))
     lines += ["| " + " | ".join(_escaped(cell) for cell in line) + " |" for line in cells]
-    footnotes = footnotes_of(results)
-    if footnotes:
-        lines += ["", *(f"- {note}" for note in footnotes)]
+    lines += ["", *(f"- {note}" for note in [*footnotes_of(results), _made_by(results)])]
     return "\n".join(lines)
+
+
+def _made_by(results: dict[str, Any]) -> str:
+    """What a reader needs to make the table again."""
+    environment = results["environment"]
+    versions = environment["versions"]
+    known = [f"{k} {versions[k]}" for k in ("mmagic_tome", "torch", "diffusers") if k in versions]
+    return (
+        f"`{shlex.join(results['command'])}`, {results['finished'][:10]}, "
+        f"{environment['gpu'] or environment['processor']}, {', '.join(known)}"
+    )
 
 
 def _escaped(text: str) -> str:
