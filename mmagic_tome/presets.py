@@ -15,19 +15,21 @@ from .errors import ToMeError
 #: name -> options of :class:`~mmagic_tome.config.ToMeConfig`.
 PRESETS: dict[str, dict[str, Any]] = {
     # The inner part at every second step, but for the first and last of a run.
-    "quality": dict(ratio=0, reuse=dict(deep=dict(steps=2, between=(0.1, 0.8)))),
+    "quality": dict(ratio=0, reuse=dict(deep=dict(steps=2, between=(0.1, 0.8), repay=0.5))),
     # The network at every second step; while there is much noise only its inner part.
     "balanced": dict(
         ratio=0,
         reuse=dict(
-            network=dict(steps=2, between=(0.1, 0.65)), deep=dict(steps=2, between=(0.65, 0.95))
+            network=dict(steps=2, between=(0.1, 0.65), repay=0.5),
+            deep=dict(steps=2, between=(0.65, 0.95), repay=0.5),
         ),
     ),
     # The network at every second step from the start, its inner part at every second of those.
     "fast": dict(
         ratio=0,
         reuse=dict(
-            network=dict(steps=2, between=(0.0, 0.95)), deep=dict(steps=2, between=(0.0, 0.7))
+            network=dict(steps=2, between=(0.0, 0.95)),
+            deep=dict(steps=2, between=(0.0, 0.7), repay=0.5),
         ),
     ),
 }

@@ -47,6 +47,9 @@ class Scope:
             1 = pure noise. Default (0, 0.95). The last step of a run is never left out.
         order (int): 0: its last output again; 1 (default): on the line through the last two;
             2: on the parabola through the last three.
+        repay (float): share in [0, 1] of what was foretold wrongly that is made good at the next
+            run: the outputs there say what the left out ones should have been (on the line
+            between its neighbours), and the difference is added. Default 0.
 
     Raises:
         ToMeError: wrong type or value.
@@ -55,6 +58,7 @@ class Scope:
     steps: int = 1
     between: Sequence[float] = (0.0, 0.95)
     order: int = 1
+    repay: float = 0.0
 
     def __post_init__(self) -> None:
         steps = self.steps
@@ -64,12 +68,13 @@ class Scope:
                 "every second step"
             )
         check_order("reuse", self.order)
+        if not _is_share(self.repay):
+            raise ToMeError(
+                f"reuse: repay={self.repay!r} must be a number in [0, 1]; write repay=0.5"
+            )
         pair = self.between
         fine = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
-        numbers = fine and all(
-            isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x <= 1 for x in pair
-        )
-        if not numbers or not pair[0] < pair[1]:
+        if not fine or not all(map(_is_share, pair)) or not pair[0] < pair[1]:
             raise ToMeError(
                 f"reuse: between={pair!r} must be two noise levels (low, high) in [0, 1]; write "
                 "between=(0.1, 0.75)"
@@ -142,6 +147,10 @@ class Reuse:
         return plain if self.outer == 1 else {**plain, "outer": self.outer}
 
 
+def _is_share(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x <= 1
+
+
 def foretold(states: Sequence[ScopeState], run: Run, noise: float | None) -> frozenset[str]:
     """The scopes to leave out at the present step of a run; noted there.
 
@@ -191,20 +200,34 @@ class Kept:
     def __init__(self) -> None:
         self.memories: list[Memory] = []
         self.shapes: Any = None
+        # (timestep, what was foretold), since the last run; where it is to be made good.
+        self.unpaid: list[tuple[float, list[Tensor]]] = []
 
     def __len__(self) -> int:
         """Outputs that are remembered."""
         return len(self.memories[0]) if self.memories else 0
 
-    def keep(self, time: float, output: Any, order: int) -> None:
-        """Remember the numbers of an output."""
-        tensors = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
+    def keep(self, time: float, output: Any, options: Scope) -> Any:
+        """Remember the numbers of an output; the output to go on with, see :class:`Scope`."""
+        leaves, structure = tree_flatten(output)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if len(tensors) != len(self.memories):
-            self.memories = [Memory() for _ in tensors]
+            self.memories, self.unpaid = [Memory() for _ in tensors], []
         for memory, tensor in zip(self.memories, tensors):
             # A copy: whoever gets the output may change it in place.
-            memory.keep(time, tensor.detach().clone(), order)
+            memory.keep(time, tensor.detach().clone(), max(options.order, options.repay > 0))
         self.keep_shapes(output)
+        unpaid, self.unpaid = self.unpaid, []
+        if not unpaid:
+            return output
+        for left_out, guesses in unpaid:
+            tensors = [
+                tensor + options.repay * (memory.predict(left_out, 1) - guess)
+                for tensor, memory, guess in zip(tensors, self.memories, guesses)
+            ]
+        paid = iter(tensors)
+        leaves = [next(paid) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return tree_unflatten(leaves, structure)
 
     def keep_shapes(self, output: Any) -> None:
         """Remember an output without its numbers: one number that is repeated everywhere."""
@@ -212,14 +235,14 @@ class Kept:
             lambda x: x.new_zeros(()).expand(x.shape) if isinstance(x, Tensor) else x, output
         )
 
-    def foretell(self, time: float, order: int) -> Any:
+    def foretell(self, time: float, options: Scope) -> Any:
         """The output at a timestep, in the structure of the last one."""
         leaves, structure = tree_flatten(self.shapes)
-        memories = iter(self.memories)
-        leaves = [
-            next(memories).predict(time, order) if isinstance(leaf, Tensor) else leaf
-            for leaf in leaves
-        ]
+        guesses = [memory.predict(time, options.order) for memory in self.memories]
+        if options.repay:
+            self.unpaid.append((time, [guess.clone() for guess in guesses]))
+        found = iter(guesses)
+        leaves = [next(found) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return tree_unflatten(leaves, structure)
 
 
@@ -264,7 +287,7 @@ class ScopeForward:
             if not self.last:
                 return kept.shapes
             self.scope.reused += 1
-            return kept.foretell(forward.run.time, self.scope.options.order)
+            return kept.foretell(forward.run.time, self.scope.options)
         if self.before is None:
             output = type(self.module).forward(self.module, *args, **kwargs)
         else:
@@ -274,7 +297,7 @@ class ScopeForward:
         if name in forward.remembered:
             kept = forward.run.kept.setdefault(self.key, Kept())
             if self.last:
-                kept.keep(forward.run.time, output, self.scope.options.order)
+                output = kept.keep(forward.run.time, output, self.scope.options)
             else:
                 kept.keep_shapes(output)
         return output

@@ -73,6 +73,30 @@ def polynomial(xs, ys, x):
     return (a * (x - xs[-1]) - b * (x - xs[0])) / (xs[0] - xs[-1])
 
 
+@pytest.mark.parametrize("order", [0, 1])
+def test_what_was_foretold_wrongly_is_made_good_at_the_next_run(unet, order):
+    dense = run(unet)
+    scope = dict(**WIDE, order=order, repay=0.5)
+    with apply_tome(unet, ratio=0, reuse=dict(network=scope)) as handle:
+        outputs = run(unet)
+        assert handle.scopes()[0]["reused"] >= 3
+        assert torch.equal(run(unet), outputs)
+    out = [step for step in range(order + 1, len(STEPS) - 1, 2)]
+    for step in range(len(STEPS)):
+        if step in out or step - 1 not in out:
+            continue
+        wrong = (dense[step - 2] + dense[step]) / 2 - outputs[step - 1]
+        torch.testing.assert_close(outputs[step], dense[step] + 0.5 * wrong, atol=1e-4, rtol=1e-4)
+
+
+def test_a_debt_is_forgotten_with_its_run(unet):
+    options = dict(ratio=0, reuse=dict(network=dict(**WIDE, repay=1)))
+    dense = run(unet)
+    with apply_tome(unet, **options):
+        run(unet, STEPS[:3])  # ends with a foretold step
+        assert torch.equal(run(unet)[:2], dense[:2])
+
+
 def test_a_number_is_steps_of_the_network(unet):
     assert Reuse.coerce(3) == Reuse(network=Scope(steps=3))
     with apply_tome(unet, ratio=0, reuse=3) as handle:
@@ -305,6 +329,7 @@ def test_a_controlnet_leaves_out_what_it_can():
         (dict(netwerk=2), "netwerk"),
         (dict(network=dict(step=2)), "step"),
         (dict(network=dict(steps=2, order=3)), "order=3"),
+        (dict(network=dict(steps=2, repay=2)), "repay=2"),
         (dict(network=dict(steps=2, between=(0.5, 0.5))), "between"),
         (dict(network=dict(steps=2, between=0.5)), "between"),
         (dict(network=dict(steps=2, between=(0, 1000))), "between"),
