@@ -384,12 +384,19 @@ def _let_the_compiler_see_hooks() -> None:
 def _blocks_to_merge(host: Host, network: nn.Module, config: ToMeConfig) -> list[Block]:
     """Blocks within ``max_downsample`` that have a wanted site, or an error naming the levels."""
     name = type(network).__name__
-    blocks = _with_all_sites(host.blocks(network), config.kinds)
-    blocks = [block for block in blocks if any(kind in block.sites for kind in config.kinds)]
+    every = _with_all_sites(host.blocks(network), config.kinds)
+    blocks = [block for block in every if any(kind in block.sites for kind in config.kinds)]
     if not blocks:
+        known = dict.fromkeys(kind for block in every for kind in block.sites)
+        there = (
+            f"its blocks have {', '.join(known)}"
+            if known
+            else f"none of its modules is a block as in {host.description}. For blocks of your own "
+            "write a host: docs/adding_a_model.md"
+        )
         raise ToMeError(
-            f"{name} has no transformer block with a site of kind {' or '.join(config.kinds)}: "
-            "nothing to merge"
+            f"{name} has no transformer block with a site of kind {' or '.join(config.kinds)}, so "
+            f"there is nothing to merge: {there}"
         )
     counts: dict[int, int] = {}
     for block in blocks:

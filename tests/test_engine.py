@@ -337,8 +337,16 @@ def test_no_site_of_the_wanted_kind():
         levels=2, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2
     )
     network.mid_block = None
-    with pytest.raises(ToMeError, match="no transformer block"):
+    with pytest.raises(ToMeError, match="no transformer block") as error:
         apply_tome(network)
+    for text in ("UNet2DConditionModel", "whatever has down_blocks", "docs/adding_a_model.md"):
+        assert text in str(error.value)
+    network = tiny_unet(levels=1)
+    for block in network.modules():
+        if hasattr(block, "attn2"):
+            block.attn2 = None
+    with pytest.raises(ToMeError, match=r"of kind crossattn, .* its blocks have attn, attn_kv, mlp"):
+        apply_tome(network, sites=["crossattn"])
 
 
 def test_exception_in_mid_forward_leaves_the_model_usable(unet):

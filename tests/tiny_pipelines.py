@@ -313,6 +313,38 @@ def kandinsky_inputs(batch=2, size=(16, 16)):
     )
 
 
+def video_unet():
+    """Stable Video Diffusion's: its frames are merged one by one."""
+    from diffusers import UNetSpatioTemporalConditionModel
+
+    return randomise(
+        UNetSpatioTemporalConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(32, 64),  # its norms have 32 groups
+            layers_per_block=1,
+            num_attention_heads=(2, 4),
+            cross_attention_dim=_WIDTH,
+            projection_class_embeddings_input_dim=24,
+            addition_time_embed_dim=8,
+            down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+            up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        )
+    )
+
+
+def video_inputs(batch=2, size=(8, 8)):
+    """Keyword arguments for a call of :func:`video_unet`, of three frames."""
+    generator = torch.Generator().manual_seed(0)
+    return dict(
+        sample=torch.randn(batch, 3, 4, *size, generator=generator),
+        timestep=torch.tensor(500),
+        encoder_hidden_states=torch.randn(batch, 1, _WIDTH, generator=generator),
+        added_time_ids=torch.randn(batch, 3, generator=generator),
+    )
+
+
 def controlnet_inputs():
     """Keyword arguments for a call of :func:`tiny_controlnet`."""
     return {**tiny_inputs(size=8), "controlnet_cond": picture(batch=2)}
@@ -370,6 +402,14 @@ NETWORKS = {
             kandinsky_unet,
             kandinsky_inputs,
             ((7, 9), (3, 20), (8, 8)),
+        ),
+        Network(
+            "Stable Video Diffusion",
+            "UNetSpatioTemporalConditionModel",
+            video_unet,
+            video_inputs,
+            ((6, 10), (8, 8)),
+            compiles="not tried",
         ),
     )
 }

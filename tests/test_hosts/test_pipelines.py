@@ -12,6 +12,8 @@ from tiny_pipelines import (
     kandinsky_inputs,
     kandinsky_unet,
     tiny_controlnet,
+    video_inputs,
+    video_unet,
 )
 
 from mmagic_tome import ToMeError, apply_tome, get_handle
@@ -39,6 +41,37 @@ def test_every_pipeline(case):
         handle.ratio = 0
         assert torch.equal(case.run(pipeline), dense)
     assert torch.equal(case.run(pipeline), dense)
+
+
+@pytest.mark.parametrize("kind", NETWORKS.values(), ids=NETWORKS)
+def test_every_network(kind):
+    network, inputs = kind.build(), kind.inputs()
+
+    @torch.no_grad()
+    def run():
+        out = network(**inputs, return_dict=False)[0]
+        return out[-1] if isinstance(out, list) else out  # a ControlNet's levels
+
+    dense = run()
+    with apply_tome(network, ratio=0.5) as handle:
+        assert 1e-3 < difference(run(), dense) < 0.8
+        assert all(row["kept"] == row["tokens"] // 2 for row in handle.stats())
+        handle.ratio = 0
+        assert torch.equal(run(), dense)
+    assert torch.equal(run(), dense)
+
+
+def test_frames_of_stable_video_diffusion_are_merged_one_by_one():
+    network = video_unet()
+    handle = apply_tome(network, ratio=0.5, sites=["attn", "mlp"])
+    for height, width in NETWORKS["Stable Video Diffusion"].grids:
+        for batch in (1, 3):
+            with torch.no_grad():
+                out = network(**video_inputs(batch, (height, width))).sample
+            assert out.isfinite().all() and out.shape == (batch, 3, 4, height, width)
+            seen = {(row["tokens"], row["kept"]) for row in handle.stats()}
+            assert seen == {(height * width, height * width // 2)}
+    assert not any("temporal" in row["block"] for row in handle.stats())
 
 
 def test_base_and_refiner_are_merged_apart():

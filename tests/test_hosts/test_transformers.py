@@ -1,5 +1,6 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 import copy
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -116,6 +117,18 @@ def test_every_block_has_its_sites_and_its_own_plan(family):
     handle = apply_tome(network, ratio=0.5, sites=["attn", "mlp"])
     run(network, family.inputs())
     assert {row["plans"] for row in handle.stats()} == {1}
+
+
+@every_family
+def test_the_timestep_is_where_the_host_says(family):
+    network = family.build()
+    host, _ = find_host(network)
+    names = list(inspect.signature(type(network).forward).parameters)
+    assert names[1 + host.timestep_position] == host.timestep_name == "timestep"
+    marked = object()
+    assert host.timestep((None,) * host.timestep_position + (marked,), {}) is marked
+    assert host.timestep((None,), dict(timestep=marked)) is marked
+    assert host.timestep((None,), {}) is None
 
 
 @every_family
