@@ -345,7 +345,7 @@ def test_no_site_of_the_wanted_kind():
     for block in network.modules():
         if hasattr(block, "attn2"):
             block.attn2 = None
-    with pytest.raises(ToMeError, match=r"of kind crossattn, .* its blocks have attn, attn_kv, mlp"):
+    with pytest.raises(ToMeError, match=r"of kind crossattn, .* have attn, attn_kv, mlp"):
         apply_tome(network, sites=["crossattn"])
 
 
