@@ -68,7 +68,7 @@ class ToMeConfig:
         reuse (int | dict | None): leave out a part of the network at some steps and foretell its
             output from the last ones: 2 runs the network at every second step; or a dict of
             :class:`~mmagic_tome.reuse.Reuse`. Merges nothing by itself: with ``ratio=0`` it is
-            all that is done. For samplers that add no noise between the steps. Default None.
+            all that is done. Default None.
         controlnet (bool | dict): merge in the model's ControlNet too: True for the same options
             there, a dict of those that differ there. Default False: the UNet only.
         across_frames (bool): in video UNets that work frame by frame (AnimateDiff) merge the tokens
