@@ -1,0 +1,150 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Merging across the frames of a clip: the plan, and the UNet of AnimateDiff in diffusers."""
+
+import pytest
+import tiny
+import torch
+
+from mmagic_tome import ToMeError, apply_tome, remove_tome
+from mmagic_tome.merging import MergePlan
+from mmagic_tome.merging.frames import FramesPlan, as_clips
+
+FRAMES = 3
+
+
+def motion_unet():
+    """diffusers' UNet of AnimateDiff, with random weights."""
+    from diffusers import UNetMotionModel
+
+    return tiny.randomise(
+        UNetMotionModel(
+            sample_size=8,
+            block_out_channels=(16, 16),
+            layers_per_block=1,
+            norm_num_groups=8,
+            cross_attention_dim=16,
+            num_attention_heads=2,
+            motion_num_attention_heads=2,
+            down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+            up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+        )
+    )
+
+
+def inputs(clips=2):
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(clips, 4, FRAMES, 8, 8, generator=generator)
+    text = torch.randn(clips, 7, 16, generator=generator)
+    return dict(
+        sample=sample,
+        timestep=torch.tensor(500),
+        encoder_hidden_states=text.repeat_interleave(FRAMES, dim=0),  # as its pipeline does
+    )
+
+
+@torch.no_grad()
+def run(unet, given):
+    return unet(**given).sample
+
+
+def test_the_plan_is_that_of_a_clip():
+    slot = torch.tensor([[0, 0, 1, 1, 2, 2], [2, 1, 0, 0, 1, 2]])
+    plan = FramesPlan(MergePlan(slot, 3), frames=2)
+    assert (plan.batch, plan.num_tokens, plan.num_slots) == (4, 3, 3)
+    x = torch.arange(4 * 3 * 2.0).view(4, 3, 2)  # two clips of two frames of three tokens
+    merged = plan.merge(x)
+    assert merged.shape == (2, 3, 2)
+    # The second slot of the first clip: the last token of its first frame, the first of its second.
+    torch.testing.assert_close(merged[0, 1], (x[0, 2] + x[1, 0]) / 2)
+    torch.testing.assert_close(plan.unmerge(merged)[1, 0], merged[0, 1])
+    assert torch.equal(plan.unmerge(merged), plan.unmerge(merged).reshape(4, 3, 2))
+    assert torch.equal(as_clips(x, 2)[1, 3:], x[3])
+
+
+def test_what_stands_still_is_computed_once():
+    """Where all frames are alike, merging across them loses far less than frame by frame."""
+    from mmagic_tome import ToMeConfig
+    from mmagic_tome.merging import random_layout
+    from mmagic_tome.methods import PlanRequest
+
+    frame = torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(0))
+    frames = frame.expand(4, -1, -1)
+    method = ToMeConfig().built_method
+
+    def lost(x, height):
+        fields = dict.fromkeys(PlanRequest.__dataclass_fields__)
+        fields.update(height=height, width=8, sx=2, sy=2, exact=True)
+        fields["layout"] = lambda: random_layout(height, 8, 2, 2, seed=0).select(0)
+        plan = method.plan(x, 0.5, PlanRequest(**fields))
+        return (plan.unmerge(plan.merge(x)) - x).pow(2).mean()
+
+    assert lost(as_clips(frames, 4), 32) < 0.2 * lost(frames, 8)
+
+
+@pytest.mark.parametrize(
+    "sites", [["attn"], ["crossattn", "mlp"], ["block"]], ids=lambda sites: "+".join(sites)
+)
+def test_diffusers_motion_unet(sites):
+    unet, given = motion_unet(), inputs()
+    dense = run(unet, given)
+    handle = apply_tome(unet, ratio=0.5, sites=sites, across_frames=True)
+    merged = run(unet, given)
+    for site in handle.stats():
+        assert (site["tokens"], site["kept"]) == (FRAMES * 64, FRAMES * 32)
+    assert "across frames" in handle.summary()
+    assert merged.isfinite().all() and (merged - dense).abs().max() > 1e-3
+    assert torch.equal(run(unet, given), merged)
+    # Clips do not mix, and every one is given its own text.
+    for clip in range(2):
+        text = given["encoder_hidden_states"][clip * FRAMES : (clip + 1) * FRAMES]
+        alone = dict(given, sample=given["sample"][clip : clip + 1], encoder_hidden_states=text)
+        torch.testing.assert_close(run(unet, alone)[0], merged[clip], rtol=1e-3, atol=1e-4)
+    handle.ratio = 0
+    assert torch.equal(run(unet, given), dense)
+    remove_tome(unet)
+    assert torch.equal(run(unet, given), dense)
+
+
+def test_it_is_another_thing_than_frame_by_frame():
+    unet, given = motion_unet(), inputs()
+    with apply_tome(unet, ratio=0.5, sites=["mlp"]) as handle:
+        apart = run(unet, given)
+        assert {site["tokens"] for site in handle.stats()} == {64}
+    with apply_tome(unet, ratio=0.5, sites=["mlp"], across_frames=True):
+        together = run(unet, given)
+    assert (apart - together).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("residual", ["exact", "own", "reuse"])
+def test_plans_and_residuals_that_serve_several_steps(residual):
+    unet, given = motion_unet(), inputs()
+    options = dict(ratio=0.5, sites=["mlp"], across_frames=True, refresh=2, residual=residual)
+    handle = apply_tome(unet, **options)
+    first = run(unet, dict(given, timestep=torch.tensor(500)))
+    second = run(unet, dict(given, timestep=torch.tensor(480)))
+    assert {site["plans"] for site in handle.stats()} <= {0, 1}
+    remove_tome(unet)
+    assert torch.equal(run(unet, given), first), "a refresh is dense where there is a residual"
+    dense = run(unet, dict(given, timestep=torch.tensor(480)))
+    assert 0 < (second - dense).abs().mean() < 0.1 * dense.abs().mean()
+
+
+def test_gradients_also_under_checkpointing():
+    unet, given = motion_unet(), inputs()
+    apply_tome(unet, ratio=0.5, sites=["attn", "mlp"], across_frames=True)
+
+    def gradient():
+        unet.zero_grad()
+        unet(**given).sample.square().mean().backward()
+        return unet.conv_in.weight.grad.clone()
+
+    plain = gradient()
+    unet.train()
+    unet.enable_gradient_checkpointing()
+    torch.testing.assert_close(gradient(), plain)
+    assert plain.abs().sum() > 0
+
+
+def test_what_has_no_frames_says_so():
+    with pytest.raises(ToMeError, match="UNet2DConditionModel does not work frame by frame"):
+        apply_tome(tiny.tiny_unet(), across_frames=True)

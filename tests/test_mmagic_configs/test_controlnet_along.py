@@ -1,0 +1,122 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""``controlnet=``: a ControlNet that is merged along with the network beside it."""
+
+import copy
+import pickle
+
+import pytest
+import tiny
+import torch
+from tiny_pipelines import tiny_controlnet
+
+from mmagic_tome import ToMeError, apply_tome, get_handle, remove_tome
+
+
+class Both(torch.nn.Module):
+    """A UNet and what stands beside it, as pipelines and MMagic models have them."""
+
+    def __init__(self, controlnet):
+        super().__init__()
+        self.unet = tiny.tiny_unet()
+        self.controlnet = controlnet
+
+    @torch.no_grad()
+    def forward(self):
+        given = tiny.tiny_inputs(size=8)
+        picture = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        nets = getattr(self.controlnet, "nets", [self.controlnet])
+        for net in nets:
+            down, mid = net(**given, controlnet_cond=picture, return_dict=False)
+        given.update(down_block_additional_residuals=down, mid_block_additional_residual=mid)
+        return self.unet(**given).sample
+
+
+class Several(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.nets = torch.nn.ModuleList([tiny_controlnet(seed=1), tiny_controlnet(seed=2)])
+
+
+def kept(handle):
+    """Beginning of a site's name -> tokens it kept of 64."""
+    return {
+        "controlnet" if row["site"].startswith("controlnet.") else "unet": row["kept"]
+        for row in handle.stats()
+    }
+
+
+def test_they_come_and_go_together():
+    model = Both(tiny_controlnet())
+    dense = model()
+    with apply_tome(model, ratio=0.5):
+        alone = model()
+    assert get_handle(model.controlnet) is None
+    handle = apply_tome(model, ratio=0.5, controlnet=dict(ratio=0.25, sites=["mlp"]))
+    merged = model()
+    assert kept(handle) == {"unet": 32, "controlnet": 48}
+    assert get_handle(model.controlnet).config.sites == ["mlp"]
+    assert not torch.equal(merged, alone) and not torch.equal(merged, dense)
+    assert "controlnet.down_blocks.0" in handle.summary()
+    handle.reset()
+    assert all(row["calls"] == 0 for row in handle.stats())
+    handle.ratio = 0
+    assert torch.equal(model(), dense)
+    handle.ratio = 0.5
+    model()
+    assert kept(get_handle(model)) == {"unet": 32, "controlnet": 32}
+    assert remove_tome(model)
+    assert get_handle(model.controlnet) is None
+    assert torch.equal(model(), dense)
+
+
+def test_replacing_and_putting_back():
+    model = Both(tiny_controlnet())
+    dense = model()
+    with apply_tome(model, ratio=0.5, controlnet=True):
+        both = model()
+        with apply_tome(model, ratio=0.5) as inner:
+            model()
+            assert kept(inner) == {"unet": 32}
+        assert torch.equal(model(), both)
+        with apply_tome(model.controlnet, ratio=0.25) as own:
+            model()
+            assert kept(get_handle(model)) == {"unet": 32}, "it is no more merged along"
+            assert own.stats()[0]["kept"] == 48
+        assert torch.equal(model(), both)
+    assert torch.equal(model(), dense)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_duplicates_are_independent(duplicate):
+    model = Both(tiny_controlnet())
+    dense = model()
+    apply_tome(model, ratio=0.5, controlnet=True)
+    merged = model()
+    other = duplicate(model)
+    assert torch.equal(other(), merged)
+    remove_tome(other)
+    assert torch.equal(other(), dense) and torch.equal(model(), merged)
+
+
+def test_several_controlnets():
+    model = Both(Several())
+    dense = model()
+    handle = apply_tome(model, ratio=0.5, controlnet=True)
+    model()
+    names = {row["site"].split("down_blocks")[0] for row in handle.stats()}
+    assert {"controlnet.nets.0.", "controlnet.nets.1."} < names
+    handle.remove()
+    assert torch.equal(model(), dense)
+
+
+def test_nothing_changes_where_it_cannot_be():
+    unet = tiny.tiny_unet()
+    with pytest.raises(
+        ToMeError, match="asks for a ControlNet, and a UNet2DConditionModel has none"
+    ):
+        apply_tome(unet, controlnet=True)
+    assert get_handle(unet) is None
+    model = Both(torch.nn.Linear(1, 1))
+    with pytest.raises(ToMeError, match="nothing to merge in a Linear"):
+        apply_tome(model, controlnet=True)
+    assert get_handle(model) is None
