@@ -252,6 +252,18 @@ def test_gradients_and_checkpointing(name):
             torch.testing.assert_close(parameter.grad, plain[key], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["timm", "videomae"])
+def test_gradients_are_those_of_differences(name):
+    """gradcheck through a whole merged model: averages by size, proportional attention, copies."""
+    model, arguments = build(name).double(), inputs(name, batch=1)
+    handle = apply_tome_vit(model, r=3)
+    ((key, x),) = arguments.items()
+    with torch.enable_grad():
+        x = x.double().requires_grad_()
+        assert torch.autograd.gradcheck(lambda x: result(model, {key: x}), x, fast_mode=True)
+    assert handle.tokens[-1][0] > handle.tokens[-1][1]
+
+
 def test_half_precision_and_autocast():
     model, arguments = build("vit"), inputs("vit")
     handle = apply_tome_vit(model, r=6)
