@@ -27,6 +27,10 @@ FONT_SIZE = 15
 FULL_SCALE = 64
 
 
+# Keys of an image in a result.json whose values are names of files.
+IMAGE_FILES = ("file", "dense_file", "merge_sheet", "merge_gif", "error_map")
+
+
 class ResultFolder:
     """A folder of results, made when the first file is written.
 
@@ -59,10 +63,10 @@ class ResultFolder:
         record = self.path / "result.json"
         try:
             images = json.loads(record.read_text(encoding="utf-8"))["images"]
-            names = [image.get(key) for image in images for key in ("file", "dense_file")]
+            names = [image.get(key) for image in images for key in IMAGE_FILES]
         except (OSError, ValueError, LookupError, AttributeError, TypeError):
             return
-        for name in [*names, "compare.png", "result.json"]:
+        for name in [*names, "compare.png", "cost.png", "result.json"]:
             if isinstance(name, str) and name and Path(name).name == name:
                 (self.path / name).unlink(missing_ok=True)
 

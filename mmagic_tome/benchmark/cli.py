@@ -149,8 +149,8 @@ def build_parser(prog: str = "benchmark") -> Parser:
         "--quick",
         action="store_true",
         help=f"under two minutes on two cores: unless told otherwise {QUICK_TARGET}, without "
-        f"{MMAGIC} (whose import takes long), as large a picture as the machine allows now, and "
-        f"{QUICK_ROUNDS} rounds, fewer if it is busy",
+        f"{MMAGIC} (whose import takes long), as large a picture as the machine allows now, "
+        f"{QUICK_ROUNDS} rounds, fewer if there is no time, one thread if the machine is busy",
     )
     add = parser.add_argument_group("results").add_argument
     add("--json", metavar="FILE", help="write every figure there")

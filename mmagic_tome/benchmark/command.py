@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 import time
 
@@ -38,6 +39,9 @@ def command(args, argv: list[str]) -> None:
     until = time.monotonic() + QUICK_SECONDS if args.quick else None
     if args.threads:
         torch.set_num_threads(args.threads)
+    elif args.quick and _is_busy():
+        # Threads that wait for each other on busy cores take many times as long as one alone.
+        torch.set_num_threads(1)
     _check_all_fit(args)
     _quiet_diffusers()
     where = environment(args.device)
@@ -117,6 +121,11 @@ def _cases(args, until: float | None):
             yield target, Case(size or target.size, batch, dtype, attention, mode)
 
 
+def _is_busy() -> bool:
+    """Whether other programs used more than half of the cores in the last minute."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) / 2
+
+
 def _fitting_side(target: Target, batch: int, contenders: int, until: float) -> int:
     """The largest of :data:`QUICK_SIDES` at which three rounds and the memory fit before ``until``.
 
@@ -129,8 +138,8 @@ def _fitting_side(target: Target, batch: int, contenders: int, until: float) -> 
         start = time.monotonic()
         call(target.network)
     seconds = time.monotonic() - start
-    # Everybody gets ready, warms up, runs three rounds and once more under the profiler.
-    forwards = 6 * contenders
+    # Everybody runs once to get ready, three rounds, and once more under the profiler.
+    forwards = 5 * contenders
     left = until - time.monotonic()
     for side, longer in QUICK_SIDES.items():
         if forwards * longer * seconds < left:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ToMeError
 from .kinds import DENSE, IDEAL, MMAGIC, OURS, TOMESD, Call, Merging
@@ -34,6 +34,7 @@ class Contender:
         config: what it merges, see :meth:`.kinds.Merging.config`; None for dense.
         network (nn.Module): its copy of the network.
         ideal (str | None): name of the contender that does the same for free.
+        output (Tensor | None): of its first forward; None for dense, which did not run yet.
         sites (list): for ours, what was merged where; see :meth:`.kinds.Merging.ours`.
     """
 
@@ -42,6 +43,7 @@ class Contender:
     config: Any
     network: nn.Module
     ideal: str | None = None
+    output: Tensor | None = None
     sites: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -72,14 +74,19 @@ def prepare(
 
     def attempt(name: str, kind: str, options: Any, make: Callable) -> None:
         one = Contender(name, kind, options, share_weights(network))
+
+        def noted(network: nn.Module) -> Tensor:
+            one.output = run(network)
+            return one.output
+
         try:
-            make(one)
+            make(one, noted)
         except Exception as error:  # whatever a contender dies of: that is a result too
             missing[name] = _reason(error)
         else:
             ready.append(one)
 
-    def ours(one: Contender) -> None:
+    def ours(one: Contender, run: Call) -> None:
         one.sites = merging.ours(one.network, one.config, run)
 
     configs = {OURS: config} if OURS in wanted else {}
@@ -89,7 +96,10 @@ def prepare(
     for name in (TOMESD, MMAGIC):
         if name in wanted and name in merging.contenders:
             attempt(
-                name, name, config, lambda one: merging.other(one.kind, one.network, config, run)
+                name,
+                name,
+                config,
+                lambda one, run: merging.other(one.kind, one.network, config, run),
             )
     if IDEAL in wanted:
         _add_ideals(ready, attempt, network, merging, config, run)
@@ -117,7 +127,7 @@ def _add_ideals(ready, attempt, network, merging, config, run) -> None:
                 known[kept],
                 IDEAL,
                 one.config,
-                lambda ideal, sites=one.sites: merging.ideal(ideal.network, sites, run),
+                lambda ideal, run, sites=one.sites: merging.ideal(ideal.network, sites, run),
             )
         one.ideal = known[kept]
         if one.config == config:

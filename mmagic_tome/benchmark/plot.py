@@ -100,6 +100,9 @@ def _draw_memory(axis, results) -> None:
                 va="center",
                 fontsize=8,
             )
+    if all(result.get("peak_bytes") is None for result in results.values()):
+        axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", fontsize=8)
+        axis.set_xticks([])
     axis.set_yticks([])
     axis.set_ylim(len(results) - 0.5, -0.5)
     axis.margins(x=0.25)

@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .. import apply_tome, get_handle
-from ..apis.infer import make_request, quiet_libraries
+from ..apis.infer import environment, make_request, quiet_libraries
 from ..apis.model_config import (
     build_model,
     check_config,
@@ -59,7 +59,9 @@ def command(args, argv: list[str]) -> None:
             if number == 0:
                 report = _profile(generator, handle, ratio, model, bar.update)
                 files["cost"] = "cost.png"
-                title = f"{Path(args.config).stem}, ratio {ratio:g}: time of each site on {device}"
+                where = environment(device)
+                title = f"{Path(args.config).stem}, ratio {ratio_text(ratio)}: time of each site"
+                title += f" on {device}{_busy(where)}"
                 with folder.new_file("cost.png") as path:
                     cost_plot(path, report, title)
             handle.ratio = 0
@@ -88,11 +90,25 @@ def command(args, argv: list[str]) -> None:
         "images": images,
         **files,
         "cost_ms": cost_rows(report),
+        "environment": where,
     }
     folder.save_json("result.json", result)
     print(f"\nPictures of {len(images)} prompts, cost.png and result.json: {folder.path}")
     for image in images:
         print(f"  {image['merge_sheet']}  {image['merge_gif']}  {image['error_map']}")
+
+
+def ratio_text(ratio) -> str:
+    """A ratio, or the words for one that depends on where and when."""
+    return f"{ratio:g}" if isinstance(ratio, (int, float)) else "by schedule"
+
+
+def _busy(where: dict) -> str:
+    """A warning for the title where other programs used the machine during the measurement."""
+    load, cores = where["load_average_1min"], where["cpus"]
+    if load is None or load <= cores + 0.5:
+        return ""
+    return f"\nother programs used this machine (load {load:.1f}, {cores} cores): mostly noise"
 
 
 def _chosen_blocks(handle, wanted: list[str]) -> set[str]:
@@ -132,9 +148,7 @@ def _write(folder, stem, prompt, dense, merged, records, args) -> dict[str, str]
     }
     folder.save_png(names["file"], merged, text)
     folder.save_png(names["dense_file"], dense, text)
-    tokens, kept = records[0].slot.shape[1], records[0].kept
-    title = f"{prompt}: {tokens} tokens to {kept}"
-    sheet = merge_sheet(title, records, merged, args.columns)
+    sheet = merge_sheet(prompt, records, merged, args.columns)
     folder.save_png(names["merge_sheet"], sheet, text)
     with folder.new_file(names["merge_gif"]) as path:
         save_gif(path, step_frames(prompt, records, merged))
@@ -143,7 +157,8 @@ def _write(folder, stem, prompt, dense, merged, records, args) -> dict[str, str]
     pictures = [picture.resize(size, 0) for picture in (dense, merged, error_map(dense, merged))]
     difference = picture_difference(dense, merged)
     psnr = difference["psnr_db"]
-    title = f"{prompt}: PSNR {'identical' if psnr is None else f'{psnr:.1f} dB'}"
+    title = f"{prompt}: " + ("identical" if psnr is None else f"PSNR {psnr:.1f} dB")
+    title += f", mean difference {difference['mean_abs_difference']:.1f} of 255"
     heads = ["dense", "merged", f"difference, up to {FULL_SCALE} of 255"]
     folder.save_png(names["error_map"], grid_sheet(title, heads, [("", pictures)]), text)
     return names

@@ -10,9 +10,18 @@ from ..apis.pictures import FONT_SIZE, LINE, MARGIN, _fitting, _font
 from .cost_plot import short_name
 from .merge_map import merge_map
 
+# Under the title of merge maps.
+HOW_TO_READ = (
+    "flat patches: tokens that became one (a group may lie apart); "
+    "the picture as it is: tokens that stayed alone"
+)
+
 
 def grid_sheet(
-    title: str, columns: list[str], rows: list[tuple[str, list[Image.Image | None]]]
+    title: str,
+    columns: list[str],
+    rows: list[tuple[str, list[Image.Image | None]]],
+    note: str = "",
 ) -> Image.Image:
     """A sheet of pictures with a name over every column and beside every row.
 
@@ -20,6 +29,8 @@ def grid_sheet(
         title: first line.
         columns: a text over each column.
         rows: (text, pictures) of each; all pictures have the size of the first, None leaves a gap.
+            The text may have several lines.
+        note: second line, in grey. Default: none.
 
     Returns:
         PIL image in RGB.
@@ -27,20 +38,26 @@ def grid_sheet(
     first = next(picture for _, pictures in rows for picture in pictures if picture is not None)
     width, height = first.size
     font = _font(FONT_SIZE)
-    left = MARGIN + max(int(font.getlength(text)) for text, _ in rows) + MARGIN
+    lines = [line for text, _ in rows for line in text.split("\n")]
+    left = MARGIN + max(int(font.getlength(line)) for line in lines) + MARGIN
+    top = MARGIN // 2 + LINE * (2 if note else 1)
     size = (
         max(left + len(columns) * (width + MARGIN // 2) + MARGIN // 2, 320),
-        2 * MARGIN + 2 * LINE + len(rows) * (height + MARGIN // 2),
+        top + LINE + 3 * MARGIN // 2 + len(rows) * (height + MARGIN // 2),
     )
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN // 2), _fitting(title, size[0] - 2 * MARGIN), "black", font)
+    if note:
+        note = _fitting(note, size[0] - 2 * MARGIN)
+        draw.text((MARGIN, MARGIN // 2 + LINE), note, "#808080", font)
     places = [left + index * (width + MARGIN // 2) for index in range(len(columns))]
     for x, text in zip(places, columns):
-        draw.text((x, MARGIN // 2 + LINE), _fitting(text, width), "#404040", font)
-    y = MARGIN + 2 * LINE
+        draw.text((x, top), _fitting(text, width), "#404040", font)
+    y = top + LINE + MARGIN // 2
     for text, pictures in rows:
-        draw.text((MARGIN, y + height // 2 - LINE // 2), text, "#404040", font)
+        above = LINE * (text.count("\n") + 1) // 2
+        draw.text((MARGIN, y + height // 2 - above), text, "#404040", font)
         for x, picture in zip(places, pictures):
             if picture is not None:
                 sheet.paste(picture, (x, y))
@@ -71,7 +88,7 @@ def merge_sheet(
     size = max(painted.size for painted in maps.values())
     rows = [
         (
-            short_name(block),
+            f"{short_name(block)}\n{_counts(records, block)}",
             [
                 # Coarser grids give smaller maps.
                 maps[block, step].resize(size, Image.Resampling.NEAREST)
@@ -82,7 +99,15 @@ def merge_sheet(
         )
         for block in blocks
     ]
-    return grid_sheet(title, [f"step {step + 1}" for step in steps], rows)
+    return grid_sheet(title, [f"step {step + 1}" for step in steps], rows, HOW_TO_READ)
+
+
+def _counts(records: list, block: str) -> str:
+    """``'1024 to 512'``: tokens of a block before and after; a range where they change."""
+    shown = [record for record in records if record.block == block]
+    kept = sorted({record.kept for record in shown})
+    after = f"{kept[0]}" if len(kept) == 1 else f"{kept[0]}-{kept[-1]}"
+    return f"{shown[0].slot.shape[1]} to {after}"
 
 
 def spread_steps(records: list, count: int) -> list[int]:
@@ -134,6 +159,8 @@ def step_frames(
         maps = [painted.resize(size, Image.Resampling.NEAREST) for painted in maps]
         heads = [short_name(record.block) for record in shown]
         frames.append(
-            grid_sheet(f"{title}, step {step + 1} of {steps[-1] + 1}", heads, [("", maps)])
+            grid_sheet(
+                f"{title}, step {step + 1} of {steps[-1] + 1}", heads, [("", maps)], HOW_TO_READ
+            )
         )
     return frames

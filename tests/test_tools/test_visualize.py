@@ -39,6 +39,7 @@ def test_all_pictures(run, config, tmp_path):
     assert [image["prompt"] for image in found["images"]] == ["a cat", "dog"]
     assert found["cost_ms"] and all(row["kept"] == 32 for row in found["cost_ms"])
     assert found["token_merging"]["ratio"] == 0.5
+    assert found["environment"]["versions"]["torch"]
     # The same again, of one block, beside the first.
     code, out, _ = run(
         *(config, "--prompt", "dog", "--out", folder, "--block", "down_blocks.0", *quick)
@@ -49,6 +50,10 @@ def test_all_pictures(run, config, tmp_path):
         with Image.open(path) as sheet:
             heights.append(sheet.height)
     assert heights[0] < heights[1]
+    # Another prompt in place of the second run leaves nothing of it.
+    last = tmp_path / "maps-2"
+    code, _, _ = run(config, "--prompt", "cat", "--out", last, "--overwrite", *quick)
+    assert code == 0 and not list(last.glob("*dog*")) and len(list(last.iterdir())) == 7
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,14 @@ from mmagic_tome.visualization.cost_plot import cost_plot, cost_rows, short_name
 from mmagic_tome.visualization.error_map import error_map, pixel_error
 from mmagic_tome.visualization.merge_map import merge_map
 from mmagic_tome.visualization.recorder import Record
-from mmagic_tome.visualization.sheets import merge_sheet, save_gif, spread_steps, step_frames
+from mmagic_tome.visualization.sheets import (
+    _counts,
+    grid_sheet,
+    merge_sheet,
+    save_gif,
+    spread_steps,
+    step_frames,
+)
 
 
 def picture(values):
@@ -101,6 +108,24 @@ def test_sheet_shows_the_first_and_the_last_step(tmp_path):
     save_gif(tmp_path / "a.gif", [noise(32, seed) for seed in range(3)])
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.n_frames == 3 and gif.info["loop"] == 0
+
+
+def test_a_sheet_says_how_many_tokens_are_left_where():
+    def varying(kept):
+        return np.minimum(np.arange(4), kept - 1)[None].astype(np.int32)
+
+    found = [Record(0, "down.0", (2, 2), varying(2)), Record(1, "down.0", (2, 2), varying(3))]
+    assert _counts(found, "down.0") == "4 to 2-3" and _counts(found[:1], "down.0") == "4 to 2"
+
+
+def test_pictures_of_a_sheet_are_whole_with_a_note_and_texts_of_two_lines():
+    red = Image.new("RGB", (40, 30), (255, 0, 0))
+    for note in ("", "how to read it"):
+        sheet = grid_sheet("title", ["a", "b"], [("one\ntwo", [red, red]), ("", [None, red])], note)
+        pixels = np.asarray(sheet).astype(int)
+        is_red = (pixels == (255, 0, 0)).all(-1)
+        assert is_red.sum() == 3 * 40 * 30
+        assert not is_red[-1].any() and not is_red[:, -1].any()
 
 
 def site(name, kind, dense, merged, kept=2):
