@@ -70,7 +70,7 @@ def measure_cost(
         figures = {name: {key: [] for key in PER_RUN} for name in names}
         cost = {"pictures": len(numbers), "rounds": 0, "contenders": figures}
     turns = range(cost["rounds"], max(rounds, cost["rounds"]))
-    inside = [c for c in contenders if "unet_flops" not in cost["contenders"][c.name]]
+    inside = [c for c in contenders if "flops" not in cost["contenders"][c.name]]
     steps = sum(contender.steps or request.steps for contender in contenders) * len(turns)
     steps += len(contenders) * WARM_UP_STEPS * bool(turns)
     steps += sum(PROFILE_STEPS + 2 * (c.steps or request.steps) for c in inside)
@@ -150,7 +150,7 @@ def is_complete(cost: dict[str, Any] | None) -> bool:
     """Whether a report can be made of some figures: rounds, and what is measured once."""
     if cost is None or cost["rounds"] == 0:
         return False
-    return all("unet_flops" in figures for figures in cost["contenders"].values())
+    return all("flops" in figures for figures in cost["contenders"].values())
 
 
 def cost_key(fingerprint: dict, contenders: Sequence[Contender], where: dict) -> str:

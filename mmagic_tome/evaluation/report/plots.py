@@ -184,7 +184,7 @@ def place_labels(figure, axes, points: list[tuple[str, float, float]]) -> list[A
             fontsize=7,
             color=colour("text"),
             arrowprops=dict(
-                arrowstyle="-", color=colour("text"), alpha=0.5, linewidth=0.5, shrinkB=3
+                arrowstyle="-", color=colour("text"), alpha=0.6, linewidth=0.7, shrinkB=3
             ),
         )
         note.arrow_patch.set_visible(False)
