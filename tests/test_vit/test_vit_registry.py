@@ -62,10 +62,12 @@ def test_wrong_configs():
 def test_backbone_of_mmpretrain():
     pytest.importorskip("mmpretrain")
     from mmpretrain.models import build_classifier
+    from mmpretrain.structures import DataSample
 
     arch = dict(embed_dims=32, num_layers=3, num_heads=2, feedforward_channels=48)
     backbone = dict(type="VisionTransformer", arch=arch, img_size=24, patch_size=4)
-    head = dict(type="VisionTransformerClsHead", num_classes=5, in_channels=32)
+    loss = dict(type="CrossEntropyLoss")
+    head = dict(type="VisionTransformerClsHead", num_classes=5, in_channels=32, loss=loss)
     config = dict(type="ImageClassifier", backbone=backbone, head=head)
     plain = build_classifier(config)
     merged = build_classifier({**config, "backbone": dict(type="ToMe", model=backbone, r=4)})
@@ -79,6 +81,13 @@ def test_backbone_of_mmpretrain():
         assert [after for _, after in handle.tokens] == [33, 29, 25]
         handle.r = 0
         assert torch.equal(merged(x)[0], plain(x)[0])
+    # It trains as any other classifier.
+    handle.r = 4
+    samples = [DataSample().set_gt_label(label) for label in (1, 3)]
+    merged.loss(x, samples)["loss"].backward()
+    gradients = [p.grad for p in merged.parameters()]
+    assert all(g is not None and g.isfinite().all() for g in gradients)
+    assert handle.tokens[-1][1] == 25
     with pytest.raises(ToMeError, match="tokens of blocks in the middle"):
         build_classifier(
             {
