@@ -107,10 +107,14 @@ def _memory_notes(rows: list[dict[str, Any]]) -> list[str]:
         over = row["peak_bytes"] - base
         if over > 0:
             notes.append(
-                f"{row['contender']} needs {over / 2**20:.2f} MiB more than dense at its peak "
+                f"{row['contender']} needs {_size(over)} more than dense at its peak "
                 f"({over / base:+.2%})"
             )
     return notes
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB" if count >= 2**20 / 10 else f"{count / 2**10:.1f} KiB"
 
 
 def environment(device: str) -> dict[str, Any]:

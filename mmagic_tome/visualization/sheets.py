@@ -11,10 +11,7 @@ from .cost_plot import short_name
 from .merge_map import merge_map
 
 # Under the title of merge maps.
-HOW_TO_READ = (
-    "flat patches: tokens that became one (a group may lie apart); "
-    "the picture as it is: tokens that stayed alone"
-)
+HOW_TO_READ = "flat patches are tokens that became one, also where they lie apart"
 
 
 def grid_sheet(
