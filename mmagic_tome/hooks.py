@@ -413,8 +413,8 @@ def check_site(site: SiteState, plan: MergePlan, x: Tensor, kwargs: dict[str, An
             )
     if site.kind == "attn_kv" and kwargs.get(site.context) is not None:
         raise ToMeError(
-            f"{site.name} takes keys and values from other tokens (only_cross_attention), which "
-            "cannot be merged by the picture's; write sites=['attn']"
+            f"{site.name} takes keys and values from other tokens (only_cross_attention, "
+            "attention_injection), which cannot be merged by the picture's; write sites=['attn']"
         )
     masks = kwargs.get("ip_adapter_masks")
     if masks is None:

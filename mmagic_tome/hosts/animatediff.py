@@ -9,17 +9,26 @@ place and are left alone.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..merging.frames import FramesPlan
+from .base import Block
 from .diffusers_unet import DiffusersUNet
 
 _NAMES = {"UNet3DConditionMotionModel", "UNetMotionModel"}
 
 # What blocks and their cross-attention are given once per frame, the same for all of a clip.
 _PER_FRAME = ("encoder_hidden_states", "encoder_attention_mask", "attention_mask")
+
+# Attention along the frames inside of a block: an option of MMagic's that its configs leave off.
+_ALONG_FRAMES = dict.fromkeys(
+    ("block", "stack"),
+    "its own attention along the frames of a place (unet_use_temporal_attention=True) needs all "
+    "places. Merge inside the block: sites=['attn', 'mlp']",
+)
 
 
 class AnimateDiffUNet(DiffusersUNet):
@@ -36,6 +45,14 @@ class AnimateDiffUNet(DiffusersUNet):
     def matches(self, module: nn.Module) -> bool:
         known = any(base.__name__ in _NAMES for base in type(module).__mro__)
         return known and super().matches(module)
+
+    def blocks(self, network: nn.Module) -> list[Block]:
+        return [
+            replace(block, refused={**block.refused, **_ALONG_FRAMES})
+            if getattr(block.module, "attn_temp", None) is not None
+            else block
+            for block in super().blocks(network)
+        ]
 
     def frames(self, args: tuple, kwargs: dict[str, Any]) -> int:
         sample = args[0] if args else kwargs["sample"]

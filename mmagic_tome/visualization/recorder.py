@@ -101,7 +101,7 @@ class PlanRecorder:
         def note(module: nn.Module, args: tuple) -> None:
             forward = self._state.forward
             plan = forward.plan
-            if plan is not None and plan.num_slots < plan.num_tokens:
+            if plan is not None and plan.num_slots < plan.slot.shape[1]:
                 slot = plan.slot.detach().to("cpu", torch.int32).numpy()
                 self.records.append(Record(self.step, name, tuple(forward.grid), slot))
 

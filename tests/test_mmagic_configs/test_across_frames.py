@@ -148,3 +148,35 @@ def test_gradients_also_under_checkpointing():
 def test_what_has_no_frames_says_so():
     with pytest.raises(ToMeError, match="UNet2DConditionModel does not work frame by frame"):
         apply_tome(tiny.tiny_unet(), across_frames=True)
+
+
+def test_attention_along_frames_inside_a_block_needs_all_places(sd_folder):
+    """An option of MMagic's UNet that its configs leave off."""
+    pytest.importorskip("mmagic")
+    config = tiny.tiny_config("AnimateDiff", sd_folder)
+    config["unet"].update(unet_use_temporal_attention=True)
+    from mmagic.registry import MODELS
+
+    unet = tiny.randomise(MODELS.build(config["unet"]))
+    for site in ("block", "stack"):
+        with pytest.raises(ToMeError, match=r"along the frames of a place.*'attn', 'mlp'"):
+            apply_tome(unet, sites=[site])
+    given = inputs()
+    given["encoder_hidden_states"] = given["encoder_hidden_states"][::FRAMES]  # MMagic repeats it
+    dense = run(unet, given)
+    with apply_tome(unet, ratio=0.5, sites=["attn", "mlp"], across_frames=True) as handle:
+        assert (run(unet, given) - dense).abs().max() > 1e-3
+        assert {row["kept"] for row in handle.stats()} == {FRAMES * 32}
+    assert torch.equal(run(unet, given), dense)
+
+
+def test_the_merge_map_of_a_clip_shows_its_frames_below_each_other():
+    from mmagic_tome.visualization.recorder import PlanRecorder
+
+    unet, given = motion_unet(), inputs()
+    # As many slots as two of three frames have tokens: more than one frame has.
+    with apply_tome(unet, ratio=0.3, across_frames=True), PlanRecorder(unet) as recorder:
+        run(unet, given)
+    assert recorder.records
+    for record in recorder.records:
+        assert record.grid == (FRAMES * 8, 8) and record.slot.shape == (2, FRAMES * 64)

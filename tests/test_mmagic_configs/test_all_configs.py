@@ -15,7 +15,7 @@ import mmagic_hub
 from mmagic.registry import MODELS
 from mmengine import Config
 
-from mmagic_tome import ToMeConfig, get_handle, remove_tome
+from mmagic_tome import ToMeConfig, ToMeError, apply_tome, get_handle, remove_tome
 
 OURS = Path(__file__).resolve().parents[2] / "configs"
 CONFIGS = sorted(
@@ -112,6 +112,23 @@ def test_mmagics_own_configs(name, spelling, hub, build):
     assert set(check(config, build)) == {0.5}
 
 
+@pytest.mark.slow
+def test_sites_under_attention_injection(hub, build):
+    """Keys and values are the picture's and a reference's; around a block both are merged."""
+    config = ours("controlnet/controlnet-animation_tome-5e-1.py", hub)
+    model, given = build(config), mmagic_hub.arguments(config)
+    queries = mmagic_hub.infer(model, **given)
+    with apply_tome(model, ratio=0.5, sites=["block"]) as handle:
+        blocks = mmagic_hub.infer(model, **given)
+        # Two steps, the reference and the picture in each.
+        assert {(row["kept"], row["calls"]) for row in handle.stats()} == {(32, 4)}
+    assert np.isfinite(blocks).all() and np.abs(blocks - queries).max() >= 1
+    np.testing.assert_array_equal(mmagic_hub.infer(model, **given), queries)
+    apply_tome(model, ratio=0.5, sites=["attn_kv"])
+    with pytest.raises(ToMeError, match=r"attention_injection.*write sites="):
+        mmagic_hub.infer(model, **given)
+
+
 def test_no_class_and_no_config_is_left_out():
     """The walks above cover the family, and every class has a config of ours."""
     root = mmagic_hub.mmagic_folder()
@@ -119,6 +136,22 @@ def test_no_class_and_no_config_is_left_out():
     assert theirs == FAMILY
     assert {Config.fromfile(str(OURS / name)).model.type for name in CONFIGS} == FAMILY
     assert set(QUICK) < set(CONFIGS)
+
+
+def test_every_config_has_its_entry_and_a_line_in_the_page():
+    """metafile.yml beside it, which model-index.yml imports, and README.md."""
+    yaml = pytest.importorskip("yaml")
+    index = yaml.safe_load((OURS.parent / "model-index.yml").read_text(encoding="utf-8"))
+    for name in CONFIGS:
+        folder = (OURS / name).parent
+        assert f"configs/{folder.name}/metafile.yml" in index["Import"]
+        meta = yaml.safe_load((folder / "metafile.yml").read_text(encoding="utf-8"))
+        (collection,) = meta["Collections"]
+        (entry,) = [model for model in meta["Models"] if model["Config"] == f"configs/{name}"]
+        assert entry["Name"] == Path(name).stem
+        assert entry["In Collection"] == collection["Name"]
+        assert collection["README"] == f"configs/{folder.name}/README.md"
+        assert f"]({Path(name).name})" in (folder / "README.md").read_text(encoding="utf-8")
 
 
 # --- MMagicInferencer -----------------------------------------------------------------------------
