@@ -17,6 +17,7 @@ Exit codes: 0 done, 2 bad input (one line on stderr), 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import math
 import os
@@ -67,6 +68,12 @@ def exit_code(
         # The reader of our output is gone; there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" for {error.filename}" if error.filename else ""
+        print(f"{prog}: error: {error.strerror}{where}", file=sys.stderr)
+        return BAD_INPUT
     return 0
 
 

@@ -1,6 +1,7 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """What all commands share: exit codes, scripts, options that mean the same everywhere."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -28,6 +29,11 @@ def raising(error):
     [
         (BadInput("no\n  such thing"), 2, "tool: error: no such thing\n"),
         (ToMeError("x" * 500), 2, f"tool: error: {'x' * 397}...\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a.png"),
+            2,
+            "tool: error: No space left on device for a.png\n",
+        ),
         (KeyboardInterrupt(), 130, "tool: interrupted; start again\n"),
         (KeyboardInterrupt("; 1 of 2 done"), 130, "tool: interrupted; 1 of 2 done\n"),
     ],
