@@ -10,6 +10,7 @@ waits, and the watcher leaves ``sys.meta_path`` when nothing is left to wait for
 import contextlib
 import importlib.abc
 import sys
+import threading
 
 __all__ = ["around_import", "when_imported"]
 
@@ -52,20 +53,27 @@ class _Watcher(importlib.abc.MetaPathFinder):
 
     def __init__(self):
         self.waiting = {}
+        self.asking = threading.local()
 
     def find_spec(self, name, path=None, target=None):
         # Asking for a spec is not importing (``importlib.util.find_spec``), so
         # nothing is called or forgotten here.
-        if name not in self.waiting:
+        names = self.asking.__dict__.setdefault("names", set())
+        # Another copy of this package may wait for the same name and ask us back.
+        if name not in self.waiting or name in names:
             return None
-        for finder in sys.meta_path:
-            if finder is self or not hasattr(finder, "find_spec"):
-                continue
-            spec = finder.find_spec(name, path, target)
-            if spec is not None:
-                if hasattr(spec.loader, "exec_module"):
-                    spec.loader = _Loader(spec.loader)
-                return spec
+        names.add(name)
+        try:
+            for finder in sys.meta_path:
+                if finder is self or not hasattr(finder, "find_spec"):
+                    continue
+                spec = finder.find_spec(name, path, target)
+                if spec is not None:
+                    if hasattr(spec.loader, "exec_module"):
+                        spec.loader = _Loader(spec.loader)
+                    return spec
+        finally:
+            names.discard(name)
         return None
 
     def pop(self, name):
