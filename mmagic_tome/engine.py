@@ -18,6 +18,7 @@ deep-copied (the copy is independent), pickled, and compiled as one graph.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -246,6 +247,31 @@ class ToMeHandle:
         return {"": self._state, **named}
 
     @property
+    def description(self) -> str:
+        """What is done, in a few words: ratio, method, what is carried from step to step."""
+        return ", ".join(_in_words(self.config))
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """The dense model, bit for bit, while entered; all hooks stay in place.
+
+        Ratio 0 alone would leave on what is carried from step to step (``reuse``, ``residual``).
+        Runs begin anew at both ends.
+        """
+        held = [(state, state.config) for state in self._states.values()]
+        try:
+            for state, config in held:
+                state.config = config.replace(
+                    ratio=0, method="tome", refresh=None, residual=None, reuse=None
+                )
+                state.forget_run()
+            yield
+        finally:
+            for state, config in held:
+                state.config = config
+                state.forget_run()
+
+    @property
     def active(self) -> bool:
         """False once this merging was removed or replaced by another."""
         return bool(self._state.hooks)
@@ -313,11 +339,8 @@ class ToMeHandle:
     def summary(self) -> str:
         """A table of :meth:`stats` to print, with the options in its title."""
         config = self.config
-        title = (
-            f"token merging in {type(self.network).__name__}: {_ratio_text(config)}, "
-            f"cells {config.sx}x{config.sy}, "
-            f"{'random' if config.use_rand else 'regular'} destinations"
-            f"{_temporal_text(config)}"
+        title = f"token merging in {type(self.network).__name__}: " + ", ".join(
+            _in_words(config, details=True)
         )
         if not self.active:
             return f"{title} (removed)"
@@ -358,9 +381,7 @@ class ToMeHandle:
 
     def __repr__(self) -> str:
         where = f"{type(self.network).__name__}, {len(self._state.sites)} sites"
-        return (
-            f"ToMeHandle({where}, {_ratio_text(self.config)}{'' if self.active else ', removed'})"
-        )
+        return f"ToMeHandle({where}, {self.description}{'' if self.active else ', removed'})"
 
 
 def _let_the_compiler_see_hooks() -> None:
@@ -473,26 +494,30 @@ def _all_sites(block: Block) -> dict[str, Any]:
     return {**sites, "block": block.module}
 
 
-def _ratio_text(config: ToMeConfig) -> str:
-    residual = config.residual_plan
+def _in_words(config: ToMeConfig, details: bool = False) -> list[str]:
+    """What is done, phrase by phrase."""
+    words = []
+    residual, reuse = config.residual_plan, config.reuse_plan
     if residual is not None and residual.kind == "reuse":
-        return "outputs reused"
-    ratio = config.ratio
-    return f"ratio {ratio:g}" if config.ratio_schedule.constant else f"ratio by schedule {ratio!r}"
-
-
-def _temporal_text(config: ToMeConfig) -> str:
-    text = "" if config.method == "tome" else f", method {config.method!r}"
-    if config.reuse_plan is not None:
-        scopes = config.reuse_plan.scopes.items()
-        text += "".join(f", {name} every {scope.steps} steps" for name, scope in scopes)
+        words.append("outputs reused")
+    elif not config.ratio_schedule.constant:
+        words.append(f"ratio by schedule {config.ratio!r}")
+    elif config.ratio or reuse is None:
+        words.append(f"ratio {config.ratio:g}")
+    if details and words:
+        words.append(f"cells {config.sx}x{config.sy}")
+        words.append(f"{'random' if config.use_rand else 'regular'} destinations")
+    if config.method != "tome":
+        words.append(f"method {config.method!r}")
     if config.across_frames:
-        text += ", across frames"
+        words.append("across frames")
     if config.refresh_plan.steps > 1:
-        text += f", refreshed every {config.refresh_plan.steps} steps"
-    if config.residual_plan is not None:
-        text += f", residual {config.residual_plan.kind} of order {config.residual_plan.order}"
-    return text
+        words.append(f"refreshed every {config.refresh_plan.steps} steps")
+    if residual is not None:
+        words.append(f"residual {residual.kind} of order {residual.order}")
+    if reuse is not None:
+        words += [f"{name} every {scope.steps} steps" for name, scope in reuse.scopes.items()]
+    return words
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:

@@ -14,7 +14,7 @@ import platform
 import re
 import statistics
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -87,24 +87,22 @@ class PairedRun:
     Args:
         generator: The :class:`Generator`.
         handle: ToMe handle of its model, or None.
-        ratio: Ratio of the merged mode; ignored without a handle.
         compare: Whether to run the dense mode too.
         rounds: How often to run everything.
         folder: The ``ResultFolder`` to write to.
         text: Metadata common to all images, a dict of strings.
     """
 
-    def __init__(self, generator, handle, ratio, compare, rounds, folder, text):
-        self.generator, self.handle, self.ratio = generator, handle, ratio
+    def __init__(self, generator, handle, compare, rounds, folder, text):
+        self.generator, self.handle = generator, handle
         self.rounds, self.folder, self.text = rounds, folder, text
         self.passes = {mode: Pass() for mode in (("dense", "merged") if compare else ("merged",))}
         self.files = {}
-        self.stats, self.summary = [], ""
+        self.stats, self.scopes, self.summary = [], [], ""
 
-    def set_mode(self, mode):
-        """Switch the model between dense and merged."""
-        if self.handle is not None:
-            self.handle.ratio = 0 if mode == "dense" else self.ratio
+    def mode(self, mode):
+        """Return a context in which the model is dense or merged."""
+        return self.handle.dense() if self.handle and mode == "dense" else nullcontext()
 
     def run(self):
         """Run everything; images are written at the end of their batch."""
@@ -123,8 +121,8 @@ class PairedRun:
             if warm_up:
                 inner.set_description("warm-up")
                 for mode in self.passes:
-                    self.set_mode(mode)
-                    self.generator.run(batches[0], warm_up, on_step=inner.update)
+                    with self.mode(mode):
+                        self.generator.run(batches[0], warm_up, on_step=inner.update)
             for turn in range(self.rounds):
                 for index, numbers in enumerate(batches):
                     # Both orders take turns, so that drift favours neither.
@@ -135,16 +133,16 @@ class PairedRun:
                     if turn == 0:
                         self.save(numbers)
                     outer.update(len(numbers))
-        self.set_mode("merged")
 
     def run_mode(self, mode, numbers, on_step):
-        self.set_mode(mode)
-        if self.handle is not None:
-            self.handle.reset()
-        images, clock = self.generator.run(numbers, on_step=on_step)
+        with self.mode(mode):
+            if self.handle is not None:
+                self.handle.reset()
+            images, clock = self.generator.run(numbers, on_step=on_step)
         self.passes[mode].add(numbers, images, clock)
         if mode == "merged" and self.handle is not None:
             self.stats, self.summary = self.handle.stats(), self.handle.summary()
+            self.scopes = self.handle.scopes()
 
     def save(self, numbers):
         """Write the images of a batch, each with what it takes to make it again."""
@@ -154,11 +152,11 @@ class PairedRun:
             names = {}
             for mode, result in self.passes.items():
                 names[mode] = f"{stem}_dense.png" if mode == "dense" else f"{stem}.png"
-                ratio = 0 if mode == "dense" or self.handle is None else self.ratio
+                merged = mode != "dense" and self.handle is not None
                 text = {
                     "prompt": request.prompts[number],
                     "seed": str(request.seed_of(number)),
-                    "ratio": f"{ratio:g}",
+                    "token_merging": self.handle.description if merged else "none",
                     **self.text,
                 }
                 self.folder.save_png(names[mode], result.images[number], text)
@@ -265,7 +263,7 @@ def write_sheet(paired, reports, title):
     heads = [
         ("dense", spread_text(dense.per_image())),
         (
-            f"merged, ratio {paired.ratio:g}: {speedup:.2f}x",
+            f"merged, {paired.handle.description}: {speedup:.2f}x",
             spread_text(merged.per_image()),
         ),
     ]
@@ -313,7 +311,8 @@ def command(args, argv):
     if handle is None and (asked is not None or args.ratio is not None):
         options = {} if args.ratio is None else {"ratio": args.ratio}
         handle = apply_tome(model, asked, **options)
-    ratio = None if handle is None else handle.ratio if args.ratio is None else args.ratio
+    elif handle is not None and args.ratio is not None:
+        handle.ratio = args.ratio
 
     rounds = args.repeats or (math.ceil(3 / len(request.batches())) if args.compare else 1)
     height, width = generator.size
@@ -334,7 +333,7 @@ def command(args, argv):
     text["software"] = "mmagic_tome " + __version__
     text["versions"] = json.dumps(versions())
     folder = ResultFolder(args.folder, overwrite=args.overwrite)
-    paired = PairedRun(generator, handle, ratio, args.compare, rounds, folder, text)
+    paired = PairedRun(generator, handle, args.compare, rounds, folder, text)
     try:
         paired.run()
     except KeyboardInterrupt:
@@ -354,7 +353,11 @@ def command(args, argv):
         "settings": {**settings, "seed": request.seed, "batch_size": request.batch_size},
         "token_merging": None
         if handle is None
-        else {"config": {**handle.config.to_dict(), "ratio": ratio}, "sites": paired.stats},
+        else {
+            "config": handle.config.to_dict(),
+            "sites": paired.stats,
+            "scopes": paired.scopes,
+        },
         "timing": timing_report(paired),
         "images": reports,
         "compare": sheet,
@@ -417,7 +420,7 @@ def print_report(paired, reports, sheet):
     if paired.handle is None:
         print("\nNothing was merged: the config has no tome_cfg and --ratio was not given")
     else:
-        print(f"\nWhat was merged in the last run (ratio {paired.ratio:g}):\n{paired.summary}")
+        print(f"\nWhat was merged in the last run:\n{paired.summary}")
 
     steps = paired.generator.request.steps
     print(f"\nTime per image, whole run with {steps} steps (in brackets the UNet alone):")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..engine import ToMeHandle, get_handle
 from ..errors import ToMeError
-from .subject import aside, merging_off, model_of, ratio_text, request_of, undisturbed
+from .subject import aside, model_of, request_of, undisturbed
 
 
 @HOOKS.register_module()
@@ -117,7 +117,7 @@ class ToMeEvalHook(Hook):
         }
         said = ", ".join(f"{m.label} {m.text(means[m.name])}" for m in self.metrics)
         runner.logger.info(
-            f"dense and merged ({ratio_text(handle)}), {len(self.prompts)} prompts, {mode} at "
+            f"dense and merged ({handle.description}), {len(self.prompts)} prompts, {mode} at "
             f"iteration {step}: {said}"
         )
         # An infinite PSNR (identical pictures) is in the log; as a point of a curve it breaks
@@ -154,7 +154,7 @@ def dense_and_merged(
     from ..apis.text2image import Generator
 
     generator = Generator(model, request)
-    with merging_off(handle):
+    with handle.dense():
         dense = generate(generator, numbers)
     return dense, generate(generator, numbers)
 

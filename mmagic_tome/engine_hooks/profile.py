@@ -18,7 +18,7 @@ from ..engine import get_handle
 from ..errors import ToMeError
 from ..hosts import find_host
 from ..meters import process_peak, reset_process_peak
-from .subject import is_aside, model_of, ratio_text
+from .subject import is_aside, model_of
 
 
 @HOOKS.register_module()
@@ -285,7 +285,7 @@ class Recorder:
             sites.append(site)
         return {
             "device": str(self.device),
-            "merging": "none" if self.handle is None else ratio_text(self.handle),
+            "merging": "none" if self.handle is None else self.handle.description,
             "warm_up": min(self.warm_up, self.seen),
             "steps": steps,
             "sites": sites,

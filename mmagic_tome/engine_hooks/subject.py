@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from numbers import Real
 from typing import Any
 
 import torch
@@ -15,12 +14,9 @@ from torch import nn
 
 from ..apis.model_config import check_text_to_image
 from ..apis.text2image import Request
-from ..engine import ToMeHandle
 from ..errors import ToMeError
 from ..hosts import find_host
 
-# Options of what is carried from step to step.
-CARRIED = ("refresh", "residual", "reuse")
 # Whether what the model does is a hook's business, and not the run's.
 _aside = ContextVar("aside", default=False)
 
@@ -65,33 +61,6 @@ def model_of(runner, needed_by: str, generates: bool = False) -> nn.Module:
         except ToMeError as error:
             raise ToMeError(f"{needed_by}: {error}") from error
     return model
-
-
-@contextmanager
-def merging_off(handle: ToMeHandle) -> Iterator[None]:
-    """The dense model, bit for bit, while entered; hooks that watch the network stay in place.
-
-    Ratio 0 alone would leave on what is carried from step to step (``reuse``, ``residual``).
-    """
-    # Of the network and its ControlNets.
-    held = [(state, state.config) for state in handle._states.values()]
-    try:
-        for state, config in held:
-            state.config = config.replace(ratio=0, method="tome", **dict.fromkeys(CARRIED))
-            state.forget_run()
-        yield
-    finally:
-        for state, config in held:
-            state.config = config
-            state.forget_run()
-
-
-def ratio_text(handle: ToMeHandle) -> str:
-    """What is done, in words."""
-    ratio = handle.ratio
-    text = f"ratio {ratio:g}" if isinstance(ratio, Real) else "ratio by schedule"
-    carried = [key for key in CARRIED if getattr(handle.config, key) is not None]
-    return ", ".join([text, *carried])
 
 
 @contextmanager

@@ -216,9 +216,12 @@ def test_evaluation_in_training_is_as_inference_and_changes_nothing(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (dict(ratio=0.5, refresh=2, residual="reuse"), "ratio 0.5, refresh, residual"),
-        (dict(ratio=dict(level={1: 0.5})), "ratio by schedule"),
-        (dict(preset="fast"), "ratio 0, reuse"),
+        (
+            dict(ratio=0.5, refresh=2, residual="reuse"),
+            "outputs reused, refreshed every 2 steps, residual reuse of order 0",
+        ),
+        (dict(ratio=dict(level={1: 0.5})), "ratio by schedule {'level': {1: 0.5}}"),
+        (dict(preset="fast"), "network every 2 steps, deep every 2 steps"),
     ],
 )
 def test_dense_is_dense_whatever_the_merging_carries_along(options, said, make_runner, tmp_path):

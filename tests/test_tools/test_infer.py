@@ -319,7 +319,7 @@ def test_images_say_how_they_were_made(run, configs, tmp_path):
         "negative_prompt": "dog",
         "seed": "8",
         "config": configs["tome"],
-        "ratio": "0.5",
+        "token_merging": "ratio 0.5",
         "steps": "2",
         "guidance": "3.0",
         "size": "64x64",
@@ -407,8 +407,8 @@ def test_compare(spelling, run, configs, tmp_path):
         error = ((merged - pixels(out / entry["dense_file"])) ** 2).mean()
         assert error > 0, "merging changes the picture"
         assert entry["psnr_db"] == pytest.approx(10 * np.log10(255**2 / error), abs=1e-3)
-        assert Image.open(out / entry["dense_file"]).text["ratio"] == "0"
-        assert Image.open(out / entry["file"]).text["ratio"] == "0.5"
+        assert Image.open(out / entry["dense_file"]).text["token_merging"] == "none"
+        assert Image.open(out / entry["file"]).text["token_merging"] == "ratio 0.5"
     timing = report["timing"]
     for mode in ("dense", "merged"):
         assert timing[mode]["seconds_per_image"]["runs"] == 4
