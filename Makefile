@@ -37,8 +37,8 @@ $(STAMP):
 	@echo "[5/5] mmagic_tome itself, editable" && $(PIP) --no-deps --no-build-isolation -e .
 	@rm -f $(VENV)/.installed-* && touch $@
 
-demo: $(STAMP) ## generate pictures dense and merged, side by side
-	$(PY) tools/infer.py configs/demo/sd-emoji_tome-5e-1.py --compare --out $(OUT) --overwrite $(DEMO_ARGS)
+demo: $(STAMP) ## generate pictures dense and faster, side by side
+	$(PY) tools/infer.py configs/demo/sd-emoji_tome-balanced.py --compare --out $(OUT) --overwrite $(DEMO_ARGS)
 
 test: lint ## lint and all tests
 	$(PY) -m pytest $(PYTEST_ARGS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+from ..presets import PRESETS
 from .command_line import (
     RATIO,
     VALUES,
@@ -32,7 +33,7 @@ COMPARE_NEEDS = {"skimage": "scikit-image", "matplotlib": "matplotlib"}
 
 DESCRIPTION = """\
 Generate images from text with the model of a MMagic config, with token merging
-as its `tome_cfg` (or --ratio) says, and write them with a result.json.
+as its `tome_cfg` (or --preset, or --ratio) says, and write them with a result.json.
 """
 
 EPILOG = """\
@@ -49,7 +50,7 @@ A config may state defaults for this command in `infer_cfg`, with the keys
 prompts, negative_prompt, steps, guidance, size, seed and batch_size.
 
 examples:
-  python tools/infer.py configs/demo/sd-emoji_tome-5e-1.py --prompt 'red apple' --compare
+  python tools/infer.py configs/demo/sd-emoji_tome-balanced.py --prompt 'red apple' --compare
   python -m mmagic_tome infer mmagic_tome::demo/sd-emoji_tome-5e-1.py --ratio 0.7
 """
 
@@ -68,6 +69,11 @@ def build_parser(prog: str = "infer") -> Parser:
     )
 
     add = parser.add_argument_group("token merging").add_argument
+    add(
+        "--preset",
+        choices=list(PRESETS),
+        help="what is left out and foretold, instead of what the config says; start with balanced",
+    )
     add(
         "--ratio",
         type=RATIO,

@@ -297,7 +297,9 @@ def command(args, argv):
     device = check_device(args.device)
     config = load_config(args.config_path, args.cfg_options)
     request = make_request(args, config)
-    check_config(config, request, args.ratio, args.compare)
+    named = {"preset": args.preset, "ratio": args.ratio}
+    options = {key: value for key, value in named.items() if value is not None}
+    check_config(config, request, options, args.compare)
 
     if request.negative_prompt and request.guidance <= 1:
         print("note: the negative prompt has no effect at a guidance of 1 or less")
@@ -308,11 +310,8 @@ def command(args, argv):
     generator = Generator(model, request)
     handle = get_handle(model)
     asked = merging_config(config)
-    if handle is None and (asked is not None or args.ratio is not None):
-        options = {} if args.ratio is None else {"ratio": args.ratio}
+    if options or (handle is None and asked is not None):
         handle = apply_tome(model, asked, **options)
-    elif handle is not None and args.ratio is not None:
-        handle.ratio = args.ratio
 
     rounds = args.repeats or (math.ceil(3 / len(request.batches())) if args.compare else 1)
     height, width = generator.size
@@ -418,7 +417,7 @@ def print_report(paired, reports, sheet):
         print(f"Side by side: {paired.folder.path / sheet}")
 
     if paired.handle is None:
-        print("\nNothing was merged: the config has no tome_cfg and --ratio was not given")
+        print("\nNothing was merged: no tome_cfg in the config, no --preset and no --ratio")
     else:
         print(f"\nWhat was merged in the last run:\n{paired.summary}")
 

@@ -138,26 +138,25 @@ def check_size(size, unit):
     )
 
 
-def check_config(config, request, ratio, compare):
+def check_config(config, request, options, compare):
     """Check a request against a config before any model is built.
 
     Args:
         config: mmengine's ``Config``.
         request: The :class:`Request`.
-        ratio: Ratio that replaces the config's, or None.
+        options: Options of token merging that replace the config's, a dict or None.
         compare: Whether a merged run is to be compared with a dense one.
 
     Raises:
         ToMeError: At the first thing that does not fit.
     """
     merging = merging_config(config)
-    if merging is None and ratio is None and compare:
+    if merging is None and not options and compare:
         raise ToMeError(
-            "nothing to compare: the config has no tome_cfg; add tome_cfg=dict(ratio=0.5) "
-            "to it, or pass --ratio 0.5"
+            "nothing to compare: the config has no tome_cfg; add tome_cfg=dict(preset='balanced') "
+            "to it, or pass --preset balanced or --ratio 0.5"
         )
-    if ratio is not None:
-        ToMeConfig.coerce(merging, ratio=ratio)
+    ToMeConfig.coerce(merging, **(options or {}))
 
     model = inner_model(config)
     vae, unet = component(model, "vae"), component(model, "unet")

@@ -36,14 +36,14 @@ def command(args, argv: list[str]) -> None:
     device = check_device(args.device)
     config = load_config(args.config_path, args.cfg_options)
     request = make_request(args, config)
-    check_config(config, request, args.ratio, compare=True)
+    options = {} if args.ratio is None else {"ratio": args.ratio}
+    check_config(config, request, options, compare=True)
 
     quiet_libraries()
     print(f"building {inner_model(config).type} of {args.config} on {device}")
     model = build_model(config, device, args.dtype)
     generator = Generator(model, request)
     handle = get_handle(model)
-    options = {} if args.ratio is None else {"ratio": args.ratio}
     if handle is None or options:
         handle = apply_tome(model, merging_config(config), **options)
     ratio = handle.ratio

@@ -271,7 +271,17 @@ def test_help_names_every_option():
     text = cli.build_parser().format_help()
     for name in (
         *("prompt", "prompt-file", "negative-prompt", "steps", "guidance", "size", "seed"),
-        *("batch-size", "ratio", "compare", "repeats", "device", "dtype", "out", "overwrite"),
+        *(
+            "batch-size",
+            "preset",
+            "ratio",
+            "compare",
+            "repeats",
+            "device",
+            "dtype",
+            "out",
+            "overwrite",
+        ),
         "cfg-options",
     ):
         assert f"--{name}" in text
@@ -421,6 +431,23 @@ def test_compare(spelling, run, configs, tmp_path):
     _, width, height = pictures.sheet_layout((64, 64), rows=2)
     assert sheet.size == (width, height)
     assert "speed-up" in printed and "compare.png" in printed
+
+
+def test_preset(run, configs, tmp_path):
+    """Parts are left out, dense is dense all the same, and the report says what was done."""
+    out, dense = tmp_path / "out", tmp_path / "dense"
+    request = ["--prompt", "cat", "--size", "64", "--steps", "6"]
+    options = ["--preset", "fast", "--compare", "--repeats", "1"]
+    code, printed, err = run(configs["tome"], *request, *options, "--out", out)
+    assert code == 0, err
+    assert run(configs["tome"], *request, "--ratio", "0", "--out", dense)[0] == 0
+    report = result(out)
+    entry = report["images"][0]
+    assert np.array_equal(pixels(out / entry["dense_file"]), pixels(dense / entry["file"]))
+    assert not np.array_equal(pixels(out / entry["file"]), pixels(dense / entry["file"]))
+    scopes = {row["scope"]: row for row in report["token_merging"]["scopes"]}
+    assert scopes["network"]["reused"] > 0
+    assert f"network: ran {scopes['network']['runs']} times" in printed
 
 
 def test_another_model_of_the_family(run, configs, tmp_path):
