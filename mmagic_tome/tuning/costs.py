@@ -8,6 +8,7 @@ same round, and the median of the rounds counts.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from statistics import mean, median
 from typing import Any
@@ -26,6 +27,7 @@ from .space import RATIOS, REFRESH, Space
 ROUNDS = 3
 # Few steps give every kind of call a few times.
 STEPS = 8
+WARM_UP_STEPS = 2
 SITES = ("attn", "block")
 # Merging that saves less of a call than this is left out: it costs quality, and the clock is no
 # better than that.
@@ -33,7 +35,11 @@ LEAST_SAVING = 0.02
 
 
 def measure_costs(
-    generator: Generator, numbers: Sequence[int], scopes: Sequence[str], order: int
+    generator: Generator,
+    numbers: Sequence[int],
+    scopes: Sequence[str],
+    order: int,
+    seconds: float,
 ) -> dict[str, Any]:
     """Measure what there is to choose from.
 
@@ -42,11 +48,12 @@ def measure_costs(
         numbers: the pictures of a run.
         scopes: of 'network' and 'deep', what may be left out.
         order: of foretelling.
+        seconds: after which no further round begins; the first one is always measured.
 
     Returns:
         JSON-able: ``foretold``, ``shallow`` (None where they were not measured), ``rest``,
         ``merges`` (a list of [site, level, ratio, what it adds]), ``deep_levels``,
-        ``dense_call_seconds``, ``rounds``.
+        ``dense_call_seconds``, ``rounds`` (of the first measurement).
     """
     host, network = find_host(generator.model)
     blocks = host.blocks(network)
@@ -62,18 +69,21 @@ def measure_costs(
             config = merging(site, level, 0.5)
             if _works(generator.model, config):
                 merges[site, level, 0.5] = config
+    until = time.perf_counter() + seconds
     with tqdm(desc="measuring costs", unit="step", dynamic_ncols=True) as bar:
-        first = _rounds(generator, numbers, {**runs, **merges}, bar)
-        kept = [key for key in merges if _added(first, key) < -LEAST_SAVING]
+        first = _rounds(generator, numbers, {**runs, **merges}, bar, until)
+        kept = [key for key in merges if _saves(first, key)]
         more = {
             (site, level, ratio): merging(site, level, ratio)
             for site, level, _ in kept
             for ratio in RATIOS
             if ratio != 0.5
         }
-        second = _rounds(generator, numbers, {"dense": None, **more}, bar) if more else None
+        second = {}
+        if more:
+            second = _rounds(generator, numbers, {"dense": None, **more}, bar, until)
     found = [[*key, _added(first, key)] for key in kept]
-    found += [[*key, _added(second, key)] for key in more if _added(second, key) < -LEAST_SAVING]
+    found += [[*key, _added(second, key)] for key in more if _saves(second, key)]
     deep = _inside(host.deep(network, 1), blocks) if "deep" in scopes else set()
     inner = {
         level
@@ -88,7 +98,7 @@ def measure_costs(
         "merges": sorted(found),
         "deep_levels": sorted(inner),
         "dense_call_seconds": median(one["full"] for one in dense),
-        "rounds": ROUNDS,
+        "rounds": len(dense),
     }
 
 
@@ -139,17 +149,21 @@ def _works(model: Any, config: ToMeConfig) -> bool:
         return False
 
 
-def _rounds(generator, numbers, runs, bar) -> dict[Any, list[dict[str, float]]]:
-    """Figures of every run in every round, after a round to warm up."""
+def _rounds(generator, numbers, runs, bar, until) -> dict[Any, list[dict[str, float]]]:
+    """Figures of every run in every round, after short runs to warm up."""
     steps = min(STEPS, generator.request.steps)
-    bar.total = (bar.total or 0) + steps * len(runs) * (ROUNDS + 1)
+    warm_up = min(WARM_UP_STEPS, steps)
+    bar.total = bar.n + len(runs) * (warm_up + steps * ROUNDS)
     found: dict[Any, list[dict[str, float]]] = {key: [] for key in runs}
-    for turn in range(-1, ROUNDS):
+    for key in runs:
+        bar.set_postfix_str("warm-up")
+        _run(generator, numbers, runs[key], warm_up, bar.update)
+    for turn in range(ROUNDS):
+        if turn and time.perf_counter() > until:
+            break
         for key in list(runs)[:: -1 if turn % 2 else 1]:
-            bar.set_postfix_str(_name(key) if turn >= 0 else "warm-up")
-            figures = _run(generator, numbers, runs[key], steps, bar.update)
-            if turn >= 0:
-                found[key].append(figures)
+            bar.set_postfix_str(_name(key))
+            found[key].append(_run(generator, numbers, runs[key], steps, bar.update))
     return found
 
 
@@ -168,20 +182,29 @@ def _run(
     out = left_out(config or ToMeConfig(ratio=0), trace.times, trace.levels)
     by_kind: dict[str, list[float]] = {}
     # The first call of a run pays for what the machine had forgotten of the network.
-    for number, (kind, time) in enumerate(zip(out, seconds)):
+    for number, (kind, taken) in enumerate(zip(out, seconds)):
         if number or len(seconds) == 1:
-            by_kind.setdefault(min(kind, default="full"), []).append(time)
+            by_kind.setdefault(min(kind, default="full"), []).append(taken)
     return {"rest": clock.total - clock.unet, **{k: mean(v) for k, v in by_kind.items()}}
 
 
-def _share(found, key, kind) -> float | None:
+def _shares(found, key, kind) -> list[float]:
     """Seconds of a kind of call as a share of the dense ones of the same round."""
-    shares = [
+    return [
         one[kind] / dense["full"]
         for dense, one in zip(found["dense"], found.get(key, []))
         if kind in one
     ]
+
+
+def _share(found, key, kind) -> float | None:
+    shares = _shares(found, key, kind)
     return median(shares) if shares else None
+
+
+def _saves(found, key) -> bool:
+    """Whether merging saved time in every round: a busy machine makes up savings that are none."""
+    return all(share < 1 - LEAST_SAVING for share in _shares(found, key, "full"))
 
 
 def _added(found, key) -> float:

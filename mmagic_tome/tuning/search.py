@@ -131,9 +131,8 @@ class Search:
             self._greedy(goal)
             self._polish(goal)
         except _Spent:
-            pass
-        if self._best(goal) is None and goal.speedup is not None:
-            self._leap(goal)
+            if goal.speedup is not None and not goal.met(self.path[-1]):
+                self._leap(goal)
         best = self._best(goal)
         if best is None:
             raise ToMeError(self._unreached(goal))
@@ -224,14 +223,15 @@ class Search:
                 return
 
     def _neighbours(self, goal: Goal, best: Trial) -> list[Candidate]:
-        """Those that can be better, as far as time tells: one thing less, or one less, one more."""
+        """Those that can be better as far as time tells: one thing less, or one less, one more."""
         slower = list(self.space.slower(best.candidate))
         swapped = chain.from_iterable(self._moves(one).values() for one in slower)
         around = dict.fromkeys([*slower, *swapped, *self._moves(best.candidate).values()])
         least = goal.speedup if goal.speedup is not None else best.speedup * (1 + 1e-9)
         close = [one for one in around if not one.dense and self.speedup(one) >= least]
         # What is barely fast enough probably changes least.
-        return sorted(close, key=self.speedup)[:MOST_NEIGHBOURS]
+        close = sorted(close, key=self.speedup)[:MOST_NEIGHBOURS]
+        return [*(self.space.alike(best.candidate) if goal.speedup is not None else ()), *close]
 
     # --- what to say ------------------------------------------------------------------------------
 

@@ -23,6 +23,8 @@ NOTCH = 0.1
 # A part that runs at every fifth step or more rarely is foretold from too far away.
 MOST_STEPS = 4
 RATIOS = (0.25, 0.5, 0.75)
+# Nothing and half: the share that the presets repay.
+REPAY = (0.5, 0.0)
 # Steps that a plan of merging serves: matching is a large part of what merging costs.
 REFRESH = 2
 
@@ -34,11 +36,13 @@ class Window:
     Args:
         steps: it runs at every this many steps.
         low, high: noise levels between which it is left out, 1 = pure noise.
+        repay: share of what was foretold wrongly that is made good at the next run.
     """
 
     steps: int
     low: float
     high: float
+    repay: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ class Candidate:
             window = getattr(self, name)
             if window is not None:
                 reuse[name] = {"steps": window.steps, "between": [window.low, window.high]}
+                if window.repay:
+                    reuse[name]["repay"] = window.repay
                 if self.order != 1:
                     reuse[name]["order"] = self.order
         if reuse:
@@ -110,7 +116,8 @@ class Candidate:
         for name in SCOPES:
             window = getattr(self, name)
             if window is not None:
-                words.append(f"{name} 1/{window.steps} in {window.low:g}-{window.high:g}")
+                repay = f" repay {window.repay:g}" if window.repay else ""
+                words.append(f"{name} 1/{window.steps} in {window.low:g}-{window.high:g}{repay}")
         if self.merge is not None:
             merge = self.merge
             levels = ", ".join(f"/{level}: {ratio:g}" for level, ratio in merge.ratios)
@@ -134,8 +141,9 @@ def candidate_of(options: Mapping[str, Any]) -> Candidate | None:
     orders = {scope.order for scope in scopes.values()}
     if len(orders) != 1:
         return None
-    windows = {name: Window(scope.steps, *scope.between) for name, scope in scopes.items()}
-    return Candidate(**windows, order=orders.pop())
+    windows = {n: Window(s.steps, *s.between, s.repay) for n, s in scopes.items()}
+    candidate = Candidate(**windows, order=orders.pop())
+    return candidate if candidate.config().reuse_plan == reuse else None
 
 
 @dataclass(frozen=True)
@@ -167,7 +175,7 @@ class Space:
         everything = Window(MOST_STEPS, 0.0, 1.0)
         base = replace(self.dense, **dict.fromkeys(self.scopes, everything))
         merges = [
-            Merge(site, tuple((level, ratios[-1]) for level, ratios in sorted(table.items())), 0, 1)
+            Merge(site, tuple((level, table[level][-1]) for level in sorted(table)), 0.0, 1.0)
             for site, table in self.merges.items()
         ]
         return [base, *(replace(base, merge=merge) for merge in merges)]
@@ -183,7 +191,10 @@ class Space:
         for name in self.scopes:
             window = getattr(candidate, name)
             if window is None:
-                starts = [Window(2, *_edges(0.5 - k * NOTCH, 0.5 + k * NOTCH)) for k in range(1, 6)]
+                # Outputs that noise moves about lie on no line between their neighbours.
+                repay = REPAY[0] if self.order else 0.0
+                edges = [_edges(0.5 - k * NOTCH, 0.5 + k * NOTCH) for k in range(1, 6)]
+                starts = [Window(2, *pair, repay) for pair in edges]
                 yield f"{name}: in", [replace(candidate, **{name: start}) for start in starts]
                 continue
             for edge, windows in _wider(window):
@@ -212,6 +223,14 @@ class Space:
                 more = tuple(sorted({**held, level: higher[0]}.items()))
                 name = f"merge {merge.site} at {level}: more"
                 yield name, [replace(candidate, merge=replace(merge, ratios=more))]
+
+    def alike(self, candidate: Candidate) -> Iterator[Candidate]:
+        """Neighbours that take as long."""
+        for name in self.scopes:
+            window = getattr(candidate, name)
+            for repay in REPAY if window is not None and self.order else ():
+                if repay != window.repay:
+                    yield replace(candidate, **{name: replace(window, repay=repay)})
 
     def slower(self, candidate: Candidate) -> Iterator[Candidate]:
         """Neighbours that do one thing less."""

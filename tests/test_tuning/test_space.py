@@ -1,0 +1,67 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Candidates, their options and the moves between them."""
+
+from mmagic_tome import ToMeConfig
+from mmagic_tome.presets import PRESETS
+from mmagic_tome.tuning.space import Candidate, Merge, Space, Window, candidate_of
+
+SPACE = Space(("network", "deep"), {"attn": {1: (0.25, 0.5), 2: (0.5,)}, "block": {1: (0.25,)}})
+
+
+def reachable(count):
+    """All candidates within some moves of the dense one."""
+    held, edge = {SPACE.dense}, {SPACE.dense}
+    for _ in range(count):
+        edge = {one for c in edge for _, chain in SPACE.faster(c) for one in chain} - held
+        held |= edge
+    return held
+
+
+def test_every_candidate_is_a_valid_config_of_its_own():
+    candidates = reachable(2)
+    options = [str(one.options()) for one in candidates]
+    assert len(candidates) > 150 and len(set(options)) == len(options)
+    for one in candidates:
+        config = one.config()
+        assert config.dense == one.dense
+        assert ToMeConfig.from_dict(config.to_dict()) == config
+
+
+def test_moves_have_names_and_can_be_taken_back():
+    for candidate in reachable(2):
+        moves = list(SPACE.faster(candidate))
+        assert len({name for name, _ in moves}) == len(moves)
+        assert all(candidate not in chain for _, chain in moves)
+        count = 0
+        while not candidate.dense:
+            back = list(SPACE.slower(candidate))
+            assert candidate not in back
+            candidate, count = back[-1], count + 1
+        assert count <= 4
+
+
+def test_what_takes_as_long():
+    candidate = Candidate(Window(2, 0.1, 0.7, 0.5), Window(2, 0.1, 0.7))
+    repaid = [(one.network.repay, one.deep.repay) for one in SPACE.alike(candidate)]
+    assert repaid == [(0.0, 0.0), (0.5, 0.5)]
+    assert not list(Space(("deep",), order=0).alike(Candidate(deep=Window(2, 0, 1), order=0)))
+
+
+def test_options_of_a_merge():
+    merge = Merge("attn", ((1, 0.5), (2, 0.25)), 0.5, 1.0)
+    config = Candidate(Window(2, 0.1, 0.7), merge=merge).config()
+    assert config.kinds == ("attn",) and config.max_downsample == 2
+    assert config.ratio == {"level": {1: 0.5, 2: 0.25}, "noise": {"between": [0.5, 1.0]}}
+    assert config.reuse_plan.scopes["network"].between == (0.1, 0.7)
+    assert Candidate(deep=Window(2, 0, 1), order=0).config().reuse_plan.deep.order == 0
+
+
+def test_presets_are_candidates():
+    for name in PRESETS:
+        candidate = candidate_of({"preset": name})
+        config = ToMeConfig.from_dict({"preset": name})
+        assert candidate is None or candidate.config() == config
+    options = dict(ratio=0, reuse=dict(deep=dict(steps=3, repay=0.25)))
+    assert candidate_of(options) == Candidate(deep=Window(3, 0.0, 0.95, 0.25))
+    assert candidate_of({"ratio": 0.5}) is None
+    assert candidate_of({"preset": "fast", "method": "tofu"}) is None

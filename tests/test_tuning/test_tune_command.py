@@ -1,0 +1,277 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""The whole command, on a random model."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+from tiny import tiny_config, write_config
+
+from mmagic_tome import ToMeError
+from mmagic_tome.apis.model_config import load_config, merging_config
+from mmagic_tome.tuning import check, cli, command, costs, judge, search
+from mmagic_tome.tuning.search import Goal, Trial, psnr_of
+from mmagic_tome.tuning.space import Candidate, Window
+
+QUICK = ["--size", "64", "--steps", "6", "--device", "cpu", "--search-prompts", "2"]
+QUICK += ["--unseen-prompts", "2"]
+
+
+@pytest.fixture(scope="module")
+def tuning(sd_folder, tmp_path_factory):
+    """A config, prompts, and a function that runs the command with few rounds of timing."""
+    pytest.importorskip("mmagic", reason="the command runs MMagic models")
+    folder = tmp_path_factory.mktemp("tuning")
+    prompts = folder / "prompts.txt"
+    prompts.write_text("a cat\na dog\na cat in red\ndog\n")
+    config = write_config(folder / "tiny.py", tiny_config(folder=sd_folder))
+
+    def run(out, *options, config=config, code=0):
+        argv = [config, "--prompts", prompts, *QUICK, "--out", out, *options]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(costs, "ROUNDS", 1)
+            patch.setattr(costs, "SITES", ("attn",))
+            patch.setattr(check, "LEAST_PAIRS", 2)
+            patch.setattr(search, "MOST_NEIGHBOURS", 3)
+            assert cli.main([str(arg) for arg in argv]) == code
+        return SimpleNamespace(
+            **{
+                path.stem: json.loads(path.read_text())
+                for path in out.glob("*.json")
+                if path.stem != "manifest"
+            }
+        )
+
+    return SimpleNamespace(run=run, config=config, folder=folder, prompts=prompts)
+
+
+@pytest.fixture(scope="module")
+def finished(tuning, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "run"
+    return SimpleNamespace(out=out, found=tuning.run(out, "--psnr", "35"))
+
+
+def test_the_config_is_what_was_tried(finished):
+    result = finished.found.result
+    config = merging_config(load_config(finished.out / "tiny_psnr-35.py"))
+    options = result["chosen"]["options"]
+    # JSON has made texts of the levels.
+    same = type(config).from_dict(options).to_dict()
+    assert json.dumps(config.to_dict()) == json.dumps(same) and not config.dense
+    assert result["chosen"]["psnr"] is None or result["chosen"]["psnr"] >= 35
+    assert result["chosen"]["speedup"] > 1
+    # No trial meets the goal and is faster.
+    better = [t for t in result["trials"] if t["speedup"] > result["chosen"]["speedup"]]
+    assert all(t["psnr"] < 35 for t in better)
+
+
+def test_trials_are_told_apart_from_the_unseen(finished):
+    result = finished.found.result
+    assert {len(trial["psnr"]) for trial in finished.found.trials.values()} == {2}
+    assert len(result["unseen"]["psnr_of"]) == 2 and result["unseen"]["pairs"] == 2
+    assert result["unseen"]["speedup"]["median"] > 0
+    assert [one["name"] for one in result["others"]][:3] == ["5 steps", "4 steps", "3 steps"]
+    text = (finished.out / "tiny_psnr-35.py").read_text()
+    assert f"{result['unseen']['speedup']['median']:.2f}x" in text and "Versions: " in text
+
+
+def test_the_picture(finished):
+    with Image.open(finished.out / "pareto.png") as image:
+        assert image.size == (1040, 728)
+        assert len(image.convert("RGB").getcolors(2**20)) > 50
+
+
+def test_interrupted_and_run_again(tuning, finished, tmp_path, monkeypatch, capsys):
+    """Nothing twice, the same result. Costs are the other run's: a clock says nothing twice."""
+    out = tmp_path / "run"
+    out.mkdir()
+    shutil.copy(finished.out / "costs.json", out)
+    runs = []
+    real = judge.Generator.run
+
+    def counted(self, numbers, steps=None, on_step=None):
+        runs.append((tuple(numbers), steps))
+        if len(runs) == 15:
+            raise KeyboardInterrupt
+        return real(self, numbers, steps, on_step)
+
+    monkeypatch.setattr(judge.Generator, "run", counted)
+    tuning.run(out, "--psnr", "35", code=130)
+    assert "run the same command again to go on" in capsys.readouterr().err
+    held = json.loads((out / "trials.json").read_text())
+    assert held and not (out / "tiny_psnr-35.py").exists()
+    found = tuning.run(out, "--psnr", "35")
+    expected = finished.found
+    assert found.result["chosen"] == expected.result["chosen"]
+    assert list(found.trials) == list(expected.trials)
+    for key, trial in expected.trials.items():
+        assert found.trials[key]["psnr"] == trial["psnr"]
+        if key in held:  # the very one: to the last digit of its seconds
+            assert found.trials[key] == held[key]
+    # Dense pictures and trials once each, but for the one that was broken off; then the warm-ups
+    # and pairs of the check.
+    per_trial = 2
+    made = 2 + per_trial * len(found.trials) + 2 + 2 * 2
+    assert made <= len(runs) <= made + per_trial
+    # A third time, with another goal: what was tried is there already.
+    before = len(runs)
+    options = ["--psnr", "36", "--overwrite"]
+    more = tuning.run(out, *options)
+    new = len(more.trials) - len(found.trials)
+    assert len(runs) - before <= per_trial * new + 6
+
+
+def test_what_cannot_be_reached(tuning, finished, capsys):
+    tuning.run(finished.out, "--speedup", "50", code=2)
+    error = capsys.readouterr().err
+    assert "--speedup 50 cannot be reached" in error and "write --speedup" in error
+    assert not (finished.out / "tiny_speedup-50.py").exists()
+
+
+def test_another_search_is_left_alone(tuning, finished, capsys):
+    tuning.run(finished.out, "--psnr", "30", "--seed", "5", code=2)
+    assert "holds another evaluation" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "either --speedup X or --psnr DB, neither was given"),
+        (["--speedup", "1.5", "--psnr", "30"], "both were given"),
+        (["--speedup", "1"], "--speedup: expected at least 1.01"),
+        (["--psnr", "30", "--search-prompts", "9"], "write --search-prompts 1 --unseen-prompts 3"),
+        (["--psnr", "30", "--prompt-set", "demo"], "--prompts and --prompt-set are both given"),
+        (["--psnr", "30", "--write", "a.json"], "ends in .py"),
+        (["--psnr", "30", "--size", "60"], "size 60x60 does not fit"),
+        (["--psnr", "30", "--cfg-options", "model.tome_cfg.ratio=0.5"], "inside model=dict"),
+    ],
+)
+def test_bad_input_is_one_line_before_a_model_is_loaded(
+    tuning, options, said, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(command, "build_model", lambda *_: pytest.fail("loaded"))
+    tuning.run(tmp_path / "out", *options, code=2)
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.json"))
+
+
+def test_no_file_is_replaced_unasked(tuning, tmp_path, capsys):
+    target = tmp_path / "mine.py"
+    target.write_text("precious")
+    for options in ((), ("--overwrite",)):
+        path = tuning.config if options else target
+        tuning.run(tmp_path / "out", "--psnr", "30", "--write", path, *options, code=2)
+    error = capsys.readouterr().err
+    assert "mine.py exists; write --overwrite" in error and "is the config to tune" in error
+    assert target.read_text() == "precious"
+
+
+def test_a_sampler_with_noise_keeps_the_network_running(sd_folder):
+    from tiny import tiny_model
+
+    schedule = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    sampler = dict(type="EulerAncestralDiscreteScheduler", **schedule)
+    request = SimpleNamespace(steps=6)
+    for changes, expected in (
+        ({}, (["network", "deep"], 1)),
+        (dict(scheduler=sampler, test_scheduler=sampler), (["deep"], 0)),
+    ):
+        model = tiny_model(folder=sd_folder, **changes)
+        notes = []
+        found = command._scopes(SimpleNamespace(model=model, request=request), notes)
+        assert found == expected
+        assert bool(notes) == bool(changes)
+    assert "EulerAncestralDiscreteScheduler adds noise" in notes[0]
+
+
+class FakeSearch:
+    """Finds just what is asked for."""
+
+    top = 3.0
+
+    def __init__(self):
+        self.goals = []
+
+    def run(self, goal):
+        assert goal.speedup <= self.top
+        self.goals.append(goal.speedup)
+        return Trial(Candidate(Window(2, 0.1, 0.5)), 10.0, goal.speedup)
+
+
+@pytest.mark.parametrize(("pace", "checks"), [(1.0, 1), (0.9, 2), (0.2, 2)])
+def test_a_goal_that_was_only_predicted_is_set_higher(pace, checks, monkeypatch):
+    """`pace`: what the clock says of a prediction."""
+    fake, notes = FakeSearch(), []
+
+    def measured(judge, unseen, options):
+        return {"speedup": {"median": pace * fake.goals[-1]}, "psnr": 40.0}
+
+    monkeypatch.setattr(command, "check", measured)
+    bar = SimpleNamespace(close=lambda: None)
+    trial, checked = command._best(fake, Goal(speedup=1.5), None, range(2), bar, notes)
+    assert len(fake.goals) == checks and fake.goals == sorted(fake.goals)
+    assert checked["speedup"]["median"] == pace * trial.speedup
+    missed = [note for note in notes if note.startswith("MISSED: 1.5x")]
+    assert bool(missed) == (pace == 0.2)
+    assert (checked["speedup"]["median"] >= 1.5) == (pace != 0.2)
+
+
+def test_a_psnr_that_only_the_search_prompts_have_is_said(monkeypatch):
+    checked = {"speedup": {"median": 1.0}, "psnr": 28.0}
+    monkeypatch.setattr(command, "check", lambda *_: checked)
+    fake = SimpleNamespace(run=lambda goal: Trial(Candidate(Window(2, 0.1, 0.5)), 60.0, 2.0))
+    notes = []
+    bar = SimpleNamespace(close=lambda: None)
+    command._best(fake, Goal(psnr=30.0), None, range(2), bar, notes)
+    assert "28.0 dB, below 30" in notes[0] and "2.00x measures 1.00x" in notes[1]
+
+
+def test_pairs_in_turn():
+    pairs = [
+        dict(dense=2.0, tuned=1.0, psnr=[30.0, None], pictures=2),
+        dict(dense=3.0, tuned=1.0, psnr=[20.0], pictures=1),
+        dict(dense=8.0, tuned=2.0, psnr=[10.0, 10.0], pictures=2),  # a second time round
+    ]
+    found = check.summary(pairs, batches=2)
+    assert found["speedup"]["median"] == 3 and found["pairs"] == 3
+    errors = [10**-3.0, 0.0, 10**-2.0]
+    assert found["psnr"] == pytest.approx(psnr_of(255**2 * sum(errors) / 3))
+    assert found["psnr_of"] == [30.0, None, 20.0] and found["seconds"] == 1.0
+
+
+def test_costs_become_a_space():
+    measured = dict(
+        foretold=0.01, shallow=1.1, rest=1.0, deep_levels=[2],
+        merges=[["attn", 1, 0.25, -0.1], ["attn", 1, 0.5, -0.05], ["attn", 1, 0.75, -0.2]],
+    )  # fmt: skip
+    space = costs.space_of(measured, order=1)
+    # Inner levels that cost more when they are left out, and a ratio that saves less.
+    assert space.scopes == ("network",) and space.merges == {"attn": {1: (0.25, 0.75)}}
+    assert costs.costs_of(measured).merges["attn", 1, 0.75] == -0.2
+
+
+def test_a_picture_that_is_not_a_number_ends_it(monkeypatch, tmp_path):
+    class Watch:
+        def __init__(self, model):
+            self.finite = [True, False]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    class NoTrace(Watch):
+        times, levels = [], []
+
+    monkeypatch.setattr(judge, "LatentWatch", Watch)
+    monkeypatch.setattr(judge, "Trace", NoTrace)
+    generator = SimpleNamespace(
+        model=None, request=SimpleNamespace(steps=1, batch_size=2), run=lambda *_, **__: ([], None)
+    )
+    one = judge.Judge(generator, range(2), judge.SearchFolder(tmp_path))
+    with pytest.raises(ToMeError, match="write --dtype fp32"):
+        one.make_dense()
