@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from tqdm import tqdm
@@ -46,7 +47,6 @@ def command(args, argv: list[str]) -> None:
     handle = get_handle(model)
     if handle is None or options:
         handle = apply_tome(model, merging_config(config), **options)
-    ratio = handle.ratio
     blocks = _chosen_blocks(handle, args.block)
     folder = ResultFolder(args.folder, overwrite=args.overwrite)
 
@@ -57,23 +57,23 @@ def command(args, argv: list[str]) -> None:
         for number, prompt in enumerate(request.prompts):
             bar.set_description(f"picture {number + 1} of {len(request.prompts)}", False)
             if number == 0:
-                report = _profile(generator, handle, ratio, model, bar.update)
+                report = _profile(generator, handle, model, bar.update)
                 files["cost"] = "cost.png"
                 where = environment(device)
-                title = f"{Path(args.config).stem}, ratio {ratio_text(ratio)}: time of each site"
+                title = f"{Path(args.config).stem}, {handle.description}: time of each site"
                 title += f" on {device}{_busy(where)}"
                 with folder.new_file("cost.png") as path:
                     cost_plot(path, report, title)
-            handle.ratio = 0
-            dense = generator.run([number], on_step=bar.update)[0][0]
-            handle.ratio = ratio
+            with handle.dense():
+                dense = generator.run([number], on_step=bar.update)[0][0]
             with PlanRecorder(model) as recorder:
                 merged = generator.run([number], on_step=bar.update)[0][0]
             records = [record for record in recorder.records if record.block in blocks]
             if not records:
                 raise ToMeError(
                     "nothing was merged in this run, so there is nothing to draw: the grids are "
-                    "too small or the options merge nothing (a larger --size or --ratio)"
+                    "too small or the options merge nothing (a larger --size or --ratio; the "
+                    "presets leave out steps and merge nothing)"
                 )
             names = _write(folder, file_stem(number, prompt), prompt, dense, merged, records, args)
             images.append(
@@ -98,11 +98,6 @@ def command(args, argv: list[str]) -> None:
         print(f"  {image['merge_sheet']}  {image['merge_gif']}  {image['error_map']}")
 
 
-def ratio_text(ratio) -> str:
-    """A ratio, or the words for one that depends on where and when."""
-    return f"{ratio:g}" if isinstance(ratio, (int, float)) else "by schedule"
-
-
 def _busy(where: dict) -> str:
     """A warning for the title where other programs used the machine during the measurement."""
     load, cores = where["load_average_1min"], where["cpus"]
@@ -119,19 +114,19 @@ def _chosen_blocks(handle, wanted: list[str]) -> set[str]:
     return chosen
 
 
-def _profile(generator, handle, ratio, model, on_step) -> dict:
+def _profile(generator, handle, model, on_step) -> dict:
     """Times of the sites over a dense and a merged run, step by step in turn."""
     from ..engine_hooks.profile import Recorder
 
     steps = generator.request.steps
-    for value in (0, ratio):  # warm-up
-        handle.ratio = value
-        generator.run([0], 1)
+    for mode in (handle.dense, nullcontext):  # warm-up
+        with mode():
+            generator.run([0], 1)
     recorder = Recorder(model, 0, 2 * steps)
     half = max(1, steps // 2)
-    for value in (0, ratio):
-        handle.ratio = value
-        generator.run([0], half, on_step=on_step)
+    for mode in (handle.dense, nullcontext):
+        with mode():
+            generator.run([0], half, on_step=on_step)
     recorder.close()
     return recorder.report()
 
