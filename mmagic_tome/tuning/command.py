@@ -13,6 +13,7 @@ import time
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +28,11 @@ from ..apis.model_config import (
     load_config,
     merging_config,
 )
-from ..apis.text2image import Generator
+from ..apis.text2image import Generator, Request
 from ..engine import remove_tome
 from ..errors import ToMeError
 from ..evaluation.generate import PictureRequest, fingerprint, too_long
-from ..evaluation.prompts import PromptList, load_prompts
+from ..evaluation.prompts import Prompt, load_prompts
 from ..hosts import find_host
 from ..presets import PRESETS
 from ..version import __version__
@@ -87,8 +88,7 @@ def command(args: Namespace, argv: Sequence[str]) -> None:
     config = load_config(args.config_path, args.cfg_options)
     _check_spelling(config)
     notes: list[str] = []
-    args.prompt_source, picked = _prompts(args, config, notes)
-    request = _request(args, config, picked)
+    request = _request(args, config, notes)
     check_config(config, request, None, compare=False)
 
     quiet_libraries()
@@ -125,34 +125,26 @@ def _check_spelling(config) -> None:
         model = model.get("model")
 
 
-def _prompts(args, config, notes) -> tuple[str, PromptList]:
+def _request(args, config, notes) -> PictureRequest:
+    """The request, with the prompts of the search first; sets ``args.prompt_source``."""
+    values = {**vars(args), "prompts": ["checked below"]}
+    plain = make_request(Namespace(**values), config)
+    args.prompt_source, pictures = _prompts(args, config, plain, notes)
+    plain.prompts = [picture.text for picture in pictures]
+    return PictureRequest(**vars(plain), pictures=pictures)
+
+
+def _prompts(args, config, plain: Request, notes) -> tuple[str, list[Prompt]]:
     """Where the prompts come from, and as many as are needed, those of the search first."""
-    seed = args.seed
-    if seed is None:
-        seed = (config.get("infer_cfg") or {}).get("seed") or 0
     wanted = args.search_prompts + args.unseen_prompts
-    given = args.prompts or args.prompt_set
-    asked = given is not None
-    if not asked:
-        evaluation = config.get("evaluation") or {}
-        given = evaluation.get("prompts") or evaluation.get("prompt_set")
-        if isinstance(given, str) and evaluation.get("prompts"):
-            given = str(args.config_path.parent / given)
-        own = (config.get("infer_cfg") or {}).get("prompts") or []
-        if given is None and not isinstance(own, str) and len(own) >= wanted:
-            given = list(own)
+    given = args.prompts or args.prompt_set or _prompts_of(config, args.config_path.parent, wanted)
     if given is None:
         given = "demo"
         notes.append(
             "no prompts were given: these are captions of the demo model; pass --prompts FILE "
             "with prompts like those that you will use"
         )
-    found = load_prompts(
-        given if isinstance(given, str) else list(given),
-        limit=wanted,
-        seed=seed,
-        negative=args.negative_prompt or (config.get("infer_cfg") or {}).get("negative_prompt"),
-    )
+    found = load_prompts(given, limit=wanted, seed=plain.seed, negative=plain.negative_prompt)
     count = len(found.prompts)
     if count < wanted:
         raise ToMeError(
@@ -168,15 +160,20 @@ def _prompts(args, config, notes) -> tuple[str, PromptList]:
     # Both parts evenly spread over the list.
     first = {i * wanted // args.search_prompts for i in range(args.search_prompts)}
     order = [*sorted(first), *(i for i in range(wanted) if i not in first)]
-    found.prompts = [found.prompts[i] for i in order]
-    return found.source, found
+    return found.source, [found.prompts[i] for i in order]
 
 
-def _request(args, config, picked: PromptList) -> PictureRequest:
-    """The request: the command's options, else the config's ``infer_cfg``."""
-    values = {**vars(args), "prompts": [prompt.text for prompt in picked.prompts]}
-    plain = make_request(Namespace(**values), config)
-    return PictureRequest(**vars(plain), pictures=picked.prompts)
+def _prompts_of(config, folder: Path, wanted: int) -> Any:
+    """What a config says of prompts, as ``load_prompts`` takes it; None if that is too little."""
+    evaluation = config.get("evaluation")
+    if isinstance(evaluation, dict):
+        given = evaluation.get("prompts")
+        if isinstance(given, str):
+            return str(folder / Path(given).expanduser())
+        if given or evaluation.get("prompt_set"):
+            return list(given) if given else evaluation["prompt_set"]
+    own = (config.get("infer_cfg") or {}).get("prompts") or []
+    return list(own) if not isinstance(own, str) and len(own) >= wanted else None
 
 
 # --- search ---------------------------------------------------------------------------------------

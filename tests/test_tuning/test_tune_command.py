@@ -187,6 +187,31 @@ def test_a_sampler_with_noise_keeps_the_network_running(sd_folder):
     assert "EulerAncestralDiscreteScheduler adds noise" in notes[0]
 
 
+def test_prompts_of_a_config(tmp_path):
+    """Those of its evaluation, else enough of its pictures, else the demo model's with a note."""
+    args = SimpleNamespace(
+        prompts=None,
+        prompt_set=None,
+        search_prompts=2,
+        unseen_prompts=4,
+        config_path=tmp_path / "c",
+    )
+    plain = SimpleNamespace(seed=3, negative_prompt="rain")
+    (tmp_path / "mine.txt").write_text("\n".join("abcdef"))
+    own = dict(infer_cfg=dict(prompts=list("uvwxyz")))
+    for config, source, first in (
+        (own, "the config", ["u", "x"]),
+        ({**own, "evaluation": dict(prompts="mine.txt")}, "mine.txt", ["a", "d"]),
+        (dict(infer_cfg=dict(prompts=["one"])), "built-in set 'demo'", None),
+    ):
+        notes = []
+        found, prompts = command._prompts(args, config, plain, notes)
+        assert found == source and len(prompts) == 6 and bool(notes) == (first is None)
+        assert first is None or [prompt.text for prompt in prompts[:2]] == first
+        assert len({prompt.seed for prompt in prompts}) == 6
+        assert all(prompt.negative == "rain" for prompt in prompts)
+
+
 class FakeSearch:
     """Finds just what is asked for."""
 
