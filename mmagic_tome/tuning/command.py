@@ -51,7 +51,7 @@ from .write import base_of, config_text, write_text
 FEWER_STEPS = (0.8, 0.65, 0.5)
 # How often the goal is set higher where the clock says less than was predicted.
 ATTEMPTS = 3
-# At most this share of the budget is for the measurement of costs, but for its first round.
+# At most this share of the budget is for the measurement of costs, but for two rounds.
 COSTS_SHARE = 0.25
 # At least this share is for the search itself, however long the rest took.
 LEAST_SHARE = 0.5

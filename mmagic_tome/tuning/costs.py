@@ -25,6 +25,8 @@ from .sampler import Trace
 from .space import RATIOS, REFRESH, Space
 
 ROUNDS = 3
+# However long they take: what one round says of merging may be what another program did.
+LEAST_ROUNDS = 2
 # Few steps give every kind of call a few times.
 STEPS = 8
 WARM_UP_STEPS = 2
@@ -48,7 +50,7 @@ def measure_costs(
         numbers: the pictures of a run.
         scopes: of 'network' and 'deep', what may be left out.
         order: of foretelling.
-        seconds: after which no further round begins; the first one is always measured.
+        seconds: after which no further round begins; two are always measured.
 
     Returns:
         JSON-able: ``foretold``, ``shallow`` (None where they were not measured), ``rest``,
@@ -159,7 +161,7 @@ def _rounds(generator, numbers, runs, bar, until) -> dict[Any, list[dict[str, fl
         bar.set_postfix_str("warm-up")
         _run(generator, numbers, runs[key], warm_up, bar.update)
     for turn in range(ROUNDS):
-        if turn and time.perf_counter() > until:
+        if turn >= LEAST_ROUNDS and time.perf_counter() > until:
             break
         for key in list(runs)[:: -1 if turn % 2 else 1]:
             bar.set_postfix_str(_name(key))
