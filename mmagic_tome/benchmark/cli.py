@@ -133,6 +133,14 @@ def build_parser(prog: str = "benchmark") -> Parser:
     )
 
     add = parser.add_argument_group("how it is measured").add_argument
+    add(
+        "--steps",
+        type=number(int, low=1),
+        default=1,
+        metavar="N",
+        help="time runs of N denoising steps in place of one forward (default: 1); what refresh, "
+        "residual and reuse gain shows only there",
+    )
     add("--rounds", type=number(int, low=3), help="interleaved rounds (default: 7)", metavar="N")
     add(
         "--clock",
@@ -166,6 +174,7 @@ def parse_args(argv: list[str] | None = None, prog: str = "benchmark") -> argpar
     """
     from ..apis.model_config import check_device
     from ..contenders import parse_named
+    from ..presets import with_preset
     from .kinds import CONTENDERS, MMAGIC, check_size
     from .targets import DEMO, SHAPES, merging_of, shape_of
 
@@ -195,6 +204,8 @@ def parse_args(argv: list[str] | None = None, prog: str = "benchmark") -> argpar
     args.dtype = args.dtype or ["config" if args.is_config else "fp32"]
 
     merging = merging_of(args.target)
+    if args.steps > 1 and not merging.denoises:
+        raise BadInput(f"--steps is for denoising networks; {args.target} has none")
     strangers = [name for name in args.contenders or () if name not in merging.contenders]
     if strangers:
         raise BadInput(
@@ -210,7 +221,8 @@ def parse_args(argv: list[str] | None = None, prog: str = "benchmark") -> argpar
         name, options = parse_named(text, taken=CONTENDERS, check=merging.config)
         if name in args.own:
             raise BadInput(f"--tome {name} is there twice")
-        args.own[name] = merging.config({**args.everybody, **options})
+        # What a preset says of the options above goes before them.
+        args.own[name] = merging.config({**args.everybody, **with_preset(options)})
     for name in (args.json, args.plot):
         if name is not None:
             if Path(name).is_dir():

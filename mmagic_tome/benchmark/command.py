@@ -118,7 +118,7 @@ def _cases(args, until: float | None):
             if args.fit_size:
                 side = _fitting_side(target, batch, len(args.contenders) + len(args.own), until)
                 size = (side, side)
-            yield target, Case(size or target.size, batch, dtype, attention, mode)
+            yield target, Case(size or target.size, batch, dtype, attention, mode, args.steps)
 
 
 def _is_busy() -> bool:

@@ -27,6 +27,8 @@ from .kinds import CONTENDERS, TOMESD, Call, Merging, Noise, Shape
 # the feed-forward, its two halves of 4 x the width, and what waits for it (skips, residuals).
 # Measured on Stable Diffusion's finest level: 24.
 _TENSORS = 32
+# Timestep of a single forward, of 1000.
+MIDDLE = 500
 # Attention that is written out holds the scores of all pairs, and their softmax.
 _SCORES = 2
 
@@ -38,6 +40,7 @@ class DenoiserMerging(Merging):
     """``apply_tome`` on a host, tomesd, MMagic's own, and an ideal for each site."""
 
     contenders = CONTENDERS
+    denoises = True
 
     def options(self, args: argparse.Namespace) -> dict[str, Any]:
         if args.r is not None:
@@ -356,11 +359,35 @@ def denoiser_call(
         text: number of text tokens.
 
     Returns:
-        callable: network -> its output, (B, C, h, w) or (B, N, C).
+        callable: network, timestep of 1000 (default 500) -> its output, (B, C, h, w) or
+        (B, N, C).
     """
     make = {_SD3_CLASS: _sd3_call, _FLUX_CLASS: _flux_call}
     make = make.get(type(network).__name__, _unet_call)
     return make(network, noise, batch, (size[0] // factor, size[1] // factor), text)
+
+
+def denoising_run(call: Call, steps: int) -> Call:
+    """Forwards at so many timesteps, from noise to picture, in place of one.
+
+    The inputs stay the same: what is measured is time, not pictures.
+
+    Args:
+        call: of a denoising network, takes a timestep as its second argument.
+        steps: at least 2.
+
+    Returns:
+        callable: network -> the mean of its outputs.
+    """
+    times = [round(1000 * (steps - step) / steps) - 1 for step in range(steps)]
+
+    def run(network: nn.Module) -> Tensor:
+        total = call(network, times[0]).clone()
+        for time in times[1:]:
+            total += call(network, time)
+        return total / steps
+
+    return run
 
 
 def side_unit(network: nn.Module) -> int:
@@ -378,7 +405,6 @@ def _unet_call(network, noise, batch, grid, text) -> Call:
     if width is None:  # MMagic's DenoisingUnet has no config
         width = _text_width(network)
     x, context = noise(batch, channels, *grid), noise(batch, text, _first(width))
-    timestep = torch.tensor(500, device=x.device)
     extra = {}
     if getattr(config, "addition_embed_type", None) == "text_time":
         embedded = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
@@ -387,7 +413,8 @@ def _unet_call(network, noise, batch, grid, text) -> Call:
             time_ids=torch.full((batch, 6), 512.0, device=x.device, dtype=x.dtype),
         )
 
-    def call(network: nn.Module) -> Tensor:
+    def call(network: nn.Module, time: int = MIDDLE) -> Tensor:
+        timestep = torch.tensor(time, device=x.device)
         return _tensor(network(x, timestep, encoder_hidden_states=context, **extra))
 
     return call
@@ -400,8 +427,13 @@ def _sd3_call(network, noise, batch, grid, text) -> Call:
         encoder_hidden_states=noise(batch, text, config.joint_attention_dim),
         pooled_projections=noise(batch, config.pooled_projection_dim),
     )
-    inputs["timestep"] = torch.full((batch,), 500.0, device=inputs["hidden_states"].device)
-    return lambda network: _tensor(network(**inputs))
+    device = inputs["hidden_states"].device
+
+    def call(network: nn.Module, time: int = MIDDLE) -> Tensor:
+        timestep = torch.full((batch,), float(time), device=device)
+        return _tensor(network(timestep=timestep, **inputs))
+
+    return call
 
 
 def _flux_call(network, noise, batch, grid, text) -> Call:
@@ -413,13 +445,17 @@ def _flux_call(network, noise, batch, grid, text) -> Call:
         hidden_states=hidden,
         encoder_hidden_states=noise(batch, text, config.joint_attention_dim),
         pooled_projections=noise(batch, config.pooled_projection_dim),
-        timestep=torch.full((batch,), 0.5, device=hidden.device, dtype=hidden.dtype),
         img_ids=places.to(hidden.device, hidden.dtype),
         txt_ids=torch.zeros(text, 3, device=hidden.device, dtype=hidden.dtype),
     )
     if config.guidance_embeds:
         inputs["guidance"] = torch.full((batch,), 3.5, device=hidden.device, dtype=hidden.dtype)
-    return lambda network: _tensor(network(**inputs))
+
+    def call(network: nn.Module, time: int = MIDDLE) -> Tensor:
+        timestep = torch.full((batch,), time / 1000, device=hidden.device, dtype=hidden.dtype)
+        return _tensor(network(timestep=timestep, **inputs))
+
+    return call
 
 
 def _text_width(network: nn.Module) -> int:

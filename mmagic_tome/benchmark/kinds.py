@@ -30,9 +30,12 @@ class Merging(ABC):
 
     Attributes:
         contenders (tuple): those of :data:`CONTENDERS` that exist for it.
+        denoises (bool): whether it is run step after step, at falling timesteps: then calls of
+            its shapes take the timestep as their second argument.
     """
 
     contenders: tuple[str, ...] = (DENSE, OURS, IDEAL)
+    denoises: bool = False
 
     @abstractmethod
     def options(self, args: argparse.Namespace) -> dict[str, Any]:

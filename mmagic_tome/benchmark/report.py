@@ -61,10 +61,10 @@ def case_table(measured: dict[str, Any], batch: int = 1) -> str:
         notes.append("no eta: not even the ideal is clearly faster than dense here")
     notes += [f"{name} does not take part: {reason}" for name, reason in missing.items()]
     carried = [name for name, result in results.items() if _carries(result["config"])]
-    if carried:
+    if carried and measured.get("steps", 1) == 1:
         notes.append(
             f"{', '.join(carried)}: what is carried from step to step shows in whole runs only; "
-            "a forward on its own makes everything anew"
+            "a forward on its own makes everything anew; write --steps 20"
         )
     notes += _memory_notes(rows)
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]).rstrip()

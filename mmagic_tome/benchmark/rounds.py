@@ -19,6 +19,7 @@ from ..errors import ToMeError
 from ..meters import Clock, peak_memory
 from .attention import backend, set_processor
 from .contenders import prepare, share_weights
+from .denoisers import denoising_run
 from .kinds import DENSE
 from .targets import Target
 
@@ -33,6 +34,7 @@ class Case:
         dtype (str): ``'fp32'``, ``'bf16'``, ``'fp16'``, or ``'config'`` for the config's own.
         attention (str): of :data:`.attention.ATTENTIONS`.
         mode (str): ``'eager'`` or ``'compiled'``.
+        steps (int): forwards of one measurement, at falling timesteps. Default 1.
     """
 
     size: tuple[int, int]
@@ -40,12 +42,13 @@ class Case:
     dtype: str
     attention: str
     mode: str
+    steps: int = 1
 
     def __str__(self) -> str:
         height, width = self.size
         return (
             f"{height}x{width}, batch {self.batch}, {self.dtype}, {self.attention} attention, "
-            f"{self.mode}"
+            f"{self.mode}" + (f", {self.steps} steps" if self.steps > 1 else "")
         )
 
 
@@ -78,7 +81,7 @@ def run_case(
         dict: ``results``: for each contender ``seconds`` (one per round), ``peak_bytes`` and
         ``peak_in`` (operator at the peak), ``relative_rmse_to_dense``, ``config``, ``ideal``,
         ``sites``; ``missing``: who did not take part and why; ``parameters``; ``counts``: what an
-        entry of the batch is called in a figure per second, or None.
+        entry of the batch is called in a figure per second, or None; ``steps``: of one run.
 
     Raises:
         ToMeError: the dense network itself does not run like this.
@@ -86,6 +89,8 @@ def run_case(
     network = share_weights(target.network)
     set_processor(network, case.attention)
     call = target.call(case.size, case.batch)
+    if case.steps > 1:
+        call = denoising_run(call, case.steps)
     timer = Clock(device, clock)
 
     with torch.inference_mode(), backend(case.attention):
@@ -156,6 +161,7 @@ def run_case(
         missing=missing,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         counts=target.counts,
+        steps=case.steps,
     )
 
 

@@ -197,3 +197,30 @@ def test_interrupted_between_cases(run, monkeypatch, tmp_path):
     )
     (case,) = json.loads(path.read_text())["cases"]
     assert case["case"]["batch"] == 1
+
+
+def test_a_run_of_several_steps_shows_what_leaving_out_gains(run, tmp_path):
+    file = tmp_path / "figures.json"
+    options = [
+        "--shape",
+        "small",
+        "--size",
+        "128",
+        "--rounds",
+        "3",
+        "--no-memory",
+        "--threads",
+        "1",
+    ]
+    options += ["--contenders", "dense", "--steps", "6", "--clock", "cpu"]
+    code, printed, err = run(*options, "--tome", "fast={'preset': 'fast'}", "--json", file)
+    assert code == 0, err
+    assert "6 steps" in printed and "write --steps" not in printed
+    summary = {row["contender"]: row for row in json.loads(file.read_text())["cases"][0]["summary"]}
+    assert summary["fast"]["speedup"]["median"] > 1.2
+    assert summary["fast"]["eta"] is None
+
+
+def test_steps_are_for_denoising_networks(run):
+    code, _, err = run("--target", "vit-s16", "--steps", "8")
+    assert code == 2 and "denoising" in err
