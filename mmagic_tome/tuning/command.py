@@ -213,6 +213,7 @@ def _search(args, generator, device, folder, notes) -> Found:
         search = Search(space, predictor.speedup, tried, left, starts.values())
         unseen = range(args.search_prompts, len(generator.request.prompts))
         trial, checked = _best(search, goal, judge, unseen, bar, notes)
+    notes += _beaten_by(others, trial, goal)
     for name, candidate in starts.items():
         if candidate in search.trials:
             one = search.trials[candidate]
@@ -282,6 +283,19 @@ def _fewer_steps(judge, predictor, steps) -> tuple[list[tuple[str, float, float]
         speedup = predictor.fewer_steps(count / steps)
         points.append((f"{count} steps", speedup, psnr_of(trial["mse"])))
     return points, seconds
+
+
+def _beaten_by(others: Sequence[tuple[str, float, float]], trial: Trial, goal: Goal) -> list[str]:
+    """A note where fewer steps are as fast as asked for (else: as the chosen one), and nearer."""
+    least = goal.speedup or trial.speedup
+    better = [one for one in others if one[1] >= least and one[2] > trial.psnr]
+    if not better:
+        return []
+    name, speedup, psnr = max(better, key=lambda one: one[2])
+    return [
+        f"the dense model with {name} is better on the search prompts: {speedup:.2f}x predicted, "
+        f"{psnr:.1f} dB; use that, or raise --budget"
+    ]
 
 
 def _best(search, goal, judge, unseen, bar, notes) -> tuple[Trial, dict[str, Any]]:

@@ -254,6 +254,16 @@ def test_a_psnr_that_only_the_search_prompts_have_is_said(monkeypatch):
     assert "28.0 dB, below 30" in notes[0] and "2.00x measures 1.00x" in notes[1]
 
 
+def test_fewer_steps_that_are_better_are_said():
+    trial = Trial(Candidate(Window(2, 0.1, 0.5)), 10.0, 1.5)
+    worse = [("8 steps", 1.2, trial.psnr + 9), ("5 steps", 1.9, trial.psnr - 1)]
+    assert command._beaten_by(worse, trial, Goal(psnr=30)) == []
+    (note,) = command._beaten_by(
+        [*worse, ("6 steps", 1.4, trial.psnr + 1)], trial, Goal(speedup=1.4)
+    )
+    assert "with 6 steps is better" in note and "1.40x" in note
+
+
 def test_pairs_in_turn():
     pairs = [
         dict(dense=2.0, tuned=1.0, psnr=[30.0, None], pictures=2),
