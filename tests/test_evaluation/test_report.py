@@ -245,3 +245,10 @@ def test_the_worst_picture_of_each_contender_is_shown(text, finished):
         assert (one["prompt"], one["seed"]) == (worst["prompt"], int(worst["seed"]))
         assert one["values"][0] == f"PSNR {float(worst['psnr']):.2f} dB"
     assert text.count('<div class="three">') == len(data["worst"])
+
+
+@pytest.mark.parametrize("out", [["--out", "here"], ["--out=here"], []])
+def test_the_table_does_not_tell_where_its_folder_was(out):
+    assert table._without_out(["evaluate", "a.py", *out, "--seed", "1"]) == [
+        "evaluate", "a.py", "--seed", "1",
+    ]  # fmt: skip

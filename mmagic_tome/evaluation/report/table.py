@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def _made_by(results: dict[str, Any]) -> str:
     versions = environment["versions"]
     known = [f"{k} {versions[k]}" for k in ("mmagic_tome", "torch", "diffusers") if k in versions]
     return (
-        f"`{shlex.join(results['command'])}`, {results['finished'][:10]}, "
+        f"`{shlex.join(_without_out(results['command']))}`, {results['finished'][:10]}, "
         f"{environment['gpu'] or environment['processor']}, {', '.join(known)}"
     )
 
@@ -217,3 +218,15 @@ def check_markers(path) -> str:
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ToMeError(f"--write-table: {path} needs the two lines {BEGIN} and {END}, once each")
     return text
+
+
+def _without_out(command: Sequence[str]) -> list[str]:
+    """A command line without the folder of its results, which says nothing to anybody else."""
+    kept, skip = [], False
+    for word in command:
+        if not skip and not word.startswith("--out="):
+            skip = word == "--out"
+            kept += [] if skip else [word]
+        else:
+            skip = False
+    return kept
