@@ -1,6 +1,6 @@
 # Every way to make the demo model faster, at several strengths: measured time against error.
 #   python tools/evaluate.py configs/benchmarks/frontier_demo.py --cost-rounds 3
-# With 50 steps: --steps 50 --fewer-steps 0.8 0.65 0.5 0.4 --work-dir of its own.
+# With 50 steps: --steps 50 --fewer-steps 0.8 0.65 0.5 0.4 --out another folder.
 _base_ = "../demo/sd-emoji.py"
 
 evaluation = dict(
