@@ -31,3 +31,11 @@ def _unshared_extra_parameters(monkeypatch):
     if module is not None:
         inferencer = module.Text2ImageInferencer
         monkeypatch.setattr(inferencer, "extra_parameters", dict(inferencer.extra_parameters))
+
+
+@pytest.fixture
+def no_default_scope(monkeypatch):
+    """mmengine as in a new process: other tests have told it to look in MMagic's registry first."""
+    from mmengine.registry import DefaultScope
+
+    monkeypatch.setattr(DefaultScope, "_instance_dict", type(DefaultScope._instance_dict)())

@@ -4,6 +4,7 @@
 from torch import nn
 
 from ..errors import ToMeError
+from ..vit.registry import merging_builder
 from .spellings import apply_model_level, read
 
 __all__ = ["build_tome"]
@@ -11,6 +12,8 @@ __all__ = ["build_tome"]
 # Keys that mmengine and MMagic put into, or look for in, the outermost model config:
 # they are meant for the model, so that is where they go.
 _FOR_THE_MODEL = ("data_preprocessor", "init_cfg")
+# Who names one of these means a vision transformer.
+_FOR_VITS = ("r", "target_speedup")
 
 
 def build_tome(model, tome_cfg=None, **others):
@@ -30,7 +33,9 @@ def build_tome(model, tome_cfg=None, **others):
         tome_cfg (dict | ToMeConfig, optional): Options of :class:`mmagic_tome.ToMeConfig`.
             Default: None, the model is left as it is.
         **others: ``data_preprocessor`` and ``init_cfg`` are passed on to the inner
-            model unless it has its own; nothing else is accepted.
+            model unless it has its own. With ``r`` or ``target_speedup`` the model is a vision
+            transformer, and all are options of :func:`mmagic_tome.vit.apply_tome_vit`.
+            Nothing else is accepted.
 
     Returns:
         nn.Module: The inner model.
@@ -41,6 +46,8 @@ def build_tome(model, tome_cfg=None, **others):
             to merge in the model.
         ImportError: MMagic is not installed.
     """
+    if tome_cfg is None and any(key in others for key in _FOR_VITS):
+        return merging_builder(_registry())(model, **others)
     for key in others:
         if key not in _FOR_THE_MODEL:
             raise ToMeError(
@@ -67,6 +74,12 @@ def build_tome(model, tome_cfg=None, **others):
     for key, value in others.items():
         if inner.get(key) is None:
             inner[key] = value
+    built = _registry().build(inner)
+    apply_model_level(built, config)
+    return built
+
+
+def _registry():
     try:
         from mmagic.registry import MODELS
     except ModuleNotFoundError as error:
@@ -76,6 +89,4 @@ def build_tome(model, tome_cfg=None, **others):
             "building a model from a MMagic config needs MMagic: pip install mmagic==1.2.0 "
             "(apply_tome itself works on diffusers models without it)"
         ) from error
-    built = MODELS.build(inner)
-    apply_model_level(built, config)
-    return built
+    return MODELS

@@ -5,6 +5,7 @@ from tiny import tiny_inputs, tiny_unet
 
 from mmagic_tome import apply_tome
 from mmagic_tome.hosts import HOSTS, DiffusersUNet, MMagicUNet, find_host
+from mmagic_tome.hosts.animatediff import AnimateDiffUNet
 
 
 def levels(network):
@@ -60,8 +61,8 @@ def test_sites_of_a_block():
 
 
 def test_native_unet_comes_first():
-    # It also has what the diffusers host looks for, and would be taken for one.
-    assert [type(host) for host in HOSTS[:2]] == [MMagicUNet, DiffusersUNet]
+    # They also have what the diffusers host looks for, and would be taken for it.
+    assert [type(host) for host in HOSTS[:3]] == [MMagicUNet, AnimateDiffUNet, DiffusersUNet]
     assert not MMagicUNet().matches(tiny_unet())
 
 
@@ -69,7 +70,7 @@ def test_native_unet_comes_first():
 def test_timestep_of_both_families(kind):
     t = torch.tensor(5)
     args, kwargs = ((None, t), {}) if kind == "positional" else ((None,), dict(timestep=t, t=t))
-    for host in HOSTS[:2]:
+    for host in HOSTS[:3]:
         assert host.timestep(args, kwargs) is t
         assert host.timestep((None,), {}) is None
 

@@ -38,6 +38,8 @@ vit_input = dict(kind="audio")
 """,
 }
 
+pytestmark = pytest.mark.usefixtures("no_default_scope")
+
 
 @pytest.fixture
 def files(tmp_path):
