@@ -263,7 +263,7 @@ def write_sheet(paired, reports, title):
     heads = [
         ("dense", spread_text(dense.per_image())),
         (
-            f"merged, {paired.handle.description}: {speedup:.2f}x",
+            f"merged: {speedup:.2f}x as fast",
             spread_text(merged.per_image()),
         ),
     ]
