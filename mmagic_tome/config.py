@@ -165,13 +165,8 @@ class ToMeConfig:
         object.__setattr__(self, "_residual", residual)
         reuse = Reuse.coerce(self.reuse)
         object.__setattr__(self, "_reuse", reuse)
-        if isinstance(self.reuse, Reuse):
-            object.__setattr__(self, "reuse", reuse.to_dict())
-        elif isinstance(self.reuse, Mapping):
-            # Scopes in it are plain from here on, and what JSON would make of them.
-            plain = {k: asdict(v) if is_dataclass(v) else v for k, v in self.reuse.items()}
-            plain = _as_lists(plain)
-            object.__setattr__(self, "reuse", plain)
+        plain = self.reuse.to_dict() if isinstance(self.reuse, Reuse) else self.reuse
+        object.__setattr__(self, "reuse", _as_lists(plain))
         for key in ("refresh", "residual"):
             if is_dataclass(getattr(self, key)):
                 object.__setattr__(self, key, asdict(getattr(self, key)))
@@ -392,7 +387,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _as_lists(value: Any) -> Any:
-    """The same with lists for tuples, also inside."""
+    """The same with dicts for dataclasses and lists for tuples, also inside."""
+    if is_dataclass(value):
+        value = asdict(value)
     if isinstance(value, Mapping):
         return {key: _as_lists(item) for key, item in value.items()}
     return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -261,12 +261,11 @@ class ScopeForward:
         self.module = scope.modules[index]
         self.key = (scope.name, index)
         self.last = index == len(scope.modules) - 1
-        # Somebody else's stand-in for the method (offloading has one).
-        self.before = None
         self.place()
 
     def place(self) -> None:
         """Become the module's forward."""
+        # Somebody else's stand-in for the method (offloading has one), or None.
         self.before = self.module.__dict__.get("forward")
         self.module.forward = self
 
