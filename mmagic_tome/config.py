@@ -53,7 +53,8 @@ class ToMeConfig:
             per cent of similarity; no difference on any other device.
         method (str | dict): which tokens become one: a name out of
             :data:`mmagic_tome.methods.METHODS`, or a dict with the name as
-            ``type`` and the method's own options. Default ``'tome'``.
+            ``type`` and the method's own options. Default ``'tome'``. Or a dict that gives every
+            kind of site one of these: ``dict(attn='todo', mlp='tome')``.
         sites (list of str | None): where to merge, in place of the three
             ``merge_`` options: of ``'attn'``, ``'attn_kv'`` (keys and values of
             self-attention only), ``'crossattn'``, ``'mlp'``, or alone ``'block'`` (once
@@ -118,6 +119,7 @@ class ToMeConfig:
                 "sx=1 and sy=1 make every token a destination and leave nothing to merge; "
                 "write sx=2, sy=2"
             )
+        self._build_methods()
         self._check_ratio()
         level = self.max_downsample
         powers = [2**i for i in range(8)]
@@ -127,6 +129,7 @@ class ToMeConfig:
         if not _is_int(self.seed) or not 0 <= self.seed < 2**64:
             _fail("seed", self.seed, "an integer in [0, 2**64)", _clip(self.seed, 0, 2**64 - 1, 0))
         self._check_sites()
+        self._check_methods()
         self._check_temporal()
         if not (self.sites or self.merge_attn or self.merge_crossattn or self.merge_mlp):
             raise ToMeError(
@@ -136,9 +139,37 @@ class ToMeConfig:
         self._check_across_frames()
         self._check_controlnet()
 
-    def _check_sites(self) -> None:
+    def _build_methods(self) -> None:
         # Building a method checks its options; a method is stateless, so one serves all.
-        object.__setattr__(self, "_method", build_method(self.method))
+        spec = self.method
+        by_site = isinstance(spec, Mapping) and "type" not in spec and set(spec) & set(_SITES)
+        # What is named None is for all sites.
+        named = spec if by_site else {None: spec}
+        for site in named:
+            if by_site and site not in _SITES:
+                _fail("method", spec, f"by site, of {', '.join(_SITES)}", {"attn": "tome"})
+        methods = tuple(map(build_method, named.values()))
+        object.__setattr__(self, "_methods", methods)
+        object.__setattr__(self, "_watches", any(method.watches_output for method in methods))
+        by_step = any(method.tracks_steps or method.watches_output for method in methods)
+        object.__setattr__(self, "_by_step", by_step)
+        # Self-attention is one site to a user, whether its queries merge too or not.
+        at = {"attn" if site == "attn_kv" else site: number for number, site in enumerate(named)}
+        object.__setattr__(self, "_method_at", at)
+
+    def _check_methods(self) -> None:
+        """Where methods are named by site, the merged sites have to be those."""
+        if None in self._method_at:
+            return
+        merged = dict.fromkeys("attn" if kind == "attn_kv" else kind for kind in self.kinds)
+        named = list(self._method_at)
+        if set(merged) != set(named):
+            raise ToMeError(
+                f"method={self.method!r} names methods for {', '.join(named)}, but what is merged "
+                f"is {', '.join(merged)}; write sites={named!r}, or one method for all"
+            )
+
+    def _check_sites(self) -> None:
         if self.sites is None:
             return
         sites = [self.sites] if isinstance(self.sites, str) else self.sites
@@ -168,9 +199,8 @@ class ToMeConfig:
         plain = self.reuse.to_dict() if isinstance(self.reuse, Reuse) else self.reuse
         object.__setattr__(self, "reuse", _as_lists(plain))
         for key in ("refresh", "residual"):
-            if is_dataclass(getattr(self, key)):
-                object.__setattr__(self, key, asdict(getattr(self, key)))
-        if residual is not None and refresh.steps < 2:
+            object.__setattr__(self, key, _as_lists(getattr(self, key)))
+        if residual is not None and not refresh.keeps:
             raise ToMeError(
                 "residual needs steps between refreshes to be added at; write refresh=dict(steps=2)"
             )
@@ -187,7 +217,7 @@ class ToMeConfig:
             if kind in self.kinds:
                 raise ToMeError(
                     f"across_frames=True cannot merge at {kind!r}; write sites=[{instead!r}]"
-                    + (" and another method than 'todo'" if self.built_method.keeps_queries else "")
+                    + (" and another method than 'todo'" if self._keeps_queries else "")
                 )
 
     def _check_controlnet(self) -> None:
@@ -215,6 +245,11 @@ class ToMeConfig:
             _fail("ratio", ratio, f"a number in [0, {ceiling:g}]", 0.5)
         if ratio < 0:
             _fail("ratio", ratio, f"a number in [0, {ceiling:g}]", 0)
+        if ratio > ceiling + 1e-9 and ceiling == min(m.ceiling for m in self.built_methods):
+            raise ToMeError(
+                f"ratio={ratio!r} is above the ceiling {ceiling:g} of method={self.method!r}. "
+                f"Write ratio={ceiling:g}, or another method"
+            )
         if ratio > ceiling + 1e-9:
             wider = ""
             if ratio < 1:
@@ -231,17 +266,18 @@ class ToMeConfig:
 
     @property
     def ceiling(self) -> float:
-        """Largest possible ratio, ``1 - 1 / (sx * sy)``: one token of every cell stays."""
-        return 1 - 1 / (self.sx * self.sy)
+        """Largest possible ratio, ``1 - 1 / (sx * sy)``: one token of every cell stays. Less
+        where the method has a lower one."""
+        return min(1 - 1 / (self.sx * self.sy), *(m.ceiling for m in self.built_methods))
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of site to merge at, see ``sites``."""
-        keeps_queries = self.built_method.keeps_queries
+        attn = "attn_kv" if self._keeps_queries else "attn"
         if self.sites:
-            return tuple("attn_kv" if s == "attn" and keeps_queries else s for s in self.sites)
+            return tuple(attn if site == "attn" else site for site in self.sites)
         chosen = {
-            "attn_kv" if keeps_queries else "attn": self.merge_attn,
+            attn: self.merge_attn,
             "crossattn": self.merge_crossattn,
             "mlp": self.merge_mlp,
         }
@@ -253,9 +289,26 @@ class ToMeConfig:
         return self._ratio
 
     @property
-    def built_method(self) -> Method:
-        """The method that ``method`` names."""
-        return self._method
+    def built_methods(self) -> tuple[Method, ...]:
+        """The methods that ``method`` names; as a rule one for all sites."""
+        return self._methods
+
+    def method_at(self, kind: str) -> int:
+        """Which of :attr:`built_methods` a kind of site has."""
+        if len(self._methods) == 1:
+            return 0
+        return self._method_at["attn" if kind == "attn_kv" else kind]
+
+    @property
+    def _keeps_queries(self) -> bool:
+        """Whether the method of self-attention merges keys and values only."""
+        number = self._method_at.get("attn", self._method_at.get(None))
+        return number is not None and self._methods[number].keeps_queries
+
+    @property
+    def watches_output(self) -> bool:
+        """Whether a method looks at what the network predicted last."""
+        return self._watches
 
     @property
     def refresh_plan(self) -> Refresh:
@@ -293,13 +346,11 @@ class ToMeConfig:
     @property
     def tracks_steps(self) -> bool:
         """Whether anything depends on the place of a step in its denoising run."""
-        method = self._method
         return (
-            self._refresh.steps > 1
+            self._refresh.keeps
             or self._reuse is not None
             or self._ratio.needs_noise
-            or method.tracks_steps
-            or method.watches_output
+            or self._by_step
         )
 
     def replace(self, **changes: Any) -> ToMeConfig:

@@ -40,6 +40,7 @@ from .hooks import (
 )
 from .hosts import Block, Host, find_host
 from .reuse import scope_states
+from .schedules import Place
 from .state import BlockState, MergeState, SiteState
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def _found(model: object, config: ToMeConfig) -> tuple[Host, nn.Module, list[Blo
     blocks = _blocks_to_merge(host, network, config)
     for block in blocks:
         _check_block(block, config)
+    _check_ratio(blocks, config)
     if config.reuse_plan is not None:
         scope_states(config.reuse_plan, host, network)
     if config.across_frames and not host.has_frames:
@@ -455,6 +457,24 @@ def _check_block(block: Block, config: ToMeConfig) -> None:
             )
 
 
+def _check_ratio(blocks: list[Block], config: ToMeConfig) -> None:
+    """Refuse a schedule whose ratios are all for places that are not merged."""
+    places = [
+        Place(kind, block.downsample, depth, len(blocks))
+        for depth, block in enumerate(blocks)
+        for kind in config.kinds
+        if kind in block.sites
+    ]
+    if not config.ratio_schedule.misses(places):
+        return
+    levels = ", ".join(map(str, sorted({place.downsample for place in places})))
+    sites = ", ".join(dict.fromkeys(place.site for place in places))
+    raise ToMeError(
+        f"ratio={config.ratio!r} names no ratio for what is merged here: downsample {levels}, "
+        f"sites {sites}. Name one of these, or choose others with max_downsample and sites"
+    )
+
+
 def _sites_in_running_order(
     block: Block, kinds: tuple[str, ...]
 ) -> Iterator[tuple[str, str, list[nn.Module]]]:
@@ -511,8 +531,11 @@ def _in_words(config: ToMeConfig, details: bool = False) -> list[str]:
         words.append(f"method {config.method!r}")
     if config.across_frames:
         words.append("across frames")
-    if config.refresh_plan.steps > 1:
-        words.append(f"refreshed every {config.refresh_plan.steps} steps")
+    refresh = config.refresh_plan
+    if refresh.at is not None:
+        words.append(f"refreshed at steps {', '.join(map(str, refresh.at))}")
+    elif refresh.steps > 1:
+        words.append(f"refreshed every {refresh.steps} steps")
     if residual is not None:
         words.append(f"residual {residual.kind} of order {residual.order}")
     if reuse is not None:

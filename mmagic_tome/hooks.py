@@ -19,7 +19,7 @@ from .merging.frames import FramesPlan, as_clips
 from .merging.prefix import PrefixedPlan
 from .merging.random import hashed_integers, step_key
 from .merging.reductions import PrunedPlan
-from .methods import PlanRequest
+from .methods import Method, PlanRequest
 from .reuse import foretold
 from .schedules import Place
 from .state import BlockState, Forward, MergeState, SiteState
@@ -83,7 +83,7 @@ class NetworkPostHook:
         self.state = state
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        watches = self.state.config.built_method.watches_output
+        watches = self.state.config.watches_output
         for forward in self.state.forwards:
             if watches:
                 forward.run.heat = _heat(_first(output))
@@ -147,34 +147,46 @@ class BlockPreHook:
                 f"{block.name} was given {tokens} tokens for a grid of {height}x{width}; "
                 "token merging needs one token per grid place"
             )
-        schedule = config.ratio_schedule
-        if schedule.constant and config.refresh_plan.steps == 1:
-            plan = self.make(metric, schedule.spec)
+        schedule, refresh, run = config.ratio_schedule, config.refresh_plan, forward.run
+        if schedule.constant and not refresh.keeps and len(config.built_methods) == 1:
+            plan = self.shared(metric, schedule.spec, 0, {})
             return dict.fromkeys(block.kinds, plan)
-        refresh, run = config.refresh_plan, forward.run
         forward.refreshing = refresh.due(run.step, block.depth)
         if state.residual is not None and state.residual.kind == "reuse":
             return {}
         plans, made = {}, {}
         for kind in block.kinds:
-            if refresh.share == "level":
-                owner = (block.downsample, height, width, kind)
-            else:
-                owner = (block.name, kind)
-            # At a refresh step a plan of this very step is shared, an older one is not.
-            known = run.plans.get(owner)
-            if known is not None and (known[0] == run.step or not forward.refreshing):
-                plans[kind] = known[1]
+            owner = (block.name, kind)
+            if not forward.refreshing and owner in run.plans:
+                plans[kind] = run.plans[owner]
                 continue
             place = Place(kind, block.downsample, block.depth, len(state.blocks), forward.noise)
-            ratio = schedule(place)
-            if ratio not in made:
-                made[ratio] = self.make(metric, ratio)
-            plans[kind] = made[ratio]
-            run.plans[owner] = (run.step, made[ratio])
+            plans[kind] = self.shared(metric, schedule(place), config.method_at(kind), made)
+            if refresh.keeps:
+                run.plans[owner] = plans[kind]
         return plans
 
-    def make(self, metric: Tensor, ratio: float) -> MergePlan | None:
+    def shared(
+        self, metric: Tensor, ratio: float, number: int, made: dict[tuple, MergePlan | None]
+    ) -> MergePlan | None:
+        """The plan at a ratio, by a method: one that was made in this step, or a new one.
+
+        Made for this block (``made``), or with ``share='level'`` for any of the level: then a block
+        gets another only where its ratio or its depth asks for one.
+        """
+        state, block = self.state, self.block
+        config, forward = state.config, state.forward
+        method = config.built_methods[number]
+        key: tuple = (number, ratio)
+        if config.refresh_plan.share == "level":
+            made = forward.shared
+            variant = method.variant(block.depth, len(state.blocks))
+            key = (number, ratio, block.downsample, forward.grid, variant)
+        if key not in made:
+            made[key] = self.make(metric, ratio, method)
+        return made[key]
+
+    def make(self, metric: Tensor, ratio: float, method: Method) -> MergePlan | None:
         """A new plan, by the method; None if there is nothing to merge."""
         if ratio <= 0:
             return None
@@ -197,7 +209,7 @@ class BlockPreHook:
             draw=Draw(state, block, metric.device),
             heat=forward.run.heat,
         )
-        plan = config.built_method.plan(metric.detach(), ratio, request)
+        plan = method.plan(metric.detach(), ratio, request)
         if plan is not None and not torch.compiler.is_compiling():
             block.plans += 1
         if plan is not None and forward.frames > 1:

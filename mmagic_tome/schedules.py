@@ -3,14 +3,22 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .errors import ToMeError
 
-_NOISE_KINDS = ("constant", "linear", "cosine", "piecewise")
+# Kind -> the keys that mean something to it, besides 'kind' and 'between'.
+_NOISE_KINDS = {
+    "constant": (),
+    "linear": ("start", "end"),
+    "cosine": ("start", "end"),
+    "piecewise": ("points",),
+}
+_SITE_KINDS = ("attn", "attn_kv", "crossattn", "mlp", "block", "stack")
 
 
 @dataclass(frozen=True)
@@ -41,21 +49,24 @@ class RatioSchedule:
 
             - a number: the same everywhere;
             - a dict, all keys optional but one of the first four:
-              ``base`` (number), ``level`` (dict downsample -> number), ``depth`` (list of
+              ``base`` (number), ``level`` (dict downsample -> number, downsample 1, 2, 4 ... as
+              in :meth:`~mmagic_tome.ToMeHandle.stats`), ``depth`` (list of
               numbers spread evenly from the first merged block to the last, linear in
-              between), ``site`` (dict kind -> number): the most specific wins, site over
-              depth over level over base; what nothing names is 0;
-              ``noise`` (dict): a factor on top, see below;
+              between), ``site`` (dict kind -> number; 'attn' stands for 'attn_kv', too):
+              the most specific wins, site over depth over level over base; what nothing names
+              is 0; ``noise`` (dict): a factor on top, see below;
             - a callable ``f(place: Place) -> number``.
 
             ``noise`` has the keys ``kind`` ('constant' (default), 'linear', 'cosine' or
             'piecewise'), ``start`` and ``end`` (factor at noise 1 and at noise 0, defaults 1
             and 0; linear and cosine), ``points`` (list of (noise, factor), linear in between;
-            piecewise) and ``between`` ((low, high): outside the factor is 0).
+            piecewise) and ``between`` ((low, high): outside the factor is 0). So "off after"
+            half of the noise is ``between=(0.5, 1)``, "only between" ``between=(0.3, 0.8)``.
         ceiling (float): largest possible ratio.
 
     Raises:
-        ToMeError: anything else, a number outside [0, ceiling], an unknown key.
+        ToMeError: anything else, a number outside [0, ceiling], an unknown key, level or site, a
+            key of ``noise`` that its kind does not use.
 
     Example:
         >>> ratio = RatioSchedule(dict(level={1: 0.6, 2: 0.3}, noise=dict(between=(0.3, 1))), 0.75)
@@ -78,6 +89,9 @@ class RatioSchedule:
                 )
             for number in numbers:
                 _check("ratio", number, ceiling)
+            _check_level(spec.get("level"))
+            for site in spec.get("site") or ():
+                _known("ratio['site']", {site: None}, _SITE_KINDS)
             _check_noise(spec.get("noise"))
         elif not callable(spec):
             _check("ratio", spec, ceiling)
@@ -99,6 +113,17 @@ class RatioSchedule:
         """Whether it is the number 0: nothing is ever merged."""
         return self.constant and self.spec == 0
 
+    def misses(self, places: Iterable[Place]) -> bool:
+        """Whether a dict names ratios above 0, but none for any of these places, whatever the
+        noise: then it merges nothing, which nobody meant."""
+        spec = self.spec
+        if not isinstance(spec, Mapping):
+            return False
+        named = [spec.get("base", 0), *_values(spec.get("level")), *_values(spec.get("site"))]
+        if not any([*named, *spec.get("depth", ())]):
+            return False
+        return not any(self._without_noise(place) for place in places)
+
     def __call__(self, place: Place) -> float:
         """The ratio at a place, in [0, ceiling].
 
@@ -116,12 +141,20 @@ class RatioSchedule:
                 self.ceiling,
             )
             return value
+        value = self._without_noise(place)
+        return min(value * noise_factor(spec.get("noise"), place.noise), self.ceiling)
+
+    def _without_noise(self, place: Place) -> float:
+        """What a dict says of a place, before the factor of the noise level."""
+        spec = self.spec
         value = spec.get("base", 0.0)
         value = _lookup(spec.get("level"), place.downsample, value)
         if spec.get("depth"):
             value = _spread(spec["depth"], place.depth, place.depths)
-        value = _lookup(spec.get("site"), place.site, value)
-        return min(value * noise_factor(spec.get("noise"), place.noise), self.ceiling)
+        # Self-attention is one site to a user, whether its queries merge too or not.
+        if place.site == "attn_kv":
+            value = _lookup(spec.get("site"), "attn", value)
+        return _lookup(spec.get("site"), place.site, value)
 
 
 def noise_factor(spec: Mapping[str, Any] | None, noise: float | None) -> float:
@@ -140,7 +173,8 @@ def noise_factor(spec: Mapping[str, Any] | None, noise: float | None) -> float:
     start, end = spec.get("start", 1.0), spec.get("end", 0.0)
     share = min(max(noise, 0.0), 1.0)
     if kind == "cosine":
-        share = 0.5 - 0.5 * math.cos(math.pi * share)
+        # Rounded: half of the noise is half of the ratio, to the token.
+        share = round(0.5 - 0.5 * math.cos(math.pi * share), 12)
     return end + (start - end) * share
 
 
@@ -175,6 +209,18 @@ def _values(table: Any) -> list[Any]:
     return list(table.values())
 
 
+def _check_level(table: Mapping[Any, Any] | None) -> None:
+    """Levels are powers of two, also as strings, as which they come back from JSON."""
+    for key in table or ():
+        level = int(key) if isinstance(key, str) and key.isdecimal() else key
+        whole = isinstance(level, int) and not isinstance(level, bool) and level > 0
+        if not whole or level & (level - 1):
+            raise ToMeError(
+                f"ratio['level'] has no level {key!r}: levels are how many times coarser a grid "
+                "is than the network's input; write 1, 2, 4 or 8"
+            )
+
+
 def _sequence(key: str, value: Any) -> Sequence[Any]:
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         raise ToMeError(f"{key}={value!r} must be a list of numbers such as [0.6, 0.3]")
@@ -200,6 +246,13 @@ def _check_noise(spec: Any) -> None:
     kind = spec.get("kind", "piecewise" if "points" in spec else "constant")
     if kind not in _NOISE_KINDS:
         raise ToMeError(f"ratio['noise']: kind={kind!r} must be one of {', '.join(_NOISE_KINDS)}")
+    for key in ("start", "end", "points"):
+        if key in spec and key not in _NOISE_KINDS[kind]:
+            meant = "piecewise" if key == "points" else "linear"
+            raise ToMeError(
+                f"ratio['noise']: kind={kind!r} does not use {key!r}; write kind={meant!r} or "
+                "leave it out"
+            )
     for key in ("start", "end"):
         if key in spec:
             _check(f"ratio['noise']: {key}", spec[key], 1.0)
@@ -212,9 +265,17 @@ def _check_noise(spec: Any) -> None:
             raise ToMeError(f"ratio['noise']: {pair!r} must be a pair of numbers")
         for number in pair:
             _check("ratio['noise']: a number in points or between", number, 1.0)
+    for low, high in between:
+        if low > high:
+            raise ToMeError(
+                f"ratio['noise']: between={(low, high)!r} is empty; write "
+                f"between={(high, low)!r}: noise 1 is the start of a run, 0 its end"
+            )
 
 
 def _known(what: str, spec: Mapping[str, Any], known: Sequence[str]) -> None:
     for key in spec:
         if key not in known:
-            raise ToMeError(f"{what} has no key {key!r}; known: {', '.join(known)}")
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ToMeError(f"{what} has no key {key!r}: {hint}Known: {', '.join(known)}")

@@ -172,6 +172,8 @@ class Forward:
         plans (dict): kind of site -> :class:`MergePlan` or None, of the block that runs. One
             place for all blocks, since they do not nest: so the hooks of all blocks are the
             same code to a compiler.
+        shared (dict): what a plan depends on -> the plan, of the levels whose blocks share
+            theirs.
         refreshing (bool): whether the block that runs renews what it keeps between steps.
         foretold (frozenset): names of the scopes that do not run in this forward, see
             :mod:`.reuse`; ``remembered``: of those whose output is kept.
@@ -192,6 +194,7 @@ class Forward:
         self.frames = 1
         self.layouts: dict[tuple, GridLayout] = {}
         self.plans: dict[str, MergePlan | None] = {}
+        self.shared: dict[tuple, MergePlan | None] = {}
         self.refreshing = True
         self.foretold: frozenset[str] = frozenset()
         self.remembered: frozenset[str] = frozenset()

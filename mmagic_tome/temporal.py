@@ -18,7 +18,7 @@ refreshes. Site outputs that are reused or extrapolated without any merging are 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import prod
 from typing import Any
@@ -44,6 +44,8 @@ class Refresh:
             all steps cost the same. Needs ``share='site'``. Default False.
         warmup (int): the first steps of a run that all refresh. Default 1; with residuals of
             order 1 write 2, so that there is something to extrapolate from at once.
+        at (list of int | None): numbers of the steps that refresh, 0 = the first of a run, in place
+            of ``steps``: the caching of CA-ToMe (arXiv 2501.00946). Default None.
 
     Raises:
         ToMeError: wrong type or value.
@@ -53,6 +55,7 @@ class Refresh:
     share: str = "site"
     stagger: bool = False
     warmup: int = 1
+    at: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         for key, low in (("steps", 1), ("warmup", 1)):
@@ -71,6 +74,28 @@ class Refresh:
                 "refresh: stagger=True gives every block a turn of its own, share='level' one plan "
                 "to all; write share='site'"
             )
+        self._check_at()
+
+    def _check_at(self) -> None:
+        at = self.at
+        if at is None:
+            return
+        if not isinstance(at, Sequence) or not at or not all(map(_is_step, at)):
+            raise ToMeError(
+                f"refresh: at={at!r} must be a list of step numbers, 0 = the first; write for "
+                "example at=[0, 8, 11, 13, 20]"
+            )
+        if self.steps != 1 or self.stagger:
+            raise ToMeError(
+                "refresh: at names the steps that refresh, for all blocks; leave out steps and "
+                "stagger, or at"
+            )
+        object.__setattr__(self, "at", tuple(sorted(set(at))))
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a plan serves more than one step."""
+        return self.steps > 1 or self.at is not None
 
     @classmethod
     def coerce(cls, spec: Any) -> Refresh:
@@ -83,6 +108,8 @@ class Refresh:
 
     def due(self, step: int, turn: int) -> bool:
         """Whether the block with number ``turn`` refreshes at a step (0 = first of the run)."""
+        if self.at is not None:
+            return step < self.warmup or step in self.at
         return step < self.warmup or (step + (turn if self.stagger else 0)) % self.steps == 0
 
 
@@ -170,7 +197,7 @@ class Run:
         step (int): number of the present step, 0 = the first; -1 before it. Steps at which the
             network does not run are not counted.
         time (float | None): timestep of the present step.
-        plans (dict): who shares it -> plan (None: nothing to merge).
+        plans (dict): (block, kind of site) -> the plan that it keeps (None: nothing to merge).
         memories (dict): name of a site -> :class:`Memory`.
         kept (dict): of a scope -> what is kept of its output (:mod:`.reuse`).
         left_out (dict): name of a scope -> for how many steps it has not run now.
@@ -249,6 +276,10 @@ class Lanes:
     def reset(self) -> None:
         """Forget all runs."""
         self.__init__()
+
+
+def _is_step(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 0
 
 
 def check_order(name: str, order: Any) -> None:

@@ -2,8 +2,9 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import tiny_unet
 
-from mmagic_tome import ToMeConfig, ToMeError
+from mmagic_tome import ToMeConfig, ToMeError, apply_tome
 from mmagic_tome.schedules import Place, RatioSchedule, noise_factor
 
 
@@ -35,6 +36,43 @@ def test_what_nothing_names_is_dense():
 
 def test_levels_survive_json():
     assert at(dict(level={"2": 0.5}), downsample=2) == 0.5
+
+
+def test_self_attention_is_one_site_whether_queries_merge_or_not():
+    assert at(dict(site={"attn": 0.5}), site="attn_kv") == 0.5
+    assert at(dict(site={"attn": 0.5, "attn_kv": 0.25}), site="attn_kv") == 0.25
+    assert at(dict(base=0.1, site={"attn_kv": 0.5})) == 0.1
+
+
+def test_ratios_for_places_that_are_not_merged():
+    places = [Place("attn", 1, depth, 3) for depth in range(3)]
+
+    def misses(spec):
+        return RatioSchedule(spec, 0.75).misses(places)
+
+    assert misses(dict(level={2: 0.5}))
+    assert misses(dict(site={"mlp": 0.5}))
+    assert misses(dict(base=0.5, site={"attn": 0}))
+    assert not misses(dict(level={1: 0.5, 2: 0.5}))
+    assert not misses(dict(depth=[0, 0, 0.1]))
+    assert not misses(dict(level={2: 0.5}, site={"attn": 0.1}))
+    # Nothing is named, and nothing merged.
+    assert not misses(0) and not misses(0.5)
+    assert not misses(dict(base=0)) and not misses(dict(level={1: 0, 2: 0}))
+    assert not misses(lambda place: 0)
+
+
+def test_a_schedule_that_merges_nothing_is_refused_by_name():
+    unet = tiny_unet(levels=2)
+    for options, said in (
+        (dict(ratio=dict(level={2: 0.5})), "downsample 1, sites attn"),
+        (dict(ratio=dict(site={"mlp": 0.5})), "downsample 1, sites attn"),
+        (dict(ratio=dict(level={4: 0.5}), max_downsample=2, merge_mlp=True), "1, 2, sites attn, m"),
+    ):
+        with pytest.raises(ToMeError, match="names no ratio for what is merged") as error:
+            apply_tome(unet, **options)
+        assert said in str(error.value)
+    apply_tome(unet, ratio=dict(level={2: 0.5}), max_downsample=2)
 
 
 def test_depth_is_spread_evenly():
@@ -115,6 +153,17 @@ def test_always_within_the_ceiling(values, depths, noise, kind):
         (dict(base=0.5, noise=dict(between=0.5)), "must be a list"),
         (dict(base=0.5, noise=dict(start=3)), "start"),
         (dict(base=0.5, noise=dict(stop=3)), "no key 'stop'"),
+        (dict(base=0.5, noise=dict(star=1)), "did you mean 'start'"),
+        (dict(site={"atn": 0.5}), "did you mean 'attn'"),
+        (dict(level={3: 0.5}), "write 1, 2, 4 or 8"),
+        (dict(level={"fine": 0.5}), "no level 'fine'"),
+        (dict(level={0: 0.5}), "no level 0"),
+        (dict(level={1.0: 0.5}), "no level 1.0"),
+        # Said, but without effect.
+        (dict(base=0.5, noise=dict(start=0.5)), "kind='constant' does not use 'start'"),
+        (dict(base=0.5, noise=dict(kind="linear", points=[(0, 1)])), "write kind='piecewise'"),
+        (dict(base=0.5, noise=dict(points=[(0, 1)], end=1)), "write kind='linear'"),
+        (dict(base=0.5, noise=dict(between=(0.8, 0.2))), "write between=(0.2, 0.8)"),
     ],
 )
 def test_bad_specs_are_named(spec, said):

@@ -1,5 +1,6 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 import copy
+import json
 
 import pytest
 import torch
@@ -77,6 +78,47 @@ def test_one_plan_for_a_level(unet):
         assert [max(blocks.values()) for blocks in made.values()] == [3, 3]
         assert {row["kept"] / row["tokens"] for row in handle.stats()} == {0.5}
     assert error(outputs, run(unet)) < 0.5
+
+
+def test_one_plan_for_a_level_at_every_step(unet):
+    with apply_tome(unet, refresh=dict(share="level")) as handle:
+        shared = run(unet)
+        assert [row["plans"] for row in handle.stats()] == [len(STEPS), 0, 0]
+        assert not handle._state.forward.run.plans  # nothing is kept beyond its step
+    with apply_tome(unet):
+        apart = run(unet)
+    assert 1e-5 < error(shared, apart) < 0.5
+
+
+def test_blocks_of_a_level_share_at_equal_ratios_only(unet):
+    """Another ratio by depth or by site is another plan, and stays so until the next refresh."""
+    ratio = dict(depth=[0.5, 0.25, 0.25], site={"mlp": 0.25})
+    options = dict(ratio=ratio, merge_mlp=True, refresh=dict(steps=2, share="level"))
+    with apply_tome(unet, **options) as handle:
+        for i, t in enumerate(STEPS[:3]):
+            run_one(unet, i, t)
+            kept = [(row["kind"], row["kept"]) for row in handle.stats()]
+            assert kept == [("attn", 128), ("mlp", 192)] + 2 * [("attn", 192), ("mlp", 192)]
+        plans = {row["block"]: row["plans"] for row in handle.stats()}
+        assert list(plans.values()) == [4, 0, 0]  # two ratios at each of two refreshes
+
+
+def test_at_listed_steps(unet):
+    """The caching of CA-ToMe."""
+    at = [0, 1, 4]
+    with apply_tome(unet, refresh=dict(at=at)) as handle:
+        made = []
+        for i, t in enumerate((900, 800, 700, 600, 500, 400)):
+            run_one(unet, i, t)
+            made.append(plans_per_block(handle)[0])
+        assert made == [1, 2, 2, 2, 3, 3]
+        assert "refreshed at steps 0, 1, 4" in handle.description
+    with apply_tome(unet, refresh=dict(at=at), residual="exact") as handle:
+        dense = []
+        for i, t in enumerate((900, 800, 700, 600, 500, 400)):
+            run_one(unet, i, t)
+            dense.append(handle.stats()[0]["dense_calls"])
+        assert dense == [1, 2, 2, 2, 3, 3]
 
 
 def test_in_turn(unet):
@@ -160,6 +202,68 @@ def test_ratio_by_level_and_noise_in_tokens(unet):
     assert kept == [on, on, on, off, off]
 
 
+# What is kept of the 256, 64 and 16 tokens of the three levels, step by step (noise 0.9, 0.7, 0.5,
+# 0.3, 0.1): N - int(N * ratio).
+BY_STEP = {
+    "number": (0.5, [(128, 32, 8)] * 5),
+    "level": (dict(level={1: 0.75, 4: 0.25}), [(64, 64, 12)] * 5),
+    "linear": (
+        dict(base=0.5, noise=dict(kind="linear")),
+        [(141, 36, 9), (167, 42, 11), (192, 48, 12), (218, 55, 14), (244, 61, 16)],
+    ),
+    "linear, rising": (
+        dict(base=0.5, noise=dict(kind="linear", start=0, end=1)),
+        [(244, 61, 16), (218, 55, 14), (192, 48, 12), (167, 42, 11), (141, 36, 9)],
+    ),
+    "cosine": (
+        dict(base=0.5, noise=dict(kind="cosine")),
+        [(132, 33, 9), (155, 39, 10), (192, 48, 12), (230, 58, 15), (253, 64, 16)],
+    ),
+    "piecewise": (
+        dict(level={1: 0.5, 2: 0.25}, noise=dict(points=[(0.9, 1), (0.5, 0.5), (0.3, 0)])),
+        [(128, 48, 16), (160, 52, 16), (192, 56, 16), (256, 64, 16), (256, 64, 16)],
+    ),
+    "off after": (
+        dict(base=0.5, noise=dict(between=(0.4, 1))),
+        [(128, 32, 8)] * 3 + [(256, 64, 16)] * 2,
+    ),
+    "only between": (
+        dict(base=0.5, noise=dict(between=(0.2, 0.6))),
+        [(256, 64, 16)] * 2 + [(128, 32, 8)] * 2 + [(256, 64, 16)],
+    ),
+    "callable": (
+        lambda place: 0.5 if place.noise > 0.4 and place.downsample < 4 else 0.25,
+        [(128, 32, 12)] * 3 + [(192, 48, 12)] * 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_STEP)
+def test_tokens_by_step_and_level(unet, name):
+    ratio, expected = BY_STEP[name]
+    kept = []
+    with apply_tome(unet, max_downsample=4, ratio=ratio) as handle:
+        for i, t in enumerate(STEPS):
+            run_one(unet, i, t)
+            levels = {row["downsample"]: set() for row in handle.stats()}
+            for row in handle.stats():
+                levels[row["downsample"]].add(row["kept"])
+            kept.append(tuple(levels[level].pop() for level in sorted(levels)))
+            assert not any(levels.values())  # all blocks of a level alike
+    assert kept == expected
+
+
+def test_tokens_by_depth_and_site_of_a_callable(unet):
+    def ratio(place):
+        return {"attn": 0.5, "crossattn": 0.0, "mlp": 0.25}[place.site] * (place.depth != 1)
+
+    options = dict(merge_crossattn=True, merge_mlp=True)
+    with apply_tome(unet, ratio=ratio, **options) as handle:
+        run_one(unet, 0, 900)
+        kept = [row["kept"] for row in handle.stats()]
+    assert kept == [128, 256, 192] + [256] * 3 + [128, 256, 192]
+
+
 def test_ratio_by_site_and_depth_in_tokens(unet):
     ratio = dict(depth=[0.5, 0.25], site={"mlp": 0.75})
     with apply_tome(unet, ratio=ratio, merge_mlp=True) as handle:
@@ -190,20 +294,21 @@ def test_keys_and_values_only(unet):
     assert 1e-4 < error(merged, dense) < 0.5
 
 
+@pytest.mark.parametrize("depth", [2, 10])  # SDXL's stacks
 @pytest.mark.parametrize("site", ["block", "stack"])
-def test_around_whole_blocks(site):
-    unet = tiny_unet(levels=2, transformer_layers_per_block=2)
+def test_around_whole_blocks(site, depth):
+    unet = tiny_unet(levels=2, transformer_layers_per_block=depth)
     dense = run(unet)
     first = Inside(unet, "transformer_blocks.0.ff.net.0.proj")
-    second = Inside(unet, "transformer_blocks.1.attn1.to_q")
+    last = Inside(unet, f"transformer_blocks.{depth - 1}.attn1.to_q")
     with apply_tome(unet, sites=[site], max_downsample=2) as handle:
         merged = run(unet)
-        assert first.tokens == second.tokens == {128, 32}
-        per_step = 1 if site == "stack" else 2
+        assert first.tokens == last.tokens == {128, 32}
+        per_step = 1 if site == "stack" else depth
         assert {row["kind"] for row in handle.stats()} == {site}
         stacks = {row["block"].rsplit(".", 2)[0] for row in handle.stats()}
         assert len(handle.stats()) == per_step * len(stacks)
-    assert 1e-4 < error(merged, dense) < 0.6
+    assert 1e-4 < error(merged, dense) < (0.6 if depth == 2 else 1)
     assert torch.equal(run(unet), dense)
 
 
@@ -311,13 +416,30 @@ def test_round_trip():
         method=dict(type="tome"),
     )
     assert ToMeConfig.from_dict(config.to_dict()) == config
-    assert config.to_dict()["refresh"] == dict(steps=2, share="site", stagger=False, warmup=2)
+    plain = dict(steps=2, share="site", stagger=False, warmup=2, at=None)
+    assert config.to_dict()["refresh"] == plain
     assert config.replace(seed=3).residual_plan == Residual("own", order=1)
+
+
+@pytest.mark.parametrize("at", [(8, 0, 3, 3), [0, 3, 8]])
+def test_listed_steps_survive_json(at):
+    config = ToMeConfig(refresh=dict(at=at))
+    again = ToMeConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert again.refresh_plan.at == (0, 3, 8) and again.tracks_steps
+    assert ToMeConfig(refresh=Refresh(at=at)).refresh_plan == config.refresh_plan
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (dict(refresh=dict(at=[])), "at=[0, 8, 11, 13, 20]"),
+        (dict(refresh=dict(at=5)), "list of step numbers"),
+        (dict(refresh=dict(at=[0, -1])), "list of step numbers"),
+        (dict(refresh=dict(at=[0, 2.5])), "list of step numbers"),
+        (dict(refresh=dict(at="05")), "list of step numbers"),
+        (dict(refresh=dict(at=[0, 5], steps=2)), "leave out steps"),
+        (dict(refresh=dict(at=[0, 5], stagger=True)), "stagger"),
         (dict(refresh=0), "steps=1"),
         (dict(refresh=True), "refresh=True"),
         (dict(refresh=dict(step=2)), "no key 'step'"),
@@ -335,7 +457,7 @@ def test_round_trip():
         (dict(sites=["block", "mlp"]), "sites=['block']"),
         (dict(sites=["attn", "attn_kv"]), "write one"),
         (dict(method="tomme"), "did you mean 'tome'"),
-        (dict(method=dict(name="tome")), "unknown method None"),
+        (dict(method=dict(name="tome")), "under 'type'"),
         (dict(method=dict(type="tome", window=3)), "window"),
     ],
 )

@@ -13,9 +13,8 @@ class MatrixPlan:
     """Merging by a matrix: every slot is a weighted mean of all tokens of its window.
 
     The same surface as :class:`~.plan.MergePlan` (``merge``, ``unmerge``, ``batch``,
-    ``num_slots``, ``num_tokens``), but a token belongs to several slots, to each by a share, so
-    there is no ``size``. Slots come window by window, the tokens outside of all windows after
-    them, as they are.
+    ``num_slots``, ``num_tokens``, ``size``), but a token belongs to several slots, to each by a
+    share. Slots come window by window, the tokens outside of all windows after them, as they are.
 
     Args:
         weights (Tensor): (B * W, D, n) floating, row sums 1: slot d of a window is
@@ -56,6 +55,14 @@ class MatrixPlan:
         inside = inside.view(self.batch, -1)
         together = torch.cat([inside, outside.expand(self.batch, -1)], dim=1)
         return together.index_select(1, self._inverse)
+
+    @property
+    def size(self) -> Tensor:
+        """(B, M), the dtype of the matrices: sum of the shares that tokens have in each slot; every
+        row sums to N, since a token's shares sum to 1. Below 0 is possible with inverses."""
+        inside = self.back.sum(dim=1).view(self.batch, -1)
+        outside = self.num_slots - inside.shape[1]
+        return torch.cat([inside, inside.new_ones(self.batch, outside)], dim=1)
 
     @property
     def representative(self) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,17 @@ from ..errors import ToMeError
 from ..merging import MergePlan, tokens_to_remove
 
 METHODS: dict[str, type[Method]] = {}
+
+# What methods are called elsewhere -> their names here, for error messages.
+_OTHER_NAMES = {
+    "adaptive": "threshold",
+    "catome": "threshold",
+    "ibtm": "importance",
+    "pruning": "prune",
+    "tokendownsampling": "todo",
+    "tokenfusion": "tofu",
+    "tomesd": "tome",
+}
 
 
 @dataclass(frozen=True)
@@ -72,11 +83,13 @@ class Method:
         keeps_queries (bool): merge keys and values of self-attention only.
         tracks_steps (bool): :meth:`plan` reads ``step`` or ``noise`` of its request.
         watches_output (bool): :meth:`plan` reads ``heat``.
+        ceiling (float): largest ratio whatever the cells. Default 1: cells alone set it.
     """
 
     keeps_queries = False
     tracks_steps = False
     watches_output = False
+    ceiling = 1.0
 
     def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> MergePlan | None:
         """A plan for tokens.
@@ -90,6 +103,20 @@ class Method:
             MergePlan | None: None if there is nothing to merge.
         """
         raise NotImplementedError
+
+    def variant(self, depth: int, depths: int) -> Hashable:
+        """What the plan of a block has that only blocks of like depth have.
+
+        Where all blocks of a level share a plan (``refresh=dict(share='level')``), one is made
+        for each variant.
+
+        Args:
+            depth, depths (int): see :class:`PlanRequest`.
+
+        Returns:
+            Hashable: default None, the same for all.
+        """
+        return None
 
     def removed(self, tokens: int, ratio: float, request: PlanRequest) -> int:
         """r = min(int(N * ratio), sources); 0 for a grid without a complete cell."""
@@ -124,11 +151,16 @@ def build_method(spec: str | Mapping[str, Any]) -> Method:
         ToMeError: unknown name or option, an option out of range.
     """
     options = dict(spec) if isinstance(spec, Mapping) else {"type": spec}
-    name = options.pop("type", None)
+    if "type" not in options:
+        raise ToMeError(
+            f"method={options!r} names no method: write its name under 'type', such as "
+            "dict(type='toma', window=4)"
+        )
+    name = options.pop("type")
     if not isinstance(name, str) or name not in METHODS:
-        close = difflib.get_close_matches(str(name), METHODS, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ToMeError(f"unknown method {name!r}: {hint}Known: {', '.join(sorted(METHODS))}")
+        raise ToMeError(
+            f"unknown method {name!r}: {_hint(str(name))}Known: {', '.join(sorted(METHODS))}"
+        )
     cls = METHODS[name]
     known = list(inspect.signature(cls).parameters)
     for option in options:
@@ -137,3 +169,12 @@ def build_method(spec: str | Mapping[str, Any]) -> Method:
                 f"method {name!r} has no option {option!r}; it has {', '.join(known) or 'none'}"
             )
     return cls(**options)
+
+
+def _hint(name: str) -> str:
+    """What somebody may have meant who wrote a method's name in another way."""
+    plain = "".join(char for char in name.lower() if char.isalnum())
+    meant = _OTHER_NAMES.get(plain) or next(
+        iter(difflib.get_close_matches(plain, METHODS, n=1)), None
+    )
+    return f"did you mean {meant!r}? " if meant else ""

@@ -56,9 +56,9 @@ class Importance(Method):
     watches_output = True
 
     def __init__(self, pool: Any = 1.4, destinations: Any = 0.25, prune_steps: Any = 2) -> None:
-        self.pool = check_number("importance", "pool", pool, 1, math.inf)
+        self.pool = check_number("importance", "pool", pool, 1, math.inf, 1.4)
         self.destinations = check_number(
-            "importance", "destinations", destinations, 0, 1, open_low=True
+            "importance", "destinations", destinations, 0, 1, 0.25, open_low=True
         )
         self.prune_steps = check_integer("importance", "prune_steps", prune_steps, 0, 10**6)
 

@@ -3,14 +3,22 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+import numbers
 from typing import Any
 
 from ..errors import ToMeError
 
 
 def check_number(
-    method: str, option: str, value: Any, low: float, high: float, open_low: bool = False
+    method: str,
+    option: str,
+    value: Any,
+    low: float,
+    high: float,
+    default: float,
+    open_low: bool = False,
 ) -> float:
     """``value`` as a float.
 
@@ -18,17 +26,24 @@ def check_number(
         method, option (str): for the message.
         value: what the user wrote.
         low, high (float): allowed range, both ends included; ``high`` may be infinite.
+        default (float): what to suggest in place of something that is no number.
         open_low (bool): leave ``low`` out. Default False.
 
     Raises:
         ToMeError: not a number in the range.
     """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    fits = number and math.isfinite(value) and low <= value <= high
-    if not fits or (open_low and value == low):
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    finite = number and math.isfinite(value)
+    fits = finite and low <= value <= high and not (open_low and value == low)
+    if not fits:
         top = "" if math.isinf(high) else f" and at most {high:g}"
         bottom = f"above {low:g}" if open_low else f"at least {low:g}"
-        raise ToMeError(f"method {method!r}: {option}={value!r} must be a number {bottom}{top}")
+        nearest = min(max(value, low), high) if finite else default
+        instead = default if open_low and nearest == low else nearest
+        raise ToMeError(
+            f"method {method!r}: {option}={value!r} must be a number {bottom}{top}; "
+            f"write {option}={instead:g}"
+        )
     return float(value)
 
 
@@ -38,13 +53,15 @@ def check_integer(method: str, option: str, value: Any, low: int, high: int) -> 
     Raises:
         ToMeError: anything else.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        nearest = low if not isinstance(value, int) or value < low else high
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or not low <= value <= high:
+        finite = isinstance(value, numbers.Real) and math.isfinite(value)
+        nearest = min(max(round(value), low), high) if finite else low
         raise ToMeError(
             f"method {method!r}: {option}={value!r} must be an integer in [{low}, {high}]; "
             f"write {option}={nearest}"
         )
-    return value
+    return int(value)
 
 
 def check_choice(method: str, option: str, value: Any, allowed: tuple[str, ...]) -> str:
@@ -53,9 +70,10 @@ def check_choice(method: str, option: str, value: Any, allowed: tuple[str, ...])
     Raises:
         ToMeError: anything else.
     """
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
+        close = difflib.get_close_matches(str(value), allowed, n=1) or allowed
         raise ToMeError(
             f"method {method!r}: {option}={value!r} must be one of {', '.join(allowed)}; "
-            f"write {option}={allowed[0]!r}"
+            f"write {option}={close[0]!r}"
         )
     return value

@@ -36,15 +36,18 @@ class PiToMe(Method):
     (first, third, ...) and B; every token of A merges with its most similar token of B; all other
     tokens are protected. Plain averages.
 
-    r = min(int(N * ratio), N // 2): not more than half of the tokens can be removed, also where
-    cells would allow it. The grid plays no part.
+    Sources and destinations are as many, so not more than half of the tokens can be removed:
+    ``ratio`` goes up to 0.5. The grid plays no part in the choice.
+
+    Where the blocks of a level share a plan, its first block's margin makes it.
 
     Energies take all N² similarities, of which 2**20 are held at a time; at 4096 tokens that
     is several times the work of ToMe's matching.
 
     Args:
         margin (float): m at the first merged block, in [0, 1]; it falls linearly with the
-            block's number to margin / depths at the last. Default 0.9.
+            block's number to margin / depths at the last. Default 0.9 (docs/methods.md says
+            where from).
         alpha (float): slope below the margin, at least 0. Default 1.
 
     Raises:
@@ -55,9 +58,11 @@ class PiToMe(Method):
     takes keys as the metric; here it is the block's input, as for all methods.
     """
 
+    ceiling = 0.5
+
     def __init__(self, margin: Any = 0.9, alpha: Any = 1.0) -> None:
-        self.margin = check_number("pitome", "margin", margin, 0, 1)
-        self.alpha = check_number("pitome", "alpha", alpha, 0, math.inf)
+        self.margin = check_number("pitome", "margin", margin, 0, 1, 0.9)
+        self.alpha = check_number("pitome", "alpha", alpha, 0, math.inf, 1.0)
 
     def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> MergePlan | None:
         tokens = metric.shape[1]

@@ -24,8 +24,8 @@ class SiTo(Method):
 
     ::
 
-        SimScore_i = sum_j cos(x_i, x_j) = u_i · sum_j u_j              u = x / |x|
-        score_i    = SimScore_i + noise_alpha * std(SimScore) * n_i     n_i ~ N(0, 1)
+        SimScore_i = sum_j cos(x_i, x_j) = u_i · sum_j u_j                       u = x / |x|
+        score_i    = sim_beta * SimScore_i + noise_alpha * std(SimScore) * n_i   n_i ~ N(0, 1)
         base token of a cell = its token with the largest score
         every other token draws an edge to its most similar base token
         the r best edges: prune the token; its output is a copy of its base token's
@@ -38,9 +38,11 @@ class SiTo(Method):
     Cells are the config's ``sx``, ``sy``; tokens outside of complete cells are never base tokens.
 
     Args:
-        noise_alpha (float): weight of the noise, at least 0. Default 0.1, as in the
-            authors' package, whose sum it is added to; what that amounts to depends on the number
-            of tokens, so here it is a share of the scores' standard deviation over the picture.
+        noise_alpha (float): weight of the noise, at least 0. Default 0.1, the authors'. What the
+            noise is measured by is our choice: the scores' standard deviation over the picture,
+            so that the same number does the same at every number of tokens.
+        sim_beta (float): weight of the similarities, at least 0. Default 1, the authors'; at 0 the
+            choice is the noise's alone.
 
     Raises:
         ToMeError: an option out of range.
@@ -49,8 +51,9 @@ class SiTo(Method):
     Similarity-based Token Pruning" (Zhang et al., AAAI 2025).
     """
 
-    def __init__(self, noise_alpha: Any = 0.1) -> None:
-        self.noise_alpha = check_number("sito", "noise_alpha", noise_alpha, 0, math.inf)
+    def __init__(self, noise_alpha: Any = 0.1, sim_beta: Any = 1.0) -> None:
+        self.noise_alpha = check_number("sito", "noise_alpha", noise_alpha, 0, math.inf, 0.1)
+        self.sim_beta = check_number("sito", "sim_beta", sim_beta, 0, math.inf, 1.0)
 
     def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> MergePlan | None:
         r = self.removed(metric.shape[1], ratio, request)
@@ -73,10 +76,11 @@ class SiTo(Method):
         Returns:
             Tensor: (B, cells) int64 in [0, sx * sy).
         """
-        score = similarity_mass(metric)
+        mass = similarity_mass(metric)
+        score = self.sim_beta * mass
         if self.noise_alpha > 0:
             noise = gaussian(request, metric.shape[1]).to(score.device)
-            spread = score.std(dim=1, unbiased=False, keepdim=True)
+            spread = mass.std(dim=1, unbiased=False, keepdim=True)
             score = score + self.noise_alpha * spread * noise
         sx, sy = request.sx, request.sy
         rows, columns = request.height // sy, request.width // sx

@@ -51,7 +51,7 @@ class Threshold(Method):
     """
 
     def __init__(self, threshold: Any = 0.7, batch: Any = "max") -> None:
-        self.threshold = check_number("threshold", "threshold", threshold, -1, 1)
+        self.threshold = check_number("threshold", "threshold", threshold, -1, 1, 0.7)
         self.batch = check_choice("threshold", "batch", batch, ("max", "min"))
 
     def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> MergePlan | None:

@@ -31,9 +31,10 @@ class ToDo(Method):
     the same downsampling on their way in and copies on their way out.
 
     Args:
-        downsample_factor (int): on the finest merged level, in [1, 16]. Default 2.
-        downsample_factor_level_2 (int): on the coarser ones, in [1, 16]. Default 1: dense. They
-            are only reached with ``max_downsample`` above the finest level's.
+        downsample_factor (int): on the finest merged level, in [1, 16]. Default 2. Larger
+            pictures bear more: 3 at 1536², 4 at 2048² with Stable Diffusion 1.5.
+        downsample_factor_level_2 (int): on the coarser ones, in [1, 16]. Default 1: dense; 2 at
+            2048². They are only reached with ``max_downsample`` above the finest level's.
 
     Raises:
         ToMeError: an option out of range.

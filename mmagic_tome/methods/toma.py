@@ -64,7 +64,9 @@ class ToMA(Method):
         self, window: Any = 8, temperature: Any = 0.03, unmerge: Any = "transpose"
     ) -> None:
         self.window = check_integer("toma", "window", window, 2, 32)
-        self.temperature = check_number("toma", "temperature", temperature, 0, 100, open_low=True)
+        self.temperature = check_number(
+            "toma", "temperature", temperature, 0, 100, 0.03, open_low=True
+        )
         self.unmerge = check_choice("toma", "unmerge", unmerge, ("transpose", "pinv"))
 
     @torch.no_grad()

@@ -64,6 +64,22 @@ def test_sito_noise_changes_the_choice_with_the_draw():
     assert torch.equal(a, b)
 
 
+def test_sito_weights():
+    """Only the two weights' ratio matters; without similarities the noise chooses alone."""
+    x, other = tokens(1, 12, 12, seed=1), tokens(1, 12, 12, seed=2)
+
+    def bases(tokens, **weights):
+        method = build_method(dict(type="sito", **weights))
+        return method.base_tokens(tokens, request(12, 12, seed=3))
+
+    twice = bases(x, noise_alpha=1, sim_beta=2)
+    assert torch.equal(twice, bases(x, noise_alpha=0.5))
+    assert not torch.equal(twice, bases(x, noise_alpha=1))
+    alone = bases(x, noise_alpha=1, sim_beta=0)
+    assert torch.equal(alone, bases(other, noise_alpha=1, sim_beta=0))
+    assert not torch.equal(bases(x), bases(other))
+
+
 def test_gaussian_numbers_are_normal():
     sample = gaussian(request(4, 4, seed=5), 40_000)
     assert sample.isfinite().all()

@@ -2,13 +2,14 @@
 """Every method in a network, through apply_tome."""
 
 import copy
+import json
 
 import pytest
 import torch
 from method_requests import SPECS, name_of, request, tokens
 from tiny import tiny_inputs, tiny_unet
 
-from mmagic_tome import apply_tome
+from mmagic_tome import ToMeConfig, ToMeError, apply_tome
 from mmagic_tome.hooks import Draw
 from mmagic_tome.methods import METHODS, build_method
 
@@ -80,6 +81,36 @@ def test_with_refresh_and_residual(unet, dense, spec):
     assert 0 < error(carried[1:], dense[1:]) < 0.7 * error(kept[1:], dense[1:])
 
 
+def matchings(handle):
+    """Matchings made so far, over all blocks of the finest level."""
+    return sum({row["block"]: row["plans"] for row in handle.stats()}.values())
+
+
+@every_method
+@pytest.mark.parametrize("share", ["site", "level"])
+def test_a_plan_serves_steps_and_blocks_and_no_other_run(unet, spec, share):
+    # A matching per block, or one for all blocks of the level; ToFu has blocks that prune and
+    # blocks that merge, which share one each.
+    per_step = 3 if share == "site" else 2 if spec == "tofu" else 1
+    options = dict(method=spec, ratio=0.5, refresh=dict(steps=2, share=share))
+    with apply_tome(unet, **options) as handle:
+        seen, runs = [], []
+        for steps, changes in (
+            (STEPS, {}),  # the first and the third step refresh
+            (STEPS, {}),  # back to the first timestep
+            ((200,), dict(batch=4)),  # a lower timestep, but another batch
+            ((100,), dict(batch=4, size=(12, 20))),  # ... and another size
+            ((50,), dict(batch=4, size=(12, 20))),  # the same run goes on
+        ):
+            outputs = run(unet, steps, **changes)
+            seen.append(matchings(handle) // per_step)
+            assert matchings(handle) % per_step == 0
+            runs.append(outputs)
+            assert {row["kept"] < row["tokens"] for row in handle.stats()} == {True}
+    assert seen == [2, 4, 5, 6, 6]
+    assert torch.equal(runs[0], runs[1])
+
+
 @every_method
 @pytest.mark.parametrize("sites", [["crossattn", "mlp"], ["block"]])
 def test_at_other_sites_of_both_levels_on_an_odd_grid(unet, spec, sites):
@@ -91,6 +122,53 @@ def test_at_other_sites_of_both_levels_on_an_odd_grid(unet, spec, sites):
             dense = name_of(spec) == "todo" and row["downsample"] == 2
             assert row["kept"] == row["tokens"] if dense else row["kept"] < row["tokens"]
     assert outputs.isfinite().all()
+
+
+def test_every_site_may_have_a_method_of_its_own(unet):
+    method = dict(mlp=dict(type="downsample", mode="nearest"), attn="todo", crossattn="prune")
+    options = dict(sites=["attn", "crossattn", "mlp"], ratio=dict(base=0.25, site={"attn": 0.5}))
+    with apply_tome(unet, method=method, **options) as handle:
+        together = run(unet)
+        kept = {(row["kind"], row["kept"]) for row in handle.stats()}
+        assert kept == {("attn_kv", 64), ("crossattn", 192), ("mlp", 64)}
+        config = ToMeConfig.from_dict(json.loads(json.dumps(handle.config.to_dict())))
+        assert config == handle.config
+    # The same as three methods one at a time, each at its site.
+    for site in method:
+        alone = dict(method=method[site], sites=[site], ratio=0.5 if site == "attn" else 0.25)
+        with apply_tome(unet, **alone) as handle:
+            run(unet)
+            assert {(row["kind"], row["kept"]) for row in handle.stats()} <= kept
+    # One number for all, plans that serve several steps, one plan for a level.
+    for refresh in (None, 3, dict(steps=3, share="level")):
+        with apply_tome(unet, method=method, sites=options["sites"], refresh=refresh) as handle:
+            outputs = run(unet)
+            assert {row["kept"] for row in handle.stats()} == {64, 128}
+        assert 1e-5 < error(outputs, together) < 1
+
+
+def test_heat_is_watched_where_one_site_asks_for_it(unet):
+    method = dict(attn="tome", mlp="importance")
+    with apply_tome(unet, method=method, merge_mlp=True) as handle:
+        run(unet)
+        assert handle.config.tracks_steps and handle._state.forward.run.heat is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (dict(method=dict(attn="tome", mlp="prune")), "what is merged is attn; write sites="),
+        (dict(method=dict(attn="tome"), merge_mlp=True), "what is merged is attn, mlp"),
+        (dict(method=dict(mlp="tome"), sites=["attn"]), "write sites=['mlp']"),
+        (dict(method=dict(attn="tome", mpl="prune")), "'mpl': 'prune'"),
+        (dict(method=dict(attn="tomme")), "did you mean 'tome'"),
+        (dict(method=dict(attn="pitome", mlp="tome"), merge_mlp=True, ratio=0.6), "ceiling 0.5"),
+    ],
+)
+def test_bad_methods_by_site_are_named(options, said):
+    with pytest.raises(ToMeError) as error:
+        ToMeConfig(**options)
+    assert said in str(error.value)
 
 
 def test_todo_leaves_the_queries(unet):
