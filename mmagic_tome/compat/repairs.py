@@ -14,7 +14,9 @@ import glob
 import importlib
 import importlib.metadata
 import importlib.util
+import io
 import os
+import pickle
 import sys
 import types
 import warnings
@@ -293,6 +295,34 @@ def mmagic_attention_injection():
     wrapper.__getattr__ = __getattr__
 
 
+@repairs("mmagic.models.archs.attention_injection", lasting=True)
+def mmagic_attention_bank():
+    """attention_injection=True after a failed call: "Sizes of tensors must match", or wrong pictures.
+
+    Its blocks keep the reference's tokens from the first of two passes to the second. An exception
+    in between (out of memory, a stop button) left them there, and the next picture read them as
+    well. They are forgotten when a call fails.
+    """
+    yield
+    wrapper = sys.modules["mmagic.models.archs.attention_injection"].AttentionInjection
+    forward = wrapper.forward
+    if hasattr(forward, "forgets_the_reference"):
+        return
+
+    @functools.wraps(forward)
+    def forgetting(self, *args, **kwargs):
+        try:
+            return forward(self, *args, **kwargs)
+        except BaseException:
+            for module in self.unet.modules():
+                if "bank" in vars(module):
+                    module.bank = []
+            raise
+
+    forgetting.forgets_the_reference = True
+    wrapper.forward = forgetting
+
+
 @repairs("mmagic.apis.inferencers.base_mmagic_inferencer", lasting=True)
 def mmagic_inferencer_without_test_data():
     """inferencers of DreamBooth and others: "argument of type 'NoneType' is not iterable".
@@ -423,3 +453,47 @@ def _get_installed_path(package):
     if spec is None or spec.origin is None:
         raise RuntimeError(f"{package} is a namespace package, which has no single folder")
     return os.path.dirname(spec.origin)
+
+
+@repairs("mmengine.runner.checkpoint", lasting=True)
+def mmengine_resume():
+    """torch >= 2.6: "Weights only load failed" when a Runner resumes from its own checkpoint.
+
+    Beside weights there are logs in it, mmengine's ``HistoryBuffer`` of numpy numbers, and torch
+    loads by default nothing that was not declared harmless. They hold numbers, and the names of
+    their own methods for averages, so they are declared so; everything else is refused as before.
+    """
+    import torch
+    from mmengine.logging.history_buffer import HistoryBuffer
+
+    def method_of_logs(owner, name):
+        """What ``getattr`` becomes inside a checkpoint: nothing but methods of the logs."""
+        if owner is not HistoryBuffer or name not in vars(HistoryBuffer):
+            raise pickle.UnpicklingError(f"getattr({owner!r}, {name!r}) in a checkpoint")
+        return getattr(owner, name)
+
+    file = io.BytesIO()
+    torch.save({"log": HistoryBuffer([0.5], [1])}, file)
+    file.seek(0)
+    try:
+        torch.load(file)
+        return
+    except pickle.UnpicklingError:
+        pass
+    named = [(method_of_logs, f"{builtins}.getattr") for builtins in ("__builtin__", "builtins")]
+    torch.serialization.add_safe_globals([HistoryBuffer, *named, *_numbers_of_numpy()])
+    yield
+
+
+def _numbers_of_numpy():
+    """What numpy's arrays and scalars of numbers are pickled with, for ``add_safe_globals``."""
+    import numpy as np
+
+    functions = [np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0]]
+    # numpy 2 has moved them; a checkpoint may have been written by either.
+    named = [
+        (function, f"numpy.{core}.multiarray.{function.__name__}")
+        for function in functions
+        for core in ("core", "_core")
+    ]
+    return [*named, np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}]

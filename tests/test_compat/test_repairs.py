@@ -2,6 +2,7 @@
 """Each repair alone: it acts on its symptom, leaves no trace that is not needed, and
 touches nothing where the symptom is absent (full mmcv, older or matching libraries)."""
 
+import collections
 import copy
 import importlib
 import importlib.machinery
@@ -483,3 +484,95 @@ def test_apply_is_idempotent():
     compat.apply()
     assert before == compat._ENTRIES
     assert sys.meta_path == finders
+
+
+def test_a_failed_call_leaves_no_reference_behind(monkeypatch):
+    import torch
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unet = torch.nn.Sequential(torch.nn.Identity())
+            self.unet[0].bank = []
+
+        def forward(self, x, ref_x=None):
+            if ref_x is not None:
+                self.unet[0].bank.append(ref_x)
+            if x is None:
+                raise MemoryError
+            bank, self.unet[0].bank = self.unet[0].bank, []
+            return bank
+
+    fake_package(monkeypatch, "mmagic")
+    fake_package(monkeypatch, "mmagic.models")
+    fake_package(monkeypatch, "mmagic.models.archs")
+    name = "mmagic.models.archs.attention_injection"
+    fake_package(monkeypatch, name, AttentionInjection=Wrapper)
+
+    def after_a_failure():
+        wrapper = Wrapper()
+        with pytest.raises(MemoryError):
+            wrapper(None, ref_x="of the call that failed")
+        return wrapper(0, ref_x="own")
+
+    assert after_a_failure() == ["of the call that failed", "own"]
+    run_repair(repairs.mmagic_attention_bank)
+    assert after_a_failure() == ["own"]
+    repaired = Wrapper.forward
+    run_repair(repairs.mmagic_attention_bank)  # nothing to repair any more
+    assert Wrapper.forward is repaired
+
+
+# --- checkpoints of mmengine ----------------------------------------------------------------------
+
+
+class NotDeclared:
+    """What a checkpoint should not be able to bring in."""
+
+
+class Reaching:
+    """Pickled as ``getattr`` of something else than logs."""
+
+    def __reduce__(self):
+        return getattr, (collections.OrderedDict, "fromkeys")
+
+
+@pytest.fixture
+def nothing_declared():
+    """torch as in a new process, without what was declared harmless."""
+    import torch
+
+    pytest.importorskip("mmengine.runner.checkpoint")
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    yield
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(before)
+
+
+def test_checkpoints_with_logs_are_loaded(nothing_declared, tmp_path):
+    import pickle
+
+    import numpy as np
+    import torch
+
+    from mmengine.logging import HistoryBuffer
+    from mmengine.runner import checkpoint
+
+    file = str(tmp_path / "iter_1.pth")
+    logs = HistoryBuffer([0.5, 0.25], [1, 1])
+    runtime = dict(best_score=np.float32(3), dataset=np.array([True, False]))
+    saved = dict(state_dict=dict(w=torch.ones(2)), message_hub=dict(loss=logs, **runtime))
+    checkpoint.save_checkpoint(saved, file)
+    with pytest.raises(pickle.UnpicklingError):
+        checkpoint.CheckpointLoader.load_checkpoint(file)
+    run_repair(repairs.mmengine_resume)
+    loaded = checkpoint.CheckpointLoader.load_checkpoint(file)
+    assert loaded["message_hub"]["loss"].mean() == 0.375
+    assert loaded["message_hub"]["best_score"] == 3
+    assert loaded["message_hub"]["dataset"].tolist() == [True, False]
+    assert finds_nothing(repairs.mmengine_resume)
+    for other, named in ((NotDeclared(), "NotDeclared"), (Reaching(), "fromkeys")):
+        checkpoint.save_checkpoint(dict(saved, other=other), file)
+        with pytest.raises(pickle.UnpicklingError, match=named):
+            checkpoint.CheckpointLoader.load_checkpoint(file)
