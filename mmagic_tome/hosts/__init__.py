@@ -76,12 +76,22 @@ def find_host(model: object) -> tuple[Host, nn.Module]:
         if current is None:
             break
     known = "; ".join(host.description for host in HOSTS)
-    reason = next(filter(None, map(why_unsupported, seen)), "")
+    reason = next(filter(None, map(why_unsupported, seen)), "") or _is_vit(model)
     raise ToMeError(
         f"nothing to merge in a {type(model).__name__} (looked at: {' > '.join(seen)}). {reason}"
         f"Supported: {known}. Pass one of these, or a model or pipeline that has it as .unet or "
         ".transformer; for a model of your own write a host: docs/adding_a_model.md"
     )
+
+
+def _is_vit(model: object) -> str:
+    from ..vit.families import find_vit
+
+    try:
+        description = find_vit(model).description
+    except ToMeError:
+        return ""
+    return f"It is a vision transformer ({description}): write r=8, tokens to remove per block. "
 
 
 def register_host(host: Host) -> Host:

@@ -165,9 +165,7 @@ def bipartite_soft_matching(
     Raises:
         ValueError: metric is not (B, N, C).
     """
-    if metric.dim() != 3:
-        raise ValueError(f"metric must be (B, N, C), got {tuple(metric.shape)}")
-    tokens = metric.shape[1]
+    tokens = _count(metric)
     first = 0 if class_token or not distill_token else 1
     behind = first + class_token + distill_token
     with torch.no_grad():
@@ -192,9 +190,9 @@ def kth_bipartite(
         the destinations in their order.
 
     Raises:
-        ValueError: k is out of range.
+        ValueError: metric is not (B, N, C), or k is out of range.
     """
-    tokens = metric.shape[1]
+    tokens = _count(metric)
     if not 1 <= k <= tokens:
         raise ValueError(f"k must be in [1, N={tokens}], got {k}")
     if k == 1:
@@ -224,8 +222,11 @@ def random_bipartite(
     Returns:
         tuple: ``merge`` and ``unmerge``, see :func:`bipartite_soft_matching`; merged tokens are
         those not drawn, in their order.
+
+    Raises:
+        ValueError: metric is not (B, N, C).
     """
-    tokens = metric.shape[1]
+    tokens = _count(metric)
     r = min(r, tokens - 1)
     if r <= 0:
         return _functions(None)
@@ -296,6 +297,13 @@ class _Unmerge:
 
     def __call__(self, y: Tensor) -> Tensor:
         return y if self.match is None else self.match.plan.unmerge(y)
+
+
+def _count(metric: Tensor) -> int:
+    """N of (B, N, C)."""
+    if metric.dim() != 3:
+        raise ValueError(f"metric must be (B, N, C), got {tuple(metric.shape)}")
+    return metric.shape[1]
 
 
 def _functions(match: Match | None) -> tuple[_Merge, _Unmerge]:

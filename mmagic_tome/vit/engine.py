@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..engine import _let_the_compiler_see_hooks
 from ..errors import ToMeError
+from ..engine import _let_the_compiler_see_hooks
 from .families import ViT, find_vit
 from .hooks import (
     AttentionPreHook,
@@ -52,7 +53,9 @@ def apply_tome_vit(
         r: tokens to remove per block: an int (default 8), ``(r, inflect)`` or a list; see
             :func:`~.schedules.removed_per_block`. No block removes more than half.
         target_speedup (float | None): in place of ``r``: the smallest constant r that divides the
-            blocks' multiply-adds by this much; a count, not a measurement. Default None.
+            blocks' multiply-adds by this much, found for the number of tokens of each forward and
+            then in ``handle.r``. A count (:func:`~.schedules.relative_cost`), not a measurement:
+            embedding, head, and merging itself are not in it. Default None.
         prop_attn (bool): proportional attention (default True). The paper needs it for supervised
             models off the shelf, and has it off for masked autoencoders off the shelf.
         metric (str): what similarity is measured on: 'keys' (default), 'queries', 'values' (mean
@@ -71,8 +74,9 @@ def apply_tome_vit(
         seed (int): of the random partition. Default 0.
 
     Returns:
-        ViTHandle: to look at, change and remove what was applied; a context manager. Applying
-        again replaces what was applied before.
+        ViTHandle: to look at, change and remove what was applied. As a context manager it removes
+        on exit. Applying again replaces what was applied before; as a context manager that is put
+        back on exit.
 
     Raises:
         ToMeError: an invalid option or a model of no known family; nothing is changed then.
@@ -102,7 +106,9 @@ def apply_tome_vit(
     if target_speedup is None:
         removed = removed_per_block(options.r, len(vit.blocks))
     _let_the_compiler_see_hooks()
-    remove_tome_vit(model)
+    replaced = get_vit_handle(model)
+    if replaced is not None:
+        replaced.remove()
     state = ViTState(
         options,
         removed,
@@ -113,7 +119,7 @@ def apply_tome_vit(
         vit.reads_all if unmerge is None else unmerge,
     )
     _hook(vit, state)
-    return ViTHandle(vit.root, state)
+    return ViTHandle(vit.root, state, replaced)
 
 
 def apply_options(model: nn.Module, options: Mapping[str, Any]) -> ViTHandle:
@@ -139,7 +145,7 @@ def _hook(vit: ViT, state: ViTState) -> None:
         before = BlockPreHook(state, index)
         state.hook(block.module, before, BlockPostHook(state, index))
         state.hook(block.first, FirstPreHook(before))
-        attention = AttentionPreHook(state, block.name, vit.mask)
+        attention = AttentionPreHook(state, index, vit.mask)
         state.hook(block.attention, attention)
         if vit.mask is None:
             state.hooks.append(vit.injection(block.attention, attention))
@@ -177,9 +183,10 @@ def get_vit_handle(model: object) -> ViTHandle | None:
 class ViTHandle:
     """What :func:`apply_tome_vit` returns: a view on the token merging of one model."""
 
-    def __init__(self, root: nn.Module, state: ViTState) -> None:
+    def __init__(self, root: nn.Module, state: ViTState, replaced: ViTHandle | None = None) -> None:
         self.root = root
         self._state = state
+        self._replaced = replaced
 
     @property
     def options(self) -> ViTOptions:
@@ -190,10 +197,16 @@ class ViTHandle:
     def r(self) -> Any:
         """Tokens to remove per block. Assign to change them between forwards; 0 is dense.
 
+        With ``target_speedup`` the r that was found for the last forward; None before the first.
+
         Raises:
             ToMeError: on assignment of something that is no r, or after removal.
         """
-        return self._state.options.r
+        if self._state.options.target_speedup is None or self.tokens is None:
+            return self._state.options.r
+        # No block removes more than the first.
+        before, after = self.tokens[0]
+        return before - after
 
     @r.setter
     def r(self, value: Any) -> None:
@@ -202,6 +215,18 @@ class ViTHandle:
         removed = removed_per_block(value, len(self._state.blocks))
         self._state.removed = removed
         self._state.options = replace(self._state.options, r=value, target_speedup=None)
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """The dense model, bit for bit, while entered; all hooks stay in place."""
+        state = self._state
+        held = state.options, state.removed
+        state.options = replace(state.options, r=0, target_speedup=None)
+        state.removed = [0] * len(state.blocks)
+        try:
+            yield
+        finally:
+            state.options, state.removed = held
 
     @property
     def active(self) -> bool:
@@ -251,7 +276,9 @@ class ViTHandle:
         options, state = self.options, self._state
         amount = f"r={options.r!r}"
         if options.target_speedup is not None:
-            amount = f"target_speedup={options.target_speedup:g}"
+            amount = f"target_speedup={options.target_speedup:g} of the multiply-adds"
+            if state.tokens is not None:
+                amount += f", r={self.r}"
         text = (
             f"token merging in {type(self.root).__name__}: {amount}, "
             f"{'' if options.prop_attn else 'no '}proportional attention, {options.distance} "
@@ -271,7 +298,12 @@ class ViTHandle:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        # One that was removed or replaced in the meantime has nothing to undo.
+        if not self.active:
+            return
         self.remove()
+        if self._replaced is not None:
+            _hook(find_vit(self.root), self._replaced._state)
 
     def __repr__(self) -> str:
         removed = "" if self.active else ", removed"

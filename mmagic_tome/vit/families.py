@@ -377,6 +377,25 @@ FAMILIES = (
 )
 
 
+# Beginnings of class names -> why models of theirs cannot be merged.
+_UNSUPPORTED = (
+    (("DINOv3ViT", "Eva"), "rotates queries and keys by position, which a merged token has not"),
+    (("Beit", "Data2VecVision"), "adds a number of its own to every pair of places"),
+    (("Swin", "Hiera", "Sam", "VitDet", "MaxxVit"), "attends in windows of a grid"),
+    (("Siglip2",), "is given padded pictures with an attention mask"),
+    (("ConvNext", "ResNet"), "has no tokens"),
+)
+
+
+def _why_unsupported(model: object) -> str:
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        name = type(module).__name__
+        for beginnings, why in _UNSUPPORTED:
+            if name.startswith(beginnings):
+                return f"{name} {why}. "
+    return ""
+
+
 def find_vit(model: object) -> ViT:
     """The one vision transformer inside ``model``.
 
@@ -394,12 +413,15 @@ def find_vit(model: object) -> ViT:
     known = ", ".join(family.description for family in FAMILIES)
     if not found:
         raise ToMeError(
-            f"no vision transformer to merge in a {type(model).__name__}. Supported: {known}"
+            f"no vision transformer to merge in a {type(model).__name__}. "
+            f"{_why_unsupported(model)}Supported: {known}. Pass one of these, or a model that has "
+            "one inside; for a diffusion model write ratio in place of r"
         )
     if len(found) > 1:
         paths = ", ".join(repr(path) for _, path, _ in found)
         raise ToMeError(
-            f"{len(found)} vision transformers in a {type(model).__name__}: {paths}; pass one"
+            f"{len(found)} vision transformers in a {type(model).__name__}: {paths}; pass one of "
+            "these submodules"
         )
     ((family, path, root),) = found
     try:

@@ -37,7 +37,16 @@ class RootPreHook:
         self.state = state
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.state.forward.begin([])
+        state = self.state
+        merges = state.removed is None or any(state.removed)
+        share = getattr(module, "layerdrop", 0)
+        if merges and module.training and share > 0:
+            raise ToMeError(
+                f"{type(module).__name__} leaves out blocks at random while it trains (layerdrop="
+                f"{share:g}), also the last, which copies merged tokens back; set its layerdrop to "
+                "0, or write r=0"
+            )
+        state.forward.begin([])
 
 
 class BlockPreHook:
@@ -97,9 +106,9 @@ class AttentionPreHook:
     not, goes on doing the work.
     """
 
-    def __init__(self, state: ViTState, name: str, mask: str | None) -> None:
+    def __init__(self, state: ViTState, index: int, mask: str | None) -> None:
         self.state = state
-        self.name = name
+        self.index = index
         self.mask = mask
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
@@ -118,10 +127,11 @@ class AttentionPreHook:
         if self.mask is None:
             return None
         given = args[1] if len(args) > 1 else kwargs.get(self.mask)
-        if merging and given is not None:
+        if merging and (given is not None or kwargs.get("is_causal")):
+            what = "an attention mask" if given is not None else "is_causal=True"
             raise ToMeError(
-                f"{self.name} was given an attention mask, which does not fit merged tokens: run "
-                "the model without one, or write r=0"
+                f"{self.state.blocks[self.index]} was given {what}, which does not fit merged "
+                "tokens: run the model without one, or write r=0"
             )
         bias = self.bias(_tokens(args, kwargs))
         if bias is None:

@@ -108,16 +108,25 @@ def removed_for_speedup(
         ToMeError: no r reaches the target.
     """
     dense = relative_cost([(tokens, tokens)] * blocks, width, hidden)
-    reached = 1.0
-    for r in range(tokens // 2 + 1):
-        counts = tokens_per_block([r] * blocks, tokens, prefix)
-        reached = dense / relative_cost(counts, width, hidden)
-        if reached >= target:
-            return r
-    raise ToMeError(
-        f"target_speedup={target:g} is out of reach with {tokens} tokens in {blocks} blocks: "
-        f"merging as much as possible in every block gives {reached:.1f}"
-    )
+
+    def reached(r: int) -> float:
+        return dense / relative_cost(tokens_per_block([r] * blocks, tokens, prefix), width, hidden)
+
+    # More r never leaves more tokens to any block, so halving finds it.
+    low, high = 0, max(0, (tokens - prefix) // 2)
+    if reached(high) < target:
+        raise ToMeError(
+            f"target_speedup={target:g} is out of reach with {tokens} tokens in {blocks} blocks: "
+            f"merging as much as possible in every block gives {reached(high):.1f}; write a "
+            "smaller one"
+        )
+    while low < high:
+        middle = (low + high) // 2
+        if reached(middle) >= target:
+            high = middle
+        else:
+            low = middle + 1
+    return low
 
 
 def _is_number(value: Any) -> bool:

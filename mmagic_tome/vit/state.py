@@ -67,8 +67,8 @@ class ViTState:
 
     Attributes:
         options (ViTOptions): assign others to change them between forwards.
-        removed (list | None): tokens to remove per block; None: chosen by ``target_speedup`` at
-            the first forward with a number of tokens.
+        removed (list | None): tokens to remove per block; None: chosen by ``target_speedup`` for
+            the number of tokens of each forward.
         size, source, tokens: of the last forward that came to its end, see :class:`ViTHandle`.
         hooks (list): what ``remove()`` takes out.
     """
@@ -120,7 +120,10 @@ class ViTState:
         if before is not None:
             self.hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
         if after is not None:
-            self.hooks.append(module.register_forward_hook(after, with_kwargs=True))
+            # In front of all others, so that whoever else looks (the hidden states that
+            # transformers can return, a user's hook) sees merged tokens, whoever came first.
+            hook = module.register_forward_hook(after, prepend=True, with_kwargs=True)
+            self.hooks.append(hook)
 
     def remove(self) -> None:
         """Take everything out of the model."""

@@ -193,6 +193,9 @@ def test_wrong_requests():
     x = tokens_of(1, 6)
     with pytest.raises(ValueError, match="metric must be"):
         bipartite_soft_matching(x[0], 1)
+    for wrong in (kth_bipartite, random_bipartite):
+        with pytest.raises(ValueError, match="metric must be"):
+            wrong(x[0], 2)
     for merge in (bipartite_soft_matching(x, 1)[0], bipartite_soft_matching(x, 0)[0]):
         with pytest.raises(ValueError, match="mode must be one of"):
             merge(x, mode="median")
@@ -214,6 +217,34 @@ def test_weighted_average_over_layers_is_that_of_the_first_tokens():
     assert torch.equal(source.sum(2), size[..., 0].float())
     assert torch.equal(source[:, 0], torch.eye(30)[:1].expand(2, 30))
     torch.testing.assert_close(x, source.double() @ first / size)
+
+
+@pytest.mark.parametrize(
+    "matching",
+    [
+        lambda x: kth_bipartite(x, 2),
+        lambda x: kth_bipartite(x, 1),
+        lambda x: random_bipartite(x, 5, seed=3),
+        lambda x: bipartite_soft_matching(x, 7, class_token=True, distill_token=True),
+    ],
+)
+def test_averages_and_sources_go_with_every_matching(matching):
+    x = first = tokens_of(2, 29)
+    size = source = None
+    for _ in range(3):
+        merge, unmerge = matching(x)
+        source = merge_source(merge, x, source)
+        x, size = merge_wavg(merge, x, size)
+    assert torch.equal(source.sum(1), torch.ones(2, 29))
+    assert torch.equal(source.sum(2), size[..., 0].float())
+    torch.testing.assert_close(x, source.double() @ first / size)
+    assert unmerge(x).shape[1] >= x.shape[1]
+    # Functions of somebody else's that behave like these are served by the definition.
+    other = lambda x, mode="mean": merge(x, mode)  # noqa: E731
+    y = tokens_of(2, unmerge(x).shape[1], 3, seed=9)
+    weight = 1 + tokens_of(2, y.shape[1], 1, seed=4).abs()
+    for own, theirs in zip(merge_wavg(merge, y, weight), merge_wavg(other, y, weight)):
+        torch.testing.assert_close(own.double(), theirs.double())
 
 
 def test_weighted_average_of_large_half_precision_tokens():

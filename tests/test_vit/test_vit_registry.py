@@ -198,13 +198,20 @@ def test_configs_of_the_package(path, monkeypatch):
         "vit-s14-focus-518_tome-r75": (1370, 1, 470),
         "vit-large-p16_tome-r8_timm": (197, 1, 7),
         "videomae-base_tome-r65": (1568, 0, 788),
+        "videomae-large_tome-r65": (1568, 0, 37),
         "vit-s14-focus-video_tome-r35": (512, 0, 92),
         "whisper-tiny-en_tome-r150": (1500, 0, 900),
     }
     if path.stem in tokens:
         from mmagic_tome.vit.schedules import removed_per_block, tokens_per_block
 
-        depth = {"vit-large-p16_tome-r8_timm": 24, "whisper-tiny-en_tome-r150": 4}
+        depth = {
+            "vit-large-p16_tome-r8_timm": 24,
+            "videomae-large_tome-r65": 24,
+            "whisper-tiny-en_tome-r150": 4,
+        }
+        if inner.get("num_hidden_layers"):
+            assert inner.num_hidden_layers == depth[path.stem]
         before, prefix, after = tokens[path.stem]
         removed = removed_per_block(model.r, depth.get(path.stem, 12))
         assert tokens_per_block(removed, before, prefix)[-1][1] == after
@@ -220,7 +227,8 @@ def test_configs_of_the_package(path, monkeypatch):
         assert get_vit_handle(built).r == 13
     elif inner.type in ("TimmModel", "TransformersModel"):
         small = dict(TimmModel=dict(embed_dim=32, depth=2, num_heads=2))
-        inner.update(small.get(inner.type, dict(hidden_size=24, num_hidden_layers=2)))
+        tiny = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2)
+        inner.update(small.get(inner.type, {**tiny, "intermediate_size": 32}))
         built = MODELS.build(model)
         assert get_vit_handle(built).r == model.r
     else:
