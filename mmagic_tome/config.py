@@ -346,12 +346,12 @@ class ToMeConfig:
     @property
     def tracks_steps(self) -> bool:
         """Whether anything depends on the place of a step in its denoising run."""
-        return (
-            self._refresh.keeps
-            or self._reuse is not None
-            or self._ratio.needs_noise
-            or self._by_step
-        )
+        return self._reuse is not None or self.plans_by_step
+
+    @property
+    def plans_by_step(self) -> bool:
+        """Whether what happens in a block does."""
+        return self._refresh.keeps or self._ratio.needs_noise or self._by_step
 
     def replace(self, **changes: Any) -> ToMeConfig:
         """A changed, validated copy.

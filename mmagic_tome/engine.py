@@ -27,6 +27,7 @@ from torch import nn
 
 from .config import ToMeConfig
 from .errors import ToMeError
+from .graphs import prepare_compiler
 from .hooks import (
     AlikePreHook,
     BlockPreHook,
@@ -88,7 +89,7 @@ def apply_tome(
         for branch in _controlnets(model):
             own = config.controlnet_config
             found.append((own, *_found(branch, own)))
-    _let_the_compiler_see_hooks()
+    prepare_compiler()
     replaced = [_removed(network) for _, _, network, _ in found]
     state, *branches = [_hooked(*one) for one in found]
     state.branches = branches
@@ -384,21 +385,6 @@ class ToMeHandle:
     def __repr__(self) -> str:
         where = f"{type(self.network).__name__}, {len(self._state.sites)} sites"
         return f"ToMeHandle({where}, {self.description}{'' if self.active else ', removed'})"
-
-
-def _let_the_compiler_see_hooks() -> None:
-    """Make compiled graphs depend on the hooks of the modules they were made from.
-
-    By default dynamo takes for granted that hooks never change and that two models of one
-    class have the same ones: a graph that was compiled for a dense model would silently go on
-    serving it after ``apply_tome``, and would serve a merged copy of it as well.
-    """
-    import torch._dynamo.config as dynamo
-
-    if getattr(dynamo, "skip_nnmodule_hook_guards", False):
-        dynamo.skip_nnmodule_hook_guards = False
-        # What was compiled before lacks the guards.
-        torch.compiler.reset()
 
 
 # --- choice of blocks and presentation -----------------------------------------------------------

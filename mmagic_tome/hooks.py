@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ToMeError
+from .graphs import Outside
 from .merging import MergePlan
 from .merging.frames import FramesPlan, as_clips
-from .merging.prefix import PrefixedPlan
 from .merging.random import hashed_integers, step_key
 from .merging.reductions import PrunedPlan
 from .methods import Method, PlanRequest
@@ -26,18 +26,47 @@ from .state import BlockState, Forward, MergeState, SiteState
 from .temporal import Memory
 
 
-class NetworkPreHook:
-    """Start of a forward: forget the last one, note the timestep, go on with the run."""
+class StepHook:
+    """A hook that may decide by the step: out of compiled graphs then, see :mod:`.graphs`."""
 
     def __init__(self, state: MergeState) -> None:
         self.state = state
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def __call__(self, *call: Any) -> Any:
+        return self.outside(*call) if self.by_step else self.run(*call)
+
+    @property
+    def by_step(self) -> bool:
+        """Whether anything here depends on the step."""
+        return self.state.config.plans_by_step
+
+    @Outside()
+    def outside(self, *call: Any) -> Any:
+        return self.run(*call)
+
+    def run(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], *output: Any) -> Any:
+        raise NotImplementedError
+
+
+class NetworkHook(StepHook):
+    """One of the network itself, which also sees to what is left out."""
+
+    @property
+    def by_step(self) -> bool:
+        return self.state.config.tracks_steps
+
+
+class NetworkPreHook(NetworkHook):
+    """Start of a forward: forget the last one, note the timestep, go on with the run."""
+
+    def run(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         state = self.state
         config = state.config
         # A forward that did not come to its end may have left half of a step.
         broken = state.forward.running
         for forward in state.forwards:
+        if config.tracks_steps:
+            state.lead_compiled()
             forward.clear(running=True)
         if config.dense:
             return
@@ -76,13 +105,10 @@ class NetworkPreHook:
             forward.run.leave_out()
 
 
-class NetworkPostHook:
+class NetworkPostHook(NetworkHook):
     """End of a forward: drop what belonged to it (a compiled graph would return it)."""
 
-    def __init__(self, state: MergeState) -> None:
-        self.state = state
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def run(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         watches = self.state.config.watches_output
         for forward in self.state.forwards:
             if watches:
@@ -90,26 +116,23 @@ class NetworkPostHook:
             forward.clear(running=False)
 
 
-class StackPreHook:
+class StackPreHook(StepHook):
     """Note the token grid."""
 
-    def __init__(self, state: MergeState) -> None:
-        self.state = state
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def run(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         height, width = self.state.host.grid(module, args, kwargs)
         for forward in self.state.forwards:
             forward.grid = (height * forward.frames, width)
 
 
-class BlockPreHook:
+class BlockPreHook(StepHook):
     """Make the plans that the sites of the block share, from the tokens that enter it."""
 
     def __init__(self, state: MergeState, block: BlockState) -> None:
-        self.state = state
+        super().__init__(state)
         self.block = block
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def run(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         state, block = self.state, self.block
         config, forward = state.config, state.forward
         forward.plans = {}
@@ -288,7 +311,7 @@ class SitePostHook:
         return _replaced(site, output, plan.unmerge(y))
 
 
-class CarriedPreHook:
+class CarriedPreHook(StepHook):
     """As :class:`SitePreHook` where something is added to what the merged site gives.
 
     That is the tokens themselves around a block or stack, whose own additions to them are what
@@ -296,10 +319,10 @@ class CarriedPreHook:
     """
 
     def __init__(self, state: MergeState, site: SiteState) -> None:
-        self.state = state
+        super().__init__(state)
         self.site = site
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
+    def run(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         state, site = self.state, self.site
         forward, residual = state.forward, state.residual
         x = args[0] if args else kwargs["hidden_states"]
@@ -333,14 +356,14 @@ class CarriedPreHook:
         return state.host.adapt(site.name, plan, *_with_tokens(merged, args, kwargs))
 
 
-class CarriedPostHook:
+class CarriedPostHook(StepHook):
     """The counterpart of :class:`CarriedPreHook`."""
 
     def __init__(self, state: MergeState, site: SiteState) -> None:
-        self.state = state
+        super().__init__(state)
         self.site = site
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    def run(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         state, site = self.state, self.site
         forward, residual = state.forward, state.residual
         done, *kept = forward.pending.pop(site.name)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .errors import ToMeError
+from .graphs import Outside
 from .hosts import Host
 from .temporal import Memory, Run, check_order, coerce_options
 
@@ -207,6 +208,7 @@ class Kept:
         """Outputs that are remembered."""
         return len(self.memories[0]) if self.memories else 0
 
+    @Outside()
     def keep(self, time: float, output: Any, options: Scope) -> Any:
         """Remember the numbers of an output; the output to go on with, see :class:`Scope`."""
         leaves, structure = tree_flatten(output)
@@ -229,12 +231,14 @@ class Kept:
         leaves = [next(paid) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return tree_unflatten(leaves, structure)
 
+    @Outside()
     def keep_shapes(self, output: Any) -> None:
         """Remember an output without its numbers: one number that is repeated everywhere."""
         self.shapes = tree_map(
             lambda x: x.new_zeros(()).expand(x.shape) if isinstance(x, Tensor) else x, output
         )
 
+    @Outside()
     def foretell(self, time: float, options: Scope) -> Any:
         """The output at a timestep, in the structure of the last one."""
         leaves, structure = tree_flatten(self.shapes)
@@ -279,6 +283,11 @@ class ScopeForward:
             self.module.forward = self.before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+    @Outside(inner=True)
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module's own forward, unless it is left out at this step."""
         forward = self.state.forward
         name = self.scope.name
         if name in forward.foretold:

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .config import ToMeConfig
+from .graphs import prepare_compiler
 from .hosts import Block, Host
 from .merging import GridLayout, MergePlan, random_layout, regular_layout
 from .reuse import ScopeForward, ScopeState
@@ -65,7 +66,14 @@ class MergeState:
         (``compile_repeated_blocks``) and look for it elsewhere."""
         if torch.compiler.is_compiling():
             return (self._compiled,)
-        return self.forward, self._compiled
+        # What leads compiled code is this thread's own, see below, or by now another thread's.
+        return (self.forward,) if self.config.tracks_steps else (self.forward, self._compiled)
+
+    def lead_compiled(self) -> None:
+        """Let modules that are compiled on their own go by this thread's forward: what is decided
+        by the step is decided here, outside of graphs."""
+        if not torch.compiler.is_compiling():
+            self._compiled = self.forward
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -76,6 +84,7 @@ class MergeState:
         self.__dict__.update(state)
         self._threads = threading.local()
         self._compiled = Forward()
+        prepare_compiler()
 
     def hook(self, module: nn.Module, before: Any, after: Any = None) -> None:
         """Register a pre-hook and optionally a post-hook; :meth:`remove` takes them out."""

@@ -97,3 +97,63 @@ def test_an_exported_network_merges_at_every_timestep():
             exported = loaded(**current, return_dict=False)[0]
             torch.testing.assert_close(exported, run(network, current))
     assert not torch.allclose(run(network, inputs), dense, atol=1e-2)
+
+
+# --- what is carried from step to step ----------------------------------------------------------
+
+STEPS = (900, 800, 700, 600, 500, 400, 300, 200, 100)
+CARRIED = {
+    "quality": dict(preset="quality"),
+    "balanced, merged as well": dict(preset="balanced", ratio=0.5),
+    "refresh": dict(ratio=0.5, refresh=2, sites=["attn", "mlp"]),
+    "residual": dict(ratio=0.5, refresh=2, residual=dict(kind="exact", order=1)),
+    "blocks left out": dict(sites="block", refresh=2, residual="reuse"),
+    "ratio by noise": dict(ratio=dict(base=0.5, noise=dict(between=(0.3, 0.8)))),
+}
+
+
+def denoise(network, inputs):
+    outputs = [run(network, {**inputs, "timestep": torch.tensor(step)}) for step in STEPS]
+    return torch.stack(outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("title", CARRIED)
+def test_steps_differ_and_no_step_of_a_second_run_is_compiled_again(title, fresh):
+    network, (inputs, _) = tiny_unet(levels=2), [tiny_inputs(size=(16, 16)), None]
+    dense = denoise(network, inputs)
+    apply_tome(network, **CARRIED[title])
+    expected = denoise(network, inputs)
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(network, backend=count)
+    torch.testing.assert_close(denoise(compiled, inputs), expected, rtol=1e-4, atol=1e-5)
+    first = len(graphs)
+    torch.testing.assert_close(denoise(compiled, inputs), expected, rtol=1e-4, atol=1e-5)
+    assert first == len(graphs)
+    assert first > 0
+    assert not torch.allclose(expected, dense, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["quality", "balanced", "fast"])
+def test_presets_around_blocks_that_are_compiled_without_a_break(preset, fresh):
+    network, inputs = tiny_unet(levels=2), tiny_inputs(size=(16, 16))
+    handle = apply_tome(network, preset=preset)
+    expected = denoise(network, inputs)
+    network.compile_repeated_blocks(fullgraph=True, backend="eager")
+    handle.reset()
+    torch.testing.assert_close(denoise(network, inputs), expected)
+    assert all(row["reused"] for row in handle.scopes())
+
+
+@pytest.mark.slow
+def test_one_graph_of_what_is_decided_by_the_step_is_refused_with_the_reason(fresh):
+    network, inputs = tiny_unet(levels=1), tiny_inputs(size=(16, 16))
+    apply_tome(network, ratio=0.5, refresh=2)
+    with pytest.raises(Exception, match="write fullgraph=False"):
+        run(torch.compile(network, fullgraph=True, backend="eager"), inputs)

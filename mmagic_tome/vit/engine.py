@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ToMeError
-from ..engine import _let_the_compiler_see_hooks
+from ..graphs import prepare_compiler
 from .families import ViT, find_vit
 from .hooks import (
     AttentionPreHook,
@@ -105,7 +105,7 @@ def apply_tome_vit(
     removed = None
     if target_speedup is None:
         removed = removed_per_block(options.r, len(vit.blocks))
-    _let_the_compiler_see_hooks()
+    prepare_compiler()
     replaced = get_vit_handle(model)
     if replaced is not None:
         replaced.remove()
