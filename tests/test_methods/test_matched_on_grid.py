@@ -6,8 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from method_requests import request, tokens
+from tiny import tiny_inputs, tiny_unet
 
-from mmagic_tome.merging import MergePlan
+from mmagic_tome import apply_tome
+from mmagic_tome.merging import MergePlan, regular_layout
 from mmagic_tome.merging.edges import plan_of_edges, strongest
 from mmagic_tome.merging.reductions import MlerpPlan, PrunedPlan
 from mmagic_tome.methods import build_method
@@ -162,18 +164,50 @@ def test_threshold_is_limited_by_the_ratio():
     assert method.plan(x, 0, request(8, 8)) is None
 
 
-def test_threshold_agrees_with_its_authors_package(monkeypatch):
-    """PyPI ca-tome: ``pip install --no-deps ca-tome`` (it asks for torch < 2.2.2)."""
+# PyPI ca-tome: with --no-deps, since it asks for an old torch.
+
+
+@pytest.mark.parametrize("threshold", [0.9, 0.7])
+def test_threshold_agrees_with_its_authors_package(threshold):
     merge = pytest.importorskip("ca_tome.merge")
+    removed = set()
     for seed in range(5):
         x = tokens(2, 8, 10, seed=seed)
         cache = dict(compute_on=[0], merge=None, unmerge=None)
         theirs, back = merge.bipartite_soft_matching_random2d(
-            x, 10, 8, 2, 2, 0.7, cache, 0, no_rand=True
+            x, 10, 8, 2, 2, threshold, cache, 0, no_rand=True
         )
-        from mmagic_tome.merging import regular_layout
-
         ask = request(8, 10, layout=lambda: regular_layout(8, 10).select(0))
-        plan = build_method("threshold").plan(x, 0.75, ask)
+        plan = build_method(dict(type="threshold", threshold=threshold)).plan(x, 0.75, ask)
         assert plan.num_slots == theirs(x).shape[1]
         torch.testing.assert_close(plan.unmerge(plan.merge(x)), back(theirs(x)))
+        removed.add(80 - plan.num_slots)
+    assert removed != {60}  # the threshold decides, not the number of sources
+
+
+@torch.no_grad()
+def test_cached_matching_agrees_with_its_authors_package():
+    """A whole denoising run of a network, with matching at listed steps only."""
+    patch = pytest.importorskip("ca_tome.patch")
+    at, threshold = [0, 2, 3], 0.6
+    common = dict(use_rand=False, merge_mlp=True, merge_crossattn=True, max_downsample=2)
+    unet = tiny_unet(levels=2)
+    inputs = tiny_inputs()
+    sample = inputs.pop("sample")
+    steps = [(sample + 0.2 * i, torch.tensor(900 - 100 * i)) for i in range(6)]
+
+    method = dict(type="threshold", threshold=threshold)
+    options = dict(ratio=0.75, exact_matching=True, refresh=dict(at=at), **common)
+    with apply_tome(unet, method=method, **options) as handle:
+        ours = [unet(x, **{**inputs, "timestep": t}).sample for x, t in steps]
+        assert {row["plans"] for row in handle.stats()} == {len(at)}
+        shares = [row["kept"] / row["tokens"] for row in handle.stats()]
+        assert min(shares) < 0.9 and max(shares) > 0.3
+
+    blocks = [m for m in unet.modules() if type(m).__name__ == "BasicTransformerBlock"]
+    patch.apply_patch(unet, compute_on=at, r=threshold, **common)
+    for step, (x, t) in enumerate(steps):
+        for block in blocks:
+            block.inference_step = step
+        theirs = unet(x, **{**inputs, "timestep": t}).sample
+        torch.testing.assert_close(ours[step], theirs, rtol=1e-4, atol=1e-5)
