@@ -17,6 +17,7 @@ from .errors import ToMeError
 from .graphs import Outside
 from .merging import MergePlan
 from .merging.frames import FramesPlan, as_clips
+from .merging.prefix import PrefixedPlan
 from .merging.random import hashed_integers, step_key
 from .merging.reductions import PrunedPlan
 from .methods import Method, PlanRequest
@@ -62,11 +63,11 @@ class NetworkPreHook(NetworkHook):
     def run(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         state = self.state
         config = state.config
+        if config.tracks_steps:
+            state.lead_compiled()
         # A forward that did not come to its end may have left half of a step.
         broken = state.forward.running
         for forward in state.forwards:
-        if config.tracks_steps:
-            state.lead_compiled()
             forward.clear(running=True)
         if config.dense:
             return
