@@ -22,7 +22,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from .config import ToMeConfig
@@ -148,6 +147,7 @@ def _hooked(config: ToMeConfig, host: Host, network: nn.Module, blocks: list[Blo
         row = sum(other.downsample == block.downsample for other in state.blocks)
         merged = BlockState(block.name, block.downsample, row, depth)
         merged.kinds = tuple(kind for kind in config.kinds if kind in block.sites)
+        merged.text_beside = "block" in block.text_beside
         state.blocks.append(merged)
         state.hook(block.module, BlockPreHook(state, merged))
         for name, kind, modules in _sites_in_running_order(block, merged.kinds):

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from .errors import ToMeError
 from .graphs import Outside
+from .hosts import Host
 from .merging import MergePlan
+from .merging.beside import BesidePlan, apart
 from .merging.frames import FramesPlan, as_clips
-from .merging.prefix import PrefixedPlan
 from .merging.random import hashed_integers, step_key
 from .merging.reductions import PrunedPlan
 from .methods import Method, PlanRequest
@@ -121,9 +122,12 @@ class StackPreHook(StepHook):
     """Note the token grid."""
 
     def run(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        height, width = self.state.host.grid(module, args, kwargs)
+        host = self.state.host
+        height, width = host.grid(module, args, kwargs)
+        before = host.text_before(args, kwargs)
         for forward in self.state.forwards:
             forward.grid = (height * forward.frames, width)
+            forward.before = before
 
 
 class BlockPreHook(StepHook):
@@ -142,10 +146,12 @@ class BlockPreHook(StepHook):
             return
         metric = args[0] if args else kwargs["hidden_states"]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            made_for, plans = block.saved.get(metric, (None, None))
+            made_for, plans, before = block.saved.get(metric, (None, None, None))
             if made_for is not config:
                 plans = self.plans(metric)
-                block.saved[metric] = (config, plans)
+                block.saved[metric] = (config, plans, forward.before)
+            else:
+                forward.before = before
         else:
             plans = self.plans(metric)
         forward.plans = plans
@@ -166,7 +172,11 @@ class BlockPreHook(StepHook):
         if forward.frames > 1:
             metric = as_clips(metric, forward.frames)
         tokens = metric.shape[1]
-        if tokens != height * width:
+        if block.text_beside and tokens > height * width:
+            text = tokens - height * width
+            before = text if forward.before is None else forward.before
+            _, metric = apart(metric.detach(), text, before)
+        elif tokens != height * width:
             raise ToMeError(
                 f"{block.name} was given {tokens} tokens for a grid of {height}x{width}; "
                 "token merging needs one token per grid place"
@@ -277,7 +287,7 @@ class SitePreHook:
         _saw(state.forward, site, x, plan)
         if plan is None:
             return None
-        check_site(site, plan, x, kwargs)
+        check_site(site, plan, x, kwargs, state.host)
         return _with_merged(state, site, plan, x, args, kwargs)
 
 
@@ -347,7 +357,7 @@ class CarriedPreHook(StepHook):
             forward.pending[site.name] = ("dense",)
             _saw(forward, site, x, None)
             return None
-        check_site(site, plan, x, kwargs)
+        check_site(site, plan, x, kwargs, state.host)
         _saw(forward, site, x, plan)
         if site.kind == "attn_kv":
             forward.pending[site.name] = ("merged", x, None)
@@ -412,7 +422,7 @@ class CarriedPostHook(StepHook):
             return dense
         if plan is None:
             return torch.zeros_like(dense)
-        check_site(site, plan, x, kwargs)
+        check_site(site, plan, x, kwargs, state.host)
         if kind == "own":
             return dense - plan.unmerge(plan.merge(dense))
         # The merged run goes past the hooks, which are in the middle of this one.
@@ -430,7 +440,9 @@ class CarriedPostHook(StepHook):
         return dense - plan.unmerge(y - merged if adds else y)
 
 
-def check_site(site: SiteState, plan: MergePlan, x: Tensor, kwargs: dict[str, Any]) -> None:
+def check_site(
+    site: SiteState, plan: MergePlan, x: Tensor, kwargs: dict[str, Any], host: Host
+) -> None:
     """Uses of a block that cannot be merged, said in the user's words."""
     if x.shape[1] != plan.num_tokens or x.shape[0] != plan.batch:
         raise ToMeError(
@@ -438,7 +450,8 @@ def check_site(site: SiteState, plan: MergePlan, x: Tensor, kwargs: dict[str, An
             f"({plan.batch}, {plan.num_tokens}): feed-forward chunking and merge_mlp exclude each "
             "other; call disable_forward_chunking() or write merge_mlp=False"
         )
-    if site.kind != "mlp" and kwargs.get("attention_mask") is not None:
+    masked = kwargs.get("attention_mask") is not None and not host.takes_masks
+    if site.kind != "mlp" and masked:
         context = kwargs.get("encoder_hidden_states")
         if site.kind in ("block", "stack") or (
             site.kind != "crossattn" and (context is None or context.shape[1] == plan.num_tokens)
@@ -469,24 +482,24 @@ def _drop_plans_after_last(forward: Forward, site: SiteState) -> None:
 
 
 def _plan_before(forward: Forward, site: SiteState, x: Tensor) -> MergePlan | None:
-    """The plan for what goes into a site dense; a plan that leaves alone the text in front."""
+    """The plan for what goes into a site dense; a plan that leaves alone the text beside it."""
     plan = forward.plans.get(site.kind)
-    if plan is None or not site.text_in_front:
+    if plan is None or not site.text_beside:
         return plan
-    return PrefixedPlan(plan, x.shape[1] - plan.num_tokens)
+    return BesidePlan(plan, x.shape[1] - plan.num_tokens, forward.before)
 
 
 def _plan_after(forward: Forward, site: SiteState, y: Tensor) -> MergePlan | None:
     """The same, for what comes out of it merged."""
     plan = forward.plans.get(site.kind)
-    if plan is None or not site.text_in_front:
+    if plan is None or not site.text_beside:
         return plan
-    return PrefixedPlan(plan, y.shape[1] - plan.num_slots)
+    return BesidePlan(plan, y.shape[1] - plan.num_slots, forward.before)
 
 
 def _text(forward: Forward, site: SiteState, x: Tensor) -> int:
     """How many of the tokens that go into a site are the text's."""
-    if not site.text_in_front or forward.grid is None:
+    if not site.text_beside or forward.grid is None:
         return 0
     height, width = forward.grid
     return x.shape[1] - height * width
@@ -495,7 +508,7 @@ def _text(forward: Forward, site: SiteState, x: Tensor) -> int:
 def _saw(forward: Forward, site: SiteState, x: Tensor, plan: MergePlan | None) -> None:
     """Note a call, in tokens of the picture."""
     # A backward that runs a block again does so when the grid is forgotten.
-    text = plan.count if isinstance(plan, PrefixedPlan) else _text(forward, site, x)
+    text = plan.count if isinstance(plan, BesidePlan) else _text(forward, site, x)
     frames = plan.frames if isinstance(plan, FramesPlan) else forward.frames
     tokens = x.shape[1] * frames
     kept = tokens if plan is None else plan.num_slots
@@ -541,9 +554,15 @@ def _as_float(timestep: Any) -> float:
 
 
 def _shape_of_call(args: tuple, kwargs: dict[str, Any]) -> Hashable:
-    x = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
-    x = kwargs.get("sample", x)
-    return (tuple(x.shape), x.dtype, x.device) if isinstance(x, Tensor) else None
+    """What must stay the same from step to step; None if it is not known."""
+    named = (kwargs[name] for name in ("sample", "hidden_states", "x") if name in kwargs)
+    x = args[0] if args else next(named, None)
+    if x is None:
+        x = next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
+    pictures = x if isinstance(x, list) else [x]
+    if not all(isinstance(picture, Tensor) for picture in pictures):
+        return None
+    return tuple((tuple(one.shape), one.dtype, one.device) for one in pictures)
 
 
 def _heat(output: Tensor) -> Tensor | None:

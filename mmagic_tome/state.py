@@ -176,6 +176,8 @@ class Forward:
         noise (float | None): noise level, where the options depend on it.
         grid (tuple | None): (height, width) in tokens, of the stack that runs; of all frames of a
             clip, below each other, where they are merged together.
+        before (int | list | None): how many tokens of the text are in front of the picture's, see
+            :meth:`.hosts.Host.text_before`.
         frames (int): of a clip, where they are merged together; 1 otherwise.
         layouts (dict): (downsample, height, width, device) -> :class:`GridLayout`.
         plans (dict): kind of site -> :class:`MergePlan` or None, of the block that runs. One
@@ -200,6 +202,7 @@ class Forward:
         self.step: Tensor | None = None
         self.noise: float | None = None
         self.grid: tuple[int, int] | None = None
+        self.before: int | list[int] | None = None
         self.frames = 1
         self.layouts: dict[tuple, GridLayout] = {}
         self.plans: dict[str, MergePlan | None] = {}
@@ -229,8 +232,9 @@ class BlockState:
         self.row = row
         self.depth = depth
         self.kinds: tuple[str, ...] = ()
+        self.text_beside = False
         self.plans = 0
-        # Input tensor -> (config, plans), for as long as the tensor lives: gradient
+        # Input tensor -> (config, plans, text before), for as long as the tensor lives: gradient
         # checkpointing calls the block again during the backward with the same tensor, when
         # its network has long gone on, perhaps to another step and size.
         self.saved = WeakTensorKeyDictionary()
@@ -262,7 +266,7 @@ class SiteState:
         self.modules = modules
         self.context = host.context_argument
         self.returns = host.returns.get(kind, 0)
-        self.text_in_front = kind in host.text_in_front
+        self.text_beside = kind in host.text_beside
         self.last = False
         self.tokens: int | None = None
         self.kept: int | None = None

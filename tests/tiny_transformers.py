@@ -4,7 +4,8 @@
 ``TRANSFORMERS`` is what the tests of all of them go through, and what docs/support.md lists.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from tiny import randomise
@@ -12,31 +13,53 @@ from tiny import randomise
 TEXT = 7  # tokens
 _WIDTH = 12  # of the text
 _HEADS = dict(num_attention_heads=2, attention_head_dim=8)
-_PATCHES = dict(
-    **_HEADS,
-    in_channels=4,
-    num_layers=2,
-    sample_size=16,
-    patch_size=2,
-    norm_elementwise_affine=False,
-)
 
 
 @dataclass(frozen=True)
 class Family:
-    """A row of the table: what users call it, the class, and how it can be compiled."""
+    """A row of the table: what users call it, the class, and how it can be compiled.
+
+    Attributes:
+        call (Callable): (family, :class:`Draw`) -> keyword arguments of a call but the timestep.
+        frames (int): of a video.
+        square (bool): whether diffusers runs it on square grids only.
+        span (float): the timestep of pure noise as its pipelines give it; negative: that of no
+            noise, since it is counted the other way round.
+        kinds (tuple): kinds of site that its blocks have.
+        beside (dict): beginning of a block's name -> tokens beside the picture's in its sequences;
+            text, where there is one, for the others.
+        joins_inside (str): beginning of the names of blocks whose attention puts text and picture
+            into one sequence itself.
+        depth (str): which option says how many blocks its longest list has.
+    """
 
     title: str
     class_name: str
     options: dict
+    call: Callable
     compiles: str = "the whole network"
     frames: int = 1
-    square: bool = False  # whether diffusers runs it on square grids only
+    square: bool = False
+    span: float = 1000
+    kinds: tuple = ("attn", "mlp")
+    beside: dict = field(default_factory=dict)
+    joins_inside: str = " "
+    depth: str = "num_layers"
 
     @property
     def grids(self):
         """Odd ones that it is tested on, (height, width) in tokens of a frame."""
         return ((9, 9), (5, 5)) if self.square else ((9, 7), (3, 20), (8, 8))
+
+    @property
+    def next_time(self):
+        """A timestep soon after 500; of whole ones where diffusers wants these."""
+        return 499.9 if self.span != 1000 or self.title == "Hunyuan-DiT" else 499
+
+    @property
+    def inner(self):
+        """Sites inside of its blocks, to merge at together."""
+        return [kind for kind in ("attn", "mlp") if kind in self.kinds]
 
     def build(self, seed=0):
         """The network, in eval mode."""
@@ -45,59 +68,212 @@ class Family:
         torch.manual_seed(seed)
         return randomise(getattr(diffusers, self.class_name)(**self.options), seed)
 
+    def deeper(self, blocks):
+        """The same with so many blocks in its longest list."""
+        return replace(self, options={**self.options, self.depth: blocks})
+
     def tokens(self, grid=(8, 8)):
         """How many there are."""
         return self.frames * grid[0] * grid[1]
 
-    def inputs(self, grid=(8, 8), batch=2, seed=0, time=None):
-        """Keyword arguments of a call, for frames of so many tokens (height, width)."""
-        generator = torch.Generator().manual_seed(seed)
+    def inputs(self, grid=(8, 8), batch=2, seed=0, time=500):
+        """Keyword arguments of a call, for frames of so many tokens (height, width).
 
-        def noise(*shape):
-            return torch.randn(*shape, generator=generator)
-
-        height, width = grid
-        steps = 500 if time is None else time
-        inputs = dict(timestep=torch.full((batch,), steps))
-        if self.class_name == "FluxTransformer2DModel":
-            inputs.update(
-                hidden_states=noise(batch, height * width, 4),
-                timestep=torch.full((batch,), steps / 1000),
-                img_ids=image_ids(height, width),
-                txt_ids=torch.zeros(TEXT, 3),
-            )
-        elif self.class_name == "WanTransformer3DModel":
-            inputs.update(hidden_states=noise(batch, 4, self.frames, 2 * height, 2 * width))
-        elif self.class_name == "CogVideoXTransformer3DModel":
-            angle = noise(self.tokens(grid), 8)
-            inputs.update(
-                hidden_states=noise(batch, self.frames, 4, 2 * height, 2 * width),
-                image_rotary_emb=(angle.cos(), angle.sin()),
-            )
+        ``time`` is of 1000 steps, 1000 being pure noise.
+        """
+        if self.span == 1000:
+            # Hunyuan-DiT computes in the timestep's type.
+            time = float(time) if self.title == "Hunyuan-DiT" else time
+            timestep = torch.full((batch,), time)
+        elif self.span < 0:
+            timestep = torch.full((batch,), 1 - time / 1000)
         else:
-            inputs.update(hidden_states=noise(batch, 4, 2 * height, 2 * width))
-        if self.class_name == "DiTTransformer2DModel":
-            inputs["class_labels"] = torch.arange(batch) % 3
-        else:
-            inputs["encoder_hidden_states"] = noise(batch, TEXT, _WIDTH)
-        if self.class_name in ("SD3Transformer2DModel", "FluxTransformer2DModel"):
-            inputs["pooled_projections"] = noise(batch, _WIDTH)
-        if "PixArt" in self.title:
-            inputs["added_cond_kwargs"] = dict(resolution=None, aspect_ratio=None)
-            mask = torch.ones(batch, TEXT)
-            mask[0, -2:] = 0
-            inputs["encoder_attention_mask"] = mask
-        return inputs
+            timestep = torch.full((batch,), time / 1000 * self.span)
+        name = "t" if self.class_name == "ZImageTransformer2DModel" else "timestep"
+        return {name: timestep, **self.call(self, Draw(grid, batch, seed))}
 
 
-def image_ids(height, width):
-    """(height * width, 3) position ids as Flux' pipeline makes them."""
-    ids = torch.zeros(height, width, 3)
+class Draw:
+    """Random inputs for a grid and a batch."""
+
+    def __init__(self, grid, batch, seed):
+        self.height, self.width = grid
+        self.batch = batch
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def noise(self, *shape):
+        return torch.randn(self.batch, *shape, generator=self.generator)
+
+    def latent(self, *front):
+        """(B, *front, 2 h, 2 w)."""
+        return self.noise(*front, 2 * self.height, 2 * self.width)
+
+    def packed(self, frames=1):
+        """(B, N, 4)."""
+        return self.noise(frames * self.height * self.width, 4)
+
+    def text(self, length=TEXT):
+        """(B, L, 12)."""
+        return self.noise(length, _WIDTH)
+
+    def mask(self, length=TEXT, dtype=torch.float32):
+        """(B, L), with an end that is padding in the first entry."""
+        mask = torch.ones(self.batch, length, dtype=dtype)
+        mask[0, -2:] = 0
+        return mask
+
+    def rotary(self, tokens):
+        """Cosines and sines (N, 8)."""
+        angle = torch.randn(tokens, 8, generator=self.generator)
+        return angle.cos(), angle.sin()
+
+
+def image_ids(height, width, axes=3):
+    """(height * width, axes) position ids as Flux' pipelines make them."""
+    ids = torch.zeros(height, width, axes)
     ids[..., 1] += torch.arange(height)[:, None]
     ids[..., 2] += torch.arange(width)[None, :]
-    return ids.view(-1, 3)
+    return ids.view(-1, axes)
 
 
+# --- what they are called with --------------------------------------------------------------------
+
+
+def _dit(family, draw):
+    labels = torch.arange(draw.batch) % 3
+    return dict(hidden_states=draw.latent(4), class_labels=labels)
+
+
+def _pixart(family, draw):
+    return dict(
+        hidden_states=draw.latent(4),
+        encoder_hidden_states=draw.text(),
+        added_cond_kwargs=dict(resolution=None, aspect_ratio=None),
+        encoder_attention_mask=draw.mask(),
+    )
+
+
+def _sd3(family, draw):
+    return dict(
+        hidden_states=draw.latent(4),
+        encoder_hidden_states=draw.text(),
+        pooled_projections=draw.noise(_WIDTH),
+    )
+
+
+def _auraflow(family, draw):
+    return dict(hidden_states=draw.latent(4), encoder_hidden_states=draw.text())
+
+
+def _flux(family, draw, axes=3):
+    return dict(
+        hidden_states=draw.packed(),
+        encoder_hidden_states=draw.text(),
+        img_ids=image_ids(draw.height, draw.width, axes),
+        txt_ids=torch.zeros(TEXT, axes),
+    )
+
+
+def _flux1(family, draw):
+    return dict(**_flux(family, draw), pooled_projections=draw.noise(_WIDTH))
+
+
+def _flux2(family, draw):
+    return _flux(family, draw, axes=4)
+
+
+def _chroma(family, draw):
+    picture = torch.ones(draw.batch, draw.height * draw.width)
+    return dict(**_flux(family, draw), attention_mask=torch.cat([draw.mask(), picture], dim=1))
+
+
+def _qwen(family, draw):
+    return dict(
+        hidden_states=draw.packed(),
+        encoder_hidden_states=draw.text(),
+        encoder_hidden_states_mask=draw.mask(dtype=torch.bool),
+        img_shapes=[[(1, draw.height, draw.width)]] * draw.batch,
+    )
+
+
+def _z_image(family, draw):
+    lengths = [5 + entry for entry in range(draw.batch)]
+    return dict(
+        x=list(draw.latent(4, 1).unbind()),
+        cap_feats=[draw.text(length)[0] for length in lengths],
+    )
+
+
+def _lumina2(family, draw):
+    return dict(
+        hidden_states=draw.latent(4),
+        encoder_hidden_states=draw.text(),
+        encoder_attention_mask=draw.mask(dtype=torch.int64),
+    )
+
+
+def _cogview(family, draw):
+    sizes = dict(original_size=[64.0, 48.0], target_size=[64.0, 64.0], crop_coords=[0.0, 8.0])
+    return dict(
+        hidden_states=draw.latent(4),
+        encoder_hidden_states=draw.text(),
+        **{name: torch.tensor([size] * draw.batch) for name, size in sizes.items()},
+    )
+
+
+def _hunyuan_dit(family, draw):
+    return dict(
+        hidden_states=draw.latent(4),
+        encoder_hidden_states=draw.text(),
+        text_embedding_mask=draw.mask(),
+        encoder_hidden_states_t5=draw.noise(5, 16),
+        text_embedding_mask_t5=draw.mask(5),
+        image_rotary_emb=draw.rotary(draw.height * draw.width),
+    )
+
+
+def _wan(family, draw):
+    return dict(hidden_states=draw.latent(4, family.frames), encoder_hidden_states=draw.text())
+
+
+def _cogvideox(family, draw):
+    return dict(
+        hidden_states=draw.latent(family.frames, 4),
+        encoder_hidden_states=draw.text(),
+        image_rotary_emb=draw.rotary(family.frames * draw.height * draw.width),
+    )
+
+
+def _ltx(family, draw):
+    return dict(
+        hidden_states=draw.packed(family.frames),
+        encoder_hidden_states=draw.text(),
+        encoder_attention_mask=draw.mask(),
+        num_frames=family.frames,
+        height=draw.height,
+        width=draw.width,
+    )
+
+
+def _hunyuan_video(family, draw):
+    return dict(
+        hidden_states=draw.latent(4, family.frames),
+        encoder_hidden_states=draw.text(),
+        encoder_attention_mask=draw.mask(),
+        pooled_projections=draw.noise(_WIDTH),
+    )
+
+
+# --- what they are built with ---------------------------------------------------------------------
+
+_PATCHES = dict(
+    **_HEADS,
+    in_channels=4,
+    num_layers=2,
+    sample_size=16,
+    patch_size=2,
+    norm_elementwise_affine=False,
+)
 _PIXART = dict(
     **_PATCHES,
     out_channels=8,
@@ -117,15 +293,91 @@ _SD3 = dict(
     pooled_projection_dim=_WIDTH,
     pos_embed_max_size=32,
 )
-_FLUX = dict(
+_AURAFLOW = dict(
+    **_HEADS,
+    sample_size=32,
+    patch_size=2,
+    in_channels=4,
+    out_channels=4,
+    num_mmdit_layers=2,
+    num_single_dit_layers=2,
+    joint_attention_dim=_WIDTH,
+    caption_projection_dim=16,
+    pos_embed_max_size=1024,
+)
+_CHROMA = dict(
     **_HEADS,
     patch_size=1,
     in_channels=4,
     num_layers=2,
     num_single_layers=2,
     joint_attention_dim=_WIDTH,
-    pooled_projection_dim=_WIDTH,
     axes_dims_rope=(2, 2, 4),
+)
+_FLUX = dict(**_CHROMA, pooled_projection_dim=_WIDTH)
+_FLUX2 = dict(**_CHROMA, guidance_embeds=False, timestep_guidance_channels=16)
+_FLUX2["axes_dims_rope"] = (2, 2, 2, 2)
+_QWEN = dict(
+    **_HEADS,
+    patch_size=2,
+    in_channels=4,
+    out_channels=1,
+    num_layers=2,
+    joint_attention_dim=_WIDTH,
+    axes_dims_rope=(2, 2, 4),
+)
+_Z_IMAGE = dict(
+    in_channels=4,
+    dim=16,
+    n_layers=2,
+    n_refiner_layers=1,
+    n_heads=2,
+    n_kv_heads=2,
+    cap_feat_dim=_WIDTH,
+    axes_dims=[2, 2, 4],
+    axes_lens=[80, 32, 32],
+)
+_LUMINA2 = dict(
+    sample_size=16,
+    patch_size=2,
+    in_channels=4,
+    hidden_size=16,
+    num_layers=2,
+    num_refiner_layers=1,
+    num_attention_heads=2,
+    num_kv_heads=1,
+    multiple_of=8,
+    axes_dim_rope=(4, 2, 2),
+    axes_lens=(32, 32, 32),
+    cap_feat_dim=_WIDTH,
+)
+_COGVIEW = dict(
+    **_HEADS,
+    patch_size=2,
+    in_channels=4,
+    out_channels=4,
+    num_layers=2,
+    text_embed_dim=_WIDTH,
+    time_embed_dim=8,
+    condition_dim=4,
+    pos_embed_max_size=32,
+    sample_size=16,
+)
+_HUNYUAN_DIT = dict(
+    **_HEADS,
+    in_channels=4,
+    patch_size=2,
+    sample_size=16,
+    hidden_size=16,
+    num_layers=4,
+    mlp_ratio=2.0,
+    learn_sigma=False,
+    cross_attention_dim=_WIDTH,
+    cross_attention_dim_t5=16,
+    pooled_projection_dim=_WIDTH,
+    text_len=TEXT,
+    text_len_t5=5,
+    use_style_cond_and_image_meta_size=False,
 )
 _WAN = dict(
     **_HEADS,
@@ -146,27 +398,163 @@ _COGVIDEOX = dict(
     max_text_seq_length=TEXT,
     use_rotary_positional_embeddings=True,
 )
+_LTX = dict(
+    **_HEADS,
+    in_channels=4,
+    out_channels=4,
+    num_layers=2,
+    cross_attention_dim=16,
+    caption_channels=_WIDTH,
+)
+_HUNYUAN_VIDEO = dict(
+    **_HEADS,
+    in_channels=4,
+    out_channels=4,
+    num_layers=2,
+    num_single_layers=2,
+    num_refiner_layers=1,
+    guidance_embeds=False,
+    text_embed_dim=_WIDTH,
+    pooled_projection_dim=_WIDTH,
+    rope_axes_dim=(2, 2, 4),
+)
+_CROSSED = ("attn", "crossattn", "mlp")
 
 TRANSFORMERS = {
     family.title: family
     for family in (
         Family(
-            "DiT", "DiTTransformer2DModel", dict(**_PATCHES, num_embeds_ada_norm=10), square=True
+            "DiT",
+            "DiTTransformer2DModel",
+            dict(**_PATCHES, num_embeds_ada_norm=10),
+            _dit,
+            square=True,
         ),
-        Family("PixArt-alpha, PixArt-sigma", "PixArtTransformer2DModel", _PIXART),
+        Family(
+            "PixArt-alpha, PixArt-sigma",
+            "PixArtTransformer2DModel",
+            _PIXART,
+            _pixart,
+            kinds=_CROSSED,
+        ),
         Family(
             "PixArt, older checkpoints",
             "Transformer2DModel",
             dict(**_PIXART, norm_type="ada_norm_single", num_embeds_ada_norm=1000),
+            _pixart,
+            kinds=_CROSSED,
         ),
-        Family("Stable Diffusion 3", "SD3Transformer2DModel", _SD3),
+        Family(
+            "Hunyuan-DiT",
+            "HunyuanDiT2DModel",
+            _HUNYUAN_DIT,
+            _hunyuan_dit,
+            kinds=_CROSSED,
+        ),
+        Family("Stable Diffusion 3", "SD3Transformer2DModel", _SD3, _sd3),
         Family(
             "Stable Diffusion 3.5",
             "SD3Transformer2DModel",
             dict(**_SD3, dual_attention_layers=(0, 1), qk_norm="rms_norm"),
+            _sd3,
         ),
-        Family("Flux.1", "FluxTransformer2DModel", _FLUX, compiles="its blocks"),
-        Family("Wan 2.1, 2.2 (video)", "WanTransformer3DModel", _WAN, frames=2),
-        Family("CogVideoX (video)", "CogVideoXTransformer3DModel", _COGVIDEOX, frames=2),
+        Family(
+            "AuraFlow",
+            "AuraFlowTransformer2DModel",
+            _AURAFLOW,
+            _auraflow,
+            span=1,
+            beside={"single_transformer_blocks": TEXT + 8},  # and its register tokens
+            depth="num_single_dit_layers",
+        ),
+        Family(
+            "CogView 3 Plus",
+            "CogView3PlusTransformer2DModel",
+            _COGVIEW,
+            _cogview,
+            joins_inside="transformer_blocks",
+        ),
+        Family(
+            "CogView 4",
+            "CogView4Transformer2DModel",
+            dict(**_COGVIEW, rope_axes_dim=(32, 32)),
+            _cogview,
+            kinds=("attn",),
+            joins_inside="transformer_blocks",
+        ),
+        Family(
+            "Flux.1",
+            "FluxTransformer2DModel",
+            _FLUX,
+            _flux1,
+            compiles="its blocks",
+            span=1,
+        ),
+        Family("Flux.2", "Flux2Transformer2DModel", _FLUX2, _flux2, compiles="its blocks", span=1),
+        Family(
+            "Chroma",
+            "ChromaTransformer2DModel",
+            dict(
+                **_CHROMA,
+                approximator_num_channels=16,
+                approximator_hidden_dim=16,
+                approximator_layers=1,
+            ),
+            _chroma,
+            compiles="its blocks",
+            span=1,
+        ),
+        Family("Qwen-Image", "QwenImageTransformer2DModel", _QWEN, _qwen, span=1),
+        Family(
+            "Z-Image",
+            "ZImageTransformer2DModel",
+            _Z_IMAGE,
+            _z_image,
+            compiles="its blocks",
+            span=-1,
+            # Sequences are filled up to multiples of 32.
+            beside={"noise_refiner": 0, "layers": 32},
+            depth="n_layers",
+        ),
+        Family(
+            "Lumina 2",
+            "Lumina2Transformer2DModel",
+            _LUMINA2,
+            _lumina2,
+            compiles="its blocks",
+            span=-1,
+        ),
+        Family(
+            "Wan 2.1, 2.2 (video)",
+            "WanTransformer3DModel",
+            _WAN,
+            _wan,
+            frames=2,
+            kinds=_CROSSED,
+        ),
+        Family(
+            "LTX-Video (video)",
+            "LTXVideoTransformer3DModel",
+            _LTX,
+            _ltx,
+            frames=2,
+            kinds=_CROSSED,
+        ),
+        Family(
+            "CogVideoX (video)",
+            "CogVideoXTransformer3DModel",
+            _COGVIDEOX,
+            _cogvideox,
+            frames=2,
+            joins_inside="transformer_blocks",
+        ),
+        Family(
+            "HunyuanVideo (video)",
+            "HunyuanVideoTransformer3DModel",
+            _HUNYUAN_VIDEO,
+            _hunyuan_video,
+            frames=2,
+            joins_inside="single_transformer_blocks",
+        ),
     )
 }

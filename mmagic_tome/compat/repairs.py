@@ -297,7 +297,7 @@ def mmagic_attention_injection():
 
 @repairs("mmagic.models.archs.attention_injection", lasting=True)
 def mmagic_attention_bank():
-    """attention_injection=True after a failed call: "Sizes of tensors must match", or wrong pictures.
+    """attention_injection=True after a failed call: "Sizes of tensors must match", wrong pictures.
 
     Its blocks keep the reference's tokens from the first of two passes to the second. An exception
     in between (out of memory, a stop button) left them there, and the next picture read them as

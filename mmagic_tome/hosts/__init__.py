@@ -11,15 +11,21 @@ from torch import nn
 
 from ..errors import ToMeError
 from .animatediff import AnimateDiffUNet
+from .auraflow import AuraFlow
 from .base import Block, Host
 from .cogvideox import CogVideoX
+from .cogview import CogView3Plus, CogView4
 from .diffusers_unet import DiffusersUNet
 from .dit import DiT, PixArt
-from .flux import Flux
+from .flux import Chroma, Flux, Flux2
+from .hunyuan import HunyuanDiT, HunyuanVideo
+from .ltx import LTX
 from .mmagic_unet import MMagicUNet
+from .qwen_image import QwenImage
 from .sd3 import SD3
 from .unsupported import why_unsupported
 from .wan import Wan
+from .z_image import Lumina2, ZImage
 
 # The first host that recognises a module wins: specific ones come first.
 HOSTS: list[Host] = [
@@ -28,10 +34,21 @@ HOSTS: list[Host] = [
     DiffusersUNet(),
     DiT(),
     PixArt(),
+    HunyuanDiT(),
     SD3(),
+    AuraFlow(),
+    CogView3Plus(),
+    CogView4(),
     Flux(),
+    Flux2(),
+    Chroma(),
+    QwenImage(),
+    ZImage(),
+    Lumina2(),
     Wan(),
+    LTX(),
     CogVideoX(),
+    HunyuanVideo(),
 ]
 
 # Attributes that lead from what users hold to the network inside: pipelines and

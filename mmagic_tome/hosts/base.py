@@ -33,8 +33,9 @@ class Block:
             tokens to take keys and values from.
         returns (dict): kind of site (also 'block') -> position of the picture's tokens in the
             tuple that is returned there. Default: 0, or no tuple at all.
-        text_in_front (tuple): kinds of site whose module is given the text's tokens and the
-            picture's in one sequence, in this order. The text is not merged.
+        text_beside (tuple): kinds of site (also 'block') whose module is given the text's tokens
+            and the picture's in one sequence: the text in front, or as :meth:`Host.text_before`
+            says. The text is not merged.
         joint (tuple): kinds of site (also 'block') that compute the text's tokens from the
             picture's as well, so that they cannot be left out.
         refused (dict): kind of site -> why tokens cannot be merged there, and what to write
@@ -50,7 +51,7 @@ class Block:
     twins: dict[str, nn.Module] = field(default_factory=dict)
     context_argument: str = "encoder_hidden_states"
     returns: dict[str, int] = field(default_factory=dict)
-    text_in_front: tuple[str, ...] = ()
+    text_beside: tuple[str, ...] = ()
     joint: tuple[str, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
 
@@ -65,12 +66,16 @@ class Host:
         timestep_name (str): what the forward calls it. Default: ``timestep``.
         has_frames (bool): whether blocks are given the frames of a clip as batch entries, all of
             the first clip before those of the second. Default: False.
+        takes_masks (bool): whether a mask that blocks or attention are given fits merged tokens:
+            because it is the text's only, or since :meth:`adapt` sees to it. Default: False, a
+            mask is refused.
     """
 
     description: str
     timestep_position: int | None = None
     timestep_name: str = "timestep"
     has_frames: bool = False
+    takes_masks: bool = False
 
     def matches(self, module: nn.Module) -> bool:
         """Whether ``module`` is a network of this family."""
@@ -126,6 +131,18 @@ class Host:
     def frames(self, args: tuple, kwargs: dict[str, Any]) -> int:
         """How many frames a clip has, from a call of the network. Default: 1."""
         return 1
+
+    def text_before(self, args: tuple, kwargs: dict[str, Any]) -> int | list[int] | None:
+        """How many tokens are in front of the picture's where both are in one sequence.
+
+        Args:
+            args, kwargs: of a call of the stack, as for :meth:`grid`.
+
+        Returns:
+            int | list | None: the same number for the whole batch, or one for each entry; tokens
+            behind the picture's are not merged either. Default: None, all others are in front.
+        """
+        return None
 
     def adapt(
         self, site: str, plan: Any, args: tuple, kwargs: dict[str, Any]

@@ -34,7 +34,7 @@ class CogVideoX(Host):
                 stack=network,
                 downsample=1,
                 sites={"attn": block.attn1, "mlp": block.ff},
-                text_in_front=("mlp",),
+                text_beside=("mlp",),
                 joint=("attn", "block"),
                 refused=REFUSED,
             )

@@ -1,13 +1,15 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Flux.1 in diffusers: double blocks (two streams), single blocks (one), rotary embeddings.
+"""Flux.1, Flux.2 and Chroma in diffusers: double blocks (two streams), single blocks (one), rotary
+embeddings.
 
-Double blocks are as those of Stable Diffusion 3. Single blocks are called with picture and text
-apart too, but put the text in front of the picture inside; what is wrapped there leaves the text
-alone. Rotary embeddings: :mod:`.rotary`.
+Double blocks are as those of Stable Diffusion 3. Single blocks work on the text in front of the
+picture; Flux.1's are called with both apart and put them together inside, those of the others are
+called with one sequence. What is wrapped leaves the text alone. Rotary embeddings: :mod:`.rotary`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,11 +19,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..errors import ToMeError
 from .base import Block, Host
 from .dit import is_a
-from .rotary import with_merged_rotary
+from .rotary import merge_mask, with_merged_rotary
 from .sd3 import REFUSED
-
-# Position among the arguments of the network.
-_IMG_IDS = 4
 
 
 class Flux(Host):
@@ -38,42 +37,50 @@ class Flux(Host):
     """
 
     description = "Flux.1 (FluxTransformer2DModel)"
+    class_name = "FluxTransformer2DModel"
     timestep_position = 3
+    ids_position = 4
 
     def matches(self, module: nn.Module) -> bool:
-        return is_a(module, "FluxTransformer2DModel")
+        return is_a(module, self.class_name)
 
     def blocks(self, network: nn.Module) -> list[Block]:
-        common = dict(stack=network, downsample=1, returns={"block": 1}, joint=("attn", "block"))
         double = [
             Block(
                 name=f"transformer_blocks.{index}",
                 module=block,
+                stack=network,
+                downsample=1,
                 sites={"attn": block.attn, "mlp": block.ff},
+                returns={"block": 1},
+                joint=("attn", "block"),
                 refused=REFUSED,
-                **common,
             )
             for index, block in enumerate(network.transformer_blocks)
         ]
-        single = [
-            Block(
+        return [*double, *self._single(network)]
+
+    def _single(self, network: nn.Module) -> Iterator[Block]:
+        for index, block in enumerate(network.single_transformer_blocks):
+            yield Block(
                 name=f"single_transformer_blocks.{index}",
                 module=block,
+                stack=network,
+                downsample=1,
                 sites={"mlp": [block.proj_mlp, block.act_mlp], "attn": block.attn},
-                text_in_front=("attn", "mlp"),
+                text_beside=("attn", "mlp"),
+                returns={"block": 1},
+                joint=("attn", "block"),
                 refused=REFUSED,
-                **common,
             )
-            for index, block in enumerate(network.single_transformer_blocks)
-        ]
-        return double + single
 
     def noise_level(self, timestep: float) -> float:
         # Pipelines divide by 1000 before the call.
         return timestep
 
     def grid(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
-        return grid_of_ids(args[_IMG_IDS] if len(args) > _IMG_IDS else kwargs["img_ids"])
+        position = self.ids_position
+        return grid_of_ids(args[position] if len(args) > position else kwargs["img_ids"])
 
     def adapt(
         self, site: str, plan: Any, args: tuple, kwargs: dict[str, Any]
@@ -83,12 +90,91 @@ class Flux(Host):
                 f"{site} was given an attention_mask over all tokens, which has no meaning for "
                 "merged ones; call the model without it"
             )
-        if kwargs.get("ip_hidden_states") is not None and "encoder_hidden_states" in kwargs:
-            raise ToMeError(
-                f"{site} returns what an IP-Adapter adds apart from its output; with one write "
-                "sites='block' or sites=['mlp']"
+        return _adapted(site, plan, args, kwargs)
+
+
+class Chroma(Flux):
+    """Host for ``ChromaTransformer2DModel``. Sites: as :class:`Flux`.
+
+    Its pipelines always give a mask, which leaves out some of the text's padding.
+    """
+
+    description = "Chroma (ChromaTransformer2DModel)"
+    class_name = "ChromaTransformer2DModel"
+    timestep_position = 2
+    ids_position = 3
+    takes_masks = True
+
+    def _single(self, network: nn.Module) -> Iterator[Block]:
+        for index, block in enumerate(network.single_transformer_blocks):
+            yield Block(
+                name=f"single_transformer_blocks.{index}",
+                module=block,
+                stack=network,
+                downsample=1,
+                sites={"mlp": [block.proj_mlp, block.act_mlp], "attn": block.attn},
+                text_beside=("attn", "mlp", "block"),
+                joint=("attn", "block"),
+                refused=REFUSED,
             )
-        return with_merged_rotary(plan, args, kwargs)
+
+    def adapt(
+        self, site: str, plan: Any, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        mask = kwargs.get("attention_mask")
+        if mask is not None:
+            kwargs = {**kwargs, "attention_mask": merge_mask(mask, plan)}
+        elif len(args) > 4 and args[4] is not None:  # a double block under gradient checkpointing
+            args = (*args[:4], merge_mask(args[4], plan), *args[5:])
+        return _adapted(site, plan, args, kwargs)
+
+
+class Flux2(Flux):
+    """Host for ``Flux2Transformer2DModel``.
+
+    Sites of double blocks: as :class:`Flux`. Of single blocks: ``attn`` = ``attn``, which has the
+    feed-forward inside, beside attention, so that both are merged there.
+    """
+
+    description = "Flux.2 (Flux2Transformer2DModel)"
+    class_name = "Flux2Transformer2DModel"
+    timestep_position = 2
+    ids_position = 3
+
+    def _single(self, network: nn.Module) -> Iterator[Block]:
+        for index, block in enumerate(network.single_transformer_blocks):
+            yield Block(
+                name=f"single_transformer_blocks.{index}",
+                module=block,
+                stack=network,
+                downsample=1,
+                sites={"attn": block.attn},
+                text_beside=("attn", "block"),
+                joint=("attn", "block"),
+                refused=REFUSED,
+            )
+
+    def adapt(
+        self, site: str, plan: Any, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        inner = kwargs.get("joint_attention_kwargs") or {}
+        if kwargs.get("kv_cache_mode") or inner.get("kv_cache_mode"):
+            raise ToMeError(
+                f"{site} keeps keys and values of reference pictures by their places "
+                "(kv_cache_mode), which merged tokens have not; call the model without it"
+            )
+        return super().adapt(site, plan, args, kwargs)
+
+
+def _adapted(
+    site: str, plan: Any, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    if kwargs.get("ip_hidden_states") is not None and "encoder_hidden_states" in kwargs:
+        raise ToMeError(
+            f"{site} returns what an IP-Adapter adds apart from its output; with one write "
+            "sites='block' or sites=['mlp']"
+        )
+    return with_merged_rotary(plan, args, kwargs)
 
 
 # --- the grid -------------------------------------------------------------------------------------

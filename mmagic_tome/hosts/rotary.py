@@ -1,50 +1,93 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Rotary embeddings follow the tokens that stay.
+"""Rotary embeddings, and masks, follow the tokens that stay.
 
 Where positions are not part of the tokens, they turn queries and keys inside attention, by a table
-of a cosine and a sine row for every token. A merged token gets the rows of the one that stands for
-it (``plan.representative``: its destination), not the average of all: an average of rotations is
-none, it is shorter than 1 and would weaken every product with that token by how far apart its
-tokens lie.
+of a cosine and a sine row for every token (or of complex rows). A merged token gets the rows of
+the one that stands for it (``plan.representative``: its destination), not the average of all: an
+average of rotations is none, it is shorter than 1 and would weaken every product with that token
+by how far apart its tokens lie. So does a mask, which leaves out text: all tokens of the picture
+are alike to it.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import ToMeError
-from ..merging.prefix import PrefixedPlan
+from ..merging.beside import beside
 
-# Attention is given the table by name; blocks too, except under gradient checkpointing (Wan's
-# always by position), and there it is the fourth argument in every family.
-_NAMES = ("image_rotary_emb", "rotary_emb")
-_POSITION = 3
+# What attention, and blocks that are called by name, call the table.
+_NAMES = ("image_rotary_emb", "rotary_emb", "freqs_cis")
 
 
 def with_merged_rotary(
-    plan: Any, args: tuple, kwargs: dict[str, Any]
+    plan: Any, args: tuple, kwargs: dict[str, Any], position: int | None = None
 ) -> tuple[tuple, dict[str, Any]]:
     """Arguments of a block or attention with the table, if there is one, for merged tokens.
 
     For :meth:`.base.Host.adapt`, with its arguments and result.
+
+    Args:
+        position (int | None): of the table among the positional arguments of a block. Default
+            None: the one that is a tuple (of cosines and sines).
     """
-    if len(args) > _POSITION and args[_POSITION] is not None:
-        table = merge_rotary(args[_POSITION], plan)
-        return (*args[:_POSITION], table, *args[_POSITION + 1 :]), kwargs
+    if position is None:
+        position = next((i for i, value in enumerate(args) if isinstance(value, tuple)), None)
+    if position is not None and len(args) > position and args[position] is not None:
+        table = merge_rotary(args[position], plan)
+        return (*args[:position], table, *args[position + 1 :]), kwargs
     for name in _NAMES:
         if kwargs.get(name) is not None:
             return args, {**kwargs, name: merge_rotary(kwargs[name], plan)}
     return args, kwargs
 
 
+def merge_rotary(table: Tensor | tuple[Tensor, ...], plan: Any) -> Any:
+    """The table for merged tokens: the rows of those that stand for them.
+
+    Args:
+        table: a tensor of complex rows, or a tuple of cosines and sines; each (S, D), or with an
+            axis for the batch (B, S, D) or (1, S, 1, D). S may be larger than the number of tokens
+            of the plan: then the first ones are the text's, which stay.
+        plan (MergePlan): of B entries.
+
+    Returns:
+        The same of S' rows. For (S, D) and B > 1, :class:`RotaryRows`.
+    """
+    if isinstance(table, Tensor):
+        return _merged_rows(table, plan)
+    return tuple(_merged_rows(part, plan) for part in table)
+
+
+def merge_mask(mask: Tensor, plan: Any, before: int | None = None) -> Tensor:
+    """A mask over keys, or over queries and keys, for merged tokens.
+
+    Args:
+        mask (Tensor): (B, S), (B, 1, 1, S) or (B, 1, S, S); S may be larger than the number of
+            tokens of the plan by those of the text.
+        plan (MergePlan): of B entries.
+        before (int | None): how many tokens of the text are in front. Default None: all.
+
+    Returns:
+        Tensor: the same with S' in place of S.
+    """
+    length = mask.shape[-1]
+    kept = beside(plan, length, before).representative
+    square = mask.dim() > 2 and mask.shape[-2] == length
+    kept = kept.view(kept.shape[0], *[1] * (mask.dim() - 2), -1)
+    mask = torch.take_along_dim(mask, kept, dim=-1)
+    return torch.take_along_dim(mask, kept.transpose(-1, -2), dim=-2) if square else mask
+
+
 class RotaryRows:
     """A rotary table (B, S, D) with other rows for every entry of the batch.
 
     Attention expects one (S, D) table for the whole batch and gives it an axis for the batch and
-    one for the heads by indexing: ``table[None, :, None, :]`` or ``table[None, None]``. This
-    object has its batch in place of the first.
+    one for the heads: ``table[None, :, None, :]``, ``table[None, None]`` or
+    ``table.unsqueeze(1)``. This object has its batch in place of the first.
     """
 
     __slots__ = ("rows",)
@@ -54,31 +97,27 @@ class RotaryRows:
 
     def __getitem__(self, index: tuple) -> Tensor:
         if not isinstance(index, tuple) or index[0] is not None:
-            raise ToMeError(
-                f"this attention processor reads its rotary table by {index!r}, which is not "
-                "known to work with merged tokens; use the default processor, or a batch of 1"
-            )
+            self._refuse(repr(index))
         return self.rows[(slice(None), *index[1:])]
 
+    def unsqueeze(self, dim: int) -> Tensor:
+        """(B, S, 1, D), which fits (B, S, heads, D) as (S, 1, D) does."""
+        if dim != 1:
+            self._refuse(f"unsqueeze({dim})")
+        return self.rows.unsqueeze(2)
 
-def merge_rotary(table: tuple[Tensor, Tensor], plan: Any) -> tuple:
-    """The table for merged tokens: the rows of those that stand for them.
+    def _refuse(self, what: str) -> None:
+        raise ToMeError(
+            f"this attention processor reads its rotary table by {what}, which is not known to "
+            "work with merged tokens; use the default processor, or a batch of 1"
+        )
 
-    Args:
-        table (tuple): cosines and sines, (S, D) each. S may be larger than the number of tokens
-            of the plan: then the first ones are the text's, which stay.
-        plan (MergePlan): of B entries.
 
-    Returns:
-        tuple: cosines and sines; (S', D) tensors for B = 1, else :class:`RotaryRows`. Of a table
-        with an axis for the batch, (1, S, 1, D): (B, S', 1, D) tensors.
-    """
-    if table[0].dim() == 4:
-        return tuple(part[0][plan.representative] for part in table)
-    text = table[0].shape[0] - plan.num_tokens
-    if text:
-        plan = PrefixedPlan(plan, text)
-    kept = plan.representative
-    if plan.batch == 1:
-        return tuple(part[kept[0]] for part in table)
-    return tuple(RotaryRows(part[kept]) for part in table)
+def _merged_rows(part: Tensor, plan: Any) -> Tensor | RotaryRows:
+    batched = part.dim() > 2
+    kept = beside(plan, part.shape[1 if batched else 0]).representative
+    if not batched:
+        return part[kept[0]] if kept.shape[0] == 1 else RotaryRows(part[kept])
+    if part.shape[0] == 1:
+        return part[0][kept]
+    return torch.take_along_dim(part, kept[..., None], dim=1)

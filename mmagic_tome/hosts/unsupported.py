@@ -3,44 +3,55 @@
 
 from __future__ import annotations
 
+import re
+
 _LINEAR = (
     "its attention is linear: it costs as much per token as any other layer, so that fewer tokens "
     "save little there, and its feed-forward is a convolution over the grid, which needs all tokens"
-)
-_FRAMES = (
-    "its tokens lie on a grid of frames, rows and columns, and a host that describes one is not "
-    "written"
-)
-_JOINED = (
-    "its blocks work on text and picture in one sequence, in which the picture begins at another "
-    "place for every prompt, and a host that describes that is not written"
 )
 _MIXED = (
     "its self-attention and cross-attention give heads back apart, with one projection behind both "
     "attentions, so that neither is a site of its own"
 )
-
 _SEVERAL = (
     "it holds several ControlNets, each with token merging of its own: call apply_tome with every "
     "one of its .nets"
 )
+_SOUND = "its tokens follow each other in time, on no grid of rows and columns"
+_HISTORY = (
+    "frames of several resolutions are in its sequence, so that its tokens lie on no one grid"
+)
+_HINTS = (
+    "branches beside its blocks work on tokens of their own for every place (a control, a pose, a "
+    "face), and a host that merges both alike is not written"
+)
+_EMBEDDING = "its tokens are an embedding and a text, not places of a picture"
+_FRAMES = "it attends along the frames of one place, of which there are few"
+_NO_HOST = "no host is written for this diffusion transformer"
 
 # Beginning of a class name -> why.
 _REASONS = {
     "MultiControlNetModel": _SEVERAL,
+    "FluxMultiControlNet": _SEVERAL,
     "SanaTransformer": _LINEAR,
     "SanaVideoTransformer": _LINEAR,
+    "SanaWMTransformer": _LINEAR,
     "LuminaNext": _MIXED,
-    "Lumina2": _JOINED,
-    "ZImageTransformer": _JOINED,
-    "WanVACE": _FRAMES,
-    "WanAnimate": _FRAMES,
-    "HunyuanVideo": _FRAMES,
-    "LTX": _FRAMES,
-    "MochiTransformer": _FRAMES,
-    "AllegroTransformer": _FRAMES,
-    "LatteTransformer": _FRAMES,
+    "HunyuanVideoFramepack": _HISTORY,
+    "Helios": _HISTORY,
+    "WanVACE": _HINTS,
+    "WanAnimate": _HINTS,
+    "StableAudio": _SOUND,
+    "AceStep": _SOUND,
+    "LongCatAudio": _SOUND,
+    "MiniMaxMusic": _SOUND,
+    "T5FilmDecoder": _SOUND,
+    "RFD4Proteina": "its tokens are parts of a protein, on no grid of rows and columns",
+    "PriorTransformer": _EMBEDDING,
+    "TransformerTemporalModel": _FRAMES,
 }
+# What else looks like one of diffusers' diffusion transformers.
+_TRANSFORMER = re.compile(r"(Transformer([123]D)?(Model)?|DiT(2D)?(ControlNet)?Model)$")
 
 
 def why_unsupported(name: str) -> str:
@@ -48,4 +59,4 @@ def why_unsupported(name: str) -> str:
     for beginning, reason in _REASONS.items():
         if name.startswith(beginning):
             return f"{name}: {reason}. "
-    return ""
+    return f"{name}: {_NO_HOST}. " if _TRANSFORMER.search(name) else ""

@@ -17,6 +17,15 @@ from .base import Block, Host
 from .dit import is_a
 from .rotary import with_merged_rotary
 
+# Of blocks of one stream with rotary embeddings, here and in other families.
+REFUSED = {
+    "attn_kv": (
+        "one rotary table turns queries and keys, which would no longer be the same tokens. Use "
+        "sites=['attn'] and a method that merges queries too, such as 'tome'"
+    ),
+    "stack": "every block is given the rotary table of all tokens. Write sites='block'",
+}
+
 
 class Wan(Host):
     """Host for ``WanTransformer3DModel``.
@@ -38,16 +47,7 @@ class Wan(Host):
                 stack=network,
                 downsample=1,
                 sites={"attn": block.attn1, "crossattn": block.attn2, "mlp": block.ffn},
-                refused={
-                    "attn_kv": (
-                        "one rotary table turns queries and keys, which would no longer be the "
-                        "same tokens. Use sites=['attn'] and a method that merges queries too, "
-                        "such as 'tome'"
-                    ),
-                    "stack": (
-                        "every block is given the rotary table of all tokens. Write sites='block'"
-                    ),
-                },
+                refused=REFUSED,
             )
             for index, block in enumerate(network.blocks)
         ]

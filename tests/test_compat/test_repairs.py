@@ -555,7 +555,6 @@ def test_checkpoints_with_logs_are_loaded(nothing_declared, tmp_path):
 
     import numpy as np
     import torch
-
     from mmengine.logging import HistoryBuffer
     from mmengine.runner import checkpoint
 

@@ -9,8 +9,9 @@ from tiny_transformers import TEXT, TRANSFORMERS, image_ids
 from torch import nn
 
 from mmagic_tome import ToMeError, apply_tome, get_handle
-from mmagic_tome.hosts import find_host
+from mmagic_tome.hosts import HOSTS, find_host
 from mmagic_tome.hosts.flux import grid_of_ids
+from mmagic_tome.hosts.unsupported import why_unsupported
 from mmagic_tome.methods import METHODS
 
 FLUX, SD3, SD35 = (
@@ -20,14 +21,34 @@ PIXART = TRANSFORMERS["PixArt-alpha, PixArt-sigma"]
 WAN = TRANSFORMERS["Wan 2.1, 2.2 (video)"]
 COGVIDEOX = TRANSFORMERS["CogVideoX (video)"]
 SITES = (["attn"], ["mlp"], ["attn", "mlp"], ["block"])
+JOINT = [
+    family
+    for family in TRANSFORMERS.values()
+    if family not in (PIXART, WAN) and "crossattn" not in family.kinds and family.title != "DiT"
+]
 
 every_family = pytest.mark.parametrize("family", TRANSFORMERS.values(), ids=TRANSFORMERS)
 every_site = pytest.mark.parametrize("sites", SITES, ids="+".join)
+every_site_of_every_family = pytest.mark.parametrize(
+    ("family", "sites"),
+    [
+        pytest.param(family, sites, id=f"{family.title}-{'+'.join(sites)}")
+        for family in TRANSFORMERS.values()
+        for sites in SITES
+        if sites == ["block"] or set(sites) <= set(family.kinds)
+    ],
+)
+
+
+def output(network, inputs):
+    """The picture of a call; some networks give a list of them."""
+    out = network(**inputs, return_dict=False)[0]
+    return torch.stack(out) if isinstance(out, list) else out
 
 
 @torch.no_grad()
 def run(network, inputs, **changes):
-    return network(**{**inputs, **changes}, return_dict=False)[0]
+    return output(network, {**inputs, **changes})
 
 
 def difference(one, other):
@@ -54,37 +75,38 @@ class Seen:
         return {x.shape[1] for x in self.given.values()}
 
 
-def first_linears(network):
-    """Name of the first layer at every site -> (kind of site, tokens of text in front)."""
+def first_linears(network, family):
+    """Name of the first layer at every site -> (kind of site, tokens beside the picture's)."""
     names = {module: name for name, module in network.named_modules()}
     host, _ = find_host(network)
     found = {}
     for block in host.blocks(network):
-        attention = [block.sites["attn"], *block.twins.values()]
-        mlp = block.sites["mlp"]
-        for kind, layers in (
-            ("attn", [module.to_q for module in attention]),
-            ("mlp", [mlp[0] if isinstance(mlp, list) else mlp.net[0].proj]),
-        ):
-            # The attention of CogVideoX puts both into one sequence itself.
-            joined = kind == "attn" and type(host).__name__ == "CogVideoX"
-            text = TEXT if kind in block.text_in_front or joined else 0
-            found.update((names[layer], (kind, text)) for layer in layers)
+        (beside,) = [
+            *(count for name, count in family.beside.items() if block.name.startswith(name)),
+            TEXT,
+        ][:1]
+        for kind, modules in block.sites.items():
+            modules = list(modules) if isinstance(modules, list) else [modules]
+            modules = [modules[0], *([block.twins[kind]] if kind in block.twins else [])]
+            joined = kind == "attn" and block.name.startswith(family.joins_inside)
+            others = beside if kind in block.text_beside or joined else 0
+            for module in modules:
+                linear = next(m for m in module.modules() if isinstance(m, nn.Linear))
+                found[names[linear]] = (kind, others)
     return found
 
 
 # --- every family ---------------------------------------------------------------------------------
 
 
-@every_site
-@every_family
+@every_site_of_every_family
 def test_tokens_fall_inside_and_the_output_changes_a_little(family, sites):
     network, inputs = family.build(), family.inputs()
     dense = run(network, inputs)
     assert dense.std() > 0.05
     assert difference(run(network, family.inputs(time=100)), dense) > 1e-3
     handle = apply_tome(network, ratio=0.5, sites=sites)
-    linears = first_linears(network)
+    linears = first_linears(network, family)
     seen = Seen(network, *linears)
     merged = run(network, inputs)
     tokens = family.tokens()
@@ -92,7 +114,7 @@ def test_tokens_fall_inside_and_the_output_changes_a_little(family, sites):
     for name, (kind, text) in linears.items():
         expected = tokens // 2 if kind in sites or "block" in sites else tokens
         assert seen.given[name].shape[1] == text + expected, name
-    assert 1e-4 < difference(merged, dense) < 0.6
+    assert 1e-4 < difference(merged, dense) < 0.8
     assert torch.equal(run(network, inputs), merged)
     handle.ratio = 0
     assert torch.equal(run(network, inputs), dense)
@@ -108,15 +130,20 @@ def test_every_block_has_its_sites_and_its_own_plan(family):
     host, found = find_host(SimpleNamespace(transformer=network))
     assert found is network
     blocks = host.blocks(network)
-    assert len(blocks) == family.options["num_layers"] + family.options.get("num_single_layers", 0)
+    assert len(blocks) == sum(
+        family.options.get(f"{n}_{name}", 0) for n in ("num", "n") for name in LISTS
+    ) - (1 if family.title.startswith("HunyuanVideo") else 0)  # the text's refiner
     for block in blocks:
         assert network.get_submodule(block.name) is block.module
-        assert {"attn", "mlp"} <= set(block.sites) <= {"attn", "crossattn", "mlp"}
-    crossed = any(name in family.title for name in ("PixArt", "Wan"))
-    assert ("crossattn" in blocks[0].sites) == crossed
-    handle = apply_tome(network, ratio=0.5, sites=["attn", "mlp"])
+        assert "attn" in block.sites and set(block.sites) <= set(family.kinds)
+    assert set().union(*(block.sites for block in blocks)) == set(family.kinds)
+    handle = apply_tome(network, ratio=0.5, sites=family.inner)
     run(network, family.inputs())
     assert {row["plans"] for row in handle.stats()} == {1}
+
+
+# What the options call the numbers of blocks.
+LISTS = ("layers", "single_layers", "mmdit_layers", "single_dit_layers", "refiner_layers")
 
 
 @every_family
@@ -124,10 +151,16 @@ def test_the_timestep_is_where_the_host_says(family):
     network = family.build()
     host, _ = find_host(network)
     names = list(inspect.signature(type(network).forward).parameters)
-    assert names[1 + host.timestep_position] == host.timestep_name == "timestep"
-    marked = object()
-    assert host.timestep((None,) * host.timestep_position + (marked,), {}) is marked
-    assert host.timestep((None,), dict(timestep=marked)) is marked
+    name = names[1 + host.timestep_position]
+    assert name == host.timestep_name and name in family.inputs()
+    given = family.inputs(time=250)[name]
+    for args, kwargs in (
+        ((None,) * host.timestep_position + (given,), {}),
+        ((None,), {name: given}),
+    ):
+        timestep = host.timestep(args, kwargs)
+        # 1 = pure noise, whichever way the network counts.
+        assert host.noise_level(float(timestep[0])) == pytest.approx(0.25)
     assert host.timestep((None,), {}) is None
 
 
@@ -135,7 +168,7 @@ def test_the_timestep_is_where_the_host_says(family):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_odd_grids_and_batches(family, batch):
     network = family.build()
-    apply_tome(network, ratio=0.6, sites=["attn", "mlp"])
+    apply_tome(network, ratio=0.6, sites=family.inner)
     for grid in family.grids:
         tokens = family.tokens(grid)
         inputs = family.inputs(grid, batch)
@@ -147,10 +180,9 @@ def test_odd_grids_and_batches(family, batch):
             assert run(handle.network, inputs).shape == merged.shape
 
 
-@every_site
-@every_family
+@every_site_of_every_family
 def test_entries_of_a_batch_do_not_touch_each_other(family, sites):
-    """Above all the rotary rows of Flux, which differ between entries once tokens are merged."""
+    """Above all rotary rows, which differ between entries once tokens are merged."""
     network = family.build()
     apply_tome(network, ratio=0.5, sites=sites)
     inputs = family.inputs(batch=3)
@@ -158,7 +190,7 @@ def test_entries_of_a_batch_do_not_touch_each_other(family, sites):
     for entry in range(3):
         alone = {
             name: value[entry : entry + 1]
-            if isinstance(value, torch.Tensor) and not name.endswith("ids")
+            if isinstance(value, (torch.Tensor, list)) and not name.endswith("ids")
             else value
             for name, value in inputs.items()
         }
@@ -168,9 +200,9 @@ def test_entries_of_a_batch_do_not_touch_each_other(family, sites):
 @every_family
 def test_refresh_and_residual(family):
     network = family.build()
-    first, second = family.inputs(time=500), family.inputs(time=499)
+    first, second = family.inputs(time=500), family.inputs(time=family.next_time)
     dense = run(network, first), run(network, second)
-    for sites in (["attn", "mlp"], ["block"]):
+    for sites in (family.inner, ["block"]):
         errors = {}
         for residual in (None, "own", "exact"):
             options = dict(ratio=0.5, refresh=2, residual=residual, sites=sites)
@@ -186,24 +218,26 @@ def test_refresh_and_residual(family):
 
 
 def test_reuse_is_for_sites_that_compute_no_text():
-    for family in (PIXART, WAN):
+    for family in (f for f in TRANSFORMERS.values() if f not in JOINT):
         network = family.build()
-        first, second = family.inputs(time=500), family.inputs(time=499)
+        first, second = family.inputs(time=500), family.inputs(time=family.next_time)
         dense = run(network, first), run(network, second)
         for sites in (["attn", "mlp"], ["block"]):
             with apply_tome(network, refresh=2, residual="reuse", sites=sites) as handle:
                 run(network, first)
                 again = run(network, second)
-                assert 0 < difference(again, dense[1]) < 0.5 * difference(*dense)
+                assert 0 < difference(again, dense[1]) < 0.8 * difference(*dense)
                 assert {row["kept"] for row in handle.stats()} == {0}
-    for family in (SD3, FLUX, COGVIDEOX):
+    for family in JOINT:
         network = family.build()
         for sites in (["attn"], ["block"]):
             with pytest.raises(ToMeError, match="computes the text's tokens too"):
                 apply_tome(network, refresh=2, residual="reuse", sites=sites)
+        if "mlp" not in family.kinds:
+            continue
         with apply_tome(network, refresh=2, residual="reuse", sites=["mlp"]) as handle:
             run(network, family.inputs(time=500))
-            assert run(network, family.inputs(time=499)).isfinite().all()
+            assert run(network, family.inputs(time=family.next_time)).isfinite().all()
             assert {row["kept"] for row in handle.stats()} == {0}
 
 
@@ -222,21 +256,26 @@ def test_methods(method):
     assert merged.isfinite().all() and not torch.equal(merged, dense)
 
 
-@pytest.mark.parametrize("family", [PIXART, SD35, FLUX, WAN, COGVIDEOX], ids=lambda f: f.title)
-@pytest.mark.parametrize("sites", [["attn", "mlp"], ["block"]], ids="+".join)
-def test_gradients_are_those_without_checkpointing(family, sites):
+@every_family
+@pytest.mark.parametrize("around", ["inside", "block"])
+def test_gradients_are_those_without_checkpointing(family, around):
     network, inputs = family.build().train(), family.inputs()
-    apply_tome(network, ratio=0.5, sites=sites)
+    if not network._supports_gradient_checkpointing:
+        pytest.skip("diffusers has no checkpointing for it")
+    if family.title == "Chroma":  # whose single blocks lose the mask under checkpointing
+        inputs["attention_mask"] = None
+    apply_tome(network, ratio=0.5, sites="block" if around == "block" else family.inner)
 
     def gradients():
         network.zero_grad()
-        network(**inputs, return_dict=False)[0].square().sum().backward()
+        output(network, inputs).square().sum().backward()
         return {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
 
     expected = gradients()
     network.enable_gradient_checkpointing()
     found = gradients()
     assert expected.keys() == found.keys() and len(expected) > 20
+    assert {row["kept"] for row in get_handle(network).stats()} == {family.tokens() // 2}
     for name, gradient in expected.items():
         assert gradient.isfinite().all()
         torch.testing.assert_close(found[name], gradient, msg=lambda text, name=name: name + text)
@@ -401,10 +440,10 @@ def test_the_grid_of_img_ids():
 # --- what cannot be merged ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", [SD3, FLUX, COGVIDEOX], ids=lambda f: f.title)
+@pytest.mark.parametrize("family", JOINT, ids=lambda family: family.title)
 def test_sites_that_joint_attention_does_not_allow(family):
     network = family.build()
-    with pytest.raises(ToMeError, match=r"blocks.0 cannot be merged at 'attn_kv'.*tome"):
+    with pytest.raises(ToMeError, match=r"\w\.0 cannot be merged at 'attn_kv'.*tome"):
         apply_tome(network, ratio=0.5, sites=["attn_kv"])
     with pytest.raises(ToMeError, match=r"at 'stack'.*sites='block'"):
         apply_tome(network, ratio=0.5, sites="stack")
@@ -457,10 +496,11 @@ def test_a_timestep_per_token():
     ("name", "reason"),
     [
         ("SanaTransformer2DModel", "its attention is linear"),
-        ("MochiTransformer3DModel", "grid of frames"),
-        ("WanVACETransformer3DModel", "grid of frames"),
-        ("Lumina2Transformer2DModel", "begins at another place for every prompt"),
         ("LuminaNextDiT2DModel", "one projection behind both attentions"),
+        ("WanVACETransformer3DModel", "branches beside its blocks"),
+        ("HunyuanVideoFramepackTransformer3DModel", "frames of several resolutions"),
+        ("StableAudioDiTModel", "on no grid of rows and columns"),
+        ("MochiTransformer3DModel", "no host is written for this diffusion transformer"),
         ("SomethingElse", "Supported"),
     ],
 )
@@ -473,6 +513,30 @@ def test_unsupported_transformers_are_named_with_the_reason(name, reason):
         apply_tome(network)
     for text in ("down_blocks and up_blocks", "FluxTransformer2DModel", "docs/adding_a_model.md"):
         assert text in str(error.value)
+
+
+def test_every_transformer_of_diffusers_is_merged_or_says_why_not():
+    import diffusers
+    from diffusers.models import transformers
+
+    names = [name for name in dir(transformers) if name.endswith(("Model", "Transformer"))]
+    assert set(FAMILY_CLASSES) <= set(names) and len(names) > 20
+    for name in names:
+        if not issubclass(getattr(transformers, name), diffusers.ModelMixin):
+            continue
+        served = any(host.matches(_named(name)) for host in HOSTS[3:])
+        assert served == (name in FAMILY_CLASSES)
+        assert served or why_unsupported(name).startswith(f"{name}: "), name
+
+
+FAMILY_CLASSES = {family.class_name for family in TRANSFORMERS.values()}
+
+
+def _named(name):
+    """A network of that name; the one of PixArt's older checkpoints is known by an attribute."""
+    network = type(name, (nn.Module,), {})()
+    network.is_input_patches = True
+    return network
 
 
 # --- pipelines ------------------------------------------------------------------------------------
@@ -537,13 +601,14 @@ def test_pipelines(family):
 @every_family
 def test_compiled(family):
     network, inputs = family.build(), family.inputs()
-    apply_tome(network, ratio=0.5, sites=["attn", "mlp"])
+    apply_tome(network, ratio=0.5, sites=family.inner)
     expected = run(network, inputs)
     torch._dynamo.reset()
+    compiled = network
     if family.compiles == "the whole network":
         compiled = torch.compile(network, fullgraph=True, backend="eager")
-    else:
-        compiled = network
-        network.compile_repeated_blocks(fullgraph=True, backend="eager")
+    else:  # as compile_repeated_blocks does where diffusers has it
+        for block in find_host(network)[0].blocks(network):
+            block.module.compile(fullgraph=True, backend="eager")
     torch.testing.assert_close(run(compiled, inputs), expected)
     torch._dynamo.reset()

@@ -149,14 +149,15 @@ def test_checkpoints_and_averages(name, hub, build, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_runner_trains_and_averages(hub, tmp_path):
+def test_a_runner_trains_averages_and_resumes(hub, tmp_path):
     """mmengine's Runner with CheckpointHook and EMAHook."""
+    from mmengine.hooks import Hook
     from mmengine.runner import Runner
 
     (tmp_path / "imgs").mkdir()
     mmagic_hub.a_picture().save(tmp_path / "imgs" / "0.png")
 
-    def runner(iterations):
+    def runner(iterations, **others):
         config = shrunk(LORA, hub)
         data = config.train_dataloader
         data.update(num_workers=0, persistent_workers=False)
@@ -168,6 +169,7 @@ def test_a_runner_trains_and_averages(hub, tmp_path):
             log_level="ERROR",
             train_cfg=dict(by_epoch=False, max_iters=iterations),
             custom_hooks=[dict(type="EMAHook", begin_iter=0)],
+            **others,
         )
         config.default_hooks.checkpoint.interval = 1
         return Runner.from_cfg(config)
@@ -178,9 +180,7 @@ def test_a_runner_trains_and_averages(hub, tmp_path):
     assert all(site["calls"] == 2 for site in first.model.tome_handle.stats())
     (ema,) = [hook.ema_model for hook in first.hooks if type(hook).__name__ == "EMAHook"]
     assert ema.module.tome_handle.config == first.model.tome_handle.config
-    # mmengine 0.10 cannot resume from its own checkpoints with torch >= 2.6, which refuses what
-    # else is in them; the weights are all right.
-    saved = torch.load(tmp_path / "iter_2.pth", weights_only=False)
+    saved = torch.load(tmp_path / "iter_2.pth")
     assert "ema_state_dict" in saved
     assert list(saved["state_dict"]) == list(first.model.state_dict())
     # It stores the average as the model's weights.
@@ -189,3 +189,23 @@ def test_a_runner_trains_and_averages(hub, tmp_path):
     dense.load_state_dict(saved["state_dict"])
     for name, parameter in ema.module.named_parameters():
         assert torch.equal(parameter, dense.get_parameter(name))
+
+    # Another runner goes on from there, merged as well.
+    begun = {}
+
+    class Begin(Hook):
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            weights = {name: p.detach().clone() for name, p in runner.model.named_parameters()}
+            begin = begun.setdefault(runner.iter, weights)
+            assert begin is weights, "no iteration twice"
+
+    again = runner(3, load_from=str(tmp_path / "iter_2.pth"), resume=True)
+    again.register_hook(Begin())
+    again.train()
+    assert list(begun) == [2] and again.iter == 3 and (tmp_path / "iter_3.pth").exists()
+    for name, parameter in first.model.named_parameters():
+        assert torch.equal(parameter, begun[2][name]), name
+    for site in again.model.tome_handle.stats():
+        assert site["kept"] == site["tokens"] / 2 and site["calls"] == 1
+    moments = again.optim_wrapper.state_dict()["state"]
+    assert {int(moment["step"]) for moment in moments.values()} == {3}
