@@ -27,6 +27,19 @@ FOLDERS = (
     "animatediff",
 )
 
+# What its text-to-image inferencer can call: a prompt, and a control picture. The others need
+# arguments that it does not have (ViCo and FastComposer a reference, inpainting a mask).
+INFERENCER = {
+    "stable_diffusion_xl/stable-diffusion_xl_ddim_tome-5e-1.py": "stable_diffusion",
+    "controlnet/controlnet-canny_tome-5e-1_both.py": "controlnet",
+    "stable_diffusion/stable-diffusion_ddim_tome-5e-1.py": "stable_diffusion",
+    "stable_diffusion/stable-diffusion_ddim_native_tome-5e-1.py": "stable_diffusion",
+    "dreambooth/dreambooth_tome-5e-1.py": "stable_diffusion",
+    "dreambooth/dreambooth-lora_tome-5e-1.py": "stable_diffusion",
+    "textual_inversion/textual_inversion_tome-5e-1.py": "stable_diffusion",
+    "animatediff/animatediff_ToonYou_tome-5e-1.py": "stable_diffusion",
+}
+
 _WIDTH = 16  # of the text
 _UNET = dict(
     block_out_channels=(32, 32, 32, 32),

@@ -4,6 +4,7 @@
 The layout of the networks is the real one, the widths are tiny and the weights random.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ pytest.importorskip("mmagic")
 
 import mmagic_hub
 from mmagic.registry import MODELS
+from mmagic_hub import INFERENCER
 from mmengine import Config
 
 from mmagic_tome import ToMeConfig, ToMeError, apply_tome, get_handle, remove_tome
@@ -64,13 +66,43 @@ def ours(name, hub):
     return mmagic_hub.shrink(config, hub)
 
 
+# Kind of site -> a layer there that is given the tokens.
+LAYERS = {"attn": "attn1.to_q", "crossattn": "attn2.to_q", "mlp": "ff", "block": "attn1.to_q"}
+
+
+class Given:
+    """How many tokens the layers at all sites of a model are really given: site -> numbers."""
+
+    def __init__(self, model):
+        self.found, self.hooks = {}, []
+        for row in model.tome_handle.stats():
+            network, block = model.tome_handle.network, row["block"]
+            if block.startswith("controlnet."):
+                network, block = get_handle(model.controlnet).network, block[len("controlnet.") :]
+            layer = network.get_submodule(block).get_submodule(LAYERS[row["kind"]])
+            self.hooks.append(layer.register_forward_pre_hook(self._note(row["site"])))
+
+    def _note(self, site):
+        def hook(module, args):
+            self.found.setdefault(site, set()).add(args[0].shape[1])
+
+        return hook
+
+    def remove(self):
+        for hook in self.hooks:
+            hook.remove()
+
+
 def check(config, build):
     """It builds and infers, fewer tokens are in the blocks, and ratio 0 and removal are exact."""
     model = build(config)
     given = mmagic_hub.arguments(config)
     assert type(model) is MODELS.get(config.model.type)
     handle = model.tome_handle
+    seen = Given(model)
     merged = mmagic_hub.infer(model, **given)
+    seen.remove()
+    assert seen.found == {row["site"]: {row["kept"]} for row in handle.stats()}
     share = 1 - np.array([site["kept"] / site["tokens"] for site in handle.stats()])
     assert len(share) >= 5 and all(site["calls"] > 0 for site in handle.stats())
     np.testing.assert_array_equal(mmagic_hub.infer(model, **given), merged)  # however often
@@ -129,9 +161,33 @@ def test_sites_under_attention_injection(hub, build):
         mmagic_hub.infer(model, **given)
 
 
+@pytest.mark.slow
+def test_attention_injection_after_a_failed_call(hub, build):
+    """What the reference has left in the blocks is not read by the next picture."""
+    model = build(ours("controlnet/controlnet-animation_tome-5e-1.py", hub))
+    given = mmagic_hub.arguments(Config(dict(model=dict(type="ControlStableDiffusionImg2Img"))))
+    expected = mmagic_hub.infer(model, **given)
+
+    def fail(*_):
+        raise MemoryError
+
+    hook = model.unet.unet.mid_block.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        mmagic_hub.infer(model, **given)
+    hook.remove()
+    np.testing.assert_array_equal(mmagic_hub.infer(model, **given), expected)
+
+
 def test_no_class_and_no_config_is_left_out():
     """The walks above cover the family, and every class has a config of ours."""
     root = mmagic_hub.mmagic_folder()
+    builds = re.compile(rf"type=.({'|'.join(sorted(FAMILY))})\b")
+    with_one = {
+        str(file.relative_to(root))
+        for file in root.glob("*/*.py")
+        if builds.search(file.read_text(encoding="utf-8"))
+    }
+    assert with_one <= set(mmagic_hub.mmagic_configs()) and len(with_one) > 10
     theirs = {Config.fromfile(str(root / name)).model.type for name in mmagic_hub.mmagic_configs()}
     assert theirs == FAMILY
     assert {Config.fromfile(str(OURS / name)).model.type for name in CONFIGS} == FAMILY
@@ -155,19 +211,6 @@ def test_every_config_has_its_entry_and_a_line_in_the_page():
 
 
 # --- MMagicInferencer -----------------------------------------------------------------------------
-
-# What its text-to-image inferencer can call: a prompt, and a control picture. The others need
-# arguments that it does not have (ViCo and FastComposer a reference, inpainting a mask).
-INFERENCER = {
-    "stable_diffusion_xl/stable-diffusion_xl_ddim_tome-5e-1.py": "stable_diffusion",
-    "controlnet/controlnet-canny_tome-5e-1_both.py": "controlnet",
-    "stable_diffusion/stable-diffusion_ddim_tome-5e-1.py": "stable_diffusion",
-    "stable_diffusion/stable-diffusion_ddim_native_tome-5e-1.py": "stable_diffusion",
-    "dreambooth/dreambooth_tome-5e-1.py": "stable_diffusion",
-    "dreambooth/dreambooth-lora_tome-5e-1.py": "stable_diffusion",
-    "textual_inversion/textual_inversion_tome-5e-1.py": "stable_diffusion",
-    "animatediff/animatediff_ToonYou_tome-5e-1.py": "stable_diffusion",
-}
 
 
 @pytest.mark.parametrize("name", slow_unless(list(INFERENCER)[:2], INFERENCER))
@@ -196,16 +239,66 @@ def test_mmagic_inferencer(name, hub, monkeypatch, tmp_path):
         torch.manual_seed(0)
         return np.asarray(editor.infer(**call)[1][0], dtype=np.float32)
 
-    merged = picture()
     handle = model.tome_handle
+    seen = Given(model)
+    merged = picture()
+    seen.remove()
+    assert seen.found == {site["site"]: {site["kept"]} for site in handle.stats()}
     assert all(site["kept"] < site["tokens"] for site in handle.stats())
     assert bool(get_handle(getattr(model, "controlnet", None))) == bool(
         config.tome_cfg.get("controlnet")
     )
+    np.testing.assert_array_equal(picture(), merged)
+    handle.ratio = 0
+    zero = picture()
     handle.remove()
     dense = picture()
+    np.testing.assert_array_equal(zero, dense)
     assert np.abs(merged - dense).max() > 1e-3
     assert model.tome_handle is None
+
+
+@pytest.mark.slow
+def test_diffusers_pipeline_inferencer(hub, tmp_path):
+    """MMagic's config of a whole pipeline of diffusers, SDXL's."""
+    import tiny
+    import torch
+    from diffusers import StableDiffusionXLPipeline
+    from mmagic.apis import MMagicInferencer
+
+    parts = tiny.tiny_xl_parts(hub / "xl")
+    StableDiffusionXLPipeline(**parts).save_pretrained(tmp_path / "pipeline")
+    file = mmagic_hub.mmagic_folder() / "diffusers_pipeline" / "sd_xl_pipeline.py"
+    config = Config.fromfile(str(file))
+    config.model.from_pretrained = str(tmp_path / "pipeline")
+    config.tome_cfg = dict(ratio=0.5)
+    with pytest.warns(UserWarning, match="is overridden by"):
+        editor = MMagicInferencer("diffusers_pipeline", model_config=config, device="cpu")
+    handle = get_handle(editor.inferencer.inferencer.model)
+
+    def picture():
+        torch.manual_seed(0)
+        call = dict(text="a cat", num_inference_steps=2, height=64, width=64)
+        return np.asarray(editor.infer(**call)[1][0], dtype=np.float32)
+
+    merged = picture()
+    assert {(row["kept"], row["tokens"]) for row in handle.stats()} == {(8, 16)}
+    handle.ratio = 0
+    dense = picture()
+    handle.remove()
+    np.testing.assert_array_equal(picture(), dense)
+    assert np.abs(merged - dense).max() >= 1
+
+
+@pytest.mark.parametrize("folder", ["guided_diffusion", "disco_diffusion"])
+def test_mmagics_other_diffusion_models_say_that_they_cannot_be_merged(folder):
+    """Their ``DenoisingUnet`` has attention of its own kind on the picture itself."""
+    file = sorted((mmagic_hub.mmagic_folder() / folder).glob("*.py"))[0]
+    unet = Config.fromfile(str(file)).model.unet
+    unet.update(base_channels=32, use_fp16=False)
+    unet.attention_cfg.update(num_head_channels=8)
+    with pytest.raises(ToMeError, match=r"DenoisingUnet has no transformer block.*'stable'"):
+        apply_tome(MODELS.build(unet))
 
 
 @pytest.mark.slow
