@@ -1,0 +1,229 @@
+#!/usr/bin/env python
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Measured time against error of every way to make a model faster: picture, and who beats whom.
+
+Reads folders that ``tools/evaluate.py`` wrote, one panel each, and says for every contender that
+is between ``--low`` and ``--high`` times as fast as dense whether one of ours is at least as fast
+with a smaller error, and how many times smaller its squared error is::
+
+    FRONTIER=configs/benchmarks/frontier_demo.py
+    python tools/evaluate.py $FRONTIER --out outputs/frontier20
+    python tools/evaluate.py $FRONTIER --steps 50 --out outputs/frontier50
+    python benchmarks/frontier.py outputs/frontier20 outputs/frontier50 --plot frontier.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+STYLES = {
+    "ours: foretold": ("o", "#1a7f4b"),
+    "ours: merging with a residual": ("P", "#5aa77a"),
+    "last output again": ("v", "#8a5ca8"),
+    "DeepCache": ("D", "#b0447a"),
+    "fewer steps": ("^", "#c2571a"),
+    "merging alone": ("s", "#3b6ea8"),
+    "tomesd": ("X", "#9a9a9a"),
+}
+OURS = tuple(name for name in STYLES if name.startswith("ours"))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A contender: speed-up over dense (median and 10th to 90th percentile) and PSNR in dB."""
+
+    name: str
+    family: str
+    speedup: float
+    low: float
+    high: float
+    psnr: float
+
+    @property
+    def squared_error(self) -> float:
+        return 10 ** (-self.psnr / 10)
+
+
+def family_of(row: dict[str, Any]) -> str:
+    """What kind of thing a contender is, from the options it ran with."""
+    if row["kind"] in ("tomesd", "deepcache", "steps"):
+        return {"tomesd": "tomesd", "deepcache": "DeepCache", "steps": "fewer steps"}[row["kind"]]
+    options = row["options"]
+    reuse, residual = options["reuse"], options["residual"]
+    if reuse is not None:
+        scopes = [scope for scope in reuse.values() if isinstance(scope, dict)]
+        # The plain order is 1, and is left out where it is.
+        again = all(scope.get("order", 1) == 0 for scope in scopes)
+        return "last output again" if again else "ours: foretold"
+    if residual is not None:
+        kind = residual if isinstance(residual, str) else residual.get("kind", "exact")
+        order = 0 if isinstance(residual, str) else residual.get("order", 0)
+        if kind == "reuse":
+            return "ours: foretold" if order else "last output again"
+        return "ours: merging with a residual"
+    return "merging alone"
+
+
+def points_of(results: dict[str, Any]) -> list[Point]:
+    """All contenders but dense; those that changed nothing have no PSNR and are left out."""
+    points = []
+    for row in results["contenders"]:
+        quality = row["quality"]["psnr"].get("value")
+        if row["kind"] == "dense" or quality is None:
+            continue
+        speedup = row["cost"]["speedup"]
+        points.append(
+            Point(
+                row["name"],
+                family_of(row),
+                speedup["median"],
+                speedup["p10"],
+                speedup["p90"],
+                quality,
+            )
+        )
+    return points
+
+
+def beaten_by(point: Point, ours: list[Point]) -> Point | None:
+    """The one of ours that is at least as fast and nearest to dense, if it is nearer than this."""
+    fast = [one for one in ours if one.speedup >= point.speedup]
+    best = max(fast, key=lambda one: one.psnr, default=None)
+    return best if best is not None and best.psnr > point.psnr else None
+
+
+def table(points: list[Point], low: float, high: float) -> str:
+    """Markdown: everybody by speed-up, and who of ours is at least as fast with less error."""
+    ours = [point for point in points if point.family in OURS]
+    lines = [
+        "| contender | kind | x dense (10 - 90 %) | PSNR, dB | at least as fast, of ours | "
+        "squared error, times that one's |",
+        "|---|---|---:|---:|---|---:|",
+    ]
+    for point in sorted(points, key=lambda one: one.speedup):
+        speed = f"{point.speedup:.2f} ({point.low:.2f} - {point.high:.2f})"
+        name, beside, times = point.name, "", ""
+        if point.family in OURS:
+            name = f"**{name}**"
+        else:
+            better = beaten_by(point, ours)
+            if better is not None:
+                beside = f"{better.name}: {better.speedup:.2f}, {better.psnr:.1f} dB"
+                times = f"{point.squared_error / better.squared_error:.3g}"
+            elif low <= point.speedup <= high:
+                beside = "none"
+        lines.append(
+            f"| {name} | {point.family} | {speed} | {point.psnr:.1f} | {beside} | {times} |"
+        )
+    return "\n".join(lines)
+
+
+def verdict(points: list[Point], low: float, high: float) -> str:
+    """One sentence: whether ours has the lowest error at every measured speed-up of a range."""
+    ours = [point for point in points if point.family in OURS]
+    others = [p for p in points if p.family not in OURS and low <= p.speedup <= high]
+    unbeaten = [point.name for point in others if beaten_by(point, ours) is None]
+    where = f"{len(others)} contenders of others are {low:g} to {high:g} times as fast as dense; "
+    if not unbeaten:
+        return where + "every one of them is beaten in both by one of ours."
+    return where + f"not beaten in both: {', '.join(unbeaten)}."
+
+
+def draw(path: Path, panels: list[tuple[str, list[Point]]]) -> None:
+    """Write the picture, under a temporary name first."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from mmagic_tome.evaluation.report.plots import place_labels
+
+    figure = Figure(figsize=(7.5 * len(panels), 6.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for family, (shape, colour) in STYLES.items():
+            own = [point for point in points if point.family == family]
+            if own:
+                axes.errorbar(
+                    [point.speedup for point in own],
+                    [point.psnr for point in own],
+                    xerr=[
+                        [max(0.0, point.speedup - point.low) for point in own],
+                        [max(0.0, point.high - point.speedup) for point in own],
+                    ],
+                    fmt=shape,
+                    color=colour,
+                    markersize=6,
+                    elinewidth=0.8,
+                    label=family,
+                )
+        front = [
+            p for p in points if not any(q.speedup > p.speedup and q.psnr > p.psnr for q in points)
+        ]
+        front.sort(key=lambda point: point.speedup)
+        axes.plot(
+            [point.speedup for point in front],
+            [point.psnr for point in front],
+            color="#444444",
+            linewidth=1,
+            alpha=0.4,
+            zorder=1,
+            label="nothing is better in both",
+        )
+        axes.axvline(1, color="#444444", linestyle=":", linewidth=1)
+        axes.set_title(title, fontsize=11, loc="left")
+        axes.set_xlabel("times as fast as dense, measured, whole pictures")
+        axes.set_ylabel("PSNR against the dense pictures (dB)")
+        axes.grid(alpha=0.3)
+        axes.margins(0.08)
+    handles = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels()):
+            handles.setdefault(label, handle)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False
+    )
+    # Last: names are put where everything else leaves room.
+    for axes, (_, points) in zip(figure.axes, panels):
+        place_labels(figure, axes, [(point.name, point.speedup, point.psnr) for point in points])
+    part = path.with_name(f".part.{path.name}")
+    try:
+        figure.savefig(part, dpi=110)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="+", type=Path, help="written by tools/evaluate.py")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the picture there")
+    parser.add_argument("--low", type=float, default=1.1, help="default: %(default)s")
+    parser.add_argument("--high", type=float, default=2.0, help="default: %(default)s")
+    args = parser.parse_args()
+    panels = []
+    for folder in args.folders:
+        file = folder / "results.json"
+        if not file.exists():
+            sys.exit(f"{file} is not there; run tools/evaluate.py CONFIG --out {folder} first")
+        results = json.loads(file.read_text())
+        if not results["cost_measured"]:
+            sys.exit(f"{folder} has no times; run the same evaluation with --cost-rounds 9")
+        points, settings = points_of(results), results["settings"]
+        title = f"{settings['steps']} steps, {settings['pictures']} pictures"
+        panels.append((title, points))
+        print(f"### {title}\n\n{table(points, args.low, args.high)}\n")
+        print(verdict(points, args.low, args.high) + "\n")
+    if args.plot is not None:
+        draw(args.plot, panels)
+        print(f"written to {args.plot}")
+
+
+if __name__ == "__main__":
+    main()
