@@ -1,0 +1,94 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Who is beaten by whom, of results made up by hand."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks/frontier.py"
+
+
+@pytest.fixture(scope="module")
+def frontier():
+    spec = importlib.util.spec_from_file_location("frontier", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up.
+    sys.modules["frontier"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["frontier"]
+
+
+def row(name, kind, speedup, psnr, **options):
+    return {
+        "name": name,
+        "kind": kind,
+        "options": {"reuse": None, "residual": None, **options},
+        "quality": {"psnr": {"value": psnr}},
+        "cost": {"speedup": {"median": speedup, "p10": speedup - 0.1, "p90": speedup + 0.1}},
+    }
+
+
+@pytest.fixture
+def results():
+    deep = dict(deep=dict(steps=2, between=[0, 0.95]))
+    again = dict(deep=dict(steps=2, between=[0, 0.95], order=0), outer=1)
+    return {
+        "cost_measured": True,
+        "settings": {"steps": 20, "pictures": 4},
+        "contenders": [
+            row("dense", "dense", 1.0, None),
+            row("foretold", "tome", 1.5, 50.0, reuse=deep),
+            row("again", "tome", 1.5, 60.0, reuse=again),
+            row("merged", "tome", 1.2, 40.0),
+            row("exact", "tome", 1.1, 41.0, residual=dict(kind="exact", order=1)),
+            row("blocks again", "tome", 1.2, 30.0, residual="reuse"),
+            row("10 steps", "steps", 2.0, 42.0),
+            row("tomesd", "tomesd", 0.9, 40.0),
+            row("DeepCache 2", "deepcache", 1.4, 20.0),
+        ],
+    }
+
+
+def test_families(frontier, results):
+    families = {point.name: point.family for point in frontier.points_of(results)}
+    assert families == {
+        "foretold": "ours: foretold",
+        "again": "last output again",
+        "merged": "merging alone",
+        "exact": "ours: merging with a residual",
+        "blocks again": "last output again",
+        "10 steps": "fewer steps",
+        "tomesd": "tomesd",
+        "DeepCache 2": "DeepCache",
+    }
+
+
+def test_who_is_beaten(frontier, results):
+    points = frontier.points_of(results)
+    text = frontier.table(points, 1.1, 2.0)
+    # 10 dB are a factor of ten.
+    assert "| merged | merging alone | 1.20 (1.10 - 1.30) | 40.0 | foretold: 1.50" in text
+    assert "50.0 dB | 10 |" in text
+    assert frontier.verdict(points, 1.1, 2.0) == (
+        "5 contenders of others are 1.1 to 2 times as fast as dense; "
+        "not beaten in both: again, 10 steps."
+    )
+    beaten = [point for point in points if point.name not in ("again", "10 steps")]
+    assert frontier.verdict(beaten, 1.1, 2.0).endswith("beaten in both by one of ours.")
+
+
+def test_table_and_picture_of_a_folder(frontier, results, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["frontier.py", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"is not there; run tools/evaluate\.py"):
+        frontier.main()
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    picture = tmp_path / "frontier.png"
+    monkeypatch.setattr(sys, "argv", ["frontier.py", str(tmp_path), "--plot", str(picture)])
+    frontier.main()
+    assert "### 20 steps, 4 pictures" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
