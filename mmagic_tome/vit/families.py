@@ -8,6 +8,7 @@ from. No library is imported: a model of a library that nobody imported cannot b
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -377,21 +378,20 @@ FAMILIES = (
 )
 
 
-# Beginnings of class names -> why models of theirs cannot be merged.
-_UNSUPPORTED = (
-    (("DINOv3ViT", "Eva"), "rotates queries and keys by position, which a merged token has not"),
-    (("Beit", "Data2VecVision"), "adds a number of its own to every pair of places"),
-    (("Swin", "Hiera", "Sam", "VitDet", "MaxxVit"), "attends in windows of a grid"),
-    (("Siglip2",), "is given padded pictures with an attention mask"),
-    (("ConvNext", "ResNet"), "has no tokens"),
-)
+# Class names -> why models of theirs cannot be merged.
+_UNSUPPORTED = {
+    r"DINOv3ViT\w*|Eva": "rotates queries and keys by position, which a merged token has not",
+    r"Beit\w*|Data2VecVision\w*": "adds a number of its own to every pair of places",
+    r"(Swin|Hiera|Sam2?Vision|VitDet|MaxxVit)\w*": "attends in windows of a grid",
+    r"Siglip2\w*": "is given padded pictures with an attention mask",
+}
 
 
 def _why_unsupported(model: object) -> str:
     for module in model.modules() if isinstance(model, nn.Module) else ():
         name = type(module).__name__
-        for beginnings, why in _UNSUPPORTED:
-            if name.startswith(beginnings):
+        for names, why in _UNSUPPORTED.items():
+            if re.fullmatch(names, name):
                 return f"{name} {why}. "
     return ""
 
