@@ -4,27 +4,70 @@
 ``python tests/support_table.py`` writes them; a test fails when one is out of date.
 """
 
+import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parent / "test_vit"))  # for its list of models
+
 _ROOT = Path(__file__).parents[1]
+CONFIGS = _ROOT / "configs"
 PAGE, README = _ROOT / "docs" / "support.md", _ROOT / "README.md"
 _KINDS = ("attn", "attn_kv", "crossattn", "mlp", "block", "stack")
 
 
 def networks():
-    """The networks in Markdown: sites, grids and what compiles without a graph break."""
+    """The networks in Markdown: sites, what can be left out, grids and what compiles without a
+    graph break."""
     rows = [
-        (one.title, one.class_name, _sites(one.build()), one.grids, one.compiles)
+        (
+            one.title,
+            one.class_name,
+            _code(_sites(one.build())),
+            _code(scopes_of(_layered(one))),
+            _grids(one.grids),
+            one.compiles,
+        )
         for one in _all_networks()
     ]
     head = (
         "model",
         "class in diffusers",
         "sites",
+        "`reuse`",
         "grids tested, in tokens",
         "`torch.compile(fullgraph=True)` of",
     )
-    return _table(head, [(*row[:2], _code(row[2]), _grids(row[3]), row[4]) for row in rows])
+    return _table(head, rows)
+
+
+def mmagic():
+    """MMagic's models in Markdown: this project's configs, and what else calls them."""
+    from mmagic_hub import FOLDERS, INFERENCER
+    from mmengine import Config
+
+    rows = {}
+    for file in sorted(file for name in FOLDERS for file in (CONFIGS / name).glob("*.py")):
+        config = Config.fromfile(str(file))
+        names, called = rows.setdefault(config.model.type, ([], set()))
+        names.append(f"[{file.stem}](../configs/{file.parent.name}/{file.name})")
+        called.update(filter(None, [INFERENCER.get(f"{file.parent.name}/{file.name}")]))
+        if "attention_injection" in config.model or "inference_method" in config:
+            called.add("controlnet_animation")
+    return _table(
+        ("class in MMagic", "configs", "called by `infer`, and in MMagicInferencer by"),
+        [
+            (f"`{name}`", ", ".join(names), _code(sorted(called)) or "nothing")
+            for name, (names, called) in sorted(rows.items())
+        ],
+    )
+
+
+def vits():
+    """Vision transformers in Markdown."""
+    from vits import FAMILIES, build
+
+    rows = [(name, f"`{type(build(name)).__name__}`") for name in FAMILIES]
+    return _table(("tested as", "class"), rows)
 
 
 def pipelines():
@@ -45,7 +88,10 @@ def short():
 
 
 # file -> {name of a table: what makes it}
-TABLES = {PAGE: {"networks": networks, "pipelines": pipelines}, README: {"support": short}}
+TABLES = {
+    PAGE: {"networks": networks, "mmagic": mmagic, "pipelines": pipelines, "vits": vits},
+    README: {"support": short},
+}
 
 
 def updated(file):
@@ -80,6 +126,27 @@ def _sites(network):
             continue
         accepted.append(kind)
     return accepted
+
+
+def scopes_of(network):
+    """Parts of a network that option ``reuse`` can leave out."""
+    from mmagic_tome import ToMeError, apply_tome
+
+    accepted = []
+    for name in ("network", "deep"):
+        try:
+            apply_tome(network, ratio=0, reuse={name: 2}).remove()
+        except ToMeError:
+            continue
+        accepted.append(name)
+    return accepted
+
+
+def _layered(one):
+    """The network with as many levels or blocks as it takes to have an inner part."""
+    if hasattr(one, "deeper"):
+        return one.deeper(4).build()
+    return (one.layered or one.build)()
 
 
 def _code(words):

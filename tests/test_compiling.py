@@ -66,7 +66,7 @@ def test_at_most_two_graphs_per_shape_and_the_same_picture(build, fresh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("title", ["ControlNet", "Kandinsky 2.2: attention on the picture itself"])
+@pytest.mark.parametrize("title", list(NETWORKS)[1:])
 def test_other_unets_are_one_graph(title, fresh):
     """Those of Stable Diffusion are above."""
     network, inputs = NETWORKS[title].build(), NETWORKS[title].inputs()

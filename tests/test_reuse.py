@@ -5,7 +5,9 @@ import threading
 
 import pytest
 import torch
+from support_table import scopes_of
 from tiny import QUICK, tiny_inputs, tiny_model, tiny_sd_folder, tiny_unet
+from tiny_pipelines import NETWORKS
 from tiny_transformers import TRANSFORMERS
 
 from mmagic_tome import ToMeConfig, ToMeError, apply_tome
@@ -382,6 +384,31 @@ def test_transformers(family):
         if name == "network":
             torch.testing.assert_close(reused[2], 2 * dense[1] - dense[0])
     assert torch.equal(outputs(), dense)
+
+
+@pytest.mark.parametrize("kind", NETWORKS.values(), ids=NETWORKS)
+def test_unets(kind):
+    network = (kind.layered or kind.build)()
+    scopes = scopes_of(network)
+    assert scopes == (["network"] if kind.title == "ControlNet" else ["network", "deep"])
+
+    @torch.no_grad()
+    def outputs():
+        found = []
+        for t in STEPS:
+            given = {**kind.inputs(), "timestep": torch.tensor(t)}
+            out = network(**given, return_dict=False)[0]
+            found.append(out[-1] if isinstance(out, list) else out)  # a ControlNet's levels
+        return found
+
+    dense = outputs()
+    for name in scopes:
+        with apply_tome(network, ratio=0, reuse={name: WIDE}) as handle:
+            reused = outputs()
+            assert handle.scopes() == [{"scope": name, "runs": 6, "reused": 3}]
+        same = [torch.equal(a, b) for a, b in zip(reused, dense)]
+        assert same == [step not in (2, 4, 6) for step in range(9)], name
+    assert all(torch.equal(a, b) for a, b in zip(outputs(), dense))
 
 
 def test_mmagics_own_unet(tmp_path):

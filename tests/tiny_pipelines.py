@@ -345,6 +345,41 @@ def video_inputs(batch=2, size=(8, 8)):
     )
 
 
+# Of a clip of AnimateDiff.
+FRAMES = 3
+
+
+def motion_unet():
+    """diffusers' UNet of AnimateDiff; MMagic's is laid out in the same way."""
+    from diffusers import UNetMotionModel
+
+    return randomise(
+        UNetMotionModel(
+            sample_size=8,
+            block_out_channels=(16, 16),
+            layers_per_block=1,
+            norm_num_groups=8,
+            cross_attention_dim=_WIDTH,
+            num_attention_heads=2,
+            motion_num_attention_heads=2,
+            down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+            up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+        )
+    )
+
+
+def motion_inputs(clips=2, size=(8, 8)):
+    """Keyword arguments for a call of :func:`motion_unet`."""
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(clips, 4, FRAMES, *size, generator=generator)
+    text = torch.randn(clips, _TEXT, _WIDTH, generator=generator)
+    return dict(
+        sample=sample,
+        timestep=torch.tensor(500),
+        encoder_hidden_states=text.repeat_interleave(FRAMES, dim=0),  # as its pipeline does
+    )
+
+
 def controlnet_inputs():
     """Keyword arguments for a call of :func:`tiny_controlnet`."""
     return {**tiny_inputs(size=8), "controlnet_cond": picture(batch=2)}
@@ -375,7 +410,8 @@ def _image_embeds():
 
 @dataclass(frozen=True)
 class Network:
-    """A kind of UNet: what users call it, the class, odd grids that it is tested on in tokens."""
+    """A kind of UNet: what users call it, the class, odd grids that it is tested on in tokens;
+    ``layered`` builds one with several levels, where ``build`` does not."""
 
     title: str
     class_name: str
@@ -383,6 +419,7 @@ class Network:
     inputs: Callable
     grids: tuple
     compiles: str = "the whole network"
+    layered: Callable | None = None
 
 
 NETWORKS = {
@@ -394,6 +431,7 @@ NETWORKS = {
             lambda: tiny_unet(levels=1),
             tiny_inputs,
             GRIDS,
+            layered=tiny_unet,
         ),
         Network("ControlNet", "ControlNetModel", tiny_controlnet, controlnet_inputs, ((8, 8),)),
         Network(
@@ -409,7 +447,13 @@ NETWORKS = {
             video_unet,
             video_inputs,
             ((6, 10), (8, 8)),
-            compiles="not tried",
+        ),
+        Network(
+            "AnimateDiff, frame by frame or across frames",
+            "UNetMotionModel, MMagic's UNet3DConditionMotionModel",
+            motion_unet,
+            motion_inputs,
+            ((6, 10), (8, 8)),
         ),
     )
 }

@@ -6,11 +6,14 @@ import importlib.util
 import pytest
 import torch
 from tiny_pipelines import (
+    FRAMES,
     NETWORKS,
     PIPELINES,
     controlnet_inputs,
     kandinsky_inputs,
     kandinsky_unet,
+    motion_inputs,
+    motion_unet,
     tiny_controlnet,
     video_inputs,
     video_unet,
@@ -72,6 +75,21 @@ def test_frames_of_stable_video_diffusion_are_merged_one_by_one():
             seen = {(row["tokens"], row["kept"]) for row in handle.stats()}
             assert seen == {(height * width, height * width // 2)}
     assert not any("temporal" in row["block"] for row in handle.stats())
+
+
+@pytest.mark.parametrize("across", [False, True], ids=["frame by frame", "across frames"])
+def test_clips_of_animatediff_on_odd_grids(across):
+    network = motion_unet()
+    handle = apply_tome(network, ratio=0.5, sites=["attn", "mlp"], across_frames=across)
+    for height, width in NETWORKS["AnimateDiff, frame by frame or across frames"].grids:
+        for clips in (1, 3):
+            with torch.no_grad():
+                out = network(**motion_inputs(clips, (height, width))).sample
+            assert out.isfinite().all() and out.shape == (clips, 4, FRAMES, height, width)
+            tokens = height * width * (FRAMES if across else 1)
+            seen = {(row["tokens"], row["kept"]) for row in handle.stats()}
+            assert seen == {(tokens, tokens // 2)}
+    assert not any("motion" in row["block"] for row in handle.stats())
 
 
 def test_base_and_refiner_are_merged_apart():
@@ -246,25 +264,55 @@ def test_what_attention_on_the_picture_itself_does_not_allow(kandinsky):
 # --- attention processors -------------------------------------------------------------------------
 
 
-def processors():
-    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+class StandInForXformers:
+    """What diffusers asks xformers for, computed by torch: xformers itself wants a GPU.
 
-    missing = importlib.util.find_spec("xformers") is None
-    xformers = pytest.mark.skipif(missing, reason="xformers is not installed")
+    It stands in for the arithmetic only. What is tested is diffusers' processor around it: the
+    shapes and the mask that it is given when tokens are merged.
+    """
+
+    def __init__(self):
+        self.calls = []
+        self.ops = self
+
+    def memory_efficient_attention(self, query, key, value, attn_bias=None, op=None, scale=None):
+        self.calls.append((query.shape[1], key.shape[1]))
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attn_bias, scale=scale
+        )
+
+
+def processors():
+    from diffusers.models.attention_processor import (
+        AttnProcessor,
+        AttnProcessor2_0,
+        XFormersAttnProcessor,
+    )
+
     return [
         pytest.param(lambda p: p.unet.set_attn_processor(AttnProcessor2_0()), id="SDPA"),
         pytest.param(lambda p: p.unet.set_attn_processor(AttnProcessor()), id="written out"),
         pytest.param(lambda p: p.enable_attention_slicing("max"), id="sliced"),
         pytest.param(lambda p: p.unet.fuse_qkv_projections(), id="fused projections"),
         pytest.param(
-            lambda p: p.enable_xformers_memory_efficient_attention(), id="xformers", marks=xformers
+            lambda p: p.unet.set_attn_processor(XFormersAttnProcessor()),
+            id="xformers' processor with a stand-in for xformers",
         ),
     ]
 
 
+@pytest.fixture
+def stand_in(monkeypatch):
+    from diffusers.models import attention_processor
+
+    xformers = StandInForXformers()
+    monkeypatch.setattr(attention_processor, "xformers", xformers)
+    return xformers
+
+
 @pytest.mark.parametrize("switch_on", processors())
 @pytest.mark.parametrize("first", ["merging", "processor"])
-def test_attention_processors(switch_on, first):
+def test_attention_processors(switch_on, first, stand_in):
     pipeline = SD.pipeline()
     dense = SD.run(pipeline)
     apply_tome(pipeline, ratio=0.5, merge_crossattn=True)
@@ -276,8 +324,23 @@ def test_attention_processors(switch_on, first):
     else:
         switch_on(pipeline)
     torch.testing.assert_close(SD.run(pipeline), expected, rtol=1e-3, atol=1e-4)
+    if stand_in.calls:
+        # Two steps of half the tokens at the finest level, with themselves and with the text.
+        assert {(32, 32), (32, 7)} < set(stand_in.calls)
     get_handle(pipeline).remove()
     torch.testing.assert_close(SD.run(pipeline), dense, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("xformers") is None or not torch.cuda.is_available(),
+    reason="xformers' attention wants a GPU, and diffusers asks for one before it switches it on",
+)
+def test_xformers_itself():
+    pipeline = SD.pipeline().to("cuda")
+    apply_tome(pipeline, ratio=0.5, merge_crossattn=True)
+    expected = SD.run(pipeline)
+    pipeline.enable_xformers_memory_efficient_attention()
+    torch.testing.assert_close(SD.run(pipeline), expected, rtol=1e-2, atol=1e-2)
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -297,6 +360,52 @@ def test_model_cpu_offload(first):
     assert hasattr(pipeline.unet, "_hf_hook")
     assert torch.equal(SD.run(pipeline), SD.run(expected))
     assert {(row["kept"], row["calls"]) for row in handle.stats()} == {(32, 2)}
+
+
+def sequentially(pipeline):
+    """What ``enable_sequential_cpu_offload`` does; itself it names the device "cpu:0", which
+    accelerate takes for another one than "cpu", and fails on it with a dense network as well."""
+    from accelerate import cpu_offload
+
+    for module in (pipeline.unet, pipeline.vae):
+        cpu_offload(module, torch.device("cpu"))
+    assert pipeline.unet.conv_in.weight.is_meta
+
+
+def in_groups(kind):
+    def switch_on(pipeline):
+        cpu = torch.device("cpu")
+        pipeline.unet.enable_group_offload(
+            onload_device=cpu, offload_device=cpu, offload_type=kind, num_blocks_per_group=1
+        )
+
+    return switch_on
+
+
+OFFLOADS = {
+    "sequential": sequentially,
+    "groups of blocks": in_groups("block_level"),
+    "groups of layers": in_groups("leaf_level"),
+}
+
+
+@pytest.mark.parametrize("switch_on", OFFLOADS.values(), ids=OFFLOADS)
+@pytest.mark.parametrize("first", ["merging", "offload"])
+def test_offloading_of_layers(switch_on, first):
+    """Weights that are there only while their layer runs."""
+    pipeline = SD.pipeline()
+    dense = SD.run(pipeline)
+    with apply_tome(pipeline, ratio=0.5, merge_mlp=True):
+        expected = SD.run(pipeline)
+    if first == "offload":
+        switch_on(pipeline)
+    handle = apply_tome(pipeline, ratio=0.5, merge_mlp=True)
+    if first == "merging":
+        switch_on(pipeline)
+    assert torch.equal(SD.run(pipeline), expected)
+    assert {(row["kept"], row["calls"]) for row in handle.stats()} == {(32, 2)}
+    handle.remove()
+    assert torch.equal(SD.run(pipeline), dense)
 
 
 def test_vae_tiling_and_slicing_see_nothing_of_it(monkeypatch):

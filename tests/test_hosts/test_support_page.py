@@ -1,5 +1,9 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 import pytest
+
+pytest.importorskip("mmagic")  # whose configs one table goes through
+pytest.importorskip("mmpretrain")  # of which one lists models
+
 from support_table import TABLES, updated
 
 

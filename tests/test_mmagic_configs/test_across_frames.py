@@ -4,42 +4,11 @@
 import pytest
 import tiny
 import torch
+from tiny_pipelines import FRAMES, motion_inputs, motion_unet
 
 from mmagic_tome import ToMeError, apply_tome, remove_tome
 from mmagic_tome.merging import MergePlan
 from mmagic_tome.merging.frames import FramesPlan, as_clips
-
-FRAMES = 3
-
-
-def motion_unet():
-    """diffusers' UNet of AnimateDiff, with random weights."""
-    from diffusers import UNetMotionModel
-
-    return tiny.randomise(
-        UNetMotionModel(
-            sample_size=8,
-            block_out_channels=(16, 16),
-            layers_per_block=1,
-            norm_num_groups=8,
-            cross_attention_dim=16,
-            num_attention_heads=2,
-            motion_num_attention_heads=2,
-            down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
-            up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
-        )
-    )
-
-
-def inputs(clips=2):
-    generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(clips, 4, FRAMES, 8, 8, generator=generator)
-    text = torch.randn(clips, 7, 16, generator=generator)
-    return dict(
-        sample=sample,
-        timestep=torch.tensor(500),
-        encoder_hidden_states=text.repeat_interleave(FRAMES, dim=0),  # as its pipeline does
-    )
 
 
 @torch.no_grad()
@@ -69,7 +38,7 @@ def test_what_stands_still_is_computed_once():
 
     frame = torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(0))
     frames = frame.expand(4, -1, -1)
-    method = ToMeConfig().built_method
+    method = ToMeConfig().built_methods[0]
 
     def lost(x, height):
         fields = dict.fromkeys(PlanRequest.__dataclass_fields__)
@@ -85,7 +54,7 @@ def test_what_stands_still_is_computed_once():
     "sites", [["attn"], ["crossattn", "mlp"], ["block"]], ids=lambda sites: "+".join(sites)
 )
 def test_diffusers_motion_unet(sites):
-    unet, given = motion_unet(), inputs()
+    unet, given = motion_unet(), motion_inputs()
     dense = run(unet, given)
     handle = apply_tome(unet, ratio=0.5, sites=sites, across_frames=True)
     merged = run(unet, given)
@@ -99,6 +68,11 @@ def test_diffusers_motion_unet(sites):
         text = given["encoder_hidden_states"][clip * FRAMES : (clip + 1) * FRAMES]
         alone = dict(given, sample=given["sample"][clip : clip + 1], encoder_hidden_states=text)
         torch.testing.assert_close(run(unet, alone)[0], merged[clip], rtol=1e-3, atol=1e-4)
+    if sites == ["attn"]:  # what a key stands for is counted through the frames
+        apply_tome(unet, ratio=0.5, sites=sites, across_frames=True, proportional=True)
+        weighed = run(unet, given)
+        assert weighed.isfinite().all() and (weighed - merged).abs().max() > 1e-3
+        handle = apply_tome(unet, ratio=0.5, sites=sites, across_frames=True)
     handle.ratio = 0
     assert torch.equal(run(unet, given), dense)
     remove_tome(unet)
@@ -106,7 +80,7 @@ def test_diffusers_motion_unet(sites):
 
 
 def test_it_is_another_thing_than_frame_by_frame():
-    unet, given = motion_unet(), inputs()
+    unet, given = motion_unet(), motion_inputs()
     with apply_tome(unet, ratio=0.5, sites=["mlp"]) as handle:
         apart = run(unet, given)
         assert {site["tokens"] for site in handle.stats()} == {64}
@@ -117,7 +91,7 @@ def test_it_is_another_thing_than_frame_by_frame():
 
 @pytest.mark.parametrize("residual", ["exact", "own", "reuse"])
 def test_plans_and_residuals_that_serve_several_steps(residual):
-    unet, given = motion_unet(), inputs()
+    unet, given = motion_unet(), motion_inputs()
     options = dict(ratio=0.5, sites=["mlp"], across_frames=True, refresh=2, residual=residual)
     handle = apply_tome(unet, **options)
     first = run(unet, dict(given, timestep=torch.tensor(500)))
@@ -130,7 +104,7 @@ def test_plans_and_residuals_that_serve_several_steps(residual):
 
 
 def test_gradients_also_under_checkpointing():
-    unet, given = motion_unet(), inputs()
+    unet, given = motion_unet(), motion_inputs()
     apply_tome(unet, ratio=0.5, sites=["attn", "mlp"], across_frames=True)
 
     def gradient():
@@ -161,7 +135,7 @@ def test_attention_along_frames_inside_a_block_needs_all_places(sd_folder):
     for site in ("block", "stack"):
         with pytest.raises(ToMeError, match=r"along the frames of a place.*'attn', 'mlp'"):
             apply_tome(unet, sites=[site])
-    given = inputs()
+    given = motion_inputs()
     given["encoder_hidden_states"] = given["encoder_hidden_states"][::FRAMES]  # MMagic repeats it
     dense = run(unet, given)
     with apply_tome(unet, ratio=0.5, sites=["attn", "mlp"], across_frames=True) as handle:
@@ -173,7 +147,7 @@ def test_attention_along_frames_inside_a_block_needs_all_places(sd_folder):
 def test_the_merge_map_of_a_clip_shows_its_frames_below_each_other():
     from mmagic_tome.visualization.recorder import PlanRecorder
 
-    unet, given = motion_unet(), inputs()
+    unet, given = motion_unet(), motion_inputs()
     # As many slots as two of three frames have tokens: more than one frame has.
     with apply_tome(unet, ratio=0.3, across_frames=True), PlanRecorder(unet) as recorder:
         run(unet, given)
