@@ -70,6 +70,9 @@ class ToMeConfig:
             output from the last ones: 2 runs the network at every second step; or a dict of
             :class:`~mmagic_tome.reuse.Reuse`. Merges nothing by itself: with ``ratio=0`` it is
             all that is done. Default None.
+        proportional (bool): self-attention attends to a merged token as often as to all that it
+            stands for: softmax(Q K^T / sqrt(d) + log s), s the number of tokens (arXiv 2210.09461,
+            section 3). Default False, as for Stable Diffusion in arXiv 2303.17604.
         controlnet (bool | dict): merge in the model's ControlNet too: True for the same options
             there, a dict of those that differ there. Default False: the UNet only.
         across_frames (bool): in video UNets that work frame by frame (AnimateDiff) merge the tokens
@@ -100,13 +103,14 @@ class ToMeConfig:
     reuse: Any = None
     controlnet: Any = False
     across_frames: bool = False
+    proportional: bool = False
 
     def __post_init__(self) -> None:
         for key in ("ratio", "max_downsample", "sx", "sy", "seed"):
             # numpy scalars and the like are as good, and would not go into JSON.
             object.__setattr__(self, key, _plain_number(getattr(self, key)))
         switches = ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp", "exact_matching")
-        for key in (*switches, "across_frames"):
+        for key in (*switches, "across_frames", "proportional"):
             if not isinstance(getattr(self, key), bool):
                 _fail(key, getattr(self, key), "True or False", bool(getattr(self, key)))
         for key in ("sx", "sy"):
@@ -137,6 +141,11 @@ class ToMeConfig:
                 "write merge_attn=True (or ratio=0 for the dense model)"
             )
         self._check_across_frames()
+        if self.proportional and not {"attn", "attn_kv"} & set(self.kinds):
+            raise ToMeError(
+                f"proportional=True weighs keys of self-attention, and what is merged is "
+                f"{', '.join(self.kinds)}; write sites=['attn'], or proportional=False"
+            )
         self._check_controlnet()
 
     def _build_methods(self) -> None:

@@ -152,6 +152,8 @@ def _hooked(config: ToMeConfig, host: Host, network: nn.Module, blocks: list[Blo
         state.hook(block.module, BlockPreHook(state, merged))
         for name, kind, modules in _sites_in_running_order(block, merged.kinds):
             site = SiteState(name, kind, merged, modules, block)
+            if config.proportional and kind in ("attn", "attn_kv"):
+                site.weights = block.mask_argument
             state.sites.append(site)
             if carried or kind in ("block", "stack"):
                 before, after = CarriedPreHook(state, site), CarriedPostHook(state, site)
@@ -431,6 +433,11 @@ def _check_block(block: Block, config: ToMeConfig) -> None:
     for kind in config.kinds:
         if kind in block.refused:
             raise ToMeError(f"{block.name} cannot be merged at {kind!r}: {block.refused[kind]}")
+        if config.proportional and kind in ("attn", "attn_kv") and block.mask_argument is None:
+            raise ToMeError(
+                f"proportional=True: self-attention of {block.name} takes no mask to weigh keys "
+                "by; write proportional=False"
+            )
         if kind in block.alike and residual is not None:
             raise ToMeError(
                 f"{block.name} takes queries, keys and values from what is merged at {kind!r}, so "
@@ -515,6 +522,8 @@ def _in_words(config: ToMeConfig, details: bool = False) -> list[str]:
         words.append(f"{'random' if config.use_rand else 'regular'} destinations")
     if config.method != "tome":
         words.append(f"method {config.method!r}")
+    if config.proportional:
+        words.append("proportional attention")
     if config.across_frames:
         words.append("across frames")
     refresh = config.refresh_plan

@@ -364,7 +364,8 @@ class CarriedPreHook(StepHook):
             return _with_merged(state, site, plan, x, args, kwargs)
         merged = plan.merge(x)
         forward.pending[site.name] = ("merged", x, merged)
-        return state.host.adapt(site.name, plan, *_with_tokens(merged, args, kwargs))
+        args, kwargs = _weighted(site, plan, x, *_with_tokens(merged, args, kwargs))
+        return state.host.adapt(site.name, plan, args, kwargs)
 
 
 class CarriedPostHook(StepHook):
@@ -432,6 +433,7 @@ class CarriedPostHook(StepHook):
             return dense - _tokens_of(site, site.modules[0].forward(*args, **kwargs))
         merged = y = plan.merge(x)
         outer = dict(forward.pending)
+        args, kwargs = _weighted(site, plan, x, args, kwargs)
         args, kwargs = state.host.adapt(site.name, plan, args, kwargs)
         for module in site.modules:
             args, kwargs = _with_tokens(y, args, kwargs)
@@ -518,9 +520,22 @@ def _saw(forward: Forward, site: SiteState, x: Tensor, plan: MergePlan | None) -
 def _with_merged(
     state: MergeState, site: SiteState, plan: MergePlan, x: Tensor, args: tuple, kwargs: dict
 ):
+    args, kwargs = _weighted(site, plan, x, args, kwargs)
     if site.kind == "attn_kv":
         return args, {**kwargs, site.context: plan.merge(x)}
     return state.host.adapt(site.name, plan, *_with_tokens(plan.merge(x), args, kwargs))
+
+
+def _weighted(
+    site: SiteState, plan: MergePlan, x: Tensor, args: tuple, kwargs: dict
+) -> tuple[tuple, dict[str, Any]]:
+    """A call of self-attention that is told what its keys stand for: log(size) is added to their
+    scores, so that a softmax counts each of them as often."""
+    if site.weights is None:
+        return args, kwargs
+    # Inverses may have sizes below 0; nothing else comes near to this.
+    weight = plan.size.float().clamp_min(1e-3).log().to(x.dtype)
+    return args, {**kwargs, site.weights: weight[:, None]}
 
 
 def _with_tokens(x: Tensor, args: tuple, kwargs: dict):

@@ -265,6 +265,8 @@ class SiteState:
         self.block = block
         self.modules = modules
         self.context = host.context_argument
+        # Where self-attention is told how many tokens each of its keys stands for; None: not told.
+        self.weights: str | None = None
         self.returns = host.returns.get(kind, 0)
         self.text_beside = kind in host.text_beside
         self.last = False

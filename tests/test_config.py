@@ -27,6 +27,7 @@ def test_defaults():
         "reuse": None,
         "controlnet": False,
         "across_frames": False,
+        "proportional": False,
     }
     assert config.kinds == ("attn",) and config.ceiling == 0.75
 

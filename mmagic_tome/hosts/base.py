@@ -31,6 +31,8 @@ class Block:
             tokens of its own and runs right after the first.
         context_argument (str): name of the argument of its self-attention for
             tokens to take keys and values from.
+        mask_argument (str | None): name of the argument of its self-attention for numbers that are
+            added to the scores of keys, (B, 1, keys). Default None: it has none.
         returns (dict): kind of site (also 'block') -> position of the picture's tokens in the
             tuple that is returned there. Default: 0, or no tuple at all.
         text_beside (tuple): kinds of site (also 'block') whose module is given the text's tokens
@@ -50,6 +52,7 @@ class Block:
     alike: dict[str, Sequence[nn.Module]] = field(default_factory=dict)
     twins: dict[str, nn.Module] = field(default_factory=dict)
     context_argument: str = "encoder_hidden_states"
+    mask_argument: str | None = None
     returns: dict[str, int] = field(default_factory=dict)
     text_beside: tuple[str, ...] = ()
     joint: tuple[str, ...] = ()

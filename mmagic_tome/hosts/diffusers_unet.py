@@ -72,6 +72,7 @@ class DiffusersUNet(Host):
                     if getattr(block, attribute, None) is not None
                 },
                 context_argument=self.context_argument,
+                mask_argument=mask_argument(block.attn1),
                 refused=_refused(stack),
             )
 
@@ -87,6 +88,12 @@ class DiffusersUNet(Host):
             check_added_kv_call(kwargs)
         x = args[0] if args else kwargs["hidden_states"]
         return x.shape[-2], x.shape[-1]
+
+
+def mask_argument(attn: nn.Module) -> str | None:
+    """Where diffusers' attention takes what is added to the scores of keys; MMagic's own classes
+    drop a mask, or take one of other shapes."""
+    return "attention_mask" if hasattr(attn, "prepare_attention_mask") else None
 
 
 def _refused(stack: nn.Module) -> dict[str, str]:

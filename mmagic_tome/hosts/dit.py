@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from .base import Block, Host
-from .diffusers_unet import SITES
+from .diffusers_unet import SITES, mask_argument
 
 
 class PatchTransformer(Host):
@@ -54,6 +54,7 @@ class PixArt(PatchTransformer):
                     for kind, attribute in SITES.items()
                     if getattr(block, attribute, None) is not None
                 },
+                mask_argument=mask_argument(block.attn1),
             )
             for index, block in enumerate(network.transformer_blocks)
         ]

@@ -49,6 +49,11 @@ class FramesPlan:
         return self.plan.slot
 
     @property
+    def size(self) -> Tensor:
+        """(B, M), how many tokens of a clip each slot holds."""
+        return self.plan.size
+
+    @property
     def representative(self) -> Tensor:
         """(B, M) int64, counted through the frames: frame * N + place."""
         return self.plan.representative
