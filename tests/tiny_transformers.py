@@ -31,6 +31,7 @@ class Family:
         joins_inside (str): beginning of the names of blocks whose attention puts text and picture
             into one sequence itself.
         depth (str): which option says how many blocks its longest list has.
+        rotary (bool): whether positions are no part of the tokens.
     """
 
     title: str
@@ -45,6 +46,7 @@ class Family:
     beside: dict = field(default_factory=dict)
     joins_inside: str = " "
     depth: str = "num_layers"
+    rotary: bool = False
 
     @property
     def grids(self):
@@ -450,6 +452,7 @@ TRANSFORMERS = {
             _HUNYUAN_DIT,
             _hunyuan_dit,
             kinds=_CROSSED,
+            rotary=True,
         ),
         Family("Stable Diffusion 3", "SD3Transformer2DModel", _SD3, _sd3),
         Family(
@@ -481,6 +484,7 @@ TRANSFORMERS = {
             _cogview,
             kinds=("attn",),
             joins_inside="transformer_blocks",
+            rotary=True,
         ),
         Family(
             "Flux.1",
@@ -489,8 +493,17 @@ TRANSFORMERS = {
             _flux1,
             compiles="its blocks",
             span=1,
+            rotary=True,
         ),
-        Family("Flux.2", "Flux2Transformer2DModel", _FLUX2, _flux2, compiles="its blocks", span=1),
+        Family(
+            "Flux.2",
+            "Flux2Transformer2DModel",
+            _FLUX2,
+            _flux2,
+            compiles="its blocks",
+            span=1,
+            rotary=True,
+        ),
         Family(
             "Chroma",
             "ChromaTransformer2DModel",
@@ -503,8 +516,9 @@ TRANSFORMERS = {
             _chroma,
             compiles="its blocks",
             span=1,
+            rotary=True,
         ),
-        Family("Qwen-Image", "QwenImageTransformer2DModel", _QWEN, _qwen, span=1),
+        Family("Qwen-Image", "QwenImageTransformer2DModel", _QWEN, _qwen, span=1, rotary=True),
         Family(
             "Z-Image",
             "ZImageTransformer2DModel",
@@ -515,6 +529,7 @@ TRANSFORMERS = {
             # Sequences are filled up to multiples of 32.
             beside={"noise_refiner": 0, "layers": 32},
             depth="n_layers",
+            rotary=True,
         ),
         Family(
             "Lumina 2",
@@ -523,6 +538,7 @@ TRANSFORMERS = {
             _lumina2,
             compiles="its blocks",
             span=-1,
+            rotary=True,
         ),
         Family(
             "Wan 2.1, 2.2 (video)",
@@ -531,6 +547,7 @@ TRANSFORMERS = {
             _wan,
             frames=2,
             kinds=_CROSSED,
+            rotary=True,
         ),
         Family(
             "LTX-Video (video)",
@@ -539,6 +556,7 @@ TRANSFORMERS = {
             _ltx,
             frames=2,
             kinds=_CROSSED,
+            rotary=True,
         ),
         Family(
             "CogVideoX (video)",
@@ -547,6 +565,7 @@ TRANSFORMERS = {
             _cogvideox,
             frames=2,
             joins_inside="transformer_blocks",
+            rotary=True,
         ),
         Family(
             "HunyuanVideo (video)",
@@ -555,6 +574,7 @@ TRANSFORMERS = {
             _hunyuan_video,
             frames=2,
             joins_inside="single_transformer_blocks",
+            rotary=True,
         ),
     )
 }

@@ -36,7 +36,16 @@ def test_every_pipeline(case):
     assert dense.std() > 0.05
     with apply_tome(pipeline, ratio=0.5, **case.options) as handle:
         assert handle.network is pipeline.unet
+        hooks, given = [], []
+        for row in handle.stats():  # what the layers inside are really given
+            block = pipeline.unet.get_submodule(row["block"])
+            layer = getattr(block, "attn1", block).to_q
+            note = layer.register_forward_pre_hook(lambda module, x: given.append(x[0].shape[1]))
+            hooks.append(note)
         merged = case.run(pipeline)
+        for hook in hooks:
+            hook.remove()
+        assert given == [case.tokens // 2] * len(hooks) * case.calls
         seen = {(row["tokens"], row["kept"], row["calls"]) for row in handle.stats()}
         assert seen == {(case.tokens, case.tokens // 2, case.calls)}
         assert 1e-3 < difference(merged, dense) < 0.8

@@ -9,9 +9,11 @@ from tiny_transformers import TEXT, TRANSFORMERS, image_ids
 from torch import nn
 
 from mmagic_tome import ToMeError, apply_tome, get_handle
-from mmagic_tome.hosts import HOSTS, find_host
+from mmagic_tome.hooks import BlockPreHook
+from mmagic_tome.hosts import HOSTS, find_host, rotary
 from mmagic_tome.hosts.flux import grid_of_ids
 from mmagic_tome.hosts.unsupported import why_unsupported
+from mmagic_tome.merging import MergePlan
 from mmagic_tome.methods import METHODS
 
 FLUX, SD3, SD35 = (
@@ -305,6 +307,67 @@ def test_text_in_front_goes_through_bit_for_bit():
     for x in seen.given.values():
         assert x.shape[1] == TEXT + 32
         assert torch.equal(x[:, :TEXT], normed[0][:, :TEXT])
+
+
+# --- what follows the tokens -------------------------------------------------------------------
+
+
+def in_another_order(self, metric, *_):
+    """In place of :meth:`BlockPreHook.make`: nothing merges, the tokens change places."""
+    batch, tokens = metric.shape[:2]
+    generator = torch.Generator().manual_seed(tokens)
+    order = [torch.randperm(tokens, generator=generator) for _ in range(batch)]
+    return MergePlan(torch.stack(order), tokens)
+
+
+ROTARY = {name for name, family in TRANSFORMERS.items() if family.rotary}
+
+
+@every_site_of_every_family
+def test_another_order_of_the_tokens_changes_nothing(family, sites, monkeypatch):
+    """Of the picture's, in every entry of the batch another: positions and masks go with them."""
+    grid = family.grids[-1] if family.square else (5, 6)
+    network, inputs = family.build(), family.inputs(grid, batch=3)
+    dense = run(network, inputs)
+    monkeypatch.setattr(BlockPreHook, "make", in_another_order)
+    apply_tome(network, ratio=0.5, sites=sites)
+    seen = Seen(network, *(name for name, (kind, _) in first_linears(network, family).items()))
+    torch.testing.assert_close(run(network, inputs), dense, rtol=1e-3, atol=1e-4)
+    assert seen.given
+    # Where positions are not part of the tokens, leaving the table as it is shows.
+    asked = []
+
+    def left_as_it_is(part, plan):
+        asked.append(part)
+        return part
+
+    monkeypatch.setattr(rotary, "_merged_rows", left_as_it_is)
+    wrong = run(network, inputs)
+    assert bool(asked) == (family.title in ROTARY and sites != ["mlp"])
+    if asked:
+        assert difference(wrong, dense) > 1e-3
+
+
+@every_family
+def test_half_precision(family):
+    network, inputs = family.build(), family.inputs()
+    apply_tome(network, ratio=0.5, sites=family.inner)
+    expected = run(network, inputs)
+    network.to(torch.bfloat16)
+
+    def half(value):
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1:
+            return value.bfloat16()
+        return [half(one) for one in value] if isinstance(value, list) else value
+
+    halves = {name: half(value) for name, value in inputs.items()}
+    if family.title == "Hunyuan-DiT":  # which computes in the timestep's type
+        halves["timestep"] = halves["timestep"].bfloat16()
+    found = run(network, halves)
+    assert found.dtype == torch.bfloat16 and found.isfinite().all()
+    # Rounding sends some tokens to other destinations.
+    assert difference(found.float(), expected) < 0.5
+    assert {row["kept"] for row in get_handle(network).stats()} == {family.tokens() // 2}
 
 
 # --- rotary embeddings ----------------------------------------------------------------------------
