@@ -207,7 +207,20 @@ def test_every_config_has_its_entry_and_a_line_in_the_page():
         assert entry["Name"] == Path(name).stem
         assert entry["In Collection"] == collection["Name"]
         assert collection["README"] == f"configs/{folder.name}/README.md"
-        assert f"]({Path(name).name})" in (folder / "README.md").read_text(encoding="utf-8")
+        page = (folder / "README.md").read_text(encoding="utf-8")
+        assert f"]({Path(name).name})" in page
+        # The method by its paper, how to use it, and a measured row, which the entry repeats.
+        assert re.search(r"^> \[.*\]\(https://arxiv.org/abs/", page, re.M)
+        assert "## Usage" in page
+        measured = page.partition("## Measured")[2]
+        stem = Path(name).stem.removesuffix("_local")  # the same with other weights
+        row = re.search(rf"^\| {stem} \| [^|]+ \| ([\d.]+) \| ([\d.]+) \|", measured, re.M)
+        dense, merged = map(float, row.groups())
+        assert 0 < merged < dense
+        assert entry["Results"][0]["Metrics"] == {
+            "TFLOP per step, dense": dense,
+            "TFLOP per step, merged": merged,
+        }
 
 
 # --- MMagicInferencer -----------------------------------------------------------------------------
