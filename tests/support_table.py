@@ -73,10 +73,13 @@ def vits():
 def pipelines():
     """The pipelines in Markdown, by what users call the model."""
     from tiny_pipelines import PIPELINES
+    from tiny_transformers import PIPELINES as TRANSFORMER_PIPELINES
 
     grouped = {}
     for case in PIPELINES.values():
         grouped.setdefault(case.class_name, []).append(case.title)
+    for title, case in TRANSFORMER_PIPELINES.items():
+        grouped[case.class_name] = [title]
     rows = [("; ".join(titles), f"`{name}`") for name, titles in grouped.items()]
     return _table(("model or option", "pipeline in diffusers"), rows)
 

@@ -1,9 +1,11 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Diffusion transformers small enough for tests, with random weights everywhere.
 
-``TRANSFORMERS`` is what the tests of all of them go through, and what docs/support.md lists.
+``TRANSFORMERS`` is what the tests of all of them go through, and ``PIPELINES`` what is run in
+diffusers' own pipelines; docs/support.md lists both.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -577,4 +579,114 @@ TRANSFORMERS = {
             rotary=True,
         ),
     )
+}
+
+
+# --- pipelines ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """diffusers' own pipeline around a family, without text encoders and decoder.
+
+    Attributes:
+        class_name (str): of the pipeline.
+        call (dict): arguments of a call, for a picture of 48 tokens or a clip of so many a frame.
+        tokens (int): how many there are.
+        guided (bool): whether it calls the network twice per step, with and without the text.
+    """
+
+    class_name: str
+    call: dict
+    tokens: int = 48
+    guided: bool = False
+
+    def build(self, family):
+        """The pipeline, silent."""
+        import diffusers
+
+        kind = getattr(diffusers, self.class_name)
+        needed = inspect.signature(kind.__init__).parameters.values()
+        parts = {p.name: None for p in needed if p.default is p.empty and p.name != "self"}
+        # LTX-Video insists on it.
+        dynamic = self.class_name == "LTXPipeline"
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=dynamic)
+        pipeline = kind(**{**parts, "scheduler": scheduler, "transformer": family.build()})
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def run(self, pipeline):
+        """Latents of four steps."""
+        out = pipeline(
+            **self.call,
+            height=128,
+            width=96,
+            num_inference_steps=4,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        )
+        return out[0]
+
+
+def _text(length=TEXT, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, length, _WIDTH, generator=generator)
+
+
+def _prompts(negative=TEXT):
+    """Of a prompt, and of one with so many tokens."""
+    return dict(prompt_embeds=_text(), negative_prompt_embeds=_text(negative, seed=1))
+
+
+def _masks(**like):
+    masks = dict(prompt_attention_mask=torch.ones(1, TEXT, **like))
+    masks["negative_prompt_attention_mask"] = torch.ones(1, TEXT, **like)
+    masks["negative_prompt_attention_mask"][:, 4:] = 0
+    return masks
+
+
+def _qwen_masks():
+    return dict(
+        prompt_embeds_mask=torch.ones(1, TEXT, dtype=torch.int64),
+        negative_prompt_embeds_mask=torch.ones(1, 5, dtype=torch.int64),
+    )
+
+
+def _pooled():
+    return dict(pooled_prompt_embeds=_text(seed=2)[:, 0])
+
+
+PIPELINES = {
+    "Stable Diffusion 3": Pipeline(
+        "StableDiffusion3Pipeline",
+        {**_prompts(), **_pooled(), "negative_pooled_prompt_embeds": _text(seed=3)[:, 0]},
+    ),
+    "Flux.1": Pipeline("FluxPipeline", dict(prompt_embeds=_text(), **_pooled())),
+    "AuraFlow": Pipeline("AuraFlowPipeline", {**_prompts(), **_masks()}),
+    "CogView 4": Pipeline("CogView4Pipeline", _prompts(5), guided=True),
+    "Flux.2": Pipeline("Flux2Pipeline", dict(prompt_embeds=_text())),
+    "Chroma": Pipeline("ChromaPipeline", {**_prompts(), **_masks()}, guided=True),
+    "Qwen-Image": Pipeline(
+        "QwenImagePipeline", {**_prompts(5), **_qwen_masks(), "true_cfg_scale": 3.0}, guided=True
+    ),
+    "Z-Image": Pipeline("ZImagePipeline", {k: [v[0]] for k, v in _prompts(5).items()}),
+    "Lumina 2": Pipeline(
+        "Lumina2Pipeline", {**_prompts(), **_masks(dtype=torch.int64)}, guided=True
+    ),
+    "Wan 2.1, 2.2 (video)": Pipeline(
+        "WanPipeline", {**_prompts(), "num_frames": 5}, tokens=96, guided=True
+    ),
+    "LTX-Video (video)": Pipeline(
+        "LTXPipeline", {**_prompts(), **_masks(), "num_frames": 9}, tokens=24
+    ),
+    "HunyuanVideo (video)": Pipeline(
+        "HunyuanVideoPipeline",
+        dict(
+            prompt_embeds=_text(),
+            **_pooled(),
+            prompt_attention_mask=torch.ones(1, TEXT),
+            num_frames=5,
+        ),
+        tokens=96,
+    ),
 }
