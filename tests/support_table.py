@@ -24,7 +24,7 @@ def networks():
             one.class_name,
             _code(_sites(one.build())),
             _code(scopes_of(_layered(one))),
-            _grids(one.grids),
+            _grids([*one.grids, *getattr(one, "large_grids", ())]),
             one.compiles,
         )
         for one in _all_networks()

@@ -56,6 +56,11 @@ class Family:
         return ((9, 9), (5, 5)) if self.square else ((9, 7), (3, 20), (8, 8))
 
     @property
+    def large_grids(self):
+        """Large ones, with one picture at a time."""
+        return ((33, 33),) if self.square else ((33, 31), (17, 90), (8, 200))
+
+    @property
     def next_time(self):
         """A timestep soon after 500; of whole ones where diffusers wants these."""
         return 499.9 if self.span != 1000 or self.title == "Hunyuan-DiT" else 499
@@ -295,7 +300,7 @@ _SD3 = dict(
     joint_attention_dim=_WIDTH,
     caption_projection_dim=16,
     pooled_projection_dim=_WIDTH,
-    pos_embed_max_size=32,
+    pos_embed_max_size=256,
 )
 _AURAFLOW = dict(
     **_HEADS,
@@ -307,7 +312,7 @@ _AURAFLOW = dict(
     num_single_dit_layers=2,
     joint_attention_dim=_WIDTH,
     caption_projection_dim=16,
-    pos_embed_max_size=1024,
+    pos_embed_max_size=256**2,
 )
 _CHROMA = dict(
     **_HEADS,
@@ -339,7 +344,7 @@ _Z_IMAGE = dict(
     n_kv_heads=2,
     cap_feat_dim=_WIDTH,
     axes_dims=[2, 2, 4],
-    axes_lens=[80, 32, 32],
+    axes_lens=[80, 256, 256],
 )
 _LUMINA2 = dict(
     sample_size=16,
@@ -352,7 +357,7 @@ _LUMINA2 = dict(
     num_kv_heads=1,
     multiple_of=8,
     axes_dim_rope=(4, 2, 2),
-    axes_lens=(32, 32, 32),
+    axes_lens=(32, 256, 256),
     cap_feat_dim=_WIDTH,
 )
 _COGVIEW = dict(
@@ -364,7 +369,7 @@ _COGVIEW = dict(
     text_embed_dim=_WIDTH,
     time_embed_dim=8,
     condition_dim=4,
-    pos_embed_max_size=32,
+    pos_embed_max_size=256,
     sample_size=16,
 )
 _HUNYUAN_DIT = dict(

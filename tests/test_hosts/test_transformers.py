@@ -182,6 +182,18 @@ def test_odd_grids_and_batches(family, batch):
             assert run(handle.network, inputs).shape == merged.shape
 
 
+@every_family
+def test_large_odd_grids_and_a_batch_of_eight(family):
+    network = family.build()
+    apply_tome(network, ratio=0.5, sites=family.inner)
+    for grid, batch in (*((grid, 1) for grid in family.large_grids), (family.grids[1], 8)):
+        tokens = family.tokens(grid)
+        merged = run(network, family.inputs(grid, batch))
+        assert merged.isfinite().all() and merged.shape[0] == batch
+        rows = {(row["tokens"], row["kept"]) for row in get_handle(network).stats()}
+        assert rows == {(tokens, tokens - tokens // 2)}
+
+
 @every_site_of_every_family
 def test_entries_of_a_batch_do_not_touch_each_other(family, sites):
     """Above all rotary rows, which differ between entries once tokens are merged."""
