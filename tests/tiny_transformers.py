@@ -245,6 +245,10 @@ def _wan(family, draw):
     return dict(hidden_states=draw.latent(4, family.frames), encoder_hidden_states=draw.text())
 
 
+def _vace(family, draw):
+    return dict(**_wan(family, draw), control_hidden_states=draw.latent(4, family.frames))
+
+
 def _cogvideox(family, draw):
     return dict(
         hidden_states=draw.latent(family.frames, 4),
@@ -525,6 +529,32 @@ TRANSFORMERS = {
             span=1,
             rotary=True,
         ),
+        Family(
+            "Bria",
+            "BriaTransformer2DModel",
+            _FLUX,
+            _flux,
+            compiles="its blocks",
+            rotary=True,
+        ),
+        Family(
+            "LongCat-Image",
+            "LongCatImageTransformer2DModel",
+            _FLUX,
+            _flux,
+            compiles="its blocks",
+            span=1,
+            rotary=True,
+        ),
+        Family(
+            "Ovis-Image",
+            "OvisImageTransformer2DModel",
+            dict(**_CHROMA, out_channels=4),
+            _flux,
+            compiles="its blocks",
+            span=1,
+            rotary=True,
+        ),
         Family("Qwen-Image", "QwenImageTransformer2DModel", _QWEN, _qwen, span=1, rotary=True),
         Family(
             "Z-Image",
@@ -557,6 +587,24 @@ TRANSFORMERS = {
             rotary=True,
         ),
         Family(
+            "Wan VACE (video)",
+            "WanVACETransformer3DModel",
+            dict(**_WAN, vace_layers=[0], vace_in_channels=4),
+            _vace,
+            frames=2,
+            kinds=_CROSSED,
+            rotary=True,
+        ),
+        Family(
+            "SkyReels V2 (video)",
+            "SkyReelsV2Transformer3DModel",
+            _WAN,
+            _wan,
+            frames=2,
+            kinds=_CROSSED,
+            rotary=True,
+        ),
+        Family(
             "LTX-Video (video)",
             "LTXVideoTransformer3DModel",
             _LTX,
@@ -569,6 +617,15 @@ TRANSFORMERS = {
             "CogVideoX (video)",
             "CogVideoXTransformer3DModel",
             _COGVIDEOX,
+            _cogvideox,
+            frames=2,
+            joins_inside="transformer_blocks",
+            rotary=True,
+        ),
+        Family(
+            "ConsisID (video)",
+            "ConsisIDTransformer3DModel",
+            dict(**_COGVIDEOX, is_train_face=False),
             _cogvideox,
             frames=2,
             joins_inside="transformer_blocks",

@@ -17,14 +17,14 @@ from .cogvideox import CogVideoX
 from .cogview import CogView3Plus, CogView4
 from .diffusers_unet import DiffusersUNet
 from .dit import DiT, PixArt
-from .flux import Chroma, Flux, Flux2
+from .flux import Bria, Chroma, Flux, Flux2, LongCatImage, OvisImage
 from .hunyuan import HunyuanDiT, HunyuanVideo
 from .ltx import LTX
 from .mmagic_unet import MMagicUNet
 from .qwen_image import QwenImage
 from .sd3 import SD3
 from .unsupported import why_unsupported
-from .wan import Wan
+from .wan import SkyReelsV2, Wan
 from .z_image import Lumina2, ZImage
 
 # The first host that recognises a module wins: specific ones come first.
@@ -42,10 +42,14 @@ HOSTS: list[Host] = [
     Flux(),
     Flux2(),
     Chroma(),
+    Bria(),
+    LongCatImage(),
+    OvisImage(),
     QwenImage(),
     ZImage(),
     Lumina2(),
     Wan(),
+    SkyReelsV2(),
     LTX(),
     CogVideoX(),
     HunyuanVideo(),

@@ -18,13 +18,15 @@ from .sd3 import REFUSED
 
 
 class CogVideoX(Host):
-    """Host for ``CogVideoXTransformer3DModel``. Sites: ``attn`` = ``attn1``, ``mlp`` = ``ff``."""
+    """Host for ``CogVideoXTransformer3DModel``, and ``ConsisIDTransformer3DModel``, which looks at
+    a face between its blocks. Sites: ``attn`` = ``attn1``, ``mlp`` = ``ff``."""
 
-    description = "CogVideoX (CogVideoXTransformer3DModel)"
+    description = "CogVideoX (CogVideoXTransformer3DModel, ConsisIDTransformer3DModel)"
     timestep_position = 2
 
     def matches(self, module: nn.Module) -> bool:
-        return is_a(module, "CogVideoXTransformer3DModel")
+        names = ("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel")
+        return any(is_a(module, name) for name in names)
 
     def blocks(self, network: nn.Module) -> list[Block]:
         return [
@@ -44,7 +46,7 @@ class CogVideoX(Host):
     def grid(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
         latent = args[0] if args else kwargs["hidden_states"]
         frames, _, height, width = latent.shape[1:]
-        patch, patch_frames = stack.config.patch_size, stack.config.patch_size_t or 1
+        patch, patch_frames = stack.config.patch_size, stack.config.get("patch_size_t") or 1
         return -(-frames // patch_frames) * (height // patch), width // patch
 
     def adapt(

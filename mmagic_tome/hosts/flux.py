@@ -1,15 +1,16 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Flux.1, Flux.2 and Chroma in diffusers: double blocks (two streams), single blocks (one), rotary
-embeddings.
+"""Flux.1, Flux.2 and what is built like them in diffusers: Chroma, Bria, LongCat-Image, Ovis-Image.
 
+There are double blocks (two streams), single blocks (one) and rotary embeddings (:mod:`.rotary`).
 Double blocks are as those of Stable Diffusion 3. Single blocks work on the text in front of the
-picture; Flux.1's are called with both apart and put them together inside, those of the others are
-called with one sequence. What is wrapped leaves the text alone. Rotary embeddings: :mod:`.rotary`.
+picture; most are called with both apart and put them together inside, those of Flux.2 and Chroma
+are called with one sequence. What is wrapped leaves the text alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -164,6 +165,40 @@ class Flux2(Flux):
                 "(kv_cache_mode), which merged tokens have not; call the model without it"
             )
         return super().adapt(site, plan, args, kwargs)
+
+
+class Bria(Flux):
+    """Host for ``BriaTransformer2DModel``. Sites: as :class:`Flux`."""
+
+    description = "Bria (BriaTransformer2DModel)"
+    class_name = "BriaTransformer2DModel"
+
+    def noise_level(self, timestep: float) -> float:
+        return timestep / 1000
+
+
+class LongCatImage(Flux):
+    """Host for ``LongCatImageTransformer2DModel``. Sites: as :class:`Flux`."""
+
+    description = "LongCat-Image (LongCatImageTransformer2DModel)"
+    class_name = "LongCatImageTransformer2DModel"
+    timestep_position = 2
+    ids_position = 3
+
+
+class OvisImage(LongCatImage):
+    """Host for ``OvisImageTransformer2DModel``.
+
+    Sites: as :class:`Flux`, but the feed-forward of single blocks halves what ``proj_mlp`` gives
+    before it goes on, so that ``mlp`` ends there.
+    """
+
+    description = "Ovis-Image (OvisImageTransformer2DModel)"
+    class_name = "OvisImageTransformer2DModel"
+
+    def _single(self, network: nn.Module) -> Iterator[Block]:
+        for block in super()._single(network):
+            yield replace(block, sites={**block.sites, "mlp": block.module.proj_mlp})
 
 
 def _adapted(

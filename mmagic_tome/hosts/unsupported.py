@@ -22,8 +22,8 @@ _HISTORY = (
     "frames of several resolutions are in its sequence, so that its tokens lie on no one grid"
 )
 _HINTS = (
-    "branches beside its blocks work on tokens of their own for every place (a control, a pose, a "
-    "face), and a host that merges both alike is not written"
+    "branches beside its blocks work on tokens of their own for every place (a pose, a face), and "
+    "a host that merges both alike is not written"
 )
 _EMBEDDING = "its tokens are an embedding and a text, not places of a picture"
 _FRAMES = "it attends along the frames of one place, of which there are few"
@@ -39,7 +39,6 @@ _REASONS = {
     "LuminaNext": _MIXED,
     "HunyuanVideoFramepack": _HISTORY,
     "Helios": _HISTORY,
-    "WanVACE": _HINTS,
     "WanAnimate": _HINTS,
     "StableAudio": _SOUND,
     "AceStep": _SOUND,

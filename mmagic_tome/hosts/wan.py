@@ -28,16 +28,18 @@ REFUSED = {
 
 
 class Wan(Host):
-    """Host for ``WanTransformer3DModel``.
+    """Host for ``WanTransformer3DModel``, and ``WanVACETransformer3DModel``, whose control branch
+    stays as it is.
 
     Sites: ``attn`` = ``attn1``, ``crossattn`` = ``attn2``, ``mlp`` = ``ffn``.
     """
 
-    description = "Wan (WanTransformer3DModel)"
+    description = "Wan (WanTransformer3DModel, WanVACETransformer3DModel)"
+    class_names = ("WanTransformer3DModel", "WanVACETransformer3DModel")
     timestep_position = 1
 
     def matches(self, module: nn.Module) -> bool:
-        return is_a(module, "WanTransformer3DModel")
+        return any(is_a(module, name) for name in self.class_names)
 
     def blocks(self, network: nn.Module) -> list[Block]:
         return [
@@ -76,3 +78,22 @@ class Wan(Host):
                 "sites=['attn', 'mlp']"
             )
         return with_merged_rotary(plan, args, kwargs)
+
+
+class SkyReelsV2(Wan):
+    """Host for ``SkyReelsV2Transformer3DModel``. Sites: as :class:`Wan`."""
+
+    description = "SkyReels V2 (SkyReelsV2Transformer3DModel)"
+    class_names = ("SkyReelsV2Transformer3DModel",)
+
+    def adapt(
+        self, site: str, plan: Any, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        # Fifth argument of a block, third of its attention.
+        position = {"block": 4, "attn": 2}.get(site.rpartition(".")[2])
+        if position is not None and len(args) > position and args[position] is not None:
+            raise ToMeError(
+                f"{site} is given a causal mask over frames (num_frame_per_block > 1), which does "
+                "not fit tokens that are merged across frames; write sites=['crossattn', 'mlp']"
+            )
+        return super().adapt(site, plan, args, kwargs)

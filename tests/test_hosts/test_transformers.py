@@ -1,6 +1,7 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 import copy
 import inspect
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -567,12 +568,86 @@ def test_a_timestep_per_token():
     assert run(network, WAN.inputs()).isfinite().all()
 
 
+def several_pictures(inputs):
+    return dict(img_shapes=[[(1, 8, 4), (1, 8, 4)]] * 2)
+
+
+def a_timestep_per_token(inputs):
+    return dict(timestep=torch.full((2, 128), 500))
+
+
+# Family -> (more options, sites, other arguments, what the error says to write).
+REFUSED_CALLS = {
+    "Qwen-Image": ({}, ["attn"], several_pictures, "2 pictures in one sequence.*without token"),
+    "Z-Image": (
+        {},
+        ["attn"],
+        lambda inputs: dict(x=[inputs["x"][0], inputs["x"][1][..., :8]]),
+        "pictures of 2 sizes at once.*one size at a time",
+    ),
+    "Flux.2": (
+        {},
+        ["attn"],
+        lambda inputs: dict(kv_cache_mode="extract", num_ref_tokens=8),
+        r"kv_cache_mode.*call the model without it",
+    ),
+    "LTX-Video (video)": (
+        {},
+        "block",
+        a_timestep_per_token,
+        r"block is given a timestep per token.*write sites=\['attn', 'mlp'\]",
+    ),
+    "SkyReels V2 (video)": (
+        dict(num_frame_per_block=2),
+        ["attn"],
+        lambda inputs: {},
+        r"causal mask over frames.*write sites=\['crossattn', 'mlp'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("title", REFUSED_CALLS)
+def test_calls_that_do_not_fit_merged_tokens(title):
+    options, sites, other, message = REFUSED_CALLS[title]
+    family = TRANSFORMERS[title]
+    family = replace(family, options={**family.options, **options})
+    network, inputs = family.build(), family.inputs()
+    changed = {**inputs, **other(inputs)}
+    with apply_tome(network, ratio=0.5, sites=sites):
+        with pytest.raises(ToMeError, match=message):
+            run(network, changed)
+        if not options:  # and the next call is as usual
+            assert run(network, inputs).isfinite().all()
+
+
+def test_ltx_in_the_terms_of_its_conditions():
+    """A timestep per token goes well with the inside of blocks; sizes must be known."""
+    family = TRANSFORMERS["LTX-Video (video)"]
+    network, inputs = family.build(), family.inputs()
+    apply_tome(network, ratio=0.5, sites=["attn", "mlp"])
+    assert run(network, inputs, **a_timestep_per_token(inputs)).isfinite().all()
+    coords = torch.rand(2, 3, 128)
+    with pytest.raises(ToMeError, match="without num_frames, height and width"):
+        run(network, inputs, num_frames=None, height=None, width=None, video_coords=coords)
+
+
+def test_hunyuan_video_with_a_given_first_frame():
+    family = TRANSFORMERS["HunyuanVideo (video)"]
+    changed = {**family.options, "image_condition_type": "token_replace"}
+    network, inputs = replace(family, options=changed).build(), family.inputs()
+    with pytest.raises(ToMeError, match=r"first frame.*Write sites=\['attn', 'mlp'\]"):
+        apply_tome(network, ratio=0.5, sites="block")
+    dense = run(network, inputs)
+    apply_tome(network, ratio=0.5, sites=["attn", "mlp"])
+    assert 1e-4 < difference(run(network, inputs), dense) < 0.8
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
         ("SanaTransformer2DModel", "its attention is linear"),
         ("LuminaNextDiT2DModel", "one projection behind both attentions"),
-        ("WanVACETransformer3DModel", "branches beside its blocks"),
+        ("WanAnimateTransformer3DModel", "branches beside its blocks"),
         ("HunyuanVideoFramepackTransformer3DModel", "frames of several resolutions"),
         ("StableAudioDiTModel", "on no grid of rows and columns"),
         ("MochiTransformer3DModel", "no host is written for this diffusion transformer"),
