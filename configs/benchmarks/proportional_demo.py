@@ -8,6 +8,18 @@ _merged = [
     ("ToMe 0.5, keys and values", dict(ratio=0.5, sites="attn_kv")),
     ("ToMe 0.75, keys and values", dict(ratio=0.75, sites="attn_kv")),
     ("CA-ToMe", dict(ratio=0.75, method="threshold")),
+    ("importance, keys and values", dict(ratio=0.5, sites="attn_kv", method="importance")),
+    ("PiToMe, keys and values", dict(ratio=0.5, sites="attn_kv", method="pitome")),
+    ("keys and values, plans for 4 steps", dict(ratio=0.5, sites="attn_kv", refresh=4)),
+    (
+        "keys and values, exact residual",
+        dict(ratio=0.5, sites="attn_kv", refresh=2, residual="exact"),
+    ),
+]
+# Every key stands for as many tokens: nothing to set right.
+_even = [
+    ("ToDo", dict(method="todo", ratio=0.75)),
+    ("averages of keys and values", dict(method="downsample", sites="attn_kv", ratio=0.75)),
 ]
 
 evaluation = dict(
@@ -26,5 +38,5 @@ evaluation = dict(
             dict(name=f"{name}, proportional", tome_cfg=dict(**options, proportional=True)),
         )
     ]
-    + [dict(name="ToDo", tome_cfg=dict(method="todo", ratio=0.75))],
+    + [dict(name=name, tome_cfg=options) for name, options in _even],
 )
