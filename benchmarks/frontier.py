@@ -24,7 +24,7 @@ from typing import Any
 
 STYLES = {
     "ours: foretold": ("o", "#1a7f4b"),
-    "ours: merging with a residual": ("P", "#5aa77a"),
+    "ours: merging": ("P", "#5aa77a"),
     "last output again": ("v", "#8a5ca8"),
     "DeepCache": ("D", "#b0447a"),
     "fewer steps": ("^", "#c2571a"),
@@ -66,8 +66,9 @@ def family_of(row: dict[str, Any]) -> str:
         order = 0 if isinstance(residual, str) else residual.get("order", 0)
         if kind == "reuse":
             return "ours: foretold" if order else "last output again"
-        return "ours: merging with a residual"
-    return "merging alone"
+        return "ours: merging"
+    # Old evaluations do not know the option.
+    return "ours: merging" if options.get("proportional") else "merging alone"
 
 
 def points_of(results: dict[str, Any]) -> list[Point]:

@@ -1,6 +1,7 @@
 # Every way to make the demo model faster, at several strengths: measured time against error.
 #   python tools/evaluate.py configs/benchmarks/frontier_demo.py --cost-rounds 3
-# With 50 steps: --steps 50 --fewer-steps 0.8 0.65 0.5 0.4 --out another folder.
+# With 50 steps: --steps 50 --out another folder. Then, of both folders:
+#   python benchmarks/frontier.py FOLDER FOLDER --plot FILE
 _base_ = "../demo/sd-emoji.py"
 
 evaluation = dict(
@@ -56,6 +57,25 @@ evaluation = dict(
                 refresh=dict(steps=2, warmup=2),
                 residual=dict(kind="exact", order=1),
             ),
+        ),
+        # Merging with attention that knows what its keys stand for.
+        *[
+            dict(name=f"ToMe {r:g}, proportional", tome_cfg=dict(ratio=r, proportional=True))
+            for r in (0.25, 0.5)
+        ],
+        dict(
+            name="keys and values 0.5, proportional",
+            tome_cfg=dict(ratio=0.5, proportional=True, sites="attn_kv", refresh=4),
+        ),
+        dict(
+            name="keys and values 0.5, proportional, exact residual",
+            tome_cfg=dict(
+                ratio=0.5, proportional=True, sites="attn_kv", refresh=2, residual="exact"
+            ),
+        ),
+        dict(
+            name="balanced and ToMe 0.5, proportional",
+            tome_cfg=dict(preset="balanced", ratio=0.5, proportional=True),
         ),
         # Merging alone, by every method; ToDo keeps the queries.
         *[dict(name=f"ToMe {r:g}", tome_cfg=dict(ratio=r)) for r in (0.25, 0.5, 0.75)],
