@@ -8,6 +8,7 @@ kept out (:class:`Outside`); what lies between, whole blocks or networks, is com
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -56,10 +57,12 @@ def prepare_compiler() -> None:
     """
     import torch._dynamo.config as dynamo
 
+    disable = torch.compiler.disable
+    # torch before 2.8 gives no reason.
+    why = {"reason": REASON} if "reason" in inspect.signature(disable).parameters else {}
     while _waiting:
         owner, name, outside = _waiting.pop()
-        method = torch.compiler.disable(outside.method, recursive=not outside.inner, reason=REASON)
-        setattr(owner, name, method)
+        setattr(owner, name, disable(outside.method, recursive=not outside.inner, **why))
     if getattr(dynamo, "skip_nnmodule_hook_guards", False):
         dynamo.skip_nnmodule_hook_guards = False
         # What was compiled before lacks the guards.
