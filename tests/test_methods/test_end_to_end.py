@@ -251,3 +251,24 @@ def test_plans_compile_without_a_break(name):
     expected = site(x)
     compiled = torch.compile(site, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(refresh=dict(share="level"), method="tofu"),
+        dict(method=dict(attn="todo", mlp="sito"), merge_mlp=True),
+        dict(ratio=dict(depth=[0.5, 0.25], site={"mlp": 0.25}), merge_mlp=True),
+    ],
+    ids=["one plan for a level", "a method for every site", "a ratio for every block"],
+)
+def test_one_graph(unet, options):
+    """Of what does not depend on the step."""
+    torch.compiler.reset()
+    apply_tome(unet, **options)
+    inputs = tiny_inputs()
+    with torch.no_grad():
+        expected = unet(**inputs).sample
+        compiled = torch.compile(unet, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(**inputs).sample, expected)
