@@ -116,7 +116,8 @@ def _stacks(network: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
     downsample = 1
     for index, block in enumerate(network.down_blocks):
         yield from _stacks_in(f"down_blocks.{index}", block, downsample)
-        if getattr(block, "downsamplers", None):
+        # ControlNet-XS has one for the network and one for the branch beside it.
+        if getattr(block, "downsamplers", None) or getattr(block, "base_downsamplers", None):
             downsample *= 2
     if getattr(network, "mid_block", None) is not None:
         yield from _stacks_in("mid_block", network.mid_block, downsample)

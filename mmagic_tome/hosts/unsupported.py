@@ -28,6 +28,10 @@ _HINTS = (
 _EMBEDDING = "its tokens are an embedding and a text, not places of a picture"
 _FRAMES = "it attends along the frames of one place, of which there are few"
 _NO_HOST = "no host is written for this diffusion transformer"
+_BRANCH = (
+    "no host is written for a ControlNet of this kind; merge the network that it controls, as "
+    "apply_tome(pipeline) does"
+)
 
 # Beginning of a class name -> why.
 _REASONS = {
@@ -50,7 +54,7 @@ _REASONS = {
     "TransformerTemporalModel": _FRAMES,
 }
 # What else looks like one of diffusers' diffusion transformers.
-_TRANSFORMER = re.compile(r"(Transformer([123]D)?(Model)?|DiT(2D)?(ControlNet)?Model)$")
+_TRANSFORMER = re.compile(r"(Transformer([123]D)?(Model)?|DiT(2D)?Model)$")
 
 
 def why_unsupported(name: str) -> str:
@@ -58,4 +62,6 @@ def why_unsupported(name: str) -> str:
     for beginning, reason in _REASONS.items():
         if name.startswith(beginning):
             return f"{name}: {reason}. "
+    if name.endswith("ControlNetModel"):
+        return f"{name}: {_BRANCH}. "
     return f"{name}: {_NO_HOST}. " if _TRANSFORMER.search(name) else ""

@@ -651,6 +651,7 @@ def test_hunyuan_video_with_a_given_first_frame():
         ("HunyuanVideoFramepackTransformer3DModel", "frames of several resolutions"),
         ("StableAudioDiTModel", "on no grid of rows and columns"),
         ("MochiTransformer3DModel", "no host is written for this diffusion transformer"),
+        ("FluxControlNetModel", "merge the network that it controls"),
         ("SomethingElse", "Supported"),
     ],
 )
