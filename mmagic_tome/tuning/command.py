@@ -12,7 +12,7 @@ import socket
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -270,7 +270,7 @@ def _useful(space: Space, predictor: Predictor, steps: int, notes) -> Space:
             useful.append(scope)
         else:
             notes.append(f"{scope}: nothing to leave out in {steps} steps; more --steps allow it")
-    return Space(tuple(useful), space.merges, space.order)
+    return replace(space, scopes=tuple(useful))
 
 
 def _fewer_steps(judge, predictor, steps) -> tuple[list[tuple[str, float, float]], float]:

@@ -30,7 +30,7 @@ LEAST_ROUNDS = 2
 # Few steps give every kind of call a few times.
 STEPS = 8
 WARM_UP_STEPS = 2
-SITES = ("attn", "block")
+SITES = ("attn", "attn_kv", "block")
 # Merging that saves less of a call than this is left out: it costs quality, and the clock is no
 # better than that.
 LEAST_SAVING = 0.02
@@ -54,7 +54,8 @@ def measure_costs(
 
     Returns:
         JSON-able: ``foretold``, ``shallow`` (None where they were not measured), ``rest``,
-        ``merges`` (a list of [site, level, ratio, what it adds]), ``deep_levels``,
+        ``merges`` (a list of [site, level, ratio, what it adds]), ``proportional`` (sites where
+        attention is told what its keys stand for), ``deep_levels``,
         ``dense_call_seconds``, ``rounds`` (of the first measurement).
     """
     host, network = find_host(generator.model)
@@ -68,15 +69,15 @@ def measure_costs(
     merges = {}
     for site in SITES:
         for level in levels:
-            config = merging(site, level, 0.5)
-            if _works(generator.model, config):
+            config = _merging_that_works(generator.model, site, level)
+            if config is not None:
                 merges[site, level, 0.5] = config
     until = time.perf_counter() + seconds
     with tqdm(desc="measuring costs", unit="step", dynamic_ncols=True) as bar:
         first = _rounds(generator, numbers, {**runs, **merges}, bar, until)
         kept = [key for key in merges if _saves(first, key)]
         more = {
-            (site, level, ratio): merging(site, level, ratio)
+            (site, level, ratio): merging(site, level, ratio, merges[site, level, 0.5].proportional)
             for site, level, _ in kept
             for ratio in RATIOS
             if ratio != 0.5
@@ -98,6 +99,7 @@ def measure_costs(
         "shallow": _share(first, "deep", "deep"),
         "rest": median(one["rest"] / one["full"] for one in dense),
         "merges": sorted(found),
+        "proportional": sorted({key[0] for key in kept if merges[key].proportional}),
         "deep_levels": sorted(inner),
         "dense_call_seconds": median(one["full"] for one in dense),
         "rounds": len(dense),
@@ -129,26 +131,30 @@ def space_of(measured: dict[str, Any], order: int) -> Space:
             best[site, level] = added
             table = tables.setdefault(site, {})
             table[level] = (*table.get(level, ()), ratio)
-    return Space(usable, tables, order)
+    return Space(usable, tables, order, tuple(measured["proportional"]))
 
 
-def merging(site: str, level: int, ratio: float) -> ToMeConfig:
+def merging(site: str, level: int, ratio: float, proportional: bool) -> ToMeConfig:
     """Merging at one level, with a schedule as a candidate has it."""
     return ToMeConfig(
         ratio={"level": {level: ratio}},
         sites=[site],
         max_downsample=level,
         refresh={"steps": REFRESH},
+        proportional=proportional,
     )
 
 
-def _works(model: Any, config: ToMeConfig) -> bool:
-    """Whether a model can be merged like this."""
-    try:
-        with Contender("", tome_cfg=config).on(model):
-            return True
-    except ToMeError:
-        return False
+def _merging_that_works(model: Any, site: str, level: int) -> ToMeConfig | None:
+    """Merging half at one level, if a model can be merged there; proportional if it can be."""
+    for proportional in (True, False):
+        try:
+            config = merging(site, level, 0.5, proportional)
+            with Contender("", tome_cfg=config).on(model):
+                return config
+        except ToMeError:
+            continue
+    return None
 
 
 def _rounds(generator, numbers, runs, bar, until) -> dict[Any, list[dict[str, float]]]:

@@ -54,12 +54,14 @@ class Merge:
         ratios: (level, ratio) of every level with merging, by level. A level is how many times
             coarser its grid is than the finest one.
         low, high: noise levels between which tokens are merged.
+        proportional: whether attention knows how many tokens its keys stand for.
     """
 
     site: str
     ratios: tuple[tuple[int, float], ...]
     low: float
     high: float
+    proportional: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ class Candidate:
             options["sites"] = [merge.site]
             options["max_downsample"] = max(level for level, _ in merge.ratios)
             options["refresh"] = {"steps": REFRESH}
+            if merge.proportional:
+                options["proportional"] = True
         reuse = {}
         for name in SCOPES:
             window = getattr(self, name)
@@ -121,7 +125,8 @@ class Candidate:
         if self.merge is not None:
             merge = self.merge
             levels = ", ".join(f"/{level}: {ratio:g}" for level, ratio in merge.ratios)
-            words.append(f"merge {merge.site} {levels} in {merge.low:g}-{merge.high:g}")
+            weighed = " proportional" if merge.proportional else ""
+            words.append(f"merge {merge.site} {levels} in {merge.low:g}-{merge.high:g}{weighed}")
         return "; ".join(words) or "dense"
 
 
@@ -154,11 +159,14 @@ class Space:
         scopes: of 'network' and 'deep', those that can be left out.
         merges: site -> level -> ratios, ascending, of merging that saves time here.
         order: of every candidate.
+        proportional: of the sites in ``merges``, those where attention is told how many tokens
+            its keys stand for: as fast, and nearer to dense.
     """
 
     scopes: tuple[str, ...]
     merges: Mapping[str, Mapping[int, tuple[float, ...]]] = field(default_factory=dict)
     order: int = 1
+    proportional: tuple[str, ...] = ()
 
     @property
     def dense(self) -> Candidate:
@@ -175,10 +183,15 @@ class Space:
         everything = Window(MOST_STEPS, 0.0, 1.0)
         base = replace(self.dense, **dict.fromkeys(self.scopes, everything))
         merges = [
-            Merge(site, tuple((level, table[level][-1]) for level in sorted(table)), 0.0, 1.0)
+            self._merge(site, tuple((level, table[level][-1]) for level in sorted(table)), 0.0, 1.0)
             for site, table in self.merges.items()
         ]
         return [base, *(replace(base, merge=merge) for merge in merges)]
+
+    def _merge(
+        self, site: str, ratios: tuple[tuple[int, float], ...], low: float, high: float
+    ) -> Merge:
+        return Merge(site, ratios, low, high, site in self.proportional)
 
     def faster(self, candidate: Candidate) -> Iterator[tuple[str, list[Candidate]]]:
         """Moves that make a candidate faster.
@@ -210,7 +223,7 @@ class Space:
             for site, table in self.merges.items():
                 for level, ratios in table.items():
                     for part, low, high in (("late", 0.0, 0.5), ("early", 0.5, 1.0)):
-                        start = Merge(site, ((level, ratios[0]),), low, high)
+                        start = self._merge(site, ((level, ratios[0]),), low, high)
                         name = f"merge {site} at {level}: {part}"
                         yield name, [replace(candidate, merge=start)]
             return

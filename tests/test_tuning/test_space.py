@@ -56,6 +56,17 @@ def test_options_of_a_merge():
     assert Candidate(deep=Window(2, 0, 1), order=0).config().reuse_plan.deep.order == 0
 
 
+def test_attention_is_told_of_sizes_at_the_sites_where_it_can_be():
+    space = Space((), {"attn": {1: (0.5,)}, "block": {1: (0.5,)}}, proportional=("attn",))
+    starts = {one for _, chain in space.faster(space.dense) for one in chain}
+    starts |= {one for one in space.fastest() if one.merge is not None}
+    assert {(one.merge.site, one.config().proportional) for one in starts} == {
+        ("attn", True),
+        ("block", False),
+    }
+    assert all(("proportional" in one.text()) == one.merge.proportional for one in starts)
+
+
 def test_presets_are_candidates():
     for name in PRESETS:
         candidate = candidate_of({"preset": name})

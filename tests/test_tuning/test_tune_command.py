@@ -279,7 +279,7 @@ def test_pairs_in_turn():
 
 def test_costs_become_a_space():
     measured = dict(
-        foretold=0.01, shallow=1.1, rest=1.0, deep_levels=[2],
+        foretold=0.01, shallow=1.1, rest=1.0, deep_levels=[2], proportional=["attn"],
         merges=[["attn", 1, 0.25, -0.1], ["attn", 1, 0.5, -0.05], ["attn", 1, 0.75, -0.2]],
     )  # fmt: skip
     space = costs.space_of(measured, order=1)
