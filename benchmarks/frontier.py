@@ -36,14 +36,20 @@ OURS = tuple(name for name in STYLES if name.startswith("ours"))
 
 @dataclass(frozen=True)
 class Point:
-    """A contender: speed-up over dense (median and 10th to 90th percentile) and PSNR in dB."""
+    """A contender beside dense: seconds per picture (median), speed-up (median and 10th to 90th
+    percentile), and errors: PSNR in dB, SSIM, of the last latents the relative error, and the
+    distance of EfficientNet-lite0's features; None where an evaluation left a metric out."""
 
     name: str
     family: str
+    seconds: float
     speedup: float
     low: float
     high: float
     psnr: float
+    ssim: float | None = None
+    latent_error: float | None = None
+    feature_distance: float | None = None
 
     @property
     def squared_error(self) -> float:
@@ -75,18 +81,22 @@ def points_of(results: dict[str, Any]) -> list[Point]:
     """All contenders but dense; those that changed nothing have no PSNR and are left out."""
     points = []
     for row in results["contenders"]:
-        quality = row["quality"]["psnr"].get("value")
-        if row["kind"] == "dense" or quality is None:
+        quality = {name: value.get("value") for name, value in row["quality"].items()}
+        if row["kind"] == "dense" or quality["psnr"] is None:
             continue
         speedup = row["cost"]["speedup"]
         points.append(
             Point(
                 row["name"],
                 family_of(row),
+                row["cost"]["seconds_per_image"]["median"],
                 speedup["median"],
                 speedup["p10"],
                 speedup["p90"],
-                quality,
+                quality["psnr"],
+                quality.get("ssim"),
+                quality.get("latent_error"),
+                quality.get("efficientnet_lite0_distance"),
             )
         )
     return points
@@ -103,9 +113,9 @@ def table(points: list[Point], low: float, high: float) -> str:
     """Markdown: everybody by speed-up, and who of ours is at least as fast with less error."""
     ours = [point for point in points if point.family in OURS]
     lines = [
-        "| contender | kind | x dense (10 - 90 %) | PSNR, dB | at least as fast, of ours | "
-        "squared error, times that one's |",
-        "|---|---|---:|---:|---|---:|",
+        "| contender | kind | s / picture | x dense (10 - 90 %) | PSNR, dB | SSIM | latent error | "
+        "feature distance | at least as fast, of ours | squared error, times that one's |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---|---:|",
     ]
     for point in sorted(points, key=lambda one: one.speedup):
         speed = f"{point.speedup:.2f} ({point.low:.2f} - {point.high:.2f})"
@@ -119,21 +129,52 @@ def table(points: list[Point], low: float, high: float) -> str:
                 times = f"{point.squared_error / better.squared_error:.3g}"
             elif low <= point.speedup <= high:
                 beside = "none"
-        lines.append(
-            f"| {name} | {point.family} | {speed} | {point.psnr:.1f} | {beside} | {times} |"
-        )
+        errors = [
+            "" if value is None else f"{value:{form}}"
+            for value, form in (
+                (point.ssim, ".4f"),
+                (point.latent_error, ".2g"),
+                (point.feature_distance, ".2g"),
+            )
+        ]
+        cells = [name, point.family, f"{point.seconds:.2f}", speed, f"{point.psnr:.1f}"]
+        lines.append("| " + " | ".join([*cells, *errors, beside, times]) + " |")
     return "\n".join(lines)
 
 
 def verdict(points: list[Point], low: float, high: float) -> str:
-    """One sentence: whether ours has the lowest error at every measured speed-up of a range."""
+    """In a few sentences: whether ours has the lowest error at every measured speed-up of a range,
+    by PSNR and by the latents, and tomesd's squared error, at any speed, beside ours."""
     ours = [point for point in points if point.family in OURS]
     others = [p for p in points if p.family not in OURS and low <= p.speedup <= high]
     unbeaten = [point.name for point in others if beaten_by(point, ours) is None]
-    where = f"{len(others)} contenders of others are {low:g} to {high:g} times as fast as dense; "
-    if not unbeaten:
-        return where + "every one of them is beaten in both by one of ours."
-    return where + f"not beaten in both: {', '.join(unbeaten)}."
+    said = [f"{len(others)} contenders of others are {low:g} to {high:g} times as fast as dense;"]
+    if unbeaten:
+        said.append(f"not beaten in both: {', '.join(unbeaten)}.")
+    else:
+        said.append("every one of them is beaten in both by one of ours.")
+    by_latents = [
+        point.name
+        for point in others
+        if point.latent_error is not None
+        and not any(
+            one.speedup >= point.speedup
+            and one.latent_error is not None
+            and one.latent_error < point.latent_error
+            for one in ours
+        )
+    ]
+    if any(point.latent_error is not None for point in others):
+        names = ", ".join(by_latents) or "none"
+        said.append(f"With the error of the latents in place of PSNR, not beaten: {names}.")
+    times = []
+    for point in points:
+        better = beaten_by(point, ours) if point.family == "tomesd" else None
+        if better is not None:
+            times.append(f"{point.squared_error / better.squared_error:.3g} ({point.name})")
+    if times:
+        said.append(f"Squared error, times that of one of ours as fast: {', '.join(times)}.")
+    return " ".join(said)
 
 
 def draw(path: Path, panels: list[tuple[str, list[Point]]]) -> None:

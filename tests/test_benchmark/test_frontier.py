@@ -22,13 +22,19 @@ def frontier():
     del sys.modules["frontier"]
 
 
-def row(name, kind, speedup, psnr, **options):
+def row(name, kind, speedup, psnr, latent_error=None, **options):
+    quality = {"psnr": {"value": psnr}, "ssim": {"value": 0.99}}
+    if latent_error is not None:
+        quality["latent_error"] = {"value": latent_error}
     return {
         "name": name,
         "kind": kind,
         "options": {"reuse": None, "residual": None, **options},
-        "quality": {"psnr": {"value": psnr}},
-        "cost": {"speedup": {"median": speedup, "p10": speedup - 0.1, "p90": speedup + 0.1}},
+        "quality": quality,
+        "cost": {
+            "seconds_per_image": {"median": 3 / speedup},
+            "speedup": {"median": speedup, "p10": speedup - 0.1, "p90": speedup + 0.1},
+        },
     }
 
 
@@ -41,15 +47,15 @@ def results():
         "settings": {"steps": 20, "pictures": 4},
         "contenders": [
             row("dense", "dense", 1.0, None),
-            row("foretold", "tome", 1.5, 50.0, reuse=deep),
-            row("again", "tome", 1.5, 60.0, reuse=again),
+            row("foretold", "tome", 1.5, 50.0, 0.01, reuse=deep),
+            row("again", "tome", 1.5, 60.0, 0.02, reuse=again),
             row("merged", "tome", 1.2, 40.0),
             row("exact", "tome", 1.1, 41.0, residual=dict(kind="exact", order=1)),
             row("weighted", "tome", 1.0, 46.0, proportional=True),
             row("blocks again", "tome", 1.2, 30.0, residual="reuse"),
             row("10 steps", "steps", 2.0, 42.0),
             row("tomesd", "tomesd", 0.9, 40.0),
-            row("DeepCache 2", "deepcache", 1.4, 20.0),
+            row("DeepCache 2", "deepcache", 1.4, 20.0, 0.005),
         ],
     }
 
@@ -73,14 +79,21 @@ def test_who_is_beaten(frontier, results):
     points = frontier.points_of(results)
     text = frontier.table(points, 1.1, 2.0)
     # 10 dB are a factor of ten.
-    assert "| merged | merging alone | 1.20 (1.10 - 1.30) | 40.0 | foretold: 1.50" in text
-    assert "50.0 dB | 10 |" in text
+    assert "| merged | merging alone | 2.50 | 1.20 (1.10 - 1.30) | 40.0 | 0.9900 |  |  |" in text
+    assert "| foretold: 1.50, 50.0 dB | 10 |" in text
     assert frontier.verdict(points, 1.1, 2.0) == (
         "5 contenders of others are 1.1 to 2 times as fast as dense; "
-        "not beaten in both: again, 10 steps."
+        "not beaten in both: again, 10 steps. "
+        "With the error of the latents in place of PSNR, not beaten: DeepCache 2. "
+        "Squared error, times that of one of ours as fast: 10 (tomesd)."
     )
     beaten = [point for point in points if point.name not in ("again", "10 steps")]
-    assert frontier.verdict(beaten, 1.1, 2.0).endswith("beaten in both by one of ours.")
+    assert frontier.verdict(beaten, 1.1, 2.0) == (
+        "3 contenders of others are 1.1 to 2 times as fast as dense; "
+        "every one of them is beaten in both by one of ours. "
+        "With the error of the latents in place of PSNR, not beaten: DeepCache 2. "
+        "Squared error, times that of one of ours as fast: 10 (tomesd)."
+    )
 
 
 def test_table_and_picture_of_a_folder(frontier, results, tmp_path, monkeypatch, capsys):
