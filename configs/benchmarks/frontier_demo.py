@@ -78,22 +78,36 @@ evaluation = dict(
             tome_cfg=dict(preset="balanced", ratio=0.5, proportional=True),
         ),
         # Merging alone, by every method; ToDo keeps the queries.
-        *[dict(name=f"ToMe {r:g}", tome_cfg=dict(ratio=r)) for r in (0.25, 0.5, 0.75)],
-        dict(name="ToMe 0.5, refresh 4", tome_cfg=dict(ratio=0.5, refresh=4)),
-        dict(name="ToMe 0.5, blocks", tome_cfg=dict(ratio=0.5, sites="block", max_downsample=4)),
         *[
-            dict(name=f"{label} 0.5", tome_cfg=dict(ratio=0.5, method=method))
+            dict(name=f"{label} {r:g}", tome_cfg=dict(ratio=r, method=method))
             for label, method in (
+                ("ToMe", "tome"),
                 ("ToFu", "tofu"),
                 ("ToMA", "toma"),
                 ("importance", "importance"),
                 ("SiTo", "sito"),
-                ("PiToMe", "pitome"),
                 ("prune", "prune"),
             )
+            for r in (0.25, 0.5, 0.75)
         ],
-        dict(name="CA-ToMe", tome_cfg=dict(method="threshold", ratio=0.75)),
-        dict(name="ToDo", tome_cfg=dict(method="todo", ratio=0.75)),
+        # Merges pairs, so at most half.
+        *[dict(name=f"PiToMe {r:g}", tome_cfg=dict(ratio=r, method="pitome")) for r in (0.25, 0.5)],
+        dict(name="ToMe 0.5, refresh 4", tome_cfg=dict(ratio=0.5, refresh=4)),
+        dict(name="ToMe 0.5, blocks", tome_cfg=dict(ratio=0.5, sites="block", max_downsample=4)),
+        *[
+            dict(
+                name=f"CA-ToMe {threshold:g}",
+                tome_cfg=dict(method=dict(type="threshold", threshold=threshold), ratio=0.75),
+            )
+            for threshold in (0.7, 0.9)
+        ],
+        *[
+            dict(
+                name=f"ToDo {factor}",
+                tome_cfg=dict(method=dict(type="todo", downsample_factor=factor), ratio=0.75),
+            )
+            for factor in (2, 4)
+        ],
         dict(name="downsample", tome_cfg=dict(method="downsample", ratio=0.75)),
         *[dict(name=f"tomesd {r:g}", tomesd=dict(ratio=r)) for r in (0.25, 0.5, 0.75)],
     ],
