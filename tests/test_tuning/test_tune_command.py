@@ -2,10 +2,17 @@
 """The whole command, on a random model."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 from tiny import tiny_config, write_config
 
@@ -121,6 +128,90 @@ def test_interrupted_and_run_again(tuning, finished, tmp_path, monkeypatch, caps
     more = tuning.run(out, *options)
     new = len(more.trials) - len(found.trials)
     assert len(runs) - before <= per_trial * new + 6
+
+
+# Imported by a config: few rounds, and a process that kills itself in the middle of writing a file.
+KILLED = """
+import os, signal
+from mmagic_tome.tuning import check, costs, search
+
+def replace(source, target, replace=os.replace):
+    if os.path.basename(target) == os.environ["KILLED_AT"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+if "KILLED_AT" in os.environ:
+    costs.ROUNDS, costs.SITES, check.LEAST_PAIRS, search.MOST_NEIGHBOURS = 1, ("attn",), 2, 3
+    os.replace = replace
+"""
+
+
+def whole(folder):
+    """Name -> time of writing, of all files with a final name; every one of them can be read."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir() or path.name.startswith("."):
+            continue
+        if path.suffix == ".json":
+            assert json.loads(path.read_text())
+        else:
+            Image.open(path).load()
+        found[str(path.relative_to(folder))] = path.stat().st_mtime_ns
+    return found
+
+
+@pytest.mark.slow
+def test_killed_and_started_again(tuning, sd_folder, tmp_path, monkeypatch):
+    """SIGKILL in mid-search, and again while the result is written: whole files, nothing twice."""
+    (tmp_path / "killed_at.py").write_text(KILLED)
+    monkeypatch.syspath_prepend(tmp_path)
+    model = repr(tiny_config(folder=sd_folder))
+    imports = "custom_imports = dict(imports=['mmagic_tome', 'killed_at'])"
+    config = tmp_path / "tiny.py"
+    config.write_text(f"default_scope = 'mmagic'\nmodel = {model}\n{imports}\n")
+    out = tmp_path / "run"
+    goal = ["--psnr", "35"]
+    command_line = [sys.executable, Path(__file__).parents[2] / "tools" / "tune.py", config]
+    command_line += ["--prompts", tuning.prompts, *QUICK, "--out", out, *goal]
+
+    def start(killed_at):
+        environment = dict(os.environ, KILLED_AT=killed_at)
+        # Costs of another number of threads would be measured again.
+        environment.update(PYTHONPATH=str(tmp_path), OMP_NUM_THREADS=str(torch.get_num_threads()))
+        nowhere = subprocess.DEVNULL
+        return subprocess.Popen(command_line, env=environment, stdout=nowhere, stderr=nowhere)
+
+    def trials():
+        try:
+            return json.loads((out / "trials.json").read_text())
+        except FileNotFoundError:
+            return {}
+
+    process = start("nothing")
+    until = time.monotonic() + 200
+    while len(trials()) < 5 and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was to be killed in the middle"
+    first, held = whole(out), trials()
+    assert len(held) >= 5 and "checks.json" not in first and not list(out.glob("*.py"))
+
+    assert start("result.json").wait(timeout=200) == -signal.SIGKILL
+    second, more = whole(out), trials()
+    assert {"checks.json", "pareto.png"} <= set(second) and "result.json" not in second
+    assert len(more) > len(held) and not list(out.glob("*.py"))
+    # The very ones: seconds of a trial that is made again are others.
+    assert all(more[key] == trial for key, trial in held.items())
+    changed = {name for name, when in first.items() if second[name] != when}
+    assert changed <= {"trials.json", "manifest.json"}
+
+    monkeypatch.setattr(judge.Generator, "run", lambda *_, **__: pytest.fail("made again"))
+    result = tuning.run(out, *goal, config=config).result
+    assert trials() == more and not list(out.rglob("*.part"))
+    written = merging_config(load_config(out / "tiny_psnr-35.py"))
+    chosen = type(written).from_dict(result["chosen"]["options"])
+    assert json.dumps(written.to_dict()) == json.dumps(chosen.to_dict())
+    assert len(result["trials"]) + len(result["others"]) >= len(more)
 
 
 def test_what_cannot_be_reached(tuning, finished, capsys):
