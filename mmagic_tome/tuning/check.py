@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -23,13 +24,17 @@ WARM_UP_STEPS = 2
 LEAST_PAIRS = 5
 
 
-def check(judge: Judge, numbers: Sequence[int], options: dict[str, Any]) -> dict[str, Any]:
+def check(
+    judge: Judge, numbers: Sequence[int], options: dict[str, Any], place: Mapping[str, Any]
+) -> dict[str, Any]:
     """Run dense and a setting in turn, on each batch of some pictures.
 
     Args:
         judge: whose generator and folder to use.
         numbers: of pictures that the search did not see.
         options: of a ToMeConfig.
+        place: what times depend on, such as the machine; pairs that were run in another are left
+            alone.
 
     Returns:
         ``speedup`` (``median``, ``p10``, ``p90`` over the pairs, whole runs), ``pairs`` (their
@@ -38,8 +43,8 @@ def check(judge: Judge, numbers: Sequence[int], options: dict[str, Any]) -> dict
     """
     folder = judge.folder
     checks = folder.kept("checks.json")
-    key = key_of(options)
-    pairs = checks.setdefault(key, [])
+    here = checks.setdefault(json.dumps(dict(place), sort_keys=True), {})
+    pairs = here.setdefault(key_of(options), [])
     batches = judge.batches(numbers)
     # Prompts come round again where there are few: other times, the same pictures.
     todo = [batches[turn % len(batches)] for turn in range(max(len(batches), LEAST_PAIRS))]

@@ -7,11 +7,12 @@ continuation, a first one of an empty folder.
 
 from __future__ import annotations
 
+import json
 import math
 import socket
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,7 @@ def command(args: Namespace, argv: Sequence[str]) -> None:
         generator = Generator(model, request)
         if too_long(generator):
             notes.append("some prompts are longer than the model reads; it cuts them")
-        basis = fingerprint(generator, device)
-        about = {"mmagic_tome": __version__, "search_prompts": args.search_prompts}
-        folder.open(basis, {"search": about}, args.overwrite)
+        folder.open(_basis(generator, device, args.search_prompts), {}, args.overwrite)
         found = _search(args, generator, device, folder, notes)
         _report(args, argv, config, generator, device, folder, found)
 
@@ -179,13 +178,45 @@ def _prompts_of(config, folder: Path, wanted: int) -> Any:
 # --- search ---------------------------------------------------------------------------------------
 
 
+def _basis(generator, device, search_prompts: int) -> dict[str, Any]:
+    """What everything in the folder depends on, but for the clock's part: see :func:`_place`.
+
+    Besides what an evaluation's pictures depend on: the settings of the networks, some of which
+    change pictures but no weights, such as the number of heads.
+    """
+    networks = {
+        name: dict(part.config)
+        for name, part in generator.model.named_children()
+        if isinstance(getattr(part, "config", None), Mapping)
+    }
+    # Where it came from says nothing of what it is.
+    settings = {
+        name: {key: value for key, value in found.items() if not key.startswith("_")}
+        for name, found in networks.items()
+    }
+    return {
+        **fingerprint(generator, device),
+        "networks": json.loads(json.dumps(settings, default=str)),
+        "mmagic_tome": __version__,
+        "search_prompts": search_prompts,
+    }
+
+
+def _place(device) -> dict[str, Any]:
+    """What times depend on: those of another place say nothing of this one."""
+    where = environment(device)
+    place = {key: where[key] for key in ("processor", "cpus", "gpu")}
+    return {**place, "host": socket.gethostname(), "threads": torch.get_num_threads()}
+
+
 def _search(args, generator, device, folder, notes) -> Found:
     goal = Goal(args.speedup, args.psnr)
     numbers = range(args.search_prompts)
     scopes, order = _scopes(generator, notes)
     budget = 60 * args.budget
     limit = COSTS_SHARE * budget
-    measured = _costs(generator, device, folder, numbers, scopes, order, limit)
+    place = _place(device)
+    measured = _costs(generator, device, folder, numbers, scopes, order, limit, place, notes)
     judge = Judge(generator, numbers, folder)
     trace = judge.make_dense()
     space = space_of(measured, order)
@@ -212,7 +243,7 @@ def _search(args, generator, device, folder, notes) -> Found:
         left = max(budget - spent - seconds, LEAST_SHARE * budget)
         search = Search(space, predictor.speedup, tried, left, starts.values())
         unseen = range(args.search_prompts, len(generator.request.prompts))
-        trial, checked = _best(search, goal, judge, unseen, bar, notes)
+        trial, checked = _best(search, goal, judge, unseen, place, bar, notes)
     notes += _beaten_by(others, trial, goal)
     for name, candidate in starts.items():
         if candidate in search.trials:
@@ -241,14 +272,23 @@ def _scopes(generator, notes) -> tuple[list[str], int]:
     return deep, 0
 
 
-def _costs(generator, device, folder, numbers, scopes, order, limit) -> dict[str, Any]:
-    """Measured costs; those of the folder where they were measured on this machine."""
-    where = environment(device)
-    place = {key: where[key] for key in ("processor", "cpus", "gpu")}
-    place.update(host=socket.gethostname(), threads=torch.get_num_threads())
+def _costs(
+    generator, device, folder, numbers, scopes, order, limit, place, notes
+) -> dict[str, Any]:
+    """Measured costs; those of the folder where they were measured here, see :func:`_place`."""
     held = folder.kept("costs.json")
     if held and held["place"] == place:
         return held
+    if held:
+        changed = [
+            f"{key} {held['place'].get(key)}, now {place[key]}"
+            for key in place
+            if held["place"].get(key) != place[key]
+        ]
+        notes.append(
+            f"the folder's times are of another place ({'; '.join(changed)}): costs and the check "
+            "were measured anew, errors of what was tried are kept"
+        )
     start = time.perf_counter()
     first = list(numbers)[: generator.request.batch_size]
     measured = measure_costs(generator, first, scopes, order, limit)
@@ -298,12 +338,12 @@ def _beaten_by(others: Sequence[tuple[str, float, float]], trial: Trial, goal: G
     ]
 
 
-def _best(search, goal, judge, unseen, bar, notes) -> tuple[Trial, dict[str, Any]]:
+def _best(search, goal, judge, unseen, place, bar, notes) -> tuple[Trial, dict[str, Any]]:
     """The best candidate, and what it does on the prompts that the search did not see."""
     if goal.speedup is None:
         trial = search.run(goal)
         bar.close()
-        checked = check(judge, unseen, trial.candidate.options())
+        checked = check(judge, unseen, trial.candidate.options(), place)
         psnr = math.inf if checked["psnr"] is None else checked["psnr"]
         if psnr < goal.psnr:
             notes.append(
@@ -327,7 +367,7 @@ def _best(search, goal, judge, unseen, bar, notes) -> tuple[Trial, dict[str, Any
                 raise
             break
         bar.close()
-        checked = check(judge, unseen, trial.candidate.options())
+        checked = check(judge, unseen, trial.candidate.options(), place)
         found.append((trial, checked))
         measured = checked["speedup"]["median"]
         if measured >= goal.speedup:

@@ -3,12 +3,12 @@
 
 ::
 
-    manifest.json           what all of it depends on (that of an evaluation)
+    manifest.json           what all of it depends on: an evaluation's, and the search's own
     pictures/dense/         dense pictures of the search's prompts
     trace.json              timesteps of a run
     costs.json              seconds of the parts of the network, and of which machine
     trials.json             every candidate that was tried
-    checks.json             runs on the prompts that the search did not see
+    checks.json             runs on the prompts that the search did not see, and on which machine
     pareto.png, result.json what came out
 """
 

@@ -19,6 +19,7 @@ from tiny import tiny_config, write_config
 from mmagic_tome import ToMeError
 from mmagic_tome.apis.model_config import load_config, merging_config
 from mmagic_tome.tuning import check, cli, command, costs, judge, search
+from mmagic_tome.tuning.folder import KEPT, SearchFolder
 from mmagic_tome.tuning.search import Goal, Trial, psnr_of
 from mmagic_tome.tuning.space import Candidate, Window
 
@@ -221,9 +222,67 @@ def test_what_cannot_be_reached(tuning, finished, capsys):
     assert not (finished.out / "tiny_speedup-50.py").exists()
 
 
-def test_another_search_is_left_alone(tuning, finished, capsys):
-    tuning.run(finished.out, "--psnr", "30", "--seed", "5", code=2)
-    assert "holds another evaluation" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--seed", "5"], "prompts: "),
+        (["--cfg-options", "model.unet.attention_head_dim=16"], "networks.unet.attention_head_dim"),
+        # Other prompts for the search, though all of them in the same order.
+        (["--search-prompts", "1", "--unseen-prompts", "3"], "search_prompts: 2, now 1"),
+    ],
+)
+def test_another_search_is_left_alone(tuning, finished, options, said, capsys):
+    tuning.run(finished.out, "--psnr", "30", *options, code=2)
+    error = capsys.readouterr().err
+    assert "holds another evaluation" in error and said in error
+
+
+def test_weights_that_changed_are_another_search(tuning, finished, monkeypatch, capsys):
+    real = command.build_model
+
+    def changed(*args):
+        model = real(*args)
+        with torch.no_grad():
+            next(model.vae.parameters()).view(-1)[0] += 1e-3
+        return model
+
+    monkeypatch.setattr(command, "build_model", changed)
+    tuning.run(finished.out, "--psnr", "30", code=2)
+    assert "weights: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changed", ["mmagic_tome", "search_prompts"])
+def test_overwriting_another_search_keeps_nothing_of_it(finished, changed, tmp_path):
+    """Also where the same pictures would be made: its errors are of other prompts or other code."""
+    folder = SearchFolder(tmp_path)
+    basis = json.loads((finished.out / "manifest.json").read_text())["fingerprint"]
+    assert changed in basis
+    folder.open(basis, {}, overwrite=False)
+    for name in ("trials.json", "costs.json", "checks.json", "trace.json"):
+        folder.keep(name, {"old": 1})
+    folder.open(basis, {}, overwrite=True)
+    assert folder.kept("trials.json") == {"old": 1}  # the same search
+    folder.open({**basis, changed: 3}, {}, overwrite=True)
+    assert not any(folder.kept(name) for name in KEPT)
+
+
+def test_times_of_another_place_are_measured_anew(tuning, finished, tmp_path, monkeypatch, capsys):
+    """Costs and pairs of the check; the errors stay what they are."""
+    out = tmp_path / "run"
+    shutil.copytree(finished.out, out)
+    real = command._place
+    monkeypatch.setattr(command, "_place", lambda device: {**real(device), "threads": 77})
+    found = tuning.run(out, "--psnr", "35", "--overwrite")
+    (note,) = [note for note in found.result["notes"] if "another place" in note]
+    assert f"threads {torch.get_num_threads()}, now 77" in note and note in capsys.readouterr().out
+    assert found.costs["place"]["threads"] == 77 and found.costs != finished.found.costs
+    places = [json.loads(place) for place in found.checks]
+    assert [place["threads"] for place in places] == [torch.get_num_threads(), 77]
+    here = list(found.checks.values())[1]
+    seconds = [pair["tuned"] for pairs in here.values() for pair in pairs]
+    assert len(seconds) >= 2
+    assert found.result["unseen"]["seconds"] == pytest.approx(sum(seconds[-2:]) / 2)
+    assert all(found.trials[key] == trial for key, trial in finished.found.trials.items())
 
 
 @pytest.mark.parametrize(
@@ -322,12 +381,12 @@ def test_a_goal_that_was_only_predicted_is_set_higher(pace, checks, monkeypatch)
     """`pace`: what the clock says of a prediction."""
     fake, notes = FakeSearch(), []
 
-    def measured(judge, unseen, options):
+    def measured(judge, unseen, options, place):
         return {"speedup": {"median": pace * fake.goals[-1]}, "psnr": 40.0}
 
     monkeypatch.setattr(command, "check", measured)
     bar = SimpleNamespace(close=lambda: None)
-    trial, checked = command._best(fake, Goal(speedup=1.5), None, range(2), bar, notes)
+    trial, checked = command._best(fake, Goal(speedup=1.5), None, range(2), {}, bar, notes)
     assert len(fake.goals) == checks and fake.goals == sorted(fake.goals)
     assert checked["speedup"]["median"] == pace * trial.speedup
     missed = [note for note in notes if note.startswith("MISSED: 1.5x")]
@@ -341,7 +400,7 @@ def test_a_psnr_that_only_the_search_prompts_have_is_said(monkeypatch):
     fake = SimpleNamespace(run=lambda goal: Trial(Candidate(Window(2, 0.1, 0.5)), 60.0, 2.0))
     notes = []
     bar = SimpleNamespace(close=lambda: None)
-    command._best(fake, Goal(psnr=30.0), None, range(2), bar, notes)
+    command._best(fake, Goal(psnr=30.0), None, range(2), {}, bar, notes)
     assert "28.0 dB, below 30" in notes[0] and "2.00x measures 1.00x" in notes[1]
 
 
