@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= outputs/demo
-PYTEST_ARGS ?=
+# A process for each core, four at most: every one of them loads torch and diffusers.
+PYTEST_ARGS ?= -n logical --maxprocesses 4
 BENCHMARK_ARGS ?= --quick
 
 PY := $(VENV)/bin/python
