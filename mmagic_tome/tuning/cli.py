@@ -28,6 +28,7 @@ from ..apis.command_line import (
     resolve_config,
 )
 from ..evaluation.prompts import SETS
+from .search import LEAST
 
 NEEDS = {"matplotlib": "matplotlib", "torchmetrics": "torchmetrics"}
 
@@ -62,7 +63,7 @@ def build_parser(prog: str = "tune") -> Parser:
     add = parser.add_argument_group("goal (one of the two)").add_argument
     add(
         "--speedup",
-        type=number(float, low=1.01, high=100),
+        type=number(float, low=LEAST, high=100),
         metavar="X",
         help="be X times as fast as dense, whole runs, with the least error",
     )

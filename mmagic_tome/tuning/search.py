@@ -26,6 +26,8 @@ from .space import Candidate, Space
 
 # Predicted speed-ups are that much too good at times.
 MARGIN = 1.02
+# What is faster by less than this cannot be asked for.
+LEAST = 1.01
 # Squared error, in levels of 255, below which one is as good as another.
 TINY = 1e-3
 # Neighbours of the best that are tried before it counts as the best around.
@@ -129,9 +131,11 @@ class Search:
             for start in self.starts:
                 self._try(start)
             self._greedy(goal)
+            if self._best(goal) is None:
+                self._leap(goal)
             self._polish(goal)
         except _Spent:
-            if goal.speedup is not None and not goal.met(self.path[-1]):
+            if not goal.met(self.path[-1]):
                 self._leap(goal)
         best = self._best(goal)
         if best is None:
@@ -170,6 +174,9 @@ class Search:
         return moves
 
     def _greedy(self, goal: Goal) -> None:
+        # A higher goal than the last: back to where it was still met.
+        while goal.psnr is not None and self.path[-1].psnr < goal.psnr:
+            self.path.pop()
         while not (goal.speedup is not None and goal.met(self.path[-1])):
             step = self._step(goal, self.path[-1])
             if step is None:
@@ -199,12 +206,15 @@ class Search:
             self._worth[top] = saved / max(trial.mse - now.mse, TINY)
 
     def _leap(self, goal: Goal) -> None:
-        """The budget ended on the way: go on by what moves were worth, try where that leads."""
+        """The way ended before a speed-up: go on by what moves were worth, try where that leads."""
+        if goal.speedup is None:
+            return
         candidate = self.path[-1].candidate
         while self.speedup(candidate) < goal.speedup:
             moves = self._moves(candidate)
-            if not moves:
-                return
+            if not moves:  # a dead end; what is faster lies elsewhere
+                candidate = max(self.space.fastest(), key=self.speedup)
+                break
             candidate = moves[max(moves, key=lambda name: self._worth.get(name, 0.0))]
         if candidate not in self.trials:
             self._judge(candidate)
@@ -226,7 +236,10 @@ class Search:
         """Those that can be better as far as time tells: one thing less, or one less, one more."""
         slower = list(self.space.slower(best.candidate))
         swapped = chain.from_iterable(self._moves(one).values() for one in slower)
-        around = dict.fromkeys([*slower, *swapped, *self._moves(best.candidate).values()])
+        elsewhere = self.space.elsewhere(best.candidate)
+        around = dict.fromkeys(
+            [*slower, *swapped, *elsewhere, *self._moves(best.candidate).values()]
+        )
         least = goal.speedup if goal.speedup is not None else best.speedup * (1 + 1e-9)
         close = [one for one in around if not one.dense and self.speedup(one) >= least]
         # What is barely fast enough probably changes least.
@@ -243,7 +256,7 @@ class Search:
     def check_reachable(self, goal: Goal) -> None:
         """Fail for a goal that nothing in the space can meet, whatever its error."""
         top = self.top
-        if top <= 1:
+        if top <= LEAST:
             raise ToMeError(
                 "nothing here makes this model faster on this machine: no part of it can be left "
                 "out, and merging saves no time at this size; a larger --size or more --steps may"
@@ -251,8 +264,8 @@ class Search:
         if goal.speedup is not None and top < goal.speedup:
             raise ToMeError(
                 f"--speedup {goal.speedup:.4g} cannot be reached: everything that can be left out "
-                f"here gives {top:.2f}x as predicted from measured costs; write --speedup "
-                f"{math.floor(10 * top) / 10:g} or less, or fewer --steps"
+                f"here gives {math.floor(100 * top) / 100:.2f}x as predicted from measured costs; "
+                f"write --speedup {math.floor(100 * top) / 100:g} or less, or fewer --steps"
             )
 
     def _unreached(self, goal: Goal) -> str:
@@ -264,7 +277,10 @@ class Search:
                 f"no candidate of {goal.text()} was found; the fastest tried has "
                 f"{best.speedup:.2f}x; raise --budget, what was tried is kept"
             )
-        best = max(self.trials.values(), key=lambda trial: trial.psnr)
+        faster = [trial for trial in self.trials.values() if trial.speedup > 1]
+        if not faster:
+            return "nothing that was tried saves any time; raise --budget, what was tried is kept"
+        best = max(faster, key=lambda trial: trial.psnr)
         return (
             f"--psnr {goal.psnr:g} cannot be reached: the best that saves any time has "
             f"{best.psnr:.1f} dB at {best.speedup:.2f}x; write --psnr {math.floor(best.psnr)} or "

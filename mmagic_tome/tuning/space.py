@@ -236,6 +236,22 @@ class Space:
                 more = tuple(sorted({**held, level: higher[0]}.items()))
                 name = f"merge {merge.site} at {level}: more"
                 yield name, [replace(candidate, merge=replace(merge, ratios=more))]
+        for other in self.elsewhere(candidate):
+            yield f"merge: at {other.merge.site} instead", [other]
+
+    def elsewhere(self, candidate: Candidate) -> Iterator[Candidate]:
+        """The same merging at the other sites, at the nearest ratios that there are."""
+        merge = candidate.merge
+        for site, table in self.merges.items() if merge is not None else ():
+            if site == merge.site:
+                continue
+            ratios = tuple(
+                (level, min(table[level], key=lambda one, ratio=ratio: abs(one - ratio)))
+                for level, ratio in merge.ratios
+                if level in table
+            )
+            if ratios:
+                yield replace(candidate, merge=self._merge(site, ratios, merge.low, merge.high))
 
     def alike(self, candidate: Candidate) -> Iterator[Candidate]:
         """Neighbours that take as long."""

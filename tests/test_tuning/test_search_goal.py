@@ -4,13 +4,15 @@
 import functools
 import itertools
 import math
+import re
+from dataclasses import replace
 
 import pytest
 
 from mmagic_tome import ToMeError
 from mmagic_tome.tuning.predict import Costs, Predictor, left_out
 from mmagic_tome.tuning.search import Goal, Search, front
-from mmagic_tome.tuning.space import MOST_STEPS, Candidate, Space, Window
+from mmagic_tome.tuning.space import MOST_STEPS, Candidate, Merge, Space, Window
 
 COUNT = 20
 TIMES = [1000 - 50 * i - 1 for i in range(COUNT)]
@@ -118,12 +120,76 @@ def test_the_budget_is_counted_in_what_trials_say():
 
 def test_what_cannot_be_reached_is_known_before_anything_is_tried():
     one, judge = search()
-    with pytest.raises(ToMeError, match=r"--speedup 20 cannot be .* gives (\d\.\d\d)x") as caught:
+    with pytest.raises(ToMeError, match=r"--speedup 20 cannot be reached") as caught:
         one.run(Goal(speedup=20))
-    assert f"{one.top:.2f}x" in str(caught.value) and not judge.asked
+    said = float(re.search(r"gives ([\d.]+)x", str(caught.value))[1])
+    assert 0 <= one.top - said < 0.01 and not judge.asked
     one, _ = search(space=Space(()))
     with pytest.raises(ToMeError, match="nothing here makes this model faster"):
         one.run(Goal(speedup=1.1))
+
+
+def test_what_to_write_instead_can_be_written_and_reached():
+    space = Space((), {"attn": {1: (0.5,)}})
+    little = Predictor(replace(COSTS, merges={("attn", 1, 0.5): -0.05}), TIMES, LEVELS)
+
+    def new():
+        return Search(space, little.speedup, Judge(), 80.0)
+
+    one = new()
+    assert one.top == pytest.approx(1.05)
+    with pytest.raises(ToMeError) as caught:
+        one.run(Goal(speedup=1.2))
+    lower = float(re.search(r"write --speedup ([\d.]+) or less", str(caught.value))[1])
+    assert 1.01 <= lower <= one.top
+    assert new().run(Goal(speedup=lower)).speedup >= lower
+
+
+def test_a_psnr_that_only_what_saves_no_time_has():
+    """A setting that leaves out nothing in so few steps has the dense pictures."""
+    idle = Candidate(deep=Window(2, 0.0, 0.01))
+    assert PREDICTOR.speedup(idle) == 1
+    one = Search(SPACE, PREDICTOR.speedup, lambda _: (0.0, 1.0), 0.5, [idle])
+    with pytest.raises(ToMeError, match=r"nothing that was tried .* raise --budget"):
+        one.run(Goal(psnr=90))
+
+
+def test_merging_goes_on_at_another_site_where_one_is_not_enough():
+    """Attention is the better bargain, but all there is of it does not reach the goal."""
+    tables = {"attn": {1: (0.25, 0.5)}, "block": {1: (0.25, 0.5)}}
+    merges = {("attn", 1, 0.25): -0.05, ("attn", 1, 0.5): -0.1}
+    merges |= {("block", 1, 0.25): -0.2, ("block", 1, 0.5): -0.4}
+    predictor = Predictor(replace(COSTS, merges=merges), TIMES, LEVELS)
+    asked = []
+
+    def judged(candidate):
+        asked.append(candidate)
+        merge = candidate.merge
+        ratio = dict(merge.ratios)[1] * (merge.high - merge.low)
+        return ratio * (1 if merge.site == "attn" else 20), 1.0
+
+    for budget in (3.0, 50.0):
+        one = Search(Space((), tables), predictor.speedup, judged, budget)
+        trial = one.run(Goal(speedup=1.3))
+        assert trial.speedup >= 1.3 and trial.candidate.merge.site == "block"
+    assert asked[-1] != one.space.fastest()[-1] and trial.mse < 10
+
+    # And back, where less would do.
+    near = Candidate(merge=Merge("block", ((1, 0.25),), 0.0, 1.0))
+    one = Search(Space((), tables), predictor.speedup, judged, 50.0, [near])
+    assert one.run(Goal(speedup=1.08)).candidate.merge.site == "attn"
+
+
+def test_a_higher_psnr_goes_on():
+    one, judge = search(budget=500)
+    first = one.run(Goal(psnr=30))
+    second = one.run(Goal(psnr=33))
+    assert first.psnr < 33 <= second.psnr and second.speedup < first.speedup
+    assert len(set(judge.asked)) == len(judge.asked)
+    # What goes on from there meets the new goal too.
+    assert all(trial.psnr >= 33 for trial in one.path)
+    fresh, _ = search(budget=500)
+    assert second.speedup >= 0.95 * fresh.run(Goal(psnr=33)).speedup
 
 
 def test_a_known_start_is_never_beaten_by_what_comes_out():

@@ -67,11 +67,24 @@ def test_attention_is_told_of_sizes_at_the_sites_where_it_can_be():
     assert all(("proportional" in one.text()) == one.merge.proportional for one in starts)
 
 
+def test_merging_at_another_site():
+    space = Space((), {"attn": {1: (0.25, 0.5), 2: (0.5,)}, "attn_kv": {1: (0.5,)}}, 1, ("attn",))
+    merge = Merge("attn", ((1, 0.25), (2, 0.5)), 0.3, 1.0, True)
+    (other,) = space.elsewhere(Candidate(merge=merge))
+    # The nearest ratio of the levels that can be merged there.
+    assert other.merge == Merge("attn_kv", ((1, 0.5),), 0.3, 1.0, False)
+    (back,) = space.elsewhere(other)
+    assert back.merge == Merge("attn", ((1, 0.5),), 0.3, 1.0, True)
+    assert not list(space.elsewhere(space.dense))
+    only_coarse = Candidate(merge=Merge("attn", ((2, 0.5),), 0.3, 1.0, True))
+    assert not list(space.elsewhere(only_coarse))
+
+
 def test_presets_are_candidates():
+    """All of them, so that what comes out is no worse than a preset that is as fast."""
     for name in PRESETS:
         candidate = candidate_of({"preset": name})
-        config = ToMeConfig.from_dict({"preset": name})
-        assert candidate is None or candidate.config() == config
+        assert candidate.config() == ToMeConfig.from_dict({"preset": name})
     options = dict(ratio=0, reuse=dict(deep=dict(steps=3, repay=0.25)))
     assert candidate_of(options) == Candidate(deep=Window(3, 0.0, 0.95, 0.25))
     assert candidate_of({"ratio": 0.5}) is None

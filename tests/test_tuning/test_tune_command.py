@@ -119,16 +119,20 @@ def test_interrupted_and_run_again(tuning, finished, tmp_path, monkeypatch, caps
         if key in held:  # the very one: to the last digit of its seconds
             assert found.trials[key] == held[key]
     # Dense pictures and trials once each, but for the one that was broken off; then the warm-ups
-    # and pairs of the check.
-    per_trial = 2
-    made = 2 + per_trial * len(found.trials) + 2 + 2 * 2
+    # and pairs of every check.
+    per_trial, per_check = 2, 2 + 2 * 2
+
+    def checks(of):
+        return sum(map(len, of.checks.values()))
+
+    made = 2 + per_trial * len(found.trials) + per_check * checks(found)
     assert made <= len(runs) <= made + per_trial
     # A third time, with another goal: what was tried is there already.
     before = len(runs)
-    options = ["--psnr", "36", "--overwrite"]
-    more = tuning.run(out, *options)
+    more = tuning.run(out, "--psnr", "36", "--overwrite")
     new = len(more.trials) - len(found.trials)
-    assert len(runs) - before <= per_trial * new + 6
+    new_checks = checks(more) - checks(found)
+    assert len(runs) - before == per_trial * new + per_check * new_checks
 
 
 # Imported by a config: few rounds, and a process that kills itself in the middle of writing a file.
@@ -394,14 +398,52 @@ def test_a_goal_that_was_only_predicted_is_set_higher(pace, checks, monkeypatch)
     assert (checked["speedup"]["median"] >= 1.5) == (pace != 0.2)
 
 
-def test_a_psnr_that_only_the_search_prompts_have_is_said(monkeypatch):
-    checked = {"speedup": {"median": 1.0}, "psnr": 28.0}
+@pytest.mark.parametrize(
+    ("harder", "top", "checks", "missed"),
+    [
+        (0.0, 60, 1, False),
+        (2.0, 60, 2, False),  # the second time round the goal is 2 dB higher
+        (2.0, 31, 1, True),  # and here nothing has so many
+        (None, 60, 3, True),  # whatever the goal, 1 dB too few
+    ],
+)
+def test_a_psnr_that_only_the_search_prompts_have(harder, top, checks, missed, monkeypatch):
+    """`harder`: dB that the unseen prompts have less; `top`: dB beyond which nothing is found."""
+    goals, made = [], []
+
+    def run(goal):
+        if goal.psnr > top:
+            raise ToMeError("cannot be reached")
+        goals.append(goal.psnr)
+        return Trial(Candidate(Window(2, 0.1, 0.5)), 255**2 / 10 ** (goal.psnr / 10), 2.0)
+
+    def measured(*_):
+        made.append(29.0 if harder is None else goals[-1] - harder)
+        return {"speedup": {"median": 1.9}, "psnr": made[-1]}
+
+    monkeypatch.setattr(command, "check", measured)
+    notes = []
+    bar = SimpleNamespace(close=lambda: None)
+    search = SimpleNamespace(run=run)
+    trial, checked = command._best(search, Goal(psnr=30.0), None, range(2), {}, bar, notes)
+    assert len(goals) == checks and goals == sorted(goals)
+    assert bool([note for note in notes if note.startswith("MISSED: 30 dB")]) == missed
+    assert checked["psnr"] == max(made) and (checked["psnr"] >= 30) == (not missed)
+    assert trial.psnr == pytest.approx(goals[made.index(max(made))])
+
+
+@pytest.mark.parametrize(
+    ("measured", "said"), [(1.9, "2.00x measures 1.90x"), (0.9, "MISSED: 0.90x is no faster")]
+)
+def test_a_psnr_that_takes_longer_than_was_predicted(measured, said, monkeypatch):
+    checked = {"speedup": {"median": measured}, "psnr": None}
     monkeypatch.setattr(command, "check", lambda *_: checked)
-    fake = SimpleNamespace(run=lambda goal: Trial(Candidate(Window(2, 0.1, 0.5)), 60.0, 2.0))
+    fake = SimpleNamespace(run=lambda goal: Trial(Candidate(Window(2, 0.1, 0.5)), 0.0, 2.0))
     notes = []
     bar = SimpleNamespace(close=lambda: None)
     command._best(fake, Goal(psnr=30.0), None, range(2), {}, bar, notes)
-    assert "28.0 dB, below 30" in notes[0] and "2.00x measures 1.00x" in notes[1]
+    (note,) = notes
+    assert said in note
 
 
 def test_fewer_steps_that_are_better_are_said():
