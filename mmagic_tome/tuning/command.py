@@ -289,12 +289,20 @@ def _costs(
             f"the folder's times are of another place ({'; '.join(changed)}): costs and the check "
             "were measured anew, errors of what was tried are kept"
         )
-    start = time.perf_counter()
+    rounds = folder.kept("rounds.json")
+    if rounds.get("place") != place:
+        rounds = {"place": place, "seconds": 0.0}
+    before, start = rounds["seconds"], time.perf_counter()
+
+    def keep() -> None:
+        rounds["seconds"] = before + time.perf_counter() - start
+        folder.keep("rounds.json", rounds)
+
     first = list(numbers)[: generator.request.batch_size]
-    measured = measure_costs(generator, first, scopes, order, limit)
+    measured = measure_costs(generator, first, scopes, order, limit - before, rounds, keep)
     measured.update(
         place=place,
-        seconds=time.perf_counter() - start,
+        seconds=before + time.perf_counter() - start,
         load_average_1min=environment(device)["load_average_1min"],
     )
     folder.keep("costs.json", measured)
@@ -430,6 +438,7 @@ def _report(args, argv, config, generator, device, folder, found: Found) -> None
         _comment(args, settings, where, found),
         replaces=config.get("tome_cfg") is not None,
         imports=_imports(config),
+        infer=_infer(args),
     )
     title = f"{args.config_path.stem}: {settings['steps']} steps, {settings['size']}, {device}"
     write_plot(
@@ -474,6 +483,12 @@ def _imports(config) -> list[str] | None:
     imports = (config.get("custom_imports") or {}).get("imports") or []
     imports = [imports] if isinstance(imports, str) else list(imports)
     return None if any(name.split(".")[0] == "mmagic_tome" for name in imports) else imports
+
+
+def _infer(args) -> dict[str, Any]:
+    """What was given on the command line and decides how fast and how near the options are."""
+    keys = ("steps", "guidance", "size", "batch_size", "negative_prompt")
+    return {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
 
 
 def _comment(args, settings, where, found: Found) -> list[str]:

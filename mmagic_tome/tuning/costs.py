@@ -31,6 +31,8 @@ LEAST_ROUNDS = 2
 STEPS = 8
 WARM_UP_STEPS = 2
 SITES = ("attn", "attn_kv", "block")
+# The ratio that saves most: where it saves nothing, no other does.
+MOST = max(RATIOS)
 # Merging that saves less of a call than this is left out: it costs quality, and the clock is no
 # better than that.
 LEAST_SAVING = 0.02
@@ -42,6 +44,8 @@ def measure_costs(
     scopes: Sequence[str],
     order: int,
     seconds: float,
+    rounds: dict[str, list] | None = None,
+    keep: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Measure what there is to choose from.
 
@@ -51,6 +55,9 @@ def measure_costs(
         scopes: of 'network' and 'deep', what may be left out.
         order: of foretelling.
         seconds: after which no further round begins; two are always measured.
+        rounds: of an earlier call with the same arguments that was broken off, JSON-able, {} at
+            first; it grows by every round, so that none is measured twice.
+        keep: called after every round, such as to write ``rounds`` to a file.
 
     Returns:
         JSON-able: ``foretold``, ``shallow`` (None where they were not measured), ``rest``,
@@ -71,20 +78,30 @@ def measure_costs(
         for level in levels:
             config = _merging_that_works(generator.model, site, level)
             if config is not None:
-                merges[site, level, 0.5] = config
+                merges[site, level, MOST] = config
     until = time.perf_counter() + seconds
+    rounds = {} if rounds is None else rounds
+    held = [rounds.setdefault(name, []) for name in ("first", "second")]
     with tqdm(desc="measuring costs", unit="step", dynamic_ncols=True) as bar:
-        first = _rounds(generator, numbers, {**runs, **merges}, bar, until)
+        runs |= merges
+        if _of_others(held[0], runs):
+            held[1].clear()
+        elif held[1]:
+            until = 0.0  # the first ones are done
+        first = _rounds(generator, numbers, runs, bar, until, held[0], keep)
         kept = [key for key in merges if _saves(first, key)]
         more = {
-            (site, level, ratio): merging(site, level, ratio, merges[site, level, 0.5].proportional)
+            (site, level, ratio): merging(
+                site, level, ratio, merges[site, level, MOST].proportional
+            )
             for site, level, _ in kept
             for ratio in RATIOS
-            if ratio != 0.5
+            if ratio != MOST
         }
         second = {}
         if more:
-            second = _rounds(generator, numbers, {"dense": None, **more}, bar, until)
+            more_runs = {"dense": None, **more}
+            second = _rounds(generator, numbers, more_runs, bar, until, held[1], keep)
     found = [[*key, _added(first, key)] for key in kept]
     found += [[*key, _added(second, key)] for key in more if _saves(second, key)]
     deep = _inside(host.deep(network, 1), blocks) if "deep" in scopes else set()
@@ -146,10 +163,10 @@ def merging(site: str, level: int, ratio: float, proportional: bool) -> ToMeConf
 
 
 def _merging_that_works(model: Any, site: str, level: int) -> ToMeConfig | None:
-    """Merging half at one level, if a model can be merged there; proportional if it can be."""
+    """Merging at one level, if a model can be merged there; proportional if it can be."""
     for proportional in (True, False):
         try:
-            config = merging(site, level, 0.5, proportional)
+            config = merging(site, level, MOST, proportional)
             with Contender("", tome_cfg=config).on(model):
                 return config
         except ToMeError:
@@ -157,22 +174,36 @@ def _merging_that_works(model: Any, site: str, level: int) -> ToMeConfig | None:
     return None
 
 
-def _rounds(generator, numbers, runs, bar, until) -> dict[Any, list[dict[str, float]]]:
-    """Figures of every run in every round, after short runs to warm up."""
+def _rounds(generator, numbers, runs, bar, until, rounds, keep) -> dict[Any, list[dict]]:
+    """Figures of every run in every round, after short runs to warm up; adds to ``rounds``."""
+    names = {key: _name(key) for key in runs}
+    if _of_others(rounds, runs):
+        rounds.clear()
+
+    def enough() -> bool:
+        least = len(rounds) >= LEAST_ROUNDS
+        return len(rounds) >= ROUNDS or (least and time.perf_counter() > until)
+
     steps = min(STEPS, generator.request.steps)
     warm_up = min(WARM_UP_STEPS, steps)
-    bar.total = bar.n + len(runs) * (warm_up + steps * ROUNDS)
-    found: dict[Any, list[dict[str, float]]] = {key: [] for key in runs}
-    for key in runs:
-        bar.set_postfix_str("warm-up")
-        _run(generator, numbers, runs[key], warm_up, bar.update)
-    for turn in range(ROUNDS):
-        if turn >= LEAST_ROUNDS and time.perf_counter() > until:
-            break
-        for key in list(runs)[:: -1 if turn % 2 else 1]:
-            bar.set_postfix_str(_name(key))
-            found[key].append(_run(generator, numbers, runs[key], steps, bar.update))
-    return found
+    if not enough():
+        bar.total = bar.n + len(runs) * (warm_up + steps * (ROUNDS - len(rounds)))
+        for key in runs:
+            bar.set_postfix_str("warm-up")
+            _run(generator, numbers, runs[key], warm_up, bar.update)
+    while not enough():
+        found = {}
+        for key in list(runs)[:: -1 if len(rounds) % 2 else 1]:
+            bar.set_postfix_str(names[key])
+            found[names[key]] = _run(generator, numbers, runs[key], steps, bar.update)
+        rounds.append(found)
+        keep()
+    return {key: [one[name] for one in rounds] for key, name in names.items()}
+
+
+def _of_others(rounds, runs) -> bool:
+    """Whether rounds are not of these runs, but what other code left."""
+    return any(one.keys() != set(map(_name, runs)) for one in rounds)
 
 
 def _run(

@@ -6,7 +6,8 @@
     manifest.json           what all of it depends on: an evaluation's, and the search's own
     pictures/dense/         dense pictures of the search's prompts
     trace.json              timesteps of a run
-    costs.json              seconds of the parts of the network, and of which machine
+    rounds.json             what the clock said of the parts of the network, and on which machine
+    costs.json              what they cost, from that
     trials.json             every candidate that was tried
     checks.json             runs on the prompts that the search did not see, and on which machine
     pareto.png, result.json what came out
@@ -20,7 +21,7 @@ from typing import Any
 from ..errors import ToMeError
 from ..evaluation.store import RunFolder, readable_io_errors
 
-KEPT = ("trace.json", "costs.json", "trials.json", "checks.json")
+KEPT = ("trace.json", "rounds.json", "costs.json", "trials.json", "checks.json")
 RESULTS = ("result.json", "pareto.png")
 
 

@@ -9,6 +9,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+# Of a line.
+WIDTH = 100
+
 
 def config_text(
     base: str,
@@ -16,6 +19,7 @@ def config_text(
     notes: Iterable[str],
     replaces: bool = False,
     imports: Iterable[str] | None = None,
+    infer: Mapping[str, Any] | None = None,
 ) -> str:
     """The text of a MMagic config.
 
@@ -26,19 +30,30 @@ def config_text(
         replaces: whether the base has a ``tome_cfg``, whose keys would be mixed with these.
         imports: modules that the base imports, if this package is not among them: without it
             nobody reads ``tome_cfg``.
+        infer: steps and the like that were measured and that the base does not say, for its
+            ``infer_cfg``.
     """
     lines = []
     for note in notes:
-        lines += textwrap.wrap(note, 97, initial_indent="# ", subsequent_indent="# ")
+        lines += textwrap.wrap(note, WIDTH - 3, initial_indent="# ", subsequent_indent="# ")
     lines += [f"_base_ = {quoted(base)}", ""]
     if imports is not None:
         names = [*imports, "mmagic_tome"]
         entry = {"imports": names, "allow_failed_imports": False}
         lines.append(f"custom_imports = {python_of(entry)}")
+    if infer:
+        lines.append(f"infer_cfg = {python_of(infer)}")
     if replaces:
         options = {"_delete_": True, **options}
     lines.append("tome_cfg = dict(")
-    lines += [f"    {key}={python_of(value)}," for key, value in options.items()]
+    for key, value in options.items():
+        line = f"    {key}={python_of(value)},"
+        if len(line) <= WIDTH or not isinstance(value, Mapping):
+            lines.append(line)
+            continue
+        lines.append(f"    {key}=dict(")
+        lines += [f"        {name}={python_of(one)}," for name, one in value.items()]
+        lines.append("    ),")
     return "\n".join([*lines, ")"]) + "\n"
 
 

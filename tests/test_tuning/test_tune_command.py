@@ -75,6 +75,20 @@ def test_the_config_is_what_was_tried(finished):
     assert all(t["psnr"] < 35 for t in better)
 
 
+def test_the_config_runs_as_it_was_measured(finished, tmp_path):
+    """With the size and steps of the search, which its base does not say."""
+    from mmagic_tome.apis import cli as infer
+
+    config = str(finished.out / "tiny_psnr-35.py")
+    out = tmp_path / "pictures"
+    assert infer.main([config, "--prompt", "a cat", "--device", "cpu", "--out", str(out)]) == 0
+    (picture,) = out.glob("*.png")
+    with Image.open(picture) as image:
+        assert image.size == (64, 64) and image.text["steps"] == "6"
+        options = merging_config(load_config(config)).to_dict()
+        assert image.text["tome_cfg"] == json.dumps(options)
+
+
 def test_trials_are_told_apart_from_the_unseen(finished):
     result = finished.found.result
     assert {len(trial["psnr"]) for trial in finished.found.trials.values()} == {2}
@@ -295,6 +309,8 @@ def test_times_of_another_place_are_measured_anew(tuning, finished, tmp_path, mo
         ([], "either --speedup X or --psnr DB, neither was given"),
         (["--speedup", "1.5", "--psnr", "30"], "both were given"),
         (["--speedup", "1"], "--speedup: expected at least 1.01"),
+        (["--speedup", "fast"], "--speedup: expected a number, got 'fast'"),
+        (["--speedup", "2", "--serch-prompts", "2"], "--serch-prompts"),
         (["--psnr", "30", "--search-prompts", "9"], "write --search-prompts 1 --unseen-prompts 3"),
         (["--psnr", "30", "--prompt-set", "demo"], "--prompts and --prompt-set are both given"),
         (["--psnr", "30", "--write", "a.json"], "ends in .py"),
@@ -478,6 +494,72 @@ def test_costs_become_a_space():
     # Inner levels that cost more when they are left out, and a ratio that saves less.
     assert space.scopes == ("network",) and space.merges == {"attn": {1: (0.25, 0.75)}}
     assert costs.costs_of(measured).merges["attn", 1, 0.75] == -0.2
+
+
+@pytest.fixture
+def clock(monkeypatch, sd_folder):
+    """Costs of a tiny model by a clock of arithmetic: (measured, what ran, in turn)."""
+    from tiny import tiny_model
+
+    generator = SimpleNamespace(
+        model=tiny_model(folder=sd_folder), request=SimpleNamespace(steps=8, batch_size=1)
+    )
+    ran = []
+
+    def run(generator, numbers, config, steps, on_step):
+        ran.append((config, steps))
+        if config is None or not config.ratio:
+            return {"rest": 1.0, "full": 1.0}
+        # Matching costs a third of all; what is merged costs nothing.
+        ((_, ratio),) = config.ratio["level"].items()
+        return {"rest": 1.0, "full": 4 / 3 - 2 * ratio / 3}
+
+    monkeypatch.setattr(costs, "_run", run)
+    monkeypatch.setattr(costs, "SITES", ("attn",))
+
+    def measure(**options):
+        ran.clear()
+        return costs.measure_costs(generator, [0], [], 1, 60.0, **options), list(ran)
+
+    return measure
+
+
+def test_merging_that_pays_at_a_high_ratio_only_is_found(clock):
+    measured, _ = clock()
+    found = {ratio for _, _, ratio, _ in measured["merges"]}
+    assert found == {0.75}
+    assert all(added == pytest.approx(-1 / 6) for *_, added in measured["merges"])
+
+
+def test_costs_that_were_broken_off_go_on(clock, monkeypatch):
+    expected, ran = clock()
+    real, rounds, files = costs._run, {}, []
+
+    def keep():
+        files.append(json.dumps(rounds))
+
+    for end in (7, 2 + 2 * 3):  # in the second round; in the second one after that
+        runs = iter(range(end))
+
+        def stops(*args, runs=runs):
+            if next(runs, None) is None:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        monkeypatch.setattr(costs, "_run", stops)
+        with pytest.raises(KeyboardInterrupt):
+            clock(rounds=rounds, keep=keep)
+        rounds = json.loads(files[-1])
+    held = json.loads(files[-1])
+    monkeypatch.setattr(costs, "_run", real)
+    found, again = clock(rounds=rounds, keep=keep)
+    assert found == expected
+    assert rounds["first"][: len(held["first"])] == held["first"] and len(held["first"]) >= 2
+    assert len(rounds["first"]) == costs.ROUNDS and len(again) < len(ran)
+    # Nothing is left to do; and rounds of other code are not taken.
+    assert clock(rounds=rounds, keep=keep) == (expected, [])
+    rounds["first"][0].popitem()
+    assert len(clock(rounds=rounds)[1]) == len(ran)
 
 
 def test_a_picture_that_is_not_a_number_ends_it(monkeypatch, tmp_path):

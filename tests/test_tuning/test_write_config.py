@@ -19,19 +19,22 @@ def test_it_says_what_was_found(tmp_path, merged):
     base = tmp_path / "base.py"
     base.write_text(
         "model = dict(type='StableDiffusion')\ncustom_imports = dict(imports=['json'])\n"
+        "infer_cfg = dict(steps=50, guidance=3.0)\n"
         + ("tome_cfg = dict(ratio=0.5, sx=4)\n" if merged else "")
     )
     target = tmp_path / "deeper" / "tuned.py"
+    infer = dict(steps=20, size=(64, 32))
     text = config_text(
-        base_of(str(base), target), CANDIDATE.options(), NOTES, merged, imports=["json"]
+        base_of(str(base), target), CANDIDATE.options(), NOTES, merged, ["json"], infer
     )
     write_text(target, text)
     config = load_config(target)
     assert merging_config(config) == CANDIDATE.config()
     assert config.model.type == "StableDiffusion"
     assert config.custom_imports["imports"] == ["json", "mmagic_tome"]
+    assert dict(config.infer_cfg) == dict(steps=20, guidance=3.0, size=[64, 32])
     lines = target.read_text().splitlines()
-    assert max(map(len, lines)) <= 110 and lines[0].startswith("# Measured: many words")
+    assert max(map(len, lines)) <= 100 and lines[0].startswith("# Measured: many words")
     assert list(target.parent.iterdir()) == [target]
 
 
