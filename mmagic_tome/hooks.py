@@ -185,7 +185,10 @@ class BlockPreHook(StepHook):
         if schedule.constant and not refresh.keeps and len(config.built_methods) == 1:
             plan = self.shared(metric, schedule.spec, 0, {})
             return dict.fromkeys(block.kinds, plan)
-        forward.refreshing = refresh.due(run.step, block.depth)
+        last = run.refreshed.get(block.name, -1)
+        forward.refreshing = refresh.overdue(last, run.step, block.depth)
+        if forward.refreshing:
+            run.refreshed[block.name] = run.step
         if state.residual is not None and state.residual.kind == "reuse":
             return {}
         plans, made = {}, {}

@@ -112,6 +112,10 @@ class Refresh:
             return step < self.warmup or step in self.at
         return step < self.warmup or (step + (turn if self.stagger else 0)) % self.steps == 0
 
+    def overdue(self, last: int, step: int, turn: int) -> bool:
+        """Whether it refreshes, last done at ``last``: also for a step at which it did not run."""
+        return any(self.due(one, turn) for one in range(step, last, -1))
+
 
 @dataclass(frozen=True)
 class Residual:
@@ -198,6 +202,7 @@ class Run:
             network does not run are not counted.
         time (float | None): timestep of the present step.
         plans (dict): (block, kind of site) -> the plan that it keeps (None: nothing to merge).
+        refreshed (dict): name of a block -> the step at which it refreshed last.
         memories (dict): name of a site -> :class:`Memory`.
         kept (dict): of a scope -> what is kept of its output (:mod:`.reuse`).
         left_out (dict): name of a scope -> for how many steps it has not run now.
@@ -216,6 +221,7 @@ class Run:
         self.time: float | None = None
         self.key: Hashable = None
         self.plans: dict[Hashable, Any] = {}
+        self.refreshed: dict[str, int] = {}
         self.memories: dict[str, Memory] = {}
         self.kept: dict[Hashable, Any] = {}
         self.left_out: dict[str, int] = {}

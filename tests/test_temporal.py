@@ -121,6 +121,20 @@ def test_at_listed_steps(unet):
         assert dense == [1, 2, 2, 2, 3, 3]
 
 
+def test_what_was_due_while_a_block_did_not_run_is_due_when_it_does(unet):
+    """Inner levels that run at odd steps only: else their first plan would serve the whole run."""
+    reuse = dict(deep=dict(steps=2, between=(0.0, 0.9)))
+    with apply_tome(unet, ratio=0.5, max_downsample=4, refresh=2, reuse=reuse) as handle:
+        run(unet, range(951, 0, -50))
+        made = {row["downsample"]: (row["calls"], row["plans"]) for row in handle.stats()}
+    # Steps 0, 1, then 3, 5 and so on: a plan serves the first two, the others need their own.
+    assert made[1] == (20, 10) and made[2] == made[4] == (11, 10)
+
+    plan = Refresh(steps=4)
+    assert [plan.overdue(5, step, 0) for step in (6, 7, 8, 9, 13)] == [0, 0, 1, 1, 1]
+    assert Refresh(at=[0, 3]).overdue(1, 4, 0) and not Refresh(at=[0, 3]).overdue(3, 4, 0)
+
+
 def test_in_turn(unet):
     seen = []
     with apply_tome(unet, refresh=dict(steps=3, stagger=True)) as handle:
