@@ -185,22 +185,32 @@ class BlockPreHook(StepHook):
         if schedule.constant and not refresh.keeps and len(config.built_methods) == 1:
             plan = self.shared(metric, schedule.spec, 0, {})
             return dict.fromkeys(block.kinds, plan)
+        ratios = {}
+        for kind in block.kinds:
+            place = Place(kind, block.downsample, block.depth, len(state.blocks), forward.noise)
+            ratios[kind] = schedule(place)
+        # Where a schedule begins to merge there is nothing yet that could serve on.
+        begins = any(ratios[kind] > 0 for kind in block.kinds if (block.name, kind) in run.unmerged)
         last = run.refreshed.get(block.name, -1)
-        forward.refreshing = refresh.overdue(last, run.step, block.depth)
+        forward.refreshing = begins or refresh.overdue(last, run.step, block.depth)
         if forward.refreshing:
             run.refreshed[block.name] = run.step
         if state.residual is not None and state.residual.kind == "reuse":
             return {}
         plans, made = {}, {}
-        for kind in block.kinds:
+        for kind, ratio in ratios.items():
             owner = (block.name, kind)
-            if not forward.refreshing and owner in run.plans:
+            if ratio <= 0:
+                # Also where a plan was meant to serve on: a schedule ends at the step it names.
+                plans[kind] = None
+                run.unmerged.add(owner)
+            elif not forward.refreshing and owner in run.plans:
                 plans[kind] = run.plans[owner]
-                continue
-            place = Place(kind, block.downsample, block.depth, len(state.blocks), forward.noise)
-            plans[kind] = self.shared(metric, schedule(place), config.method_at(kind), made)
-            if refresh.keeps:
-                run.plans[owner] = plans[kind]
+            else:
+                plans[kind] = self.shared(metric, ratio, config.method_at(kind), made)
+                run.unmerged.discard(owner)
+                if refresh.keeps:
+                    run.plans[owner] = plans[kind]
         return plans
 
     def shared(

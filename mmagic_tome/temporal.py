@@ -202,6 +202,7 @@ class Run:
             network does not run are not counted.
         time (float | None): timestep of the present step.
         plans (dict): (block, kind of site) -> the plan that it keeps (None: nothing to merge).
+        unmerged (set): (block, kind of site) that the ratio's schedule leaves alone at present.
         refreshed (dict): name of a block -> the step at which it refreshed last.
         memories (dict): name of a site -> :class:`Memory`.
         kept (dict): of a scope -> what is kept of its output (:mod:`.reuse`).
@@ -221,6 +222,7 @@ class Run:
         self.time: float | None = None
         self.key: Hashable = None
         self.plans: dict[Hashable, Any] = {}
+        self.unmerged: set[Hashable] = set()
         self.refreshed: dict[str, int] = {}
         self.memories: dict[str, Memory] = {}
         self.kept: dict[Hashable, Any] = {}

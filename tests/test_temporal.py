@@ -121,6 +121,28 @@ def test_at_listed_steps(unet):
         assert dense == [1, 2, 2, 2, 3, 3]
 
 
+@pytest.mark.parametrize("residual", [None, "exact", "own"])
+def test_a_noise_window_opens_and_closes_at_its_step_whatever_serves_on(unet, residual):
+    """Between refreshes, too: a plan is made where merging begins and not used where it ends."""
+    ratio = dict(base=0.5, noise=dict(between=(0.35, 0.75)))
+    with apply_tome(unet, ratio=ratio, refresh=8, residual=residual) as handle:
+        kept = []
+        for i, t in enumerate(range(900, 0, -100)):
+            run_one(unet, i, t)
+            row = handle.stats()[0]
+            kept.append((row["kept"], row["plans"], row["dense_calls"]))
+    if residual is None:
+        # Noise 0.9, 0.8 | 0.7 to 0.4: four steps on one plan | 0.3, 0.2, 0.1.
+        dense = [1, 2, 2, 2, 2, 2, 3, 4, 5]
+    else:
+        # ... which a residual needs a dense step for.
+        dense = [1, 2, 3, 3, 3, 3, 4, 5, 6]
+    assert [one[2] for one in kept] == dense
+    assert [one[1] for one in kept] == [0, 0] + 7 * [1]
+    merged = [one[0] == 128 for one in kept]
+    assert merged == [False, False, residual is None, True, True, True, False, False, False]
+
+
 def test_what_was_due_while_a_block_did_not_run_is_due_when_it_does(unet):
     """Inner levels that run at odd steps only: else their first plan would serve the whole run."""
     reuse = dict(deep=dict(steps=2, between=(0.0, 0.9)))
