@@ -80,11 +80,12 @@ class NetworkPreHook(NetworkHook):
         if config.tracks_steps:
             time = None if timestep is None else _as_float(timestep)
             noise = None if time is None else state.host.noise_level(time)
-            key = None if torch.is_grad_enabled() else _shape_of_call(args, kwargs)
+            pictures = _pictures_of_call(args, kwargs)
+            key = None if torch.is_grad_enabled() else _shape_of(pictures)
             for forward in state.forwards:
                 if broken or key is None:
                     forward.lanes.reset()
-                forward.lanes.begin_step(time, key)
+                forward.lanes.begin_step(time, key, pictures)
                 forward.noise = noise
                 self.leave_out(forward)
         if not config.use_rand or timestep is None:
@@ -581,14 +582,19 @@ def _as_float(timestep: Any) -> float:
     return float(timestep)
 
 
-def _shape_of_call(args: tuple, kwargs: dict[str, Any]) -> Hashable:
-    """What must stay the same from step to step; None if it is not known."""
+def _pictures_of_call(args: tuple, kwargs: dict[str, Any]) -> list[Tensor] | None:
+    """What the network is to denoise; None if it is not known."""
     named = (kwargs[name] for name in ("sample", "hidden_states", "x") if name in kwargs)
     x = args[0] if args else next(named, None)
     if x is None:
         x = next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
     pictures = x if isinstance(x, list) else [x]
-    if not all(isinstance(picture, Tensor) for picture in pictures):
+    return pictures if all(isinstance(picture, Tensor) for picture in pictures) else None
+
+
+def _shape_of(pictures: list[Tensor] | None) -> Hashable:
+    """What must stay the same from step to step; None if it is not known."""
+    if pictures is None:
         return None
     return tuple((tuple(one.shape), one.dtype, one.device) for one in pictures)
 

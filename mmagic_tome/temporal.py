@@ -231,10 +231,12 @@ class Run:
         self.heat: Tensor | None = None
 
     def begin_step(self, time: float | None, key: Hashable) -> None:
-        """Start the next step, of the same run only if that is beyond doubt.
+        """Start the next step, of the same run as far as can be told.
 
         A run goes from high timesteps to low ones. A timestep that does not fall, another
-        batch, size, dtype or device (``key``), or no timestep at all starts a new run.
+        batch, size, dtype or device (``key``), or no timestep at all starts a new run. What cannot
+        be told: a run that was stopped between two steps, and one of the same shape that begins
+        at a lower timestep; ``handle.reset()`` says so.
         """
         falls = time is not None and self.time is not None and time < self.time
         if not falls or key != self.key:
@@ -253,7 +255,8 @@ class Lanes:
 
     Some pipelines call their network twice at every step, once without and once with the text.
     The second call at a timestep belongs to a run of its own, whose last step was the second call
-    at the timestep before.
+    at the timestep before. A second call at the *first* timestep is that only with the same
+    picture; with another one it is the next run's, after one that was stopped or had one step.
     """
 
     MOST = 2
@@ -261,25 +264,41 @@ class Lanes:
     def __init__(self) -> None:
         self.runs = [Run()]
         self.lane = 0
+        self.first: list[Tensor] | None = None
 
     @property
     def run(self) -> Run:
         """The run that the present forward is a step of."""
         return self.runs[self.lane]
 
-    def begin_step(self, time: float | None, key: Hashable) -> None:
-        """As :meth:`Run.begin_step`, of the run whose turn it is."""
+    def begin_step(
+        self, time: float | None, key: Hashable, pictures: list[Tensor] | None = None
+    ) -> None:
+        """As :meth:`Run.begin_step`, of the run whose turn it is; ``pictures`` are what the network
+        is given, None where that is not known. Waits for the device once in a run, and only where
+        a network is called twice at a step."""
         run = self.run
         again = time is not None and time == run.time and key == run.key
-        if again and self.lane + 1 < self.MOST:
+        if again and self.lane == 0 and run.step == 0 and not self.same(pictures):
+            self.reset()
+        elif again and self.lane + 1 < self.MOST:
             self.lane += 1
             if self.lane == len(self.runs):
                 self.runs.append(Run())
         elif again or run.time is None or time is None or time > run.time or key != run.key:
             self.reset()
         else:
-            self.lane = 0
+            self.lane, self.first = 0, None
         self.run.begin_step(time, key)
+        if self.lane == 0 and self.run.step == 0 and pictures is not None:
+            # A copy: the caller may go on in the same memory.
+            self.first = [picture.detach().clone() for picture in pictures]
+
+    def same(self, pictures: list[Tensor] | None) -> bool:
+        """Whether these are the pictures of the run's first step, as far as is known."""
+        if pictures is None or self.first is None:
+            return True
+        return all(torch.equal(one, other) for one, other in zip(pictures, self.first))
 
     def reset(self) -> None:
         """Forget all runs."""

@@ -529,6 +529,29 @@ def test_one_step_pictures_are_never_one_run(unet):
         assert len(handle._state.forward.lanes.runs) <= 2
 
 
+@pytest.mark.parametrize("options", [dict(refresh=5), dict(refresh=3, residual="exact")])
+def test_a_run_after_one_that_stopped_at_the_first_step(unet, options):
+    """Its first call is at the same timestep, as the second of a pipeline with two calls is; what
+    comes after must not take it for that, nor go on with what the stopped run left."""
+    with apply_tome(unet, **options):
+        alone = run(unet)
+    with apply_tome(unet, **options) as handle:
+        run_one(unet, 3, STEPS[0])  # of another picture
+        assert torch.equal(run(unet), alone)
+        assert len(handle._state.forward.lanes.runs) == 1
+
+
+def test_two_calls_from_the_second_step_on_are_two_runs(unet):
+    """Samplers that correct every step call the network twice at all timesteps but the first, with
+    another picture each."""
+    with apply_tome(unet, refresh=9) as handle:
+        run_one(unet, 0, STEPS[0])
+        for i, t in enumerate(STEPS[1:], 1):
+            run_one(unet, i, t)
+            run_one(unet, 7 + i, t)
+        assert plans_per_block(handle) == [2]
+
+
 def test_a_run_falls():
     run = Run()
     run.begin_step(900, "a")
