@@ -25,7 +25,7 @@ from .methods import Method, PlanRequest
 from .reuse import foretold
 from .schedules import Place
 from .state import BlockState, Forward, MergeState, SiteState
-from .temporal import Memory
+from .temporal import Memory, Run
 
 
 class StepHook:
@@ -115,7 +115,8 @@ class NetworkPostHook(NetworkHook):
         watches = self.state.config.watches_output
         for forward in self.state.forwards:
             if watches:
-                forward.run.heat = _heat(_first(output))
+                pictures = _pictures_of_call(args, kwargs)
+                forward.run.heat = _heat(forward.run, pictures, _first(output))
             forward.clear(running=False)
 
 
@@ -599,9 +600,16 @@ def _shape_of(pictures: list[Tensor] | None) -> Hashable:
     return tuple((tuple(one.shape), one.dtype, one.device) for one in pictures)
 
 
-def _heat(output: Tensor) -> Tensor | None:
-    """(B / 2, h, w): how far the text moves the prediction at every place of the picture."""
+def _heat(run: Run, pictures: list[Tensor] | None, output: Tensor) -> Tensor | None:
+    """(B / 2, h, w): how far the text moves the prediction at every place of the picture; None
+    where the halves of a batch are not the same picture without and with the text."""
     if not isinstance(output, Tensor) or output.dim() != 4 or output.shape[0] % 2:
+        return None
+    if run.guided is None:
+        # Looked at once in a run, since a GPU has to be waited for.
+        halves = [] if pictures is None else pictures[0].chunk(2)
+        run.guided = len(halves) == 2 and torch.equal(*halves)
+    if not run.guided:
         return None
     empty, text = output.detach().chunk(2)
     return (text - empty).abs().mean(1)

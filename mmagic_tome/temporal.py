@@ -211,6 +211,8 @@ class Run:
             would reach timestep 0.
         heat (Tensor | None): (B / 2, h, w), how far the text moved the last step's
             prediction at every place, for methods that watch the output.
+        guided (bool | None): whether the halves of the batch are the same picture without and with
+            the text; None: not looked at.
     """
 
     def __init__(self) -> None:
@@ -229,6 +231,7 @@ class Run:
         self.left_out: dict[str, int] = {}
         self.last = False
         self.heat: Tensor | None = None
+        self.guided: bool | None = None
 
     def begin_step(self, time: float | None, key: Hashable) -> None:
         """Start the next step, of the same run as far as can be told.

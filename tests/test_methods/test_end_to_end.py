@@ -36,7 +36,8 @@ def run(unet, steps=STEPS, **changes):
     outputs = []
     for i, t in enumerate(steps):
         inputs = tiny_inputs(**changes)
-        inputs["sample"] = inputs["sample"] + 0.02 * i
+        halves = torch.cat(2 * [inputs["sample"].chunk(2)[0]])
+        inputs["sample"] = halves + 0.02 * i
         outputs.append(unet(**{**inputs, "timestep": torch.tensor(t)}).sample)
     return torch.stack(outputs)
 
@@ -196,6 +197,22 @@ def test_importance_uses_the_guidance_of_the_last_step(unet):
         plain = run(unet)
     torch.testing.assert_close(guided[0], plain[0], rtol=1e-4, atol=1e-5)
     assert error(guided[1], plain[1]) > 1e-4
+
+
+@torch.no_grad()
+def test_two_pictures_of_a_batch_are_no_guidance(unet):
+    """An even batch whose halves are not one picture: as ToMe, whatever the two differ in."""
+    outputs = []
+    for method in (dict(type="importance", prune_steps=0), "tome"):
+        with apply_tome(unet, method=method, ratio=0.5) as handle:
+            for i, t in enumerate(STEPS):
+                inputs = tiny_inputs()
+                inputs["sample"] = inputs["sample"] + 0.02 * i
+                inputs["sample"][1] = inputs["sample"][1].flip(-1)
+                outputs.append(unet(**{**inputs, "timestep": torch.tensor(t)}).sample)
+            assert handle._state.forward.run.heat is None
+    for one, other in zip(outputs[: len(STEPS)], outputs[len(STEPS) :]):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_random_methods_follow_the_seed(unet):
