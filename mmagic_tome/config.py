@@ -106,9 +106,9 @@ class ToMeConfig:
     proportional: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("ratio", "max_downsample", "sx", "sy", "seed"):
+        for key in ("ratio", "max_downsample", "sx", "sy", "seed", "refresh", "residual", "reuse"):
             # numpy scalars and the like are as good, and would not go into JSON.
-            object.__setattr__(self, key, _plain_number(getattr(self, key)))
+            object.__setattr__(self, key, _plain_numbers(getattr(self, key)))
         switches = ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp", "exact_matching")
         for key in (*switches, "across_frames", "proportional"):
             if not isinstance(getattr(self, key), bool):
@@ -373,9 +373,16 @@ class ToMeConfig:
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dict of all options, as it would come back from JSON; inverse of
-        :meth:`from_dict`."""
+        """Plain dict of all options; inverse of :meth:`from_dict`, also by way of JSON, unless the
+        ratio is a function, which stays one."""
         return _as_lists(asdict(self))
+
+    def to_record(self) -> dict[str, Any]:
+        """As :meth:`to_dict`, for what is only read: a function by name, so all goes into JSON."""
+        options = self.to_dict()
+        if callable(self.ratio):
+            options["ratio"] = getattr(self.ratio, "__name__", type(self.ratio).__name__)
+        return options
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> ToMeConfig:
@@ -453,6 +460,24 @@ def _as_lists(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _as_lists(item) for key, item in value.items()}
     return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _plain_numbers(value: Any) -> Any:
+    """The same as JSON would give it back, but with the levels as numbers: see
+    :func:`_plain_number`, and lists for tuples."""
+    if isinstance(value, Mapping):
+        plain = {key: _plain_numbers(item) for key, item in value.items()}
+        level = plain.get("level")
+        if isinstance(level, Mapping):
+            plain["level"] = {_level(key): ratio for key, ratio in level.items()}
+        return plain
+    if isinstance(value, (list, tuple)):
+        return [_plain_numbers(item) for item in value]
+    return _plain_number(value)
+
+
+def _level(key: Any) -> Any:
+    return int(key) if isinstance(key, str) and key.isdecimal() else _plain_number(key)
 
 
 def _plain_number(value: Any) -> Any:

@@ -1,10 +1,12 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 import json
 
+import numpy as np
 import pytest
 
 from mmagic_tome import ToMeConfig, ToMeError
 from mmagic_tome.reuse import Scope
+from mmagic_tome.schedules import Place
 
 
 def test_defaults():
@@ -35,6 +37,29 @@ def test_defaults():
 def test_json_round_trip():
     config = ToMeConfig(ratio=0.6, sx=3, max_downsample=4, merge_mlp=True, seed=2**40)
     assert ToMeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_json_round_trip_of_levels_and_foreign_numbers():
+    ratio = dict(level={1: np.float32(0.5), 2: 0.25}, noise=dict(between=(np.float64(0.25), 1)))
+    config = ToMeConfig(
+        ratio=ratio,
+        refresh=dict(steps=np.int64(2), warmup=np.int32(2)),
+        residual=dict(kind="exact", gain=np.float32(0.5)),
+    )
+    again = ToMeConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config and again.to_dict() == config.to_dict()
+    assert again.ratio["level"] == {1: 0.5, 2: 0.25}
+    assert again.ratio_schedule(Place("attn", 2, noise=0.5)) == 0.25
+
+
+def test_a_function_has_a_name_in_records():
+    def falling(place):
+        return 0.5 if place.noise > 0.5 else 0.25
+
+    config = ToMeConfig(ratio=falling)
+    assert config.to_dict()["ratio"] is falling
+    assert json.loads(json.dumps(config.to_record()))["ratio"] == "falling"
+    assert ToMeConfig(ratio=0.3).to_record() == ToMeConfig(ratio=0.3).to_dict()
 
 
 def test_every_key_of_mmagic_is_accepted():

@@ -328,7 +328,7 @@ def command(args, argv):
     }
     text = {key: str(value) for key, value in settings.items()}
     if handle is not None:
-        text["tome_cfg"] = json.dumps(handle.config.to_dict())
+        text["tome_cfg"] = json.dumps(handle.config.to_record())
     text["software"] = "mmagic_tome " + __version__
     text["versions"] = json.dumps(versions())
     folder = ResultFolder(args.folder, overwrite=args.overwrite)
@@ -353,7 +353,7 @@ def command(args, argv):
         "token_merging": None
         if handle is None
         else {
-            "config": handle.config.to_dict(),
+            "config": handle.config.to_record(),
             "sites": paired.stats,
             "scopes": paired.scopes,
         },

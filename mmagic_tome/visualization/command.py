@@ -86,7 +86,7 @@ def command(args, argv: list[str]) -> None:
             )
     result = {
         "command": ["visualize", *argv],
-        "token_merging": {**handle.config.to_dict()},
+        "token_merging": {**handle.config.to_record()},
         "images": images,
         **files,
         "cost_ms": cost_rows(report),
