@@ -408,6 +408,15 @@ def test_residuals_beat_plain_merging(unet):
     for kind in ("own", "exact"):
         with apply_tome(unet, refresh=2, residual=kind, **ALL):
             assert error(run(unet), dense) < 0.6 * plain, kind
+    for order in (1, 2):
+        # Dense until there is enough to go on from, then extrapolated at every second step.
+        refresh, residual = dict(steps=2, warmup=order + 1), dict(kind="exact", order=order)
+        # The same destinations at every step: what changes from plan to plan is no trend.
+        with apply_tome(unet, refresh=refresh, residual=residual, use_rand=False, **ALL):
+            outputs = run(unet)
+        assert torch.equal(outputs[order], dense[order])
+        assert not torch.equal(outputs[3], dense[3])
+        assert error(outputs, dense) < 0.6 * plain, order
 
 
 def test_everything_that_changes_linearly_is_extrapolated():

@@ -113,7 +113,7 @@ def test_a_plan_serves_steps_and_blocks_and_no_other_run(unet, spec, share):
 
 
 @every_method
-@pytest.mark.parametrize("sites", [["crossattn", "mlp"], ["block"]])
+@pytest.mark.parametrize("sites", [["crossattn", "mlp"], ["block"], ["stack"]])
 def test_at_other_sites_of_both_levels_on_an_odd_grid(unet, spec, sites):
     options = dict(method=spec, sites=sites, ratio=0.5, max_downsample=2)
     with apply_tome(unet, **options) as handle:
