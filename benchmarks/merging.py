@@ -81,7 +81,8 @@ def draw(path: Path, groups: dict[str, dict[str, dict[str, tuple[float, float]]]
         axes.set_title(DRAWN[group], fontsize=11, loc="left")
         axes.grid(axis="y", alpha=0.3)
     panels[0].set_ylabel("squared relative error of the latents")
-    panels[0].legend(frameon=False, fontsize=9)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     part = path.with_name(f".part.{path.name}")
     try:
         figure.savefig(part, dpi=110)
