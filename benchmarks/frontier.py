@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from mmagic_tome.apis.files import whole_file
 
 STYLES = {
     "ours: foretold": ("o", "#1a7f4b"),
@@ -178,7 +179,7 @@ def verdict(points: list[Point], low: float, high: float) -> str:
 
 
 def draw(path: Path, panels: list[tuple[str, list[Point]]]) -> None:
-    """Write the picture, under a temporary name first."""
+    """Write the picture, whole or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -232,12 +233,8 @@ def draw(path: Path, panels: list[tuple[str, list[Point]]]) -> None:
     # Last: names are put where everything else leaves room.
     for axes, (_, points) in zip(figure.axes, panels):
         place_labels(figure, axes, [(point.name, point.speedup, point.psnr) for point in points])
-    part = path.with_name(f".part.{path.name}")
-    try:
+    with whole_file(path) as part:
         figure.savefig(part, dpi=110)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def main() -> None:

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
+
+from mmagic_tome.apis.files import whole_file
 
 WEIGHTED = ", proportional"
 # The groups that are drawn: where detail is lost.
@@ -56,7 +57,7 @@ def table(group: str, rows: dict[str, dict[str, tuple[float, float]]]) -> str:
 
 
 def draw(path: Path, groups: dict[str, dict[str, dict[str, tuple[float, float]]]]) -> None:
-    """Bars of squared latent error, one panel per group; written under a temporary name first."""
+    """Bars of squared latent error, one panel per group; written whole or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -83,12 +84,8 @@ def draw(path: Path, groups: dict[str, dict[str, dict[str, tuple[float, float]]]
     panels[0].set_ylabel("squared relative error of the latents")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
-    part = path.with_name(f".part.{path.name}")
-    try:
+    with whole_file(path) as part:
         figure.savefig(part, dpi=110)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import warnings
 import torch
 
 from mmagic_tome.apis import asset_path
+from mmagic_tome.apis.files import whole_file
 from mmagic_tome.hosts import find_host
 from mmagic_tome.temporal import Memory
 
@@ -128,7 +129,8 @@ def draw(groups: dict[str, list[list]], file: str) -> None:
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("relative error of what is foretold")
     panels[0].legend()
-    figure.savefig(file, dpi=110)
+    with whole_file(file) as part:
+        figure.savefig(part, dpi=110)
     print(f"wrote {file}")
 
 

@@ -8,7 +8,6 @@ has its final name is whole, whatever interrupts the program.
 from __future__ import annotations
 
 import json
-import os
 import re
 from contextlib import contextmanager
 from functools import cache
@@ -17,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+
+from .files import whole_file
 
 # The sheet, in pixels. Pictures smaller than CELL are enlarged by a whole factor.
 CELL = 256
@@ -51,12 +52,8 @@ class ResultFolder:
         if self._remove_old:
             self._remove_old = False
             self._remove_results()
-        temporary = self.path / f".{name}.part"
-        try:
-            yield temporary
-            os.replace(temporary, self.path / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(self.path / name) as part:
+            yield part
 
     def _remove_results(self):
         """Remove what an earlier run wrote, and nothing else."""

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
+from ..apis.files import whole_file
 from .statistics import ratios, summarise
 
 _COLOURS = {
@@ -49,13 +49,10 @@ def write_plot(path: str | os.PathLike, title: str, cases: list[dict[str, Any]])
         _draw_memory(memory, case["results"])
     axes[-1][0].set_xlabel("times as fast as dense, round by round", fontsize=9)
     axes[-1][1].set_xlabel("peak memory of tensors, MiB", fontsize=9)
-    path = Path(path)
-    temporary = path.with_name(f".part.{path.name}")
     try:
-        figure.savefig(temporary, dpi=130)
-        os.replace(temporary, path)
+        with whole_file(path) as part:
+            figure.savefig(part, dpi=130)
     finally:
-        temporary.unlink(missing_ok=True)
         plt.close(figure)
 
 

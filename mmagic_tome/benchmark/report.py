@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..apis.files import whole_file
 from .statistics import LEVEL, Interval, duels, summarise
 
 NOISE = "within noise"
@@ -166,10 +167,5 @@ def case_json(case: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
 
 def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
     """Write JSON under a temporary name first; an infinity or NaN in it is an error."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as part:
+        part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")

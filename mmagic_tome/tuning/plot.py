@@ -6,9 +6,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from ..apis.files import whole_file
 from ..evaluation.report.plots import place_labels
 from .search import Goal, Trial, front
 
@@ -95,10 +95,5 @@ def write_plot(
     axes.margins(0.08)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     place_labels(figure, axes, named)
-    path = Path(path)
-    temporary = path.with_name(f".part.{path.name}")
-    try:
-        figure.savefig(temporary, dpi=130)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=130)

@@ -81,7 +81,7 @@ def test_a_picture_counts_when_its_record_is_there(tmp_path, monkeypatch):
         with pytest.raises(ToMeError, match=r"No space left on device.*run the same command"):
             save(folder)
     assert not folder.has_picture("dense", 0)
-    assert not list(folder.path.rglob("*.part"))
+    assert not list(folder.path.rglob("*.part*"))
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", full)
         with pytest.raises(ToMeError, match="whole"):

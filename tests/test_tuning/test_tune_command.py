@@ -226,7 +226,7 @@ def test_killed_and_started_again(tuning, sd_folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(judge.Generator, "run", lambda *_, **__: pytest.fail("made again"))
     result = tuning.run(out, *goal, config=config).result
-    assert trials() == more and not list(out.rglob("*.part"))
+    assert trials() == more and not list(out.rglob("*.part*"))
     written = merging_config(load_config(out / "tiny_psnr-35.py"))
     chosen = type(written).from_dict(result["chosen"]["options"])
     assert json.dumps(written.to_dict()) == json.dumps(chosen.to_dict())
