@@ -147,7 +147,9 @@ def scheduler_settings(scheduler) -> dict[str, Any]:
                 value = hashlib.sha256(np.asarray(value).tobytes()).hexdigest()[:16]
             if isinstance(value, (bool, int, float, str, list, tuple, type(None))):
                 settings[key] = value
-    return json.loads(json.dumps(dict(settings), default=str, sort_keys=True))
+    # DPM-Solver's has an infinity, for which JSON has no word.
+    text = json.dumps(dict(settings), default=str, sort_keys=True)
+    return json.loads(text, parse_constant=str)
 
 
 def weights_digest(model) -> str:

@@ -1,0 +1,40 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""What an evaluation remembers of the sampler that its pictures come from."""
+
+import json
+
+import diffusers
+import pytest
+import torch
+
+from mmagic_tome.evaluation.generate import scheduler_settings
+
+SAMPLERS = (
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",  # has an infinity among its settings
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_settings_of_samplers_of_diffusers_go_into_json(name):
+    sampler = getattr(diffusers, name)(beta_end=0.02)
+    settings = scheduler_settings(sampler)
+    assert json.loads(json.dumps(settings, allow_nan=False)) == settings
+    assert settings["beta_end"] == 0.02
+    assert settings != scheduler_settings(getattr(diffusers, name)(beta_end=0.03))
+
+
+def test_settings_of_a_sampler_without_config():
+    class Sampler:
+        def __init__(self, betas):
+            self.betas, self.kind, self.timesteps = betas, "linear", torch.arange(3)
+
+    settings = scheduler_settings(Sampler(torch.ones(4)))
+    assert settings["kind"] == "linear" and len(settings["betas"]) == 16
+    assert "timesteps" not in settings  # what a run leaves behind
+    assert settings != scheduler_settings(Sampler(torch.zeros(4)))
