@@ -1,6 +1,6 @@
 # Every way to make the demo model faster, at several strengths: measured time against error.
 #   python tools/evaluate.py configs/benchmarks/frontier_demo.py --cost-rounds 3
-# With 50 steps: --steps 50 --out another folder. Then, of both folders:
+# With 50 steps: frontier_demo_50.py. Then, of both folders:
 #   python benchmarks/frontier.py FOLDER FOLDER --plot FILE
 _base_ = "../demo/sd-emoji.py"
 

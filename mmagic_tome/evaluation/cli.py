@@ -51,6 +51,7 @@ examples:
   python tools/evaluate.py CONFIG --prompts prompts.txt --ratios 0.25 0.5 --tomesd 0.5
   python tools/evaluate.py CONFIG --prompts prompts.txt --methods tome tofu pitome --ratios 0.5
   python tools/evaluate.py CONFIG --prompts p.csv --tome wide='{"ratio": 0.8, "sx": 4, "sy": 4}'
+  python tools/evaluate.py configs/benchmarks/frontier_demo.py --only balanced '* steps'
   python tools/evaluate.py configs/benchmarks/tomesd_table.py --dry-run
   bash tools/dist_evaluate.sh CONFIG 8 --prompt-set imagenet
 """
@@ -125,6 +126,12 @@ def build_parser(prog: str = "evaluate") -> Parser:
         type=number(float, low=0),
         metavar="N",
         help="dense with fewer steps, as shares below 1 or numbers (default: 0.8 0.65 0.5)",
+    )
+    add(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help="of all these contenders just dense and the ones with these names, such as 'preset *'",
     )
     add(
         "--dense",

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ KEYS = (
     "tomesd",
     "fewer_steps",
     "contenders",
+    "only",
     "metrics",
     "cost_rounds",
 )
@@ -193,7 +195,7 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
             raise ToMeError(f"evaluation.{key} of the config: expected a text")
     if checked.get("dtype") not in (None, "fp32", "fp16", "bf16"):
         raise ToMeError("evaluation.dtype of the config: write fp32, fp16 or bf16")
-    for key in ("ratios", "methods", "presets", "tomesd", "fewer_steps", "metrics"):
+    for key in ("ratios", "methods", "presets", "tomesd", "fewer_steps", "only", "metrics"):
         if key in checked and not isinstance(checked[key], (list, tuple)):
             raise ToMeError(f"evaluation.{key} of the config: expected a list")
     for key in ("methods", "presets"):
@@ -203,6 +205,9 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
                     f"evaluation.{key} of the config: {value!r} is no name; one with options is "
                     "written as contenders=[dict(name=..., tome_cfg=dict(...))]"
                 )
+    for value in checked.get("only", ()):
+        if not isinstance(value, str):
+            raise ToMeError(f"evaluation.only of the config: {value!r} is no name of a contender")
     for key in ("ratios", "tomesd", "fewer_steps"):
         for value in checked.get(key, ()):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -250,7 +255,22 @@ def _contenders(args, values, merging) -> list[c.Contender]:
             )
     found = [c.Contender(c.DENSE), *found]
     c.check_names(found)
-    return found
+    return found if values.get("only") is None else _only(values["only"], found)
+
+
+def _only(wanted, found: list[c.Contender]) -> list[c.Contender]:
+    """Return dense and the contenders that are named, in the order in which they were found.
+
+    A name may have ``*`` and ``?`` in it, as names of files do in a shell.
+    """
+    names = [contender.name for contender in found[1:]]
+    for name in wanted:
+        if not any(fnmatch.fnmatchcase(known, name) for known in names):
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ToMeError(f"only: no contender is called {name!r}: {hint}There are {names}")
+    taken = [x for x in found[1:] if any(fnmatch.fnmatchcase(x.name, name) for name in wanted)]
+    return [found[0], *taken]
 
 
 def _sweep(ratios, methods, merging) -> list[c.Contender]:

@@ -61,12 +61,27 @@ def test_fewer_steps_are_always_among_them():
         assert kinds.count("steps") == 3 and kinds[0] == "dense"
 
 
+def test_only_some_of_them():
+    of_config = dict(presets=["fast", "balanced"], tomesd=[0.5])
+    found = contenders("--only", "25 steps", "preset *", **of_config)
+    assert list(found) == ["dense", "preset fast", "preset balanced", "25 steps"]
+    assert list(contenders(only=["tomesd 0.?"], **of_config)) == ["dense", "tomesd 0.5"]
+    # Those of the command line win, as with every option.
+    assert list(contenders("--only", "preset fast", only=["tomesd *"], **of_config)) == [
+        "dense",
+        "preset fast",
+    ]
+
+
 @pytest.mark.parametrize(
     ("argv", "evaluation", "said"),
     [
         (["--methods", "tomee"], {}, "unknown method 'tomee'.*did you mean 'tome'"),
         ([], {"methods": [{"type": "tofu"}]}, "is no name; one with options is written as"),
         ([], {"methods": "tofu"}, "expected a list"),
+        (["--only", "ratio 0.7"], {}, "no contender is called 'ratio 0.7': did you mean 'ratio 0"),
+        (["--only", "Ratio *"], {}, "no contender is called"),
+        ([], {"only": [0.5]}, "evaluation.only of the config: 0.5 is no name of a contender"),
         (["--presets", "faast"], {}, "contender 'preset faast': preset='faast' must be one of"),
         (["--methods", "tofu"], {"tome_cfg": dict(ratio=dict(level={1: 0.5}))}, "write --ratios"),
     ],

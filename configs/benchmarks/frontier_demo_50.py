@@ -1,0 +1,22 @@
+# The contenders of frontier_demo.py at 50 steps, most methods at the strength that did best at 20.
+#   python tools/evaluate.py configs/benchmarks/frontier_demo_50.py --cost-rounds 3
+# Then, of both folders: python benchmarks/frontier.py FOLDER FOLDER --plot FILE
+_base_ = "./frontier_demo.py"
+
+evaluation = dict(
+    steps=50,
+    only=[
+        *["quality", "balanced", "fast", "network every 2nd", "network every 2nd, half of the run"],
+        "network again, every 2nd",
+        "inner levels again, every 2nd",
+        "DeepCache *",
+        "blocks again, every 2nd",
+        "ToMe 0.5, proportional",
+        "keys and values 0.5, proportional",
+        *["ToMe 0.5", "ToMe 0.75", "ToMe 0.5, refresh 4", "ToMe 0.5, blocks"],
+        *["ToFu 0.5", "ToMA 0.5", "importance 0.5", "SiTo 0.5", "PiToMe 0.5", "prune 0.75"],
+        *["CA-ToMe 0.7", "ToDo *", "downsample"],
+        "tomesd *",
+        "* steps",
+    ],
+)
