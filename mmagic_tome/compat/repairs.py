@@ -14,6 +14,7 @@ import glob
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import io
 import os
 import pickle
@@ -269,6 +270,54 @@ def mmagic_scheduler_copies():
         return look_up(self, name)
 
     wrapper.__getattr__ = __getattr__
+
+
+_EDITORS = "mmagic.models.editors."
+
+
+@repairs(_EDITORS + "stable_diffusion.stable_diffusion", lasting=True)
+def mmagic_step_options():
+    """test_scheduler unlike scheduler: "step() got an unexpected keyword argument 'eta'".
+
+    MMagic's pictures take their steps with ``test_scheduler`` and look up in ``scheduler``, that of
+    the training, which options a step takes. So ``model.test_scheduler.type`` alone could not be
+    changed, from DDIM to Euler for one.
+    """
+    yield
+    _ask_the_test_scheduler(sys.modules[_EDITORS + "stable_diffusion.stable_diffusion"])
+
+
+@repairs(_EDITORS + "stable_diffusion_xl.stable_diffusion_xl", lasting=True)
+def mmagic_step_options_xl():
+    """test_scheduler unlike scheduler (SDXL): "step() got an unexpected keyword argument 'eta'"."""
+    yield
+    _ask_the_test_scheduler(sys.modules[_EDITORS + "stable_diffusion_xl.stable_diffusion_xl"])
+
+
+@repairs(_EDITORS + "animatediff.animatediff", lasting=True)
+def mmagic_step_options_animatediff():
+    """the same in AnimateDiff: "step() got an unexpected keyword argument 'eta'"."""
+    yield
+    _ask_the_test_scheduler(sys.modules[_EDITORS + "animatediff.animatediff"])
+
+
+def _ask_the_test_scheduler(module):
+    """Repair ``prepare_extra_step_kwargs`` of the classes of a module that ask the other one."""
+    trained = types.SimpleNamespace(step=lambda sample, eta: sample)
+    tested = types.SimpleNamespace(step=lambda sample: sample)
+    model = types.SimpleNamespace(scheduler=trained, test_scheduler=tested)
+
+    def prepare_extra_step_kwargs(self, generator, eta):
+        """Return those of ``eta`` and ``generator`` that a step of ``test_scheduler`` takes."""
+        taken = inspect.signature(self.test_scheduler.step).parameters
+        given = {"eta": eta, "generator": generator}
+        return {name: value for name, value in given.items() if name in taken}
+
+    for owner in vars(module).values():
+        if isinstance(owner, type) and owner.__module__ == module.__name__:
+            asks = vars(owner).get("prepare_extra_step_kwargs")
+            if asks is not None and asks(model, None, 0.0):
+                owner.prepare_extra_step_kwargs = prepare_extra_step_kwargs
 
 
 @repairs("mmagic.models.archs.attention_injection", lasting=True)

@@ -6,6 +6,7 @@ import collections
 import copy
 import importlib
 import importlib.machinery
+import inspect
 import sys
 import types
 
@@ -406,6 +407,47 @@ def test_scheduler_wrappers_can_be_copied(monkeypatch):
     repaired = Wrapper.__getattr__
     run_repair(repairs.mmagic_scheduler_copies)  # nothing to repair any more
     assert Wrapper.__getattr__ is repaired
+
+
+@pytest.mark.parametrize(
+    ("editor", "repair"),
+    [
+        ("stable_diffusion", repairs.mmagic_step_options),
+        ("stable_diffusion_xl", repairs.mmagic_step_options_xl),
+        ("animatediff", repairs.mmagic_step_options_animatediff),
+    ],
+)
+def test_the_scheduler_that_steps_is_asked_what_a_step_takes(monkeypatch, editor, repair):
+    class Model:
+        def __init__(self, scheduler, test_scheduler):
+            self.scheduler, self.test_scheduler = scheduler, test_scheduler
+
+        def prepare_extra_step_kwargs(self, generator, eta):  # as MMagic has it
+            return (
+                {"eta": eta} if "eta" in inspect.signature(self.scheduler.step).parameters else {}
+            )
+
+    packages = ["mmagic", "mmagic.models", "mmagic.models.editors"]
+    for name in (*packages, f"mmagic.models.editors.{editor}"):
+        fake_package(monkeypatch, name)
+    name = f"mmagic.models.editors.{editor}.{editor}"
+    Model.__module__ = name
+    fake_package(monkeypatch, name, Model=Model)
+
+    def of(parameters: str):
+        return types.SimpleNamespace(step=eval(f"lambda sample, {parameters}: None"))
+
+    ddim, euler, plain = of("eta, generator"), of("s_churn, generator"), of("sigma")
+    assert Model(ddim, plain).prepare_extra_step_kwargs(None, 0.5) == {"eta": 0.5}
+    run_repair(repair)
+    for trained in (ddim, euler, plain):
+        given = [
+            Model(trained, one).prepare_extra_step_kwargs(7, 0.5) for one in (ddim, euler, plain)
+        ]
+        assert given == [{"eta": 0.5, "generator": 7}, {"generator": 7}, {}]
+    repaired = Model.prepare_extra_step_kwargs
+    run_repair(repair)  # nothing to repair any more
+    assert Model.prepare_extra_step_kwargs is repaired
 
 
 def test_attention_injection_passes_on_what_it_lacks(monkeypatch):
