@@ -147,8 +147,11 @@ def scheduler_settings(scheduler) -> dict[str, Any]:
                 value = hashlib.sha256(np.asarray(value).tobytes()).hexdigest()[:16]
             if isinstance(value, (bool, int, float, str, list, tuple, type(None))):
                 settings[key] = value
+    # diffusers notes there which settings a file did not name, in the order of a set, which is
+    # another one in every process; and what they are is in the settings.
+    settings = {key: value for key, value in settings.items() if key != "_use_default_values"}
     # DPM-Solver's has an infinity, for which JSON has no word.
-    text = json.dumps(dict(settings), default=str, sort_keys=True)
+    text = json.dumps(settings, default=str, sort_keys=True)
     return json.loads(text, parse_constant=str)
 
 

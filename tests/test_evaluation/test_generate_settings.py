@@ -2,6 +2,9 @@
 """What an evaluation remembers of the sampler that its pictures come from."""
 
 import json
+import os
+import subprocess
+import sys
 
 import diffusers
 import pytest
@@ -27,6 +30,24 @@ def test_settings_of_samplers_of_diffusers_go_into_json(name):
     assert json.loads(json.dumps(settings, allow_nan=False)) == settings
     assert settings["beta_end"] == 0.02
     assert settings != scheduler_settings(getattr(diffusers, name)(beta_end=0.03))
+
+
+def test_settings_are_the_same_in_every_process():
+    """One sampler from the file of another has settings that the file lacks."""
+    code = (
+        "import json, diffusers; from mmagic_tome.evaluation.generate import scheduler_settings; "
+        "config = diffusers.DDIMScheduler(beta_end=0.02).config; "
+        "sampler = diffusers.DPMSolverMultistepScheduler.from_config(config); "
+        "print(json.dumps(scheduler_settings(sampler)))"
+    )
+    said = []
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        run = [sys.executable, "-c", code]
+        out = subprocess.run(run, env=environment, check=True, capture_output=True, text=True)
+        said.append(json.loads(out.stdout.splitlines()[-1]))
+    assert said[0] == said[1]
+    assert said[0]["beta_end"] == 0.02 and said[0]["solver_order"] == 2
 
 
 def test_settings_of_a_sampler_without_config():
