@@ -120,15 +120,17 @@ def test_demo_runs_from_the_wheel(installed, tmp_path):
     where = run(installed, "-c", "import mmagic_tome; print(mmagic_tome.__file__)", cwd=tmp_path)
     assert str(ROOT) not in where
 
-    command = [installed, "-m", "mmagic_tome", "infer", "--steps", "2", "--prompt", "red apple"]
+    command = [installed, "-m", "mmagic_tome", "infer", "--steps", "8", "--prompt", "red apple"]
     options = ["--compare", "--repeats", "1", "--size", "64", "--device", "cpu"]
     printed = run(*command, *options, "--out", "pictures", cwd=tmp_path, OMP_NUM_THREADS="1")
     assert "What was merged" in printed and "speed-up" in printed
     result = json.loads((tmp_path / "pictures" / "result.json").read_text(encoding="utf-8"))
     assert (tmp_path / "pictures" / result["images"][0]["file"]).is_file()
     assert (tmp_path / "pictures" / result["compare"]).is_file()
-    sites = result["token_merging"]["sites"]
-    assert sites and all(site["kept"] == site["tokens"] // 2 for site in sites)
+    # Without a config the preset that users are told to start with.
+    scopes = result["token_merging"]["scopes"]
+    assert [scope["scope"] for scope in scopes] == ["network", "deep"]
+    assert all(scope["reused"] > 0 for scope in scopes)
 
 
 def test_configs_of_the_wheel_serve_as_bases(installed, tmp_path):

@@ -1,7 +1,7 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Generate images with the model of a MMagic config, with token merging.
 
-    python tools/infer.py configs/demo/sd-emoji_tome-5e-1.py --prompt 'red apple' --compare
+    python tools/infer.py configs/demo/sd-emoji_tome-balanced.py --prompt 'red apple' --compare
 
 The same as ``python -m mmagic_tome infer``; see ``mmagic_tome/apis/cli.py``.
 """

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..presets import PRESETS
 from .command_line import (
+    BALANCED_CONFIG,
     RATIO,
     VALUES,
     Parser,
@@ -51,14 +52,14 @@ prompts, negative_prompt, steps, guidance, size, seed and batch_size.
 
 examples:
   python tools/infer.py configs/demo/sd-emoji_tome-balanced.py --prompt 'red apple' --compare
-  python -m mmagic_tome infer mmagic_tome::demo/sd-emoji_tome-5e-1.py --ratio 0.7
+  python -m mmagic_tome infer mmagic_tome::demo/sd-emoji_tome-5e-1.py --ratio 0.7 --compare
 """
 
 
 def build_parser(prog: str = "infer") -> Parser:
     """The parser of the command."""
     parser = new_parser(prog, DESCRIPTION, EPILOG)
-    add_config(parser)
+    add_config(parser, BALANCED_CONFIG)
     add = parser.add_argument_group("what to generate").add_argument
     add_request(add)
     add(

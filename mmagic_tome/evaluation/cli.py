@@ -11,7 +11,6 @@ import os
 import warnings
 
 from ..apis.command_line import (
-    DEFAULT_CONFIG,
     RATIO,
     BadInput,
     Parser,
@@ -187,7 +186,7 @@ def build_parser(prog: str = "evaluate") -> Parser:
 def run(argv, prog: str) -> None:
     """Parse, check what needs no libraries, and do it."""
     args = build_parser(prog).parse_args(argv)
-    args.config = args.config or DEFAULT_CONFIG
+    args.config = args.config or args.default_config
     args.config_path = resolve_config(args.config)
     check_cfg_options(args.cfg_options)
     for name in ("out", "dense", "real", "write_table"):

@@ -238,8 +238,8 @@ def _contenders(args, values, merging) -> list[c.Contender]:
     if not found:
         if merging is not None:
             own = c.Contender("the config's", tome_cfg=merging)
-            # With a schedule there is no one ratio to call it by.
-            name = own.name if own.ratio is None else f"ratio {own.ratio:g}"
+            # With a schedule there is no one ratio to call it by, and presets merge nothing.
+            name = f"ratio {own.ratio:g}" if own.ratio else own.name
             found = [c.Contender(name, tome_cfg=merging)]
         else:
             found = [c.merged(f"ratio {r:g}", {"ratio": r}) for r in c.DEFAULT_RATIOS]

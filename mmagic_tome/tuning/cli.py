@@ -11,7 +11,6 @@ import warnings
 from pathlib import Path
 
 from ..apis.command_line import (
-    DEFAULT_CONFIG,
     VALUES,
     BadInput,
     Parser,
@@ -133,7 +132,7 @@ def run(argv: list[str], prog: str) -> None:
     if (args.speedup is None) == (args.psnr is None):
         found = "neither was given" if args.speedup is None else "both were given"
         raise BadInput(f"write either --speedup X or --psnr DB, {found}")
-    args.config = args.config or DEFAULT_CONFIG
+    args.config = args.config or args.default_config
     args.config_path = resolve_config(args.config)
     check_cfg_options(args.cfg_options)
     for name in ("out", "write", "prompts"):

@@ -61,6 +61,12 @@ def test_fewer_steps_are_always_among_them():
         assert kinds.count("steps") == 3 and kinds[0] == "dense"
 
 
+def test_the_configs_own_merging():
+    assert list(contenders(tome_cfg=dict(ratio=0.3))) == ["dense", "ratio 0.3", *STEPS]
+    for nameless in (dict(preset="balanced"), dict(ratio=dict(level={1: 0.5}))):
+        assert list(contenders(tome_cfg=nameless)) == ["dense", "the config's", *STEPS]
+
+
 def test_only_some_of_them():
     of_config = dict(presets=["fast", "balanced"], tomesd=[0.5])
     found = contenders("--only", "25 steps", "preset *", **of_config)
