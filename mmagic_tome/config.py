@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any
 
-from .errors import ToMeError
+from .errors import ToMeError, did_you_mean, nearest
 from .methods import Method, build_method
 from .presets import with_preset
 from .reuse import Reuse
@@ -186,8 +185,8 @@ class ToMeConfig:
             _fail("sites", self.sites, f"None or a list of {', '.join(_SITES)}", ["attn"])
         for site in sites:
             if site not in _SITES:
-                close = difflib.get_close_matches(str(site), _SITES, n=1) or ["attn"]
-                _fail("sites", self.sites, f"a list of {', '.join(_SITES)}", close)
+                close = nearest(site, _SITES) or "attn"
+                _fail("sites", self.sites, f"a list of {', '.join(_SITES)}", [close])
         whole = [site for site in sites if site in ("block", "stack")]
         if whole and len(sites) > 1:
             raise ToMeError(
@@ -426,8 +425,7 @@ def _check_keys(options: Mapping[str, Any]) -> None:
     known = [*(field.name for field in fields(ToMeConfig)), "preset"]
     for key in options:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
+            hint = did_you_mean(key, known)
             raise ToMeError(
                 f"unknown token merging option {key!r}: {hint}Known: {', '.join(known)}"
             )

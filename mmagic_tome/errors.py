@@ -1,5 +1,11 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""The one error type of the package."""
+"""The one error type of the package, and what its messages say of a name that was mistyped."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
 
 
 class ToMeError(ValueError):
@@ -10,3 +16,14 @@ class ToMeError(ValueError):
     write instead. A :class:`ValueError`, so callers that guard against bad
     values in general need not know this package.
     """
+
+
+def nearest(wrong: Any, known: Iterable[str]) -> str | None:
+    """Return the known name that is most like a wrong one; None if none is."""
+    return next(iter(difflib.get_close_matches(str(wrong), list(known), n=1)), None)
+
+
+def did_you_mean(wrong: Any, known: Iterable[str]) -> str:
+    """Return ``"did you mean 'x'? "`` for a message, or nothing if no known name is like it."""
+    close = nearest(wrong, known)
+    return "" if close is None else f"did you mean {close!r}? "

@@ -6,11 +6,10 @@ What each gains and costs, and how they were found: ``docs/research/``.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from .errors import ToMeError
+from .errors import ToMeError, nearest
 
 #: name -> options of :class:`~mmagic_tome.config.ToMeConfig`.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -46,8 +45,8 @@ def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:
     if name is None:
         return options
     if name not in PRESETS:
-        close = difflib.get_close_matches(str(name), PRESETS, n=1) or ["balanced"]
+        close = nearest(name, PRESETS) or "balanced"
         raise ToMeError(
-            f"preset={name!r} must be one of {', '.join(PRESETS)}; write preset={close[0]!r}"
+            f"preset={name!r} must be one of {', '.join(PRESETS)}; write preset={close!r}"
         )
     return {**PRESETS[name], **options}

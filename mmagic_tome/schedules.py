@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import ToMeError
+from .errors import ToMeError, did_you_mean, nearest
 
 # Kind -> the keys that mean something to it, besides 'kind' and 'between'.
 _NOISE_KINDS = {
@@ -245,7 +244,11 @@ def _check_noise(spec: Any) -> None:
     _known("ratio['noise']", spec, ("kind", "start", "end", "points", "between"))
     kind = spec.get("kind", "piecewise" if "points" in spec else "constant")
     if kind not in _NOISE_KINDS:
-        raise ToMeError(f"ratio['noise']: kind={kind!r} must be one of {', '.join(_NOISE_KINDS)}")
+        close = nearest(kind, _NOISE_KINDS) or "linear"
+        raise ToMeError(
+            f"ratio['noise']: kind={kind!r} must be one of {', '.join(_NOISE_KINDS)}; write "
+            f"kind={close!r}"
+        )
     for key in ("start", "end", "points"):
         if key in spec and key not in _NOISE_KINDS[kind]:
             meant = "piecewise" if key == "points" else "linear"
@@ -276,6 +279,5 @@ def _check_noise(spec: Any) -> None:
 def _known(what: str, spec: Mapping[str, Any], known: Sequence[str]) -> None:
     for key in spec:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
+            hint = did_you_mean(key, known)
             raise ToMeError(f"{what} has no key {key!r}: {hint}Known: {', '.join(known)}")

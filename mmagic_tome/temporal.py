@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ToMeError
+from .errors import ToMeError, did_you_mean, nearest
 
 _SHARES = ("site", "level")
 _KINDS = ("own", "exact", "reuse")
@@ -66,7 +66,11 @@ class Refresh:
                     f"write {key}={low}"
                 )
         if self.share not in _SHARES:
-            raise ToMeError(f"refresh: share={self.share!r} must be one of {', '.join(_SHARES)}")
+            close = nearest(self.share, _SHARES) or _SHARES[0]
+            raise ToMeError(
+                f"refresh: share={self.share!r} must be one of {', '.join(_SHARES)}; write "
+                f"share={close!r}"
+            )
         if not isinstance(self.stagger, bool):
             raise ToMeError(f"refresh: stagger={self.stagger!r} must be True or False")
         if self.stagger and self.share == "level":
@@ -138,7 +142,11 @@ class Residual:
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
-            raise ToMeError(f"residual: kind={self.kind!r} must be one of {', '.join(_KINDS)}")
+            close = nearest(self.kind, _KINDS) or "exact"
+            raise ToMeError(
+                f"residual: kind={self.kind!r} must be one of {', '.join(_KINDS)}; write "
+                f"kind={close!r}"
+            )
         check_order("residual", self.order)
         number = isinstance(self.gain, (int, float)) and not isinstance(self.gain, bool)
         if not number or not 0 < self.gain <= 1:
@@ -327,5 +335,6 @@ def coerce_options(cls: type, name: str, spec: Any, example: str) -> Any:
     known = [field.name for field in fields(cls)]
     for key in spec:
         if key not in known:
-            raise ToMeError(f"{name} has no key {key!r}; known: {', '.join(known)}")
+            hint = did_you_mean(key, known)
+            raise ToMeError(f"{name} has no key {key!r}: {hint}Known: {', '.join(known)}")
     return cls(**dict(spec))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
@@ -126,6 +126,7 @@ def fingerprint(generator: Generator, device: torch.device) -> dict[str, Any]:
         "model": type(model).__name__,
         "scheduler": getattr(scheduler, "_scheduler_name", type(scheduler).__name__),
         "scheduler_config": scheduler_settings(scheduler),
+        "networks": network_settings(model),
         "weights": weights_digest(model),
         "versions": found,
     }
@@ -153,6 +154,23 @@ def scheduler_settings(scheduler) -> dict[str, Any]:
     # DPM-Solver's has an infinity, for which JSON has no word.
     text = json.dumps(settings, default=str, sort_keys=True)
     return json.loads(text, parse_constant=str)
+
+
+def network_settings(model) -> dict[str, Any]:
+    """Return the settings of a model's networks, JSON-able.
+
+    Some change pictures but no weights: the number of heads, the scale of the latents.
+    """
+    return {
+        name: {
+            # Where it came from says nothing of what it is.
+            key: value
+            for key, value in json.loads(json.dumps(dict(part.config), default=str)).items()
+            if not key.startswith("_")
+        }
+        for name, part in model.named_children()
+        if isinstance(getattr(part, "config", None), Mapping)
+    }
 
 
 def weights_digest(model) -> str:

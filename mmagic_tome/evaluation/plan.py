@@ -13,7 +13,6 @@ A config states its part in ``evaluation``::
 from __future__ import annotations
 
 import argparse
-import difflib
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from ..apis.command_line import VALUES, check_default, number
 from ..apis.model_config import merging_config
 from ..config import ToMeConfig
 from ..contenders import parse_named
-from ..errors import ToMeError
+from ..errors import ToMeError, did_you_mean
 from . import contenders as c
 from .prompts import PromptList, load_prompts
 
@@ -163,8 +162,7 @@ def _section(config, name, known) -> dict[str, Any]:
         raise ToMeError(f"{name} of the config: expected a dict, got {section!r}")
     for key in section:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
+            hint = did_you_mean(key, known)
             raise ToMeError(f"{name} of the config has no key {key!r}: {hint}It takes {known}")
     return {key: value for key, value in dict(section).items() if value is not None}
 
@@ -266,8 +264,7 @@ def _only(wanted, found: list[c.Contender]) -> list[c.Contender]:
     names = [contender.name for contender in found[1:]]
     for name in wanted:
         if not any(fnmatch.fnmatchcase(known, name) for known in names):
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
+            hint = did_you_mean(name, names)
             raise ToMeError(f"only: no contender is called {name!r}: {hint}There are {names}")
     taken = [x for x in found[1:] if any(fnmatch.fnmatchcase(x.name, name) for name in wanted)]
     return [found[0], *taken]

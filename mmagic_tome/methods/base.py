@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import ToMeError
+from ..errors import ToMeError, nearest
 from ..merging import MergePlan, tokens_to_remove
 
 METHODS: dict[str, type[Method]] = {}
@@ -174,7 +173,5 @@ def build_method(spec: str | Mapping[str, Any]) -> Method:
 def _hint(name: str) -> str:
     """What somebody may have meant who wrote a method's name in another way."""
     plain = "".join(char for char in name.lower() if char.isalnum())
-    meant = _OTHER_NAMES.get(plain) or next(
-        iter(difflib.get_close_matches(plain, METHODS, n=1)), None
-    )
+    meant = _OTHER_NAMES.get(plain) or nearest(plain, METHODS)
     return f"did you mean {meant!r}? " if meant else ""

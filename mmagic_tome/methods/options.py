@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import numbers
 from typing import Any
 
-from ..errors import ToMeError
+from ..errors import ToMeError, nearest
 
 
 def check_number(
@@ -56,10 +55,10 @@ def check_integer(method: str, option: str, value: Any, low: int, high: int) -> 
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or not low <= value <= high:
         finite = isinstance(value, numbers.Real) and math.isfinite(value)
-        nearest = min(max(round(value), low), high) if finite else low
+        allowed = min(max(round(value), low), high) if finite else low
         raise ToMeError(
             f"method {method!r}: {option}={value!r} must be an integer in [{low}, {high}]; "
-            f"write {option}={nearest}"
+            f"write {option}={allowed}"
         )
     return int(value)
 
@@ -71,9 +70,9 @@ def check_choice(method: str, option: str, value: Any, allowed: tuple[str, ...])
         ToMeError: anything else.
     """
     if not isinstance(value, str) or value not in allowed:
-        close = difflib.get_close_matches(str(value), allowed, n=1) or allowed
+        close = nearest(value, allowed) or allowed[0]
         raise ToMeError(
             f"method {method!r}: {option}={value!r} must be one of {', '.join(allowed)}; "
-            f"write {option}={close[0]!r}"
+            f"write {option}={close!r}"
         )
     return value

@@ -7,12 +7,11 @@ continuation, a first one of an empty folder.
 
 from __future__ import annotations
 
-import json
 import math
 import socket
 import time
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -179,24 +178,9 @@ def _prompts_of(config, folder: Path, wanted: int) -> Any:
 
 
 def _basis(generator, device, search_prompts: int) -> dict[str, Any]:
-    """What everything in the folder depends on, but for the clock's part: see :func:`_place`.
-
-    Besides what an evaluation's pictures depend on: the settings of the networks, some of which
-    change pictures but no weights, such as the number of heads.
-    """
-    networks = {
-        name: dict(part.config)
-        for name, part in generator.model.named_children()
-        if isinstance(getattr(part, "config", None), Mapping)
-    }
-    # Where it came from says nothing of what it is.
-    settings = {
-        name: {key: value for key, value in found.items() if not key.startswith("_")}
-        for name, found in networks.items()
-    }
+    """What everything in the folder depends on, but for the clock's part: see :func:`_place`."""
     return {
         **fingerprint(generator, device),
-        "networks": json.loads(json.dumps(settings, default=str)),
         "mmagic_tome": __version__,
         "search_prompts": search_prompts,
     }

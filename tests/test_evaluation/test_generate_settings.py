@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 
-from mmagic_tome.evaluation.generate import scheduler_settings
+from mmagic_tome.evaluation.generate import network_settings, scheduler_settings
 
 SAMPLERS = (
     "DDIMScheduler",
@@ -59,3 +59,25 @@ def test_settings_of_a_sampler_without_config():
     assert settings["kind"] == "linear" and len(settings["betas"]) == 16
     assert "timesteps" not in settings  # what a run leaves behind
     assert settings != scheduler_settings(Sampler(torch.zeros(4)))
+
+
+def test_settings_of_networks_that_change_no_weights():
+    def model(heads, scale):
+        shape = dict(block_out_channels=(8,), norm_num_groups=4)
+        unet = diffusers.UNet2DConditionModel(
+            **shape,
+            down_block_types=("CrossAttnDownBlock2D",),
+            up_block_types=("CrossAttnUpBlock2D",),
+            attention_head_dim=heads,
+            cross_attention_dim=8,
+            layers_per_block=1,
+        )
+        vae = diffusers.AutoencoderKL(**shape, scaling_factor=scale)
+        return torch.nn.ModuleDict({"unet": unet, "vae": vae, "other": torch.nn.Linear(2, 2)})
+
+    settings = network_settings(model(2, 0.18))
+    assert json.loads(json.dumps(settings)) == settings and set(settings) == {"unet", "vae"}
+    assert settings == network_settings(model(2, 0.18))
+    assert settings != network_settings(model(4, 0.18))
+    assert settings != network_settings(model(2, 0.2))
+    assert not [key for one in settings.values() for key in one if key.startswith("_")]

@@ -26,12 +26,11 @@ Libraries are imported when a metric is first used, not when this package is.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from ...errors import ToMeError
+from ...errors import ToMeError, did_you_mean
 from .base import PairedMetric, SetMetric
 from .clip import CMMD, CLIPScore
 from .difference import MaxError, max_error_picture
@@ -100,8 +99,7 @@ def build_set(name: str, **options: Any) -> SetMetric:
 
 def _build(known: Mapping[str, type], kind: str, name: str, options: dict[str, Any]) -> Any:
     if name not in known:
-        close = difflib.get_close_matches(str(name), known, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
+        hint = did_you_mean(name, known)
         raise ToMeError(f"unknown {kind} {name!r}: {hint}Known: {', '.join(known)}")
     takes = list(inspect.signature(known[name]).parameters)
     unknown = sorted(set(options) - set(takes))
