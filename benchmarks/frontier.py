@@ -8,7 +8,7 @@ with a smaller error, and how many times smaller its squared error is::
 
     FRONTIER=configs/benchmarks/frontier_demo.py
     python tools/evaluate.py $FRONTIER --out outputs/frontier20
-    python tools/evaluate.py $FRONTIER --steps 50 --out outputs/frontier50
+    python tools/evaluate.py ${FRONTIER%.py}_50.py --out outputs/frontier50
     python benchmarks/frontier.py outputs/frontier20 outputs/frontier50 --plot frontier.png
 """
 
