@@ -302,22 +302,28 @@ def mmagic_step_options_animatediff():
 
 
 def _ask_the_test_scheduler(module):
-    """Repair ``prepare_extra_step_kwargs`` of the classes of a module that ask the other one."""
+    """Repair ``prepare_extra_step_kwargs`` of a module's classes: what both schedulers take.
+
+    FastComposer, which inherits it, takes its steps with ``scheduler`` after all.
+    """
     trained = types.SimpleNamespace(step=lambda sample, eta: sample)
     tested = types.SimpleNamespace(step=lambda sample: sample)
     model = types.SimpleNamespace(scheduler=trained, test_scheduler=tested)
-
-    def prepare_extra_step_kwargs(self, generator, eta):
-        """Return those of ``eta`` and ``generator`` that a step of ``test_scheduler`` takes."""
-        taken = inspect.signature(self.test_scheduler.step).parameters
-        given = {"eta": eta, "generator": generator}
-        return {name: value for name, value in given.items() if name in taken}
-
     for owner in vars(module).values():
         if isinstance(owner, type) and owner.__module__ == module.__name__:
             asks = vars(owner).get("prepare_extra_step_kwargs")
             if asks is not None and asks(model, None, 0.0):
-                owner.prepare_extra_step_kwargs = prepare_extra_step_kwargs
+                owner.prepare_extra_step_kwargs = _what_both_take(asks)
+
+
+def _what_both_take(asks):
+    @functools.wraps(asks)
+    def prepare_extra_step_kwargs(self, generator, eta):
+        taken = inspect.signature(self.test_scheduler.step).parameters
+        given = asks(self, generator, eta)
+        return {name: value for name, value in given.items() if name in taken}
+
+    return prepare_extra_step_kwargs
 
 
 @repairs("mmagic.models.archs.attention_injection", lasting=True)

@@ -423,9 +423,9 @@ def test_the_scheduler_that_steps_is_asked_what_a_step_takes(monkeypatch, editor
             self.scheduler, self.test_scheduler = scheduler, test_scheduler
 
         def prepare_extra_step_kwargs(self, generator, eta):  # as MMagic has it
-            return (
-                {"eta": eta} if "eta" in inspect.signature(self.scheduler.step).parameters else {}
-            )
+            taken = inspect.signature(self.scheduler.step).parameters
+            given = {"eta": eta, "generator": generator}
+            return {name: value for name, value in given.items() if name in taken}
 
     packages = ["mmagic", "mmagic.models", "mmagic.models.editors"]
     for name in (*packages, f"mmagic.models.editors.{editor}"):
@@ -434,17 +434,16 @@ def test_the_scheduler_that_steps_is_asked_what_a_step_takes(monkeypatch, editor
     Model.__module__ = name
     fake_package(monkeypatch, name, Model=Model)
 
-    def of(parameters: str):
-        return types.SimpleNamespace(step=eval(f"lambda sample, {parameters}: None"))
-
-    ddim, euler, plain = of("eta, generator"), of("s_churn, generator"), of("sigma")
-    assert Model(ddim, plain).prepare_extra_step_kwargs(None, 0.5) == {"eta": 0.5}
+    ddim = types.SimpleNamespace(step=lambda sample, eta, generator: sample)
+    euler = types.SimpleNamespace(step=lambda sample, s_churn, generator: sample)
+    plain = types.SimpleNamespace(step=lambda sample: sample)
+    both, one = {"eta": 0.5, "generator": 7}, {"generator": 7}
+    assert Model(ddim, plain).prepare_extra_step_kwargs(7, 0.5) == both  # which plain cannot take
     run_repair(repair)
-    for trained in (ddim, euler, plain):
-        given = [
-            Model(trained, one).prepare_extra_step_kwargs(7, 0.5) for one in (ddim, euler, plain)
-        ]
-        assert given == [{"eta": 0.5, "generator": 7}, {"generator": 7}, {}]
+    for trained, given in ((ddim, [both, one, {}]), (euler, [one, one, {}]), (plain, [{}] * 3)):
+        # What either can take: FastComposer, which inherits this, steps with the training's.
+        models = [Model(trained, tested) for tested in (ddim, euler, plain)]
+        assert [model.prepare_extra_step_kwargs(7, 0.5) for model in models] == given
     repaired = Model.prepare_extra_step_kwargs
     run_repair(repair)  # nothing to repair any more
     assert Model.prepare_extra_step_kwargs is repaired
