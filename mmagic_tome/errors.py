@@ -23,6 +23,23 @@ def nearest(wrong: Any, known: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(str(wrong), list(known), n=1)), None)
 
 
+def check_choice(where: str, key: str, value: Any, known: Iterable[str], otherwise: str) -> None:
+    """Raise :class:`ToMeError` unless a value is one of the known; it says what to write.
+
+    Args:
+        where: what the message begins with, such as ``"refresh: "``.
+        key: the option's name.
+        value: what was found.
+        known: what can be.
+        otherwise: what to suggest where none of them is like it.
+    """
+    if not isinstance(value, str) or value not in known:
+        close = nearest(value, known) or otherwise
+        raise ToMeError(
+            f"{where}{key}={value!r} must be one of {', '.join(known)}; write {key}={close!r}"
+        )
+
+
 def did_you_mean(wrong: Any, known: Iterable[str]) -> str:
     """Return ``"did you mean 'x'? "`` for a message, or nothing if no known name is like it."""
     close = nearest(wrong, known)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .errors import ToMeError, nearest
+from .errors import check_choice
 
 #: name -> options of :class:`~mmagic_tome.config.ToMeConfig`.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -44,9 +44,5 @@ def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:
     name = options.pop("preset", None)
     if name is None:
         return options
-    if name not in PRESETS:
-        close = nearest(name, PRESETS) or "balanced"
-        raise ToMeError(
-            f"preset={name!r} must be one of {', '.join(PRESETS)}; write preset={close!r}"
-        )
+    check_choice("", "preset", name, PRESETS, "balanced")
     return {**PRESETS[name], **options}

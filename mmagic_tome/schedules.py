@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import ToMeError, did_you_mean, nearest
+from .errors import ToMeError, check_choice, did_you_mean
 
 # Kind -> the keys that mean something to it, besides 'kind' and 'between'.
 _NOISE_KINDS = {
@@ -243,12 +243,7 @@ def _check_noise(spec: Any) -> None:
         raise ToMeError(f"ratio['noise']={spec!r} must be a dict such as dict(kind='linear')")
     _known("ratio['noise']", spec, ("kind", "start", "end", "points", "between"))
     kind = spec.get("kind", "piecewise" if "points" in spec else "constant")
-    if kind not in _NOISE_KINDS:
-        close = nearest(kind, _NOISE_KINDS) or "linear"
-        raise ToMeError(
-            f"ratio['noise']: kind={kind!r} must be one of {', '.join(_NOISE_KINDS)}; write "
-            f"kind={close!r}"
-        )
+    check_choice("ratio['noise']: ", "kind", kind, _NOISE_KINDS, "linear")
     for key in ("start", "end", "points"):
         if key in spec and key not in _NOISE_KINDS[kind]:
             meant = "piecewise" if key == "points" else "linear"

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ToMeError, did_you_mean, nearest
+from .errors import ToMeError, check_choice, did_you_mean
 
 _SHARES = ("site", "level")
 _KINDS = ("own", "exact", "reuse")
@@ -65,12 +65,7 @@ class Refresh:
                     f"refresh: {key}={value!r} must be an integer of at least {low}; "
                     f"write {key}={low}"
                 )
-        if self.share not in _SHARES:
-            close = nearest(self.share, _SHARES) or _SHARES[0]
-            raise ToMeError(
-                f"refresh: share={self.share!r} must be one of {', '.join(_SHARES)}; write "
-                f"share={close!r}"
-            )
+        check_choice("refresh: ", "share", self.share, _SHARES, _SHARES[0])
         if not isinstance(self.stagger, bool):
             raise ToMeError(f"refresh: stagger={self.stagger!r} must be True or False")
         if self.stagger and self.share == "level":
@@ -141,12 +136,7 @@ class Residual:
     gain: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in _KINDS:
-            close = nearest(self.kind, _KINDS) or "exact"
-            raise ToMeError(
-                f"residual: kind={self.kind!r} must be one of {', '.join(_KINDS)}; write "
-                f"kind={close!r}"
-            )
+        check_choice("residual: ", "kind", self.kind, _KINDS, "exact")
         check_order("residual", self.order)
         number = isinstance(self.gain, (int, float)) and not isinstance(self.gain, bool)
         if not number or not 0 < self.gain <= 1:
