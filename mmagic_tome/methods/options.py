@@ -7,7 +7,8 @@ import math
 import numbers
 from typing import Any
 
-from ..errors import ToMeError, nearest
+from ..errors import ToMeError
+from ..errors import check_choice as check_name
 
 
 def check_number(
@@ -69,10 +70,5 @@ def check_choice(method: str, option: str, value: Any, allowed: tuple[str, ...])
     Raises:
         ToMeError: anything else.
     """
-    if not isinstance(value, str) or value not in allowed:
-        close = nearest(value, allowed) or allowed[0]
-        raise ToMeError(
-            f"method {method!r}: {option}={value!r} must be one of {', '.join(allowed)}; "
-            f"write {option}={close!r}"
-        )
+    check_name(f"method {method!r}: ", option, value, allowed, allowed[0])
     return value

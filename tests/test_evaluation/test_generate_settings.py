@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""What an evaluation remembers of the sampler that its pictures come from."""
+"""What an evaluation remembers of the sampler and the networks that its pictures come from."""
 
 import json
 import os
