@@ -159,6 +159,12 @@ def build_parser(prog: str = "evaluate") -> Parser:
         help="rounds of the measurement of time and memory (default: 5; those in the folder count; "
         "0: measure none now)",
     )
+    add(
+        "--cost-batch-size",
+        type=NUMBERS["cost_batch_size"],
+        metavar="N",
+        help="pictures per run in that measurement, at most --batch-size (default: --batch-size)",
+    )
 
     add = parser.add_argument_group("where and how").add_argument
     add("--out", metavar="DIR", help="folder (default: outputs/evaluate/<config name>)")

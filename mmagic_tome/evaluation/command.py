@@ -169,6 +169,9 @@ def _cost(generator, plan: Plan, folder: RunFolder, basis, where) -> dict[str, A
         held = None
     if plan.cost_rounds == 0:
         return held if is_complete(held) else None
+    pictures = len(generator.request.batches()[0][: plan.cost_batch_size])
+    if held is not None and held["pictures"] != pictures:
+        held = None
     if is_complete(held) and held["rounds"] >= plan.cost_rounds:
         return held
     before = [] if held is None else held["load_average_1min"]
@@ -177,7 +180,9 @@ def _cost(generator, plan: Plan, folder: RunFolder, basis, where) -> dict[str, A
         load = [*before, where["load_average_1min"], environment_load()]
         folder.save_json("cost.json", {**cost, "key": key, "load_average_1min": load})
 
-    measure_cost(generator, plan.contenders, plan.cost_rounds, held, save)
+    measure_cost(
+        generator, plan.contenders, plan.cost_rounds, held, save, batch_size=plan.cost_batch_size
+    )
     return folder.read_json("cost.json")
 
 

@@ -52,6 +52,7 @@ KEYS = (
     "only",
     "metrics",
     "cost_rounds",
+    "cost_batch_size",
 )
 # What `infer_cfg` may give as well.
 SHARED = ("steps", "guidance", "size", "seed", "batch_size", "negative_prompt")
@@ -62,6 +63,7 @@ NUMBERS = {
     "limit": number(int, low=1),
     "real_per_class": number(int, low=1),
     "cost_rounds": number(int, low=0),
+    "cost_batch_size": number(int, low=1),
 }
 
 
@@ -78,6 +80,7 @@ class Plan:
         steps, guidance, size, batch_size: Of the pictures; a size of None is the model's own.
         dtype: 'fp32', 'fp16', 'bf16', or None for what the config says.
         cost_rounds: Rounds of the measurement of cost; 0 leaves it out.
+        cost_batch_size: Pictures per run in that measurement; None for ``batch_size``.
     """
 
     prompts: PromptList
@@ -91,6 +94,7 @@ class Plan:
     batch_size: int
     dtype: str | None
     cost_rounds: int
+    cost_batch_size: int | None
 
     @property
     def dense(self) -> c.Contender:
@@ -151,7 +155,19 @@ def make_plan(args, config, config_path) -> Plan:
         batch_size=values["batch_size"],
         dtype=values.get("dtype"),
         cost_rounds=values["cost_rounds"],
+        cost_batch_size=_cost_batch_size(values),
     )
+
+
+def _cost_batch_size(values) -> int | None:
+    """Return how many pictures are made at once while the cost is measured."""
+    wanted, most = values.get("cost_batch_size"), values["batch_size"]
+    if wanted is not None and wanted > most:
+        raise ToMeError(
+            f"cost_batch_size {wanted} is more than batch_size {most}; the cost is that of a part "
+            f"of the first batch, so write at most {most}, or --batch-size {wanted}"
+        )
+    return wanted
 
 
 def _section(config, name, known) -> dict[str, Any]:

@@ -40,6 +40,7 @@ def measure_cost(
     rounds: int,
     held: dict[str, Any] | None = None,
     save: Callable[[dict[str, Any]], None] = lambda cost: None,
+    batch_size: int | None = None,
 ) -> dict[str, Any]:
     """Run every contender once per round and return all raw figures.
 
@@ -50,6 +51,7 @@ def measure_cost(
         held: Figures of an earlier call, of the same contenders on the same machine: their rounds
             count, and only what they lack is measured.
         save: Called with the figures after each round, to be gone on with.
+        batch_size: Only so many pictures of that batch run; None for all of it.
 
     Returns:
         ``pictures`` per run, ``rounds``, and per name of a contender lists with one entry per
@@ -63,7 +65,7 @@ def measure_cost(
         network.
     """
     request = generator.request
-    numbers = request.batches()[0]
+    numbers = request.batches()[0][:batch_size]
     names = [contender.name for contender in contenders]
     cost = held
     if cost is None or cost["pictures"] != len(numbers) or list(cost["contenders"]) != names:
@@ -86,7 +88,7 @@ def measure_cost(
             with contender.on(generator.model):
                 generator.run(numbers, min(WARM_UP_STEPS, request.steps), on_step=bar.update)
         for turn in turns:
-            _round(generator, contenders[:: -1 if turn % 2 else 1], cost, turn, bar)
+            _round(generator, contenders[:: -1 if turn % 2 else 1], numbers, cost, turn, bar)
             save(cost)
         for contender in inside:
             bar.set_postfix_str(f"{contender.name}, layers and memory")
@@ -97,9 +99,8 @@ def measure_cost(
     return cost
 
 
-def _round(generator, contenders, cost, turn, bar) -> None:
+def _round(generator, contenders, numbers, cost, turn, bar) -> None:
     """Run each contender once and append its figures; a round counts as a whole or not at all."""
-    numbers = generator.request.batches()[0]
     device = next(generator.model.parameters()).device
     found = {}
     for contender in contenders:

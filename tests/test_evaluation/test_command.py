@@ -115,11 +115,11 @@ def test_timing_comes_later_and_goes_on_round_by_round(evaluation, tmp_path, mon
     before = pixels(out)
     real_round, turns = timing._round, []
 
-    def stops_in_the_second(generator, contenders, cost, turn, bar):
-        turns.append(turn)
+    def stops_in_the_second(*args):
+        turns.append(args[-2])
         if len(turns) == 2:
             raise KeyboardInterrupt
-        real_round(generator, contenders, cost, turn, bar)
+        real_round(*args)
 
     monkeypatch.setattr(timing, "_round", stops_in_the_second)
     argv = [evaluation.config, "--prompts", str(evaluation.prompts), *QUICK, *options]
@@ -141,6 +141,21 @@ def test_timing_comes_later_and_goes_on_round_by_round(evaluation, tmp_path, mon
     assert turns == [0, 1, 1, 2, 3]
     assert evaluation.run(out, *options, *NO_COST)["cost_measured"]["rounds"] == 4
     assert len(turns) == 5 and pixels(out) == before
+    # Runs of other pictures are no rounds of the same measurement.
+    results = evaluation.run(out, *options, "--cost-rounds", "1", "--cost-batch-size", "1")
+    measured = results["cost_measured"]
+    assert (measured["rounds"], measured["pictures_per_run"]) == (1, 1)
+    # Nothing to measure: what is there stays.
+    assert evaluation.run(out, *options, *NO_COST)["cost_measured"] == measured
+    assert pixels(out) == before
+
+
+def test_cost_of_more_pictures_than_a_batch_is_refused(evaluation, tmp_path, capsys):
+    options = ["--batch-size", "2", *METRICS, "--cost-batch-size", "3"]
+    evaluation.run(tmp_path / "run", *options, code=2)
+    error = capsys.readouterr().err
+    assert "cost_batch_size 3 is more than batch_size 2" in error and "write at most 2" in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_rounds_are_certain_of_nothing():
