@@ -4,6 +4,7 @@
 Times taken while pictures are made would belong to different processes and different hours
 whenever an evaluation is gone on with. So the cost is measured at the end, in one process, in
 rounds in which every contender runs once: what slows the machine for a while slows all of them.
+Dense, which all others are divided by, runs again between them when there are many.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ WARM_UP_STEPS = 2
 PROFILE_STEPS = 4
 # Of fewer rounds a spread says nothing.
 FEWEST_ROUNDS = 3
-# What each run of a contender adds one entry to.
+# Every factor has dense in it: one slow run of it would make all contenders look faster at once.
+DENSE_EVERY = 8
+# What each round adds one entry to, per contender.
 PER_RUN = ("seconds", "unet_seconds", "step_seconds", "process_peak_bytes", "joules")
 
 
@@ -46,7 +49,8 @@ def measure_cost(
 
     Args:
         generator: With the request; its first batch is what runs.
-        contenders: In order; every other round goes backwards.
+        contenders: In order, dense first; every other round goes backwards. In a round dense runs
+            once before every eighth of the others, and its entry is the mean of these runs.
         rounds: How often each runs, after a warm-up of two steps each.
         held: Figures of an earlier call, of the same contenders on the same machine: their rounds
             count, and only what they lack is measured.
@@ -55,8 +59,8 @@ def measure_cost(
 
     Returns:
         ``pictures`` per run, ``rounds``, and per name of a contender lists with one entry per
-        run: ``seconds`` (whole runs: text encoder, steps, VAE), ``unet_seconds``,
-        ``step_seconds`` (one list per run), ``process_peak_bytes`` (resident memory of the whole
+        round: ``seconds`` (whole runs: text encoder, steps, VAE), ``unet_seconds``,
+        ``step_seconds`` (one list per round), ``process_peak_bytes`` (resident memory of the whole
         process, None where the system does not tell), ``joules`` (of the whole device, None
         without NVML). Further ``sites`` (what was merged where); ``blocks``: seconds per
         forward of each transformer block, with what merging does there; ``peak_bytes`` and
@@ -73,7 +77,7 @@ def measure_cost(
         cost = {"pictures": len(numbers), "rounds": 0, "contenders": figures}
     turns = range(cost["rounds"], max(rounds, cost["rounds"]))
     inside = [c for c in contenders if "flops" not in cost["contenders"][c.name]]
-    steps = sum(contender.steps or request.steps for contender in contenders) * len(turns)
+    steps = sum(contender.steps or request.steps for contender in _order(contenders)) * len(turns)
     steps += len(contenders) * WARM_UP_STEPS * bool(turns)
     steps += sum(PROFILE_STEPS + 2 * (c.steps or request.steps) for c in inside)
     with tqdm(
@@ -88,7 +92,8 @@ def measure_cost(
             with contender.on(generator.model):
                 generator.run(numbers, min(WARM_UP_STEPS, request.steps), on_step=bar.update)
         for turn in turns:
-            _round(generator, contenders[:: -1 if turn % 2 else 1], numbers, cost, turn, bar)
+            order = _order(contenders)[:: -1 if turn % 2 else 1]
+            _round(generator, order, numbers, cost, turn, bar)
             save(cost)
         for contender in inside:
             bar.set_postfix_str(f"{contender.name}, layers and memory")
@@ -99,27 +104,51 @@ def measure_cost(
     return cost
 
 
-def _round(generator, contenders, numbers, cost, turn, bar) -> None:
-    """Run each contender once and append its figures; a round counts as a whole or not at all."""
+def _order(contenders: Sequence[Contender]) -> list[Contender]:
+    """Return who runs after whom in a round: dense before every eighth of the others."""
+    dense, others = contenders[0], list(contenders[1:])
+    parts = range(0, len(others), DENSE_EVERY) or [0]
+    return [x for start in parts for x in (dense, *others[start : start + DENSE_EVERY])]
+
+
+def _round(generator, order, numbers, cost, turn, bar) -> None:
+    """Run the contenders and append their figures; a round counts as a whole or not at all."""
     device = next(generator.model.parameters()).device
-    found = {}
-    for contender in contenders:
+    found = {contender.name: [] for contender in order}
+    stats = {}
+    for contender in order:
         bar.set_postfix_str(f"{contender.name}, round {turn + 1}")
         meter = CostMeter(device, warm_up=0)
         with contender.on(generator.model) as handle:
             with meter.run(images=len(numbers)):
                 _, clock = generator.run(numbers, contender.steps, on_step=bar.update)
-            sites = [] if handle is None else handle.stats()
+            stats[contender.name] = [] if handle is None else handle.stats()
         (run,) = meter.runs
         seconds = list(generator.step_seconds)
         values = (run.seconds, clock.unet, seconds, run.process_memory, run.joules)
-        found[contender.name] = (dict(zip(PER_RUN, values)), sites)
-    for name, (values, sites) in found.items():
+        found[contender.name].append(dict(zip(PER_RUN, values)))
+    for name, runs in found.items():
         figures = cost["contenders"][name]
-        figures["sites"] = sites
-        for key, value in values.items():
+        figures["sites"] = stats[name]
+        for key, value in _together(runs).items():
             figures[key].append(value)
     cost["rounds"] += 1
+
+
+def _together(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one entry for the runs of a contender in one round: means, and the highest peak."""
+    if len(runs) == 1:
+        return runs[0]
+    found = {}
+    for key in PER_RUN:
+        values = [run[key] for run in runs]
+        if None in values:
+            found[key] = None
+        elif key == "process_peak_bytes":
+            found[key] = max(values)
+        else:
+            found[key] = np.mean(values, axis=0).tolist()
+    return found
 
 
 def _inside(generator: Generator, numbers, steps, on_step) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from tiny import tiny_config, write_config
 from mmagic_tome.__main__ import main as package_main
 from mmagic_tome.apis import asset_path
 from mmagic_tome.evaluation import cli, command, generate, timing
+from mmagic_tome.evaluation.contenders import Contender
 from mmagic_tome.evaluation.store import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -171,6 +172,26 @@ def test_two_rounds_are_certain_of_nothing():
         one["seconds"].append(one["seconds"][0])
     found = timing.summarise({**cost, "rounds": 3}, "dense")["fast"]
     assert found["certain"] and found["speedup"]["median"] == 2
+
+
+def test_dense_runs_again_among_many_and_its_time_is_the_mean():
+    """One slow run of it must not make all others look fast; few need it once."""
+    dense = Contender("dense")
+    others = [Contender(f"{n} steps", steps=n) for n in range(1, 19)]
+    names = [x.name for x in timing._order([dense, *others])]
+    assert [i for i, name in enumerate(names) if name == "dense"] == [0, 9, 18]
+    assert [name for name in names if name != "dense"] == [x.name for x in others]
+    assert timing._order([dense, *others[:8]]) == [dense, *others[:8]]
+    assert timing._order([dense]) == [dense]
+
+    runs = [
+        dict(zip(timing.PER_RUN, (1.0, 0.5, [0.2, 0.3], 10, None))),
+        dict(zip(timing.PER_RUN, (3.0, 1.5, [0.6, 0.5], 30, None))),
+    ]
+    assert timing._together(runs) == dict(
+        seconds=2.0, unet_seconds=1.0, step_seconds=[0.4, 0.4], process_peak_bytes=30, joules=None
+    )
+    assert timing._together(runs[:1]) == runs[0]
 
 
 def test_a_full_disk_is_one_line_and_what_is_there_serves(
