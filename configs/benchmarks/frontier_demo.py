@@ -52,11 +52,7 @@ evaluation = dict(
         # Merging with a residual.
         dict(
             name="ToMe 0.75, exact residual",
-            tome_cfg=dict(
-                ratio=0.75,
-                refresh=dict(steps=2, warmup=2),
-                residual=dict(kind="exact", order=1),
-            ),
+            tome_cfg=dict(ratio=0.75, refresh=2, residual="exact"),
         ),
         # Merging with attention that knows what its keys stand for.
         *[

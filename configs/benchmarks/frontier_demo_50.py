@@ -1,4 +1,4 @@
-# The contenders of frontier_demo.py at 50 steps, most methods at the strength that did best at 20.
+# Contenders of frontier_demo.py at 50 steps; methods of merging at fewer strengths.
 #   python tools/evaluate.py configs/benchmarks/frontier_demo_50.py --cost-rounds 3
 # Then, of both folders: python benchmarks/frontier.py FOLDER FOLDER --plot FILE
 _base_ = "./frontier_demo.py"
