@@ -388,7 +388,7 @@ class ToMeConfig:
         """Config from a mapping (a dict, a mmengine ``ConfigDict`` ...); missing keys default.
 
         ``preset`` stands for the options of that name in :data:`mmagic_tome.presets.PRESETS`;
-        what else is there wins over them.
+        what else is there wins over them, key by key in a dict beside a dict.
 
         Raises:
             ToMeError: not a mapping, unknown keys, or invalid values.

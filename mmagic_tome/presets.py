@@ -37,6 +37,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options with those that ``preset`` stands for, which give way to the others.
 
+    A dict beside a dict wins key by key, as in configs that inherit: ``dict(preset='quality',
+    reuse=dict(deep=dict(repay=0)))`` changes that and nothing else.
+
     Raises:
         ToMeError: no preset of this name.
     """
@@ -45,4 +48,12 @@ def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:
     if name is None:
         return options
     check_choice("", "preset", name, PRESETS, "balanced")
-    return {**PRESETS[name], **options}
+    return _over(PRESETS[name], options)
+
+
+def _over(base: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    both = (key for key in options if isinstance(options[key], Mapping))
+    merged = {
+        key: _over(base[key], options[key]) for key in both if isinstance(base.get(key), Mapping)
+    }
+    return {**base, **options, **merged}

@@ -2,9 +2,11 @@
 import copy
 import pickle
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
+from mmengine.config import ConfigDict
 from support_table import scopes_of
 from tiny import QUICK, tiny_inputs, tiny_model, tiny_sd_folder, tiny_unet
 from tiny_pipelines import NETWORKS
@@ -311,6 +313,26 @@ def test_what_stands_beside_a_preset_wins():
     assert config.reuse_plan.network.steps == 2
     assert ToMeConfig.from_dict(config.to_dict()) == config
     assert ToMeConfig().replace(preset="balanced").ratio == 0
+
+
+def test_dicts_beside_a_preset_win_key_by_key():
+    """One setting of a preset can be changed without knowing the others."""
+    before = ToMeConfig(**PRESETS["balanced"]).reuse_plan
+    reuse = dict(network=dict(repay=0), deep=dict(steps=3))
+    plan = ToMeConfig.from_dict(dict(preset="balanced", reuse=reuse)).reuse_plan
+    assert plan.network == replace(before.network, repay=0)
+    assert plan.deep == replace(before.deep, steps=3)
+    # A number stands for a scope as a whole, None for none.
+    plan = ToMeConfig.from_dict(
+        dict(preset="balanced", reuse=dict(network=3, deep=None))
+    ).reuse_plan
+    assert plan == Reuse(network=3)
+    assert ToMeConfig.from_dict(dict(preset="balanced", reuse=2)).reuse_plan == Reuse(network=2)
+    assert ToMeConfig.from_dict(dict(preset="balanced", reuse=None)).reuse_plan is None
+    assert ToMeConfig(**PRESETS["balanced"]).reuse_plan == before
+    # As mmengine hands it over.
+    given = ConfigDict(preset="balanced", reuse=dict(network=dict(repay=0)))
+    assert ToMeConfig.from_dict(given).reuse_plan.network.between == before.network.between
 
 
 def test_a_controlnet_leaves_out_what_it_can():
