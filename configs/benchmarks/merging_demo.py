@@ -1,9 +1,11 @@
 # Where merging loses detail on the demo model, and what a residual brings back: one change at a
-# time from ToMe at ratio 0.5 around the finest level's self-attention.
-#   python tools/evaluate.py configs/benchmarks/merging_demo.py --cost-rounds 0
+# time from ToMe at ratio 0.5 around the finest level's self-attention. One round of cost is
+# enough for the operations of the levels.
+#   python tools/evaluate.py configs/benchmarks/merging_demo.py --cost-rounds 1
 #   python benchmarks/merging.py outputs/evaluate/merging_demo --plot FILE
 _base_ = "../demo/sd-emoji.py"
 
+_sites = {"feed-forward": "mlp", "cross-attention": "crossattn", "block": "block", "stack": "stack"}
 _quarters = [(0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0)]
 _plain = {
     # Where: levels, blocks of the finest level in running order, sites.
@@ -27,8 +29,21 @@ _plain = {
     "residual: exact, on the line": dict(
         ratio=0.5, refresh=dict(steps=2, warmup=2), residual=dict(kind="exact", order=1)
     ),
+    "residual: exact, on the parabola": dict(
+        ratio=0.5, refresh=dict(steps=2, warmup=3), residual=dict(kind="exact", order=2)
+    ),
 }
 _weighted = {
+    # Ratios per level of about as many operations.
+    **{
+        f"ratios: {one:g}, {two:g}, {four:g}": dict(
+            ratio=dict(level={1: one, 2: two, 4: four}), max_downsample=4
+        )
+        for one, two, four in [
+            *[(0.5, 0.25, 0.25), (0.5, 0.5, 0), (0.55, 0, 0), (0.45, 0.5, 0.5)],
+            *[(0.55, 0.25, 0), (0.4, 0.6, 0.6), (0.25, 0.75, 0.75)],
+        ]
+    },
     **{
         f"gain of exact: {gain:g}": dict(
             ratio=0.5, refresh=2, residual=dict(kind="exact", gain=gain)
@@ -46,9 +61,15 @@ _weighted = {
     "plans of a level for: 2": dict(ratio=0.5, refresh=dict(steps=2, share="level")),
 }
 _others = {
-    "site: feed-forward": dict(ratio=0.5, sites="mlp"),
-    "site: cross-attention": dict(ratio=0.5, sites="crossattn"),
-    "site: block": dict(ratio=0.5, sites="block"),
+    **{f"site: {name}": dict(ratio=0.5, sites=site) for name, site in _sites.items()},
+    # The same with what merging lost there two steps before.
+    **{
+        f"site, residual {residual}: {name}": dict(
+            ratio=0.5, sites=site, refresh=2, residual=residual
+        )
+        for name, site in _sites.items()
+        for residual in ("own", "exact")
+    },
     "reuse: last output": dict(ratio=0.5, refresh=2, residual="reuse"),
     "reuse: on the line": dict(
         ratio=0.5, refresh=dict(steps=2, warmup=2), residual=dict(kind="reuse", order=1)
