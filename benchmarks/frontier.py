@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,21 @@ def verdict(points: list[Point], low: float, high: float) -> str:
     return " ".join(said)
 
 
+def record(results: dict[str, Any], points: list[Point], cost: dict[str, Any]) -> dict[str, Any]:
+    """What a panel is made of: seconds of whole runs, one entry per round, dense first."""
+    seconds = {name: figures["seconds"] for name, figures in cost["contenders"].items()}
+    keys = ("steps", "pictures", "guidance", "scheduler", "size", "dtype")
+    return {
+        **{key: results["settings"][key] for key in keys if key in results["settings"]},
+        "pictures_per_timed_run": cost["pictures"],
+        **{key: results["environment"][key] for key in ("processor", "threads", "versions")},
+        "contenders": [
+            {"name": "dense", "seconds": seconds["dense"]},
+            *[{**asdict(point), "seconds": seconds[point.name]} for point in points],
+        ],
+    }
+
+
 def draw(path: Path, panels: list[tuple[str, list[Point]]]) -> None:
     """Write the picture, whole or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -243,10 +258,16 @@ def main() -> None:
     )
     parser.add_argument("folders", nargs="+", type=Path, help="written by tools/evaluate.py")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write the picture there")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write all figures there, times of every round too",
+    )
     parser.add_argument("--low", type=float, default=1.1, help="default: %(default)s")
     parser.add_argument("--high", type=float, default=2.0, help="default: %(default)s")
     args = parser.parse_args()
-    panels = []
+    panels, records = [], []
     for folder in args.folders:
         file = folder / "results.json"
         if not file.exists():
@@ -257,11 +278,18 @@ def main() -> None:
         points, settings = points_of(results), results["settings"]
         title = f"{settings['steps']} steps, {settings['pictures']} pictures"
         panels.append((title, points))
+        if args.json is not None:
+            cost = json.loads((folder / "cost.json").read_text())
+            records.append(record(results, points, cost))
         print(f"### {title}\n\n{table(points, args.low, args.high)}\n")
         print(verdict(points, args.low, args.high) + "\n")
     if args.plot is not None:
         draw(args.plot, panels)
         print(f"written to {args.plot}")
+    if args.json is not None:
+        with whole_file(args.json) as part:
+            part.write_text(json.dumps(records, indent=1) + "\n")
+        print(f"written to {args.json}")
 
 
 if __name__ == "__main__":

@@ -107,3 +107,21 @@ def test_table_and_picture_of_a_folder(frontier, results, tmp_path, monkeypatch,
     assert "### 20 steps, 4 pictures" in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+    # All figures in one file, with the times of every round.
+    rounds = {row["name"]: {"seconds": [1.0, 2.0]} for row in results["contenders"]}
+    rounds["foretold"] = {"seconds": [0.5, 1.5]}
+    (tmp_path / "cost.json").write_text(json.dumps({"pictures": 2, "contenders": rounds}))
+    environment = {"processor": "a CPU", "threads": 1, "versions": {}, "platform": "not wanted"}
+    (tmp_path / "results.json").write_text(json.dumps({**results, "environment": environment}))
+    written = tmp_path / "figures.json"
+    monkeypatch.setattr(sys, "argv", ["frontier.py", str(tmp_path), "--json", str(written)])
+    frontier.main()
+    (panel,) = json.loads(written.read_text())
+    assert (panel["steps"], panel["pictures_per_timed_run"]) == (20, 2)
+    assert "not wanted" not in written.read_text()
+    assert [row["name"] for row in panel["contenders"]] == [
+        x["name"] for x in results["contenders"]
+    ]
+    assert panel["contenders"][1]["seconds"] == [0.5, 1.5]
+    assert panel["contenders"][1]["psnr"] == 50.0
