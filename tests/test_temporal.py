@@ -310,6 +310,27 @@ def test_ratio_by_site_and_depth_in_tokens(unet):
     ]  # fmt: skip
 
 
+def test_tokens_by_depth_site_and_noise_over_a_run(unet):
+    """All at once: a line over the depth, a site of its own, both scaled by the noise."""
+    noise = dict(points=[(0.9, 1), (0.5, 0.5)], between=(0.2, 1))
+    ratio = dict(depth=[0.5, 0.25], site={"mlp": 0.75}, noise=noise)
+    kept = []
+    with apply_tome(unet, ratio=ratio, merge_mlp=True) as handle:
+        for i, t in enumerate(STEPS):
+            run_one(unet, i, t)
+            rows = handle.stats()
+            by_kind = [[row["kept"] for row in rows if row["kind"] == k] for k in ("attn", "mlp")]
+            kept.append(tuple(tuple(column) for column in by_kind))
+    half = ((192, 208, 224), (160, 160, 160))
+    assert kept == [
+        ((128, 160, 192), (64, 64, 64)),
+        ((160, 184, 208), (112, 112, 112)),
+        half,
+        half,
+        ((256, 256, 256), (256, 256, 256)),
+    ]
+
+
 # --- sites --------------------------------------------------------------------------------------
 
 

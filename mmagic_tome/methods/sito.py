@@ -48,7 +48,7 @@ class SiTo(Method):
         ToMeError: an option out of range.
 
     Source: "Training-Free and Hardware-Friendly Acceleration for Diffusion Models via
-    Similarity-based Token Pruning" (Zhang et al., AAAI 2025).
+    Similarity-based Token Pruning" (Zhang et al., AAAI 2025, doi 10.1609/aaai.v39i9.33071).
     """
 
     def __init__(self, noise_alpha: Any = 0.1, sim_beta: Any = 1.0) -> None:

@@ -1,15 +1,18 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Methods that choose destinations of their own, or none: sito, pitome, importance, todo."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from method_requests import request, tokens
 
 from mmagic_tome.merging.reductions import PrunedPlan
 from mmagic_tome.methods import build_method
+from mmagic_tome.methods import importance as importance_module
 from mmagic_tome.methods.importance import heat_on_grid
 from mmagic_tome.methods.pitome import energy
 from mmagic_tome.methods.sito import gaussian, similarity_mass
@@ -164,6 +167,37 @@ def test_importance_keeps_what_the_text_moves(grid, ratio, seed):
         alone = [t for t in range(count) if slot[t] >= destinations]
         assert set(alone) <= set(important)
         assert len(alone) == count - r - destinations
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@settings(deadline=None, max_examples=25)
+@given(st.sampled_from([(3, 4), (4, 4), (4, 5)]), st.integers(0, 10**6), st.integers(2, 6))
+def test_importance_agrees_in_half_precision(dtype, grid, seed, step):
+    """On any tokens and heat in which no choice is nearly a tie."""
+    height, width = grid
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, height * width, 4, generator=generator).bfloat16().half().float()
+    heat = torch.randperm(height * width, generator=generator).view(1, *grid).float()
+    ask = request(*grid, seed=seed, heat=heat, step=step)
+    method = build_method("importance")
+    edges = importance_module.nearest_destination
+    with (
+        patch.object(importance_module, "nearest_destination", wraps=edges) as drawn,
+        patch.object(importance_module, "strongest", wraps=importance_module.strongest) as cut,
+    ):
+        plan = method.plan(x, 3 / 8, ask)
+    _, destinations, sources = drawn.call_args.args
+    score, merging = cut.call_args.args
+    nearest = cosines(x)[0, sources[0]][:, destinations[0]].sort(descending=True).values
+    assume((nearest[:, 0] - nearest[:, 1] > 0.02).all())
+    ranked = score[0].sort(descending=True).values
+    assume(ranked[merging - 1] - ranked[merging] > 0.02)
+    half = method.plan(x.to(dtype), 3 / 8, ask)
+    assert torch.equal(half.slot, plan.slot)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-3
+    merged = half.merge(x.to(dtype))
+    assert merged.dtype == dtype
+    torch.testing.assert_close(merged.float(), plan.merge(x), rtol=tolerance, atol=tolerance)
 
 
 def test_importance_draws_the_same_destinations_for_both_halves():
