@@ -7,9 +7,8 @@ _all = (0.0, 1.0)
 _tried = {
     "network again": dict(network=dict(steps=2, order=0, between=_all)),
     "network on the line": dict(network=dict(steps=2, between=_all)),
-    "network on the line, last step in full": dict(network=dict(steps=2)),
     "network on the line, noise 0.1 to 0.75": dict(network=dict(steps=2, between=(0.1, 0.75))),
-    "network on the parabola, last step in full": dict(network=dict(steps=2, order=2)),
+    "network on the parabola": dict(network=dict(steps=2, between=_all, order=2)),
     "network every 3rd": dict(network=dict(steps=3, between=_all)),
     "inner levels again": dict(deep=dict(steps=2, order=0, between=_all)),
     "inner levels on the line": dict(deep=dict(steps=2, between=_all)),
@@ -26,7 +25,6 @@ _repaid = {
     "inner levels on the line": dict(deep=dict(steps=2, between=_all)),
     "inner levels every 3rd": dict(deep=dict(steps=3, between=_all)),
     "network on the line": dict(network=dict(steps=2, between=_all)),
-    "network on the line, last step in full": dict(network=dict(steps=2)),
     "network every 3rd": dict(network=dict(steps=3, between=_all)),
 }
 
