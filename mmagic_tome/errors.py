@@ -40,6 +40,15 @@ def check_choice(where: str, key: str, value: Any, known: Iterable[str], otherwi
         )
 
 
+def check_keys(what: str, spec: Iterable[Any], known: Iterable[str]) -> None:
+    """Raise :class:`ToMeError` for the first key of ``spec`` that is not among the known."""
+    known = list(known)
+    for key in spec:
+        if key not in known:
+            hint = did_you_mean(key, known)
+            raise ToMeError(f"{what} has no key {key!r}: {hint}Known: {', '.join(known)}")
+
+
 def did_you_mean(wrong: Any, known: Iterable[str]) -> str:
     """Return ``"did you mean 'x'? "`` for a message, or nothing if no known name is like it."""
     close = nearest(wrong, known)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import ToMeError, check_choice, did_you_mean
+from .errors import ToMeError, check_choice, check_keys
 
 # Kind -> the keys that mean something to it, besides 'kind' and 'between'.
 _NOISE_KINDS = {
@@ -77,7 +77,7 @@ class RatioSchedule:
         self.spec = spec
         self.ceiling = ceiling
         if isinstance(spec, Mapping):
-            _known("ratio", spec, ("base", "level", "depth", "site", "noise"))
+            check_keys("ratio", spec, ("base", "level", "depth", "site", "noise"))
             numbers = [*_values(spec.get("level")), *_values(spec.get("site"))]
             numbers += list(_sequence("ratio['depth']", spec.get("depth", ())))
             numbers += [spec["base"]] if "base" in spec else []
@@ -89,8 +89,7 @@ class RatioSchedule:
             for number in numbers:
                 _check("ratio", number, ceiling)
             _check_level(spec.get("level"))
-            for site in spec.get("site") or ():
-                _known("ratio['site']", {site: None}, _SITE_KINDS)
+            check_keys("ratio['site']", spec.get("site") or (), _SITE_KINDS)
             _check_noise(spec.get("noise"))
         elif not callable(spec):
             _check("ratio", spec, ceiling)
@@ -241,7 +240,7 @@ def _check_noise(spec: Any) -> None:
         return
     if not isinstance(spec, Mapping):
         raise ToMeError(f"ratio['noise']={spec!r} must be a dict such as dict(kind='linear')")
-    _known("ratio['noise']", spec, ("kind", "start", "end", "points", "between"))
+    check_keys("ratio['noise']", spec, ("kind", "start", "end", "points", "between"))
     kind = spec.get("kind", "piecewise" if "points" in spec else "constant")
     check_choice("ratio['noise']: ", "kind", kind, _NOISE_KINDS, "linear")
     for key in ("start", "end", "points"):
@@ -269,10 +268,3 @@ def _check_noise(spec: Any) -> None:
                 f"ratio['noise']: between={(low, high)!r} is empty; write "
                 f"between={(high, low)!r}: noise 1 is the start of a run, 0 its end"
             )
-
-
-def _known(what: str, spec: Mapping[str, Any], known: Sequence[str]) -> None:
-    for key in spec:
-        if key not in known:
-            hint = did_you_mean(key, known)
-            raise ToMeError(f"{what} has no key {key!r}: {hint}Known: {', '.join(known)}")

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ToMeError, check_choice, did_you_mean
+from .errors import ToMeError, check_choice, check_keys
 
 _SHARES = ("site", "level")
 _KINDS = ("own", "exact", "reuse")
@@ -322,9 +322,5 @@ def coerce_options(cls: type, name: str, spec: Any, example: str) -> Any:
         return spec
     if not isinstance(spec, Mapping):
         raise ToMeError(f"{name}={spec!r} is not valid; write for example {name}={example}")
-    known = [field.name for field in fields(cls)]
-    for key in spec:
-        if key not in known:
-            hint = did_you_mean(key, known)
-            raise ToMeError(f"{name} has no key {key!r}: {hint}Known: {', '.join(known)}")
+    check_keys(name, spec, [field.name for field in fields(cls)])
     return cls(**dict(spec))

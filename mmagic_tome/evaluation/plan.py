@@ -23,7 +23,7 @@ from ..apis.command_line import VALUES, check_default, number
 from ..apis.model_config import merging_config
 from ..config import ToMeConfig
 from ..contenders import parse_named
-from ..errors import ToMeError, did_you_mean
+from ..errors import ToMeError, check_keys, did_you_mean
 from . import contenders as c
 from .prompts import PromptList, load_prompts
 
@@ -176,10 +176,7 @@ def _section(config, name, known) -> dict[str, Any]:
         return {}
     if not isinstance(section, Mapping):
         raise ToMeError(f"{name} of the config: expected a dict, got {section!r}")
-    for key in section:
-        if key not in known:
-            hint = did_you_mean(key, known)
-            raise ToMeError(f"{name} of the config has no key {key!r}: {hint}It takes {known}")
+    check_keys(f"{name} of the config", section, known)
     return {key: value for key, value in dict(section).items() if value is not None}
 
 
