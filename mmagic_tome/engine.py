@@ -40,6 +40,7 @@ from .hooks import (
 )
 from .hosts import Block, Host, find_host
 from .reuse import scope_states
+from .samplers import warn_of_paying_back
 from .schedules import Place
 from .state import BlockState, MergeState, SiteState
 
@@ -88,6 +89,7 @@ def apply_tome(
         for branch in _controlnets(model):
             own = config.controlnet_config
             found.append((own, *_found(branch, own)))
+    warn_of_paying_back(model, config.reuse_plan)
     prepare_compiler()
     replaced = [_removed(network) for _, _, network, _ in found]
     state, *branches = [_hooked(*one) for one in found]

@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from .. import ToMeError, apply_tome, get_handle
+from ..samplers import scheduler_name
 from ..version import __version__
 from .command_line import check_default
 from .model_config import (
@@ -398,11 +399,6 @@ def make_request(args, config):
     if not given.get("prompts"):
         raise ToMeError("no prompts: pass --prompt TEXT ... or --prompt-file FILE")
     return Request(**given)
-
-
-def scheduler_name(scheduler):
-    """Return the class name of a sampler, without MMagic's wrapper."""
-    return getattr(scheduler, "_scheduler_name", type(scheduler).__name__)
 
 
 def print_report(paired, reports, sheet):

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..apis.infer import environment, quiet_libraries, scheduler_name
+from ..apis.infer import environment, quiet_libraries
 from ..apis.model_config import (
     build_model,
     check_config,
@@ -29,6 +29,7 @@ from ..apis.model_config import (
 from ..apis.text2image import Generator
 from ..engine import remove_tome
 from ..errors import ToMeError
+from ..samplers import scheduler_name
 from .dry_run import dry_run
 from .generate import PictureRequest, fingerprint, make_pictures, too_long
 from .plan import Plan, make_plan

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from ..apis.text2image import Generator, Request
 from ..errors import ToMeError
+from ..samplers import scheduler_name
 from .contenders import Contender
 from .prompts import Prompt
 from .store import RunFolder
@@ -124,7 +125,7 @@ def fingerprint(generator: Generator, device: torch.device) -> dict[str, Any]:
         "dtype": str(next(model.unet.parameters()).dtype).replace("torch.", ""),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "model": type(model).__name__,
-        "scheduler": getattr(scheduler, "_scheduler_name", type(scheduler).__name__),
+        "scheduler": scheduler_name(scheduler),
         "scheduler_config": scheduler_settings(scheduler),
         "networks": network_settings(model),
         "weights": weights_digest(model),

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..apis.infer import environment, make_request, quiet_libraries, scheduler_name
+from ..apis.infer import environment, make_request, quiet_libraries
 from ..apis.model_config import (
     build_model,
     check_config,
@@ -35,6 +35,7 @@ from ..evaluation.generate import PictureRequest, fingerprint, too_long
 from ..evaluation.prompts import Prompt, load_prompts
 from ..hosts import find_host
 from ..presets import PRESETS
+from ..samplers import scheduler_name
 from ..version import __version__
 from .check import check
 from .costs import costs_of, measure_costs, space_of
