@@ -33,6 +33,18 @@ _plain = {
         ratio=0.5, refresh=dict(steps=2, warmup=3), residual=dict(kind="exact", order=2)
     ),
 }
+# Other rules for which tokens merge.
+_methods = {
+    **{
+        f"method: {label}, {ratio:g}": dict(ratio=ratio, method=method)
+        for label, method, ratio in [
+            *[("ToMe", "tome", 0.25), ("ToFu", "tofu", 0.5), ("ToMA", "toma", 0.5)],
+            *[("importance", "importance", 0.5), ("SiTo", "sito", 0.5)],
+            *[("PiToMe", "pitome", 0.25), ("PiToMe", "pitome", 0.5)],
+        ]
+    },
+    "method: PiToMe, 0.25, margin 0.75": dict(ratio=0.25, method=dict(type="pitome", margin=0.75)),
+}
 _weighted = {
     # Ratios per level of about as many operations.
     **{
@@ -85,10 +97,13 @@ evaluation = dict(
     metrics=["psnr", "latent_error"],
     fewer_steps=[0.8, 0.5],
     contenders=[
-        *[dict(name=name, tome_cfg=options) for name, options in {**_plain, **_others}.items()],
+        *[
+            dict(name=name, tome_cfg=options)
+            for name, options in {**_plain, **_methods, **_others}.items()
+        ],
         *[
             dict(name=f"{name}, proportional", tome_cfg=dict(**options, proportional=True))
-            for name, options in {**_plain, **_weighted}.items()
+            for name, options in {**_plain, **_methods, **_weighted}.items()
         ],
     ],
 )
