@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -193,6 +194,31 @@ def record(results: dict[str, Any], points: list[Point], cost: dict[str, Any]) -
     }
 
 
+def strengths_of(points: list[Point]) -> dict[str, list[Point]]:
+    """Points of merging alone that are one method at several strengths, the weakest first."""
+    methods: dict[str, list[tuple[float, Point]]] = {}
+    for point in points:
+        name, _, strength = point.name.rpartition(" ")
+        if point.family in ("merging alone", "tomesd") and re.fullmatch(r"\d+(\.\d+)?", strength):
+            methods.setdefault(name, []).append((float(strength), point))
+    return {
+        name: [point for _, point in sorted(own, key=lambda pair: pair[0])]
+        for name, own in methods.items()
+        if len(own) > 1
+    }
+
+
+def labels_of(points: list[Point]) -> list[tuple[str, float, float]]:
+    """(text, x, y) in the picture: one for a method at several strengths, at its weakest."""
+    strengths = strengths_of(points)
+    among = {id(point) for own in strengths.values() for point in own}
+    labels = [(point.name, point) for point in points if id(point) not in among]
+    for own in strengths.values():
+        last = own[-1].name.rpartition(" ")[2]
+        labels.append((f"{own[0].name} - {last}", own[0]))
+    return [(text, point.speedup, point.psnr) for text, point in labels]
+
+
 def draw(path: Path, panels: list[tuple[str, list[Point]]]) -> None:
     """Write the picture, whole or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -219,6 +245,15 @@ def draw(path: Path, panels: list[tuple[str, list[Point]]]) -> None:
                     elinewidth=0.8,
                     label=family,
                 )
+        for own in strengths_of(points).values():
+            axes.plot(
+                [point.speedup for point in own],
+                [point.psnr for point in own],
+                color=STYLES[own[0].family][1],
+                linewidth=0.6,
+                alpha=0.5,
+                zorder=1,
+            )
         front = [
             p for p in points if not any(q.speedup > p.speedup and q.psnr > p.psnr for q in points)
         ]
@@ -247,7 +282,7 @@ def draw(path: Path, panels: list[tuple[str, list[Point]]]) -> None:
     )
     # Last: names are put where everything else leaves room.
     for axes, (_, points) in zip(figure.axes, panels):
-        place_labels(figure, axes, [(point.name, point.speedup, point.psnr) for point in points])
+        place_labels(figure, axes, labels_of(points))
     with whole_file(path) as part:
         figure.savefig(part, dpi=110)
 

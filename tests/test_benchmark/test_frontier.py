@@ -125,3 +125,19 @@ def test_table_and_picture_of_a_folder(frontier, results, tmp_path, monkeypatch,
     ]
     assert panel["contenders"][1]["seconds"] == [0.5, 1.5]
     assert panel["contenders"][1]["psnr"] == 50.0
+
+
+def test_strengths_of_one_method_share_a_line_and_a_name(frontier, results):
+    results["contenders"] += [
+        row("ToFu 0.75", "tome", 1.2, 34.0),
+        row("ToFu 0.5", "tome", 1.1, 35.0),
+        row("ToMe 0.5, refresh 4", "tome", 1.1, 33.0),
+    ]
+    points = frontier.points_of(results)
+    (own,) = frontier.strengths_of(points).values()
+    assert [point.name for point in own] == ["ToFu 0.5", "ToFu 0.75"]
+    labels = {text: (x, y) for text, x, y in frontier.labels_of(points)}
+    assert labels["ToFu 0.5 - 0.75"] == (1.1, 35.0)
+    assert len(labels) == len(points) - 1
+    # Fewer steps and DeepCache are named one by one.
+    assert {"10 steps", "DeepCache 2", "ToMe 0.5, refresh 4"} <= set(labels)
