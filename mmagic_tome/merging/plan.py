@@ -39,7 +39,7 @@ class MergePlan:
         ValueError: ``slot`` is not (B, N) int64 or ``num_slots`` is not in [1, N].
     """
 
-    __slots__ = ("_centres", "_offset", "_order", "_row", "num_slots", "slot")
+    __slots__ = ("_centres", "_offset", "_order", "_row", "batch", "num_slots")
 
     def __init__(self, slot: Tensor, num_slots: int, centres: Tensor | None = None) -> None:
         if slot.dim() != 2 or slot.dtype != torch.int64:
@@ -49,33 +49,33 @@ class MergePlan:
         batch, tokens = slot.shape
         if not 1 <= num_slots <= tokens:
             raise ValueError(f"num_slots must be in [1, N={tokens}], got {num_slots}")
-        self.slot = slot
+        self.batch = batch
         self.num_slots = num_slots
         self._centres = centres
-        # Rows of the flattened (B*M, C) merged tensor: one index serves the whole batch.
-        first = torch.arange(0, batch * num_slots, num_slots, device=slot.device)
-        row = (slot + first[:, None]).reshape(-1)
-        self._row = row
-        sorted_row, self._order = torch.sort(row, stable=True)
-        self._offset = torch.searchsorted(
-            sorted_row, torch.arange(batch * num_slots, device=slot.device)
-        )
+        self._row = flat_rows(slot, num_slots)
+        kind = self._row.dtype
+        sorted_row, order = torch.sort(self._row, stable=True)
+        self._order = order.to(kind)
+        slots = torch.arange(batch * num_slots, device=slot.device, dtype=kind)
+        self._offset = torch.searchsorted(sorted_row, slots, out_int32=kind == torch.int32)
 
     @property
-    def batch(self) -> int:
-        """B, the number of batch entries the plan was made for."""
-        return self.slot.shape[0]
+    def slot(self) -> Tensor:
+        """(B, N) int64, the slot of every token."""
+        # Plans of all sites may be kept for steps: this is computed for who asks.
+        entry = torch.arange(self.batch, device=self._row.device)[:, None]
+        return self._row.view(self.batch, -1) - entry * self.num_slots
 
     @property
     def num_tokens(self) -> int:
         """N, the number of tokens before merging."""
-        return self.slot.shape[1]
+        return self._row.shape[0] // self.batch
 
     @property
     def size(self) -> Tensor:
         """(B, M) int64, how many tokens each slot holds; every row sums to N."""
         end = torch.full_like(self._offset[:1], self._row.shape[0])
-        return torch.diff(self._offset, append=end).view(self.batch, self.num_slots)
+        return torch.diff(self._offset, append=end).view(self.batch, self.num_slots).long()
 
     @property
     def representative(self) -> Tensor:
@@ -84,12 +84,11 @@ class MergePlan:
         The slot's destination, which all of its tokens resemble; the slot's first token where
         the plan knows of no destinations.
         """
-        batch, tokens = self.slot.shape
-        first = self._order.index_select(0, self._offset) % tokens
-        first = first.view(batch, self.num_slots)
+        first = self._order.index_select(0, self._offset).long() % self.num_tokens
+        first = first.view(self.batch, self.num_slots)
         if self._centres is None:
             return first
-        centres = self._centres.expand(batch, -1)
+        centres = self._centres.expand(self.batch, -1)
         return torch.cat([centres, first[:, centres.shape[1] :]], dim=1)
 
     def merge(self, x: Tensor, mode: str = "mean") -> Tensor:
@@ -136,3 +135,22 @@ class MergePlan:
 
     def __repr__(self) -> str:
         return f"MergePlan(batch={self.batch}, {self.num_tokens} -> {self.num_slots} tokens)"
+
+
+def flat_rows(index: Tensor, width: int) -> Tensor:
+    """Indices into each batch entry as row numbers of the flattened batch.
+
+    One index serves the whole batch then. int32 where that can count the rows: half the memory of
+    what a plan keeps.
+
+    Args:
+        index (Tensor): (B, K) int64, values in ``[0, width)``.
+        width (int): rows of one entry.
+
+    Returns:
+        Tensor: (B * K,) int32 or int64.
+    """
+    batch = index.shape[0]
+    kind = torch.int32 if batch * max(width, index.shape[1]) < 2**31 else torch.int64
+    entry = torch.arange(batch, device=index.device)[:, None]
+    return (index + entry * width).reshape(-1).to(kind)

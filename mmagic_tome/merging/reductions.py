@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .plan import MergePlan
+from .plan import MergePlan, flat_rows
 
 
 class PrunedPlan(MergePlan):
@@ -34,7 +34,7 @@ class PrunedPlan(MergePlan):
         ValueError: ``slot`` is not (B, N) int64, ``kept`` is not (B, M) int64 with 1 <= M <= N.
     """
 
-    __slots__ = ("_kept_row", "kept")
+    __slots__ = ("_kept_row",)
 
     def __init__(self, slot: Tensor, kept: Tensor) -> None:
         # Not the parent's: it sorts the tokens by slot, for the averages.
@@ -49,19 +49,24 @@ class PrunedPlan(MergePlan):
                 f"kept must be a ({batch}, M) int64 tensor with M in [1, {tokens}], got "
                 f"{tuple(kept.shape)} {kept.dtype}"
             )
-        self.slot = slot
+        self.batch = batch
         self.num_slots = kept.shape[1]
-        self.kept = kept
-        entry = torch.arange(batch, device=slot.device)[:, None]
-        self._row = (slot + entry * self.num_slots).reshape(-1)
-        self._kept_row = (kept + entry * tokens).reshape(-1)
+        self._row = flat_rows(slot, self.num_slots)
+        self._kept_row = flat_rows(kept, tokens)
 
     @property
     def size(self) -> Tensor:
         """(B, M) int64, how many tokens get a copy of each slot; every row sums to N."""
-        size = self.slot.new_zeros(self.batch * self.num_slots)
-        size.index_add_(0, self._row, torch.ones_like(self._row))
+        device = self._row.device
+        size = torch.zeros(self.batch * self.num_slots, dtype=torch.int64, device=device)
+        size.index_add_(0, self._row, torch.ones_like(self._row, dtype=torch.int64))
         return size.view(self.batch, self.num_slots)
+
+    @property
+    def kept(self) -> Tensor:
+        """(B, M) int64, the token that each slot holds."""
+        entry = torch.arange(self.batch, device=self._row.device)[:, None]
+        return self._kept_row.view(self.batch, -1) - entry * self.num_tokens
 
     @property
     def representative(self) -> Tensor:
