@@ -1,0 +1,88 @@
+#!/usr/bin/env python
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""CPU time that a run spends inside the hooks of merging, beside what merging saves.
+
+An eta from whole runs has the noise of whole runs in it twice. On a CPU nothing goes on behind a
+hook's back, so the seconds between its start and its end are what the machinery costs: matching,
+merging, unmerging::
+
+    python benchmarks/in_hooks.py --refresh 4 --ratio 0.5
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+
+from mmagic_tome import apply_tome, hooks
+from mmagic_tome.benchmark.denoisers import denoising_run
+from mmagic_tome.benchmark.targets import build_shape
+
+
+class Stopwatch:
+    """CPU seconds inside each class of hooks while it is entered."""
+
+    def __init__(self) -> None:
+        kinds = [kind for kind in vars(hooks).values() if isinstance(kind, type)]
+        self._calls = {kind: vars(kind)["__call__"] for kind in kinds if "__call__" in vars(kind)}
+        self.seconds = dict.fromkeys(self._calls, 0.0)
+
+    def __enter__(self) -> Stopwatch:
+        for kind, call in self._calls.items():
+            kind.__call__ = self._timed(kind, call)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for kind, call in self._calls.items():
+            kind.__call__ = call
+
+    def _timed(self, kind, call):
+        def timed(*args, **kwargs):
+            start = time.process_time()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self.seconds[kind] += time.process_time() - start
+
+        return timed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="sd15-level0", help="network (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=512, help="pixels (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--ratio", type=float, default=0.5, help="default: %(default)s")
+    parser.add_argument("--refresh", type=int, default=4, help="steps of a run and of a plan")
+    parser.add_argument("--runs", type=int, default=2, help="of each (default: %(default)s)")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    target = build_shape(args.shape, "cpu", torch.float32)
+    run = denoising_run(target.call((args.size, args.size), args.batch), args.refresh)
+    network = target.network
+    for number in range(args.runs):
+        start = time.process_time()
+        run(network)
+        dense = time.process_time() - start
+        with apply_tome(network, ratio=args.ratio, refresh=args.refresh), Stopwatch() as watch:
+            start = time.process_time()
+            run(network)
+            merged = time.process_time() - start
+        inside = sum(watch.seconds.values())
+        saved = dense - merged
+        print(
+            f"run {number + 1}: dense {dense:.2f} s, merged {merged:.2f} s, {dense / merged:.2f}x, "
+            f"in hooks {inside:.3f} s, {inside / (saved + inside):.1%} of what merging saves "
+            "without them",
+            flush=True,
+        )
+        for kind, seconds in sorted(watch.seconds.items(), key=lambda pair: -pair[1]):
+            if seconds:
+                print(f"    {kind.__name__}: {1000 * seconds:.1f} ms")
+
+
+if __name__ == "__main__":
+    main()
