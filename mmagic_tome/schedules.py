@@ -61,6 +61,8 @@ class RatioSchedule:
             and 0; linear and cosine), ``points`` (list of (noise, factor), linear in between;
             piecewise) and ``between`` ((low, high): outside the factor is 0). So "off after"
             half of the noise is ``between=(0.5, 1)``, "only between" ``between=(0.3, 0.8)``.
+            Or it has the key ``level`` alone (dict downsample -> such a dict): a factor for each
+            level, 1 for those that are not named.
         ceiling (float): largest possible ratio.
 
     Raises:
@@ -88,7 +90,7 @@ class RatioSchedule:
                 )
             for number in numbers:
                 _check("ratio", number, ceiling)
-            _check_level(spec.get("level"))
+            _check_level("ratio['level']", spec.get("level"))
             check_keys("ratio['site']", spec.get("site") or (), _SITE_KINDS)
             _check_noise(spec.get("noise"))
         elif not callable(spec):
@@ -140,7 +142,10 @@ class RatioSchedule:
             )
             return value
         value = self._without_noise(place)
-        return min(value * noise_factor(spec.get("noise"), place.noise), self.ceiling)
+        noise = spec.get("noise")
+        if noise is not None and "level" in noise:
+            noise = _lookup(noise["level"], place.downsample, None)
+        return min(value * noise_factor(noise, place.noise), self.ceiling)
 
     def _without_noise(self, place: Place) -> float:
         """What a dict says of a place, before the factor of the noise level."""
@@ -192,7 +197,7 @@ def _spread(values: Sequence[float], depth: int, depths: int) -> float:
     return _interpolate(list(enumerate(values)), at)
 
 
-def _lookup(table: Mapping[Any, float] | None, key: Any, default: float) -> float:
+def _lookup(table: Mapping[Any, Any] | None, key: Any, default: Any) -> Any:
     if not table:
         return default
     # A config that went through JSON has the levels as strings.
@@ -207,15 +212,15 @@ def _values(table: Any) -> list[Any]:
     return list(table.values())
 
 
-def _check_level(table: Mapping[Any, Any] | None) -> None:
+def _check_level(name: str, table: Mapping[Any, Any] | None) -> None:
     """Levels are powers of two, also as strings, as which they come back from JSON."""
     for key in table or ():
         level = int(key) if isinstance(key, str) and key.isdecimal() else key
         whole = isinstance(level, int) and not isinstance(level, bool) and level > 0
         if not whole or level & (level - 1):
             raise ToMeError(
-                f"ratio['level'] has no level {key!r}: levels are how many times coarser a grid "
-                "is than the network's input; write 1, 2, 4 or 8"
+                f"{name} has no level {key!r}: levels are how many times coarser a grid is than "
+                "the network's input; write 1, 2, 4 or 8"
             )
 
 
@@ -240,6 +245,23 @@ def _check_noise(spec: Any) -> None:
         return
     if not isinstance(spec, Mapping):
         raise ToMeError(f"ratio['noise']={spec!r} must be a dict such as dict(kind='linear')")
+    if "level" in spec:
+        check_keys("ratio['noise'] with 'level'", spec, ("level",))
+        levels = spec["level"]
+        if not isinstance(levels, Mapping) or not levels:
+            raise ToMeError(
+                f"ratio['noise']['level']={levels!r} must be a dict such as "
+                "{1: dict(between=(0.5, 1))}"
+            )
+        _check_level("ratio['noise']['level']", levels)
+        for one in levels.values():
+            if not isinstance(one, Mapping) or "level" in one:
+                raise ToMeError(
+                    f"ratio['noise']['level']: {one!r} must be a dict such as "
+                    "dict(between=(0.5, 1))"
+                )
+            _check_noise(one)
+        return
     check_keys("ratio['noise']", spec, ("kind", "start", "end", "points", "between"))
     kind = spec.get("kind", "piecewise" if "points" in spec else "constant")
     check_choice("ratio['noise']: ", "kind", kind, _NOISE_KINDS, "linear")

@@ -1,4 +1,6 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -103,6 +105,17 @@ def test_noise(spec, expected):
     assert values == pytest.approx([0.5 * e for e in expected], abs=1e-6)
 
 
+def test_noise_by_level():
+    noise = dict(level={1: dict(between=(0.5, 1)), 2: dict(kind="linear")})
+    spec = dict(base=0.5, noise=noise)
+    for level, expected in ((1, [0, 0.5]), (2, [0.1, 0.4]), (4, [0.5, 0.5])):
+        assert [at(spec, downsample=level, noise=n) for n in (0.2, 0.8)] == pytest.approx(expected)
+    assert RatioSchedule(spec, 0.75).needs_noise
+    back = ToMeConfig.from_dict(json.loads(json.dumps(ToMeConfig(ratio=spec).to_dict())))
+    assert back == ToMeConfig(ratio=spec)
+    assert at(back.ratio, downsample=1, noise=0.2) == 0
+
+
 def test_noise_a_little_above_one_is_one():
     assert noise_factor(dict(between=(0.4, 1)), 1.0001) == 1
 
@@ -147,6 +160,12 @@ def test_always_within_the_ceiling(values, depths, noise, kind):
         (dict(depth=0.5), "must be a list"),
         (dict(base=0.5, noise="linear"), "must be a dict"),
         (dict(base=0.5, noise=dict(kind="quadratic")), "quadratic"),
+        (dict(base=0.5, noise=dict(level={1: {}}, kind="linear")), "no key 'kind'"),
+        (dict(base=0.5, noise=dict(level={3: {}})), "no level 3"),
+        (dict(base=0.5, noise=dict(level={})), "must be a dict"),
+        (dict(base=0.5, noise=dict(level={1: 0.5})), "0.5 must be a dict"),
+        (dict(base=0.5, noise=dict(level={1: dict(level={1: {}})})), "must be a dict"),
+        (dict(base=0.5, noise=dict(level={1: dict(kind="quadratic")})), "quadratic"),
         (dict(base=0.5, noise=dict(kind="piecewise")), "points"),
         (dict(base=0.5, noise=dict(points=[(1, 2, 3)])), "pair"),
         (dict(base=0.5, noise=dict(points=[(1, 2)])), "2"),

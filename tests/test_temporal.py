@@ -267,6 +267,10 @@ BY_STEP = {
         dict(base=0.5, noise=dict(between=(0.2, 0.6))),
         [(256, 64, 16)] * 2 + [(128, 32, 8)] * 2 + [(256, 64, 16)],
     ),
+    "each level at its own noise": (
+        dict(base=0.5, noise=dict(level={1: dict(between=(0.4, 1)), 2: dict(between=(0, 0.4))})),
+        [(128, 64, 8)] * 3 + [(256, 32, 8)] * 2,
+    ),
     "callable": (
         lambda place: 0.5 if place.noise > 0.4 and place.downsample < 4 else 0.25,
         [(128, 32, 12)] * 3 + [(192, 48, 12)] * 2,

@@ -98,10 +98,11 @@ class Predictor:
             return costs.foretold
         deep = "deep" in out
         total = costs.shallow if deep else 1.0
-        if merge is None or (level is not None and not merge.low <= min(level, 1) <= merge.high):
+        if merge is None:
             return total
-        for place, ratio in merge.ratios:
-            if not (deep and place in costs.deep_levels):
-                total += costs.merges[merge.site, place, ratio]
+        for part in merge.parts:
+            acts = level is None or part.low <= min(level, 1) <= part.high
+            if acts and not (deep and part.level in costs.deep_levels):
+                total += costs.merges[merge.site, part.level, part.ratio]
         # What merging saves at levels that partly lie inside may be more than what is left.
         return max(total, costs.foretold)

@@ -1,16 +1,16 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """What can be tuned, and the moves that make a candidate faster or slower.
 
-A candidate has at most three parts, each with a window of noise levels in which it acts:
+A candidate does up to three things, each in a window of noise levels:
 
 - ``network`` and ``deep``: leave the network, or its inner levels, out at some steps
   (option ``reuse``);
-- ``merge``: merge tokens at some levels (option ``ratio``).
+- ``merge``: merge tokens at some levels (option ``ratio``), each level in a window of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,22 +46,43 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Token merging at one level.
+
+    Args:
+        level: how many times coarser its grid is than the finest one.
+        ratio: of its tokens.
+        low, high: noise levels between which they are merged.
+    """
+
+    level: int
+    ratio: float
+    low: float = 0.0
+    high: float = 1.0
+
+
+@dataclass(frozen=True)
 class Merge:
     """Token merging.
 
     Args:
         site: kind of site, as in ``ToMeConfig(sites=...)``.
-        ratios: (level, ratio) of every level with merging, by level. A level is how many times
-            coarser its grid is than the finest one.
-        low, high: noise levels between which tokens are merged.
+        parts: one for every level with merging, by level.
         proportional: whether attention knows how many tokens its keys stand for.
     """
 
     site: str
-    ratios: tuple[tuple[int, float], ...]
-    low: float
-    high: float
+    parts: tuple[Part, ...]
     proportional: bool = False
+
+    def at(self, level: int) -> Part | None:
+        """The part of a level."""
+        return next((part for part in self.parts if part.level == level), None)
+
+    def with_part(self, part: Part) -> Merge:
+        """With another part at a level, or one more."""
+        held = {one.level: one for one in self.parts} | {part.level: part}
+        return replace(self, parts=tuple(held[level] for level in sorted(held)))
 
 
 @dataclass(frozen=True)
@@ -84,11 +105,16 @@ class Candidate:
         options: dict[str, Any] = {"ratio": 0}
         if self.merge is not None:
             merge = self.merge
-            options["ratio"] = {"level": dict(merge.ratios)}
-            if (merge.low, merge.high) != (0.0, 1.0):
-                options["ratio"]["noise"] = {"between": [merge.low, merge.high]}
+            options["ratio"] = {"level": {part.level: part.ratio for part in merge.parts}}
+            windows = {part.level: [part.low, part.high] for part in merge.parts}
+            first = next(iter(windows.values()))
+            if any(window != first for window in windows.values()):
+                narrow = {k: {"between": w} for k, w in windows.items() if w != [0.0, 1.0]}
+                options["ratio"]["noise"] = {"level": narrow}
+            elif first != [0.0, 1.0]:
+                options["ratio"]["noise"] = {"between": first}
             options["sites"] = [merge.site]
-            options["max_downsample"] = max(level for level, _ in merge.ratios)
+            options["max_downsample"] = max(windows)
             options["refresh"] = {"steps": REFRESH}
             if merge.proportional:
                 options["proportional"] = True
@@ -124,9 +150,12 @@ class Candidate:
                 words.append(f"{name} 1/{window.steps} in {window.low:g}-{window.high:g}{repay}")
         if self.merge is not None:
             merge = self.merge
-            levels = ", ".join(f"/{level}: {ratio:g}" for level, ratio in merge.ratios)
+            levels = ", ".join(
+                f"/{part.level}: {part.ratio:g} in {part.low:g}-{part.high:g}"
+                for part in merge.parts
+            )
             weighed = " proportional" if merge.proportional else ""
-            words.append(f"merge {merge.site} {levels} in {merge.low:g}-{merge.high:g}{weighed}")
+            words.append(f"merge {merge.site} {levels}{weighed}")
         return "; ".join(words) or "dense"
 
 
@@ -183,15 +212,13 @@ class Space:
         everything = Window(MOST_STEPS, 0.0, 1.0)
         base = replace(self.dense, **dict.fromkeys(self.scopes, everything))
         merges = [
-            self._merge(site, tuple((level, table[level][-1]) for level in sorted(table)), 0.0, 1.0)
+            self._merge(site, (Part(level, table[level][-1]) for level in sorted(table)))
             for site, table in self.merges.items()
         ]
         return [base, *(replace(base, merge=merge) for merge in merges)]
 
-    def _merge(
-        self, site: str, ratios: tuple[tuple[int, float], ...], low: float, high: float
-    ) -> Merge:
-        return Merge(site, ratios, low, high, site in self.proportional)
+    def _merge(self, site: str, parts: Iterable[Part]) -> Merge:
+        return Merge(site, tuple(parts), site in self.proportional)
 
     def faster(self, candidate: Candidate) -> Iterator[tuple[str, list[Candidate]]]:
         """Moves that make a candidate faster.
@@ -219,23 +246,22 @@ class Space:
 
     def _more_merging(self, candidate: Candidate) -> Iterator[tuple[str, list[Candidate]]]:
         merge = candidate.merge
-        if merge is None:
-            for site, table in self.merges.items():
-                for level, ratios in table.items():
-                    for part, low, high in (("late", 0.0, 0.5), ("early", 0.5, 1.0)):
-                        start = self._merge(site, ((level, ratios[0]),), low, high)
-                        name = f"merge {site} at {level}: {part}"
-                        yield name, [replace(candidate, merge=start)]
-            return
-        for edge, wider in _wider(merge):
-            yield f"merge: {edge}", [replace(candidate, merge=one) for one in wider]
-        held = dict(merge.ratios)
-        for level, ratios in self.merges.get(merge.site, {}).items():
-            higher = [ratio for ratio in ratios if ratio > held.get(level, 0)]
-            if higher:
-                more = tuple(sorted({**held, level: higher[0]}.items()))
-                name = f"merge {merge.site} at {level}: more"
-                yield name, [replace(candidate, merge=replace(merge, ratios=more))]
+        for site, table in self.merges.items():
+            if merge is not None and site != merge.site:
+                continue
+            now = merge or self._merge(site, ())
+            for level, ratios in table.items():
+                part, name = now.at(level), f"merge {site} at {level}"
+                if part is None:
+                    for when, low, high in (("late", 0.0, 0.5), ("early", 0.5, 1.0)):
+                        start = now.with_part(Part(level, ratios[0], low, high))
+                        yield f"{name}: {when}", [replace(candidate, merge=start)]
+                    continue
+                higher = [ratio for ratio in ratios if ratio > part.ratio]
+                more = [("more", [replace(part, ratio=higher[0])])] if higher else []
+                for move, parts in [*_wider(part), *more]:
+                    chain = [replace(candidate, merge=now.with_part(one)) for one in parts]
+                    yield f"{name}: {move}", chain
         for other in self.elsewhere(candidate):
             yield f"merge: at {other.merge.site} instead", [other]
 
@@ -245,13 +271,13 @@ class Space:
         for site, table in self.merges.items() if merge is not None else ():
             if site == merge.site:
                 continue
-            ratios = tuple(
-                (level, min(table[level], key=lambda one, ratio=ratio: abs(one - ratio)))
-                for level, ratio in merge.ratios
-                if level in table
-            )
-            if ratios:
-                yield replace(candidate, merge=self._merge(site, ratios, merge.low, merge.high))
+            parts = [
+                replace(one, ratio=min(table[one.level], key=lambda r, one=one: abs(r - one.ratio)))
+                for one in merge.parts
+                if one.level in table
+            ]
+            if parts:
+                yield replace(candidate, merge=self._merge(site, parts))
 
     def alike(self, candidate: Candidate) -> Iterator[Candidate]:
         """Neighbours that take as long."""
@@ -275,13 +301,18 @@ class Space:
         merge = candidate.merge
         if merge is None:
             return
-        for narrower in _narrower(merge):
-            yield replace(candidate, merge=narrower)
-        for level, ratio in merge.ratios:
-            lower = [r for r in self.merges.get(merge.site, {}).get(level, ()) if r < ratio]
-            held = {**dict(merge.ratios), level: lower[-1] if lower else 0}
-            rest = tuple((level, ratio) for level, ratio in sorted(held.items()) if ratio)
-            yield replace(candidate, merge=replace(merge, ratios=rest) if rest else None)
+        for part in merge.parts:
+            for narrower in _narrower(part):
+                yield replace(candidate, merge=merge.with_part(narrower))
+        for part in merge.parts:
+            ratios = self.merges.get(merge.site, {}).get(part.level, ())
+            lower = [ratio for ratio in ratios if ratio < part.ratio]
+            if lower:
+                less = merge.with_part(replace(part, ratio=lower[-1]))
+            else:
+                rest = tuple(one for one in merge.parts if one is not part)
+                less = replace(merge, parts=rest) if rest else None
+            yield replace(candidate, merge=less)
 
 
 def _edges(low: float, high: float) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from tiny import tiny_inputs, tiny_unet
 
 from mmagic_tome import apply_tome
 from mmagic_tome.tuning.predict import Costs, Predictor, left_out
-from mmagic_tome.tuning.space import Candidate, Merge, Window
+from mmagic_tome.tuning.space import Candidate, Merge, Part, Window
 
 TIMES = [951.0 - 50 * i for i in range(20)]
 LEVELS = [time / 1000 for time in TIMES]
@@ -53,10 +53,15 @@ def test_a_run_is_the_sum_of_its_calls():
     assert predictor.fewer_steps(0.5) == pytest.approx(22 / 12)
 
     # Merging acts at its noise levels only, and not at levels that are left out.
-    merge = Merge("attn", ((1, 0.5), (2, 0.5)), 0.5, 1.0)
+    merge = Merge("attn", (Part(1, 0.5, 0.5, 1.0), Part(2, 0.5, 0.5, 1.0)))
     high = [level >= 0.5 for level in LEVELS]
     assert predictor.time(Candidate(merge=merge)) == pytest.approx(22 - 0.3 * sum(high))
     both = Candidate(deep=BOTH.deep, merge=merge)
     out = left_out(both.config(), TIMES, LEVELS)
     calls = [(0.4 - 0.1 * h) if "deep" in one else (1 - 0.3 * h) for one, h in zip(out, high)]
     assert predictor.time(both) == pytest.approx(2 + sum(calls))
+    # Each level at its own.
+    apart = merge.with_part(Part(2, 0.5, 0.0, 0.5))
+    low = [level <= 0.5 for level in LEVELS]
+    saved = 0.1 * sum(high) + 0.2 * sum(low)
+    assert predictor.time(Candidate(merge=apart)) == pytest.approx(22 - saved)

@@ -12,7 +12,7 @@ import pytest
 from mmagic_tome import ToMeError
 from mmagic_tome.tuning.predict import Costs, Predictor, left_out
 from mmagic_tome.tuning.search import Goal, Search, front
-from mmagic_tome.tuning.space import MOST_STEPS, Candidate, Merge, Space, Window
+from mmagic_tome.tuning.space import MOST_STEPS, Candidate, Merge, Part, Space, Window
 
 COUNT = 20
 TIMES = [1000 - 50 * i - 1 for i in range(COUNT)]
@@ -165,7 +165,8 @@ def test_merging_goes_on_at_another_site_where_one_is_not_enough():
     def judged(candidate):
         asked.append(candidate)
         merge = candidate.merge
-        ratio = dict(merge.ratios)[1] * (merge.high - merge.low)
+        (part,) = merge.parts
+        ratio = part.ratio * (part.high - part.low)
         return ratio * (1 if merge.site == "attn" else 20), 1.0
 
     for budget in (3.0, 50.0):
@@ -175,7 +176,7 @@ def test_merging_goes_on_at_another_site_where_one_is_not_enough():
     assert asked[-1] != one.space.fastest()[-1] and trial.mse < 10
 
     # And back, where less would do.
-    near = Candidate(merge=Merge("block", ((1, 0.25),), 0.0, 1.0))
+    near = Candidate(merge=Merge("block", (Part(1, 0.25),)))
     one = Search(Space((), tables), predictor.speedup, judged, 50.0, [near])
     assert one.run(Goal(speedup=1.08)).candidate.merge.site == "attn"
 
@@ -207,7 +208,8 @@ def test_merging_is_used_where_it_is_all_there_is():
     one, _ = search(space=space)
     trial = one.run(Goal(speedup=1.1))
     merge = trial.candidate.merge
-    assert trial.speedup >= 1.1 and merge.site == "attn" and dict(merge.ratios) == {1: 0.75}
+    assert trial.speedup >= 1.1 and merge.site == "attn"
+    assert [(part.level, part.ratio) for part in merge.parts] == [(1, 0.75)]
     # 20 calls of which 15 % less, and one call's time around them.
     corner = PREDICTOR.speedup(space.fastest()[1])
     assert corner == pytest.approx(21 / (1 + 20 * 0.85))

@@ -1,9 +1,12 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Candidates, their options and the moves between them."""
 
+from dataclasses import replace
+
 from mmagic_tome import ToMeConfig
 from mmagic_tome.presets import PRESETS
-from mmagic_tome.tuning.space import Candidate, Merge, Space, Window, candidate_of
+from mmagic_tome.schedules import Place, RatioSchedule
+from mmagic_tome.tuning.space import Candidate, Merge, Part, Space, Window, candidate_of
 
 SPACE = Space(("network", "deep"), {"attn": {1: (0.25, 0.5), 2: (0.5,)}, "block": {1: (0.25,)}})
 
@@ -48,12 +51,21 @@ def test_what_takes_as_long():
 
 
 def test_options_of_a_merge():
-    merge = Merge("attn", ((1, 0.5), (2, 0.25)), 0.5, 1.0)
+    merge = Merge("attn", (Part(1, 0.5, 0.5, 1.0), Part(2, 0.25, 0.5, 1.0)))
     config = Candidate(Window(2, 0.1, 0.7), merge=merge).config()
     assert config.kinds == ("attn",) and config.max_downsample == 2
     assert config.ratio == {"level": {1: 0.5, 2: 0.25}, "noise": {"between": [0.5, 1.0]}}
     assert config.reuse_plan.scopes["network"].between == (0.1, 0.7)
     assert Candidate(deep=Window(2, 0, 1), order=0).config().reuse_plan.deep.order == 0
+
+    # Each level in a window of its own.
+    merge = merge.with_part(Part(2, 0.25, 0.2, 0.6)).with_part(Part(4, 0.75))
+    assert Candidate(merge=merge).text() == (
+        "merge attn /1: 0.5 in 0.5-1, /2: 0.25 in 0.2-0.6, /4: 0.75 in 0-1"
+    )
+    ratio = RatioSchedule(Candidate(merge=merge).config().ratio, 0.75)
+    for noise, ratios in ((0.1, [0, 0, 0.75]), (0.4, [0, 0.25, 0.75]), (0.8, [0.5, 0, 0.75])):
+        assert [ratio(Place("attn", level, noise=noise)) for level in (1, 2, 4)] == ratios
 
 
 def test_attention_is_told_of_sizes_at_the_sites_where_it_can_be():
@@ -69,15 +81,37 @@ def test_attention_is_told_of_sizes_at_the_sites_where_it_can_be():
 
 def test_merging_at_another_site():
     space = Space((), {"attn": {1: (0.25, 0.5), 2: (0.5,)}, "attn_kv": {1: (0.5,)}}, 1, ("attn",))
-    merge = Merge("attn", ((1, 0.25), (2, 0.5)), 0.3, 1.0, True)
+    merge = Merge("attn", (Part(1, 0.25, 0.3), Part(2, 0.5)), True)
     (other,) = space.elsewhere(Candidate(merge=merge))
     # The nearest ratio of the levels that can be merged there.
-    assert other.merge == Merge("attn_kv", ((1, 0.5),), 0.3, 1.0, False)
+    assert other.merge == Merge("attn_kv", (Part(1, 0.5, 0.3),), False)
     (back,) = space.elsewhere(other)
-    assert back.merge == Merge("attn", ((1, 0.5),), 0.3, 1.0, True)
+    assert back.merge == Merge("attn", (Part(1, 0.5, 0.3),), True)
     assert not list(space.elsewhere(space.dense))
-    only_coarse = Candidate(merge=Merge("attn", ((2, 0.5),), 0.3, 1.0, True))
+    only_coarse = Candidate(merge=Merge("attn", (Part(2, 0.5, 0.3),), True))
     assert not list(space.elsewhere(only_coarse))
+
+
+def test_levels_move_on_their_own():
+    space = Space((), {"attn": {1: (0.25, 0.5), 2: (0.5,)}})
+    now = Candidate(merge=Merge("attn", (Part(1, 0.25, 0.5, 1.0),)))
+    moves = {name: chain[0].merge for name, chain in space.faster(now)}
+    assert moves == {
+        "merge attn at 1: low": Merge("attn", (Part(1, 0.25, 0.4, 1.0),)),
+        "merge attn at 1: more": Merge("attn", (Part(1, 0.5, 0.5, 1.0),)),
+        "merge attn at 2: late": Merge("attn", (Part(1, 0.25, 0.5, 1.0), Part(2, 0.5, 0.0, 0.5))),
+        "merge attn at 2: early": Merge("attn", (Part(1, 0.25, 0.5, 1.0), Part(2, 0.5, 0.5, 1.0))),
+    }
+    both = replace(now, merge=moves["merge attn at 2: late"])
+    found = {one.merge for one in space.slower(both)}
+    assert found == {
+        Merge("attn", (Part(1, 0.25, 0.6, 1.0), Part(2, 0.5, 0.0, 0.5))),
+        Merge("attn", (Part(1, 0.25, 0.5, 0.9), Part(2, 0.5, 0.0, 0.5))),
+        Merge("attn", (Part(1, 0.25, 0.5, 1.0), Part(2, 0.5, 0.1, 0.5))),
+        Merge("attn", (Part(1, 0.25, 0.5, 1.0), Part(2, 0.5, 0.0, 0.4))),
+        Merge("attn", (Part(1, 0.25, 0.5, 1.0),)),
+        Merge("attn", (Part(2, 0.5, 0.0, 0.5),)),
+    }
 
 
 def test_presets_are_candidates():

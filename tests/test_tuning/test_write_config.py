@@ -4,11 +4,13 @@
 import pytest
 
 from mmagic_tome.apis.model_config import load_config, merging_config
-from mmagic_tome.tuning.space import Candidate, Merge, Window
+from mmagic_tome.tuning.space import Candidate, Merge, Part, Window
 from mmagic_tome.tuning.write import base_of, config_text, python_of, write_text
 
 CANDIDATE = Candidate(
-    Window(2, 0.1, 0.7), Window(3, 0.0, 0.9), Merge("attn", ((1, 0.5), (2, 0.25)), 0.5, 1.0)
+    Window(2, 0.1, 0.7),
+    Window(3, 0.0, 0.9),
+    Merge("attn", (Part(1, 0.5, 0.5, 1.0), Part(2, 0.25, 0.2, 1.0))),
 )
 NOTES = ["Measured: " + "many words " * 30, 'A "second" one.']
 
