@@ -22,17 +22,17 @@ from mmagic_tome.contenders import parse_named
 from mmagic_tome.meters import peak_memory
 
 
-def main() -> None:
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="sd15-level0", help="network (default: %(default)s)")
     parser.add_argument("--size", type=int, default=1024, help="pixels (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--tome", action="append", default=[], metavar="NAME={...}")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    torch.set_grad_enabled(False)
     configs = dict(parse_named(text, taken=("dense",), check=dict) for text in args.tome)
     target = build_shape(args.shape, "cpu", torch.float32)
     call = target.call((args.size, args.size), args.batch)

@@ -240,7 +240,7 @@ def _check(key: str, value: Any, ceiling: float) -> None:
         )
 
 
-def _check_noise(spec: Any) -> None:
+def _check_noise(spec: Any, name: str = "ratio['noise']") -> None:
     if spec is None:
         return
     if not isinstance(spec, Mapping):
@@ -254,39 +254,36 @@ def _check_noise(spec: Any) -> None:
                 "{1: dict(between=(0.5, 1))}"
             )
         _check_level("ratio['noise']['level']", levels)
-        for one in levels.values():
+        for level, one in levels.items():
+            its = f"{name}['level'][{level!r}]"
             if not isinstance(one, Mapping) or "level" in one:
-                raise ToMeError(
-                    f"ratio['noise']['level']: {one!r} must be a dict such as "
-                    "dict(between=(0.5, 1))"
-                )
-            _check_noise(one)
+                raise ToMeError(f"{its}: {one!r} must be a dict such as dict(between=(0.5, 1))")
+            _check_noise(one, its)
         return
-    check_keys("ratio['noise']", spec, ("kind", "start", "end", "points", "between"))
+    check_keys(name, spec, ("kind", "start", "end", "points", "between"))
     kind = spec.get("kind", "piecewise" if "points" in spec else "constant")
-    check_choice("ratio['noise']: ", "kind", kind, _NOISE_KINDS, "linear")
+    check_choice(f"{name}: ", "kind", kind, _NOISE_KINDS, "linear")
     for key in ("start", "end", "points"):
         if key in spec and key not in _NOISE_KINDS[kind]:
             meant = "piecewise" if key == "points" else "linear"
             raise ToMeError(
-                f"ratio['noise']: kind={kind!r} does not use {key!r}; write kind={meant!r} or "
-                "leave it out"
+                f"{name}: kind={kind!r} does not use {key!r}; write kind={meant!r} or leave it out"
             )
     for key in ("start", "end"):
         if key in spec:
-            _check(f"ratio['noise']: {key}", spec[key], 1.0)
+            _check(f"{name}: {key}", spec[key], 1.0)
     pairs = spec.get("points", ())
     if kind == "piecewise" and not pairs:
-        raise ToMeError("ratio['noise']: kind='piecewise' needs points=[(noise, factor), ...]")
+        raise ToMeError(f"{name}: kind='piecewise' needs points=[(noise, factor), ...]")
     between = [spec["between"]] if "between" in spec else []
-    for pair in [*_sequence("ratio['noise']: points", pairs), *between]:
-        if len(_sequence("ratio['noise']: points and between", pair)) != 2:
-            raise ToMeError(f"ratio['noise']: {pair!r} must be a pair of numbers")
+    for pair in [*_sequence(f"{name}: points", pairs), *between]:
+        if len(_sequence(f"{name}: points and between", pair)) != 2:
+            raise ToMeError(f"{name}: {pair!r} must be a pair of numbers")
         for number in pair:
-            _check("ratio['noise']: a number in points or between", number, 1.0)
+            _check(f"{name}: a number in points or between", number, 1.0)
     for low, high in between:
         if low > high:
             raise ToMeError(
-                f"ratio['noise']: between={(low, high)!r} is empty; write "
+                f"{name}: between={(low, high)!r} is empty; write "
                 f"between={(high, low)!r}: noise 1 is the start of a run, 0 its end"
             )

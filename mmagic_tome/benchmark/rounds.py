@@ -167,9 +167,9 @@ def balanced_order(names: Sequence[str], turn: int) -> list[str]:
 
     What runs before leaves its mark on caches, on the heap and on the processor's clock. A rotated
     order would give everybody one predecessor in all rounds, and charge them with its mark. Here
-    everybody runs after every other equally often over the first n rounds (2 n where n is odd),
-    and equally often at every place of a round (Williams, Experimental designs balanced for the
-    estimation of residual effects of treatments, 1949).
+    everybody runs after every other within a round equally often over n rounds (2 n where n is
+    odd), and equally often at every place of a round (Williams, Experimental designs balanced for
+    the estimation of residual effects of treatments, 1949).
 
     Args:
         names: n contenders.

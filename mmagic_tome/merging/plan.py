@@ -35,11 +35,16 @@ class MergePlan:
         centres (Tensor | None): (D,) or (B, D) int64, the tokens that the first D slots grew
             around, see :attr:`representative`. Default None: not known.
 
+    Attributes:
+        batch (int): B, the number of batch entries the plan was made for.
+        num_tokens (int): N, the number of tokens before merging.
+        num_slots (int): M, after it.
+
     Raises:
         ValueError: ``slot`` is not (B, N) int64 or ``num_slots`` is not in [1, N].
     """
 
-    __slots__ = ("_centres", "_offset", "_order", "_row", "batch", "num_slots")
+    __slots__ = ("_centres", "_offset", "_order", "_row", "batch", "num_slots", "num_tokens")
 
     def __init__(self, slot: Tensor, num_slots: int, centres: Tensor | None = None) -> None:
         if slot.dim() != 2 or slot.dtype != torch.int64:
@@ -49,8 +54,7 @@ class MergePlan:
         batch, tokens = slot.shape
         if not 1 <= num_slots <= tokens:
             raise ValueError(f"num_slots must be in [1, N={tokens}], got {num_slots}")
-        self.batch = batch
-        self.num_slots = num_slots
+        self.batch, self.num_tokens, self.num_slots = batch, tokens, num_slots
         self._centres = centres
         self._row = flat_rows(slot, num_slots)
         kind = self._row.dtype
@@ -64,12 +68,7 @@ class MergePlan:
         """(B, N) int64, the slot of every token."""
         # Plans of all sites may be kept for steps: this is computed for who asks.
         entry = torch.arange(self.batch, device=self._row.device)[:, None]
-        return self._row.view(self.batch, -1) - entry * self.num_slots
-
-    @property
-    def num_tokens(self) -> int:
-        """N, the number of tokens before merging."""
-        return self._row.shape[0] // self.batch
+        return self._row.view(self.batch, self.num_tokens) - entry * self.num_slots
 
     @property
     def size(self) -> Tensor:
@@ -124,7 +123,9 @@ class MergePlan:
             ValueError: shape of ``y`` does not fit the plan.
         """
         self._check(y, self.num_slots, "unmerge")
-        out = y.reshape(-1, y.shape[-1]).index_select(0, self._row)
+        # torch sums half-precision gradients on a CPU in single precision only with int64.
+        row = self._row.long() if y.requires_grad and torch.is_grad_enabled() else self._row
+        out = y.reshape(-1, y.shape[-1]).index_select(0, row)
         return out.view(self.batch, self.num_tokens, y.shape[-1])
 
     def _check(self, x: Tensor, length: int, what: str) -> None:

@@ -49,8 +49,7 @@ class PrunedPlan(MergePlan):
                 f"kept must be a ({batch}, M) int64 tensor with M in [1, {tokens}], got "
                 f"{tuple(kept.shape)} {kept.dtype}"
             )
-        self.batch = batch
-        self.num_slots = kept.shape[1]
+        self.batch, self.num_tokens, self.num_slots = batch, tokens, kept.shape[1]
         self._row = flat_rows(slot, self.num_slots)
         self._kept_row = flat_rows(kept, tokens)
 
@@ -66,7 +65,7 @@ class PrunedPlan(MergePlan):
     def kept(self) -> Tensor:
         """(B, M) int64, the token that each slot holds."""
         entry = torch.arange(self.batch, device=self._row.device)[:, None]
-        return self._kept_row.view(self.batch, -1) - entry * self.num_tokens
+        return self._kept_row.view(self.batch, self.num_slots) - entry * self.num_tokens
 
     @property
     def representative(self) -> Tensor:

@@ -10,7 +10,7 @@ A candidate does up to three things, each in a window of noise levels:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -262,6 +262,9 @@ class Space:
                 for move, parts in [*_wider(part), *more]:
                     chain = [replace(candidate, merge=now.with_part(one)) for one in parts]
                     yield f"{name}: {move}", chain
+        for edge, wider in _all_wider(merge.parts if merge is not None else ()):
+            chain = [replace(candidate, merge=replace(merge, parts=parts)) for parts in wider]
+            yield f"merge: {edge}", chain
         for other in self.elsewhere(candidate):
             yield f"merge: at {other.merge.site} instead", [other]
 
@@ -334,6 +337,18 @@ def _wider(part: Any) -> Iterator[tuple[str, list[Any]]]:
             last = one
         if chain:
             yield edge, chain
+
+
+def _all_wider(parts: Sequence[Any]) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
+    """All of several in one move, which one at a time would be a trial for each notch of each."""
+    for edge in ("low", "high"):
+        chains = [[part, *dict(_wider(part)).get(edge, ())] for part in parts]
+        longest = max(map(len, chains), default=0)
+        if sum(len(chain) > 1 for chain in chains) > 1:
+            yield (
+                edge,
+                [tuple(c[min(k, len(c) - 1)] for c in chains) for k in range(1, longest)],
+            )
 
 
 def _narrower(part: Any) -> Iterator[Any]:

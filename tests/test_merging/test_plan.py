@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmagic_tome.merging import MergePlan
+from mmagic_tome.merging.plan import flat_rows
+from mmagic_tome.merging.reductions import MlerpPlan, PrunedPlan
 
 
 def random_slots(batch: int, tokens: int, slots: int, seed: int = 0) -> torch.Tensor:
@@ -132,3 +134,52 @@ def test_bad_shapes():
         plan.unmerge(torch.zeros(2, 6, 2))
     with pytest.raises(ValueError, match="mode"):
         plan.merge(torch.zeros(2, 6, 2), "median")
+
+
+PLANS = [
+    lambda slot, slots: MergePlan(slot, slots),
+    lambda slot, slots: MlerpPlan(slot, slots),
+    lambda slot, slots: PrunedPlan(slot, MergePlan(slot, slots).representative),
+]
+
+
+@pytest.mark.parametrize("make", PLANS)
+def test_what_a_plan_keeps_is_small_and_survives_pickling(make):
+    """Plans of all sites may be kept for steps: no copy of the slots in 64 bits beside the rows."""
+    slot = random_slots(2, 64, 32, 0)
+    plan = make(slot, 32)
+    names = {name for kind in type(plan).__mro__ for name in getattr(kind, "__slots__", ())}
+    held = [getattr(plan, name, None) for name in names]
+    held = [one for one in held if isinstance(one, torch.Tensor)]
+    assert sum(one.numel() * one.element_size() for one in held) <= 2 * (64 + 64 + 32) * 4
+    again = pickle.loads(pickle.dumps(plan))
+    x = torch.randn(2, 64, 3)
+    assert torch.equal(again.merge(x), plan.merge(x))
+    for one in (plan, again):
+        assert torch.equal(one.slot, slot) and one.slot.dtype == one.size.dtype == torch.int64
+        assert torch.equal(one.slot.gather(1, one.representative), torch.arange(32).expand(2, -1))
+
+
+@pytest.mark.parametrize("make", PLANS)
+def test_an_empty_batch(make):
+    plan = make(torch.zeros(0, 8, dtype=torch.int64), 4)
+    assert plan.slot.shape == (0, 8) and plan.size.shape == (0, 4)
+    assert plan.unmerge(torch.zeros(0, 4, 3)).shape == (0, 8, 3)
+
+
+def test_rows_that_32_bits_cannot_count():
+    index = torch.tensor([[0, 5], [1, 2]])
+    assert flat_rows(index, 10).dtype == torch.int32
+    assert flat_rows(index, 10).tolist() == [0, 5, 11, 12]
+    large = flat_rows(index, 2**30)
+    assert large.dtype == torch.int64 and large.tolist() == [0, 5, 2**30 + 1, 2**30 + 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_many_tokens_are_summed_in_single_precision(dtype):
+    slot = torch.zeros(1, 4096, dtype=torch.int64)
+    slot[0, 0] = 1
+    y = torch.ones(1, 2, 1, dtype=dtype, requires_grad=True)
+    MergePlan(slot, 2).unmerge(y).sum().backward()
+    # One by one in half precision the sum would stay at 256 or 2048.
+    assert y.grad.flatten().tolist() == [torch.tensor(4095.0).to(dtype).item(), 1]

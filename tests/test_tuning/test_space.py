@@ -103,6 +103,18 @@ def test_levels_move_on_their_own():
         "merge attn at 2: early": Merge("attn", (Part(1, 0.25, 0.5, 1.0), Part(2, 0.5, 0.5, 1.0))),
     }
     both = replace(now, merge=moves["merge attn at 2: late"])
+    moves = {name: chain for name, chain in space.faster(both)}
+    # Together as far as each can go; the edges that only one of them has left are no move of all.
+    low, high = (0.4, 0.3, 0.2, 0.1, 0.0), (0.6, 0.7, 0.8, 0.9, 1.0)
+    assert "merge: high" not in moves and "merge: low" not in moves
+    early = replace(now, merge=now.merge.with_part(Part(2, 0.5, 0.3, 0.5)))
+    moves = {name: [one.merge.parts for one in chain] for name, chain in space.faster(early)}
+    assert moves["merge: low"] == [
+        (Part(1, 0.25, edge, 1.0), Part(2, 0.5, max(round(edge - 0.2, 2), 0.0), 0.5))
+        for edge in low
+    ]
+    assert "merge: high" not in moves
+    assert [two.high for _, two in moves["merge attn at 2: high"]] == list(high)
     found = {one.merge for one in space.slower(both)}
     assert found == {
         Merge("attn", (Part(1, 0.25, 0.6, 1.0), Part(2, 0.5, 0.0, 0.5))),
