@@ -30,8 +30,9 @@ def case_table(measured: dict[str, Any], batch: int = 1) -> str:
     rows = summarise(results)
     rounds = len(results["dense"]["seconds"])
     sure = rows[0]["speedup"].coverage
+    what = "forward" if measured.get("steps", 1) == 1 else "run"
     lines = [
-        f"| {rounds} rounds | s / forward (min - max) |{f' {counts} / s |' if counts else ''} "
+        f"| {rounds} rounds | s / {what} (min - max) |{f' {counts} / s |' if counts else ''} "
         f"x dense ({sure:.0%} interval) | eta | peak MiB | change |",
         "|---|---|---|---|---|---|" + ("---|" if counts else ""),
     ]

@@ -216,6 +216,7 @@ def test_a_run_of_several_steps_shows_what_leaving_out_gains(run, tmp_path):
     code, printed, err = run(*options, "--tome", "fast={'preset': 'fast'}", "--json", file)
     assert code == 0, err
     assert "6 steps" in printed and "write --steps" not in printed
+    assert "s / run (min - max)" in printed
     summary = {row["contender"]: row for row in json.loads(file.read_text())["cases"][0]["summary"]}
     assert summary["fast"]["speedup"]["median"] > 1.2
     assert summary["fast"]["eta"] is None
