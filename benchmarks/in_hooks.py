@@ -21,6 +21,7 @@ import torch
 from mmagic_tome import apply_tome, hooks
 from mmagic_tome.benchmark.denoisers import denoising_run
 from mmagic_tome.benchmark.targets import build_shape
+from mmagic_tome.meters import Clock
 
 
 class Stopwatch:
@@ -68,15 +69,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     target = build_shape(args.shape, "cpu", torch.float32)
     run = denoising_run(target.call((args.size, args.size), args.batch), args.refresh)
-    network = target.network
+    network, clock = target.network, Clock("cpu", "cpu")
     for number in range(args.runs):
-        start = time.process_time()
-        run(network)
-        dense = time.process_time() - start
+        dense, _ = clock(lambda: run(network))
         with apply_tome(network, ratio=args.ratio, refresh=args.refresh), Stopwatch() as watch:
-            start = time.process_time()
-            run(network)
-            merged = time.process_time() - start
+            merged, _ = clock(lambda: run(network))
         inside = sum(watch.seconds.values())
         saved = dense - merged
         print(

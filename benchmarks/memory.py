@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    configs = dict(parse_named(text, taken=("dense",), check=dict) for text in args.tome)
+    configs = dict(parse_named(text, taken=("dense",)) for text in args.tome)
     target = build_shape(args.shape, "cpu", torch.float32)
     call = target.call((args.size, args.size), args.batch)
 

@@ -244,16 +244,15 @@ def _check_noise(spec: Any, name: str = "ratio['noise']") -> None:
     if spec is None:
         return
     if not isinstance(spec, Mapping):
-        raise ToMeError(f"ratio['noise']={spec!r} must be a dict such as dict(kind='linear')")
+        raise ToMeError(f"{name}={spec!r} must be a dict such as dict(kind='linear')")
     if "level" in spec:
-        check_keys("ratio['noise'] with 'level'", spec, ("level",))
+        check_keys(f"{name} with 'level'", spec, ("level",))
         levels = spec["level"]
         if not isinstance(levels, Mapping) or not levels:
             raise ToMeError(
-                f"ratio['noise']['level']={levels!r} must be a dict such as "
-                "{1: dict(between=(0.5, 1))}"
+                f"{name}['level']={levels!r} must be a dict such as {{1: dict(between=(0.5, 1))}}"
             )
-        _check_level("ratio['noise']['level']", levels)
+        _check_level(f"{name}['level']", levels)
         for level, one in levels.items():
             its = f"{name}['level'][{level!r}]"
             if not isinstance(one, Mapping) or "level" in one:

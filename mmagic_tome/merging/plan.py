@@ -67,8 +67,7 @@ class MergePlan:
     def slot(self) -> Tensor:
         """(B, N) int64, the slot of every token."""
         # Plans of all sites may be kept for steps: this is computed for who asks.
-        entry = torch.arange(self.batch, device=self._row.device)[:, None]
-        return self._row.view(self.batch, self.num_tokens) - entry * self.num_slots
+        return in_entries(self._row, (self.batch, self.num_tokens), self.num_slots)
 
     @property
     def size(self) -> Tensor:
@@ -155,3 +154,9 @@ def flat_rows(index: Tensor, width: int) -> Tensor:
     kind = torch.int32 if batch * max(width, index.shape[1]) < 2**31 else torch.int64
     entry = torch.arange(batch, device=index.device)[:, None]
     return (index + entry * width).reshape(-1).to(kind)
+
+
+def in_entries(rows: Tensor, shape: tuple[int, int], width: int) -> Tensor:
+    """What :func:`flat_rows` was given, (B, K) int64: ``shape`` is (B, K)."""
+    entry = torch.arange(shape[0], device=rows.device)[:, None]
+    return rows.view(shape) - entry * width

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .plan import MergePlan, flat_rows
+from .plan import MergePlan, flat_rows, in_entries
 
 
 class PrunedPlan(MergePlan):
@@ -64,8 +64,7 @@ class PrunedPlan(MergePlan):
     @property
     def kept(self) -> Tensor:
         """(B, M) int64, the token that each slot holds."""
-        entry = torch.arange(self.batch, device=self._row.device)[:, None]
-        return self._kept_row.view(self.batch, self.num_slots) - entry * self.num_tokens
+        return in_entries(self._kept_row, (self.batch, self.num_slots), self.num_tokens)
 
     @property
     def representative(self) -> Tensor:

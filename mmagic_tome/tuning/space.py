@@ -341,8 +341,9 @@ def _wider(part: Any) -> Iterator[tuple[str, list[Any]]]:
 
 def _all_wider(parts: Sequence[Any]) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
     """All of several in one move, which one at a time would be a trial for each notch of each."""
+    ways = [dict(_wider(part)) for part in parts]
     for edge in ("low", "high"):
-        chains = [[part, *dict(_wider(part)).get(edge, ())] for part in parts]
+        chains = [[part, *way.get(edge, ())] for part, way in zip(parts, ways)]
         longest = max(map(len, chains), default=0)
         if sum(len(chain) > 1 for chain in chains) > 1:
             yield (

@@ -103,7 +103,7 @@ def test_levels_move_on_their_own():
         "merge attn at 2: early": Merge("attn", (Part(1, 0.25, 0.5, 1.0), Part(2, 0.5, 0.5, 1.0))),
     }
     both = replace(now, merge=moves["merge attn at 2: late"])
-    moves = {name: chain for name, chain in space.faster(both)}
+    moves = dict(space.faster(both))
     # Together as far as each can go; the edges that only one of them has left are no move of all.
     low, high = (0.4, 0.3, 0.2, 0.1, 0.0), (0.6, 0.7, 0.8, 0.9, 1.0)
     assert "merge: high" not in moves and "merge: low" not in moves
