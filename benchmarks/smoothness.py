@@ -16,7 +16,7 @@ import torch
 
 from mmagic_tome.apis import asset_path
 from mmagic_tome.apis.files import whole_file
-from mmagic_tome.hosts import find_host
+from mmagic_tome.models import find_host
 from mmagic_tome.temporal import Memory
 
 PROMPTS = ("rocket", "panda", "red apple", "pizza", "guitar", "octopus", "crown", "robot")

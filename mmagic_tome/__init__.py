@@ -11,22 +11,23 @@ Anywhere else::
     handle = mmagic_tome.apply_tome(pipeline_or_unet, ratio=0.5)
 
 Importing this package makes MMagic 1.2 work on current libraries (see
-:mod:`mmagic_tome.compat`) and makes its models know ``tome_cfg`` (see
-:mod:`mmagic_tome.models`); neither imports MMagic itself, which need not be there.
+:mod:`mmagic_tome.mmagic.compat`) and makes its models know ``tome_cfg`` (see
+:mod:`mmagic_tome.mmagic`); neither imports MMagic itself, which need not be there.
 """
 
-from . import compat
+from .mmagic import compat
 
 compat.apply()  # before anything below can import a library that needs a repair
 
-from . import engine_hooks, visualization  # noqa: E402
-from .apis import register_config_package  # noqa: E402
-from .config import ToMeConfig  # noqa: E402
-from .engine import ToMeHandle, apply_tome, get_handle, remove_tome  # noqa: E402
-from .errors import ToMeError  # noqa: E402
-from .models import build_tome, register_all  # noqa: E402
-from .version import __version__  # noqa: E402
-from .vit.registry import register_all as register_vits  # noqa: E402
+from . import visualization
+from .apis import register_config_package
+from .config import ToMeConfig
+from .engine import ToMeHandle, apply_tome, get_handle, remove_tome
+from .errors import ToMeError
+from .mmagic import build_tome, register_all
+from .mmagic import hooks as engine_hooks
+from .version import __version__
+from .vit.registry import register_all as register_vits
 
 register_all()
 register_vits()

@@ -18,7 +18,7 @@ from torch import nn
 
 from .config import ToMeConfig
 from .errors import ToMeError
-from .hosts import find_host
+from .models import find_host
 
 TOMESD_VERSION = "0.1.3"
 DEEPCACHE_VERSION = "0.1.1"

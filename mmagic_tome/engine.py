@@ -38,7 +38,7 @@ from .hooks import (
     SitePreHook,
     StackPreHook,
 )
-from .hosts import Block, Host, find_host
+from .models import Block, Host, find_host
 from .reuse import scope_states
 from .samplers import warn_of_paying_back
 from .schedules import Place

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from .errors import ToMeError
 from .graphs import Outside
-from .hosts import Host
 from .merging import MergePlan
 from .merging.beside import BesidePlan, apart
 from .merging.frames import FramesPlan, as_clips
 from .merging.random import hashed_integers, step_key
 from .merging.reductions import PrunedPlan
 from .methods import Method, PlanRequest
+from .models import Host
 from .reuse import foretold
 from .schedules import Place
 from .state import BlockState, Forward, MergeState, SiteState

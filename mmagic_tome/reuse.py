@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .errors import ToMeError
 from .graphs import Outside
-from .hosts import Host
+from .models import Host
 from .temporal import Memory, Run, check_order, coerce_options
 
 SCOPES = ("network", "deep")

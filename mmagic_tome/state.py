@@ -20,8 +20,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .config import ToMeConfig
 from .graphs import prepare_compiler
-from .hosts import Block, Host
 from .merging import GridLayout, MergePlan, random_layout, regular_layout
+from .models import Block, Host
 from .reuse import ScopeForward, ScopeState
 from .temporal import Lanes, Residual, Run
 

@@ -5,8 +5,8 @@ import contextlib
 import sys
 from pathlib import Path
 
-from ..compat import around_import
 from ..errors import ToMeError
+from ..mmagic.compat import around_import
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .. import ToMeConfig, ToMeError
-from ..models.spellings import read
+from ..mmagic.spellings import read
 from .assets import PACKAGE_ROOT
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

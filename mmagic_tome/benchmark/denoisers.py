@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import ToMeConfig, apply_tome
 from ..contenders import apply_tomesd
 from ..errors import ToMeError
-from ..hosts import Host, find_host
+from ..models import Host, find_host
 from ..state import SiteState
 from .kinds import CONTENDERS, TOMESD, Call, Merging, Noise, Shape
 

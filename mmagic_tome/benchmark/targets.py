@@ -139,7 +139,7 @@ def build_config(
     from ..apis.command_line import resolve_config
     from ..apis.infer import quiet_libraries
     from ..apis.model_config import build_model, load_config
-    from ..hosts import find_host
+    from ..models import find_host
 
     config = load_config(resolve_config(path), options)
     quiet_libraries()

@@ -22,8 +22,8 @@ import torch
 from tqdm import tqdm
 
 from ..apis.text2image import Generator
-from ..hosts import find_host
 from ..meters import peak_memory
+from ..models import find_host
 from .contenders import Contender
 from .metrics.cost import CostMeter, count_flops_of, spread
 

@@ -33,7 +33,7 @@ from ..engine import remove_tome
 from ..errors import ToMeError
 from ..evaluation.generate import PictureRequest, fingerprint, too_long
 from ..evaluation.prompts import Prompt, load_prompts
-from ..hosts import find_host
+from ..models import find_host
 from ..presets import PRESETS
 from ..samplers import scheduler_name
 from ..version import __version__

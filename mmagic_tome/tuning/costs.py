@@ -19,7 +19,7 @@ from ..apis.text2image import Generator
 from ..config import ToMeConfig
 from ..errors import ToMeError
 from ..evaluation.contenders import Contender
-from ..hosts import find_host
+from ..models import find_host
 from .predict import Costs, left_out
 from .sampler import Trace
 from .space import RATIOS, REFRESH, Space

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..hosts import find_host
+from ..models import find_host
 
 
 class Trace:

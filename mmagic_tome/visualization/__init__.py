@@ -16,7 +16,7 @@ cli.py         ``tools/visualize.py``: its options; ``command.py``: what it does
 
 import functools
 
-from ..compat import when_imported
+from ..mmagic.compat import when_imported
 
 __all__ = ["register_all"]
 

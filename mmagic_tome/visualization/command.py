@@ -116,7 +116,7 @@ def _chosen_blocks(handle, wanted: list[str]) -> set[str]:
 
 def _profile(generator, handle, model, on_step) -> dict:
     """Times of the sites over a dense and a merged run, step by step in turn."""
-    from ..engine_hooks.profile import Recorder
+    from ..mmagic.hooks.profile import Recorder
 
     steps = generator.request.steps
     for mode in (handle.dense, nullcontext):  # warm-up

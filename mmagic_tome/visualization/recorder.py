@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..engine import get_handle
-from ..hosts import find_host
+from ..models import find_host
 
 
 @dataclass(frozen=True)

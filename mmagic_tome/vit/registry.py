@@ -29,8 +29,8 @@ from typing import Any
 
 from torch import nn
 
-from ..compat import when_imported
 from ..errors import ToMeError
+from ..mmagic.compat import when_imported
 from .engine import apply_options
 from .focus import load_focus_vit
 from .focus_video import load_focus_vit_video

@@ -232,7 +232,7 @@ def test_max_error_picture_of_identical_pictures():
 def test_libraries_wait_until_a_metric_is_used():
     code = """
 import sys
-import mmagic_tome.evaluation.metrics, mmagic_tome.engine_hooks
+import mmagic_tome.evaluation.metrics, mmagic_tome.mmagic.hooks
 heavy = {"torchmetrics", "torch_fidelity", "lpips", "transformers", "torchvision", "mmengine"}
 print(sorted(heavy & set(sys.modules)))
 """

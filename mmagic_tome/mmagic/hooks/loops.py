@@ -17,8 +17,8 @@ from mmengine.registry import LOOPS
 from mmengine.runner.base_loop import BaseLoop
 from torch import Tensor
 
-from ..engine import get_handle
-from ..errors import ToMeError
+from ...engine import get_handle
+from ...errors import ToMeError
 from .subject import model_of, request_of, undisturbed
 
 
@@ -122,7 +122,7 @@ class _PictureLoop(BaseLoop):
         """Data samples of a batch, with the pictures."""
         from mmagic.structures import DataSample
 
-        from ..apis.text2image import Generator
+        from ...apis.text2image import Generator
         from .evaluate import dense_and_merged, generate
 
         samples = batch["data_samples"]

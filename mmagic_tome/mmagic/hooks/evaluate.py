@@ -14,8 +14,8 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
-from ..engine import ToMeHandle, get_handle
-from ..errors import ToMeError
+from ...engine import ToMeHandle, get_handle
+from ...errors import ToMeError
 from .subject import aside, model_of, request_of, undisturbed
 
 
@@ -58,7 +58,7 @@ class ToMeEvalHook(Hook):
         guidance: float | None = None,
         size: tuple[int, int] | None = None,
     ) -> None:
-        from ..evaluation.metrics import build_paired
+        from ...evaluation.metrics import build_paired
 
         if isinstance(prompts, str) or not prompts:
             raise ToMeError(f"prompts of ToMeEvalHook: write a list of them, got {prompts!r}")
@@ -140,7 +140,7 @@ class Generated(NamedTuple):
 
 def generate(generator, numbers: Sequence[int]) -> Generated:
     """The pictures ``numbers`` of a :class:`~mmagic_tome.apis.text2image.Generator`."""
-    from ..evaluation.generate import LatentWatch
+    from ...evaluation.generate import LatentWatch
 
     with LatentWatch(generator.model) as watch:
         images, _ = generator.run(numbers)
@@ -151,7 +151,7 @@ def dense_and_merged(
     model: nn.Module, handle: ToMeHandle, request, numbers: Sequence[int]
 ) -> tuple[Generated, Generated]:
     """The pictures ``numbers`` of a request, without and with merging."""
-    from ..apis.text2image import Generator
+    from ...apis.text2image import Generator
 
     generator = Generator(model, request)
     with handle.dense():
@@ -175,7 +175,7 @@ def to_tensor(images: Sequence) -> Tensor:
 
 def _side_by_side(dense: Tensor, merged: Tensor) -> np.ndarray:
     """One picture of three: dense, merged, amplified difference; (H + words, 3 W, 3) uint8 RGB."""
-    from ..evaluation.metrics import max_error_picture
+    from ...evaluation.metrics import max_error_picture
 
     difference = np.array(max_error_picture(dense, merged)[0])
     white = np.full((difference.shape[0] - dense.shape[-2], dense.shape[-1], 3), 255, np.uint8)

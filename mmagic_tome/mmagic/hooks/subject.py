@@ -12,10 +12,10 @@ import torch
 from mmengine.model import is_model_wrapper
 from torch import nn
 
-from ..apis.model_config import check_text_to_image
-from ..apis.text2image import Request
-from ..errors import ToMeError
-from ..hosts import find_host
+from ...apis.model_config import check_text_to_image
+from ...apis.text2image import Request
+from ...errors import ToMeError
+from ...models import find_host
 
 # Whether what the model does is a hook's business, and not the run's.
 _aside = ContextVar("aside", default=False)
@@ -104,7 +104,7 @@ def request_of(runner, prompts: list[str], **given: Any) -> Request:
     Raises:
         ToMeError: a value that cannot be.
     """
-    from ..apis.command_line import check_default
+    from ...apis.command_line import check_default
 
     config = dict(getattr(runner, "cfg", {}).get("infer_cfg") or {})
     fields = {}

@@ -12,8 +12,8 @@ import types
 
 import pytest
 
-from mmagic_tome import compat
-from mmagic_tome.compat import repairs
+from mmagic_tome.mmagic import compat
+from mmagic_tome.mmagic.compat import repairs
 
 
 def finds_nothing(repair):

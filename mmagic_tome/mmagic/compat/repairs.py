@@ -5,7 +5,7 @@ A repair is a generator around the import of one module, like a function for
 :func:`contextlib.contextmanager`: what stands before ``yield`` runs before the code
 of that module, what stands after it runs after. A repair that returns without
 ``yield`` found no symptom and touched nothing. The first paragraph of its docstring
-is the symptom as :func:`mmagic_tome.compat.report` prints it.
+is the symptom as :func:`mmagic_tome.mmagic.compat.report` prints it.
 """
 
 import contextlib

@@ -2,7 +2,7 @@
 import sys
 from importlib.util import find_spec
 
-from mmagic_tome.compat import watch
+from mmagic_tome.mmagic.compat import watch
 
 
 def test_two_copies_of_the_package_wait_for_the_same_module(monkeypatch):

@@ -18,7 +18,7 @@ from mmengine.model import BaseModel
 from PIL import Image
 
 from mmagic_tome import ToMeConfig, ToMeError, apply_tome, remove_tome
-from mmagic_tome.models.family import teach
+from mmagic_tome.mmagic.family import teach
 
 FAMILY = (
     "StableDiffusion",

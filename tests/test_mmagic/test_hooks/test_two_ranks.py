@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("mmagic")
 
-from mmagic_tome.engine_hooks.evaluate import ToMeEvalHook
+from mmagic_tome.mmagic.hooks.evaluate import ToMeEvalHook
 
 PROMPTS = ["a cat", "a dog", "cat", "dog", "a red cat"]  # an odd number: the last round repeats
 METRICS = [
@@ -75,7 +75,7 @@ def test_two_ranks_find_what_one_process_finds(make_runner, tmp_path):
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+            "PYTHONPATH": str(Path(__file__).resolve().parents[3]),
         },
         capture_output=True,
         text=True,

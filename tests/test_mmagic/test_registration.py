@@ -53,13 +53,13 @@ def test_order_of_imports(tmp_path):
         model = tiny.tiny_model('native', folder, tome_cfg=dict(ratio=0.5))
         with open({str(pickled)!r}, 'wb') as stream: pickle.dump(model, stream)
     """)
-    assert lines == [["mmagic_tome.models.builder", "True"]]
+    assert lines == [["mmagic_tome.mmagic.builder", "True"]]
 
     lines = run(f"""
         # As by custom_imports, where MMagic works by itself and was imported before; the
         # repairs, which this environment may need, come from a copy of their package.
         import sys
-        sys.path.insert(0, {str(ROOT / "mmagic_tome")!r})
+        sys.path.insert(0, {str(ROOT / "mmagic_tome" / "mmagic")!r})
         import compat; compat.apply()
         sys.path.pop(0)
         import mmagic.apis

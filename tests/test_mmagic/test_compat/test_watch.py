@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-from mmagic_tome.compat.watch import _WATCHER, around_import, when_imported
+from mmagic_tome.mmagic.compat.watch import _WATCHER, around_import, when_imported
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from mmengine.registry import DATASETS
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-from ..errors import ToMeError
+from ...errors import ToMeError
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 

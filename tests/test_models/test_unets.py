@@ -4,8 +4,8 @@ import torch
 from tiny import tiny_inputs, tiny_unet
 
 from mmagic_tome import apply_tome
-from mmagic_tome.hosts import HOSTS, DiffusersUNet, MMagicUNet, find_host
-from mmagic_tome.hosts.animatediff import AnimateDiffUNet
+from mmagic_tome.models import HOSTS, DiffusersUNet, MMagicUNet, find_host
+from mmagic_tome.models.animatediff import AnimateDiffUNet
 
 
 def levels(network):

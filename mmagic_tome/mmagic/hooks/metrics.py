@@ -23,8 +23,8 @@ from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS
 from torch import Tensor
 
-from ..errors import ToMeError
-from ..evaluation.metrics import PAIRED, SETS
+from ...errors import ToMeError
+from ...evaluation.metrics import PAIRED, SETS
 
 
 class _Adapter(BaseMetric):
@@ -66,7 +66,7 @@ class _Adapter(BaseMetric):
 
 class _PairedAdapter(_Adapter):
     def build(self, **options):
-        from ..evaluation.metrics import build_paired
+        from ...evaluation.metrics import build_paired
 
         return build_paired(self.cls.name, **options)
 
@@ -108,7 +108,7 @@ class _SetAdapter(_Adapter):
         self.against = against
 
     def build(self, **options):
-        from ..evaluation.metrics import build_set
+        from ...evaluation.metrics import build_set
 
         return build_set(self.cls.name, **options)
 

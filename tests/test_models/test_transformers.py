@@ -11,11 +11,11 @@ from torch import nn
 
 from mmagic_tome import ToMeError, apply_tome, get_handle
 from mmagic_tome.hooks import BlockPreHook
-from mmagic_tome.hosts import HOSTS, find_host, rotary
-from mmagic_tome.hosts.flux import grid_of_ids
-from mmagic_tome.hosts.unsupported import why_unsupported
 from mmagic_tome.merging import MergePlan
 from mmagic_tome.methods import METHODS
+from mmagic_tome.models import HOSTS, find_host, rotary
+from mmagic_tome.models.flux import grid_of_ids
+from mmagic_tome.models.unsupported import why_unsupported
 
 FLUX, SD3, SD35 = (
     TRANSFORMERS[n] for n in ("Flux.1", "Stable Diffusion 3", "Stable Diffusion 3.5")

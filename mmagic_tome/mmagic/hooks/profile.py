@@ -13,11 +13,11 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import nn
 
-from ..apis.pictures import ResultFolder
-from ..engine import get_handle
-from ..errors import ToMeError
-from ..hosts import find_host
-from ..meters import process_peak, reset_process_peak
+from ...apis.pictures import ResultFolder
+from ...engine import get_handle
+from ...errors import ToMeError
+from ...meters import process_peak, reset_process_peak
+from ...models import find_host
 from .subject import is_aside, model_of
 
 

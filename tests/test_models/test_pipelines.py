@@ -226,7 +226,7 @@ def test_added_keys_are_not_merged_and_their_neighbours_are(kandinsky):
 
 def test_merging_copies_on_the_picture_itself_changes_nothing(kandinsky):
     """Four equal places for one, without added keys, weigh the same in attention."""
-    from mmagic_tome.hosts import find_host
+    from mmagic_tome.models import find_host
 
     host, _ = find_host(kandinsky)
     attention = host.blocks(kandinsky)[0].module

@@ -16,9 +16,9 @@ import tiny
 
 from mmagic_tome import ToMeConfig, ToMeError, apply_tome, get_handle, remove_tome
 from mmagic_tome.apis.text2image import Generator, Request
-from mmagic_tome.engine_hooks.evaluate import ToMeEvalHook, dense_and_merged, to_tensor
-from mmagic_tome.engine_hooks.profile import Recorder, ToMeProfileHook
-from mmagic_tome.engine_hooks.tome import ToMeHook
+from mmagic_tome.mmagic.hooks.evaluate import ToMeEvalHook, dense_and_merged, to_tensor
+from mmagic_tome.mmagic.hooks.profile import Recorder, ToMeProfileHook
+from mmagic_tome.mmagic.hooks.tome import ToMeHook
 
 MODES = ("test", "val", "train")
 SCHEDULE = dict(by="iter", points=[(0, 0.0), (2, 0.5)])
@@ -137,7 +137,7 @@ def test_profile_hook(mode, ran):
         hook
         for module in run.runner.model.modules()
         for hook in module._forward_hooks.values()
-        if "engine_hooks" in getattr(hook, "__module__", "")
+        if "mmagic_tome.mmagic.hooks" in getattr(hook, "__module__", "")
     ], "no measuring hook stays"
 
 
@@ -249,7 +249,7 @@ def test_order_of_hooks(ran):
     order = ["ToMeHook", "ToMeEvalHook", "LoggerHook", "ToMeProfileHook"]
     assert sorted(order, key=names.index) == order
     found = {cls.__name__: str(cls.priority) for cls in (ToMeHook, ToMeEvalHook, ToMeProfileHook)}
-    page = (Path(__file__).parents[2] / "docs" / "hooks.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "hooks.md").read_text()
     for name, priority in found.items():
         assert re.search(rf"\| `{name}` \|.*\| {priority}: ", page), (name, priority)
 

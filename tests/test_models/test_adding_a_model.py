@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmagic_tome import ToMeError, apply_tome
-from mmagic_tome.hosts import HOSTS, Host, register_host
+from mmagic_tome.models import HOSTS, Host, register_host
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding_a_model.md"
 CODE = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)

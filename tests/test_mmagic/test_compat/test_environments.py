@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 # As if some top-level modules were not installed.
 BLOCKER = """
@@ -69,7 +69,7 @@ def test_only_torch_and_diffusers():
     result = run(
         """
         import mmagic_tome
-        from mmagic_tome.models import build_tome
+        from mmagic_tome.mmagic import build_tome
         sys.path.insert(0, 'tests')
         import tiny
         with mmagic_tome.apply_tome(tiny.tiny_unet(), ratio=0.5) as handle:
@@ -79,7 +79,7 @@ def test_only_torch_and_diffusers():
             build_tome(dict(type='StableDiffusion'), tome_cfg=dict(ratio=0.5))
         except ImportError as error:
             message = str(error)
-        report = mmagic_tome.compat.report()
+        report = mmagic_tome.mmagic.compat.report()
         answer([calls, message, sorted({entry.status for entry in report})])
         """.replace("'tests'", repr(str(ROOT / "tests"))),
         blocked=openmmlab + others + setuptools,
@@ -121,13 +121,13 @@ def test_full_mmcv_matching_torchvision_old_numpy(tmp_path):
         try: import torchvision
         except RuntimeError: pass
         import mmcv.ops
-        from mmagic_tome.compat import repairs
+        from mmagic_tome.mmagic.compat import repairs
         assert next(repairs.numpy_bool8(), None) is None
         assert mmcv.ops.ext.nms == 'compiled' and sys.modules['mmcv._ext'] is mmcv.ops.ext
         changed = [f'{module}.{key}' for module, attributes in before.items()
                    for key, value in attributes.items()
                    if vars(sys.modules[module]).get(key) is not value]
-        status = {entry.name: entry.status for entry in mmagic_tome.compat.report(probe=False)}
+        status = {entry.name: entry.status for entry in mmagic_tome.mmagic.compat.report(probe=False)}
         answer([changed, status['torchvision_operators'], status['mmcv_compiled_operators']])
         """,
         path=[tmp_path],
@@ -149,10 +149,10 @@ def test_after_a_plain_pip_install_mmagic(tmp_path):
     result = run(
         """
         import mmagic_tome
-        early = {entry.status for entry in mmagic_tome.compat.report(probe=False)}
+        early = {entry.status for entry in mmagic_tome.mmagic.compat.report(probe=False)}
         import mmagic.apis
         import mediapipe, controlnet_aux
-        report = mmagic_tome.compat.report()
+        report = mmagic_tome.mmagic.compat.report()
         status = {entry.name: entry.status for entry in report}
         usable = hasattr(controlnet_aux, 'HEDdetector')
         answer([list(early), mediapipe.tasks, usable, status, str(report)])
@@ -188,7 +188,7 @@ def test_a_lean_mmagic():
         from mmagic.apis.inferencers import controlnet_animation_inferencer as animation
         try: animation.HEDdetector.from_pretrained('x')
         except ImportError as error: message = str(error)
-        status = {entry.name: entry.status for entry in mmagic_tome.compat.report()}
+        status = {entry.name: entry.status for entry in mmagic_tome.mmagic.compat.report()}
         names = ('controlnet_aux', 'albumentations', 'mmcv._ext')
         left_behind = [name for name in names if name in sys.modules]
         answer([config.model.type, message, status, left_behind])

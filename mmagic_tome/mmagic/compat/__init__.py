@@ -27,7 +27,7 @@ class Entry:
     """What became of one repair.
 
     Attributes:
-        name (str): Name of the function in ``mmagic_tome/compat/repairs.py``.
+        name (str): Name of the function in ``mmagic_tome/mmagic/compat/repairs.py``.
         symptom (str): What a user without the repair meets.
         status (str): ``'applied'``; ``'not needed'``, the symptom is absent;
             ``'not installed'``, what it would cure is absent; ``'waiting'`` for the
@@ -147,7 +147,7 @@ class _Applying:
         # The import may well succeed without it, so it is not for us to stop it.
         _note(self.repair, "failed", error)
         warnings.warn(
-            f"mmagic_tome.compat: the repair {self.repair.__name__!r} of {self.repair.module} "
+            f"mmagic_tome.mmagic.compat: the repair {self.repair.__name__!r} of {self.repair.module} "
             f"failed ({type(error).__name__}: {error})",
             RuntimeWarning,
             stacklevel=2,

@@ -156,7 +156,7 @@ def test_more_pictures_wanted_than_prompts(make_runner, tmp_path, inception):
 
 
 def test_data_of_prompts(real_pictures, tmp_path):
-    from mmagic_tome.engine_hooks.prompts import ToMePromptDataset
+    from mmagic_tome.mmagic.hooks.prompts import ToMePromptDataset
 
     data = ToMePromptDataset(PROMPTS, images=real_pictures, size=(32, 48))
     assert len(data) == 4
