@@ -122,18 +122,27 @@ def check_choice(
     return value
 
 
-def check_keys(what: str, spec: Iterable[Any], known: Iterable[str]) -> None:
+def check_keys(
+    what: str,
+    spec: Iterable[Any],
+    known: Iterable[str],
+    elsewhere: Mapping[str, str] | None = None,
+) -> None:
     """Raise :class:`ToMeError` for the first key of ``spec`` that is not among ``known``.
 
     Args:
         what: what has the keys, such as ``"ratio"``.
+        elsewhere: keys that are options of something else -> a sentence on what to write.
     """
     known = list(known)
     for key in spec:
-        if key not in known:
-            raise ToMeError(
-                f"{what} has no key {key!r}: {did_you_mean(key, known)}Known: {', '.join(known)}"
-            )
+        if key in known:
+            continue
+        if elsewhere and key in elsewhere:
+            raise ToMeError(f"{what} has no option {key!r}: {elsewhere[key]}")
+        raise ToMeError(
+            f"{what} has no option {key!r}: {did_you_mean(key, known)}Known: {', '.join(known)}"
+        )
 
 
 def did_you_mean(wrong: Any, known: Iterable[str]) -> str:
@@ -168,3 +177,33 @@ def plain(value: Any) -> Any:
     if isinstance(value, numbers.Integral):
         return int(value)
     return float(value) if isinstance(value, numbers.Real) else value
+
+
+class FrozenDict(dict):
+    """A dict that cannot be changed, and has a hash."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("options are immutable: use .replace() for a changed copy")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple:
+        return type(self), (dict(self),)
+
+
+def frozen(value: Any) -> Any:
+    """Return ``value`` immutable: dicts frozen, tuples for lists, Python numbers for numpy's."""
+    if isinstance(value, Mapping):
+        return FrozenDict({_key(key): frozen(item) for key, item in value.items()})
+    if isinstance(value, (list, tuple)):
+        return tuple(frozen(item) for item in value)
+    return plain(value)
+
+
+def _key(key: Any) -> Any:
+    # JSON has resolution levels as strings.
+    return int(key) if isinstance(key, str) and key.isdecimal() else plain(key)

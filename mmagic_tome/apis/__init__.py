@@ -5,6 +5,6 @@ Importing this subpackage is cheap: MMagic and diffusers are imported when a
 function needs them.
 """
 
-from .assets import asset_path, register_config_package
+from .assets import asset_path
 
-__all__ = ["asset_path", "register_config_package"]
+__all__ = ["asset_path"]

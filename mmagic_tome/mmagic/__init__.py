@@ -1,34 +1,39 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Token merging in the configs of MMagic and mmengine.
+"""Token merging and step caching in the configs and runners of MMagic and mmengine.
 
 Three spellings, the same in effect::
 
     model = dict(type='ToMe', model=dict(type='StableDiffusion', ...), tome_cfg=dict(ratio=0.5))
     model = dict(type='StableDiffusion', ..., tome_cfg=dict(ratio=0.5))
-    tome_cfg = dict(ratio=0.5)  # at the top level, beside ``model`` or a ``_base_``
+    tome_cfg = dict(ratio=0.5)  # at the top level, next to ``model`` or a ``_base_``
+
+and ``cache_cfg='balanced'`` in the same places.
 
 ===============  ================================================================
 builder.py       ``type='ToMe'``: builds the inner model, applies, returns it
-family.py        the key ``tome_cfg`` for MMagic's Stable Diffusion classes
-entry_points.py  the top-level key for runners, ``init_model`` and inferencers
+family.py        the keys for MMagic's Stable Diffusion classes
+entry_points.py  the top-level keys for runners, ``init_model`` and inferencers
 spellings.py     reading the keys, and what happens when there are several
+hooks/           hooks, loops, metrics and a data set for mmengine's runners
+compat/          MMagic 1.2.0 on current libraries
 ===============  ================================================================
 
-``import mmagic_tome`` does not import MMagic, which takes seconds that a user of
-diffusers alone would pay for nothing: :func:`register_all` waits until something
-imports ``mmagic.models`` (the registry does, before it looks up its first name) and
-acts right after it, and does the same for what builds models.
+``import mmagic_tome`` does not import MMagic, which takes seconds that a user of diffusers alone
+would pay for nothing: :func:`register_all` waits until something imports ``mmagic.models`` (the
+registry does, before it looks up its first name) and acts right after it, and does the same for
+what builds models. It imports nothing but the standard library.
 """
 
 import functools
+import importlib
 import sys
 
-from .builder import build_tome
+from . import compat
 from .compat import when_imported
 
-__all__ = ["build_tome", "register_all"]
+__all__ = ["register_all"]
 
-_waiting = set()
+_registered = []
 
 _PATCHES = {
     "mmengine.runner.runner": "patch_runner",
@@ -40,29 +45,52 @@ _PATCHES = {
 
 
 def register_all():
-    """Make the three spellings work; calling it again does nothing.
+    """Make the package known to MMagic, mmengine and mmpretrain; again does nothing.
 
-    What is not imported yet is registered when it is; nothing is imported here, and
-    nothing happens where MMagic or mmengine is not installed.
+    What is not imported yet is registered when it is; nothing is imported here, and nothing
+    happens where a library is not installed.
     """
-    _when_imported("mmagic.models", _register_models)
+    if _registered:
+        return
+    _registered.append(True)
+    compat.apply()
+    # Not a name from it: when the import of ``family`` itself brought MMagic in, it is half done
+    # and registers when it gets there.
+    when_imported("mmagic.models", functools.partial(_import, "mmagic.family"))
     for module, patch in _PATCHES.items():
-        _when_imported(module, functools.partial(_patch, module, patch))
+        when_imported(module, functools.partial(_patch, module, patch))
+    when_imported("mmengine.registry", functools.partial(_call, "vit.registry", "register_root"))
+    when_imported(
+        "mmpretrain.registry", functools.partial(_call, "vit.registry", "register_mmpretrain")
+    )
+    when_imported("mmengine.visualization", functools.partial(_import, "visualization.backend"))
+    when_imported("mmengine.runner.runner", functools.partial(_call, "visualization", "connect"))
+    when_imported("mmengine.config.utils", _register_config_package)
+    from .hooks import register_all as register_hooks
+
+    register_hooks()
 
 
-def _register_models():
-    # Not a name from it: when the import of ``family`` itself brought MMagic in, it is
-    # half done here and registers when it gets there.
-    from . import family  # noqa: F401
+def _import(module):
+    return importlib.import_module(f"mmagic_tome.{module}")
+
+
+def _call(module, function):
+    getattr(_import(module), function)()
 
 
 def _patch(module, patch):
-    from . import entry_points
-
-    getattr(entry_points, patch)(sys.modules[module])
+    getattr(_import("mmagic.entry_points"), patch)(sys.modules[module])
 
 
-def _when_imported(module, action):
-    if module not in _waiting:
-        _waiting.add(module)
-        when_imported(module, action)
+def _register_config_package():
+    """Let mmengine resolve ``mmagic_tome::...`` in ``_base_`` and ``get_config``.
+
+    mmengine keeps a closed table of the packages it takes configs from. The table is meant to map
+    a module to a distribution, whose recorded location is then joined with the module's name; for
+    an editable installation that is a folder that does not exist. Naming a module of the package
+    that is no distribution makes mmengine ask Python's import system instead, which is right in
+    every kind of installation.
+    """
+    table = sys.modules["mmengine.config.utils"].MODULE2PACKAGE
+    table.setdefault("mmagic_tome", "mmagic_tome.version")

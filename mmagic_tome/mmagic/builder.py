@@ -1,23 +1,22 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""``type='ToMe'``: any model of a config, with token merging."""
+"""``type='ToMe'``: any model of a config, with token merging and step caching."""
 
 from torch import nn
 
 from ..errors import ToMeError
-from ..vit.registry import merging_builder
-from .spellings import apply_model_level, read
+from .spellings import apply_model_level, read, read_model_level, translate_tomesd
 
 __all__ = ["build_tome"]
 
 # Keys that mmengine and MMagic put into, or look for in, the outermost model config:
 # they are meant for the model, so that is where they go.
 _FOR_THE_MODEL = ("data_preprocessor", "init_cfg")
-# Who names one of these means a vision transformer.
+# Options of vision transformers alone.
 _FOR_VITS = ("r", "target_speedup")
 
 
-def build_tome(model, tome_cfg=None, **others):
-    """Build a model and apply token merging to it.
+def build_tome(model, tome_cfg=None, cache_cfg=None, **others):
+    """Build a model and apply token merging and step caching to it.
 
     Registered as ``'ToMe'`` in MMagic's ``MODELS``. It is a function, not a class:
     what it returns *is* the inner model, so ``isinstance``, ``state_dict`` keys and
@@ -26,12 +25,15 @@ def build_tome(model, tome_cfg=None, **others):
         model = dict(
             type='ToMe',
             model=dict(type='StableDiffusion', ...),
-            tome_cfg=dict(ratio=0.5))
+            tome_cfg=dict(ratio=0.5),
+            cache_cfg='balanced')
 
     Args:
         model (dict | nn.Module): Config of the inner model, or a model.
         tome_cfg (dict | ToMeConfig, optional): Options of :class:`mmagic_tome.ToMeConfig`.
-            Default: None, the model is left as it is.
+            Default: None, nothing is merged.
+        cache_cfg (str | dict | list, optional): Named setting or options of
+            :class:`mmagic_tome.StepCacheConfig`. Default: None, nothing is skipped.
         **others: ``data_preprocessor`` and ``init_cfg`` are passed on to the inner
             model unless it has its own. With ``r`` or ``target_speedup`` the model is a vision
             transformer, and all are options of :func:`mmagic_tome.vit.apply_tome_vit`.
@@ -42,20 +44,23 @@ def build_tome(model, tome_cfg=None, **others):
 
     Raises:
         ToMeError: Before anything is built, for an invalid value, an unknown key, or
-            another ``tome_cfg`` in the inner config; afterwards if there is nothing
-            to merge in the model.
+            another ``tome_cfg`` or ``cache_cfg`` in the inner config; afterwards if there
+            is nothing to merge or skip in the model.
         ImportError: MMagic is not installed.
     """
-    if tome_cfg is None and any(key in others for key in _FOR_VITS):
+    if tome_cfg is None and cache_cfg is None and any(key in others for key in _FOR_VITS):
+        from ..vit.registry import merging_builder
+
         return merging_builder(_registry())(model, **others)
     for key in others:
         if key not in _FOR_THE_MODEL:
             raise ToMeError(
                 f"type='ToMe' does not know {key!r}: options of token merging go into "
-                f"tome_cfg=dict(...), options of the model into model=dict(...)"
+                "tome_cfg=dict(...), those of step caching into cache_cfg, those of the model into "
+                "model=dict(...)"
             )
     if isinstance(model, nn.Module):
-        apply_model_level(model, read(tome_cfg=tome_cfg))
+        apply_model_level(model, *read_model_level(tome_cfg, cache_cfg))
         return model
     if not isinstance(model, dict) or "type" not in model:
         raise ToMeError(
@@ -63,19 +68,24 @@ def build_tome(model, tome_cfg=None, **others):
             f"model=dict(type='ToMe', model=dict(type='StableDiffusion', ...)); got {model!r}"
         )
     inner = dict(model)
-    config = read(
-        tome_cfg=tome_cfg,
+    # Taken out here, so that the keys work for a model that does not know them.
+    tome_config = read(
+        "tome_cfg",
         **{
-            # Taken out here, so that it works for a model that does not know the key.
+            "tome_cfg": tome_cfg,
             "tome_cfg of the inner model": inner.pop("tome_cfg", None),
-            "tomesd_cfg": inner.pop("tomesd_cfg", None),
+            "tomesd_cfg": translate_tomesd(inner.pop("tomesd_cfg", None)),
         },
+    )
+    cache_config = read(
+        "cache_cfg",
+        **{"cache_cfg": cache_cfg, "cache_cfg of the inner model": inner.pop("cache_cfg", None)},
     )
     for key, value in others.items():
         if inner.get(key) is None:
             inner[key] = value
     built = _registry().build(inner)
-    apply_model_level(built, config)
+    apply_model_level(built, tome_config, cache_config)
     return built
 
 

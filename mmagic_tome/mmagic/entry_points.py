@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""A top-level ``tome_cfg`` where a model is built from a part of a config.
+"""Top-level ``tome_cfg`` and ``cache_cfg`` where a model is built from a part of a config.
 
 mmengine's runners, MMagic's ``init_model`` and its inferencers know the whole config;
 the model never sees the rest. Of the ways to bring the two together in a runner, a hook
@@ -24,7 +24,7 @@ __all__ = [
 
 
 def patch_runner(module):
-    """Let ``Runner.build_model`` apply ``tome_cfg`` of the runner's config.
+    """Let ``Runner.build_model`` apply both keys of the runner's config.
 
     It is on every path (``from_cfg``, the constructor, a model given as an object).
     """
@@ -63,7 +63,7 @@ def patch_flexible_runner(module):
 
 
 def patch_inferencer(module):
-    """Let MMagic's inferencers apply ``tome_cfg`` of their config."""
+    """Let MMagic's inferencers apply both keys of their config."""
 
     def around(init_model):
         def init_and_apply(self, cfg, *args, **kwargs):
@@ -96,7 +96,7 @@ def patch_animation_inferencer(module):
 
 
 def patch_init_model(module):
-    """Let MMagic's ``init_model`` apply ``tome_cfg`` of its config.
+    """Let MMagic's ``init_model`` apply both keys of its config.
 
     Who imported the function before this package has the unpatched one, which works for
     the Stable Diffusion family, by ``cfg`` (see ``family.py``).
@@ -120,7 +120,7 @@ def patch_init_model(module):
 
 def _replace(owner, name, around):
     function = getattr(owner, name)
-    if not getattr(function, "applies_tome_cfg", False):
+    if not getattr(function, "applies_keys", False):
         replacement = functools.wraps(function)(around(function))
-        replacement.applies_tome_cfg = True
+        replacement.applies_keys = True
         setattr(owner, name, replacement)

@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""The key ``tome_cfg`` for MMagic's Stable Diffusion classes and all their subclasses.
+"""The keys ``tome_cfg`` and ``cache_cfg`` for MMagic's Stable Diffusion classes and subclasses.
 
 The classes themselves are changed, not replaced by subclasses in the registry: a class
 of a user's own, ``type=`` with a class object, ``isinstance`` and pickle then need no
@@ -10,8 +10,9 @@ care at all. What they gain:
   it fails on every current diffusers UNet, and is never run. A wrong value raises
   ToMeError before anything is built;
 - ``set_tomesd()``, by this package's engine;
-- ``tome_handle``: the ToMeHandle in force, or None;
-- ``cfg``: assigning a whole config with a top-level ``tome_cfg`` applies it. MMagic's
+- the argument ``cache_cfg`` (str | dict | list; default None) for step caching;
+- ``tome_handle`` and ``cache_handle``: the handles in force, or None;
+- ``cfg``: assigning a whole config with one of the keys at its top level applies it. MMagic's
   ``init_model`` and inferencers leave their config there.
 
 Importing this module imports ``mmagic.models``.
@@ -23,11 +24,17 @@ import inspect
 from mmagic import models
 from mmagic.registry import MODELS
 
-from ..engine import apply_tome, get_handle
+from ..apply import apply_tome, get_handle
 from .builder import build_tome
-from .spellings import apply_model_level, apply_top_level, read
+from .spellings import (
+    KEYS,
+    apply_model_level,
+    apply_top_level,
+    read_model_level,
+    translate_tomesd,
+)
 
-__all__ = ["ROOTS", "teach"]
+__all__ = ["ROOTS", "patch"]
 
 # The others of the family inherit from StableDiffusion.
 ROOTS = ("StableDiffusion", "StableDiffusionXL", "AnimateDiff")
@@ -36,11 +43,11 @@ ROOTS = ("StableDiffusion", "StableDiffusionXL", "AnimateDiff")
 _BUILDING = "_tome_building"
 
 
-def teach(root):
+def patch(root):
     """Give a class and its subclasses, also those to come, what is listed above.
 
     Args:
-        root (type): A subclass of :class:`torch.nn.Module`. Teaching it again does nothing.
+        root (type): A subclass of :class:`torch.nn.Module`. Patching it again does nothing.
     """
     if hasattr(root, "tome_handle"):
         return
@@ -51,8 +58,13 @@ def teach(root):
 
     root.__init_subclass__ = classmethod(__init_subclass__)
     root.set_tomesd = _set_tomesd
-    root.tome_handle = property(get_handle, doc="ToMeHandle | None: the token merging in force.")
-    root.cfg = property(_get_cfg, _set_cfg, doc="The whole config; its tome_cfg is applied.")
+    root.tome_handle = property(
+        lambda self: get_handle(self, "tome"), doc="ToMeHandle | None: the token merging in force."
+    )
+    root.cache_handle = property(
+        lambda self: get_handle(self, "cache"), doc="CacheHandle | None: the step caching in force."
+    )
+    root.cfg = property(_get_cfg, _set_cfg, doc="The whole config; its keys are applied.")
     classes = [root]
     while classes:
         cls = classes.pop()
@@ -61,42 +73,41 @@ def teach(root):
 
 
 def _wrap_init(cls):
-    """Let ``cls.__init__`` take ``tome_cfg``, and apply it when the model is complete.
+    """Let ``cls.__init__`` take the keys, and apply them when the model is complete.
 
     The outermost ``__init__`` of a model applies: only after it is the UNet the one that
     will run (FastComposer replaces it, ViCo its transformers). So every one is wrapped.
     """
     init = vars(cls).get("__init__")
-    if not inspect.isfunction(init) or hasattr(init, "takes_tome_cfg"):
+    if not inspect.isfunction(init) or hasattr(init, "takes_mmagic_tome"):
         return
     parameters = inspect.signature(init).parameters
-    # It may have a default for it, or an opinion, before it hands it to its base.
-    passes_on = "tome_cfg" in parameters or any(
-        parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
-    )
+    any_name = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
     @functools.wraps(init)
     def __init__(self, *args, **kwargs):
-        given = kwargs.get("tome_cfg")
+        given = {key: kwargs.get(key) for key in KEYS}
         outermost = _BUILDING not in self.__dict__
         if outermost:
-            read(tome_cfg=given, tomesd_cfg=kwargs.get("tomesd_cfg"))
+            read_model_level(**given, tomesd_cfg=kwargs.get("tomesd_cfg"))
             self.__dict__[_BUILDING] = {}
-        if "tome_cfg" in kwargs and not passes_on:
-            del kwargs["tome_cfg"]
-            self.__dict__[_BUILDING].setdefault("tome_cfg", given)
+        for key in KEYS:
+            # It may have a default for it, or an opinion, before it hands it to its base.
+            if key in kwargs and not (any_name or key in parameters):
+                del kwargs[key]
+                self.__dict__[_BUILDING].setdefault(key, given[key])
         init(self, *args, **kwargs)
         if outermost:
-            _complete(self, self.__dict__.pop(_BUILDING).get("tome_cfg", given))
+            _complete(self, {**given, **self.__dict__.pop(_BUILDING)})
 
-    __init__.takes_tome_cfg = True
+    __init__.takes_mmagic_tome = True
     cls.__init__ = __init__
 
 
-def _complete(model, tome_cfg):
+def _complete(model, given):
     # A positional ``tomesd_cfg`` shows only now.
     tomesd_cfg = getattr(model, "tomesd_cfg", None)
-    apply_model_level(model, read(tome_cfg=tome_cfg, tomesd_cfg=tomesd_cfg))
+    apply_model_level(model, *read_model_level(**given, tomesd_cfg=tomesd_cfg))
     apply_top_level(model, model.__dict__.get("cfg"))
 
 
@@ -106,7 +117,7 @@ def _set_tomesd(self):
     MMagic calls it in the middle of ``__init__``, where it does nothing yet.
     """
     if _BUILDING not in self.__dict__ and self.tomesd_cfg is not None:
-        apply_tome(self, read(tomesd_cfg=self.tomesd_cfg))
+        apply_tome(self, translate_tomesd(self.tomesd_cfg))
 
 
 def _get_cfg(self):
@@ -124,5 +135,5 @@ def _set_cfg(self, cfg):
 
 for _name in ROOTS:
     if hasattr(models, _name):  # all are in MMagic 1.2; an earlier one may lack some
-        teach(getattr(models, _name))
+        patch(getattr(models, _name))
 MODELS.register_module(name="ToMe", module=build_tome, force=True)

@@ -1,52 +1,102 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Reading token merging out of config keys, wherever they stand."""
+"""Reading token merging and step caching out of config keys, wherever they are."""
 
+from ..apply import apply_cache, apply_tome
+from ..cache import coerce_cache, to_plain
 from ..config import ToMeConfig
-from ..engine import apply_tome
 from ..errors import ToMeError
 
-__all__ = ["apply_model_level", "apply_top_level", "read"]
+__all__ = [
+    "KEYS",
+    "apply_model_level",
+    "apply_top_level",
+    "read",
+    "read_model_level",
+    "read_top_level",
+    "translate_tomesd",
+]
+
+#: Config key -> (what reads its value, what applies it, what shows it).
+KEYS = {
+    "tome_cfg": (ToMeConfig.coerce, apply_tome, ToMeConfig.to_dict),
+    "cache_cfg": (coerce_cache, apply_cache, to_plain),
+}
 
 # Where a model keeps what its own config said, to compare it with the top level.
-_RECORD = "_tome_cfg"
+_RECORD = "_mmagic_tome_cfg"
+
+# MMagic's switches -> targets.
+_SWITCHES = {"merge_attn": "attn", "merge_crossattn": "crossattn", "merge_mlp": "mlp"}
 
 
-def read(**keys):
-    """The one config that several keys of a config mean.
+def read(key, **sources):
+    """The one value of a config key that several places of a config mean.
 
     Args:
-        **keys: Name of a config key -> its value: a dict of :class:`ToMeConfig` options
-            (or a :class:`ToMeConfig`), or None for a key that is not there.
+        key (str): One of :data:`KEYS`.
+        **sources: Name of a place -> its value, or None where it is not there.
 
     Returns:
-        ToMeConfig | None: None if no key is there.
+        ToMeConfig | tuple[StepCacheConfig] | None: None if it is nowhere.
 
     Raises:
-        ToMeError: An invalid value, naming the key; keys that contradict each other.
+        ToMeError: An invalid value, naming the place; places that contradict each other.
     """
+    coerce = KEYS[key][0]
     configs = {}
-    for key, value in keys.items():
+    for name, value in sources.items():
         if value is None:
             continue
         try:
-            configs[key] = ToMeConfig.coerce(value)
+            configs[name] = coerce(value)
         except ToMeError as error:
-            raise ToMeError(f"{key}: {error}") from error
+            raise ToMeError(f"{name}: {error}") from error
     (first, config), *others = configs.items() or [(None, None)]
-    for key, other in others:
-        _must_agree(first, config, key, other)
+    for name, other in others:
+        _must_agree(key, first, config, name, other)
     return config
 
 
-def apply_model_level(model, config):
+def translate_tomesd(options):
+    """MMagic's own ``tomesd_cfg`` as options of :class:`mmagic_tome.ToMeConfig`.
+
+    Args:
+        options (dict | None): ``ratio``, ``max_downsample``, ``sx``, ``sy``, ``use_rand``,
+            ``merge_attn``, ``merge_crossattn``, ``merge_mlp``.
+    """
+    if options is None or not hasattr(options, "items"):
+        return options
+    options = dict(options)
+    switches = {key: options.pop(key, key == "merge_attn") for key in _SWITCHES}
+    targets = tuple(target for key, target in _SWITCHES.items() if switches[key])
+    if not targets:
+        raise ToMeError(
+            "tomesd_cfg: merge_attn, merge_crossattn and merge_mlp are all False, which merges "
+            "nothing; write merge_attn=True (or ratio=0 for the baseline)"
+        )
+    return {**options, "targets": targets}
+
+
+def read_model_level(tome_cfg=None, cache_cfg=None, tomesd_cfg=None):
+    """Both values that a model's own config names: (ToMeConfig | None, step caches | None)."""
+    translated = translate_tomesd(tomesd_cfg)
+    return (
+        read("tome_cfg", tome_cfg=tome_cfg, tomesd_cfg=translated),
+        read("cache_cfg", cache_cfg=cache_cfg),
+    )
+
+
+def apply_model_level(model, tome_config, cache_config):
     """Apply what the model's own config said; None leaves the model untouched."""
-    if config is not None:
-        apply_tome(model, config)
-        model.__dict__[_RECORD] = config  # past nn.Module.__setattr__: plain data
+    for key, config in (("tome_cfg", tome_config), ("cache_cfg", cache_config)):
+        if config is not None:
+            KEYS[key][1](model, config)
+            # Past nn.Module.__setattr__: plain data.
+            model.__dict__.setdefault(_RECORD, {})[key] = config
 
 
 def apply_top_level(model, cfg):
-    """Apply the key ``tome_cfg`` of a whole config, if there is one.
+    """Apply the keys of a whole config, where it has them.
 
     Args:
         model (nn.Module): The model that was built from it.
@@ -55,28 +105,33 @@ def apply_top_level(model, cfg):
     Raises:
         ToMeError: An invalid value; another one in the model's own config.
     """
-    config = read_top_level(cfg)
-    if config is None:
-        return
-    own = model.__dict__.get(_RECORD)
-    if own is None:
-        apply_tome(model, config)
-    else:
-        _must_agree("tome_cfg of the model", own, "tome_cfg at the top level", config)
+    for key, config in read_top_level(cfg).items():
+        own = model.__dict__.get(_RECORD, {}).get(key)
+        if own is None:
+            KEYS[key][1](model, config)
+        else:
+            _must_agree(key, f"{key} of the model", own, f"{key} at the top level", config)
 
 
 def read_top_level(cfg):
-    """``tome_cfg`` of a whole config as :class:`ToMeConfig`; None if it has none."""
+    """Key -> its value, of those that a whole config has."""
     get = getattr(cfg, "get", None)  # mmengine.Config is not a Mapping
-    return read(tome_cfg=get("tome_cfg")) if get is not None else None
+    if get is None:
+        return {}
+    found = {key: read(key, **{key: get(key)}) for key in KEYS}
+    return {key: config for key, config in found.items() if config is not None}
 
 
-def _must_agree(first, config, second, other):
-    if config != other:
-        theirs, ours = config.to_dict(), other.to_dict()
-        differing = [key for key in theirs if theirs[key] != ours[key]]
-        say = "; ".join(
-            f"{name}: dict({', '.join(f'{key}={options[key]!r}' for key in differing)})"
-            for name, options in ((first, theirs), (second, ours))
-        )
-        raise ToMeError(f"token merging is configured twice and differently ({say}); keep one")
+def _must_agree(key, first, config, second, other):
+    if config == other:
+        return
+    show = KEYS[key][2]
+    theirs, ours = show(config), show(other)
+    if isinstance(theirs, dict):
+        differing = [name for name in theirs if theirs[name] != ours[name]]
+        theirs, ours = ({name: one[name] for name in differing} for one in (theirs, ours))
+    technique = "token merging" if key == "tome_cfg" else "step caching"
+    raise ToMeError(
+        f"{technique} is configured twice and differently ({first}: {theirs!r}; "
+        f"{second}: {ours!r}); keep one"
+    )

@@ -16,27 +16,10 @@ cli.py         ``tools/visualize.py``: its options; ``command.py``: what it does
 
 import functools
 
-from ..mmagic.compat import when_imported
-
-__all__ = ["register_all"]
-
-_registered = []
+__all__ = ["connect"]
 
 
-def register_all():
-    """Make ``ToMeVisBackend`` known to mmengine when that is imported; imports nothing itself."""
-    if _registered:
-        return
-    _registered.append(True)
-    when_imported("mmengine.visualization", _register)
-    when_imported("mmengine.runner.runner", _connect)
-
-
-def _register():
-    from . import backend  # noqa: F401
-
-
-def _connect():
+def connect():
     """Show a runner's model to its backends: a visualizer is built before the model is."""
     from mmengine.runner.runner import Runner
 

@@ -147,8 +147,8 @@ class _Applying:
         # The import may well succeed without it, so it is not for us to stop it.
         _note(self.repair, "failed", error)
         warnings.warn(
-            f"mmagic_tome.mmagic.compat: the repair {self.repair.__name__!r} of {self.repair.module} "
-            f"failed ({type(error).__name__}: {error})",
+            f"mmagic_tome.compat: {self.repair.__name__!r} of {self.repair.module} failed "
+            f"({type(error).__name__}: {error})",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -1,0 +1,257 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Apply token merging and step caching to a model, and take them out again.
+
+Nothing of a model is re-written. Token merging registers PyTorch's own module hooks on what a model
+adapter names; step caching intercepts the calls of the network and of its inner modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .cache import StepCacheConfig, coerce_cache
+from .cache.skip import CachePatch, inner_modules
+from .config import ToMeConfig
+from .errors import ToMeError
+from .graphs import prepare_compiler
+from .handle import CacheHandle, Handle, ToMeHandle
+from .models import Denoiser, find_controlnets, find_denoisers
+from .patch import find_patch, remove
+from .schedulers import warn_of_oscillation
+from .tome.place import blocks_to_merge, place
+from .tome.state import TomePatch
+
+if TYPE_CHECKING:
+    from .vit import ViTHandle
+
+
+def apply_tome(
+    model: object,
+    config: ToMeConfig | Mapping[str, Any] | None = None,
+    *,
+    denoisers: Sequence[str] | None = None,
+    **options: Any,
+) -> ToMeHandle | ViTHandle:
+    """Merge tokens in ``model`` from now on, in place.
+
+    Args:
+        model: a diffusers UNet, diffusion transformer or pipeline, a MMagic model (or its
+            ``unet``), MMagic's native ``DenoisingUnet``; or a vision transformer of timm,
+            transformers or mmpretrain.
+        config: a :class:`ToMeConfig`, a dict of its options, or None for the defaults (ratio 0.5
+            around self-attention of the finest level). For a vision transformer a dict of
+            options of :func:`mmagic_tome.vit.apply_tome_vit`.
+        denoisers: names of the denoisers of a pipeline to merge, such as ``['transformer']``.
+            Default: all that it has.
+        **options: options of :class:`ToMeConfig` (or of ``apply_tome_vit``); they win over
+            ``config``.
+
+    Returns:
+        ToMeHandle: to look at, change and remove what was applied; as a context manager it removes
+        on exit. Applying to a model that already has token merging replaces it; as a context
+        manager the earlier one is put back on exit. For a vision transformer a
+        :class:`mmagic_tome.vit.ViTHandle`.
+
+    Raises:
+        ToMeError: an invalid option, a model of no known family, or a combination that would merge
+            nothing; nothing is changed then.
+
+    Example:
+        >>> handle = apply_tome(pipeline, ratio=0.5)
+        >>> image = pipeline("a red apple").images[0]
+        >>> print(handle.summary())
+    """
+    found = _denoisers_or_vit(model, denoisers)
+    if not isinstance(found, list):
+        from .vit.engine import apply_options
+
+        return apply_options(found, {**_options_of(config), **options})
+    config = ToMeConfig.coerce(config, **options)
+    chosen = [(config, one, blocks_to_merge(one.adapter, one.network, config)) for one in found]
+    own = config.controlnet_config
+    if own is not None:
+        # Looked at before anything is changed, like the network itself.
+        for one in _controlnets(model):
+            chosen.append((own, one, blocks_to_merge(one.adapter, one.network, own)))
+    prepare_compiler()
+    replaced = _replaced([one.network for _, one, _ in chosen], TomePatch)
+    parts = [
+        (_prefix(one.name), one.network, place(config, one.adapter, one.network, blocks, model))
+        for config, one, blocks in chosen
+    ]
+    return ToMeHandle(parts, replaced)
+
+
+def apply_cache(
+    model: object,
+    config: str | StepCacheConfig | Mapping[str, Any] | Sequence[Any] | None = None,
+    *,
+    denoisers: Sequence[str] | None = None,
+    controlnet: bool = True,
+    **options: Any,
+) -> CacheHandle:
+    """Skip part of ``model`` at some steps of every denoising run from now on, in place.
+
+    Args:
+        model: as for :func:`apply_tome`, vision transformers aside. Pass the pipeline where there
+            is one: its scheduler says how much of a run remains.
+        config: ``'quality'``, ``'balanced'`` or ``'fast'``; a :class:`StepCacheConfig` or a dict of
+            its options; or a list of these, one per region. Default ``'balanced'``.
+        denoisers: names of the denoisers of a pipeline to cache. Default: all that it has.
+        controlnet: skip the ControlNets at the same steps. With False they run at every step, also
+            where the network that reads their output is skipped. Default True.
+        **options: options of one :class:`StepCacheConfig`.
+
+    Returns:
+        CacheHandle: see :func:`apply_tome`.
+
+    Raises:
+        ToMeError: an invalid option, a model of no known family, or a network without an inner
+            region; nothing is changed then.
+
+    Example:
+        >>> handle = apply_cache(pipeline, "balanced")
+        >>> image = pipeline("a red apple").images[0]
+        >>> print(handle.summary())
+    """
+    configs = coerce_cache(config, **options)
+    chosen = [(configs, one) for one in find_denoisers(model, only=denoisers)]
+    # A ControlNet's levels only go down, so nothing is inside them.
+    network = tuple(one for one in configs if one.region == "network")
+    if controlnet and network:
+        chosen += [(network, one) for one in find_controlnets(model)]
+    for own, one in chosen:
+        for cache in own:
+            if cache.region == "inner":
+                inner_modules(cache, one.adapter, one.network)
+    warn_of_oscillation(model, configs)
+    prepare_compiler()
+    replaced = _replaced([one.network for _, one in chosen], CachePatch)
+    parts = []
+    for own, one in chosen:
+        patch = CachePatch(own, one.adapter, model)
+        patch.place(one.network)
+        parts.append((_prefix(one.name), one.network, patch))
+    return CacheHandle(parts, replaced)
+
+
+def remove_tome(model: object) -> bool:
+    """Undo :func:`apply_tome`; the model is bit for bit what it was.
+
+    Args:
+        model: whatever :func:`apply_tome` takes.
+
+    Returns:
+        bool: whether there was anything to remove.
+    """
+    return _removed(get_handle(model, "tome"))
+
+
+def remove_cache(model: object) -> bool:
+    """Undo :func:`apply_cache`; the model is bit for bit what it was.
+
+    Args:
+        model: whatever :func:`apply_cache` takes.
+
+    Returns:
+        bool: whether there was anything to remove.
+    """
+    return _removed(get_handle(model, "cache"))
+
+
+def get_handle(
+    model: object, technique: str | None = None
+) -> ToMeHandle | CacheHandle | ViTHandle | None:
+    """Handle of what is applied to ``model``; None if nothing is.
+
+    Works on copies and on unpickled models too: what is applied travels with the model.
+
+    Args:
+        model: whatever :func:`apply_tome` takes.
+        technique: 'tome' or 'cache'. Default None: token merging if it is applied, otherwise step
+            caching.
+    """
+    if technique not in (None, "tome", "cache"):
+        raise ToMeError(f"technique={technique!r} must be 'tome' or 'cache'; leave it out for both")
+    try:
+        found = _denoisers_or_vit(model, None, quiet=True)
+    except ToMeError:
+        return None
+    if not isinstance(found, list):
+        from .vit import get_vit_handle
+
+        return None if technique == "cache" else get_vit_handle(found)
+    every = [*found, *find_controlnets(model)]
+    for name, kind, handle in (("tome", TomePatch, ToMeHandle), ("cache", CachePatch, CacheHandle)):
+        if technique not in (None, name):
+            continue
+        parts = [(_prefix(one.name), one.network, find_patch(one.network, kind)) for one in every]
+        parts = [part for part in parts if part[2] is not None]
+        if parts:
+            return handle(parts)
+    return None
+
+
+def _denoisers_or_vit(
+    model: object, only: Sequence[str] | None, quiet: bool = False
+) -> list[Denoiser] | Any:
+    """The denoisers of a model; the model itself if it is a vision transformer."""
+    try:
+        return find_denoisers(model, only=only, quiet=quiet)
+    except ToMeError:
+        from .vit.families import find_vit
+
+        try:
+            find_vit(model)
+        except ToMeError:
+            pass
+        else:
+            return model
+        raise
+
+
+def _options_of(config: Any) -> Mapping[str, Any]:
+    """Options of a vision transformer out of what was passed as ``config``."""
+    if config is None or isinstance(config, Mapping):
+        return config or {}
+    to_dict = getattr(config, "to_dict", None)
+    if to_dict is None or isinstance(config, ToMeConfig):
+        raise ToMeError(
+            "the options of a vision transformer are a dict such as dict(r=8), got "
+            f"{type(config).__name__}"
+        )
+    return to_dict()
+
+
+def _controlnets(model: object) -> list[Denoiser]:
+    found = find_controlnets(model)
+    if not found:
+        raise ToMeError(
+            f"controlnet=True asks for a ControlNet, and a {type(model).__name__} has none; leave "
+            "it out, or pass a model or pipeline that has it as .controlnet"
+        )
+    return found
+
+
+def _prefix(name: str) -> str:
+    return f"{name}." if name else ""
+
+
+def _replaced(networks: Sequence[nn.Module], kind: type) -> list[tuple[nn.Module, list]]:
+    """Take out what is applied to networks; what that was, to be put back."""
+    replaced = []
+    for network in networks:
+        patch = find_patch(network, kind)
+        if patch is not None:
+            replaced.append((network, remove(network, patch)))
+    return replaced
+
+
+def _removed(handle: Handle | ViTHandle | None) -> bool:
+    if handle is None:
+        return False
+    handle.remove()
+    return True

@@ -1,0 +1,162 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""What a user can ask of step caching."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Union
+
+from ..errors import ToMeError
+from ..validate import (
+    check_choice,
+    check_integer,
+    check_keys,
+    check_number,
+    check_range,
+    plain,
+)
+
+REGIONS = ("network", "inner")
+_WHERE = "step cache: "
+
+
+@dataclass(frozen=True)
+class StepCacheConfig:
+    """Skip one region of the network at some steps and extrapolate its output.
+
+    Args:
+        region (str): ``'network'`` (default): the whole call. ``'inner'``: what is inside the
+            outermost levels of a UNet, or between the outer blocks of a transformer, while the
+            outer part is computed: less is saved, and the error is smaller.
+        interval (int): compute the region at least at every this many steps; for ``'inner'``, of
+            the steps at which the network is computed. At least 2, the default.
+        timestep_range (tuple): (low, high) with 0 <= low < high <= 1: skip only where the share of
+            the schedule that remains is in [low, high); 1 is the start of a run, 0 its end. A
+            run's last step is never skipped. Default (0.0, 0.95).
+        order (int): 0: the last output again; 1 (default): on the line through the last two, along
+            the timestep; 2: on the parabola through the last three.
+        error_feedback (float): fraction in [0, 1] of the extrapolation error that is added back at
+            the next computed step. The error is measured against the line between the two computed
+            neighbours. Default 0.
+        num_outer_blocks (int): what ``'inner'`` leaves outside: levels of a UNet, or quarters of a
+            transformer's blocks at each end. Default 1.
+
+    Raises:
+        ToMeError: wrong type or value.
+    """
+
+    region: str = "network"
+    interval: int = 2
+    timestep_range: tuple[float, float] = (0.0, 0.95)
+    order: int = 1
+    error_feedback: float = 0.0
+    num_outer_blocks: int = 1
+
+    def __init__(self, *positional: Any, **options: Any) -> None:
+        # Written out so that a mistyped name gets the same error as in a dict.
+        names = [field.name for field in fields(self)]
+        if len(positional) > len(names):
+            raise ToMeError(f"{_WHERE}at most {len(names)} options, got {len(positional)}")
+        options = {**dict(zip(names, positional)), **options}
+        check_keys("a step cache", options, names)
+        for field in fields(self):
+            object.__setattr__(self, field.name, options.get(field.name, field.default))
+        checked = {
+            "region": check_choice(_WHERE, "region", self.region, REGIONS),
+            "interval": check_integer(_WHERE, "interval", self.interval, 2),
+            "timestep_range": check_range(
+                _WHERE, "timestep_range", self.timestep_range, (0.1, 0.65)
+            ),
+            "order": check_integer(_WHERE, "order", self.order, 0, 2, default=1),
+            "error_feedback": float(
+                check_number(_WHERE, "error_feedback", self.error_feedback, 0, 1, default=0.5)
+            ),
+            "num_outer_blocks": check_integer(_WHERE, "num_outer_blocks", self.num_outer_blocks, 1),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def replace(self, **changes: Any) -> StepCacheConfig:
+        """A changed, validated copy."""
+        check_keys("a step cache", changes, [field.name for field in fields(self)])
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as JSON has them; ``StepCacheConfig(**options)`` is the inverse."""
+        return plain(asdict(self))
+
+
+#: Named settings: what to start with. How they were found: ``docs/research/``.
+PRESETS: dict[str, tuple[StepCacheConfig, ...]] = {
+    # The inner region at every second step, except for the first and last of a run.
+    "quality": (StepCacheConfig(region="inner", timestep_range=(0.1, 0.8), error_feedback=0.5),),
+    # The network at every second step; early in the run only its inner region.
+    "balanced": (
+        StepCacheConfig(region="network", timestep_range=(0.1, 0.65), error_feedback=0.5),
+        StepCacheConfig(region="inner", timestep_range=(0.65, 0.95), error_feedback=0.5),
+    ),
+    # The network at every second step from the start, its inner region at every second of those.
+    "fast": (
+        StepCacheConfig(region="network", timestep_range=(0.0, 0.95)),
+        StepCacheConfig(region="inner", timestep_range=(0.0, 0.7), error_feedback=0.5),
+    ),
+}
+
+CacheSpec = Union[str, StepCacheConfig, Mapping, list, tuple, None]
+
+
+def coerce_cache(config: CacheSpec = None, **options: Any) -> tuple[StepCacheConfig, ...]:
+    """The step caches that a user means, the larger region first.
+
+    Args:
+        config: a name out of :data:`PRESETS`, a :class:`StepCacheConfig`, a dict of its options, or
+            a list of these, at most one per region. Default: 'balanced', unless options are given.
+        **options: of one :class:`StepCacheConfig`; with a ``config`` of one step cache they win
+            over it.
+
+    Raises:
+        ToMeError: anything else.
+    """
+    if config is None:
+        if not options:
+            return PRESETS["balanced"]
+        return (StepCacheConfig(**options),)
+    if isinstance(config, str):
+        name = check_choice("", "cache_cfg", config, PRESETS, "balanced")
+        configs = PRESETS[name]
+    elif isinstance(config, (StepCacheConfig, Mapping)):
+        configs = (_one(config),)
+    elif isinstance(config, (list, tuple)) and config:
+        configs = tuple(map(_one, config))
+    else:
+        raise ToMeError(
+            f"cache_cfg={config!r} is no step cache: write a name ({', '.join(PRESETS)}), a dict "
+            "such as dict(region='inner', interval=2), or a list of dicts"
+        )
+    if options:
+        if len(configs) > 1:
+            raise ToMeError(
+                f"options {', '.join(options)} beside {len(configs)} step caches: it is not clear "
+                "which one they change; write a list of dicts"
+            )
+        configs = (configs[0].replace(**options),)
+    regions = [one.region for one in configs]
+    if len(set(regions)) < len(regions):
+        raise ToMeError(f"cache_cfg has the region {regions[0]!r} twice; keep one")
+    return tuple(sorted(configs, key=lambda one: REGIONS.index(one.region)))
+
+
+def _one(config: Any) -> StepCacheConfig:
+    if isinstance(config, StepCacheConfig):
+        return config
+    if not isinstance(config, Mapping):
+        raise ToMeError(
+            f"cache_cfg: {config!r} is no step cache; write a dict such as dict(region='inner')"
+        )
+    return StepCacheConfig(**config)
+
+
+def to_plain(configs: tuple[StepCacheConfig, ...]) -> list[dict[str, Any]]:
+    """Step caches as JSON has them; :func:`coerce_cache` is the inverse."""
+    return [config.to_dict() for config in configs]

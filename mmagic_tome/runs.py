@@ -1,0 +1,365 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Denoising runs: where one begins, whether a call continues it, where it ends.
+
+State kept between steps belongs to a run. What a pipeline says is believed: diffusers' pipelines
+end a run (``_reset_stateful_cache``) and name guidance branches (``cache_context``). Otherwise a
+call continues a run only if its input follows from that run. A sampler computes the next latent as
+a linear combination of the last latent and the last outputs, so a least-squares fit of the new
+input on these leaves a small residual: at most 0.03 of its length with deterministic samplers,
+about its own length for another image (``docs/architecture.md`` has the measurements).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Largest relative residual of a call that continues a run. Ancestral samplers add noise and reach
+#: 0.87; the inputs of other images begin at 0.91.
+MAX_RESIDUAL = 0.9
+# A run that has fitted well is held to it: this many times its own worst residual, at least this.
+_TOLERANCE, _SMALLEST = 3.0, 0.05
+# Share of the new input that a guidance branch must explain to be part of a run.
+_NEGLIGIBLE = 3e-3
+# Elements per image that are compared, so that nothing grows with the size of a video.
+_SAMPLES = 1 << 14
+# Runs that one thread may interleave: views of one image, and runs at other timesteps.
+_MAX_RUNS, _MAX_OTHERS = 64, 3
+# Guidance branches of one step.
+_MAX_BRANCHES = 4
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a network, as far as runs are concerned.
+
+    Attributes:
+        time (float | None): its timestep, which falls along a run; None if unknown.
+        latents (tuple): the tensors to denoise; empty if unknown.
+        remaining (float | None): share of the run's schedule that remains, 1 at its start, 0 at
+            its end; None if unknown.
+        last (bool | None): whether it is the last step; None if the schedule is unknown.
+    """
+
+    time: float | None
+    latents: tuple[Tensor, ...]
+    remaining: float | None = None
+    last: bool | None = None
+
+    @property
+    def key(self) -> Hashable:
+        """What stays the same within a run; None if nothing is known."""
+        if self.time is None or not self.latents:
+            return None
+        return tuple((tuple(x.shape), x.dtype, x.device) for x in self.latents)
+
+
+class Branch:
+    """One call per step of a run: the whole batch, or one of the halves of guidance.
+
+    Attributes:
+        state: what the technique keeps for it.
+        outputs (list): (B, n) samples of its last two outputs, the newest last.
+    """
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+        self.outputs: list[Tensor] = []
+
+
+class Run:
+    """One denoising run.
+
+    Attributes:
+        step (int): number of its present step, from 0.
+        time, first_time (float | None): timestep of its present and its first step.
+        remaining (float | None): see :class:`Call`.
+        last (bool): whether the present step is the last, as far as can be told.
+        copies (int | None): into how many equal parts the batch falls, 2 with classifier-free
+            guidance; None before the first call ended.
+        branches (dict): name, or number within the step -> :class:`Branch`.
+        called (list): the branches that were called at the present step, in order.
+        tick, step_tick (int): number of the tracker's call at which it, and its present step, was
+            called.
+    """
+
+    def __init__(self, key: Hashable) -> None:
+        self.key = key
+        self.step = 0
+        self.time: float | None = None
+        self.first_time: float | None = None
+        self.remaining: float | None = None
+        self.last = False
+        self.copies: int | None = None
+        self.branches: dict[Hashable, Branch] = {}
+        self.called: list[Hashable] = []
+        self.tick = self.step_tick = 0
+        # (B, n) samples of this step's and the last step's input.
+        self.input: Tensor | None = None
+        self.previous: Tensor | None = None
+        self._other: Tensor | None = None  # of the shape that inputs are cropped to
+        self._worst: float | None = None
+
+    @property
+    def branch(self) -> Branch:
+        """The branch of the call that is under way."""
+        return self.branches[self.called[-1]]
+
+    @property
+    def bound(self) -> float:
+        """Largest residual of a call that continues this run."""
+        if self._worst is None:
+            return MAX_RESIDUAL
+        return min(MAX_RESIDUAL, max(_SMALLEST, _TOLERANCE * self._worst))
+
+    def sample(self, latents: Sequence[Tensor]) -> Tensor:
+        """(B, n) float32: some elements of every image of an input, without the channels that the
+        network does not predict (the mask of inpainting)."""
+        return _sampled([_cropped(x, self._other) for x in latents])
+
+    def same_input(self, latents: Sequence[Tensor]) -> bool:
+        """Whether the call at the present step had this input."""
+        return self.input is not None and torch.equal(self.input, self.sample(latents))
+
+    def fit(self, latents: Sequence[Tensor]) -> tuple[float, dict[Hashable, float]]:
+        """How well an input follows from this run.
+
+        Returns:
+            tuple: the largest relative residual of an image, and for every branch the share of the
+            input that its last output explains.
+        """
+        x = self.sample(latents)
+        names, columns = [None], [self.input]
+        if self.previous is not None:
+            names, columns = [None, None], [self.input, self.previous]
+        for name, branch in self.branches.items():
+            for age, output in enumerate(reversed(branch.outputs)):
+                for part in output.chunk(self.copies or 1):
+                    names.append(name if age == 0 else None)
+                    # A guided sampler combines what was predicted for all copies of an image.
+                    columns.append(part.repeat(self.copies or 1, 1))
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        rows = torch.stack([*columns, x], dim=-1).to(wide)
+        # The only values that leave the device.
+        products = torch.einsum("bnk,bnl->bkl", rows, rows).cpu().double()
+        if not products.isfinite().all():
+            return math.inf, {}
+        total = products.sum(0)
+        # Columns of unit length: outputs may be a thousand times smaller than inputs.
+        length = total.diagonal().sqrt().clamp_min(1e-30)
+        gram = total / length / length[:, None]
+        weight = torch.linalg.pinv(gram[:-1, :-1], hermitian=True, rtol=1e-10) @ gram[:-1, -1]
+        shares = dict.fromkeys(self.branches, 0.0)
+        for name, factor in zip(names, weight):
+            if name is not None:
+                shares[name] += float(abs(factor))
+        weight = torch.cat([weight * length[-1] / length[:-1], weight.new_tensor([-1.0])])
+        residual = torch.einsum("k,bkl,l->b", weight, products, weight).clamp_min(0)
+        own = products[:, -1, -1].clamp_min(1e-30)
+        return float((residual / own).max().sqrt()), shares
+
+    def next_step(self, name: Hashable, residual: float, shares: dict[Hashable, float]) -> None:
+        """Go on to the next step, called by a branch first."""
+        self.step += 1
+        self._worst = max(residual, self._worst or 0.0)
+        # A branch that this step's input does not depend on, or that was not called at the last
+        # step, belongs to something else.
+        named = any(isinstance(key, str) for key in self.called)
+        kept = [key for key in self.called if named or shares.get(key, 1.0) >= _NEGLIGIBLE]
+        branches = [self.branches[key] for key in kept or self.called]
+        self.branches = dict(zip(kept if named else range(len(branches)), branches))
+        self.called = [name]
+        self.previous, self.input = self.input, None
+
+    def remember(self, latents: Sequence[Tensor], output: Any) -> None:
+        """Note input and output of the call that ended."""
+        outputs = tensors_of(output)
+        if len(outputs) != len(latents) or any(
+            y.dim() != x.dim() for x, y in zip(latents, outputs)
+        ):
+            outputs = []  # a ControlNet: inputs are compared with inputs alone
+        if self._other is None:
+            # Of its shape alone: stride 0, no memory.
+            like = (outputs or latents)[0]
+            self._other = like.new_empty(()).expand(like.shape)
+        if self.input is None:
+            self.input = self.sample(latents)
+        if self.copies is None:
+            self.copies = _copies(self.input)
+        if outputs:
+            newest = _sampled([_cropped(y, x) for x, y in zip(latents, outputs)])
+            if newest.shape == self.input.shape:
+                self.branch.outputs = [*self.branch.outputs[-1:], newest]
+
+
+class RunTracker:
+    """The runs of one thread.
+
+    Args:
+        new_state: () -> what a technique keeps for every :class:`Branch`.
+
+    Attributes:
+        runs (list): the newest first.
+        branch_name (str | None): what the pipeline calls the guidance branch of the next call.
+    """
+
+    def __init__(self, new_state: Callable[[], Any]) -> None:
+        self.new_state = new_state
+        self.branch_name: str | None = None
+        self.runs: list[Run] = []
+        self._tick = 0
+        self._latents: tuple[Tensor, ...] = ()
+
+    def first_time(self, time: float) -> float:
+        """First timestep of the run that a call at ``time`` seems to continue."""
+        run = self.runs[0] if self.runs else None
+        goes_on = run is not None and run.time is not None and time <= run.time
+        return run.first_time if goes_on else time
+
+    def clear(self) -> None:
+        """Forget all runs."""
+        self.runs = []
+        self._latents = ()
+
+    def begin(self, call: Call) -> Run:
+        """Return the run that a call belongs to: one that it continues, or a new one."""
+        self._tick += 1
+        run = self._joined(call) or self._continued(call) or self._started(call)
+        if call.last is not None:
+            run.last = call.last
+        elif run.time != call.time:
+            # As large a stride again would reach the end.
+            before, now = run.remaining, call.remaining
+            run.last = None not in (before, now) and 2 * now <= before
+        run.time, run.remaining, run.tick = call.time, call.remaining, self._tick
+        self.runs = [run, *(one for one in self.runs if one is not run)]
+        self._latents = call.latents
+        return run
+
+    def end(self, output: Any) -> None:
+        """Note what the call under way returned; after a last step nothing is kept."""
+        run = self.runs[0]
+        if self._latents:
+            run.remember(self._latents, output)
+        self._latents = ()
+        if run.last:
+            run.branch.state = self.new_state()
+
+    def drop(self) -> None:
+        """Forget the run whose call failed."""
+        self.runs = self.runs[1:]
+        self._latents = ()
+
+    def _joined(self, call: Call) -> Run | None:
+        """A run at whose present step this is one more call: the other half of guidance."""
+        for run in self._mates(call):
+            name = len(run.called) if self.branch_name is None else self.branch_name
+            fits = call.time == run.time and name not in run.called
+            if fits and len(run.called) < _MAX_BRANCHES and run.same_input(call.latents):
+                run.called.append(name)
+                run.branches.setdefault(name, Branch(self.new_state()))
+                return run
+        return None
+
+    def _continued(self, call: Call) -> Run | None:
+        """A run whose next step this is."""
+        best: tuple[float, Run, dict] | None = None
+        for run in self._mates(call):
+            if run.input is None or call.time > run.time:
+                continue
+            residual, shares = run.fit(call.latents)
+            if residual <= run.bound and (best is None or residual < best[0]):
+                best = residual, run, shares
+        if best is None:
+            return None
+        residual, run, shares = best
+        # Whoever was not called during this run's whole last step is not going on.
+        self.runs = [one for one in self.runs if one.tick >= run.step_tick]
+        name = 0 if self.branch_name is None else self.branch_name
+        run.next_step(name, residual, shares)
+        run.branches.setdefault(name, Branch(self.new_state()))
+        run.step_tick = self._tick
+        return run
+
+    def _started(self, call: Call) -> Run:
+        run = Run(call.key)
+        run.first_time = call.time
+        name = 0 if self.branch_name is None else self.branch_name
+        run.called, run.branches = [name], {name: Branch(self.new_state())}
+        run.step_tick = self._tick
+        # Views of one image start at the same timestep; of anything else only a few are kept.
+        others = [one for one in self.runs if one.time != call.time]
+        kept = {id(one) for one in others[:_MAX_OTHERS]}
+        self.runs = [one for one in self.runs if one.time == call.time or id(one) in kept]
+        self.runs = self.runs[: _MAX_RUNS - 1]
+        return run
+
+    def _mates(self, call: Call) -> list[Run]:
+        key = call.key
+        return [] if key is None else [run for run in self.runs if run.key == key]
+
+
+def as_float(timestep: Any) -> float:
+    """First of the timesteps of a call as a number; synchronizes with the device."""
+    if isinstance(timestep, Tensor):
+        return float(timestep.detach().reshape(-1)[0])
+    return float(timestep)
+
+
+def latents_of(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """What a network is called to denoise; empty if it is not known."""
+    named = (kwargs[name] for name in ("sample", "hidden_states", "x") if name in kwargs)
+    x = args[0] if args else next(named, None)
+    if x is None:
+        x = next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
+    latents = tuple(x) if isinstance(x, list) else (x,)
+    return latents if all(isinstance(one, Tensor) for one in latents) else ()
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The prediction in what a network returned: its first tensor, or a list of tensors."""
+    while not isinstance(output, Tensor):
+        if isinstance(output, (list, tuple)) and output and isinstance(output[0], Tensor):
+            return list(output) if isinstance(output, list) else [output[0]]
+        if isinstance(output, Mapping):
+            output = next(iter(output.values()), None)
+        elif isinstance(output, (list, tuple)) and output:
+            output = output[0]
+        else:
+            return []
+    return [output]
+
+
+def _cropped(x: Tensor, other: Tensor | None) -> Tensor:
+    """The front part of ``x`` that ``other`` has as well: latents come before what is attached."""
+    if other is None or other.dim() != x.dim():
+        return x
+    for dim, size in enumerate(other.shape):
+        if size < x.shape[dim]:
+            x = x.narrow(dim, 0, size)
+    return x
+
+
+def _sampled(tensors: Sequence[Tensor]) -> Tensor:
+    """(B, n) float32 copy: every n-th element of a batch, or of each of several tensors."""
+    rows = tensors[0].detach().flatten(1) if len(tensors) == 1 else None
+    if rows is None:
+        rows = torch.stack([x.detach().flatten() for x in tensors])
+    # An odd stride meets all rows and columns.
+    stride = max(1, rows.shape[1] // _SAMPLES) | 1
+    return rows[:, ::stride].float().clone()
+
+
+def _copies(x: Tensor) -> int:
+    """Into how many equal parts a batch falls: 3, 2 or 1."""
+    for count in (2, 3):
+        if x.shape[0] % count == 0:
+            first, *others = x.chunk(count)
+            if all(torch.equal(first, other) for other in others):
+                return count
+    return 1

@@ -1,0 +1,177 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""The plans of a block: made from the tokens that enter it, and how long they are reused."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ToMeError
+from ..merging.frames import FramePlan, as_clips
+from ..merging.joint import split_sequence
+from ..methods import Method, PlanRequest
+from ..schedules import Place
+from .network import StepHook
+from .state import BlockState, TomeContext, TomePatch
+
+
+class BlockPreHook(StepHook):
+    """Make the plans that the targets of a block share.
+
+    Args:
+        patch (TomePatch): of the network.
+        block (BlockState): the block.
+    """
+
+    def __init__(self, patch: TomePatch, block: BlockState) -> None:
+        super().__init__(patch)
+        self.block = block
+
+    def run(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        patch, block = self.patch, self.block
+        context = patch.context
+        context.plans = {}
+        if context.running:
+            if context.config is None:
+                return
+        elif patch.config.merges_nothing or context.disabled:
+            return
+        tokens = args[0] if args else kwargs["hidden_states"]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            config = context.config if context.running else patch.config
+            made_for, plans, before = block.saved.get(tokens, (None, None, None))
+            if made_for is not config:
+                plans = self.plans(context, tokens)
+                block.saved[tokens] = (config, plans, context.num_before)
+            else:
+                context.num_before = before
+        else:
+            plans = self.plans(context, tokens)
+        context.plans = plans
+
+    def plans(self, context: TomeContext, tokens: Tensor) -> dict[str, Any]:
+        """Plans by kind of target.
+
+        Args:
+            context (TomeContext): of the call.
+            tokens (Tensor): (B, N, C), or a (B, C, h, w) image of them.
+        """
+        block, config = self.block, context.config
+        metric = self.image_tokens(context, tokens)
+        if config.one_plan:
+            plan = self.compute(context, metric, config.ratio, config.methods[0])
+            return dict.fromkeys(block.kinds, plan)
+        state, step = context.state, context.step
+        ratios = {}
+        for kind in block.kinds:
+            place = Place(kind, block.downsample, block.depth, block.num_blocks, context.remaining)
+            ratios[kind] = config.ratio_schedule(place)
+        # When a schedule first becomes non-zero there is no earlier plan to reuse.
+        begins = any(
+            ratios[kind] > 0 for kind in block.kinds if (block.name, kind) in state.unmerged
+        )
+        due = config.plan_is_due(state.computed_at.get(block.name, -1), step)
+        context.computes = begins or due
+        if context.computes:
+            state.computed_at[block.name] = step
+        plans, made = {}, {}
+        for kind, ratio in ratios.items():
+            owner = (block.name, kind)
+            if ratio <= 0:
+                # Also where a plan would still be reused: a schedule ends at the step it names.
+                plans[kind] = None
+                state.unmerged.add(owner)
+            elif not context.computes and owner in state.plans:
+                plans[kind] = state.plans[owner]
+            else:
+                plans[kind] = self.shared(context, metric, ratio, config.method_at(kind), made)
+                state.unmerged.discard(owner)
+                if config.keeps_plans:
+                    state.plans[owner] = plans[kind]
+        return plans
+
+    def image_tokens(self, context: TomeContext, tokens: Tensor) -> Tensor:
+        """(B, N, C) tokens of the image, or of whole clips, out of what enters the block.
+
+        Raises:
+            ToMeError: the grid is not known, or does not fit.
+        """
+        block = self.block
+        if not context.running or context.grid is None:
+            raise ToMeError(
+                f"{block.name} was called outside a forward of its network, so the token grid is "
+                "not known. Call the network; for gradient checkpointing, write "
+                "use_reentrant=False (diffusers' default)"
+            )
+        height, width = context.grid
+        if tokens.dim() == 4:
+            tokens = tokens.flatten(2).transpose(1, 2)
+        if context.frames > 1:
+            tokens = as_clips(tokens, context.frames)
+        count = tokens.shape[1]
+        if count == height * width:
+            return tokens
+        if block.joint and count > height * width:
+            text = count - height * width
+            before = text if context.num_before is None else context.num_before
+            return split_sequence(tokens.detach(), text, before)[1]
+        raise ToMeError(
+            f"{block.name} was given {count} tokens for a grid of {height}x{width}; token merging "
+            "needs one token per grid place"
+        )
+
+    def shared(
+        self,
+        context: TomeContext,
+        metric: Tensor,
+        ratio: float,
+        number: int,
+        made: dict[tuple, Any],
+    ) -> Any:
+        """The plan at a ratio, by a method: one made in this step, or a new one.
+
+        Made for this block (``made``), or with ``share_plans`` for any of its level: then a block
+        gets another only where its ratio or its depth asks for one.
+        """
+        block, config = self.block, context.config
+        method = config.methods[number]
+        key: tuple = (number, ratio)
+        if config.share_plans:
+            made = context.shared
+            variant = method.variant(block.depth, block.num_blocks)
+            key = (number, ratio, block.downsample, context.grid, variant)
+        if key not in made:
+            made[key] = self.compute(context, metric, ratio, method)
+        return made[key]
+
+    def compute(self, context: TomeContext, metric: Tensor, ratio: float, method: Method) -> Any:
+        """A new plan; None if there is nothing to merge."""
+        if ratio <= 0:
+            return None
+        patch, block, config = self.patch, self.block, context.config
+        height, width = context.grid
+        request = PlanRequest(
+            height=height,
+            width=width,
+            sx=config.sx,
+            sy=config.sy,
+            downsample=block.downsample,
+            level=block.level,
+            depth=block.depth,
+            num_blocks=block.num_blocks,
+            step=context.step,
+            timestep=context.remaining,
+            exact=config.exact_matching,
+            layout=partial(patch.layout, context, block, metric.device),
+            draw=partial(patch.draw, context, block, metric.device),
+            guidance_map=context.state.guidance_map,
+        )
+        plan = method.plan(metric.detach(), ratio, request)
+        if plan is None:
+            return None
+        if not torch.compiler.is_compiling():
+            block.plans += 1
+        return FramePlan(plan, context.frames) if context.frames > 1 else plan

@@ -1,0 +1,168 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Hooks around a call of the network: which step of which run it is, and on which token grid."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..graphs import eager_only
+from ..merging.random import step_key
+from ..patch import Hook, Interceptor
+from ..runs import Call, as_float, latents_of, tensors_of
+from .state import TomeContext, TomePatch
+
+
+class StepHook(Hook):
+    """A hook that is kept out of compiled graphs where options depend on the step."""
+
+    patch: TomePatch
+
+    def __call__(self, *call: Any) -> Any:
+        return self.eager(*call) if self.patch.config.tracks_steps else self.run(*call)
+
+    @eager_only()
+    def eager(self, *call: Any) -> Any:
+        return self.run(*call)
+
+    def run(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], *output: Any) -> Any:
+        raise NotImplementedError
+
+
+class NetworkPreHook(StepHook):
+    """Start of a call: forget the last one, note the step."""
+
+    def run(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        patch = self.patch
+        config = patch.config
+        if not torch.compiler.is_compiling():
+            patch.settle(module)
+        if config.tracks_steps:
+            patch.lead_compiled()
+        contexts = patch.contexts(shared=config.tracks_steps)
+        for context in contexts:
+            context.clear()
+            context.start()
+            if not (config.merges_nothing or context.disabled):
+                context.config = config
+        if contexts[0].config is None:
+            return
+        if config.across_frames:
+            frames = patch.adapter.frames(args, kwargs)
+            for context in contexts:
+                context.frames = frames
+        timestep = patch.adapter.timestep(args, kwargs)
+        if config.tracks_steps:
+            self.track(contexts[0], module, timestep, args, kwargs)
+        if not config.use_rand or timestep is None:
+            return
+        if not isinstance(timestep, Tensor):
+            timestep = torch.tensor(float(timestep))
+        # One layout serves the whole batch, so its first timestep speaks for all.
+        key = step_key(timestep.detach().reshape(-1)[0])
+        for context in contexts:
+            context.step_key = key
+
+    def track(
+        self, context: TomeContext, module: nn.Module, timestep: Any, args: tuple, kwargs: dict
+    ) -> None:
+        """Find the run that this call is a step of."""
+        patch, tracker = self.patch, context.tracker
+        time = None if timestep is None else as_float(timestep)
+        if time is not None:
+            first = tracker.first_time(time)
+            context.remaining, last = patch.timeline(time, first, patch.warn_once)
+        else:
+            last = None
+        # With gradients, as in training, steps are unrelated.
+        latents = () if torch.is_grad_enabled() else latents_of(args, kwargs)
+        run = tracker.begin(Call(time, latents, context.remaining, last))
+        context.step = run.step
+        context.state = run.branch.state
+        if context.config.residual:
+            context.network = module
+
+
+class NetworkPostHook(StepHook):
+    """End of a call, also of one that failed: drop what belonged to it (a compiled graph would
+    return it)."""
+
+    after = always = True
+
+    def run(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        patch = self.patch
+        config = patch.config
+        for context in patch.contexts(shared=config.tracks_steps):
+            if context.config is not None and config.tracks_steps and context.running:
+                self.end_step(context, output)
+            context.stop()
+            context.clear()
+
+    def end_step(self, context: TomeContext, output: Any) -> None:
+        """Note what the network returned; None if it failed."""
+        tracker = context.tracker
+        if output is None:
+            tracker.drop()
+            return
+        state = tracker.runs[0].branch.state
+        tracker.end(output)
+        if self.patch.config.watches_output:
+            run = tracker.runs[0]
+            state.guidance_map = guidance_map(run.copies, tensors_of(output), context.grid)
+            if state.guidance_map is None:
+                self.patch.warn_once(
+                    "guidance",
+                    f"method={self.patch.config.method!r} looks at how far the text moves the "
+                    "prediction, and this model is called without both halves of classifier-free "
+                    "guidance in one batch: it merges as method='tome' does",
+                )
+
+
+class GridPreHook(StepHook):
+    """Note the token grid."""
+
+    def run(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        patch = self.patch
+        contexts = patch.contexts(shared=patch.config.tracks_steps)
+        if not contexts[0].running or contexts[0].config is None:
+            return
+        height, width = patch.adapter.grid(module, args, kwargs)
+        before = patch.adapter.num_text_tokens_before(args, kwargs)
+        for context in contexts:
+            context.grid = (height * context.frames, width)
+            context.num_before = before
+
+
+class RunSignals(Interceptor):
+    """What a pipeline says of its runs, where merging keeps state between steps."""
+
+    def end_run(self) -> None:
+        self.patch.context.forget_run()
+
+    def set_branch(self, name: str | None) -> None:
+        self.patch.context.tracker.branch_name = name
+
+
+def guidance_map(
+    copies: int | None, outputs: list[Tensor], grid: tuple[int, int] | None
+) -> Tensor | None:
+    """How far the text moves the prediction at every place.
+
+    Args:
+        copies: 2 if the halves of the batch are the same images without and with the text.
+        outputs: of the network: (B, C, h, w), or (B, h * w, C) for packed tokens.
+        grid: (h, w) of packed tokens.
+
+    Returns:
+        Tensor | None: (B / 2, h, w); None without guidance.
+    """
+    if copies != 2 or len(outputs) != 1:
+        return None
+    empty, text = outputs[0].detach().chunk(2)
+    if empty.dim() == 4:
+        return (text - empty).abs().mean(1)
+    if empty.dim() == 3 and grid is not None and empty.shape[1] == grid[0] * grid[1]:
+        return (text - empty).abs().mean(2).unflatten(1, grid)
+    return None
