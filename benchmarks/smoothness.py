@@ -16,7 +16,7 @@ import torch
 
 from mmagic_tome.apis import asset_path
 from mmagic_tome.apis.files import whole_file
-from mmagic_tome.models import find_host
+from mmagic_tome.models import find_adapter
 from mmagic_tome.temporal import Memory
 
 PROMPTS = ("rocket", "panda", "red apple", "pizza", "guitar", "octopus", "crown", "robot")
@@ -31,12 +31,12 @@ def record(steps: int, prompts: tuple[str, ...]) -> dict[str, list[tuple[float, 
     pipeline = StableDiffusionPipeline.from_pretrained(
         asset_path("demo_model"), safety_checker=None, torch_dtype=torch.float32
     )
-    host, network = find_host(pipeline)
+    adapter, network = find_adapter(pipeline)
     seen: dict[str, list] = {"network": [], "inner levels": []}
     now = [0.0]
 
     def start(module, args, kwargs):
-        now[0] = float(host.timestep(args, kwargs))
+        now[0] = float(adapter.timestep(args, kwargs))
 
     def keep(name, adds=False):
         def hook(module, args, kwargs, output):
@@ -49,8 +49,10 @@ def record(steps: int, prompts: tuple[str, ...]) -> dict[str, list[tuple[float, 
 
     network.register_forward_pre_hook(start, with_kwargs=True)
     network.register_forward_hook(keep("network"), with_kwargs=True)
-    host.deep(network, 1)[-1].register_forward_hook(keep("inner levels"), with_kwargs=True)
-    for block in host.blocks(network):
+    adapter.inner_modules(network, 1)[-1].register_forward_hook(
+        keep("inner levels"), with_kwargs=True
+    )
+    for block in adapter.blocks(network):
         name = f"block, level {block.downsample}: {block.name}"
         block.module.register_forward_hook(keep(name, adds=True), with_kwargs=True)
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]

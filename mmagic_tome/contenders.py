@@ -18,7 +18,7 @@ from torch import nn
 
 from .config import ToMeConfig
 from .errors import ToMeError
-from .models import find_host
+from .models import find_adapter
 
 TOMESD_VERSION = "0.1.3"
 DEEPCACHE_VERSION = "0.1.1"
@@ -86,7 +86,7 @@ def apply_tomesd(network: nn.Module, options: Mapping[str, Any]) -> nn.Module:
     require_tomesd()
     import tomesd
 
-    _, network = find_host(network)
+    _, network = find_adapter(network)
     tomesd.apply_patch(network, **options)
     return network
 
@@ -114,7 +114,7 @@ def apply_deepcache(model: object, options: Mapping[str, Any]) -> Any:
     require_deepcache()
     from DeepCache import DeepCacheSDHelper
 
-    _, network = find_host(model)
+    _, network = find_adapter(model)
     scheduler = getattr(model, "test_scheduler", None) or model.scheduler
     helper = DeepCacheSDHelper(SimpleNamespace(unet=network, scheduler=scheduler))
     helper.set_params(**options)

@@ -38,7 +38,7 @@ from .hooks import (
     SitePreHook,
     StackPreHook,
 )
-from .models import Block, Host, find_host
+from .models import Block, ModelAdapter, find_adapter
 from .reuse import scope_states
 from .samplers import warn_of_paying_back
 from .schedules import Place
@@ -97,9 +97,9 @@ def apply_tome(
     return ToMeHandle(found[0][2], state, [old for old in replaced if old is not None])
 
 
-def _found(model: object, config: ToMeConfig) -> tuple[Host, nn.Module, list[Block]]:
+def _found(model: object, config: ToMeConfig) -> tuple[ModelAdapter, nn.Module, list[Block]]:
     """Host, network and the blocks to merge; nothing is changed yet."""
-    host, network = find_host(model)
+    host, network = find_adapter(model)
     blocks = _blocks_to_merge(host, network, config)
     for block in blocks:
         _check_block(block, config)
@@ -134,7 +134,9 @@ def _removed(network: nn.Module) -> MergeState | None:
     return handle._state
 
 
-def _hooked(config: ToMeConfig, host: Host, network: nn.Module, blocks: list[Block]) -> MergeState:
+def _hooked(
+    config: ToMeConfig, host: ModelAdapter, network: nn.Module, blocks: list[Block]
+) -> MergeState:
     """Hooks on the network, its stacks, blocks and sites."""
     state = MergeState(config, host)
     state.hook(network, NetworkPreHook(state), NetworkPostHook(state))
@@ -143,13 +145,13 @@ def _hooked(config: ToMeConfig, host: Host, network: nn.Module, blocks: list[Blo
     stacks = set()
     carried = config.residual_plan is not None
     for depth, block in enumerate(blocks):
-        if block.stack not in stacks:
-            stacks.add(block.stack)
-            state.hook(block.stack, StackPreHook(state))
+        if block.grid_module not in stacks:
+            stacks.add(block.grid_module)
+            state.hook(block.grid_module, StackPreHook(state))
         row = sum(other.downsample == block.downsample for other in state.blocks)
         merged = BlockState(block.name, block.downsample, row, depth)
-        merged.kinds = tuple(kind for kind in config.kinds if kind in block.sites)
-        merged.text_beside = "block" in block.text_beside
+        merged.kinds = tuple(kind for kind in config.kinds if kind in block.targets)
+        merged.text_beside = "block" in block.joint_sequence
         state.blocks.append(merged)
         state.hook(block.module, BlockPreHook(state, merged))
         for name, kind, modules in _sites_in_running_order(block, merged.kinds):
@@ -162,7 +164,7 @@ def _hooked(config: ToMeConfig, host: Host, network: nn.Module, blocks: list[Blo
             else:
                 before, after = SitePreHook(state, site), SitePostHook(state, site)
             state.hook(modules[0], before)
-            for module in block.alike.get(kind, ()):
+            for module in block.shared_input.get(kind, ()):
                 state.hook(module, AlikePreHook(state, site))
             state.hook_after(modules[-1], after)
         state.sites[-1].last = True
@@ -194,7 +196,7 @@ def get_handle(model: object) -> ToMeHandle | ViTHandle | None:
         model: whatever :func:`apply_tome` takes.
     """
     try:
-        _, network = find_host(model)
+        _, network = find_adapter(model)
     except ToMeError:
         from .vit import get_vit_handle
 
@@ -394,18 +396,18 @@ class ToMeHandle:
 # --- choice of blocks and presentation -----------------------------------------------------------
 
 
-def _blocks_to_merge(host: Host, network: nn.Module, config: ToMeConfig) -> list[Block]:
+def _blocks_to_merge(host: ModelAdapter, network: nn.Module, config: ToMeConfig) -> list[Block]:
     """Blocks within ``max_downsample`` that have a wanted site, or an error naming the levels."""
     name = type(network).__name__
     every = _with_all_sites(host.blocks(network), config.kinds)
-    blocks = [block for block in every if any(kind in block.sites for kind in config.kinds)]
+    blocks = [block for block in every if any(kind in block.targets for kind in config.kinds)]
     if not blocks:
-        known = dict.fromkeys(kind for block in every for kind in block.sites)
+        known = dict.fromkeys(kind for block in every for kind in block.targets)
         there = (
             f"its blocks have {', '.join(known)}"
             if known
             else f"none of its modules is a block as in {host.description}. For blocks of your own "
-            "write a host: docs/adding_a_model.md"
+            "write an adapter: docs/adding_a_model.md"
         )
         raise ToMeError(
             f"{name} has no transformer block with a site of kind {' or '.join(config.kinds)}, so "
@@ -440,7 +442,7 @@ def _check_block(block: Block, config: ToMeConfig) -> None:
                 f"proportional=True: self-attention of {block.name} takes no mask to weigh keys "
                 "by; write proportional=False"
             )
-        if kind in block.alike and residual is not None:
+        if kind in block.shared_input and residual is not None:
             raise ToMeError(
                 f"{block.name} takes queries, keys and values from what is merged at {kind!r}, so "
                 "that it cannot run dense at refreshes in between; write residual=None"
@@ -458,7 +460,7 @@ def _check_ratio(blocks: list[Block], config: ToMeConfig) -> None:
         Place(kind, block.downsample, depth, len(blocks))
         for depth, block in enumerate(blocks)
         for kind in config.kinds
-        if kind in block.sites
+        if kind in block.targets
     ]
     if not config.ratio_schedule.misses(places):
         return
@@ -474,13 +476,13 @@ def _sites_in_running_order(
     block: Block, kinds: tuple[str, ...]
 ) -> Iterator[tuple[str, str, list[nn.Module]]]:
     """(name, kind, modules) of every site of a block, twins included."""
-    for kind, modules in block.sites.items():
+    for kind, modules in block.targets.items():
         if kind not in kinds:
             continue
         modules = list(modules) if isinstance(modules, (list, tuple)) else [modules]
         yield f"{block.name}.{kind}", kind, modules
-        if kind in block.twins:
-            yield f"{block.name}.{kind}_2", kind, [block.twins[kind]]
+        if kind in block.second_attention:
+            yield f"{block.name}.{kind}_2", kind, [block.second_attention[kind]]
 
 
 def _with_all_sites(blocks: list[Block], kinds: tuple[str, ...]) -> list[Block]:
@@ -492,17 +494,17 @@ def _with_all_sites(blocks: list[Block], kinds: tuple[str, ...]) -> list[Block]:
     if "stack" in kinds:
         stacks: dict[nn.Module, list[Block]] = {}
         for block in blocks:
-            stacks.setdefault(block.stack, []).append(block)
+            stacks.setdefault(block.grid_module, []).append(block)
         return [
-            replace(members[0], sites={"stack": [block.module for block in members]})
+            replace(members[0], targets={"stack": [block.module for block in members]})
             for members in stacks.values()
         ]
-    return [replace(block, sites=_all_sites(block)) for block in blocks]
+    return [replace(block, targets=_all_sites(block)) for block in blocks]
 
 
 def _all_sites(block: Block) -> dict[str, Any]:
     sites: dict[str, Any] = {}
-    for kind, modules in block.sites.items():
+    for kind, modules in block.targets.items():
         sites[kind] = modules
         if kind == "attn":
             sites["attn_kv"] = modules

@@ -21,7 +21,7 @@ from .merging.frames import FramesPlan, as_clips
 from .merging.random import hashed_integers, step_key
 from .merging.reductions import PrunedPlan
 from .methods import Method, PlanRequest
-from .models import Host
+from .models import ModelAdapter
 from .reuse import foretold
 from .schedules import Place
 from .state import BlockState, Forward, MergeState, SiteState
@@ -79,7 +79,8 @@ class NetworkPreHook(NetworkHook):
         timestep = state.host.timestep(args, kwargs)
         if config.tracks_steps:
             time = None if timestep is None else _as_float(timestep)
-            noise = None if time is None else state.host.noise_level(time)
+            scale = state.host.timestep_scale
+            noise = None if time is None or scale is None else time / scale
             pictures = _pictures_of_call(args, kwargs)
             key = None if torch.is_grad_enabled() else _shape_of(pictures)
             for forward in state.forwards:
@@ -126,7 +127,7 @@ class StackPreHook(StepHook):
     def run(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         host = self.state.host
         height, width = host.grid(module, args, kwargs)
-        before = host.text_before(args, kwargs)
+        before = host.num_text_tokens_before(args, kwargs)
         for forward in self.state.forwards:
             forward.grid = (height * forward.frames, width)
             forward.before = before
@@ -458,7 +459,7 @@ class CarriedPostHook(StepHook):
 
 
 def check_site(
-    site: SiteState, plan: MergePlan, x: Tensor, kwargs: dict[str, Any], host: Host
+    site: SiteState, plan: MergePlan, x: Tensor, kwargs: dict[str, Any], host: ModelAdapter
 ) -> None:
     """Uses of a block that cannot be merged, said in the user's words."""
     if x.shape[1] != plan.num_tokens or x.shape[0] != plan.batch:

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .errors import ToMeError
 from .graphs import Outside
-from .models import Host
+from .models import ModelAdapter
 from .temporal import Memory, Run, check_order, coerce_options
 
 SCOPES = ("network", "deep")
@@ -311,7 +311,7 @@ class ScopeForward:
         return output
 
 
-def scope_states(reuse: Reuse, host: Host, network: nn.Module) -> list[ScopeState]:
+def scope_states(reuse: Reuse, host: ModelAdapter, network: nn.Module) -> list[ScopeState]:
     """The modules of every scope that is left out at times.
 
     Raises:
@@ -319,7 +319,7 @@ def scope_states(reuse: Reuse, host: Host, network: nn.Module) -> list[ScopeStat
     """
     states = []
     for name, scope in reuse.scopes.items():
-        modules = [network] if name == "network" else host.deep(network, reuse.outer)
+        modules = [network] if name == "network" else host.inner_modules(network, reuse.outer)
         if not modules:
             raise ToMeError(
                 f"reuse: {type(network).__name__} has no levels or blocks inside the "

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .config import ToMeConfig
 from .graphs import prepare_compiler
 from .merging import GridLayout, MergePlan, random_layout, regular_layout
-from .models import Block, Host
+from .models import Block, ModelAdapter
 from .reuse import ScopeForward, ScopeState
 from .temporal import Lanes, Residual, Run
 
@@ -29,7 +29,7 @@ from .temporal import Lanes, Residual, Run
 class MergeState:
     """Everything the hooks of one network share."""
 
-    def __init__(self, config: ToMeConfig, host: Host) -> None:
+    def __init__(self, config: ToMeConfig, host: ModelAdapter) -> None:
         self.config = config
         self.host = host
         self.blocks: list[BlockState] = []
@@ -177,7 +177,7 @@ class Forward:
         grid (tuple | None): (height, width) in tokens, of the stack that runs; of all frames of a
             clip, below each other, where they are merged together.
         before (int | list | None): how many tokens of the text are in front of the picture's, see
-            :meth:`.hosts.Host.text_before`.
+            :meth:`.models.ModelAdapter.num_text_tokens_before`.
         frames (int): of a clip, where they are merged together; 1 otherwise.
         layouts (dict): (downsample, height, width, device) -> :class:`GridLayout`.
         plans (dict): kind of site -> :class:`MergePlan` or None, of the block that runs. One
@@ -254,7 +254,7 @@ class SiteState:
 
     ``modules`` run one after the other; what goes into the first is merged, what comes out of
     the last unmerged. ``last`` says whether it is the last of its block. The other attributes are
-    what the host says of the block, see :class:`~.hosts.Block`.
+    what the host says of the block, see :class:`~.models.Block`.
     """
 
     def __init__(
@@ -267,8 +267,8 @@ class SiteState:
         self.context = host.context_argument
         # Where self-attention is told how many tokens each of its keys stands for; None: not told.
         self.weights: str | None = None
-        self.returns = host.returns.get(kind, 0)
-        self.text_beside = kind in host.text_beside
+        self.returns = host.output_index.get(kind, 0)
+        self.text_beside = kind in host.joint_sequence
         self.last = False
         self.tokens: int | None = None
         self.kept: int | None = None

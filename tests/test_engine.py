@@ -311,7 +311,7 @@ def test_compiled_wrapper_is_looked_through(unet):
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), "stable-diffusion", None, 3])
 def test_unknown_models_get_an_error_that_names_them(model):
-    with pytest.raises(ToMeError, match=f"nothing to merge in a {type(model).__name__}"):
+    with pytest.raises(ToMeError, match=f"found no supported network in a {type(model).__name__}"):
         apply_tome(model)
     assert get_handle(model) is None and remove_tome(model) is False
 

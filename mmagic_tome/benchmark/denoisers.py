@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import ToMeConfig, apply_tome
 from ..contenders import apply_tomesd
 from ..errors import ToMeError
-from ..models import Host, find_host
+from ..models import ModelAdapter, find_adapter
 from ..state import SiteState
 from .kinds import CONTENDERS, TOMESD, Call, Merging, Noise, Shape
 
@@ -37,7 +37,7 @@ _SCORES = 2
 
 
 class DenoiserMerging(Merging):
-    """``apply_tome`` on a host, tomesd, MMagic's own, and an ideal for each site."""
+    """``apply_tome`` on a known model, tomesd, MMagic's own, and an ideal for each site."""
 
     contenders = CONTENDERS
     denoises = True
@@ -74,12 +74,12 @@ class DenoiserMerging(Merging):
         handle = apply_tome(network, sites=kinds, max_downsample=coarsest)
         places = {place.name: place for place in handle._state.sites}
         handle.remove()
-        host, inner = find_host(network)
-        alike = {block.name: block.alike for block in host.blocks(inner)}
+        adapter, inner = find_adapter(network)
+        shared = {block.name: block.shared_input for block in adapter.blocks(inner)}
         for site in sites:
             place = places[site["site"]]
-            take = _Take(host, place, site["tokens"], site["kept"])
-            for module in (place.modules[0], *alike[place.block.name].get(place.kind, ())):
+            take = _Take(adapter, place, site["tokens"], site["kept"])
+            for module in (place.modules[0], *shared[place.block.name].get(place.kind, ())):
                 module.register_forward_pre_hook(take, with_kwargs=True)
             if place.kind != "attn_kv":
                 place.modules[-1].register_forward_hook(_Pad(take), with_kwargs=True)
@@ -90,8 +90,8 @@ def _tomesd_options(config: ToMeConfig, network: nn.Module) -> dict[str, Any]:
     """The options that tomesd and MMagic's copy of it know, as keyword arguments."""
     level = config.max_downsample
     if level == "auto":
-        host, network = find_host(network)
-        level = min(block.downsample for block in host.blocks(network))
+        adapter, network = find_adapter(network)
+        level = min(block.downsample for block in adapter.blocks(network))
     names = ("ratio", "sx", "sy", "use_rand", "merge_attn", "merge_crossattn", "merge_mlp")
     return {"max_downsample": level, **{name: getattr(config, name) for name in names}}
 
@@ -110,13 +110,13 @@ class _Take:
     """Pre-hook: the first of the tokens, for free.
 
     Args:
-        host (Host): knows what else a module needs changed, such as its table of positions.
+        adapter (ModelAdapter): changes other arguments of a module, such as its rotary table.
         place (SiteState): where the tokens go in.
         tokens, kept (int): of the picture, before and after.
     """
 
-    def __init__(self, host: Host, place: SiteState, tokens: int, kept: int) -> None:
-        self.host, self.name, self.kind = host, place.name, place.kind
+    def __init__(self, adapter: ModelAdapter, place: SiteState, tokens: int, kept: int) -> None:
+        self.adapter, self.name, self.kind = adapter, place.name, place.kind
         self.context, self.returns = place.context, place.returns
         self.removed, self.plan = tokens - kept, _FirstTokens(tokens, kept)
 
@@ -134,7 +134,7 @@ class _Take:
             args = (x, *args[1:])
         else:
             kwargs = {**kwargs, "hidden_states": x}
-        return self.host.adapt(self.name, self.plan, args, kwargs)
+        return self.adapter.adapt(self.name, self.plan, args, kwargs)
 
 
 class _Pad:
@@ -151,7 +151,7 @@ class _Pad:
 
 
 class _FirstTokens:
-    """What :meth:`Host.adapt` asks of a plan, for tokens that stand for themselves.
+    """What :meth:`ModelAdapter.adapt` asks of a plan, for tokens that stand for themselves.
 
     One entry serves the whole batch: it is the same for all.
     """

@@ -139,14 +139,14 @@ def build_config(
     from ..apis.command_line import resolve_config
     from ..apis.infer import quiet_libraries
     from ..apis.model_config import build_model, load_config
-    from ..models import find_host
+    from ..models import find_adapter
 
     config = load_config(resolve_config(path), options)
     quiet_libraries()
     model = build_model(config, device)
     remove_tome(model)
     try:
-        network = find_host(model)[1]
+        network = find_adapter(model)[1]
     except ToMeError:  # then it runs dense only
         network = model.unet
     if dtype is not None:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..apis.text2image import Generator
 from ..meters import peak_memory
-from ..models import find_host
+from ..models import find_adapter
 from .contenders import Contender
 from .metrics.cost import CostMeter, count_flops_of, spread
 
@@ -284,8 +284,8 @@ def block_seconds(generator: Generator, numbers, on_step) -> list[dict[str, Any]
     Each is a dict with ``block``, ``downsample`` and ``seconds``, the median over a few steps.
     """
     model = generator.model
-    host, network = find_host(model)
-    blocks = host.blocks(network)
+    adapter, network = find_adapter(model)
+    blocks = adapter.blocks(network)
     device = next(network.parameters()).device
     times: dict[str, list] = {}
     with _watched(blocks, device, times):

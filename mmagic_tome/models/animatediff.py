@@ -1,10 +1,10 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """UNets of AnimateDiff: MMagic's and diffusers'.
 
-Their spatial blocks are those of an image UNet, and get the frames of a clip as batch entries:
-(B * F, N, C) tokens. They are merged frame by frame, or across the frames of a clip
-(``across_frames=True``). The motion modules between them attend along the frames of one
-place and are left alone.
+Their spatial blocks are those of an image UNet and receive the frames of a clip as batch entries:
+(B * F, N, C) tokens. Tokens are merged within each frame, or across the frames of a clip
+(``across_frames=True``). The motion modules in between attend along the frames of one position
+and are left unchanged.
 """
 
 from __future__ import annotations
@@ -15,36 +15,35 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..merging.frames import FramesPlan
-from .base import Block
+from .base import Block, is_a
 from .diffusers_unet import DiffusersUNet
 
-_NAMES = {"UNet3DConditionMotionModel", "UNetMotionModel"}
-
-# What blocks and their cross-attention are given once per frame, the same for all of a clip.
+# Arguments of blocks and cross-attention that repeat for every frame of a clip.
 _PER_FRAME = ("encoder_hidden_states", "encoder_attention_mask", "attention_mask")
 
-# Attention along the frames inside of a block: an option of MMagic's that its configs leave off.
+# Attention along the frames inside a block: an option of MMagic's that its configs leave off.
 _ALONG_FRAMES = dict.fromkeys(
     ("block", "stack"),
-    "its own attention along the frames of a place (unet_use_temporal_attention=True) needs all "
-    "places. Merge inside the block: sites=['attn', 'mlp']",
+    "its attention along the frames of one position (unet_use_temporal_attention=True) needs all "
+    "positions. Merge inside the block: targets=['attn', 'mlp']",
 )
 
 
 class AnimateDiffUNet(DiffusersUNet):
-    """Host for MMagic's ``UNet3DConditionMotionModel`` and diffusers' ``UNetMotionModel``.
+    """MMagic's ``UNet3DConditionMotionModel`` and diffusers' ``UNetMotionModel``.
 
-    Blocks and sites: as in an image UNet. Frames: the third size of the (B, C, F, h, w) input.
+    Blocks and targets: those of an image UNet. Frames: the third size of the (B, C, F, h, w)
+    input.
     """
 
     description = (
         "AnimateDiff's UNets (MMagic's UNet3DConditionMotionModel, diffusers' UNetMotionModel)"
     )
+    class_names = ("UNet3DConditionMotionModel", "UNetMotionModel")
     has_frames = True
 
     def matches(self, module: nn.Module) -> bool:
-        known = any(base.__name__ in _NAMES for base in type(module).__mro__)
-        return known and super().matches(module)
+        return is_a(module, *self.class_names) and super().matches(module)
 
     def blocks(self, network: nn.Module) -> list[Block]:
         return [
@@ -59,10 +58,11 @@ class AnimateDiffUNet(DiffusersUNet):
         return sample.shape[2]
 
     def adapt(
-        self, site: str, plan: Any, args: tuple, kwargs: dict[str, Any]
+        self, target: str, plan: Any, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         if not isinstance(plan, FramesPlan):
             return args, kwargs
+        # Merged tokens of a clip are one batch entry, so the text is needed once per clip.
         once = {
             name: kwargs[name][:: plan.frames]
             for name in _PER_FRAME

@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""The vocabulary in which a host describes its model."""
+"""The interface of a model adapter: :class:`ModelAdapter`, :class:`Block`, :func:`blocks_of`."""
 
 from __future__ import annotations
 
@@ -7,115 +7,179 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class Block:
-    """A transformer block and the sites around which its tokens can be merged.
+    """A transformer block and the targets inside it: modules whose tokens can be merged.
+
+    A target is named by its kind: 'attn', 'crossattn', 'mlp'. Fields that list kinds also take
+    'block', the block as a whole.
 
     Attributes:
-        name (str): dotted path of the block inside the network.
-        module (nn.Module): called with (B, N, C) tokens, or a (B, C, h, w) picture of them, as
-            its first argument or as ``hidden_states``; what it is given is the metric.
-        stack (nn.Module): the module whose call shows the token grid; the network itself where
-            all blocks have the same.
-        downsample (int): how many times coarser the block's grid is than the
-            network's finest one, per side.
-        sites (dict): kind of site ('attn', 'crossattn', 'mlp') -> the module that computes on
-            tokens there, or several that run one after the other. In the order in which the
-            block runs them.
-        alike (dict): kind of site -> further modules that are given the same tokens as the first
-            one of that site, such as the projections to keys and values beside that to queries.
-        twins (dict): kind of site -> a second module of that kind in the same block, which gets
-            tokens of its own and runs right after the first.
-        context_argument (str): name of the argument of its self-attention for
-            tokens to take keys and values from.
-        mask_argument (str | None): name of the argument of its self-attention for numbers that are
-            added to the scores of keys, (B, 1, keys). Default None: it has none.
-        returns (dict): kind of site (also 'block') -> position of the picture's tokens in the
-            tuple that is returned there. Default: 0, or no tuple at all.
-        text_beside (tuple): kinds of site (also 'block') whose module is given the text's tokens
-            and the picture's in one sequence: the text in front, or as :meth:`Host.text_before`
-            says. The text is not merged.
-        joint (tuple): kinds of site (also 'block') that compute the text's tokens from the
-            picture's as well, so that they cannot be left out.
-        refused (dict): kind of site -> why tokens cannot be merged there, and what to write
-            instead; two sentences without the last full stop.
+        name: dotted path of the block inside the network.
+        module: called with (B, N, C) tokens, or a (B, C, h, w) image of them, as the first
+            argument or as ``hidden_states``. Tokens are matched by this input.
+        grid_module: the module whose call shows the token grid, see :meth:`ModelAdapter.grid`.
+            The network itself where all blocks share one grid.
+        downsample: factor per side between the network's finest grid and the block's.
+        targets: kind -> the module to merge around, or several that run one after the other. In
+            the order in which the block runs them.
+        shared_input: kind -> other modules that receive the same input as the target's first
+            module, e.g. ``to_k`` and ``to_v`` next to ``to_q``.
+        second_attention: kind -> a second module of that kind with its own input, which runs
+            right after the first.
+        context_argument: the self-attention's argument for the tokens of keys and values.
+        mask_argument: the self-attention's argument for a bias that is added to the scores of
+            keys, (B, 1, keys). Default None: it has none.
+        output_index: kind -> index of the image tokens in the tuple that is returned. Default 0,
+            or no tuple.
+        joint_sequence: kinds whose module receives text and image tokens in one sequence, the
+            text in front or where :meth:`ModelAdapter.num_text_tokens_before` says. Text tokens
+            are not merged.
+        joint: kinds that also update the text tokens, so that they cannot be skipped.
+        refused: kind -> why tokens cannot be merged there and what to write instead: two
+            sentences without the final full stop.
     """
 
     name: str
     module: nn.Module
-    stack: nn.Module
+    grid_module: nn.Module
     downsample: int
-    sites: dict[str, nn.Module | Sequence[nn.Module]] = field(default_factory=dict)
-    alike: dict[str, Sequence[nn.Module]] = field(default_factory=dict)
-    twins: dict[str, nn.Module] = field(default_factory=dict)
+    targets: dict[str, nn.Module | Sequence[nn.Module]] = field(default_factory=dict)
+    shared_input: dict[str, Sequence[nn.Module]] = field(default_factory=dict)
+    second_attention: dict[str, nn.Module] = field(default_factory=dict)
     context_argument: str = "encoder_hidden_states"
     mask_argument: str | None = None
-    returns: dict[str, int] = field(default_factory=dict)
-    text_beside: tuple[str, ...] = ()
+    output_index: dict[str, int] = field(default_factory=dict)
+    joint_sequence: tuple[str, ...] = ()
     joint: tuple[str, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
 
 
-class Host:
-    """Description of one model family. Stateless; its methods are called while the model runs.
+def blocks_of(
+    network: nn.Module,
+    list_name: str,
+    grid_module: nn.Module | None = None,
+    attn: str | Sequence[str] | None = "attn",
+    crossattn: str | Sequence[str] | None = None,
+    mlp: str | Sequence[str] | None = "ff",
+    *,
+    mlp_first: bool = False,
+    **flags: Any,
+) -> list[Block]:
+    """Return one :class:`Block` for every member of a list of blocks.
+
+    Args:
+        network: contains the list.
+        list_name: dotted path of the list inside ``network``.
+        grid_module: see :class:`Block`. Default: ``network``.
+        attn, crossattn, mlp: attribute of a block with the target of that kind, or several that
+            run one after the other. None: no such target. A block without the attribute, or where
+            it is None, has no such target either.
+        mlp_first: whether a block runs ``mlp`` before ``attn``. Default False.
+        **flags: other fields of :class:`Block`, the same for all. ``downsample`` defaults to 1.
+    """
+    flags.setdefault("downsample", 1)
+    names = {"attn": attn, "crossattn": crossattn, "mlp": mlp}
+    if mlp_first:
+        names = {"mlp": names.pop("mlp"), **names}
+    return [
+        Block(
+            name=f"{list_name}.{index}",
+            module=block,
+            grid_module=network if grid_module is None else grid_module,
+            targets=_targets(block, names),
+            **flags,
+        )
+        for index, block in enumerate(network.get_submodule(list_name))
+    ]
+
+
+def _targets(block: nn.Module, names: dict[str, Any]) -> dict[str, Any]:
+    targets = {}
+    for kind, name in names.items():
+        if name is None or isinstance(name, str):
+            target = getattr(block, name, None) if name else None
+        else:
+            target = [getattr(block, one) for one in name]
+        if target is not None:
+            targets[kind] = target
+    return targets
+
+
+def is_a(module: nn.Module, *names: str) -> bool:
+    """Return whether one of these names is that of the module's class or of a base class.
+
+    By name, so that diffusers and MMagic need not be imported.
+    """
+    return any(base.__name__ in names for base in type(module).__mro__)
+
+
+class ModelAdapter:
+    """Describes one model family. Stateless; its methods are called while the model runs.
 
     Attributes:
-        description (str): a short phrase for error messages.
-        timestep_position (int | None): position of the timestep among the arguments of the
-            network's forward. Default: None, given by name only.
-        timestep_name (str): what the forward calls it. Default: ``timestep``.
-        has_frames (bool): whether blocks are given the frames of a clip as batch entries, all of
-            the first clip before those of the second. Default: False.
-        takes_masks (bool): whether a mask that blocks or attention are given fits merged tokens:
-            because it is the text's only, or since :meth:`adapt` sees to it. Default: False, a
-            mask is refused.
+        description: a short phrase for error messages.
+        class_names: names of the network classes that :meth:`matches` recognizes.
+        timestep_position: index of the timestep among the positional arguments of the network's
+            forward. Default None: it is passed by name only.
+        timestep_name: its name there. Default 'timestep'.
+        timestep_scale: the timestep of pure noise, as :meth:`timestep` returns it; that of no
+            noise is 0. Default 1000.0; 1.0 where pipelines divide by 1000. None where timesteps
+            lie on no fixed scale.
+        has_frames: whether blocks receive the frames of a clip as batch entries, all of the first
+            clip before those of the second. Default False.
+        takes_masks: whether masks that blocks or attention receive fit merged tokens, because
+            they cover text only or because :meth:`adapt` merges them. Default False: a mask is
+            an error.
     """
 
     description: str
+    class_names: tuple[str, ...] = ()
     timestep_position: int | None = None
     timestep_name: str = "timestep"
+    timestep_scale: float | None = 1000.0
     has_frames: bool = False
     takes_masks: bool = False
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether ``module`` is a network of this family."""
-        raise NotImplementedError
+        """Return whether ``module`` is a network of this family. Default: :attr:`class_names`."""
+        return is_a(module, *self.class_names)
 
     def blocks(self, network: nn.Module) -> list[Block]:
-        """All blocks of the network in the order in which they run."""
+        """Return all blocks in the order in which they run."""
         raise NotImplementedError
 
     def timestep(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The timestep in a call of the network: a tensor, a number, or None.
+        """Return the timestep of a call of the network: a tensor, a number, or None.
 
-        Default: what is at :attr:`timestep_position`, else what is called :attr:`timestep_name`.
+        It must fall along a run; an adapter whose network counts upwards inverts it. Of one
+        timestep per token, (B, N), it returns that of the last tokens, (B,).
         """
         position = self.timestep_position
         if position is not None and len(args) > position:
-            return args[position]
-        return kwargs.get(self.timestep_name)
+            timestep = args[position]
+        else:
+            timestep = kwargs.get(self.timestep_name)
+        if isinstance(timestep, Tensor) and timestep.dim() == 2:
+            # Tokens of a given first frame have timestep 0 throughout; the last ones do not.
+            return timestep[:, -1]
+        return timestep
 
-    def noise_level(self, timestep: float) -> float:
-        """A timestep as a share of the training steps: 1 = pure noise, 0 = none.
+    def inner_modules(self, network: nn.Module, num_outer_blocks: int) -> list[nn.Module]:
+        """Return the modules inside the outer blocks, in running order.
 
-        Default: of 1000 steps, as of every published diffusion model; networks do not know it.
-        """
-        return timestep / 1000
-
-    def deep(self, network: nn.Module, outer: int) -> list[nn.Module]:
-        """The modules between the outer parts of the network, in running order.
-
-        The output of the last one is all that the rest of the network needs of them.
+        The rest of the network needs no output of theirs but the last one's.
 
         Args:
-            network (nn.Module): the network.
-            outer (int): how much is outside, at least 1: levels of a UNet, or where there are
-                none, quarters of the blocks at each end (so that 1 leaves the middle half).
+            network: the network.
+            num_outer_blocks: at least 1. Levels of a UNet; elsewhere quarters of the longest
+                list of blocks, at each end (1 leaves the middle half).
 
-        Default: the middle of the network's longest list of blocks; nothing if they are too few.
+        Returns:
+            Empty if the network has too few blocks.
         """
         blocks = {block.module for block in self.blocks(network)}
         lists = [
@@ -124,42 +188,39 @@ class Host:
             if isinstance(child, nn.ModuleList) and len(child) and blocks.issuperset(child)
         ]
         longest = max(lists, key=len, default=[])
-        edge = max(1, len(longest) * outer // 4)
+        edge = max(1, len(longest) * num_outer_blocks // 4)
         return longest[edge:-edge] if 2 * edge < len(longest) else []
 
-    def grid(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
-        """(height, width) in tokens, from a call of a stack."""
+    def grid(self, grid_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
+        """Return (height, width) in tokens, from the arguments of a call of a grid module."""
         raise NotImplementedError
 
     def frames(self, args: tuple, kwargs: dict[str, Any]) -> int:
-        """How many frames a clip has, from a call of the network. Default: 1."""
+        """Return the number of frames per clip, from a call of the network. Default 1."""
         return 1
 
-    def text_before(self, args: tuple, kwargs: dict[str, Any]) -> int | list[int] | None:
-        """How many tokens are in front of the picture's where both are in one sequence.
+    def num_text_tokens_before(self, args: tuple, kwargs: dict[str, Any]) -> int | list[int] | None:
+        """Return how many tokens precede the image tokens in a joint sequence.
 
         Args:
-            args, kwargs: of a call of the stack, as for :meth:`grid`.
+            args, kwargs: of a call of the grid module, as for :meth:`grid`.
 
         Returns:
-            int | list | None: the same number for the whole batch, or one for each entry; tokens
-            behind the picture's are not merged either. Default: None, all others are in front.
+            One number for the whole batch, or one per entry; tokens behind the image tokens are
+            not merged either. Default None: all other tokens are in front.
         """
         return None
 
     def adapt(
-        self, site: str, plan: Any, args: tuple, kwargs: dict[str, Any]
+        self, target: str, plan: Any, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        """What else a module needs changed when it is given merged tokens.
+        """Return the arguments that fit merged tokens, such as position embeddings and masks.
 
         Args:
-            site (str): name of the site, for error messages; ends with its kind.
-            plan (MergePlan): how the module's tokens were merged; ``plan.representative`` says
-                whose position a merged token has.
-            args, kwargs: of the call, with the merged tokens in place. Not to be changed.
-
-        Returns:
-            tuple: args and kwargs to call the module with. Default: as they are.
+            target: name of the target for error messages; ends with its kind.
+            plan (MergePlan): how the tokens were merged. A merged token takes the position of
+                ``plan.representative``.
+            args, kwargs: of the call, with the merged tokens in place. Not to be modified.
 
         Raises:
             ToMeError: an argument that has no meaning for merged tokens.

@@ -1,254 +1,160 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Flux.1, Flux.2 and what is built like them in diffusers: Chroma, Bria, LongCat-Image, Ovis-Image.
+"""Flux.1, Flux.2 and their relatives in diffusers: Chroma, Bria, LongCat-Image, Ovis-Image.
 
-There are double blocks (two streams), single blocks (one) and rotary embeddings (:mod:`.rotary`).
-Double blocks are as those of Stable Diffusion 3. Single blocks work on the text in front of the
-picture; most are called with both apart and put them together inside, those of Flux.2 and Chroma
-are called with one sequence. What is wrapped leaves the text alone.
+Double blocks have two streams, single blocks one; both use rotary embeddings (:mod:`.rotary`).
+Double blocks are like those of Stable Diffusion 3. Single blocks run on a joint sequence, text
+first: most receive text and image tokens separately and concatenate them inside, those of Flux.2
+and Chroma receive the joint sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
-from torch._compile import _disable_dynamo
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch import nn
 
 from ..errors import ToMeError
-from .base import Block, Host
-from .dit import is_a
+from .base import Block, ModelAdapter, blocks_of
+from .position_ids import grid_of_ids
 from .rotary import merge_mask, with_merged_rotary
 from .sd3 import REFUSED
 
+# Arguments of blocks_of for single blocks.
+_SINGLE = dict(
+    mlp=("proj_mlp", "act_mlp"),
+    mlp_first=True,
+    joint_sequence=("attn", "mlp"),
+    output_index={"block": 1},
+)
+_SINGLE_CHROMA = dict(_SINGLE, joint_sequence=("attn", "mlp", "block"), output_index={})
+_SINGLE_FLUX2 = dict(mlp=None, joint_sequence=("attn", "block"))
+_SINGLE_OVIS = dict(_SINGLE, mlp="proj_mlp")
 
-class Flux(Host):
-    """Host for ``FluxTransformer2DModel``.
 
-    Sites of double blocks: ``attn`` = ``attn``, ``mlp`` = ``ff`` (the picture's). Of single
-    blocks: ``attn`` = ``attn``, ``mlp`` = ``proj_mlp`` and ``act_mlp``; the projection back is
-    shared by both and runs on all tokens. To merge it as well, write ``sites='block'``.
+class Flux(ModelAdapter):
+    """``FluxTransformer2DModel``.
 
-    The grid is read from ``img_ids``, once for every tensor that is given as such: that is one
-    wait for the device per picture, as pipelines make the tensor before the first step. A graph
-    of the whole network (``torch.compile(fullgraph=True)``) cannot do that; compile the blocks
-    (``compile_repeated_blocks``) instead, or allow graph breaks.
+    Targets of double blocks: ``attn`` = ``attn``, ``mlp`` = ``ff`` (the image stream's). Of single
+    blocks: ``attn`` = ``attn``, ``mlp`` = ``proj_mlp`` and ``act_mlp``; both share one output
+    projection, which runs on all tokens. To merge it as well, write ``targets='block'``.
+
+    The grid is read from ``img_ids`` (:mod:`.position_ids`), which synchronizes with the device
+    once per image. A graph of the whole network (``torch.compile(fullgraph=True)``) cannot do
+    that; compile the blocks (``compile_repeated_blocks``) or allow graph breaks.
     """
 
     description = "Flux.1 (FluxTransformer2DModel)"
-    class_name = "FluxTransformer2DModel"
+    class_names = ("FluxTransformer2DModel",)
     timestep_position = 3
+    timestep_scale = 1.0
     ids_position = 4
-
-    def matches(self, module: nn.Module) -> bool:
-        return is_a(module, self.class_name)
+    single_blocks = _SINGLE
 
     def blocks(self, network: nn.Module) -> list[Block]:
-        double = [
-            Block(
-                name=f"transformer_blocks.{index}",
-                module=block,
-                stack=network,
-                downsample=1,
-                sites={"attn": block.attn, "mlp": block.ff},
-                returns={"block": 1},
-                joint=("attn", "block"),
-                refused=REFUSED,
-            )
-            for index, block in enumerate(network.transformer_blocks)
-        ]
-        return [*double, *self._single(network)]
+        both = dict(joint=("attn", "block"), refused=REFUSED)
+        double = blocks_of(network, "transformer_blocks", output_index={"block": 1}, **both)
+        single = blocks_of(network, "single_transformer_blocks", **self.single_blocks, **both)
+        return double + single
 
-    def _single(self, network: nn.Module) -> Iterator[Block]:
-        for index, block in enumerate(network.single_transformer_blocks):
-            yield Block(
-                name=f"single_transformer_blocks.{index}",
-                module=block,
-                stack=network,
-                downsample=1,
-                sites={"mlp": [block.proj_mlp, block.act_mlp], "attn": block.attn},
-                text_beside=("attn", "mlp"),
-                returns={"block": 1},
-                joint=("attn", "block"),
-                refused=REFUSED,
-            )
-
-    def noise_level(self, timestep: float) -> float:
-        # Pipelines divide by 1000 before the call.
-        return timestep
-
-    def grid(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
+    def grid(self, grid_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
         position = self.ids_position
         return grid_of_ids(args[position] if len(args) > position else kwargs["img_ids"])
 
     def adapt(
-        self, site: str, plan: Any, args: tuple, kwargs: dict[str, Any]
+        self, target: str, plan: Any, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         if kwargs.get("attention_mask") is not None:
             raise ToMeError(
-                f"{site} was given an attention_mask over all tokens, which has no meaning for "
-                "merged ones; call the model without it"
+                f"{target} received an attention_mask over all tokens, which does not fit merged "
+                "tokens; call the model without it"
             )
-        return _adapted(site, plan, args, kwargs)
+        check_ip_adapter(target, kwargs)
+        return with_merged_rotary(plan, args, kwargs)
 
 
 class Chroma(Flux):
-    """Host for ``ChromaTransformer2DModel``. Sites: as :class:`Flux`.
+    """``ChromaTransformer2DModel``. Targets: as :class:`Flux`.
 
-    Its pipelines always give a mask, which leaves out some of the text's padding.
+    Its pipelines always pass a mask, which excludes some of the text's padding.
     """
 
     description = "Chroma (ChromaTransformer2DModel)"
-    class_name = "ChromaTransformer2DModel"
+    class_names = ("ChromaTransformer2DModel",)
     timestep_position = 2
     ids_position = 3
     takes_masks = True
-
-    def _single(self, network: nn.Module) -> Iterator[Block]:
-        for index, block in enumerate(network.single_transformer_blocks):
-            yield Block(
-                name=f"single_transformer_blocks.{index}",
-                module=block,
-                stack=network,
-                downsample=1,
-                sites={"mlp": [block.proj_mlp, block.act_mlp], "attn": block.attn},
-                text_beside=("attn", "mlp", "block"),
-                joint=("attn", "block"),
-                refused=REFUSED,
-            )
+    single_blocks = _SINGLE_CHROMA
 
     def adapt(
-        self, site: str, plan: Any, args: tuple, kwargs: dict[str, Any]
+        self, target: str, plan: Any, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         mask = kwargs.get("attention_mask")
         if mask is not None:
             kwargs = {**kwargs, "attention_mask": merge_mask(mask, plan)}
         elif len(args) > 4 and args[4] is not None:  # a double block under gradient checkpointing
             args = (*args[:4], merge_mask(args[4], plan), *args[5:])
-        return _adapted(site, plan, args, kwargs)
+        check_ip_adapter(target, kwargs)
+        return with_merged_rotary(plan, args, kwargs)
 
 
 class Flux2(Flux):
-    """Host for ``Flux2Transformer2DModel``.
+    """``Flux2Transformer2DModel``.
 
-    Sites of double blocks: as :class:`Flux`. Of single blocks: ``attn`` = ``attn``, which has the
-    feed-forward inside, beside attention, so that both are merged there.
+    Targets of double blocks: as :class:`Flux`. Of single blocks: ``attn`` = ``attn``, which
+    computes attention and feed-forward in parallel, so that both are merged.
     """
 
     description = "Flux.2 (Flux2Transformer2DModel)"
-    class_name = "Flux2Transformer2DModel"
+    class_names = ("Flux2Transformer2DModel",)
     timestep_position = 2
     ids_position = 3
-
-    def _single(self, network: nn.Module) -> Iterator[Block]:
-        for index, block in enumerate(network.single_transformer_blocks):
-            yield Block(
-                name=f"single_transformer_blocks.{index}",
-                module=block,
-                stack=network,
-                downsample=1,
-                sites={"attn": block.attn},
-                text_beside=("attn", "block"),
-                joint=("attn", "block"),
-                refused=REFUSED,
-            )
+    single_blocks = _SINGLE_FLUX2
 
     def adapt(
-        self, site: str, plan: Any, args: tuple, kwargs: dict[str, Any]
+        self, target: str, plan: Any, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         inner = kwargs.get("joint_attention_kwargs") or {}
         if kwargs.get("kv_cache_mode") or inner.get("kv_cache_mode"):
             raise ToMeError(
-                f"{site} keeps keys and values of reference pictures by their places "
-                "(kv_cache_mode), which merged tokens have not; call the model without it"
+                f"{target} caches keys and values of reference images by position "
+                "(kv_cache_mode), which merged tokens do not have; call the model without it"
             )
-        return super().adapt(site, plan, args, kwargs)
+        return super().adapt(target, plan, args, kwargs)
 
 
 class Bria(Flux):
-    """Host for ``BriaTransformer2DModel``. Sites: as :class:`Flux`."""
+    """``BriaTransformer2DModel``. Targets: as :class:`Flux`."""
 
     description = "Bria (BriaTransformer2DModel)"
-    class_name = "BriaTransformer2DModel"
-
-    def noise_level(self, timestep: float) -> float:
-        return timestep / 1000
+    class_names = ("BriaTransformer2DModel",)
+    timestep_scale = 1000.0
 
 
 class LongCatImage(Flux):
-    """Host for ``LongCatImageTransformer2DModel``. Sites: as :class:`Flux`."""
+    """``LongCatImageTransformer2DModel``. Targets: as :class:`Flux`."""
 
     description = "LongCat-Image (LongCatImageTransformer2DModel)"
-    class_name = "LongCatImageTransformer2DModel"
+    class_names = ("LongCatImageTransformer2DModel",)
     timestep_position = 2
     ids_position = 3
 
 
 class OvisImage(LongCatImage):
-    """Host for ``OvisImageTransformer2DModel``.
+    """``OvisImageTransformer2DModel``.
 
-    Sites: as :class:`Flux`, but the feed-forward of single blocks halves what ``proj_mlp`` gives
-    before it goes on, so that ``mlp`` ends there.
+    Targets: as :class:`Flux`, but ``mlp`` of single blocks is ``proj_mlp`` alone: its output is
+    split in two halves before the activation.
     """
 
     description = "Ovis-Image (OvisImageTransformer2DModel)"
-    class_name = "OvisImageTransformer2DModel"
-
-    def _single(self, network: nn.Module) -> Iterator[Block]:
-        for block in super()._single(network):
-            yield replace(block, sites={**block.sites, "mlp": block.module.proj_mlp})
+    class_names = ("OvisImageTransformer2DModel",)
+    single_blocks = _SINGLE_OVIS
 
 
-def _adapted(
-    site: str, plan: Any, args: tuple, kwargs: dict[str, Any]
-) -> tuple[tuple, dict[str, Any]]:
+def check_ip_adapter(target: str, kwargs: dict[str, Any]) -> None:
+    """Raise ToMeError if an attention is called with an IP-Adapter's image prompt."""
     if kwargs.get("ip_hidden_states") is not None and "encoder_hidden_states" in kwargs:
         raise ToMeError(
-            f"{site} returns what an IP-Adapter adds apart from its output; with one write "
-            "sites='block' or sites=['mlp']"
+            f"{target} returns the IP-Adapter's output separately, which cannot be unmerged; with "
+            "an IP-Adapter write targets='block' or targets=['mlp']"
         )
-    return with_merged_rotary(plan, args, kwargs)
-
-
-# --- the grid -------------------------------------------------------------------------------------
-
-_known_grids = WeakTensorKeyDictionary()
-
-
-@_disable_dynamo  # torch.compiler.disable, which would import the compiler now
-def grid_of_ids(ids: Tensor) -> tuple[int, int]:
-    """(height, width) in tokens from position ids, remembered as long as the tensor lives.
-
-    Args:
-        ids (Tensor): (N, 3) or (B, N, 3): picture, row and column of every token.
-
-    Raises:
-        ToMeError: the tokens are not those of one picture, row by row (as with reference
-            pictures in the same sequence).
-    """
-    version = None if ids.is_inference() else ids._version
-    known = _known_grids.get(ids)
-    if known is None or known[0] != version:
-        known = _known_grids[ids] = (version, _read_grid(ids))
-    return known[1]
-
-
-def _read_grid(ids: Tensor) -> tuple[int, int]:
-    # By how they repeat, not by the largest: half precision does not hold all integers.
-    places = (ids[0] if ids.dim() == 3 else ids).detach().float().cpu()
-    tokens = places.shape[0]
-    changes = (places[:, 1] != places[0, 1]).nonzero()
-    width = int(changes[0]) if len(changes) else tokens
-    if tokens % width == 0:
-        rows = places.view(-1, width, places.shape[1])
-        same_picture = (rows[..., 0] == places[0, 0]).all()
-        if same_picture and (rows[..., 1] == rows[:, :1, 1]).all():
-            falls = (rows[1:, 0, 1] < rows[:-1, 0, 1]).any()
-            if not falls and (rows[..., 2] == rows[:1, :, 2]).all():
-                return rows.shape[0], width
-    raise ToMeError(
-        f"the {tokens} tokens of img_ids are not one picture row by row (reference pictures in the "
-        "same sequence?), so they lie on no grid to merge on; call the model without token merging"
-    )

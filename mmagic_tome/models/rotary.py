@@ -1,12 +1,10 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Rotary embeddings, and masks, follow the tokens that stay.
+"""Rotary embeddings and masks for merged tokens.
 
-Where positions are not part of the tokens, they turn queries and keys inside attention, by a table
-of a cosine and a sine row for every token (or of complex rows). A merged token gets the rows of
-the one that stands for it (``plan.representative``: its destination), not the average of all: an
-average of rotations is none, it is shorter than 1 and would weaken every product with that token
-by how far apart its tokens lie. So does a mask, which leaves out text: all tokens of the picture
-are alike to it.
+A rotary table holds a row of cosines and a row of sines (or a row of complex numbers) per token.
+A merged token takes the row of its destination (``plan.representative``). Averaging rotations does
+not give a rotation: the norm drops below 1 and shrinks the attention logits. Masks are indexed the
+same way; they only mask text, so the row of any image token will do.
 """
 
 from __future__ import annotations
@@ -19,20 +17,20 @@ from torch import Tensor
 from ..errors import ToMeError
 from ..merging.beside import beside
 
-# What attention, and blocks that are called by name, call the table.
+# Names of the table among the keyword arguments of blocks and attention.
 _NAMES = ("image_rotary_emb", "rotary_emb", "freqs_cis")
 
 
 def with_merged_rotary(
     plan: Any, args: tuple, kwargs: dict[str, Any], position: int | None = None
 ) -> tuple[tuple, dict[str, Any]]:
-    """Arguments of a block or attention with the table, if there is one, for merged tokens.
+    """Return the arguments of a block or attention with the rotary table of merged tokens.
 
-    For :meth:`.base.Host.adapt`, with its arguments and result.
+    For :meth:`.base.ModelAdapter.adapt`. Without a table the arguments are returned unchanged.
 
     Args:
-        position (int | None): of the table among the positional arguments of a block. Default
-            None: the one that is a tuple (of cosines and sines).
+        position: of the table among the positional arguments. Default None: that of the first
+            tuple (of cosines and sines).
     """
     if position is None:
         position = next((i for i, value in enumerate(args) if isinstance(value, tuple)), None)
@@ -46,36 +44,36 @@ def with_merged_rotary(
 
 
 def merge_rotary(table: Tensor | tuple[Tensor, ...], plan: Any) -> Any:
-    """The table for merged tokens: the rows of those that stand for them.
+    """Return the rows of the representatives of merged tokens.
 
     Args:
-        table: a tensor of complex rows, or a tuple of cosines and sines; each (S, D), or with an
-            axis for the batch (B, S, D) or (1, S, 1, D). S may be larger than the number of tokens
-            of the plan: then the first ones are the text's, which stay.
-        plan (MergePlan): of B entries.
+        table: complex rows, or a tuple of cosines and sines; each (S, D), (B, S, D) or
+            (1, S, 1, D). Where S exceeds the plan's number of tokens, the first rows are those of
+            the text, which are kept.
+        plan (MergePlan): for B batch entries.
 
     Returns:
-        The same of S' rows. For (S, D) and B > 1, :class:`RotaryRows`.
+        The same with S' rows; for (S, D) and B > 1, :class:`RotaryRows`.
     """
     if isinstance(table, Tensor):
         return _merged_rows(table, plan)
     return tuple(_merged_rows(part, plan) for part in table)
 
 
-def merge_mask(mask: Tensor, plan: Any, before: int | None = None) -> Tensor:
-    """A mask over keys, or over queries and keys, for merged tokens.
+def merge_mask(mask: Tensor, plan: Any, num_before: int | None = None) -> Tensor:
+    """Return a mask over keys, or over queries and keys, for merged tokens.
 
     Args:
-        mask (Tensor): (B, S), (B, 1, 1, S) or (B, 1, S, S); S may be larger than the number of
-            tokens of the plan by those of the text.
-        plan (MergePlan): of B entries.
-        before (int | None): how many tokens of the text are in front. Default None: all.
+        mask: (B, S), (B, 1, 1, S) or (B, 1, S, S); S exceeds the plan's number of tokens by that
+            of the text tokens.
+        plan (MergePlan): for B batch entries.
+        num_before: how many text tokens precede the image tokens. Default None: all.
 
     Returns:
-        Tensor: the same with S' in place of S.
+        The same with S' in place of S.
     """
     length = mask.shape[-1]
-    kept = beside(plan, length, before).representative
+    kept = beside(plan, length, num_before).representative
     square = mask.dim() > 2 and mask.shape[-2] == length
     kept = kept.view(kept.shape[0], *[1] * (mask.dim() - 2), -1)
     mask = torch.take_along_dim(mask, kept, dim=-1)
@@ -83,11 +81,11 @@ def merge_mask(mask: Tensor, plan: Any, before: int | None = None) -> Tensor:
 
 
 class RotaryRows:
-    """A rotary table (B, S, D) with other rows for every entry of the batch.
+    """A rotary table (B, S, D) with different rows per batch entry.
 
-    Attention expects one (S, D) table for the whole batch and gives it an axis for the batch and
-    one for the heads: ``table[None, :, None, :]``, ``table[None, None]`` or
-    ``table.unsqueeze(1)``. This object has its batch in place of the first.
+    Attention expects one (S, D) table for the whole batch and adds axes for batch and heads:
+    ``table[None, :, None, :]``, ``table[None, None]`` or ``table.unsqueeze(1)``. This object
+    supports the same expressions and puts its batch in place of the new first axis.
     """
 
     __slots__ = ("rows",)
@@ -101,15 +99,15 @@ class RotaryRows:
         return self.rows[(slice(None), *index[1:])]
 
     def unsqueeze(self, dim: int) -> Tensor:
-        """(B, S, 1, D), which fits (B, S, heads, D) as (S, 1, D) does."""
+        """Return (B, S, 1, D), which broadcasts with (B, S, heads, D) as (S, 1, D) does."""
         if dim != 1:
             self._refuse(f"unsqueeze({dim})")
         return self.rows.unsqueeze(2)
 
     def _refuse(self, what: str) -> None:
         raise ToMeError(
-            f"this attention processor reads its rotary table by {what}, which is not known to "
-            "work with merged tokens; use the default processor, or a batch of 1"
+            f"this attention processor indexes its rotary table by {what}, which is not supported "
+            "with merged tokens; use the default processor, or a batch of 1"
         )
 
 

@@ -1,54 +1,46 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Stable Diffusion 3 and 3.5 in diffusers: two streams that meet in joint attention.
+"""Stable Diffusion 3 and 3.5 in diffusers: two streams with joint attention.
 
-A block is called with the picture's tokens (``hidden_states``) and the text's
-(``encoder_hidden_states``) and returns (text, picture); so is its attention, which returns
-(picture, text). Merging touches the picture's only. Positions are part of the tokens from the
-start, so nothing has to follow them.
+A block receives image tokens (``hidden_states``) and text tokens (``encoder_hidden_states``) and
+returns (text, image); its attention returns (image, text). Only image tokens are merged. Positions
+are added to the tokens once, before the first block.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
-from .base import Block
-from .dit import PatchTransformer, is_a
+from .base import Block, blocks_of
+from .dit import PatchTransformer
 
-# Of blocks with two streams, here and in flux.py.
+# For blocks with two streams, here and in other families.
 REFUSED = {
     "attn_kv": (
-        "joint attention takes queries, keys and values from the same tokens. Use sites=['attn'] "
-        "and a method that merges queries too, such as 'tome'"
+        "joint attention projects queries, keys and values from the same tokens. Use "
+        "targets=['attn'] and a method that merges queries too, such as 'tome'"
     ),
-    "stack": ("the text goes from block to block beside the picture's tokens. Write sites='block'"),
+    "stack": "text tokens pass from block to block as well. Write targets='block'",
 }
 
 
 class SD3(PatchTransformer):
-    """Host for ``SD3Transformer2DModel``.
+    """``SD3Transformer2DModel``.
 
-    Sites: ``attn`` = ``attn`` and, in blocks of SD 3.5 that have it, the self-attention ``attn2``
-    beside it; ``mlp`` = ``ff`` (the picture's).
+    Targets: ``attn`` = ``attn`` and, in blocks of SD 3.5 that have it, the parallel self-attention
+    ``attn2``; ``mlp`` = ``ff`` (the image stream's).
     """
 
     description = "Stable Diffusion 3 and 3.5 (SD3Transformer2DModel)"
+    class_names = ("SD3Transformer2DModel",)
     timestep_position = 3
 
-    def matches(self, module: nn.Module) -> bool:
-        return is_a(module, "SD3Transformer2DModel")
-
     def blocks(self, network: nn.Module) -> list[Block]:
+        flags = dict(output_index={"block": 1}, joint=("attn", "block"), refused=REFUSED)
         return [
-            Block(
-                name=f"transformer_blocks.{index}",
-                module=block,
-                stack=network,
-                downsample=1,
-                sites={"attn": block.attn, "mlp": block.ff},
-                twins={} if block.attn2 is None else {"attn": block.attn2},
-                returns={"block": 1},
-                joint=("attn", "block"),
-                refused=REFUSED,
-            )
-            for index, block in enumerate(network.transformer_blocks)
+            block
+            if block.module.attn2 is None
+            else replace(block, second_attention={"attn": block.module.attn2})
+            for block in blocks_of(network, "transformer_blocks", **flags)
         ]

@@ -6,31 +6,28 @@ from __future__ import annotations
 import re
 
 _LINEAR = (
-    "its attention is linear: it costs as much per token as any other layer, so that fewer tokens "
-    "save little there, and its feed-forward is a convolution over the grid, which needs all tokens"
+    "its attention is linear in the number of tokens, so merging saves little there, and its "
+    "feed-forward is a convolution, which needs the full grid"
 )
 _MIXED = (
-    "its self-attention and cross-attention give heads back apart, with one projection behind both "
-    "attentions, so that neither is a site of its own"
+    "self- and cross-attention share one output projection, so they cannot be merged separately"
 )
-_SEVERAL = (
-    "it holds several ControlNets, each with token merging of its own: call apply_tome with every "
-    "one of its .nets"
-)
-_SOUND = "its tokens follow each other in time, on no grid of rows and columns"
+_SEVERAL = "it contains several ControlNets: call apply_tome with each of its .nets"
+_SOUND = "its tokens form a time series, not a grid of rows and columns"
 _HISTORY = (
-    "frames of several resolutions are in its sequence, so that its tokens lie on no one grid"
+    "its sequence contains frames at several resolutions, so the tokens do not form a single grid"
 )
 _HINTS = (
-    "branches beside its blocks work on tokens of their own for every place (a pose, a face), and "
-    "a host that merges both alike is not written"
+    "pose and face branches add to the tokens of every position, and no adapter is written that "
+    "merges both"
 )
-_EMBEDDING = "its tokens are an embedding and a text, not places of a picture"
-_FRAMES = "it attends along the frames of one place, of which there are few"
-_NO_HOST = "no host is written for this diffusion transformer"
+_EMBEDDING = "its tokens are an embedding and a text, not positions of an image"
+_FRAMES = "it attends along the frames of one position, and there are few of them"
+_NO_UNET = "its blocks are not diffusers' transformer blocks, and no adapter is written for them"
+_NO_ADAPTER = "no adapter is written for this diffusion transformer"
 _BRANCH = (
-    "no host is written for a ControlNet of this kind; merge the network that it controls, as "
-    "apply_tome(pipeline) does"
+    "no adapter is written for this kind of ControlNet; apply_tome(pipeline) merges the network "
+    "that it controls"
 )
 
 # Beginning of a class name -> why.
@@ -49,19 +46,22 @@ _REASONS = {
     "LongCatAudio": _SOUND,
     "MiniMaxMusic": _SOUND,
     "T5FilmDecoder": _SOUND,
-    "RFD4Proteina": "its tokens are parts of a protein, on no grid of rows and columns",
+    "RFD4Proteina": "its tokens are parts of a protein, not a grid of rows and columns",
     "PriorTransformer": _EMBEDDING,
     "TransformerTemporalModel": _FRAMES,
+    "StableCascadeUNet": _NO_UNET,
+    "WuerstchenPrior": _NO_UNET,
+    "WuerstchenDiffNeXt": _NO_UNET,
 }
-# What else looks like one of diffusers' diffusion transformers.
+# Other class names of diffusers' diffusion transformers.
 _TRANSFORMER = re.compile(r"(Transformer([123]D)?(Model)?|DiT(2D)?Model)$")
 
 
 def why_unsupported(name: str) -> str:
-    """A sentence on a class of that name, with a space after it; empty if none is known."""
+    """Return a sentence on a class of that name and a space; empty if no reason is known."""
     for beginning, reason in _REASONS.items():
         if name.startswith(beginning):
             return f"{name}: {reason}. "
     if name.endswith("ControlNetModel"):
         return f"{name}: {_BRANCH}. "
-    return f"{name}: {_NO_HOST}. " if _TRANSFORMER.search(name) else ""
+    return f"{name}: {_NO_ADAPTER}. " if _TRANSFORMER.search(name) else ""

@@ -33,7 +33,7 @@ from ..engine import remove_tome
 from ..errors import ToMeError
 from ..evaluation.generate import PictureRequest, fingerprint, too_long
 from ..evaluation.prompts import Prompt, load_prompts
-from ..models import find_host
+from ..models import find_adapter
 from ..presets import PRESETS
 from ..samplers import scheduler_name
 from ..version import __version__
@@ -243,8 +243,8 @@ _BAR = "{desc}: {percentage:3.0f}% of the budget|{bar}| {postfix}"
 def _scopes(generator, notes) -> tuple[list[str], int]:
     """What may be left out with the model's sampler, and the order to foretell it with."""
     model = generator.model
-    host, network = find_host(model)
-    deep = ["deep"] if host.deep(network, 1) else []
+    adapter, network = find_adapter(model)
+    deep = ["deep"] if adapter.inner_modules(network, 1) else []
     noise = adds_noise(model.test_scheduler, generator.request.steps)
     if noise is False:
         return ["network", *deep], 1

@@ -19,7 +19,7 @@ from ..apis.text2image import Generator
 from ..config import ToMeConfig
 from ..errors import ToMeError
 from ..evaluation.contenders import Contender
-from ..models import find_host
+from ..models import find_adapter
 from .predict import Costs, left_out
 from .sampler import Trace
 from .space import RATIOS, REFRESH, Space
@@ -65,8 +65,8 @@ def measure_costs(
         attention is told what its keys stand for), ``deep_levels``,
         ``dense_call_seconds``, ``rounds`` (of the first measurement).
     """
-    host, network = find_host(generator.model)
-    blocks = host.blocks(network)
+    adapter, network = find_adapter(generator.model)
+    blocks = adapter.blocks(network)
     levels = sorted({block.downsample for block in blocks})
     runs = {"dense": None}
     for scope in scopes:
@@ -104,7 +104,7 @@ def measure_costs(
             second = _rounds(generator, numbers, more_runs, bar, until, held[1], keep)
     found = [[*key, _added(first, key)] for key in kept]
     found += [[*key, _added(second, key)] for key in more if _saves(second, key)]
-    deep = _inside(host.deep(network, 1), blocks) if "deep" in scopes else set()
+    deep = _inside(adapter.inner_modules(network, 1), blocks) if "deep" in scopes else set()
     inner = {
         level
         for level in levels

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..models import find_host
+from ..models import find_adapter
 
 
 class Trace:
@@ -20,20 +20,22 @@ class Trace:
 
     Attributes:
         times (list of float): one per call; None where a call says none.
-        levels (list of float): the same as noise levels, 1 = pure noise.
+        levels (list of float): the same as shares of the run, 1 = pure noise; None where the
+            model has no fixed scale.
     """
 
     def __init__(self, model: Any) -> None:
-        self.host, self.network = find_host(model)
+        self.adapter, self.network = find_adapter(model)
         self.times: list[float | None] = []
         self._hook: Any = None
 
     @property
     def levels(self) -> list[float | None]:
-        return [None if t is None else self.host.noise_level(t) for t in self.times]
+        scale = self.adapter.timestep_scale
+        return [None if t is None or scale is None else t / scale for t in self.times]
 
     def _note(self, module, args, kwargs) -> None:
-        time = self.host.timestep(args, kwargs)
+        time = self.adapter.timestep(args, kwargs)
         if time is not None:
             time = float(torch.as_tensor(time).reshape(-1)[0])
         self.times.append(time)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..engine import get_handle
-from ..models import find_host
+from ..models import find_adapter
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class PlanRecorder:
     """
 
     def __init__(self, model: object) -> None:
-        self.host, self.network = find_host(model)
+        self.adapter, self.network = find_adapter(model)
         self.records: list[Record] = []
         self.step = -1
         self._time: float | None = None
@@ -73,7 +73,7 @@ class PlanRecorder:
         self._state = None
 
     def _begins(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        time = self.host.timestep(args, kwargs)
+        time = self.adapter.timestep(args, kwargs)
         if time is not None:
             time = float(torch.as_tensor(time).reshape(-1)[0])
         if time is None or self._time is None or time >= self._time:
@@ -92,7 +92,7 @@ class PlanRecorder:
         if state is None:
             return
         merged = {block.name for block in state.blocks}
-        for block in self.host.blocks(self.network):
+        for block in self.adapter.blocks(self.network):
             if block.name in merged:
                 hook = block.module.register_forward_pre_hook(self._note(block.name))
                 self._block_hooks.append(hook)

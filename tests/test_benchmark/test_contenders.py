@@ -106,7 +106,10 @@ def test_a_network_without_a_host_runs_dense_only():
         lambda m: m(torch.ones(1, 4)),
     )
     assert [one.name for one in ready] == ["dense"]
-    assert "nothing to merge in a Sequential" in missing["ours"] and "\n" not in missing["ours"]
+    assert (
+        "found no supported network in a Sequential" in missing["ours"]
+        and "\n" not in missing["ours"]
+    )
 
 
 def test_mmagic_runs_on_its_own_unet_or_says_why():

@@ -117,6 +117,6 @@ def test_nothing_changes_where_it_cannot_be():
         apply_tome(unet, controlnet=True)
     assert get_handle(unet) is None
     model = Both(torch.nn.Linear(1, 1))
-    with pytest.raises(ToMeError, match="nothing to merge in a Linear"):
+    with pytest.raises(ToMeError, match="found no supported network in a Linear"):
         apply_tome(model, controlnet=True)
     assert get_handle(model) is None

@@ -150,7 +150,7 @@ def test_levels_of_a_controlnet():
 def test_several_controlnets_are_merged_one_by_one():
     case = PIPELINES["several ControlNets"]
     pipeline = case.pipeline()
-    with pytest.raises(ToMeError, match=r"several ControlNets.*one of its \.nets"):
+    with pytest.raises(ToMeError, match=r"several ControlNets.*each of its \.nets"):
         apply_tome(pipeline.controlnet)
     dense = case.run(pipeline)
     handles = [apply_tome(net, ratio=0.5) for net in pipeline.controlnet.nets]
@@ -226,10 +226,10 @@ def test_added_keys_are_not_merged_and_their_neighbours_are(kandinsky):
 
 def test_merging_copies_on_the_picture_itself_changes_nothing(kandinsky):
     """Four equal places for one, without added keys, weigh the same in attention."""
-    from mmagic_tome.models import find_host
+    from mmagic_tome.models import find_adapter
 
-    host, _ = find_host(kandinsky)
-    attention = host.blocks(kandinsky)[0].module
+    adapter, _ = find_adapter(kandinsky)
+    attention = adapter.blocks(kandinsky)[0].module
     handle = apply_tome(kandinsky, ratio=0.75, exact_matching=True)
     cells = torch.randn(2, 32, 4, 1, 4, 1).expand(-1, -1, -1, 2, -1, 2).reshape(2, 32, 8, 8)
     text = torch.zeros(2, 0, 16)
@@ -260,13 +260,13 @@ def test_attention_on_the_picture_itself_on_odd_grids(kandinsky, batch):
 
 def test_what_attention_on_the_picture_itself_does_not_allow(kandinsky):
     for sites in ("block", "stack", ["attn_kv"]):
-        with pytest.raises(ToMeError, match=r"cannot be merged at .*sites=\['attn'\]"):
+        with pytest.raises(ToMeError, match=r"cannot be merged at .*targets=\['attn'\]"):
             apply_tome(kandinsky, ratio=0.5, sites=sites)
     with pytest.raises(ToMeError, match="write residual=None"):
         apply_tome(kandinsky, ratio=0.5, refresh=2, residual="own")
     apply_tome(kandinsky, ratio=0.5, refresh=2)
     mask = torch.ones(2, 10)
-    with torch.no_grad(), pytest.raises(ToMeError, match="given an attention_mask"):
+    with torch.no_grad(), pytest.raises(ToMeError, match="received an attention_mask"):
         kandinsky(**kandinsky_inputs(), encoder_attention_mask=mask)
 
 

@@ -13,8 +13,8 @@ from mmagic_tome import ToMeError, apply_tome, get_handle
 from mmagic_tome.hooks import BlockPreHook
 from mmagic_tome.merging import MergePlan
 from mmagic_tome.methods import METHODS
-from mmagic_tome.models import HOSTS, find_host, rotary
-from mmagic_tome.models.flux import grid_of_ids
+from mmagic_tome.models import ADAPTERS, find_adapter, rotary
+from mmagic_tome.models.position_ids import grid_of_ids
 from mmagic_tome.models.unsupported import why_unsupported
 
 FLUX, SD3, SD35 = (
@@ -81,18 +81,21 @@ class Seen:
 def first_linears(network, family):
     """Name of the first layer at every site -> (kind of site, tokens beside the picture's)."""
     names = {module: name for name, module in network.named_modules()}
-    host, _ = find_host(network)
+    adapter, _ = find_adapter(network)
     found = {}
-    for block in host.blocks(network):
+    for block in adapter.blocks(network):
         (beside,) = [
             *(count for name, count in family.beside.items() if block.name.startswith(name)),
             TEXT,
         ][:1]
-        for kind, modules in block.sites.items():
+        for kind, modules in block.targets.items():
             modules = list(modules) if isinstance(modules, list) else [modules]
-            modules = [modules[0], *([block.twins[kind]] if kind in block.twins else [])]
+            modules = [
+                modules[0],
+                *([block.second_attention[kind]] if kind in block.second_attention else []),
+            ]
             joined = kind == "attn" and block.name.startswith(family.joins_inside)
-            others = beside if kind in block.text_beside or joined else 0
+            others = beside if kind in block.joint_sequence or joined else 0
             for module in modules:
                 linear = next(m for m in module.modules() if isinstance(m, nn.Linear))
                 found[names[linear]] = (kind, others)
@@ -128,18 +131,18 @@ def test_tokens_fall_inside_and_the_output_changes_a_little(family, sites):
 
 
 @every_family
-def test_every_block_has_its_sites_and_its_own_plan(family):
+def test_every_block_has_its_targets_and_its_own_plan(family):
     network = family.build()
-    host, found = find_host(SimpleNamespace(transformer=network))
+    adapter, found = find_adapter(SimpleNamespace(transformer=network))
     assert found is network
-    blocks = host.blocks(network)
+    blocks = adapter.blocks(network)
     assert len(blocks) == sum(
         family.options.get(f"{n}_{name}", 0) for n in ("num", "n") for name in LISTS
     ) - (1 if family.title.startswith("HunyuanVideo") else 0)  # the text's refiner
     for block in blocks:
         assert network.get_submodule(block.name) is block.module
-        assert "attn" in block.sites and set(block.sites) <= set(family.kinds)
-    assert set().union(*(block.sites for block in blocks)) == set(family.kinds)
+        assert "attn" in block.targets and set(block.targets) <= set(family.kinds)
+    assert set().union(*(block.targets for block in blocks)) == set(family.kinds)
     handle = apply_tome(network, ratio=0.5, sites=family.inner)
     run(network, family.inputs())
     assert {row["plans"] for row in handle.stats()} == {1}
@@ -150,21 +153,21 @@ LISTS = ("layers", "single_layers", "mmdit_layers", "single_dit_layers", "refine
 
 
 @every_family
-def test_the_timestep_is_where_the_host_says(family):
+def test_the_timestep_is_where_the_adapter_says(family):
     network = family.build()
-    host, _ = find_host(network)
+    adapter, _ = find_adapter(network)
     names = list(inspect.signature(type(network).forward).parameters)
-    name = names[1 + host.timestep_position]
-    assert name == host.timestep_name and name in family.inputs()
+    name = names[1 + adapter.timestep_position]
+    assert name == adapter.timestep_name and name in family.inputs()
     given = family.inputs(time=250)[name]
     for args, kwargs in (
-        ((None,) * host.timestep_position + (given,), {}),
+        ((None,) * adapter.timestep_position + (given,), {}),
         ((None,), {name: given}),
     ):
-        timestep = host.timestep(args, kwargs)
+        timestep = adapter.timestep(args, kwargs)
         # 1 = pure noise, whichever way the network counts.
-        assert host.noise_level(float(timestep[0])) == pytest.approx(0.25)
-    assert host.timestep((None,), {}) is None
+        assert float(timestep[0]) / adapter.timestep_scale == pytest.approx(0.25)
+    assert adapter.timestep((None,), {}) is None
 
 
 @every_family
@@ -507,9 +510,9 @@ def test_the_grid_of_img_ids():
     assert grid_of_ids(ids) == (2, 8)  # remembered by content, not by object alone
     reference = image_ids(4, 4)
     reference[:, 0] = 1
-    with pytest.raises(ToMeError, match="not one picture row by row"):
+    with pytest.raises(ToMeError, match="not one image row by row"):
         grid_of_ids(torch.cat([image_ids(4, 4), reference]))
-    with pytest.raises(ToMeError, match="not one picture row by row"):
+    with pytest.raises(ToMeError, match="not one image row by row"):
         grid_of_ids(image_ids(4, 4)[:-1])
 
 
@@ -521,7 +524,7 @@ def test_sites_that_joint_attention_does_not_allow(family):
     network = family.build()
     with pytest.raises(ToMeError, match=r"\w\.0 cannot be merged at 'attn_kv'.*tome"):
         apply_tome(network, ratio=0.5, sites=["attn_kv"])
-    with pytest.raises(ToMeError, match=r"at 'stack'.*sites='block'"):
+    with pytest.raises(ToMeError, match=r"at 'stack'.*targets='block'"):
         apply_tome(network, ratio=0.5, sites="stack")
     with pytest.raises(ToMeError, match="no transformer block with a site of kind crossattn"):
         apply_tome(network, ratio=0.5, sites=["crossattn"])
@@ -541,7 +544,7 @@ def test_arguments_that_do_not_fit_merged_tokens():
     network, inputs = FLUX.build(), FLUX.inputs()
     apply_tome(network, ratio=0.5)
     mask = torch.ones(2, 1, 1, TEXT + 64, dtype=torch.bool)
-    with pytest.raises(ToMeError, match="attn was given an attention_mask"):
+    with pytest.raises(ToMeError, match="attn received an attention_mask"):
         run(network, inputs, joint_attention_kwargs=dict(attention_mask=mask))
     with pytest.raises(ToMeError, match="IP-Adapter"):
         run(network, inputs, joint_attention_kwargs=dict(ip_hidden_states=[torch.zeros(2, 3, 16)]))
@@ -563,7 +566,7 @@ def test_a_timestep_per_token():
         run(network, inputs(400))
         assert {row["plans"] for row in handle.stats()} == {1}  # the second step of a run
     apply_tome(network, ratio=0.5, sites="block")
-    with pytest.raises(ToMeError, match=r"blocks.0.block is given a timestep per token"):
+    with pytest.raises(ToMeError, match=r"blocks.0.block received one timestep per token"):
         run(network, inputs(500))
     assert run(network, WAN.inputs()).isfinite().all()
 
@@ -578,12 +581,12 @@ def a_timestep_per_token(inputs):
 
 # Family -> (more options, sites, other arguments, what the error says to write).
 REFUSED_CALLS = {
-    "Qwen-Image": ({}, ["attn"], several_pictures, "2 pictures in one sequence.*without token"),
+    "Qwen-Image": ({}, ["attn"], several_pictures, "2 images in one sequence.*without token"),
     "Z-Image": (
         {},
         ["attn"],
         lambda inputs: dict(x=[inputs["x"][0], inputs["x"][1][..., :8]]),
-        "pictures of 2 sizes at once.*one size at a time",
+        "images of 2 sizes in one batch.*one size at a time",
     ),
     "Flux.2": (
         {},
@@ -595,13 +598,13 @@ REFUSED_CALLS = {
         {},
         "block",
         a_timestep_per_token,
-        r"block is given a timestep per token.*write sites=\['attn', 'mlp'\]",
+        r"block received one timestep per token.*write targets=\['attn', 'mlp'\]",
     ),
     "SkyReels V2 (video)": (
         dict(num_frame_per_block=2),
         ["attn"],
         lambda inputs: {},
-        r"causal mask over frames.*write sites=\['crossattn', 'mlp'\]",
+        r"causal mask over frames.*write targets=\['crossattn', 'mlp'\]",
     ),
 }
 
@@ -635,7 +638,7 @@ def test_hunyuan_video_with_a_given_first_frame():
     family = TRANSFORMERS["HunyuanVideo (video)"]
     changed = {**family.options, "image_condition_type": "token_replace"}
     network, inputs = replace(family, options=changed).build(), family.inputs()
-    with pytest.raises(ToMeError, match=r"first frame.*Write sites=\['attn', 'mlp'\]"):
+    with pytest.raises(ToMeError, match=r"first frame.*Write targets=\['attn', 'mlp'\]"):
         apply_tome(network, ratio=0.5, sites="block")
     dense = run(network, inputs)
     apply_tome(network, ratio=0.5, sites=["attn", "mlp"])
@@ -646,12 +649,12 @@ def test_hunyuan_video_with_a_given_first_frame():
     ("name", "reason"),
     [
         ("SanaTransformer2DModel", "its attention is linear"),
-        ("LuminaNextDiT2DModel", "one projection behind both attentions"),
-        ("WanAnimateTransformer3DModel", "branches beside its blocks"),
-        ("HunyuanVideoFramepackTransformer3DModel", "frames of several resolutions"),
-        ("StableAudioDiTModel", "on no grid of rows and columns"),
-        ("MochiTransformer3DModel", "no host is written for this diffusion transformer"),
-        ("FluxControlNetModel", "merge the network that it controls"),
+        ("LuminaNextDiT2DModel", "share one output projection"),
+        ("WanAnimateTransformer3DModel", "pose and face branches"),
+        ("HunyuanVideoFramepackTransformer3DModel", "frames at several resolutions"),
+        ("StableAudioDiTModel", "not a grid of rows and columns"),
+        ("MochiTransformer3DModel", "no adapter is written for this diffusion transformer"),
+        ("FluxControlNetModel", "merges the network that it controls"),
         ("SomethingElse", "Supported"),
     ],
 )
@@ -660,7 +663,9 @@ def test_unsupported_transformers_are_named_with_the_reason(name, reason):
 
     network = type(name, (nn.Module,), {})()
     assert name == "SomethingElse" or hasattr(diffusers, name)
-    with pytest.raises(ToMeError, match=f"nothing to merge in a {name}.*{reason}") as error:
+    with pytest.raises(
+        ToMeError, match=f"found no supported network in a {name}.*{reason}"
+    ) as error:
         apply_tome(network)
     for text in ("down_blocks and up_blocks", "FluxTransformer2DModel", "docs/adding_a_model.md"):
         assert text in str(error.value)
@@ -675,7 +680,7 @@ def test_every_transformer_of_diffusers_is_merged_or_says_why_not():
     for name in names:
         if not issubclass(getattr(transformers, name), diffusers.ModelMixin):
             continue
-        served = any(host.matches(_named(name)) for host in HOSTS[3:])
+        served = any(one.matches(_named(name)) for one in ADAPTERS[4:])
         assert served == (name in FAMILY_CLASSES)
         assert served or why_unsupported(name).startswith(f"{name}: "), name
 
@@ -704,7 +709,7 @@ def test_pipelines(title):
         merged = case.run(pipeline)
         tokens, calls = case.tokens, 8 if case.guided else 4
         seen = {(r["tokens"], r["kept"], r["calls"], r["plans"]) for r in handle.stats()}
-        # The timestep goes on as the host says, or no plan would serve two steps.
+        # Plans are reused for two steps only if the adapter reads the timestep.
         assert seen == {(tokens, tokens // 2, calls, calls // 2)}
         assert torch.equal(case.run(pipeline), merged)
         handle.ratio = 0
@@ -727,7 +732,7 @@ def test_compiled(family):
     if family.compiles == "the whole network":
         compiled = torch.compile(network, fullgraph=True, backend="eager")
     else:  # as compile_repeated_blocks does where diffusers has it
-        for block in find_host(network)[0].blocks(network):
+        for block in find_adapter(network)[0].blocks(network):
             block.module.compile(fullgraph=True, backend="eager")
     torch.testing.assert_close(run(compiled, inputs), expected)
     torch._dynamo.reset()

@@ -4,18 +4,20 @@ import torch
 from tiny import tiny_inputs, tiny_unet
 
 from mmagic_tome import apply_tome
-from mmagic_tome.models import HOSTS, DiffusersUNet, MMagicUNet, find_host
+from mmagic_tome.models import ADAPTERS, find_adapter
 from mmagic_tome.models.animatediff import AnimateDiffUNet
+from mmagic_tome.models.diffusers_unet import DiffusersUNet, SpatioTemporalUNet
+from mmagic_tome.models.mmagic_unet import MMagicUNet
 
 
 def levels(network):
-    host, found = find_host(network)
+    adapter, found = find_adapter(network)
     assert found is network
-    return {block.name: block.downsample for block in host.blocks(network)}
+    return {block.name: block.downsample for block in adapter.blocks(network)}
 
 
 def grids(network, size):
-    """Downsample of every stack as it really is, from the sizes that pass by."""
+    """Downsample of every grid module, from the sizes of its inputs."""
     seen = {}
 
     def note(name):
@@ -25,9 +27,9 @@ def grids(network, size):
 
         return hook
 
-    host, _ = find_host(network)
-    for block in host.blocks(network):
-        block.stack.register_forward_pre_hook(note(block.name), with_kwargs=True)
+    adapter, _ = find_adapter(network)
+    for block in adapter.blocks(network):
+        block.grid_module.register_forward_pre_hook(note(block.name), with_kwargs=True)
     with torch.no_grad():
         network(**tiny_inputs(size=size))
     return seen
@@ -53,16 +55,17 @@ def test_downsample_is_that_of_the_running_network(changes):
     assert all(network.get_submodule(name) for name in levels(network))
 
 
-def test_sites_of_a_block():
+def test_targets_of_a_block():
     network = tiny_unet()
     block = DiffusersUNet().blocks(network)[0]
     inner = block.module
-    assert block.sites == {"attn": inner.attn1, "crossattn": inner.attn2, "mlp": inner.ff}
+    assert block.targets == {"attn": inner.attn1, "crossattn": inner.attn2, "mlp": inner.ff}
 
 
 def test_native_unet_comes_first():
-    # They also have what the diffusers host looks for, and would be taken for it.
-    assert [type(host) for host in HOSTS[:3]] == [MMagicUNet, AnimateDiffUNet, DiffusersUNet]
+    # They also match DiffusersUNet, which must therefore come last.
+    first = [MMagicUNet, AnimateDiffUNet, SpatioTemporalUNet, DiffusersUNet]
+    assert [type(adapter) for adapter in ADAPTERS[:4]] == first
     assert not MMagicUNet().matches(tiny_unet())
 
 
@@ -70,9 +73,9 @@ def test_native_unet_comes_first():
 def test_timestep_of_both_families(kind):
     t = torch.tensor(5)
     args, kwargs = ((None, t), {}) if kind == "positional" else ((None,), dict(timestep=t, t=t))
-    for host in HOSTS[:3]:
-        assert host.timestep(args, kwargs) is t
-        assert host.timestep((None,), {}) is None
+    for adapter in ADAPTERS[:4]:
+        assert adapter.timestep(args, kwargs) is t
+        assert adapter.timestep((None,), {}) is None
 
 
 VARIANTS = {
@@ -216,10 +219,10 @@ def test_a_wrapper_with_a_forward_of_its_own_is_the_network():
 
     unet = tiny_unet()
     wrapper = Wrapper(unet)
-    assert find_host(wrapper)[1] is unet
+    assert find_adapter(wrapper)[1] is unet
     inner = type(unet).forward
     wrapper.forward = lambda *args, **kwargs: inner(unet, *args, **kwargs)
-    assert find_host(wrapper)[1] is wrapper
+    assert find_adapter(wrapper)[1] is wrapper
     with torch.no_grad():
         dense = wrapper(**tiny_inputs()).sample
         with apply_tome(wrapper, ratio=0.5) as handle:

@@ -17,7 +17,7 @@ from ...apis.pictures import ResultFolder
 from ...engine import get_handle
 from ...errors import ToMeError
 from ...meters import process_peak, reset_process_peak
-from ...models import find_host
+from ...models import find_adapter
 from .subject import is_aside, model_of
 
 
@@ -134,7 +134,7 @@ class Recorder:
     """
 
     def __init__(self, model: nn.Module, warm_up: int, steps: int) -> None:
-        host, network = find_host(model)
+        adapter, network = find_adapter(model)
         self.handle = get_handle(model)
         self.device = next(network.parameters()).device
         self.cuda = self.device.type == "cuda"
@@ -151,12 +151,12 @@ class Recorder:
         merged = None
         if self.handle is not None:
             merged = {(site["block"], site["kind"]) for site in self.handle.stats()}
-        for block in host.blocks(network):
+        for block in adapter.blocks(network):
             # Kinds that are no module of their own, or around more than one.
-            modules = {**block.sites, "block": block.module, "stack": block.stack}
+            modules = {**block.targets, "block": block.module, "stack": block.grid_module}
             if "attn" in modules:
                 modules["attn_kv"] = modules["attn"]
-            kinds = [k for k in modules if (block.name, k) in merged] if merged else block.sites
+            kinds = [k for k in modules if (block.name, k) in merged] if merged else block.targets
             for kind in kinds:
                 self._record(f"{block.name}.{kind}", kind, modules[kind])
             if kinds and "block" not in kinds:

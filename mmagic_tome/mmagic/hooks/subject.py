@@ -15,7 +15,7 @@ from torch import nn
 from ...apis.model_config import check_text_to_image
 from ...apis.text2image import Request
 from ...errors import ToMeError
-from ...models import find_host
+from ...models import find_adapter
 
 # Whether what the model does is a hook's business, and not the run's.
 _aside = ContextVar("aside", default=False)
@@ -49,7 +49,7 @@ def model_of(runner, needed_by: str, generates: bool = False) -> nn.Module:
     """
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     try:
-        find_host(model)
+        find_adapter(model)
     except ToMeError as error:
         raise ToMeError(
             f"{needed_by} needs a runner with a diffusion model, such as "
