@@ -7,6 +7,7 @@ adapter names; step caching intercepts the calls of the network and of its inner
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,7 @@ def apply_tome(
 
         return apply_options(found, {**_options_of(config), **options})
     config = ToMeConfig.coerce(config, **options)
-    chosen = [(config, one, blocks_to_merge(one.adapter, one.network, config)) for one in found]
+    chosen = _with_blocks(found, config)
     own = config.controlnet_config
     if own is not None:
         # Looked at before anything is changed, like the network itself.
@@ -122,7 +123,7 @@ def apply_cache(
     # A ControlNet's levels only go down, so nothing is inside them.
     network = tuple(one for one in configs if one.region == "network")
     if controlnet and network:
-        chosen += [(network, one) for one in find_controlnets(model)]
+        chosen += [(network, one) for one in find_controlnets(model, known=True)]
     for own, one in chosen:
         for cache in own:
             if cache.region == "inner":
@@ -177,14 +178,14 @@ def get_handle(
     if technique not in (None, "tome", "cache"):
         raise ToMeError(f"technique={technique!r} must be 'tome' or 'cache'; leave it out for both")
     try:
-        found = _denoisers_or_vit(model, None, quiet=True)
+        found = _denoisers_or_vit(model, None, warn=False)
     except ToMeError:
         return None
     if not isinstance(found, list):
         from .vit import get_vit_handle
 
         return None if technique == "cache" else get_vit_handle(found)
-    every = [*found, *find_controlnets(model)]
+    every = [*found, *find_controlnets(model, known=True)]
     for name, kind, handle in (("tome", TomePatch, ToMeHandle), ("cache", CachePatch, CacheHandle)):
         if technique not in (None, name):
             continue
@@ -196,11 +197,11 @@ def get_handle(
 
 
 def _denoisers_or_vit(
-    model: object, only: Sequence[str] | None, quiet: bool = False
+    model: object, only: Sequence[str] | None, warn: bool = True
 ) -> list[Denoiser] | Any:
     """The denoisers of a model; the model itself if it is a vision transformer."""
     try:
-        return find_denoisers(model, only=only, quiet=quiet)
+        return find_denoisers(model, only=only, warn=warn)
     except ToMeError:
         from .vit.families import find_vit
 
@@ -224,6 +225,22 @@ def _options_of(config: Any) -> Mapping[str, Any]:
             f"{type(config).__name__}"
         )
     return to_dict()
+
+
+def _with_blocks(found: list[Denoiser], config: ToMeConfig) -> list[tuple]:
+    """(config, denoiser, its blocks to merge); a denoiser that has none stays as it is, with a
+    warning, where another one has some."""
+    chosen, refused = [], []
+    for one in found:
+        try:
+            chosen.append((config, one, blocks_to_merge(one.adapter, one.network, config)))
+        except ToMeError as error:
+            refused.append((one, error))
+    for one, error in refused:
+        if not chosen:
+            raise error
+        warnings.warn(f"{one.name!r} stays as it is. {error}", stacklevel=3)
+    return chosen
 
 
 def _controlnets(model: object) -> list[Denoiser]:

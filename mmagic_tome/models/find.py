@@ -100,18 +100,24 @@ def find_denoisers(
     return served
 
 
-def find_controlnets(model: object) -> list[Denoiser]:
+def find_controlnets(model: object, *, known: bool = False) -> list[Denoiser]:
     """Return the ControlNets of a pipeline or MMagic model, empty if it has none.
 
     They are named 'controlnet', or 'controlnet.nets.0' and so on where there are several.
+
+    Args:
+        known: leave out those that no adapter describes. Default False: they are an error.
 
     Raises:
         ToMeError: a ControlNet that no adapter describes.
     """
     found = []
     for name, network in _controlnets(model).items():
-        adapter, network = find_adapter(network)
-        found.append(Denoiser(name, adapter, network))
+        served = _search(network).served
+        if served:
+            found.append(Denoiser(name, served[0].adapter, served[0].network))
+        elif not known:
+            find_adapter(network)  # says why there is none
     return found
 
 
