@@ -13,11 +13,11 @@ import argparse
 import warnings
 
 import torch
+from mmagic_tome.temporal import Memory
 
 from mmagic_tome.apis import asset_path
 from mmagic_tome.apis.files import whole_file
 from mmagic_tome.models import find_adapter
-from mmagic_tome.temporal import Memory
 
 PROMPTS = ("rocket", "panda", "red apple", "pizza", "guitar", "octopus", "crown", "robot")
 ORDERS = (0, 1, 2)

@@ -30,14 +30,10 @@ class Timeline:
         model: what the user patched; its scheduler is looked up at every run, since users replace
             it. Held weakly.
         scale (float | None): timestep of pure noise, see ``ModelAdapter.timestep_scale``.
-        warn: (topic, message) -> warns once.
     """
 
-    def __init__(
-        self, model: object, scale: float | None, warn: Callable[[str, str], None]
-    ) -> None:
+    def __init__(self, model: object, scale: float | None) -> None:
         self.scale = scale
-        self.warn = warn
         try:
             self._model: Callable[[], Any] | None = weakref.ref(model)
         except TypeError:

@@ -3,9 +3,9 @@ import json
 
 import numpy as np
 import pytest
+from mmagic_tome.reuse import Scope
 
 from mmagic_tome import ToMeConfig, ToMeError
-from mmagic_tome.reuse import Scope
 from mmagic_tome.schedules import Place
 
 

@@ -10,7 +10,7 @@ from tiny import tiny_inputs, tiny_unet
 from torch import nn
 
 from mmagic_tome import ToMeConfig, ToMeError, apply_tome, get_handle, remove_tome
-from mmagic_tome.engine import MergeState
+from mmagic_tome.apply import MergeState
 
 EVERYTHING = dict(max_downsample=8, merge_attn=True, merge_crossattn=True, merge_mlp=True)
 

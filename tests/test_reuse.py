@@ -6,6 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from mmagic_tome.presets import PRESETS
+from mmagic_tome.reuse import Reuse, Scope
+from mmagic_tome.temporal import Memory
 from mmengine.config import ConfigDict
 from support_table import scopes_of
 from tiny import QUICK, tiny_inputs, tiny_model, tiny_sd_folder, tiny_unet
@@ -13,9 +16,6 @@ from tiny_pipelines import NETWORKS
 from tiny_transformers import TRANSFORMERS
 
 from mmagic_tome import ToMeConfig, ToMeError, apply_tome
-from mmagic_tome.presets import PRESETS
-from mmagic_tome.reuse import Reuse, Scope
-from mmagic_tome.temporal import Memory
 
 STEPS = (900, 800, 700, 600, 500, 400, 300, 200, 100)
 WIDE = dict(steps=2, between=(0.0, 1.0))

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
+from mmagic_tome.reuse import Reuse
 from tiny import tiny_model, tiny_sd_folder
 
 from mmagic_tome import apply_tome
-from mmagic_tome.reuse import Reuse
-from mmagic_tome.samplers import scheduler_name, warn_of_paying_back
+from mmagic_tome.schedulers import scheduler_name, warn_of_paying_back
 
 PAID_BACK = Reuse(network=dict(steps=2), deep=dict(steps=2, repay=0.5))
 

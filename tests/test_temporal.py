@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from mmagic_tome.temporal import Memory, Refresh, Residual, Run
 from tiny import tiny_inputs, tiny_unet
 
 from mmagic_tome import ToMeConfig, ToMeError, apply_tome
-from mmagic_tome.temporal import Memory, Refresh, Residual, Run
 
 STEPS = (900, 700, 500, 300, 100)
 

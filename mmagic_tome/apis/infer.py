@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from .. import ToMeError, apply_tome, get_handle
-from ..samplers import scheduler_name
+from ..schedulers import scheduler_name
 from ..version import __version__
 from .command_line import check_default
 from .model_config import (

@@ -27,9 +27,9 @@ from ..apis.model_config import (
     load_config,
 )
 from ..apis.text2image import Generator
-from ..engine import remove_tome
+from ..apply import remove_tome
 from ..errors import ToMeError
-from ..samplers import scheduler_name
+from ..schedulers import scheduler_name
 from .dry_run import dry_run
 from .generate import PictureRequest, fingerprint, make_pictures, too_long
 from .plan import Plan, make_plan

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..apis.text2image import Generator, Request
 from ..errors import ToMeError
-from ..samplers import scheduler_name
+from ..schedulers import scheduler_name
 from .contenders import Contender
 from .prompts import Prompt
 from .store import RunFolder

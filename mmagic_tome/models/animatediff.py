@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..merging.frames import FramesPlan
+from ..merging.frames import FramePlan
 from .base import Block, is_a
 from .diffusers_unet import DiffusersUNet
 
@@ -60,11 +60,11 @@ class AnimateDiffUNet(DiffusersUNet):
     def adapt(
         self, target: str, plan: Any, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        if not isinstance(plan, FramesPlan):
+        if not isinstance(plan, FramePlan):
             return args, kwargs
         # Merged tokens of a clip are one batch entry, so the text is needed once per clip.
         once = {
-            name: kwargs[name][:: plan.frames]
+            name: kwargs[name][:: plan.num_frames]
             for name in _PER_FRAME
             if isinstance(kwargs.get(name), Tensor) and kwargs[name].shape[0] == plan.batch
         }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ToMeError
-from ..merging.beside import beside
+from ..merging.joint import joint_plan as beside
 
 # Names of the table among the keyword arguments of blocks and attention.
 _NAMES = ("image_rotary_emb", "rotary_emb", "freqs_cis")

@@ -159,7 +159,7 @@ def with_tokens(x: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, 
 
 def record(context: TomeContext, target: Target, x: Tensor, plan: Any) -> None:
     """Note a call, in tokens of the image."""
-    frames = plan.frames if isinstance(plan, FramePlan) else context.frames
+    frames = plan.num_frames if isinstance(plan, FramePlan) else context.frames
     tokens = x.shape[1] * frames
     kept = tokens if plan is None else plan.num_slots
     text = 0

@@ -29,13 +29,13 @@ from ..apis.model_config import (
     merging_config,
 )
 from ..apis.text2image import Generator, Request
-from ..engine import remove_tome
+from ..apply import remove_tome
 from ..errors import ToMeError
 from ..evaluation.generate import PictureRequest, fingerprint, too_long
 from ..evaluation.prompts import Prompt, load_prompts
 from ..models import find_adapter
 from ..presets import PRESETS
-from ..samplers import scheduler_name
+from ..schedulers import scheduler_name
 from ..version import __version__
 from .check import check
 from .costs import costs_of, measure_costs, space_of

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..engine import get_handle
+from ..apply import get_handle
 from ..models import find_adapter
 
 

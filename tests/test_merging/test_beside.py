@@ -1,9 +1,9 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 import pytest
 import torch
+from mmagic_tome.merging.beside import BesidePlan, apart, beside, together
 
 from mmagic_tome.merging import MergePlan
-from mmagic_tome.merging.beside import BesidePlan, apart, beside, together
 
 SLOT = torch.tensor([[0, 1, 0, 2], [2, 2, 1, 0]])
 # Where the picture begins, in sequences of four of its tokens and three others.

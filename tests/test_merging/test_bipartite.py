@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from mmagic_tome.merging.bipartite import (
     DISTANCES,
     PARTITIONS,

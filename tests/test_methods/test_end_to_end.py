@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 from method_requests import SPECS, name_of, request, tokens
+from mmagic_tome.hooks import Draw
 from tiny import tiny_inputs, tiny_unet
 
 from mmagic_tome import ToMeConfig, ToMeError, apply_tome
-from mmagic_tome.hooks import Draw
 from mmagic_tome.methods import METHODS, build_method
 
 STEPS = (900, 600, 300)

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmagic_tome.hooks import BlockPreHook
 from tiny_transformers import PIPELINES, TEXT, TRANSFORMERS, image_ids
 from torch import nn
 
 from mmagic_tome import ToMeError, apply_tome, get_handle
-from mmagic_tome.hooks import BlockPreHook
 from mmagic_tome.merging import MergePlan
 from mmagic_tome.methods import METHODS
 from mmagic_tome.models import ADAPTERS, find_adapter, rotary

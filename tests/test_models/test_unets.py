@@ -120,7 +120,7 @@ def test_variants_of_the_block(norm_type, attention_type):
     from diffusers.models.attention import BasicTransformerBlock
     from torch import nn
 
-    from mmagic_tome.engine import get_handle
+    from mmagic_tome.apply import get_handle
 
     class Stack(nn.Module):
         def __init__(self):

@@ -3,8 +3,9 @@
 
 from dataclasses import replace
 
-from mmagic_tome import ToMeConfig
 from mmagic_tome.presets import PRESETS
+
+from mmagic_tome import ToMeConfig
 from mmagic_tome.schedules import Place, RatioSchedule
 from mmagic_tome.tuning.space import Candidate, Merge, Part, Space, Window, candidate_of
 

@@ -14,8 +14,9 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
-from ...engine import ToMeHandle, get_handle
+from ...apply import get_handle
 from ...errors import ToMeError
+from ...handle import ToMeHandle
 from .subject import aside, model_of, request_of, undisturbed
 
 

@@ -17,7 +17,7 @@ from mmengine.registry import LOOPS
 from mmengine.runner.base_loop import BaseLoop
 from torch import Tensor
 
-from ...engine import get_handle
+from ...apply import get_handle
 from ...errors import ToMeError
 from .subject import model_of, request_of, undisturbed
 

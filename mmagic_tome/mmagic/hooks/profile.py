@@ -14,7 +14,7 @@ from mmengine.registry import HOOKS
 from torch import nn
 
 from ...apis.pictures import ResultFolder
-from ...engine import get_handle
+from ...apply import get_handle
 from ...errors import ToMeError
 from ...meters import process_peak, reset_process_peak
 from ...models import find_adapter

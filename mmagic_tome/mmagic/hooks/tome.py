@@ -11,8 +11,8 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
+from ...apply import apply_tome, get_handle
 from ...config import ToMeConfig
-from ...engine import apply_tome, get_handle
 from ...errors import ToMeError
 from ..spellings import read
 from .subject import model_of
