@@ -32,34 +32,80 @@ class Region:
         self.skipped = 0
 
 
-class RegionState:
-    """What one guidance branch of one run keeps of a region.
+class SkipRule:
+    """Whether to skip a region at each step of a run.
 
-    Attributes:
-        history (OutputHistory): of its last module.
-        placeholders (dict): number of another module -> shapes of its output.
-        in_a_row (int): steps for which it has been skipped by now.
+    Args:
+        config (StepCacheConfig): of the region.
     """
 
     def __init__(self, config: StepCacheConfig) -> None:
         self.config = config
-        self.history = OutputHistory(config.order, config.error_feedback)
-        self.placeholders: dict[int, Placeholder] = {}
         self.in_a_row = 0
 
-    def may_skip(self, run: Run) -> bool:
-        """Whether to skip the region at the present step; noted."""
+    def __call__(self, remaining: float | None, last: bool, known: int) -> bool:
+        """Decide for the next step.
+
+        Args:
+            remaining: share of the run that remains; None if unknown.
+            last: whether it is the run's last step.
+            known: how many outputs there are to extrapolate from.
+        """
         skip = (
-            run.remaining is not None
-            and in_range(run.remaining, self.config.timestep_range)
-            and not run.last
-            and len(self.history) > self.config.order
+            remaining is not None
+            and in_range(remaining, self.config.timestep_range)
+            and not last
+            and known > self.config.order
             and self.in_a_row < self.config.interval - 1
-            # No line leads through two outputs at one timestep.
-            and run.time != self.history.times[-1]
         )
         self.in_a_row = self.in_a_row + 1 if skip else 0
         return skip
+
+
+def skips_of_run(configs: Sequence[StepCacheConfig], num_steps: int) -> list[set[str]]:
+    """The regions that are skipped at each step of a run, without running it.
+
+    Args:
+        configs: step caches, the larger region first.
+        num_steps: steps of the scheduler.
+    """
+    rules = {config.region: SkipRule(config) for config in configs}
+    known = dict.fromkeys(rules, 0)
+    steps = []
+    for step in range(num_steps):
+        remaining = (num_steps - 1 - step) / num_steps
+        skipped: set[str] = set()
+        for region, rule in rules.items():
+            if rule(remaining, step == num_steps - 1, known[region]):
+                skipped.add(region)
+            else:
+                known[region] += 1
+            if "network" in skipped:
+                break  # the inner region is part of it
+        steps.append(skipped)
+    return steps
+
+
+class RegionState:
+    """What one guidance branch of one run keeps of a region.
+
+    Attributes:
+        rule (SkipRule): when it is skipped.
+        history (OutputHistory): of its last module.
+        placeholders (dict): number of another module -> shapes of its output.
+    """
+
+    def __init__(self, config: StepCacheConfig) -> None:
+        self.rule = SkipRule(config)
+        self.history = OutputHistory(config.order, config.error_feedback)
+        self.placeholders: dict[int, Placeholder] = {}
+
+    def may_skip(self, run: Run) -> bool:
+        """Whether to skip the region at the present step; noted."""
+        # No line leads through two outputs at one timestep.
+        repeated = bool(self.history.times) and run.time == self.history.times[-1]
+        known = 0 if repeated else len(self.history)
+        return self.rule(run.remaining, run.last, known)
 
 
 class CacheContext(Context):
