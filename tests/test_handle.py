@@ -3,10 +3,12 @@ import copy
 import gc
 import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from denoise import denoise, denoising
+from denoise import denoise, denoising, outputs_at
+from diffusers import UNet2DConditionModel
 from tiny import tiny_inputs, tiny_unet
 
 from mmagic_tome import ToMeConfig, ToMeError, apply_cache, apply_tome, get_handle, remove_tome
@@ -46,7 +48,7 @@ def test_nested_with_puts_the_outer_one_back(unet):
             assert middle.active and not inner.active
             assert get_handle(unet).ratio == 0.5 and torch.equal(run(unet), halved)
         assert outer.active and get_handle(unet).ratio == 0.25
-        outer.reset()
+        outer.reset_stats()
         assert torch.equal(run(unet), expected)
         assert {(row["kept"], row["calls"]) for row in outer.stats()} == {(192, 1)}
     assert torch.equal(run(unet), baseline) and not hooks_of(unet)
@@ -97,15 +99,19 @@ def test_stats_count_and_reset(unet):
     run(unet)
     rows = handle.stats()
     assert [row["kind"] for row in rows] == ["attn", "mlp"] * 3
-    # Two sites of a block share one plan.
+    # Two targets of a block share one plan.
     assert all(row["calls"] == 2 and row["plans"] == 2 for row in rows)
     assert all((row["tokens"], row["kept"]) == (256, 128) for row in rows)
     assert set(rows[0]) == {
         *("target", "block", "kind", "downsample", "tokens", "kept"),
         *("calls", "unmerged_calls", "plans"),
     }
-    handle.reset()
-    assert all(row["tokens"] is None and row["plans"] == 0 for row in handle.stats())
+    handle.ratio = 0
+    run(unet)
+    assert {(row["calls"], row["unmerged_calls"]) for row in handle.stats()} == {(3, 1)}
+    handle.reset_stats()
+    empty = {"tokens": None, "kept": None, "calls": 0, "unmerged_calls": 0, "plans": 0}
+    assert all({**row, **empty} == row for row in handle.stats())
 
 
 def test_summary_reads(unet):
@@ -127,3 +133,122 @@ def test_config_object_and_bad_ratio_assignment(unet):
     assert handle.ratio == 0.5
 
 
+def test_description_names_what_differs_from_the_default(unet):
+    assert apply_tome(unet).description == "ratio 0.5, cells 2x2, random destinations"
+    options = dict(ratio=dict(base=0.25), sx=3, use_rand=False, prop_attn=True, plan_interval=4)
+    said = apply_tome(unet, **options, residual=True, share_plans=True).description
+    for words in (
+        "ratio by schedule {'base': 0.25}",
+        "cells 3x2",
+        "regular destinations",
+        "proportional attention",
+        "plans computed every 4 steps",
+        "one plan per level",
+        "residual added",
+    ):
+        assert words in said
+    said = apply_tome(unet, method="prune", plan_interval=[0, 3]).description
+    assert "method 'prune'" in said and "plans computed at steps 0, 3" in said
+
+
+# --- step caching ---------------------------------------------------------------------------------
+
+
+def test_stats_and_summary_of_step_caching(unet):
+    handle = apply_cache(unet, "fast")
+    assert "not run yet" in handle.summary() and handle.network is unet
+    denoise(unet, tiny_inputs())
+    assert handle.stats() == [
+        {"region": "network", "computed": 6, "skipped": 3},
+        {"region": "inner", "computed": 4, "skipped": 2},
+    ]
+    text = handle.summary()
+    assert "step caching in UNet2DConditionModel" in text and "not run yet" not in text
+    assert "network every 2 steps in [0, 0.95)" in text and "inner every 2 steps" in text
+    assert text.splitlines()[-1].split() == ["inner", "4", "2"]
+    handle.reset_stats()
+    assert {(row["computed"], row["skipped"]) for row in handle.stats()} == {(0, 0)}
+    handle.remove()
+    assert "(removed)" in handle.summary() and "removed" in repr(handle)
+
+
+def test_nested_with_puts_the_outer_cache_back(unet):
+    inputs = tiny_inputs()
+    with apply_cache(unet, interval=2) as outer:
+        expected = denoise(unet, inputs)
+        with apply_cache(unet, region="inner") as inner:
+            assert not outer.active and not torch.equal(denoise(unet, inputs), expected)
+            with apply_tome(unet):  # the other technique replaces nothing
+                assert inner.active
+        assert outer.active and not inner.active
+        assert torch.equal(denoise(unet, inputs), expected)
+    assert get_handle(unet) is None and type(unet) is UNet2DConditionModel
+
+
+# --- both -----------------------------------------------------------------------------------------
+
+APPLY = dict(
+    merging=lambda unet: apply_tome(unet, **EVERYTHING),
+    residual=lambda unet: apply_tome(unet, plan_interval=2, residual=True),
+    cache=lambda unet: apply_cache(unet, interval=3),
+    inner=lambda unet: apply_cache(unet, region="inner"),
+)
+
+
+@pytest.mark.parametrize("apply", APPLY.values(), ids=APPLY)
+def test_disabled_is_the_baseline_in_this_thread_alone(unet, apply):
+    inputs = tiny_inputs()
+    baseline = denoise(unet, inputs)
+    handle = apply(unet)
+    expected = denoise(unet, inputs)
+    assert not torch.equal(expected, baseline)
+    with handle.disabled():
+        assert torch.equal(denoise(unet, inputs), baseline)
+        with handle.disabled():
+            pass
+        assert torch.equal(denoise(unet, inputs), baseline)
+        with ThreadPoolExecutor(1) as thread:
+            assert torch.equal(thread.submit(denoise, unet, inputs).result(), expected)
+    assert torch.equal(denoise(unet, inputs), expected)
+    with pytest.raises(KeyError), handle.disabled():
+        raise KeyError
+    assert torch.equal(denoise(unet, inputs), expected)
+
+
+@pytest.mark.parametrize("forget", ["disabled", "reset_run"])
+@pytest.mark.parametrize(("name", "steps"), [("residual", 1), ("cache", 2)])
+def test_a_run_that_is_forgotten_begins_anew(unet, name, steps, forget):
+    inputs = tiny_inputs()
+    handle = APPLY[name](unet)
+
+    def next_one(forgets):
+        loop = denoising(unet, inputs)
+        for _ in range(steps):
+            next(loop)
+        if forgets == "disabled":
+            with handle.disabled():
+                pass
+        elif forgets == "reset_run":
+            handle.reset_run()
+        return next(loop)
+
+    kept, anew = next_one(None), next_one(forget)
+    handle.remove()
+    # The first step of a run is the baseline.
+    assert torch.equal(anew.output[None], outputs_at(unet, inputs, [anew]))
+    assert not torch.equal(kept.output, anew.output)
+
+
+@pytest.mark.parametrize("apply", APPLY.values(), ids=APPLY)
+def test_a_handle_keeps_no_model_alive(apply):
+    network = tiny_unet(levels=3)
+    handle = apply(network)
+    run(network)
+    gone = weakref.ref(network)
+    del network
+    gc.collect()
+    assert gone() is None and handle.network is None and not handle.active
+    assert "removed" in handle.summary()
+    handle.remove()
+    with handle:
+        pass
