@@ -3,7 +3,6 @@ import json
 import pickle
 
 import pytest
-from mmengine.config import ConfigDict
 
 from mmagic_tome import StepCacheConfig, ToMeError
 from mmagic_tome.cache import PRESETS, coerce_cache, to_plain
@@ -47,10 +46,13 @@ def test_options_and_dicts():
     for given in (one, one.to_dict(), dict(region="inner", interval=3), [one], (one,)):
         assert coerce_cache(given) == (one,)
     assert coerce_cache(one, interval=4, order=0) == (one.replace(interval=4, order=0),)
-    # As mmengine hands it over.
-    assert coerce_cache(ConfigDict(region="inner", interval=3)) == (one,)
-    assert coerce_cache([ConfigDict(region="inner", interval=3)]) == (one,)
     assert coerce_cache("quality", interval=3) == (PRESETS["quality"][0].replace(interval=3),)
+
+
+def test_dicts_of_mmengine():
+    mmengine = pytest.importorskip("mmengine")
+    given, one = mmengine.ConfigDict(region="inner", interval=3), StepCacheConfig("inner", 3)
+    assert coerce_cache(given) == coerce_cache([given]) == (one,)
 
 
 def test_the_larger_region_comes_first():
