@@ -76,7 +76,7 @@ class ToMeConfig:
             there, a dict of those that differ there. Default False: the UNet only.
         across_frames (bool): in video UNets that work frame by frame (AnimateDiff) merge the tokens
             of all frames of a clip together; self-attention then joins the frames, see
-            :class:`~mmagic_tome.merging.frames.FramesPlan`. Default False: frame by frame.
+            :class:`~mmagic_tome.merging.frames.FramePlan`. Default False: frame by frame.
 
     Raises:
         ToMeError: wrong type or range; says the key, the value, what is

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from .errors import ToMeError
 from .graphs import Outside
 from .merging import MergePlan
-from .merging.beside import BesidePlan, apart
-from .merging.frames import FramesPlan, as_clips
+from .merging.frames import FramePlan, as_clips
+from .merging.joint import JointPlan, split_sequence
 from .merging.random import hashed_integers, step_key
 from .merging.reductions import PrunedPlan
 from .methods import Method, PlanRequest
@@ -177,7 +177,7 @@ class BlockPreHook(StepHook):
         if block.text_beside and tokens > height * width:
             text = tokens - height * width
             before = text if forward.before is None else forward.before
-            _, metric = apart(metric.detach(), text, before)
+            _, metric = split_sequence(metric.detach(), text, before)
         elif tokens != height * width:
             raise ToMeError(
                 f"{block.name} was given {tokens} tokens for a grid of {height}x{width}; "
@@ -250,19 +250,19 @@ class BlockPreHook(StepHook):
             downsample=block.downsample,
             level=len({b.downsample for b in state.blocks if b.downsample < block.downsample}),
             depth=block.depth,
-            depths=len(state.blocks),
+            num_blocks=len(state.blocks),
             step=max(forward.run.step, 0),
-            noise=forward.noise,
+            timestep=forward.noise,
             exact=config.exact_matching,
             layout=Layout(state, block, metric.device),
             draw=Draw(state, block, metric.device),
-            heat=forward.run.heat,
+            guidance_map=forward.run.heat,
         )
         plan = method.plan(metric.detach(), ratio, request)
         if plan is not None and not torch.compiler.is_compiling():
             block.plans += 1
         if plan is not None and forward.frames > 1:
-            return FramesPlan(plan, forward.frames)
+            return FramePlan(plan, forward.frames)
         return plan
 
 
@@ -364,7 +364,7 @@ class CarriedPreHook(StepHook):
             site.saw(x.shape[1] * forward.frames - _text(forward, site, x), 0)
             alone = PrunedPlan(
                 torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device),
-                torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device),
+                1,
             )
             return state.host.adapt(site.name, alone, *_with_tokens(x[:, :1], args, kwargs))
         if plan is None:
@@ -503,7 +503,7 @@ def _plan_before(forward: Forward, site: SiteState, x: Tensor) -> MergePlan | No
     plan = forward.plans.get(site.kind)
     if plan is None or not site.text_beside:
         return plan
-    return BesidePlan(plan, x.shape[1] - plan.num_tokens, forward.before)
+    return JointPlan(plan, x.shape[1] - plan.num_tokens, forward.before)
 
 
 def _plan_after(forward: Forward, site: SiteState, y: Tensor) -> MergePlan | None:
@@ -511,7 +511,7 @@ def _plan_after(forward: Forward, site: SiteState, y: Tensor) -> MergePlan | Non
     plan = forward.plans.get(site.kind)
     if plan is None or not site.text_beside:
         return plan
-    return BesidePlan(plan, y.shape[1] - plan.num_slots, forward.before)
+    return JointPlan(plan, y.shape[1] - plan.num_slots, forward.before)
 
 
 def _text(forward: Forward, site: SiteState, x: Tensor) -> int:
@@ -525,8 +525,8 @@ def _text(forward: Forward, site: SiteState, x: Tensor) -> int:
 def _saw(forward: Forward, site: SiteState, x: Tensor, plan: MergePlan | None) -> None:
     """Note a call, in tokens of the picture."""
     # A backward that runs a block again does so when the grid is forgotten.
-    text = plan.count if isinstance(plan, BesidePlan) else _text(forward, site, x)
-    frames = plan.frames if isinstance(plan, FramesPlan) else forward.frames
+    text = plan.num_text_tokens if isinstance(plan, JointPlan) else _text(forward, site, x)
+    frames = plan.num_frames if isinstance(plan, FramePlan) else forward.frames
     tokens = x.shape[1] * frames
     kept = tokens if plan is None else plan.num_slots
     site.saw(tokens - text, kept - text)

@@ -1,31 +1,64 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Which tokens become one, and how.
+"""Which tokens become one, and how: functions of tensors, and the plans they return.
 
-Pure functions of tensors and the :class:`MergePlan` they return. Nothing here
-knows of models, configs or libraries other than torch.
+Depends on torch alone.
 """
 
-from .bipartite import (
+from .facility import facility_location
+from .frames import FramePlan, as_clips
+from .grid2d import GridLayout, grid_layout, random_layout, regular_layout
+from .joint import JointPlan, join_sequence, joint_plan, split_sequence
+from .matching import (
+    bipartite_match,
+    nearest_destination,
+    plan_of_edges,
+    strongest,
+    tokens_to_remove,
+)
+from .matrix import MatrixPlan
+from .plan import IndexPlan, MergePlan, Plan
+from .reductions import MlerpPlan, PrunedPlan
+from .sequence import (
+    Match,
     bipartite_soft_matching,
     kth_bipartite,
+    match_tokens,
     merge_source,
     merge_wavg,
     random_bipartite,
 )
-from .grid2d import GridLayout, random_layout, regular_layout
-from .matching import bipartite_match, tokens_to_remove
-from .plan import MergePlan
+from .windows import Windows, make_windows
 
 __all__ = [
+    "FramePlan",
     "GridLayout",
+    "IndexPlan",
+    "JointPlan",
+    "Match",
+    "MatrixPlan",
     "MergePlan",
+    "MlerpPlan",
+    "Plan",
+    "PrunedPlan",
+    "Windows",
+    "as_clips",
     "bipartite_match",
     "bipartite_soft_matching",
+    "facility_location",
+    "grid_layout",
+    "join_sequence",
+    "joint_plan",
     "kth_bipartite",
+    "make_windows",
+    "match_tokens",
     "merge_source",
     "merge_wavg",
+    "nearest_destination",
+    "plan_of_edges",
     "random_bipartite",
     "random_layout",
     "regular_layout",
+    "split_sequence",
+    "strongest",
     "tokens_to_remove",
 ]

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Two tokens that cover each other gain exactly the same on paper: what rounding makes of it must
-# not decide, or the choice would differ between devices and batch sizes.
+# Two tokens that cover each other gain exactly the same on paper: rounding must not decide, or the
+# choice would differ between devices and batch sizes.
 _TIE = 1e-4
 
 
@@ -17,10 +17,10 @@ def facility_location(similarity: Tensor, count: int) -> Tensor:
 
     f is submodular and monotone, so the greedy set reaches at least 1 - 1/e of the best one's
     value above the empty set's (Nemhauser et al., 1978). With m_i the best similarity of token i
-    to what is chosen so far (-1, the smallest cosine, before the first), each round adds the j
+    to the tokens chosen so far (-1, the smallest cosine, before the first), each round adds the j
     with the largest gain sum_i max(0, S_ij - m_i), the first of those within 1e-4 of it.
 
-    The rounds follow one another; each is one pass over S for all groups at once.
+    Rounds are sequential; each is one pass over S for all groups at once.
 
     Args:
         similarity (Tensor): (G, n, n) floating, symmetric, in [-1, 1]; G independent groups.
@@ -35,7 +35,7 @@ def facility_location(similarity: Tensor, count: int) -> Tensor:
     first = torch.arange(tokens, 0, -1, device=similarity.device)
     chosen = []
     for _ in range(count):
-        # Rows instead of columns, which is the same by symmetry, are next to each other in memory.
+        # Rows instead of columns, which is the same by symmetry, are contiguous in memory.
         gain = (similarity - covered).clamp_min_(0).sum(dim=-1)
         gain = gain.masked_fill_(taken, -1)
         good = gain >= gain.amax(dim=-1, keepdim=True) - _TIE

@@ -3,7 +3,7 @@
 
 Source: "Token Merging for Fast Stable Diffusion" (Bolya and Hoffman, CVPRW
 2023, arXiv 2303.17604), section 4: partitioning tokens by cells of sy x sx,
-with one random destination in each, keeps destinations spread over the picture.
+with one random destination in each, keeps destinations spread over the image.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from .random import hashed_integers
 
 @dataclass(frozen=True)
 class GridLayout:
-    """Partitions of the tokens of a grid into destinations and sources, one per site.
+    """Partitions of the tokens of a grid into destinations and sources.
 
-    Only where in its cell a destination lies is kept, a byte per cell; indices are made of it
-    when they are asked for. So what waits for the blocks to come takes next to no memory.
+    Only the position of the destination inside its cell is stored, as a rule in a byte per cell;
+    indices are computed on request. Layouts drawn ahead for later blocks take next to no memory.
 
     Attributes:
-        offset (Tensor): (L, cells) uint8 position of the destination inside every cell, in
+        offset (Tensor): (L, cells) integer position of the destination inside every cell, in
             raster order; L layouts.
         height, width (int): the grid in tokens, N = height * width.
         sx, sy (int): cell width and height in tokens.
@@ -54,7 +54,7 @@ class GridLayout:
         """From (..., cells) offsets to (..., D) destinations and (..., S) sources.
 
         All shapes are known beforehand: instead of sorting a mask, the sources of a
-        cell are enumerated as the positions 0 .. k-1 with the destination's left out.
+        cell are enumerated as the positions 0 .. k-1 without the destination's.
         """
         height, width, sx, sy = self.height, self.width, self.sx, self.sy
         device, offset = offset.device, offset.to(torch.int64)
@@ -77,12 +77,12 @@ class GridLayout:
 def regular_layout(
     height: int, width: int, sx: int = 2, sy: int = 2, device: torch.device | str = "cpu"
 ) -> GridLayout:
-    """One layout, the top-left token of every complete sy x sx cell being its destination.
+    """One layout: the top-left token of every complete sy x sx cell is its destination.
 
     Args:
-        height, width (int): the grid in tokens; token i lies at (i // width, i % width).
+        height, width (int): the grid in tokens; token i is at (i // width, i % width).
         sx, sy (int): cell width and height in tokens, default 2.
-        device: where the indices live.
+        device: of the indices.
 
     Returns:
         GridLayout: L = 1, D = (height // sy) * (width // sx). Tokens of
@@ -90,7 +90,7 @@ def regular_layout(
     """
     cells = (height // sy) * (width // sx)
     offset = torch.zeros(1, cells, dtype=torch.int64, device=device)
-    return _layout(offset, height, width, sx, sy)
+    return grid_layout(offset, height, width, sx, sy)
 
 
 def random_layout(
@@ -106,9 +106,9 @@ def random_layout(
 ) -> GridLayout:
     """``count`` independent layouts with a random destination in every complete cell.
 
-    All of them come out of one vectorised computation, so that a UNet forward
-    draws the layouts of all its blocks of one grid at once. The same arguments
-    always give the same layouts; no generator is touched.
+    One vectorised computation draws them all, so that a UNet forward draws the layouts of all its
+    blocks of one grid at once. The same arguments always return the same layouts; no generator is
+    read.
 
     Args:
         height, width, sx, sy, device: as in :func:`regular_layout`.
@@ -121,12 +121,13 @@ def random_layout(
     """
     cells = (height // sy) * (width // sx)
     offset = hashed_integers(sx * sy, seed, step, count, cells, torch.device(device))
-    return _layout(offset, height, width, sx, sy)
+    return grid_layout(offset, height, width, sx, sy)
 
 
-def _layout(offset: Tensor, height: int, width: int, sx: int, sy: int) -> GridLayout:
-    """Layouts from the position of the destination inside every cell, (L, cells)."""
-    return GridLayout(offset.to(torch.uint8), height, width, sx, sy)
+def grid_layout(offset: Tensor, height: int, width: int, sx: int, sy: int) -> GridLayout:
+    """Layouts from the (L, cells) position of the destination inside every cell."""
+    kind = torch.uint8 if sx * sy <= 256 else torch.int32
+    return GridLayout(offset.to(kind), height, width, sx, sy)
 
 
 def _inside(position: Tensor, width: int, sx: int) -> Tensor:

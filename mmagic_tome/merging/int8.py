@@ -1,10 +1,10 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Nearest destinations by 8-bit dot products, for CPUs that have instructions for them.
 
-In full precision the product of all sources with all destinations is nearly all that token
-merging costs on a CPU. In 8 bits (AVX512-VNNI) it takes a fifth of the time. Only the choice of a
-source's destination is made from it, with sums in exact 32-bit integers; how similar the two are,
-and so which sources merge, is worked out in full precision afterwards.
+The product of all sources with all destinations is nearly the whole cost of token merging on a
+CPU. In 8 bits (AVX512-VNNI) it takes a fifth of the time. It only chooses a source's destination,
+with sums in exact 32-bit integers; their similarity, and so which sources merge, is computed in
+full precision afterwards.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def nearest_int8(
     of their common largest entry. Two destinations whose similarities to a source differ by less
     than about 0.5 % may be confused; the similarity to the one chosen is in full precision.
 
-    One chunk of sources goes through all the steps before the next: everything that is
-    made for it stays in the cache, where tensors for all sources would be written to memory.
+    One chunk of sources goes through all the steps before the next: its intermediate tensors stay
+    in the cache, where those of all sources would be written to memory.
 
     Args:
         metric (Tensor): (B, N, C) floating, on a CPU, C > 1.

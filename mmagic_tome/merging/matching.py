@@ -1,22 +1,30 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Bipartite soft matching between given sources and destinations.
 
-Source: "Token Merging: Your ViT But Faster" (Bolya et al., ICLR 2023, arXiv
-2210.09461), section 3.2, with the partition left to the caller as in arXiv
-2303.17604, section 4.
+1. :func:`nearest_destination`: every source draws one edge;
+2. :func:`strongest`, or another rule: which edges merge;
+3. :func:`plan_of_edges`: the plan.
+
+:func:`bipartite_match` is the three of them.
+
+Source: "Token Merging: Your ViT But Faster" (Bolya et al., ICLR 2023, arXiv 2210.09461), section
+3.2, with the partition left to the caller as in arXiv 2303.17604, section 4.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import int8
-from .plan import MergePlan
+from .plan import IndexPlan
+from .reductions import REDUCTIONS
 
 # Largest number of similarities held at a time. On a CPU a chunk that stays in the cache
-# is as fast as any larger one (2**19 to 2**22 measure alike); a GPU wants rows to fill it.
+# is as fast as any larger one (2**19 to 2**22 measure the same); a GPU needs rows to fill it.
 _MAX_SCORES_CPU = 1 << 19
 _MAX_SCORES_GPU = 1 << 25
 
@@ -26,7 +34,6 @@ def tokens_to_remove(tokens: int, sources: int, ratio: float) -> int:
     return min(int(tokens * ratio), sources)
 
 
-@torch.no_grad()
 def bipartite_match(
     metric: Tensor,
     destinations: Tensor,
@@ -34,84 +41,180 @@ def bipartite_match(
     r: int,
     max_scores: int | None = None,
     exact: bool = True,
-) -> MergePlan:
-    """Merge the r sources that have the closest destinations into them.
+    reduction: str = "mean",
+) -> IndexPlan:
+    """Merge the r sources with the most similar destinations into them.
 
-    Every source draws one edge to the destination with the largest cosine
-    similarity; the r best edges merge, all other sources stay. No gradient
-    flows through the matching.
-
-    Slots are numbered destinations first, in the order given, then the sources
-    that stay.
+    Every source draws one edge to the destination with the largest cosine similarity; the r best
+    edges merge (the first among equals), all other sources stay. No gradient flows through the
+    matching.
 
     Args:
         metric (Tensor): (B, N, C) floating; what similarity is measured on.
-        destinations (Tensor): (D,) int64 token indices, D >= 1, the same for the whole batch.
-        sources (Tensor): (S,) int64 token indices; with the destinations all N tokens.
+        destinations (Tensor): (D,) or (B, D) int64 token indices, D >= 1.
+        sources (Tensor): (S,) or (B, S) int64 token indices; with the destinations all N tokens.
         r (int): tokens to remove, 0 <= r <= S.
-        max_scores (int | None): bound on the similarities held at a time (of
-            all B * S * D); default 2**19 on a CPU, 2**25 elsewhere. At least
-            one row of B * D is always held.
-        exact (bool): default True. False: where the CPU has fast 8-bit products, choose
-            each source's destination by them (:mod:`.int8`), at a third of the time; elsewhere
-            the same as True.
+        max_scores (int | None): see :func:`best_scores`.
+        exact (bool): see :func:`nearest_destination`.
+        reduction (str): see :func:`plan_of_edges`.
 
     Returns:
-        MergePlan: N -> N - r tokens.
+        IndexPlan: N -> N - r tokens, slots numbered as by :func:`plan_of_edges`.
 
     Raises:
         ValueError: no destinations, r out of range, or indices that do not add up to N.
     """
-    batch, tokens, _ = metric.shape
-    num_dst, num_src = destinations.shape[0], sources.shape[0]
+    tokens, num_dst, num_src = metric.shape[1], destinations.shape[-1], sources.shape[-1]
     if num_dst == 0:
         raise ValueError("at least one destination is needed")
     if num_dst + num_src != tokens:
         raise ValueError(f"{num_dst} destinations + {num_src} sources != {tokens} tokens")
     if not 0 <= r <= num_src:
         raise ValueError(f"r must be in [0, {num_src}], got {r}")
-
-    best, nearest = _nearest_destination(metric, destinations, sources, max_scores, exact)
-    if r == num_src:
-        source_slot = nearest
-    else:
-        order = best.argsort(dim=-1, descending=True)
-        stay = torch.arange(num_dst, tokens - r, device=metric.device).expand(batch, -1)
-        source_slot = nearest.scatter(1, order[:, r:], stay)
-    slot = torch.empty(batch, tokens, dtype=torch.int64, device=metric.device)
-    slot[:, destinations] = torch.arange(num_dst, device=metric.device)
-    slot[:, sources] = source_slot
-    return MergePlan(slot, tokens - r, destinations)
+    best, nearest = nearest_destination(metric, destinations, sources, exact, max_scores)
+    return plan_of_edges(destinations, sources, nearest, strongest(best, r), r, reduction)
 
 
-def _nearest_destination(
-    metric: Tensor, destinations: Tensor, sources: Tensor, max_scores: int | None, exact: bool
+@torch.no_grad()
+def nearest_destination(
+    metric: Tensor,
+    destinations: Tensor,
+    sources: Tensor,
+    exact: bool = True,
+    max_scores: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Best cosine similarity and the position of its destination, each (B, S)."""
-    on_cpu = metric.device.type == "cpu"
-    if max_scores is None:
-        max_scores = _MAX_SCORES_CPU if on_cpu else _MAX_SCORES_GPU
+    """Find the most similar destination of every source, by cosine similarity.
+
+    Args:
+        metric (Tensor): (B, N, C) floating.
+        destinations (Tensor): (D,) or (B, D) int64 token indices, D >= 1.
+        sources (Tensor): (S,) or (B, S) int64 token indices.
+        exact (bool): default True. False: where the CPU has fast 8-bit products, choose by them
+            (:mod:`.int8`), in a third of the time; elsewhere the same as True.
+        max_scores (int | None): see :func:`best_scores`.
+
+    Returns:
+        tuple: similarity (B, S), dtype of ``metric``, and position among the destinations (B, S)
+        int64.
+    """
+    if destinations.dim() > 1 or sources.dim() > 1:
+        # Move destinations to the front of every entry: then one layout serves the whole batch.
+        batch, count = metric.shape[0], destinations.shape[-1]
+        order = torch.cat([destinations.expand(batch, -1), sources.expand(batch, -1)], dim=1)
+        metric = metric.gather(1, order[..., None].expand(-1, -1, metric.shape[2]))
+        place = torch.arange(order.shape[1], device=metric.device)
+        destinations, sources = place[:count], place[count:]
     # Only destinations need unit length to find the nearest; dividing the best
     # score by the source's own length afterwards gives the cosine at a fraction of the work.
     # The bound on the length is one that half precision can hold: 0 / 0 would be NaN, and NaN
     # the maximum of every source.
     smallest = torch.finfo(metric.dtype).tiny
-    metric = _row_by_row(metric)
+    metric = _contiguous(metric)
     dst = F.normalize(metric.index_select(1, destinations), dim=-1, eps=smallest)
     # torch 2.13 multiplies 8-bit matrices wrongly where they have a single channel.
+    on_cpu = metric.device.type == "cpu"
     if on_cpu and int8.AVAILABLE and not exact and metric.shape[-1] > 1:
-        return int8.nearest_int8(metric, sources, dst, max_scores)
+        return int8.nearest_int8(metric, sources, dst, max_scores or _MAX_SCORES_CPU)
     src = metric.index_select(1, sources)
-    best, nearest = _best_of_all(src, dst.transpose(1, 2), max_scores)
+    best, nearest = best_scores(src, dst, max_scores=max_scores)
     length = torch.linalg.vector_norm(src, dim=-1)
     return best / length.clamp_min(smallest), nearest
 
 
-def _row_by_row(x: Tensor) -> Tensor:
-    """The same tokens with the channels of each next to one another in memory.
+def best_scores(
+    src: Tensor,
+    dst: Tensor,
+    score: Callable[[Tensor], Tensor] | None = None,
+    max_scores: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Find the destination with the largest score for every source, in chunks of sources.
 
-    A network of convolutions gives its blocks a view of (B, C, h, w) pictures, where they are
-    not; gathering single tokens out of that reads a cache line per channel.
+    Args:
+        src (Tensor): (B, S, C).
+        dst (Tensor): (B, D, C).
+        score (Callable | None): dot products (B, s, D) -> scores of that shape. Default None: the
+            dot products.
+        max_scores (int | None): bound on the scores held at a time, of all B * S * D; at least
+            one row of B * D is. Default None: 2**19 on a CPU, 2**25 elsewhere.
+
+    Returns:
+        tuple: largest score (B, S) and its destination (B, S) int64.
+    """
+    if max_scores is None:
+        max_scores = _MAX_SCORES_CPU if src.device.type == "cpu" else _MAX_SCORES_GPU
+    (batch, num_dst), dst = dst.shape[:2], dst.transpose(1, 2)
+    rows = max(1, max_scores // (batch * num_dst))
+    parts = []
+    for part in src.split(rows, dim=1):
+        product = torch.bmm(part, dst)
+        parts.append((product if score is None else score(product)).max(dim=-1))
+    if len(parts) == 1:
+        return tuple(parts[0])
+    best, nearest = zip(*parts)
+    return torch.cat(best, dim=1), torch.cat(nearest, dim=1)
+
+
+def strongest(score: Tensor, count: int) -> Tensor:
+    """Mask (B, S) of the ``count`` largest of (B, S) scores in each row; the first among equals."""
+    if count >= score.shape[1]:
+        return torch.ones_like(score, dtype=torch.bool)
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    mask = torch.zeros_like(score, dtype=torch.bool)
+    return mask.scatter_(1, order[:, :count], True)
+
+
+def plan_of_edges(
+    destinations: Tensor,
+    sources: Tensor,
+    nearest: Tensor,
+    merged: Tensor,
+    removed: int,
+    reduction: str = "mean",
+    destinations_first: bool = True,
+) -> IndexPlan:
+    """Make the plan in which some of the edges merge.
+
+    Slots are numbered destinations first, then the sources that stay, each in the order given.
+    Neither this nor pruning sorts or synchronizes with the device.
+
+    Args:
+        destinations (Tensor): (D,) or (B, D) int64 token indices.
+        sources (Tensor): (S,) or (B, S) int64; with the destinations all N tokens.
+        nearest (Tensor): (B, S) int64, position of each source's destination; any number where
+            the edge does not merge.
+        merged (Tensor): (B, S) bool, the edges that merge; ``removed`` of them in every row (not
+            checked: a check would synchronize with the device).
+        removed (int): r.
+        reduction (str): 'mean' (default), 'prune' (the destination's own features) or 'mlerp'.
+        destinations_first (bool): False: the sources that stay are numbered before the
+            destinations. Default True.
+
+    Returns:
+        IndexPlan: N -> N - r tokens, represented by destinations and the sources that stay.
+
+    Raises:
+        ValueError: unknown reduction.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {tuple(REDUCTIONS)}, got {reduction!r}")
+    batch, num_src = merged.shape
+    num_dst = destinations.shape[-1]
+    num_stay = num_src - removed
+    first_dst, first_stay = (0, num_dst) if destinations_first else (num_stay, 0)
+    own = torch.arange(first_dst, first_dst + num_dst, device=merged.device)
+    stay = (~merged).cumsum(dim=1) + (first_stay - 1)
+    slot = torch.empty(batch, num_dst + num_src, dtype=torch.int64, device=merged.device)
+    slot.scatter_(1, destinations.expand(batch, -1), own.expand(batch, -1))
+    into = nearest + first_dst if first_dst else nearest
+    slot.scatter_(1, sources.expand(batch, -1), torch.where(merged, into, stay))
+    return REDUCTIONS[reduction](slot, num_dst + num_stay, destinations)
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    """The same tokens with the channels of each adjacent in memory.
+
+    Convolutional networks pass their blocks a view of (B, C, h, w) images, where they are not;
+    gathering single tokens out of that reads a cache line per channel.
     """
     if x.is_contiguous() or x.device.type != "cpu" or torch.compiler.is_compiling():
         return x.contiguous()
@@ -119,15 +222,3 @@ def _row_by_row(x: Tensor) -> Tensor:
     for to, of in zip(out, x):  # torch transposes matrices twice as fast as batches of them
         to.copy_(of)
     return out
-
-
-def _best_of_all(src: Tensor, dst: Tensor, max_scores: int) -> tuple[Tensor, Tensor]:
-    """Largest dot product of every source, and where; (B, S, C) with (B, C, D)."""
-    batch, num_src, num_dst = src.shape[0], src.shape[1], dst.shape[2]
-    rows = max(1, max_scores // (batch * num_dst))
-    if rows >= num_src:
-        return torch.bmm(src, dst).max(dim=-1)
-    parts = [torch.bmm(part, dst).max(dim=-1) for part in src.split(rows, dim=1)]
-    best = torch.cat([values for values, _ in parts], dim=1)
-    nearest = torch.cat([indices for _, indices in parts], dim=1)
-    return best, nearest

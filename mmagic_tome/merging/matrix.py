@@ -6,23 +6,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .plan import check_shape
 from .windows import Windows
 
 
 class MatrixPlan:
-    """Merging by a matrix: every slot is a weighted mean of all tokens of its window.
+    """Soft merging: every slot is a weighted mean of all tokens of its window.
 
-    The same surface as :class:`~.plan.MergePlan` (``merge``, ``unmerge``, ``batch``,
-    ``num_slots``, ``num_tokens``, ``size``), but a token belongs to several slots, to each by a
-    share. Slots come window by window, the tokens outside of all windows after them, as they are.
+    A token belongs to all slots of its window, to each by a fraction. Slots come window by window,
+    followed by the unchanged tokens outside of all windows. Both directions are differentiable
+    with respect to the tokens.
 
     Args:
         weights (Tensor): (B * W, D, n) floating, row sums 1: slot d of a window is
             sum_i weights[d, i] x_i.
         back (Tensor): (B * W, n, D) floating, row sums 1: token i becomes sum_d back[i, d] y_d.
-        windows (Windows): W windows of n tokens and what is outside.
+        windows (Windows): W windows of n tokens and the tokens outside.
 
-    Both directions are differentiable with respect to the tokens.
+    Raises:
+        ValueError: the matrices do not fit each other or the windows.
     """
 
     __slots__ = ("_inverse", "_order", "back", "batch", "num_slots", "num_tokens", "weights")
@@ -46,7 +48,7 @@ class MatrixPlan:
 
     @property
     def slot(self) -> Tensor:
-        """(B, N) int64, the slot that gives every token its largest share; for pictures."""
+        """(B, N) int64, the slot with the largest weight in every token's unmerging."""
         groups, slots, _ = self.weights.shape
         count = groups // self.batch
         window = torch.arange(groups, device=self.back.device) % count
@@ -58,8 +60,11 @@ class MatrixPlan:
 
     @property
     def size(self) -> Tensor:
-        """(B, M), the dtype of the matrices: sum of the shares that tokens have in each slot; every
-        row sums to N, since a token's shares sum to 1. Below 0 is possible with inverses."""
+        """(B, M), the dtype of the matrices: sum of the fractions of tokens in each slot.
+
+        Every row sums to N, since a token's fractions sum to 1. They may be negative where
+        unmerging is an inverse.
+        """
         inside = self.back.sum(dim=1).view(self.batch, -1)
         outside = self.num_slots - inside.shape[1]
         return torch.cat([inside, inside.new_ones(self.batch, outside)], dim=1)
@@ -84,7 +89,7 @@ class MatrixPlan:
         Raises:
             ValueError: shape of ``x`` does not fit the plan.
         """
-        self._check(x, self.num_tokens, "merge")
+        check_shape(x, self.batch, self.num_tokens, "merge")
         return self._product(self.weights, x.index_select(1, self._order))
 
     def unmerge(self, y: Tensor) -> Tensor:
@@ -93,24 +98,18 @@ class MatrixPlan:
         Raises:
             ValueError: shape of ``y`` does not fit the plan.
         """
-        self._check(y, self.num_slots, "unmerge")
+        check_shape(y, self.batch, self.num_slots, "unmerge")
         return self._product(self.back, y).index_select(1, self._inverse)
 
     def _product(self, matrix: Tensor, x: Tensor) -> Tensor:
-        """Matrix times the windows' part of ``x``; what comes after it stays."""
+        """Matrix times the tokens in windows; those outside stay."""
         groups, _, columns = matrix.shape
         inside = groups // self.batch * columns
         windows = x[:, :inside].reshape(groups, columns, x.shape[-1])
-        # Under autocast a product comes out in half precision.
+        # Under autocast a product is returned in half precision.
         out = torch.bmm(matrix.to(x.dtype), windows).to(x.dtype)
         out = out.view(self.batch, -1, x.shape[-1])
         return torch.cat([out, x[:, inside:]], dim=1) if inside < x.shape[1] else out
-
-    def _check(self, x: Tensor, length: int, what: str) -> None:
-        if x.dim() != 3 or x.shape[0] != self.batch or x.shape[1] != length:
-            raise ValueError(
-                f"{what} expects ({self.batch}, {length}, C) for this plan, got {tuple(x.shape)}"
-            )
 
     def __repr__(self) -> str:
         return f"MatrixPlan(batch={self.batch}, {self.num_tokens} -> {self.num_slots} tokens)"

@@ -1,7 +1,9 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""A merge plan: the one data structure that matching produces and everything else consumes."""
+"""Merge plans: which tokens become one. Matching makes them, everything else only applies them."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,43 +12,68 @@ from torch import Tensor
 _MODES = ("mean", "sum", "max")
 
 
-class MergePlan:
-    """Assignment of N tokens to M <= N slots, the same counts for every batch entry.
+class Plan(Protocol):
+    """Merging of (B, N, C) tokens to (B, M, C), and back.
 
-    Both directions are differentiable, merging once only (``embedding_bag`` has no second
-    derivative).
-
-    Merging puts into every slot the average of its tokens (ToMe, arXiv
-    2210.09461, section 3.1; for diffusion arXiv 2303.17604, section 3);
-    unmerging copies every slot back to all of its tokens.
-
-    Both directions are a single kernel. Unmerging gathers rows by an inverse
-    index. Merging gathers rows in slot order and averages runs of them
-    (``embedding_bag``): no zero-filled buffer, no scatter, no atomic addition,
-    hence the same bits on every run also on a GPU, where a scattered sum has
-    no fixed order.
-
-    Args:
-        slot (Tensor): (B, N) int64, the slot of every token, each value in
-            ``[0, num_slots)``. Every slot must hold at least one token; this is
-            the producer's duty and not checked (a check would wait for the
-            device), an empty slot merges to zeros.
-        num_slots (int): M, the number of slots per batch entry.
-        centres (Tensor | None): (D,) or (B, D) int64, the tokens that the first D slots grew
-            around, see :attr:`representative`. Default None: not known.
+    ``slot``, ``size`` and ``representative`` have one row per entry of the merged batch. That is
+    the batch itself, except where merging joins entries (:class:`~.frames.FramePlan`).
 
     Attributes:
-        batch (int): B, the number of batch entries the plan was made for.
-        num_tokens (int): N, the number of tokens before merging.
-        num_slots (int): M, after it.
-
-    Raises:
-        ValueError: ``slot`` is not (B, N) int64 or ``num_slots`` is not in [1, N].
+        batch (int): B.
+        num_tokens (int): N, tokens per entry before merging.
+        num_slots (int): M, tokens per entry after merging.
+        slot (Tensor): (B, N) int64, the slot of every token.
+        size (Tensor): (B, M), the number of tokens in every slot; rows sum to N. int64, floating
+            where tokens are shared out over several slots.
+        representative (Tensor): (B, M) int64, the token whose position represents each slot.
     """
 
-    __slots__ = ("_centres", "_offset", "_order", "_row", "batch", "num_slots", "num_tokens")
+    @property
+    def batch(self) -> int: ...
 
-    def __init__(self, slot: Tensor, num_slots: int, centres: Tensor | None = None) -> None:
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_slots(self) -> int: ...
+
+    @property
+    def slot(self) -> Tensor: ...
+
+    @property
+    def size(self) -> Tensor: ...
+
+    @property
+    def representative(self) -> Tensor: ...
+
+    def merge(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, M, C), the dtype of ``x``; ValueError if its shape does not fit."""
+        ...
+
+    def unmerge(self, y: Tensor) -> Tensor:
+        """(B, M, C) -> (B, N, C), the dtype of ``y``; ValueError if its shape does not fit."""
+        ...
+
+
+class IndexPlan:
+    """Plan in which every token belongs to one slot; subclasses implement ``merge``.
+
+    Args:
+        slot (Tensor): (B, N) int64, the slot of every token, in ``[0, num_slots)``. Every slot
+            must hold at least one token; this is not checked, since a check would synchronize
+            with the device.
+        num_slots (int): M.
+        destinations (Tensor | None): (D,) or (B, D) int64, tokens that represent their slots, at
+            most one of each slot. Slots without one are represented by their first token.
+            Default None: all of them.
+
+    Raises:
+        ValueError: ``slot`` is not (B, N) int64, or ``num_slots`` is not in [1, N].
+    """
+
+    __slots__ = ("_destinations", "_row", "batch", "num_slots", "num_tokens")
+
+    def __init__(self, slot: Tensor, num_slots: int, destinations: Tensor | None = None) -> None:
         if slot.dim() != 2 or slot.dtype != torch.int64:
             raise ValueError(
                 f"slot must be a (B, N) int64 tensor, got {tuple(slot.shape)} {slot.dtype}"
@@ -55,39 +82,84 @@ class MergePlan:
         if not 1 <= num_slots <= tokens:
             raise ValueError(f"num_slots must be in [1, N={tokens}], got {num_slots}")
         self.batch, self.num_tokens, self.num_slots = batch, tokens, num_slots
-        self._centres = centres
+        self._destinations = destinations
         self._row = flat_rows(slot, num_slots)
-        kind = self._row.dtype
-        sorted_row, order = torch.sort(self._row, stable=True)
-        self._order = order.to(kind)
-        slots = torch.arange(batch * num_slots, device=slot.device, dtype=kind)
-        self._offset = torch.searchsorted(sorted_row, slots, out_int32=kind == torch.int32)
 
     @property
     def slot(self) -> Tensor:
         """(B, N) int64, the slot of every token."""
-        # Plans of all sites may be kept for steps: this is computed for who asks.
-        return in_entries(self._row, (self.batch, self.num_tokens), self.num_slots)
+        # Computed on request: plans may be kept for several steps, and this is twice their rows.
+        return entry_indices(self._row, (self.batch, self.num_tokens), self.num_slots)
 
     @property
     def size(self) -> Tensor:
-        """(B, M) int64, how many tokens each slot holds; every row sums to N."""
-        end = torch.full_like(self._offset[:1], self._row.shape[0])
-        return torch.diff(self._offset, append=end).view(self.batch, self.num_slots).long()
+        """(B, M) int64, the number of tokens in each slot; every row sums to N."""
+        size = self._row.new_zeros(self.batch * self.num_slots, dtype=torch.int64)
+        size.index_add_(0, self._row, torch.ones_like(self._row, dtype=torch.int64))
+        return size.view(self.batch, self.num_slots)
 
     @property
     def representative(self) -> Tensor:
-        """(B, M) int64: one token of every slot, whose place in the picture stands for it.
+        """(B, M) int64: the destination of each slot, or its first token."""
+        return self._representative()
 
-        The slot's destination, which all of its tokens resemble; the slot's first token where
-        the plan knows of no destinations.
-        """
-        first = self._order.index_select(0, self._offset).long() % self.num_tokens
-        first = first.view(self.batch, self.num_slots)
-        if self._centres is None:
+    def _representative(self) -> Tensor:
+        slot = self.slot
+        token = torch.arange(self.num_tokens, device=slot.device).expand(self.batch, -1)
+        first = token.new_zeros(self.batch, self.num_slots)
+        first = first.scatter_reduce(1, slot, token, "amin", include_self=False)
+        if self._destinations is None:
             return first
-        centres = self._centres.expand(self.batch, -1)
-        return torch.cat([centres, first[:, centres.shape[1] :]], dim=1)
+        destinations = self._destinations.expand(self.batch, -1)
+        return first.scatter(1, slot.gather(1, destinations), destinations)
+
+    def unmerge(self, y: Tensor) -> Tensor:
+        """Copy every slot back to all of its tokens.
+
+        Args:
+            y (Tensor): (B, M, C).
+
+        Returns:
+            Tensor: (B, N, C) with ``out[b, n] = y[b, slot[b, n]]``.
+
+        Raises:
+            ValueError: shape of ``y`` does not fit the plan.
+        """
+        check_shape(y, self.batch, self.num_slots, "unmerge")
+        # torch sums half-precision gradients on a CPU in single precision only with int64.
+        row = self._row.long() if y.requires_grad and torch.is_grad_enabled() else self._row
+        out = y.reshape(-1, y.shape[-1]).index_select(0, row)
+        return out.view(self.batch, self.num_tokens, y.shape[-1])
+
+    def __repr__(self) -> str:
+        name = type(self).__name__
+        return f"{name}(batch={self.batch}, {self.num_tokens} -> {self.num_slots} tokens)"
+
+
+class MergePlan(IndexPlan):
+    """Every slot is the average of its tokens.
+
+    Merging is one kernel (``embedding_bag``): it gathers rows in slot order and averages runs of
+    them. Without a zero-filled buffer, a scatter or atomic additions it returns the same bits on
+    every run, also on a GPU, where a scattered sum has no fixed order. Both directions are
+    differentiable, merging once only: ``embedding_bag`` has no second derivative.
+
+    Args:
+        slot, num_slots, destinations: see :class:`IndexPlan`.
+
+    Source: ToMe (arXiv 2210.09461, section 3.1); with unmerging, for diffusion, arXiv 2303.17604,
+    section 3.
+    """
+
+    __slots__ = ("_offset", "_order")
+
+    def __init__(self, slot: Tensor, num_slots: int, destinations: Tensor | None = None) -> None:
+        super().__init__(slot, num_slots, destinations)
+        kind = self._row.dtype
+        sorted_row, order = torch.sort(self._row, stable=True)
+        self._order = order.to(kind)
+        slots = torch.arange(self.batch * num_slots, device=slot.device, dtype=kind)
+        self._offset = torch.searchsorted(sorted_row, slots, out_int32=kind == torch.int32)
 
     def merge(self, x: Tensor, mode: str = "mean") -> Tensor:
         """Combine the tokens of each slot.
@@ -104,44 +176,24 @@ class MergePlan:
         """
         if mode not in _MODES:
             raise ValueError(f"mode must be one of {_MODES}, got {mode!r}")
-        self._check(x, self.num_tokens, "merge")
+        check_shape(x, self.batch, self.num_tokens, "merge")
         rows = x.reshape(-1, x.shape[-1])
         merged = F.embedding_bag(self._order, rows, self._offset, mode=mode)
         return merged.view(self.batch, self.num_slots, x.shape[-1])
 
-    def unmerge(self, y: Tensor) -> Tensor:
-        """Copy every slot back to all of its tokens.
 
-        Args:
-            y (Tensor): (B, M, C).
-
-        Returns:
-            Tensor: (B, N, C) with ``out[b, n] = y[b, slot[b, n]]``.
-
-        Raises:
-            ValueError: shape of ``y`` does not fit the plan.
-        """
-        self._check(y, self.num_slots, "unmerge")
-        # torch sums half-precision gradients on a CPU in single precision only with int64.
-        row = self._row.long() if y.requires_grad and torch.is_grad_enabled() else self._row
-        out = y.reshape(-1, y.shape[-1]).index_select(0, row)
-        return out.view(self.batch, self.num_tokens, y.shape[-1])
-
-    def _check(self, x: Tensor, length: int, what: str) -> None:
-        if x.dim() != 3 or x.shape[0] != self.batch or x.shape[1] != length:
-            raise ValueError(
-                f"{what} expects ({self.batch}, {length}, C) for this plan, got {tuple(x.shape)}"
-            )
-
-    def __repr__(self) -> str:
-        return f"MergePlan(batch={self.batch}, {self.num_tokens} -> {self.num_slots} tokens)"
+def check_shape(x: Tensor, batch: int, length: int, what: str) -> None:
+    """Raise ValueError unless ``x`` is (batch, length, C)."""
+    if x.dim() != 3 or x.shape[0] != batch or x.shape[1] != length:
+        raise ValueError(
+            f"{what} expects ({batch}, {length}, C) for this plan, got {tuple(x.shape)}"
+        )
 
 
 def flat_rows(index: Tensor, width: int) -> Tensor:
-    """Indices into each batch entry as row numbers of the flattened batch.
+    """Convert indices into each batch entry to row numbers of the flattened batch.
 
-    One index serves the whole batch then. int32 where that can count the rows: half the memory of
-    what a plan keeps.
+    One index then serves the whole batch. int32 where it can count the rows: half the memory.
 
     Args:
         index (Tensor): (B, K) int64, values in ``[0, width)``.
@@ -156,7 +208,7 @@ def flat_rows(index: Tensor, width: int) -> Tensor:
     return (index + entry * width).reshape(-1).to(kind)
 
 
-def in_entries(rows: Tensor, shape: tuple[int, int], width: int) -> Tensor:
-    """What :func:`flat_rows` was given, (B, K) int64: ``shape`` is (B, K)."""
+def entry_indices(rows: Tensor, shape: tuple[int, int], width: int) -> Tensor:
+    """Invert :func:`flat_rows`: (B * K,) -> (B, K) int64, ``shape`` is (B, K)."""
     entry = torch.arange(shape[0], device=rows.device)[:, None]
     return rows.view(shape) - entry * width

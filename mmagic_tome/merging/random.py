@@ -1,10 +1,9 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Random numbers that depend on nothing but their key.
+"""Random numbers that depend on their key alone.
 
-A generator has a state, and state is what makes the same seed give two
-different pictures. Here a number is a hash of (key, counter), computed in
-plain tensor arithmetic: no generator is read or advanced, the device does not
-matter, nothing is copied to the host, and a compiler sees ordinary operations.
+A generator has a state, so that the same seed may yield two different images. Here a number is a
+hash of (key, counter), computed in plain tensor arithmetic: no generator is read or advanced, the
+device does not matter, nothing is copied to the host, and a compiler sees ordinary operations.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ def mix32(x: Tensor) -> Tensor:
 
 
 def step_key(timestep: Tensor) -> Tensor:
-    """A 0-dim int64 key from a timestep of any numeric dtype, without waiting for the device.
+    """A 0-dim int64 key from a timestep of any numeric dtype, without synchronizing.
 
     Two timesteps have the same key exactly if they are the same float32, so
-    fractional noise levels work as well as integers up to 2**24.
+    fractional timesteps work as well as integers up to 2**24.
     """
     return timestep.to(torch.float32).view(torch.int32).to(torch.int64) & _MASK
 
@@ -43,9 +42,9 @@ def hashed_integers(
         upper (int): exclusive upper bound, at least 1.
         seed (int): any non-negative integer.
         step (Tensor | None): 0-dim int64 of :func:`step_key`; None counts as step 0.
-        rows (int): number of independent streams (one per site).
+        rows (int): number of independent streams.
         columns (int): numbers per stream.
-        device (torch.device): where the numbers are made.
+        device (torch.device): of the numbers.
 
     Returns:
         Tensor: (rows, columns) int64.

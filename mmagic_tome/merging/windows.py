@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of n tokens each, and the tokens outside of all.
+    """Windows of n tokens each, and the tokens outside of all windows.
 
     Attributes:
         inside (Tensor): (W, n) int64 token indices, row by row in every window.
@@ -33,15 +33,14 @@ class Windows:
 
 
 def window_side(length: int, window: int) -> int:
-    """The side, above half of ``window`` and at most that, which leaves the fewest tokens over.
+    """The side in (window / 2, window] that leaves the fewest tokens outside of all windows.
 
     Args:
         length (int): of the grid in one direction, at least 1.
         window (int): largest side, at least 1.
 
     Returns:
-        int: ``length`` if that is not above ``window``; the larger of two sides that leave the
-        same over.
+        int: ``length`` if that is at most ``window``; the larger side in case of a tie.
     """
     if length <= window:
         return length
@@ -51,13 +50,13 @@ def window_side(length: int, window: int) -> int:
 def make_windows(height: int, width: int, window: int, device: torch.device) -> Windows:
     """Windows of about ``window`` x ``window`` tokens from the top left of a grid.
 
-    Sides are those of :func:`window_side`, so that a grid that is no multiple of ``window`` gets
-    windows a little smaller rather than a wide margin outside of all of them.
+    Sides are those of :func:`window_side`: a grid that is no multiple of ``window`` gets slightly
+    smaller windows rather than a wide margin outside of all of them.
 
     Args:
         height, width (int): the grid in tokens.
         window (int): largest side.
-        device (torch.device): where the indices live.
+        device (torch.device): of the indices.
     """
     sy, sx = window_side(height, window), window_side(width, window)
     rows, columns = height // sy, width // sx

@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""What a merging method is, and the registry of methods."""
+"""The base class of merging methods, and their registry."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import ToMeError, nearest
-from ..merging import MergePlan, tokens_to_remove
+from ..errors import ToMeError
+from ..merging import Plan, tokens_to_remove
+from ..validate import nearest
 
 METHODS: dict[str, type[Method]] = {}
 
-# What methods are called elsewhere -> their names here, for error messages.
+# Names of methods elsewhere -> their names here, for error messages.
 _OTHER_NAMES = {
     "adaptive": "threshold",
     "catome": "threshold",
@@ -29,25 +30,26 @@ _OTHER_NAMES = {
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What a method may know when it makes a plan, besides the tokens.
+    """What a method may use to make a plan, besides the tokens.
 
     Attributes:
         height, width (int): the grid; the tokens come row by row.
         sx, sy (int): cell size in tokens.
         downsample (int): how many times coarser the grid is than the network's input.
-        level (int): the same counted from the finest grid among the merged blocks, that is 0.
-        depth, depths (int): number of the block among the merged ones, and how many there are.
-        step (int): step of the denoising run, 0 = first (always 0 where no step is tracked).
-        noise (float | None): timestep as a share of the training steps, where it is tracked.
-        exact (bool): full precision wanted in matching.
+        level (int): number of the resolution level among the merged ones, 0 = finest grid.
+        depth, num_blocks (int): number of the block among the merged ones, and their count.
+        step (int): step of the denoising run, 0 = first (always 0 where steps are not tracked).
+        timestep (float | None): fraction of the run that remains, 1 = start, 0 = end; None where
+            steps are not tracked.
+        exact (bool): match in full precision.
         layout (Callable): () -> (destinations (D,), sources (S,)) int64, one destination per
             cell, random or regular as the user chose.
         draw (Callable): (upper, count) -> (count,) int64 in [0, upper), random numbers of this
-            block and step, the same at every call; at every step the same with
-            ``use_rand=False``.
-        heat (Tensor | None): (B / 2, h', w'), how far the text moved the prediction at every
-            place of the network's output at the last step of the run; only for methods with
-            ``watches_output``, None at the first step and without classifier-free guidance.
+            block and step, the same at every call; with ``use_rand=False`` also the same at every
+            step.
+        guidance_map (Tensor | None): (B / 2, h', w'), magnitude of classifier-free guidance at
+            every position of the network's output at the last step; only for methods with
+            ``watches_output``, None at the first step and without guidance.
     """
 
     height: int
@@ -57,17 +59,17 @@ class PlanRequest:
     downsample: int
     level: int
     depth: int
-    depths: int
+    num_blocks: int
     step: int
-    noise: float | None
+    timestep: float | None
     exact: bool
     layout: Callable[[], tuple[Tensor, Tensor]]
     draw: Callable[[int, int], Tensor]
-    heat: Tensor | None = None
+    guidance_map: Tensor | None = None
 
     @property
     def cells(self) -> int:
-        """Number of complete cells, hence of destinations of a grid layout."""
+        """Number of complete cells, which is that of a grid layout's destinations."""
         return (self.height // self.sy) * (self.width // self.sx)
 
 
@@ -80,9 +82,9 @@ class Method:
 
     Attributes:
         keeps_queries (bool): merge keys and values of self-attention only.
-        tracks_steps (bool): :meth:`plan` reads ``step`` or ``noise`` of its request.
-        watches_output (bool): :meth:`plan` reads ``heat``.
-        ceiling (float): largest ratio whatever the cells. Default 1: cells alone set it.
+        tracks_steps (bool): :meth:`plan` reads ``step`` or ``timestep`` of its request.
+        watches_output (bool): :meth:`plan` reads ``guidance_map``.
+        ceiling (float): largest ratio for any cells. Default 1: cells alone limit it.
     """
 
     keeps_queries = False
@@ -90,30 +92,27 @@ class Method:
     watches_output = False
     ceiling = 1.0
 
-    def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> MergePlan | None:
-        """A plan for tokens.
+    def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> Plan | None:
+        """Make a plan.
 
         Args:
             metric (Tensor): (B, N, C) floating, detached; the block's input.
-            ratio (float): share of the tokens to remove, in [0, ceiling].
+            ratio (float): fraction of the tokens to remove, in [0, ceiling].
             request (PlanRequest): grid, cells, step and so on.
 
         Returns:
-            MergePlan | None: None if there is nothing to merge.
+            Plan | None: None if there is nothing to merge.
         """
         raise NotImplementedError
 
-    def variant(self, depth: int, depths: int) -> Hashable:
-        """What the plan of a block has that only blocks of like depth have.
-
-        Where all blocks of a level share a plan (``refresh=dict(share='level')``), one is made
-        for each variant.
+    def variant(self, depth: int, num_blocks: int) -> Hashable:
+        """Key of the plans that blocks at a depth may share (``share_plans=True``).
 
         Args:
-            depth, depths (int): see :class:`PlanRequest`.
+            depth, num_blocks (int): see :class:`PlanRequest`.
 
         Returns:
-            Hashable: default None, the same for all.
+            Hashable: default None: all blocks of a resolution level share one plan.
         """
         return None
 
@@ -141,7 +140,7 @@ def register_method(name: str) -> Callable[[type[Method]], type[Method]]:
 
 
 def build_method(spec: str | Mapping[str, Any]) -> Method:
-    """The method that ``method=...`` of a config names.
+    """Build the method that ``method=...`` of a config names.
 
     Args:
         spec: a registered name, or a dict with the name under ``type`` and the method's options.
@@ -171,7 +170,7 @@ def build_method(spec: str | Mapping[str, Any]) -> Method:
 
 
 def _hint(name: str) -> str:
-    """What somebody may have meant who wrote a method's name in another way."""
+    """``"did you mean 'x'? "`` for another spelling of a method's name, or an empty string."""
     plain = "".join(char for char in name.lower() if char.isalnum())
-    meant = _OTHER_NAMES.get(plain) or nearest(plain, METHODS)
-    return f"did you mean {meant!r}? " if meant else ""
+    close = _OTHER_NAMES.get(plain) or nearest(plain, METHODS)
+    return f"did you mean {close!r}? " if close else ""

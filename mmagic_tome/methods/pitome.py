@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""PiToMe: merge in crowds of similar tokens, protect isolated ones."""
+"""PiToMe: merge in clusters of similar tokens, protect isolated ones."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..merging import MergePlan
-from ..merging.edges import nearest_destination, plan_of_edges
+from ..merging import Plan, nearest_destination, plan_of_edges
 from ..merging.precision import full_precision
+from ..validate import check_number
 from .base import Method, PlanRequest, register_method
-from .options import check_number
 
 # Largest number of similarities held at a time, as in merging/matching.py.
 _MAX_SCORES = 1 << 20
+_WHERE = "method 'pitome': "
 
 
 @register_method("pitome")
@@ -29,25 +29,24 @@ class PiToMe(Method):
         E_i  = 1/N sum_j f(cos(x_i, x_j))
         f(c) = c                              where c >= m
                alpha * (exp(c - m) - 1)       elsewhere
-        m    = margin * (1 - depth / depths)
+        m    = margin * (1 - depth / num_blocks)
 
-    A token in a large crowd of similar ones has a high energy, an isolated one a low energy.
-    The 2r tokens of the highest energy, in falling order of it, are dealt out alternately to A
-    (first, third, ...) and B; every token of A merges with its most similar token of B; all other
-    tokens are protected. Plain averages.
+    A token in a large cluster of similar ones has a high energy, an isolated one a low energy.
+    The 2r tokens of the highest energy, in falling order, are assigned alternately to A (first,
+    third, ...) and B; every token of A merges with its most similar token of B; all other tokens
+    are protected. Plain averages.
 
-    Sources and destinations are as many, so not more than half of the tokens can be removed:
-    ``ratio`` goes up to 0.5. The grid plays no part in the choice.
+    A and B have the same size, so at most half of the tokens can be removed: ``ratio`` is at most
+    0.5. The grid does not enter.
 
-    Where the blocks of a level share a plan, its first block's margin makes it.
+    Where blocks share a plan, it has the margin of the first of them.
 
     Energies take all N² similarities, of which 2**20 are held at a time; at 4096 tokens that
     is several times the work of ToMe's matching.
 
     Args:
         margin (float): m at the first merged block, in [0, 1]; it falls linearly with the
-            block's number to margin / depths at the last. Default 0.9 (docs/methods.md says
-            where from).
+            block's number to margin / num_blocks at the last. Default 0.9 (see docs/methods.md).
         alpha (float): slope below the margin, at least 0. Default 1.
 
     Raises:
@@ -55,25 +54,25 @@ class PiToMe(Method):
 
     Source: "Accelerating Transformers with Spectrum-Preserving Token Merging" (Tran et al.,
     NeurIPS 2024, arXiv 2405.16148), the energy score and its margin. The paper is on ViTs and
-    takes keys as the metric; here it is the block's input, as for all methods.
+    uses keys as the metric; here it is the block's input, as for all methods.
     """
 
     ceiling = 0.5
 
     def __init__(self, margin: Any = 0.9, alpha: Any = 1.0) -> None:
-        self.margin = check_number("pitome", "margin", margin, 0, 1, 0.9)
-        self.alpha = check_number("pitome", "alpha", alpha, 0, math.inf, 1.0)
+        self.margin = check_number(_WHERE, "margin", margin, 0, 1, 0.9)
+        self.alpha = check_number(_WHERE, "alpha", alpha, 0, math.inf, 1.0)
 
-    def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> MergePlan | None:
+    def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> Plan | None:
         tokens = metric.shape[1]
         r = min(self.removed(tokens, ratio, request), tokens // 2)
         if r <= 0:
             return None
-        margin = self.margin * (1 - request.depth / request.depths)
+        margin = self.margin * (1 - request.depth / request.num_blocks)
         order = energy(metric, margin, self.alpha).argsort(dim=1, descending=True, stable=True)
         a, b, protected = order[:, : 2 * r : 2], order[:, 1 : 2 * r : 2], order[:, 2 * r :]
         _, nearest = nearest_destination(metric, b, a, exact=request.exact)
-        # The protected are sources that stay. Where they would go does not matter.
+        # The protected are sources that stay: their edges are never used.
         sources = torch.cat([a, protected], dim=1)
         nearest = F.pad(nearest, (0, protected.shape[1]))
         merged = torch.zeros_like(sources, dtype=torch.bool)
@@ -95,11 +94,11 @@ def energy(metric: Tensor, margin: float, alpha: float) -> Tensor:
     unit = F.normalize(metric.float(), dim=-1)
     batch, tokens, _ = unit.shape
     rows = max(1, _MAX_SCORES // (batch * tokens))
-    everyone = unit.transpose(1, 2)
+    every = unit.transpose(1, 2)
     parts = []
     for part in unit.split(rows, dim=1):
         with full_precision(metric):
-            score = torch.bmm(part, everyone)
+            score = torch.bmm(part, every)
         below = alpha * torch.expm1(score - margin)
         parts.append(torch.where(score >= margin, score, below).mean(dim=-1))
     return torch.cat(parts, dim=1)

@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""SiTo: prune tokens that look like the most typical token of some cell."""
+"""SiTo: prune tokens similar to the most typical token of some cell."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..merging import MergePlan
-from ..merging.edges import nearest_destination, plan_of_edges, strongest
-from ..merging.grid2d import _layout
+from ..merging import Plan, grid_layout, nearest_destination, plan_of_edges, strongest
 from ..merging.precision import full_precision
+from ..validate import check_number
 from .base import Method, PlanRequest, register_method
-from .options import check_number
+
+_WHERE = "method 'sito': "
 
 
 @register_method("sito")
 class SiTo(Method):
-    """Base tokens by similarity mass, the tokens most like them pruned and recovered by copying.
+    """Choose base tokens by total similarity; prune the tokens most similar to them.
 
     ::
 
@@ -32,17 +32,17 @@ class SiTo(Method):
 
     The sum over all pairs is a product with the sum of unit vectors: (B, N, C) work, no N².
     The noise keeps the choice from being the same at every step. It is a hash of (seed, timestep,
-    block, token), the same for all batch entries (so the two halves of classifier-free guidance
-    only differ by what is in them).
+    block, token), the same for all batch entries, so that the two halves of classifier-free
+    guidance differ by their tokens alone.
 
     Cells are the config's ``sx``, ``sy``; tokens outside of complete cells are never base tokens.
 
     Args:
-        noise_alpha (float): weight of the noise, at least 0. Default 0.1, the authors'. What the
-            noise is measured by is our choice: the scores' standard deviation over the picture,
-            so that the same number does the same at every number of tokens.
+        noise_alpha (float): weight of the noise, at least 0. Default 0.1, the authors'. The unit
+            of the noise is our choice: the scores' standard deviation over the image, so that
+            the same weight has the same effect at every number of tokens.
         sim_beta (float): weight of the similarities, at least 0. Default 1, the authors'; at 0 the
-            choice is the noise's alone.
+            noise alone decides.
 
     Raises:
         ToMeError: an option out of range.
@@ -52,15 +52,15 @@ class SiTo(Method):
     """
 
     def __init__(self, noise_alpha: Any = 0.1, sim_beta: Any = 1.0) -> None:
-        self.noise_alpha = check_number("sito", "noise_alpha", noise_alpha, 0, math.inf, 0.1)
-        self.sim_beta = check_number("sito", "sim_beta", sim_beta, 0, math.inf, 1.0)
+        self.noise_alpha = check_number(_WHERE, "noise_alpha", noise_alpha, 0, math.inf, 0.1)
+        self.sim_beta = check_number(_WHERE, "sim_beta", sim_beta, 0, math.inf, 1.0)
 
-    def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> MergePlan | None:
+    def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> Plan | None:
         r = self.removed(metric.shape[1], ratio, request)
         if r <= 0:
             return None
         offset = self.base_tokens(metric, request)
-        layout = _layout(offset, request.height, request.width, request.sx, request.sy)
+        layout = grid_layout(offset, request.height, request.width, request.sx, request.sy)
         destinations, sources = layout.destinations, layout.sources
         best, nearest = nearest_destination(metric, destinations, sources, exact=request.exact)
         return plan_of_edges(destinations, sources, nearest, strongest(best, r), r, "prune")
@@ -71,7 +71,7 @@ class SiTo(Method):
 
         Args:
             metric (Tensor): (B, N, C).
-            request (PlanRequest): grid, cells and noise.
+            request (PlanRequest): grid, cells and random numbers.
 
         Returns:
             Tensor: (B, cells) int64 in [0, sx * sy).
@@ -105,8 +105,8 @@ def similarity_mass(metric: Tensor) -> Tensor:
 
 
 def gaussian(request: PlanRequest, count: int) -> Tensor:
-    """(count,) float32 standard normal numbers out of a request's random ones (Box-Muller)."""
+    """(count,) float32 standard normal numbers from a request's random ones (Box-Muller)."""
     drawn = request.draw(1 << 24, 2 * count).view(2, count).float()
-    # Centres of 2**24 steps: a float32 holds them, and none is 0, which has no logarithm.
+    # Centres of 2**24 bins: float32 can hold them, and none is 0, which has no logarithm.
     radius, angle = (drawn + 0.5) / (1 << 24)
     return (-2 * radius.log()).clamp_min(0).sqrt() * (2 * math.pi * angle).cos()

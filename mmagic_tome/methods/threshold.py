@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..merging import MergePlan
-from ..merging.edges import nearest_destination, plan_of_edges, strongest
+from ..merging import Plan, nearest_destination, plan_of_edges, strongest
+from ..validate import check_choice, check_number
 from .base import Method, PlanRequest, register_method
-from .options import check_choice, check_number
+
+_WHERE = "method 'threshold': "
 
 
 @register_method("threshold")
@@ -22,11 +23,10 @@ class Threshold(Method):
 
         r = min(c, int(N * ratio)),    c = max_b c_b  or  min_b c_b
 
-    and the r most similar sources of every entry merge: so ``ratio`` is the most that is ever
+    and the r most similar sources of every entry merge: ``ratio`` is the largest fraction ever
     removed (the paper has no such limit: write the ceiling, ratio=0.75 for cells of 2 x 2).
 
-    The entries of a batch must keep the same number of tokens, and an entry with fewer similar
-    ones cannot both keep all the others apart and have as few tokens as the entry with the most:
+    All entries of a batch must keep the same number of tokens:
 
     - ``batch='max'`` (as the authors' package ``ca-tome`` 0.1.3): the largest count; entries
       with fewer similar sources also merge some below the threshold;
@@ -35,13 +35,13 @@ class Threshold(Method):
 
     With one entry the two are the same.
 
-    r is known only from the data, so making a plan waits once for the device (one number is
-    copied to the host); a compiled graph breaks there. The paper's caching, that matching is
-    done at listed steps only, is ``refresh`` of :class:`~mmagic_tome.ToMeConfig`.
+    r depends on the data, so making a plan synchronizes with the device once (one number is
+    copied to the host); a compiled graph breaks there. The paper's caching, matching at listed
+    steps only, is ``plan_interval`` of :class:`~mmagic_tome.ToMeConfig`.
 
     Args:
-        threshold (float): cosine similarity in [-1, 1]. Default 0.7, with which the paper tests
-            caching. From 1 on only exact copies merge.
+        threshold (float): cosine similarity in [-1, 1]. Default 0.7, which the paper uses
+            to test caching. At 1 only exact copies merge.
         batch (str): 'max' (default) or 'min'.
 
     Raises:
@@ -51,10 +51,10 @@ class Threshold(Method):
     """
 
     def __init__(self, threshold: Any = 0.7, batch: Any = "max") -> None:
-        self.threshold = check_number("threshold", "threshold", threshold, -1, 1, 0.7)
-        self.batch = check_choice("threshold", "batch", batch, ("max", "min"))
+        self.threshold = check_number(_WHERE, "threshold", threshold, -1, 1, 0.7)
+        self.batch = check_choice(_WHERE, "batch", batch, ("max", "min"))
 
-    def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> MergePlan | None:
+    def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> Plan | None:
         limit = self.removed(metric.shape[1], ratio, request)
         if limit <= 0:
             return None

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..merging import MergePlan
-from ..merging.reductions import PrunedPlan
+from ..merging import Plan, PrunedPlan
+from ..validate import check_integer
 from .base import Method, PlanRequest, register_method
 from .downsample import squares
-from .options import check_integer
+
+_WHERE = "method 'todo': "
 
 
 @register_method("todo")
@@ -22,19 +23,19 @@ class ToDo(Method):
 
         attention(Q = q(x), K = k(D(x)), V = v(D(x)))        (B, N, C) -> (B, N, C)
 
-    Neighbours in a picture are alike, so no similarities are computed; and since every query
-    stays there is nothing to unmerge. The cost of the site falls from N² to N² / factor² in the
-    products of attention; its projections of queries and output stay.
+    Neighbours in an image are similar, so no similarities are computed; all queries stay, so
+    nothing is unmerged. The cost of attention's products falls from N² to N² / factor²; the
+    projections of queries and output stay as they are.
 
-    ``ratio`` says where and when, not how much: above 0 it happens, at 0 it does not. Cells
-    (``sx``, ``sy``) have no meaning. Other sites than self-attention, where a user names them, get
-    the same downsampling on their way in and copies on their way out.
+    ``ratio`` selects where and when, not how much: above 0 the method is on, at 0 it is off. Cells
+    (``sx``, ``sy``) have no effect. Targets other than self-attention, if selected, are
+    downsampled in the same way and upsampled by copying.
 
     Args:
         downsample_factor (int): on the finest merged level, in [1, 16]. Default 2. Larger
-            pictures bear more: 3 at 1536², 4 at 2048² with Stable Diffusion 1.5.
-        downsample_factor_level_2 (int): on the coarser ones, in [1, 16]. Default 1: dense; 2 at
-            2048². They are only reached with ``max_downsample`` above the finest level's.
+            images tolerate more: 3 at 1536², 4 at 2048² with Stable Diffusion 1.5.
+        downsample_factor_level_2 (int): on the coarser levels, in [1, 16]. Default 1: off; 2 at
+            2048². These levels need a ``max_downsample`` above the finest level's.
 
     Raises:
         ToMeError: an option out of range.
@@ -47,14 +48,14 @@ class ToDo(Method):
 
     def __init__(self, downsample_factor: Any = 2, downsample_factor_level_2: Any = 1) -> None:
         self.factors = (
-            check_integer("todo", "downsample_factor", downsample_factor, 1, 16),
-            check_integer("todo", "downsample_factor_level_2", downsample_factor_level_2, 1, 16),
+            check_integer(_WHERE, "downsample_factor", downsample_factor, 1, 16),
+            check_integer(_WHERE, "downsample_factor_level_2", downsample_factor_level_2, 1, 16),
         )
 
-    def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> MergePlan | None:
+    def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> Plan | None:
         factor = self.factors[min(request.level, 1)]
         if ratio <= 0 or factor == 1 or request.height * request.width == 1:
             return None
         batch = metric.shape[0]
         slot, kept = squares(request.height, request.width, factor, metric.device)
-        return PrunedPlan(slot.expand(batch, -1), kept.expand(batch, -1))
+        return PrunedPlan(slot.expand(batch, -1), kept.shape[0], kept)

@@ -9,15 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..merging.facility import facility_location
-from ..merging.matrix import MatrixPlan
+from ..merging import MatrixPlan, Plan, facility_location, make_windows
 from ..merging.precision import full_precision
-from ..merging.windows import make_windows
+from ..validate import check_choice, check_integer, check_number
 from .base import Method, PlanRequest, register_method
-from .options import check_choice, check_integer, check_number
 
-# Eigenvalues below this share of the largest count as zero in a pseudo-inverse.
+# Eigenvalues below this fraction of the largest count as zero in a pseudo-inverse.
 _RTOL = 1e-5
+_WHERE = "method 'toma': "
 
 
 @register_method("toma")
@@ -33,23 +32,23 @@ class ToMA(Method):
         unmerge   x' = A^T y           'transpose'
                   x' = A~^+ y          'pinv', the pseudo-inverse A~^T (A~ A~^T)^+
 
-    A column of A is how a token is shared out over the destinations, so A^T y gives it a weighted
-    mean of what became of them. Both kinds of unmerging give equal tokens back as they were: the
-    columns of A sum to 1, hence a vector of ones is in the row space of A~.
+    A column of A distributes a token over the destinations, so A^T y returns a weighted mean of
+    their outputs. Both kinds of unmerging restore equal tokens exactly: the columns of A sum to 1,
+    hence a vector of ones is in the row space of A~.
 
     With W windows, r // W tokens (at most n - 1) are removed in each: up to W - 1 fewer than
     ratio * N, and none where that is less than one per window. Windows are ``window`` x
-    ``window`` or a little smaller (:func:`~mmagic_tome.merging.windows.make_windows`); tokens at
+    ``window`` or slightly smaller (:func:`~mmagic_tome.merging.windows.make_windows`); tokens at
     the edge that fit into none stay as they are. Cells (``sx``, ``sy``) only bound the ratio.
 
-    The paper uses one choice of destinations for many layers and steps: that is ``refresh`` with
-    ``share='level'`` here (:class:`~mmagic_tome.ToMeConfig`).
+    The paper reuses one choice of destinations for many layers and steps: here ``share_plans=True``
+    with a ``plan_interval`` (:class:`~mmagic_tome.ToMeConfig`).
 
     Args:
         window (int): largest side of a window in tokens, in [2, 32]; memory grows as N *
             window**2. Default 8.
-        temperature (float): of the softmax over cosines, above 0. Default 0.03. The smaller, the
-            closer to plain merging; at 1 all destinations get nearly the same average.
+        temperature (float): of the softmax over cosines, above 0. Default 0.03. Smaller is
+            closer to plain merging; at 1 all destinations hold nearly the same average.
         unmerge (str): 'transpose' (default) or 'pinv'.
 
     Raises:
@@ -63,14 +62,14 @@ class ToMA(Method):
     def __init__(
         self, window: Any = 8, temperature: Any = 0.03, unmerge: Any = "transpose"
     ) -> None:
-        self.window = check_integer("toma", "window", window, 2, 32)
+        self.window = check_integer(_WHERE, "window", window, 2, 32)
         self.temperature = check_number(
-            "toma", "temperature", temperature, 0, 100, 0.03, open_low=True
+            _WHERE, "temperature", temperature, 0, 100, 0.03, open_low=True
         )
-        self.unmerge = check_choice("toma", "unmerge", unmerge, ("transpose", "pinv"))
+        self.unmerge = check_choice(_WHERE, "unmerge", unmerge, ("transpose", "pinv"))
 
     @torch.no_grad()
-    def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> MatrixPlan | None:
+    def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> Plan | None:
         r = self.removed(metric.shape[1], ratio, request)
         windows = make_windows(request.height, request.width, self.window, metric.device)
         removed = min(r // windows.count, windows.size - 1)

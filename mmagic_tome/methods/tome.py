@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..merging import MergePlan, bipartite_match
+from ..merging import Plan, bipartite_match
 from .base import Method, PlanRequest, register_method
 
 
@@ -18,7 +18,7 @@ class ToMe(Method):
     is the block's input.
     """
 
-    def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> MergePlan | None:
+    def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> Plan | None:
         r = self.removed(metric.shape[1], ratio, request)
         if r <= 0:
             return None

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..merging.frames import FramesPlan
+from ..merging.frames import FramePlan
 from .base import Block
 from .diffusers_unet import DiffusersUNet
 
@@ -61,10 +61,10 @@ class AnimateDiffUNet(DiffusersUNet):
     def adapt(
         self, site: str, plan: Any, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        if not isinstance(plan, FramesPlan):
+        if not isinstance(plan, FramePlan):
             return args, kwargs
         once = {
-            name: kwargs[name][:: plan.frames]
+            name: kwargs[name][:: plan.num_frames]
             for name in _PER_FRAME
             if isinstance(kwargs.get(name), Tensor) and kwargs[name].shape[0] == plan.batch
         }

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ToMeError
-from ..merging.beside import beside
+from ..merging.joint import joint_plan
 
 # What attention, and blocks that are called by name, call the table.
 _NAMES = ("image_rotary_emb", "rotary_emb", "freqs_cis")
@@ -75,7 +75,7 @@ def merge_mask(mask: Tensor, plan: Any, before: int | None = None) -> Tensor:
         Tensor: the same with S' in place of S.
     """
     length = mask.shape[-1]
-    kept = beside(plan, length, before).representative
+    kept = joint_plan(plan, length, before).representative
     square = mask.dim() > 2 and mask.shape[-2] == length
     kept = kept.view(kept.shape[0], *[1] * (mask.dim() - 2), -1)
     mask = torch.take_along_dim(mask, kept, dim=-1)
@@ -115,7 +115,7 @@ class RotaryRows:
 
 def _merged_rows(part: Tensor, plan: Any) -> Tensor | RotaryRows:
     batched = part.dim() > 2
-    kept = beside(plan, part.shape[1 if batched else 0]).representative
+    kept = joint_plan(plan, part.shape[1 if batched else 0]).representative
     if not batched:
         return part[kept[0]] if kept.shape[0] == 1 else RotaryRows(part[kept])
     if part.shape[0] == 1:
