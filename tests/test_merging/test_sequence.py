@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmagic_tome.merging.bipartite import (
+from mmagic_tome.merging.sequence import (
     DISTANCES,
     PARTITIONS,
     bipartite_soft_matching,
