@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ToMeError
-from ..merging.bipartite import match_tokens
+from ..merging.sequence import match_tokens
 from .families import Heads
 from .interface import StandInConfig
 from .schedules import removed_for_speedup

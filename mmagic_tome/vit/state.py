@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import ToMeError
-from ..merging.bipartite import COMBINATIONS, DISTANCES, PARTITIONS, Match
+from ..merging.sequence import COMBINATIONS, DISTANCES, PARTITIONS, Match
 
 #: What similarity is measured on.
 METRICS = ("keys", "queries", "values", "features", "attention")

@@ -127,7 +127,7 @@ def test_little_merging_changes_little(name):
 @pytest.mark.parametrize("name", ["vit", "timm-options", "videomae"])
 def test_metrics_measure_what_they_say(name, metric):
     """The matching of the first block, made again from what a block computes densely."""
-    from mmagic_tome.merging.bipartite import match_tokens
+    from mmagic_tome.merging.sequence import match_tokens
 
     model, arguments = build(name), inputs(name)
     vit, seen = find_vit(model), {}
@@ -193,7 +193,7 @@ def test_every_option_has_an_effect_and_sizes_add_up(options):
 @pytest.mark.parametrize("name", ["vit", "whisper"])
 def test_is_the_block_of_the_paper(name, combination):
     """One merged block against the same computed with merging in the middle of it."""
-    from mmagic_tome.merging.bipartite import match_tokens
+    from mmagic_tome.merging.sequence import match_tokens
 
     model, arguments = build(name), inputs(name)
     vit, seen = find_vit(model), {}
