@@ -72,8 +72,8 @@ class ToMeConfig:
         controlnet (bool | dict): merge in the model's ControlNet too: True for the same options
             there, a dict of those that differ. Default False.
         across_frames (bool): in video UNets that work frame by frame (AnimateDiff) merge the tokens
-            of all frames of a clip together; self-attention then joins the frames, see
-            :class:`~mmagic_tome.merging.frames.FramePlan`. Default False: frame by frame.
+            of all frames of a clip together, see :class:`~mmagic_tome.merging.frames.FramePlan`.
+            Default False.
 
     Raises:
         ToMeError: an unknown option, a wrong type or range; says what is allowed and what to write.

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Largest relative residual of a call that continues a run. Ancestral samplers add noise and reach
-#: 0.87; the inputs of other images begin at 0.91.
-MAX_RESIDUAL = 0.9
+#: Largest relative residual of a call that continues a run. Deterministic samplers leave at most
+#: 0.03, the inputs of other images at least 0.68; ancestral samplers, which add noise, 0.1 to 1.
+MAX_RESIDUAL = 0.5
 # A run that has fitted well is held to it: this many times its own worst residual, at least this.
 _TOLERANCE, _SMALLEST = 3.0, 0.05
 # Share of the new input that a guidance branch must explain to be part of a run.
@@ -113,7 +113,8 @@ class Run:
     @property
     def bound(self) -> float:
         """Largest residual of a call that continues this run."""
-        if self._worst is None:
+        knows_outputs = any(branch.outputs for branch in self.branches.values())
+        if self._worst is None or not knows_outputs:
             return MAX_RESIDUAL
         return min(MAX_RESIDUAL, max(_SMALLEST, _TOLERANCE * self._worst))
 

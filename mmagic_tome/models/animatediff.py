@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..merging.frames import FramePlan
-from .base import Block
+from .base import Block, is_a
 from .diffusers_unet import DiffusersUNet
 
 # Arguments of blocks and cross-attention that repeat for every frame of a clip.

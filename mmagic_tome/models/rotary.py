@@ -73,7 +73,7 @@ def merge_mask(mask: Tensor, plan: Any, num_before: int | None = None) -> Tensor
         The same with S' in place of S.
     """
     length = mask.shape[-1]
-    kept = joint_plan(plan, length, before).representative
+    kept = joint_plan(plan, length, num_before).representative
     square = mask.dim() > 2 and mask.shape[-2] == length
     kept = kept.view(kept.shape[0], *[1] * (mask.dim() - 2), -1)
     mask = torch.take_along_dim(mask, kept, dim=-1)
