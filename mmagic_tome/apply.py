@@ -133,7 +133,9 @@ def apply_cache(
     replaced = _replaced([one.network for _, one in chosen], CachePatch)
     parts = []
     for own, one in chosen:
-        patch = CachePatch(own, one.adapter, model)
+        # ControlNets come after the network that they are called for.
+        leader = parts[0][2] if one.name.startswith("controlnet") else None
+        patch = CachePatch(own, one.adapter, model, leader)
         patch.place(one.network)
         parts.append((_prefix(one.name), one.network, patch))
     return CacheHandle(parts, replaced)
