@@ -1,6 +1,9 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Pipelines around a UNet with Stable Diffusion 1.5's block types, and what tests ask of them."""
 
+from dataclasses import replace
+
+import tiny_transformers
 import torch
 from tiny import tiny_unet
 from tiny_pipelines import PIPELINES
@@ -52,3 +55,9 @@ def skips(handle):
 def relative(a, b):
     """Relative distance of two tensors."""
     return float((a - b).norm() / b.norm())
+
+
+def deeper(title):
+    """A family of :data:`tiny_transformers.TRANSFORMERS` with enough blocks for an inner region."""
+    family = tiny_transformers.TRANSFORMERS[title]
+    return replace(family, options={**family.options, family.depth: 4})

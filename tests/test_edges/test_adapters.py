@@ -5,6 +5,7 @@ import pytest
 import tiny_transformers
 import torch
 from edge_pipelines import SETTINGS, SKIPS, generate, relative, sd15_pipeline, skips
+from tiny import tiny_unet
 from tiny_pipelines import PIPELINES
 
 from mmagic_tome import apply_cache, apply_tome, get_handle, remove_tome
@@ -16,10 +17,7 @@ def test_two_images_with_an_adapter(title, setting):
     case = PIPELINES[title]
     if title == "T2I-Adapter":
         pipeline = case.pipeline()
-        _, other = sd15_pipeline()
         # As in every Stable Diffusion, the last level has no attention: a plain DownBlock2D.
-        from tiny import tiny_unet
-
         pipeline.unet = tiny_unet(
             levels=2,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
