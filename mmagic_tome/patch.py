@@ -1,0 +1,359 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""What every technique needs to change a model and to change it back.
+
+=====================  =============================================================
+:class:`Patch`         what one technique has on one network; hooks hold it, it holds no module
+:class:`Context`       what belongs to one thread's call of that network
+:func:`intercept`      run code in place of a module's call, so that the call can be skipped
+=====================  =============================================================
+
+Hooks find their patch, and a patch finds its hooks by looking through the network. So there is no
+reference from a patch to a module: a network is freed as soon as nobody uses it, one of its blocks
+can be copied or pickled alone, and a copy of the network is patched independently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .graphs import prepare_compiler
+
+# Instance attribute of an intercepted module: its interceptors.
+_INTERCEPTORS = "_mmagic_tome_interceptors"
+
+
+class Context:
+    """What belongs to the call of a network that is under way in one thread.
+
+    Attributes:
+        running (bool): whether the network's own call is under way.
+        disabled (int): how many ``handle.disabled()`` this thread is in.
+        stale (bool): state kept between steps must be dropped before the next call.
+    """
+
+    def __init__(self) -> None:
+        self.running = False
+        self.disabled = 0
+        self.stale = False
+
+    def forget_run(self) -> None:
+        """Drop what is kept between steps."""
+
+    def start(self) -> None:
+        """Begin a call of the network."""
+        if self.stale:
+            self.stale = False
+            self.forget_run()
+        self.running = True
+
+    def stop(self) -> None:
+        """End a call of the network, also after an exception."""
+        self.running = False
+
+
+class Patch:
+    """What one technique has placed on one network.
+
+    Subclasses set ``context_type`` and keep options and statistics. Nothing here refers to a
+    module or is kept when a model is copied or pickled in the middle of a run.
+    """
+
+    context_type: type[Context] = Context
+
+    def __init__(self) -> None:
+        self._warned: set[str] = set()
+        self._fresh()
+
+    def _fresh(self) -> None:
+        self._threads = threading.local()
+        self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()
+        self._compiled = self.context_type()
+
+    @property
+    def context(self) -> Any:
+        """The :class:`Context` of this thread.
+
+        Compiled code knows no threads: all of it shares one, so a network with compiled parts must
+        not run in two threads at once.
+        """
+        if torch.compiler.is_compiling():
+            return self._compiled
+        context = getattr(self._threads, "context", None)
+        if context is None:
+            context = self._threads.context = self.context_type()
+            self._contexts.add(context)
+        return context
+
+    def contexts(self, shared: bool) -> tuple[Any, ...]:
+        """This thread's context and that of modules which are compiled on their own.
+
+        Args:
+            shared: whether compiled code uses this thread's context, see :meth:`lead_compiled`.
+        """
+        if torch.compiler.is_compiling():
+            return (self._compiled,)
+        return (self.context,) if shared else (self.context, self._compiled)
+
+    def lead_compiled(self) -> None:
+        """Let modules that are compiled on their own use this thread's context: what depends on the
+        step is decided here, outside of graphs."""
+        if not torch.compiler.is_compiling():
+            self._compiled = self.context
+
+    def forget_run(self) -> None:
+        """Drop what is kept between steps in every thread; a thread that is in the middle of a call
+        drops it at its next one."""
+        for context in [*self._contexts, self._compiled]:
+            if context.running:
+                context.stale = True
+            else:
+                context.forget_run()
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Nothing is done in this thread's calls while entered."""
+        contexts = {id(context): context for context in (self.context, self._compiled)}.values()
+        for context in contexts:
+            context.disabled += 1
+            context.forget_run()
+        try:
+            yield
+        finally:
+            for context in contexts:
+                context.disabled -= 1
+                context.forget_run()
+
+    def warn_once(self, topic: str, message: str) -> None:
+        """Warn if this patch has not yet warned of ``topic``."""
+        if topic not in self._warned:
+            self._warned.add(topic)
+            warnings.warn(message, stacklevel=2)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for name in ("_threads", "_contexts", "_compiled"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._fresh()
+        prepare_compiler()
+
+
+class Hook:
+    """Base class of hooks: one that belongs to a patch.
+
+    Attributes:
+        patch (Patch): what the hooks of a network share.
+        after (bool): runs after the module. Default False: before it.
+        always (bool): runs after the module also when that raised. Default False.
+    """
+
+    after = False
+    always = False
+
+    def __init__(self, patch: Any) -> None:
+        self.patch = patch
+
+
+def register(module: nn.Module, hook: Hook) -> None:
+    """Register a hook next to the module's own forward, so that hooks of others see what they would
+    see without it."""
+    if hook.after:
+        # In front of all others: they see the output that leaves the module.
+        module.register_forward_hook(hook, prepend=True, with_kwargs=True, always_call=hook.always)
+    else:
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def keep_last(module: nn.Module, hook: Hook) -> None:
+    """Let a pre-hook run after those that were registered later, see :func:`register`."""
+    hooks = module._forward_pre_hooks
+    if len(hooks) > 1 and next(reversed(hooks.values())) is not hook:
+        hooks.move_to_end(next(key for key, value in hooks.items() if value is hook))
+
+
+def hooks_of(module: nn.Module, patch: Patch) -> list[Hook]:
+    """The hooks of a patch on one module."""
+    every = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return [hook for hook in every if getattr(hook, "patch", None) is patch]
+
+
+def unregister(module: nn.Module, patch: Patch) -> list[Hook]:
+    """Take the hooks of a patch off one module; return them."""
+    removed = hooks_of(module, patch)
+    for hooks, others in (
+        (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
+        (
+            module._forward_hooks,
+            (module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
+        ),
+    ):
+        for key in [key for key, hook in hooks.items() if hook in removed]:
+            for table in (hooks, *others):
+                table.pop(key, None)
+    return removed
+
+
+def remove(network: nn.Module, patch: Patch) -> list[tuple[str, Any]]:
+    """Take everything of a patch out of a network, exactly.
+
+    Returns:
+        list: (dotted path, hook or interceptor) of all that was removed, for :func:`restore`.
+    """
+    removed = []
+    for path, module in network.named_modules():
+        removed += [(path, hook) for hook in unregister(module, patch)]
+        for interceptor in interceptors_of(module):
+            if interceptor.patch is patch:
+                release(module, interceptor)
+                removed.append((path, interceptor))
+    patch.forget_run()
+    return removed
+
+
+def restore(network: nn.Module, removed: list[tuple[str, Any]]) -> None:
+    """Register again what :func:`remove` returned."""
+    for path, item in removed:
+        module = network.get_submodule(path)
+        if isinstance(item, Hook):
+            register(module, item)
+        else:
+            intercept(module, item)
+
+
+def find_patch(network: nn.Module, kind: type[Patch]) -> Any:
+    """The patch of a kind that a network carries; None if it carries none."""
+    for hook in network._forward_pre_hooks.values():
+        if isinstance(getattr(hook, "patch", None), kind):
+            return hook.patch
+    for interceptor in interceptors_of(network):
+        if isinstance(interceptor.patch, kind):
+            return interceptor.patch
+    return None
+
+
+# --- interception ---------------------------------------------------------------------------------
+
+
+class Interceptor:
+    """Code that runs in place of a module's call, or learns of what a pipeline says of its run.
+
+    Attributes:
+        patch (Patch): what it belongs to.
+        skips (bool): whether :meth:`call` is to be used; one per module.
+    """
+
+    skips = False
+
+    def __init__(self, patch: Any) -> None:
+        self.patch = patch
+
+    def call(self, module: nn.Module, proceed: Callable, args: tuple, kwargs: dict) -> Any:
+        """Run in place of ``module(*args, **kwargs)``: ``proceed(module, *args, **kwargs)``."""
+        raise NotImplementedError
+
+    def end_run(self) -> None:
+        """The pipeline says that its denoising run is over."""
+
+    def set_branch(self, name: str | None) -> None:
+        """The pipeline names the guidance branch of the calls to come, such as 'cond'."""
+
+
+def intercept(module: nn.Module, interceptor: Interceptor) -> None:
+    """Let an interceptor run in place of a module's call.
+
+    The module's class becomes a subclass of itself with the same name, as ``fully_shard`` and
+    ``parametrize`` of torch do. Unlike a ``forward`` that is replaced on the instance this goes
+    along with whatever else replaces ``forward`` (offloading, adapters), in any order; copies and
+    ``DataParallel`` replicas run their own weights.
+    """
+    cls = type(module)
+    module.__dict__[_INTERCEPTORS] = (*interceptors_of(module), interceptor)
+    if not hasattr(cls, "_intercepted_class"):
+        module.__class__ = _intercepting(cls)
+
+
+def release(module: nn.Module, interceptor: Interceptor) -> None:
+    """Undo :func:`intercept`."""
+    rest = tuple(one for one in interceptors_of(module) if one is not interceptor)
+    if rest:
+        module.__dict__[_INTERCEPTORS] = rest
+        return
+    module.__dict__.pop(_INTERCEPTORS, None)
+    module.__class__ = getattr(type(module), "_intercepted_class", type(module))
+
+
+def interceptors_of(module: nn.Module) -> tuple[Any, ...]:
+    """The interceptors on a module."""
+    return module.__dict__.get(_INTERCEPTORS, ())
+
+
+_classes: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
+
+
+def _intercepting(base: type) -> type:
+    """The subclass of a module's class whose calls are intercepted."""
+    cls = _classes.get(base)
+    if cls is not None:
+        return cls
+    plain_call = base.__call__
+
+    def __call__(self, *args, **kwargs):
+        for interceptor in self.__dict__.get(_INTERCEPTORS, ()):
+            if interceptor.skips:
+                return interceptor.call(self, plain_call, args, kwargs)
+        return plain_call(self, *args, **kwargs)
+
+    def _reset_stateful_cache(self, *args, **kwargs):
+        # What diffusers' pipelines call on every component when they are done.
+        for interceptor in interceptors_of(self):
+            interceptor.end_run()
+        own = getattr(super(cls, self), "_reset_stateful_cache", None)
+        return None if own is None else own(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def cache_context(self, name):
+        # With which diffusers' pipelines name the guidance branch of a call.
+        for interceptor in interceptors_of(self):
+            interceptor.set_branch(name)
+        try:
+            with super(cls, self).cache_context(name):
+                yield
+        finally:
+            for interceptor in interceptors_of(self):
+                interceptor.set_branch(None)
+
+    def __reduce_ex__(self, protocol):
+        # By its own class: the subclass has no name to be found under.
+        return _rebuild, (base,), self.__dict__
+
+    members: dict[str, Any] = {
+        "__call__": __call__,
+        "__reduce_ex__": __reduce_ex__,
+        "_reset_stateful_cache": _reset_stateful_cache,
+        "_intercepted_class": base,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    if hasattr(base, "cache_context"):
+        members["cache_context"] = cache_context
+    cls = type(base)(base.__name__, (base,), members)
+    _classes[base] = cls
+    return cls
+
+
+def _rebuild(base: type) -> nn.Module:
+    """An empty module of the subclass of ``base``, for copying and unpickling."""
+    cls = _intercepting(base)
+    return cls.__new__(cls)
