@@ -79,7 +79,7 @@ def apply_tome(
     """
     named = {**config, **options} if isinstance(config, Mapping) else options
     if "r" in named or "target_speedup" in named:
-        from .vit.engine import apply_options
+        from .vit import apply_options
 
         return apply_options(model, named)
     config = ToMeConfig.coerce(config, **options)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ToMeError
+from ...errors import ToMeError
 from .focus import PATCH, WIDTH, load_focus_vit
 
 
