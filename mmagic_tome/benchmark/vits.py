@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Vision transformers as targets: timm's for pictures and VideoMAE's for clips, random weights."""
+"""Vision transformers as targets: timm's for images and VideoMAE's for clips, random weights."""
 
 from __future__ import annotations
 
@@ -82,11 +82,11 @@ VIT_MERGING = ViTMerging()
 
 @dataclass(frozen=True)
 class ViTShape(Shape):
-    """A vision transformer for pictures or clips.
+    """A vision transformer for images or clips.
 
     Attributes:
         width, depth, heads, patch: of the transformer.
-        clips (bool): VideoMAE on 16 frames, two to a token; default False: timm's on pictures.
+        clips (bool): VideoMAE on 16 frames, two to a token; default False: timm's on images.
     """
 
     width: int = 384

@@ -39,12 +39,13 @@ def register(vit: ViT, patch: ViTPatch) -> None:
 
 
 def _register_block(vit: ViT, block: ViTBlock, index: int, patch: ViTPatch) -> None:
-    merge = MergePreHook(patch, index)
-    norm = next(path for path, module in block.module.named_modules() if module is block.norm)
     attention = AttentionPreHook(patch, index, vit.mask, vit.injection)
-    patches.register(block.module, BlockPreHook(patch, index, norm, merge))
+    merge = MergePreHook(patch, index)
+    paths = {module: path for path, module in block.module.named_modules()}
+    inner = {paths[block.attention]: attention, paths[block.norm]: merge}
+    patches.register(block.module, BlockPreHook(patch, index, inner))
     patches.register(block.module, BlockPostHook(patch, index))
-    patches.register(block.first, RecallPreHook(patch))
+    patches.register(block.first, FirstPreHook(patch, index))
     patches.register(block.attention, attention)
     attention.inject(block.attention)
     metric = patch.config.metric
@@ -101,49 +102,61 @@ class BlockPreHook(Hook):
     """Start of a block.
 
     Args:
-        norm (str): path of the feed-forward's norm in the block.
-        merge (MergePreHook): the hook there.
+        inner (dict): path in the block -> hook that changes a module's input.
     """
 
-    def __init__(self, patch: ViTPatch, index: int, norm: str, merge: MergePreHook) -> None:
+    def __init__(self, patch: ViTPatch, index: int, inner: dict[str, Hook]) -> None:
         super().__init__(patch)
         self.index = index
-        self.norm = norm
-        self.merge = merge
+        self.inner = inner
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         patch, context = self.patch, self.patch.context
         x = _tokens(args, kwargs)
-        if not (_recomputes() and patch.recall(x)):
-            if self.index == 0 or not context.removed:
-                if self.index > 0 and _recomputes() and patch.merges:
-                    raise ToMeError(
-                        f"{patch.blocks[self.index]} runs again in the backward, on another tensor "
-                        "than before: checkpoint with use_reentrant=False, or write r=0"
-                    )
-                # A forward may begin here: timm's forward_features is not the call of a module.
-                context.begin(patch.removed_for(x.shape[1]))
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                patch.remember(x)
-        context.metric = context.match = None
+        _enter(patch, self.index, x)
         if context.size is not None and tuple(context.size.shape) != tuple(x.shape[:2]):
             raise ToMeError(
                 f"{patch.blocks[self.index]} was given {tuple(x.shape[:2])} (batch, tokens) but "
                 f"the block before it left {tuple(context.size.shape)}: what comes between blocks "
                 "must not change the number of tokens"
             )
-        if not torch.compiler.is_compiling():
-            # A user's own pre-hook on the norm receives the unmerged tokens, whoever came first.
-            patches.keep_last(module.get_submodule(self.norm), self.merge)
+        if torch.compiler.is_compiling():
+            return
+        if torch.is_grad_enabled():
+            patch.remember(x)
+        for path, hook in self.inner.items():
+            # A user's pre-hook there sees what it would see without merging, whoever came first.
+            patches.keep_last(module.get_submodule(path), hook)
 
 
-class RecallPreHook(Hook):
+class FirstPreHook(Hook):
     """On a block's first norm, whose input is the block's: gradient checkpointing may run a block's
     forward again without the block's own hooks."""
 
+    def __init__(self, patch: ViTPatch, index: int) -> None:
+        super().__init__(patch)
+        self.index = index
+
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if _recomputes():
-            self.patch.recall(args[0])
+            _enter(self.patch, self.index, args[0])
+
+
+def _enter(patch: ViTPatch, index: int, x: Tensor) -> None:
+    """Prepare this thread's state for a block with input ``x``."""
+    context = patch.context
+    context.metric = context.match = None
+    if _recomputes():
+        if patch.recall(x):
+            return
+        if index > 0 and not context.removed and patch.merges:
+            raise ToMeError(
+                f"{patch.blocks[index]} runs again in the backward, on another tensor than before: "
+                "checkpoint with use_reentrant=False, or write r=0"
+            )
+    if index == 0 or not context.removed:
+        # A forward may begin here: timm's forward_features is not the call of a module.
+        context.begin(patch.removed_for(x.shape[1]))
 
 
 class AttentionPreHook(Hook):

@@ -43,8 +43,8 @@ def register_all() -> None:
     if _registered:
         return
     _registered.append(True)
-    when_imported("mmengine.registry", _register_root)
-    when_imported("mmpretrain.registry", _register_mmpretrain)
+    when_imported("mmengine.registry", register_root)
+    when_imported("mmpretrain.registry", register_mmpretrain)
 
 
 def merging_builder(registry: Any) -> Callable[..., nn.Module]:
@@ -109,7 +109,8 @@ def transformers_model(model: str, config: str, **options: Any) -> nn.Module:
     return getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
 
 
-def _register_root() -> None:
+def register_root() -> None:
+    """Register all names with mmengine's root registry."""
     from mmengine.registry import MODELS
 
     # Here, as they need numpy.
@@ -129,7 +130,8 @@ def _register_root() -> None:
         MODELS.register_module(name=name, module=function, force=True)
 
 
-def _register_mmpretrain() -> None:
+def register_mmpretrain() -> None:
+    """Register ``'ToMe'`` with mmpretrain."""
     from mmpretrain.registry import MODELS
 
     MODELS.register_module(name="ToMe", module=merging_builder(MODELS), force=True)

@@ -609,6 +609,8 @@ def test_compiles_as_one_graph(name):
     size, source = handle.size.clone(), handle.source.clone()
     torch.testing.assert_close(result(compiled, arguments), merged, rtol=1e-4, atol=1e-4)
     assert torch.equal(handle.size, size) and torch.equal(handle.source, source)
+    with handle.disabled():
+        torch.testing.assert_close(result(compiled, arguments), dense, rtol=1e-4, atol=1e-4)
     handle.r = 2
     assert not torch.allclose(result(compiled, arguments), merged, rtol=1e-3)
     handle.remove()
