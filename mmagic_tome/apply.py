@@ -67,7 +67,7 @@ def apply_tome(
     """
     found = _denoisers_or_vit(model, denoisers)
     if not isinstance(found, list):
-        from .vit.engine import apply_options
+        from .vit.apply import apply_options
 
         return apply_options(found, {**_options_of(config), **options})
     config = ToMeConfig.coerce(config, **options)
