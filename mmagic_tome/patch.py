@@ -121,7 +121,9 @@ class Patch:
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Nothing is done in this thread's calls while entered."""
-        contexts = {id(context): context for context in (self.context, self._compiled)}.values()
+        contexts = [self.context]
+        if self._compiled not in self._contexts:  # else it is a thread's, see lead_compiled
+            contexts.append(self._compiled)
         for context in contexts:
             context.disabled += 1
             context.forget_run()

@@ -71,7 +71,7 @@ class Timeline:
     def _index(self, time: float) -> int | None:
         """Number of a timestep on the scheduler's list; None if it is not there."""
         timesteps = self.timesteps()
-        if len(timesteps) < 2:
+        if not timesteps:
             return None
         # Some pipelines divide by the number of training steps before the call.
         for value in (time, 1000 * time):

@@ -13,6 +13,12 @@ from ..merging.sequence import COMBINATIONS, DISTANCES, PARTITIONS
 from ..validate import check_bool, check_choice, check_integer, check_keys, check_number
 from .schedules import removed_per_block
 
+# Options of diffusion models -> what to write.
+_DIFFUSION = {
+    "ratio": "ratio is for diffusion models; write r=8, the tokens to remove per block",
+    "targets": "targets is for diffusion models; leave it out",
+}
+
 #: What similarity is measured on.
 METRICS = ("keys", "queries", "values", "features", "attention")
 
@@ -45,7 +51,7 @@ class ViTConfig:
 
     def __new__(cls, **options: Any) -> ViTConfig:
         # Before dataclass's own __init__, which would raise a TypeError without a suggestion.
-        check_keys("a vision transformer's token merging", options, cls.names())
+        check_keys("a vision transformer's token merging", options, cls.names(), _DIFFUSION)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
