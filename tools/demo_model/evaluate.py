@@ -146,7 +146,7 @@ def main() -> None:
     size = args.size or pipeline.unet.config.sample_size * factor
     if size % (factor * 4):
         raise ToolError(f"--size {size}: give a multiple of {factor * 4}")
-    from train import Data
+    from images import Data
 
     data = Data(args.work_dir)
     chosen = choose(data.concepts, args.count)
