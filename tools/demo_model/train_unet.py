@@ -176,7 +176,7 @@ SHEET = (
 
 
 def adopt(model: Path, work_dir: Path) -> None:
-    """Take VAE and tokenizer of a model in diffusers layout over, where WORK_DIR has none yet."""
+    """Copy VAE and tokenizer from a model in diffusers layout, unless WORK_DIR has its own."""
     if not (model / "model_index.json").is_file():
         raise ToolError(f"--start-from {model}: no model_index.json there")
     for name in ("vae", "tokenizer"):

@@ -31,12 +31,12 @@ class State:
 class LossLog:
     """Losses by image size as JSON lines, appended while the training runs.
 
-    Lines after the step that a training resumes from belong to steps it repeats: they are removed.
+    On resuming, `rewind` removes the lines of the steps that are repeated.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self._open: dict[tuple[int, bool], list[tuple[float, float]]] = {}
+        self._open: dict[tuple[int, float], list[tuple[float, float]]] = {}
 
     def rewind(self, step: int) -> None:
         if self.path.is_file():
@@ -50,7 +50,7 @@ class LossLog:
         self._open.setdefault((size, merge), []).append((loss, seconds))
 
     def write(self, **common_fields) -> None:
-        """One line for every size that was trained since the last call."""
+        """One line for every image size and merge ratio since the last call."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             for (size, merge), values in sorted(self._open.items()):
@@ -77,7 +77,7 @@ class Trainer:
     queue. On a CPU that others use too this is far faster than two threads in one process, where
     every operation waits for the slower thread.
 
-    SIGTERM ends the run after the present step with a checkpoint; it then looks like Ctrl-C.
+    On SIGTERM the run finishes its step, writes a checkpoint and raises KeyboardInterrupt.
     """
 
     def __init__(
