@@ -8,7 +8,7 @@ from tiny_pipelines import FRAMES, motion_inputs, motion_unet
 
 from mmagic_tome import ToMeError, apply_tome, remove_tome
 from mmagic_tome.merging import MergePlan
-from mmagic_tome.merging.frames import FramesPlan, as_clips
+from mmagic_tome.merging.frames import FramePlan, as_clips
 
 
 @torch.no_grad()
@@ -18,7 +18,7 @@ def run(unet, given):
 
 def test_the_plan_is_that_of_a_clip():
     slot = torch.tensor([[0, 0, 1, 1, 2, 2], [2, 1, 0, 0, 1, 2]])
-    plan = FramesPlan(MergePlan(slot, 3), frames=2)
+    plan = FramePlan(MergePlan(slot, 3), num_frames=2)
     assert (plan.batch, plan.num_tokens, plan.num_slots) == (4, 3, 3)
     x = torch.arange(4 * 3 * 2.0).view(4, 3, 2)  # two clips of two frames of three tokens
     merged = plan.merge(x)
