@@ -78,7 +78,7 @@ class DiffusersUNet(ModelAdapter):
         return [*down[num_outer_blocks:], *middle, *up[: len(up) - num_outer_blocks]]
 
     def grid(self, grid_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
-        if is_added_kv(grid_module):
+        if "add_k_proj" in grid_module._modules:
             check_added_kv_call(kwargs)
         x = args[0] if args else kwargs["hidden_states"]
         return x.shape[-2], x.shape[-1]

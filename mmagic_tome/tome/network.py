@@ -43,7 +43,8 @@ class NetworkPreHook(StepHook):
             patch.lead_compiled()
         contexts = patch.contexts(shared=config.tracks_steps)
         for context in contexts:
-            context.clear()
+            if context.running:  # compiled code does not notice that a call failed
+                context.clear()
             context.start()
             if not (config.merges_nothing or context.disabled):
                 context.config = config

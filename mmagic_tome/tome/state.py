@@ -46,6 +46,10 @@ class StepState:
         self.guidance_map: Tensor | None = None
 
 
+# Where steps are not tracked; nobody writes into it.
+_NOTHING_KEPT = StepState()
+
+
 class TomeContext(Context):
     """What the hooks know during one call of the network.
 
@@ -81,7 +85,7 @@ class TomeContext(Context):
         self.step_key: Tensor | None = None
         self.step = 0
         self.remaining: float | None = None
-        self.state = StepState()
+        self.state = _NOTHING_KEPT
         self.grid: tuple[int, int] | None = None
         self.num_before: int | list[int] | None = None
         self.frames = 1
@@ -272,9 +276,12 @@ class TomePatch(Patch):
                 continue
             first = path == target.paths[0] or path in target.shared
             before, after = module._forward_pre_hooks, module._forward_hooks
-            in_place = not first or _is_of(next(reversed(before.values()), None), self)
+            # Only hooks have the attribute, and only this patch's hooks have it as a value.
+            mine = getattr(next(reversed(before.values()), None), "patch", None) is self
+            in_place = mine or not first
             if path == target.paths[-1]:
-                in_place = in_place and _is_of(next(iter(after.values()), None), self)
+                mine = getattr(next(iter(after.values()), None), "patch", None) is self
+                in_place = in_place and mine
             if not in_place:
                 self._settle(network, target)
 
@@ -296,7 +303,3 @@ class TomePatch(Patch):
             module = network.get_submodule(path)
             if not any(type(one) is type(hook) for one in hooks_of(module, self)):
                 register(module, hook)
-
-
-def _is_of(hook: Any, patch: TomePatch) -> bool:
-    return getattr(hook, "patch", None) is patch

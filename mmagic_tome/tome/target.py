@@ -42,7 +42,8 @@ class TargetPreHook(TargetHook):
         if plan is None:
             record(context, target, x, None)
             return None
-        plan = around_text(context, target, plan, x.shape[1] - plan.num_tokens)
+        if target.joint:
+            plan = JointPlan(plan, x.shape[1] - plan.num_tokens, context.num_before)
         record(context, target, x, plan)
         check_call(self.patch, target, plan, x, kwargs)
         return merged_call(self.patch, target, plan, x, args, kwargs)[:2]
@@ -62,7 +63,8 @@ class TargetPostHook(TargetHook):
         if plan is None or target.kind == "attn_kv":
             return None
         y = target.tokens_of(output)
-        plan = around_text(context, target, plan, y.shape[1] - plan.num_slots)
+        if target.joint:
+            plan = JointPlan(plan, y.shape[1] - plan.num_slots, context.num_before)
         return target.replaced(output, plan.unmerge(y))
 
 
@@ -76,7 +78,8 @@ class WholePreHook(TargetHook, StepHook):
         if plan is None:
             record(context, target, x, None)
             return None
-        plan = around_text(context, target, plan, x.shape[1] - plan.num_tokens)
+        if target.joint:
+            plan = JointPlan(plan, x.shape[1] - plan.num_tokens, context.num_before)
         record(context, target, x, plan)
         check_call(self.patch, target, plan, x, kwargs)
         args, kwargs, merged = merged_call(self.patch, target, plan, x, args, kwargs)
@@ -108,7 +111,8 @@ class SharedInputPreHook(TargetHook):
         if plan is None:
             return None
         x = args[0] if args else kwargs["hidden_states"]
-        plan = around_text(context, target, plan, x.shape[1] - plan.num_tokens)
+        if target.joint:
+            plan = JointPlan(plan, x.shape[1] - plan.num_tokens, context.num_before)
         return with_tokens(plan.merge(x), args, kwargs)
 
 
@@ -128,11 +132,6 @@ def target_hooks(patch: TomePatch, target: Target) -> list[tuple[str, TargetHook
     ]
 
 
-def around_text(context: TomeContext, target: Target, plan: Any, num_text_tokens: int) -> Any:
-    """The plan for a sequence that holds the text's tokens as well, which stay as they are."""
-    return JointPlan(plan, num_text_tokens, context.num_before) if target.joint else plan
-
-
 def merged_call(
     patch: TomePatch, target: Target, plan: Any, x: Tensor, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any], Tensor | None]:
@@ -145,7 +144,10 @@ def merged_call(
     merged = plan.merge(x)
     if target.kind == "attn_kv":
         return args, {**kwargs, target.context_argument: merged}, None
-    args, kwargs = with_tokens(merged, args, kwargs)
+    if args:
+        args = (merged, *args[1:])
+    else:
+        kwargs = {**kwargs, "hidden_states": merged}
     args, kwargs = patch.adapter.adapt(target.name, plan, args, kwargs)
     return args, kwargs, merged
 
