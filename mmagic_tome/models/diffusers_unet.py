@@ -144,6 +144,6 @@ def _stacks_in(
     for name, module in block.named_modules():
         if _TEMPORAL.intersection(name.split(".")):
             continue
-        has_blocks = isinstance(getattr(module, "transformer_blocks", None), nn.ModuleList)
+        has_blocks = isinstance(module._modules.get("transformer_blocks"), nn.ModuleList)
         if has_blocks or is_added_kv(module):
             yield f"{prefix}.{name}", module, downsample

@@ -25,7 +25,6 @@ from .target import (
     TargetHook,
     check_call,
     merged_call,
-    record,
     with_tokens,
 )
 
@@ -43,11 +42,11 @@ class ResidualPreHook(TargetHook, StepHook):
         known = target.name in context.state.residuals and not context.computes
         # With gradients, as in training, steps are unrelated: merged without a residual.
         if plan is None or not (known or torch.is_grad_enabled()):
-            record(context, target, x, None)
+            target.record(context, x, None)
             context.pending[target.name] = ("baseline", plan, x, args, kwargs)
             return None
         check_call(patch, target, plan, x, kwargs)
-        record(context, target, x, plan)
+        target.record(context, x, plan)
         args, kwargs, merged = merged_call(patch, target, plan, x, args, kwargs)
         context.pending[target.name] = ("merged", plan, x, merged)
         return args, kwargs

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..config import ToMeConfig
-from ..merging import GridLayout, random_layout, regular_layout
+from ..merging import FramePlan, GridLayout, JointPlan, random_layout, regular_layout
 from ..merging.random import hashed_integers
 from ..patch import Context, Patch, hooks_of, keep_last, register, unregister
 from ..runs import RunTracker
@@ -183,8 +183,18 @@ class Target:
         self.calls = 0
         self.unmerged_calls = 0
 
-    def record(self, tokens: int, kept: int) -> None:
-        """Note a call."""
+    def record(self, context: TomeContext, x: Tensor, plan: Any) -> None:
+        """Note a call on tokens ``x``, in tokens of the image."""
+        frames = plan.num_frames if isinstance(plan, FramePlan) else context.frames
+        tokens = x.shape[1] * frames
+        kept = tokens if plan is None else plan.num_slots
+        text = 0
+        if isinstance(plan, JointPlan):
+            text = plan.num_text_tokens
+        elif self.joint and context.grid is not None:
+            # A backward that runs a block again does so when the grid is forgotten.
+            text = x.shape[1] - context.grid[0] * context.grid[1]
+        tokens, kept = tokens - text, kept - text
         self.tokens, self.kept = tokens, kept
         if not torch.compiler.is_compiling():
             self.calls += 1

@@ -12,11 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ToMeError
-from ..merging.frames import FramePlan
 from ..merging.joint import JointPlan
 from ..patch import Hook
 from .network import StepHook
-from .state import Target, TomeContext, TomePatch
+from .state import Target, TomePatch
 
 
 class TargetHook(Hook):
@@ -40,11 +39,11 @@ class TargetPreHook(TargetHook):
         x = args[0] if args else kwargs["hidden_states"]
         plan = context.plans.get(target.kind)
         if plan is None:
-            record(context, target, x, None)
+            target.record(context, x, None)
             return None
         if target.joint:
             plan = JointPlan(plan, x.shape[1] - plan.num_tokens, context.num_before)
-        record(context, target, x, plan)
+        target.record(context, x, plan)
         check_call(self.patch, target, plan, x, kwargs)
         return merged_call(self.patch, target, plan, x, args, kwargs)[:2]
 
@@ -76,11 +75,11 @@ class WholePreHook(TargetHook, StepHook):
         x = args[0] if args else kwargs["hidden_states"]
         plan = context.plans.get(target.kind)
         if plan is None:
-            record(context, target, x, None)
+            target.record(context, x, None)
             return None
         if target.joint:
             plan = JointPlan(plan, x.shape[1] - plan.num_tokens, context.num_before)
-        record(context, target, x, plan)
+        target.record(context, x, plan)
         check_call(self.patch, target, plan, x, kwargs)
         args, kwargs, merged = merged_call(self.patch, target, plan, x, args, kwargs)
         context.pending[target.name] = (plan, x, merged)
@@ -157,20 +156,6 @@ def with_tokens(x: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, 
     if args:
         return (x, *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": x}
-
-
-def record(context: TomeContext, target: Target, x: Tensor, plan: Any) -> None:
-    """Note a call, in tokens of the image."""
-    frames = plan.num_frames if isinstance(plan, FramePlan) else context.frames
-    tokens = x.shape[1] * frames
-    kept = tokens if plan is None else plan.num_slots
-    text = 0
-    if isinstance(plan, JointPlan):
-        text = plan.num_text_tokens
-    elif target.joint and context.grid is not None:
-        # A backward that runs a block again does so when the grid is forgotten.
-        text = x.shape[1] - context.grid[0] * context.grid[1]
-    target.record(tokens - text, kept - text)
 
 
 def check_call(
