@@ -44,8 +44,8 @@ def fresh():
 @pytest.mark.parametrize("build", [unet, transformer])
 def test_at_most_two_graphs_per_shape_and_the_same_picture(build, fresh):
     network, shapes = build()
-    dense = run(network, shapes[0])
-    handle = apply_tome(network, ratio=0.5, sites=["attn", "mlp"])
+    baseline = run(network, shapes[0])
+    handle = apply_tome(network, ratio=0.5, targets=["attn", "mlp"])
     graphs = []
 
     def count(graph, example_inputs):
@@ -70,7 +70,7 @@ def test_at_most_two_graphs_per_shape_and_the_same_picture(build, fresh):
 def test_other_unets_are_one_graph(title, fresh):
     """Those of Stable Diffusion are above."""
     network, inputs = NETWORKS[title].build(), NETWORKS[title].inputs()
-    dense = run(network, inputs)
+    baseline = run(network, inputs)
     apply_tome(network, ratio=0.5)
     expected = run(network, inputs)
     assert NETWORKS[title].compiles == "the whole network"
@@ -83,8 +83,8 @@ def test_other_unets_are_one_graph(title, fresh):
 @pytest.mark.slow
 def test_an_exported_network_merges_at_every_timestep():
     network, (inputs, *_) = unet()
-    dense = run(network, inputs)
-    apply_tome(network, ratio=0.5, sites=["attn", "mlp"])
+    baseline = run(network, inputs)
+    apply_tome(network, ratio=0.5, targets=["attn", "mlp"])
     with torch.no_grad():
         program = torch.export.export(network, (), {**inputs, "return_dict": False}, strict=False)
     file = io.BytesIO()
@@ -105,9 +105,9 @@ STEPS = (900, 800, 700, 600, 500, 400, 300, 200, 100)
 CARRIED = {
     "quality": dict(preset="quality"),
     "balanced, merged as well": dict(preset="balanced", ratio=0.5),
-    "refresh": dict(ratio=0.5, refresh=2, sites=["attn", "mlp"]),
-    "residual": dict(ratio=0.5, refresh=2, residual=dict(kind="exact", order=1)),
-    "blocks left out": dict(sites="block", refresh=2, residual="reuse"),
+    "refresh": dict(ratio=0.5, plan_interval=2, targets=["attn", "mlp"]),
+    "residual": dict(ratio=0.5, plan_interval=2, residual=dict(kind="exact", order=1)),
+    "blocks left out": dict(targets="block", plan_interval=2, residual="reuse"),
     "ratio by noise": dict(ratio=dict(base=0.5, noise=dict(between=(0.3, 0.8)))),
 }
 
@@ -154,6 +154,78 @@ def test_presets_around_blocks_that_are_compiled_without_a_break(preset, fresh):
 @pytest.mark.slow
 def test_one_graph_of_what_is_decided_by_the_step_is_refused_with_the_reason(fresh):
     network, inputs = tiny_unet(levels=1), tiny_inputs(size=(16, 16))
-    apply_tome(network, ratio=0.5, refresh=2)
+    apply_tome(network, ratio=0.5, plan_interval=2)
     with pytest.raises(Exception, match="write fullgraph=False"):
         run(torch.compile(network, fullgraph=True, backend="eager"), inputs)
+
+
+# --- one graph ---
+
+@pytest.fixture
+def compiler():
+    torch._dynamo.reset()
+    yield lambda model: torch.compile(model, fullgraph=True, backend="eager")
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def small():
+    """One level: tracing is what takes the time in the tests below."""
+    return tiny_unet(levels=1)
+
+
+def test_apply_and_remove_after_compiling(small, compiler):
+    unet = small
+    baseline = run(unet)
+    compiled = compiler(unet)
+    assert torch.equal(run(compiled), baseline)
+    handle = apply_tome(compiled, ratio=0.5)
+    merged = run(unet)
+    assert not torch.equal(merged, baseline)
+    assert torch.equal(run(compiled), merged)
+    handle.remove()
+    assert torch.equal(run(compiled), baseline)
+    handle = apply_tome(compiled, ratio=0.5)
+    assert torch.equal(run(compiled), merged)
+    handle.ratio = 0
+    assert torch.equal(run(compiled), baseline)
+
+
+def test_a_compiled_dense_copy_does_not_serve_the_merged_one(small, compiler):
+    unet = small
+    clone = copy.deepcopy(unet)
+    baseline = run(unet)
+    apply_tome(clone, ratio=0.5)
+    merged = run(clone)
+    assert torch.equal(run(compiler(unet)), baseline)
+    assert torch.equal(run(compiler(clone)), merged)
+    assert torch.equal(run(compiler(unet)), baseline)
+
+
+def test_blocks_compiled_on_their_own(small, compiler):
+    unet = small
+    apply_tome(unet, ratio=0.5, **EVERYTHING)
+    expected = run(unet)
+    unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+    assert torch.equal(run(unet), expected)
+
+
+def test_one_graph_without_breaks(unet):
+    apply_tome(unet, ratio=0.5, **EVERYTHING)
+    expected = run(unet)
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(unet, fullgraph=True, backend=count)
+    for step in (500, 499, 498, 500):
+        out = run(compiled, timestep=torch.tensor(step))
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert len(graphs) <= 2
+    assert {row["kept"] for row in get_handle(compiled).stats()} == {128, 32, 8}
+    torch._dynamo.reset()
+
+

@@ -35,7 +35,7 @@ def test_defaults():
 
 
 def test_json_round_trip():
-    config = ToMeConfig(ratio=0.6, sx=3, max_downsample=4, merge_mlp=True, seed=2**40)
+    config = ToMeConfig(ratio=0.6, sx=3, max_downsample=4, targets=["attn", "mlp"], seed=2**40)
     assert ToMeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -72,7 +72,7 @@ def test_every_key_of_mmagic_is_accepted():
             use_rand=False,
             merge_attn=True,
             merge_crossattn=True,
-            merge_mlp=True,
+            targets=["attn", "mlp"],
         )
     )
     assert config.kinds == ("attn", "crossattn", "mlp") and not config.use_rand
@@ -152,8 +152,8 @@ def test_immutable_and_replace():
 def test_options_of_the_controlnet():
     assert ToMeConfig().controlnet_config is None
     assert ToMeConfig(ratio=0.25, controlnet=True).controlnet_config == ToMeConfig(ratio=0.25)
-    config = ToMeConfig(ratio=0.25, seed=3, controlnet=dict(ratio=0.5, sites=["mlp"]))
-    assert config.controlnet_config == ToMeConfig(ratio=0.5, seed=3, sites=["mlp"])
+    config = ToMeConfig(ratio=0.25, seed=3, controlnet=dict(ratio=0.5, targets=["mlp"]))
+    assert config.controlnet_config == ToMeConfig(ratio=0.5, seed=3, targets=["mlp"])
     assert ToMeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert config.replace(ratio=0).controlnet_config.ratio == 0.5
 
@@ -176,8 +176,8 @@ def test_bad_options_of_the_controlnet(value, says):
     ("options", "says"),
     [
         (dict(across_frames=1), "across_frames must be True or False"),
-        (dict(across_frames=True, sites=["stack"]), r"'stack'; write sites=\['block'\]"),
-        (dict(across_frames=True, sites=["attn_kv"]), r"'attn_kv'; write sites=\['attn'\]"),
+        (dict(across_frames=True, targets=["stack"]), r"'stack'; write targets=\['block'\]"),
+        (dict(across_frames=True, targets=["attn_kv"]), r"'attn_kv'; write targets=\['attn'\]"),
         (dict(across_frames=True, method="todo"), "another method than 'todo'"),
     ],
 )

@@ -11,7 +11,7 @@ from mmagic_tome.schedules import Place, RatioSchedule, noise_factor
 
 
 def at(spec, **place):
-    return RatioSchedule(spec, 0.75)(Place(**{"site": "attn", "downsample": 1, **place}))
+    return RatioSchedule(spec, 0.75)(Place(**{"target": "attn", "downsample": 1, **place}))
 
 
 def test_a_number_is_the_same_everywhere():
@@ -69,7 +69,7 @@ def test_a_schedule_that_merges_nothing_is_refused_by_name():
     for options, said in (
         (dict(ratio=dict(level={2: 0.5})), "downsample 1, sites attn"),
         (dict(ratio=dict(site={"mlp": 0.5})), "downsample 1, sites attn"),
-        (dict(ratio=dict(level={4: 0.5}), max_downsample=2, merge_mlp=True), "1, 2, sites attn, m"),
+        (dict(ratio=dict(level={4: 0.5}), max_downsample=2, targets=["attn", "mlp"]), "1, 2, sites attn, m"),
     ):
         with pytest.raises(ToMeError, match="names no ratio for what is merged") as error:
             apply_tome(unet, **options)

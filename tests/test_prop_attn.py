@@ -53,10 +53,10 @@ class Seen:
         block.attn1.forward = forward
 
 
-@pytest.mark.parametrize("site", ["attn", "attn_kv"])
+@pytest.mark.parametrize("target", ["attn", "attn_kv"])
 def test_by_hand(unet, site):
     """softmax(Q K^T / sqrt(d) + log s) V, entry by entry and head by head."""
-    handle = apply_tome(unet, proportional=True, sites=[site])
+    handle = apply_tome(unet, prop_attn=True, targets=[site])
     seen = Seen(unet, handle)
     run(unet)
     (plan,) = seen.plan.values()
@@ -73,7 +73,7 @@ def test_by_hand(unet, site):
     torch.testing.assert_close(seen.out, by_hand, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("site", ["attn", "attn_kv"])
+@pytest.mark.parametrize("target", ["attn", "attn_kv"])
 def test_copies_may_merge_for_nothing(unet, site):
     """Where only copies merge, weighed attention is the dense one, and plain attention is not."""
     block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
@@ -87,7 +87,7 @@ def test_copies_may_merge_for_nothing(unet, site):
 
     @torch.no_grad()
     def output(**options):
-        with apply_tome(unet, sites=[site], exact_matching=True, **options) as handle:
+        with apply_tome(unet, targets=[site], exact_matching=True, **options) as handle:
             forward = handle._state.forward
             forward.clear(running=True)
             forward.grid = (16, 16)
@@ -97,8 +97,8 @@ def test_copies_may_merge_for_nothing(unet, site):
 
     dense = output(ratio=0)
     # 3 of 4 tokens of half of the cells.
-    assert error(output(ratio=0.375, proportional=True), dense) < 1e-5
-    assert error(output(ratio=0.375), dense) > 1e-3
+    assert error(output(ratio=0.375, prop_attn=True), baseline) < 1e-5
+    assert error(output(ratio=0.375), baseline) > 1e-3
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -108,7 +108,7 @@ def test_with_every_method(unet, method):
     steps = (900, 600)
     outputs = {}
     for proportional in (False, True):
-        with apply_tome(unet, method=method, proportional=proportional) as handle:
+        with apply_tome(unet, method=method, prop_attn=proportional) as handle:
             outputs[proportional] = run(unet, steps)
             assert {row["kept"] < row["tokens"] for row in handle.stats()} == {True}
             assert ("proportional attention" in handle.summary()) == proportional
@@ -117,7 +117,7 @@ def test_with_every_method(unet, method):
     assert (error(outputs[True], outputs[False]) < 1e-5) == even
 
 
-@pytest.mark.parametrize("site", ["attn", "attn_kv"])
+@pytest.mark.parametrize("target", ["attn", "attn_kv"])
 @pytest.mark.parametrize("residual", ["own", "exact"])
 def test_with_residuals(unet, site, residual):
     """What the residual restores is what the weighed site misses, so at one input all of it."""
@@ -125,8 +125,8 @@ def test_with_residuals(unet, site, residual):
         return
     embedding = unet.time_embedding.register_forward_hook(lambda m, a, out: torch.ones_like(out))
     same = dict(sample=torch.ones(2, 4, 16, 16) + torch.randn(2, 4, 16, 16))
-    dense = run(unet, (900,), **same)[0]
-    options = dict(sites=[site], proportional=True, use_rand=False, refresh=2, residual=residual)
+    baseline = run(unet, (900,), **same)[0]
+    options = dict(targets=[site], prop_attn=True, use_rand=False, plan_interval=2, residual=residual)
     with apply_tome(unet, **options) as handle, torch.no_grad():
         for t in (900, 800):
             out = unet(**{**tiny_inputs(), **same, "timestep": torch.tensor(t)}).sample
@@ -135,32 +135,32 @@ def test_with_residuals(unet, site, residual):
     if residual == "exact":
         torch.testing.assert_close(out, dense, rtol=1e-4, atol=1e-5)
     else:
-        assert 0 < error(out, dense) < 0.1
+        assert 0 < error(out, baseline) < 0.1
 
 
 def test_dense_and_removal_to_the_bit(unet):
-    dense = run(unet)
-    handle = apply_tome(unet, proportional=True)
-    assert not torch.equal(run(unet), dense)
+    baseline = run(unet)
+    handle = apply_tome(unet, prop_attn=True)
+    assert not torch.equal(run(unet), baseline)
     with handle.dense():
-        assert torch.equal(run(unet), dense)
+        assert torch.equal(run(unet), baseline)
     handle.ratio = 0
-    assert torch.equal(run(unet), dense)
+    assert torch.equal(run(unet), baseline)
     handle.remove()
-    assert torch.equal(run(unet), dense)
+    assert torch.equal(run(unet), baseline)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(unet, dtype):
     unet.to(dtype)
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tiny_inputs().items()}
-    with apply_tome(unet, proportional=True), torch.no_grad():
+    with apply_tome(unet, prop_attn=True), torch.no_grad():
         out = unet(**inputs).sample
     assert out.dtype == dtype and out.isfinite().all()
 
 
 def test_gradients_flow(unet):
-    apply_tome(unet, proportional=True)
+    apply_tome(unet, prop_attn=True)
     unet(**tiny_inputs()).sample.square().sum().backward()
     to_k = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_k
     assert to_k.weight.grad.isfinite().all() and to_k.weight.grad.abs().sum() > 0
@@ -169,7 +169,7 @@ def test_gradients_flow(unet):
 @pytest.mark.slow
 def test_one_graph(unet):
     torch.compiler.reset()
-    apply_tome(unet, proportional=True)
+    apply_tome(unet, prop_attn=True)
     expected = run(unet)[0]
     compiled = torch.compile(unet, fullgraph=True, backend="eager")
     with torch.no_grad():
@@ -180,9 +180,9 @@ def test_one_graph(unet):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (dict(proportional=1), "write proportional=True"),
-        (dict(proportional=True, sites=["mlp"]), "write sites=['attn']"),
-        (dict(proportional=True, sites=["block"]), "what is merged is block"),
+        (dict(prop_attn=1), "write prop_attn=True"),
+        (dict(prop_attn=True, targets=["mlp"]), "write targets=['attn']"),
+        (dict(prop_attn=True, targets=["block"]), "what is merged is block"),
     ],
 )
 def test_bad_options_are_named(options, said):
@@ -200,8 +200,8 @@ def test_transformers_of_one_stream(family, sites):
     family = TRANSFORMERS[family]
     network, inputs = family.build(), family.inputs()
     outputs = []
-    for options in (dict(ratio=0), dict(ratio=0.5), dict(ratio=0.5, proportional=True)):
-        with apply_tome(network, sites=sites, **options):
+    for options in (dict(ratio=0), dict(ratio=0.5), dict(ratio=0.5, prop_attn=True)):
+        with apply_tome(network, targets=sites, **options):
             outputs.append(network(**inputs, return_dict=False)[0])
     assert outputs[2].isfinite().all()
     assert error(outputs[2], outputs[1]) > 1e-4
@@ -211,13 +211,13 @@ def test_transformers_of_one_stream(family, sites):
 @pytest.mark.parametrize("family", ["Flux.1", "Stable Diffusion 3", "Wan 2.1, 2.2 (video)"])
 def test_other_transformers_say_that_they_cannot(family):
     network = TRANSFORMERS[family].build()
-    with pytest.raises(ToMeError, match="takes no mask to weigh keys by; write proportional=False"):
-        apply_tome(network, proportional=True)
+    with pytest.raises(ToMeError, match="takes no mask to weigh keys by; write prop_attn=False"):
+        apply_tome(network, prop_attn=True)
 
 
 def test_attention_that_takes_no_mask_is_refused(unet):
     for block in unet.modules():
         if type(block).__name__ == "BasicTransformerBlock":
             block.attn1 = torch.nn.Identity()
-    with pytest.raises(ToMeError, match="takes no mask to weigh keys by; write proportional=False"):
-        apply_tome(unet, proportional=True)
+    with pytest.raises(ToMeError, match="takes no mask to weigh keys by; write prop_attn=False"):
+        apply_tome(unet, prop_attn=True)
