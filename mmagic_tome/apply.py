@@ -78,11 +78,13 @@ def apply_tome(
         for one in _controlnets(model):
             chosen.append((own, one, blocks_to_merge(one.adapter, one.network, own)))
     prepare_compiler()
-    replaced = _replaced([one.network for _, one, _ in chosen], TomePatch)
-    parts = [
-        (_prefix(one.name), one.network, place(config, one.adapter, one.network, blocks, model))
-        for config, one, blocks in chosen
-    ]
+    replaced = _replaced(model, [one.network for _, one, _ in chosen], TomePatch)
+    denoising = {one.network for one in found}
+    parts = []
+    for config, one, blocks in chosen:
+        patch = place(config, one.adapter, one.network, blocks, model)
+        patch.with_denoiser = one.network not in denoising
+        parts.append((_prefix(one.name), one.network, patch))
     return ToMeHandle(parts, replaced)
 
 
@@ -119,7 +121,8 @@ def apply_cache(
         >>> print(handle.summary())
     """
     configs = coerce_cache(config, **options)
-    chosen = [(configs, one) for one in find_denoisers(model, only=denoisers)]
+    found = find_denoisers(model, only=denoisers)
+    chosen = [(configs, one) for one in found]
     # A ControlNet's levels only go down, so nothing is inside them.
     network = tuple(one for one in configs if one.region == "network")
     if controlnet and network:
@@ -130,10 +133,11 @@ def apply_cache(
                 inner_modules(cache, one.adapter, one.network)
     warn_of_oscillation(model, configs)
     prepare_compiler()
-    replaced = _replaced([one.network for _, one in chosen], CachePatch)
+    replaced = _replaced(model, [one.network for _, one in chosen], CachePatch)
     parts = []
     for own, one in chosen:
         patch = CachePatch(own, one.adapter, model)
+        patch.with_denoiser = one not in found
         patch.place(one.network)
         parts.append((_prefix(one.name), one.network, patch))
     return CacheHandle(parts, replaced)
@@ -185,10 +189,10 @@ def get_handle(
         from .vit import get_vit_handle
 
         return None if technique == "cache" else get_vit_handle(found)
-    every = [*found, *find_controlnets(model, known=True)]
     for name, kind, handle in (("tome", TomePatch, ToMeHandle), ("cache", CachePatch, CacheHandle)):
         if technique not in (None, name):
             continue
+        every = [*found, *_together(model, kind)]
         parts = [(_prefix(one.name), one.network, find_patch(one.network, kind)) for one in every]
         parts = [part for part in parts if part[2] is not None]
         if parts:
@@ -257,10 +261,22 @@ def _prefix(name: str) -> str:
     return f"{name}." if name else ""
 
 
-def _replaced(networks: Sequence[nn.Module], kind: type) -> list[tuple[nn.Module, list]]:
-    """Take out what is applied to networks; what that was, to be put back."""
+def _together(model: object, kind: type) -> list[Denoiser]:
+    """The ControlNets to which a technique was applied together with the denoiser."""
+    patches = [(one, find_patch(one.network, kind)) for one in find_controlnets(model, known=True)]
+    return [one for one, patch in patches if patch is not None and patch.with_denoiser]
+
+
+def _replaced(
+    model: object, networks: Sequence[nn.Module], kind: type
+) -> list[tuple[nn.Module, list]]:
+    """Take out what is applied to networks; what that was, to be put back.
+
+    Also out of ControlNets that no longer take part.
+    """
     replaced = []
-    for network in networks:
+    together = [one.network for one in _together(model, kind)]
+    for network in dict.fromkeys([*networks, *together]):
         patch = find_patch(network, kind)
         if patch is not None:
             replaced.append((network, remove(network, patch)))

@@ -64,9 +64,14 @@ class Patch:
 
     Subclasses set ``context_type`` and keep options and statistics. Nothing here refers to a
     module or is kept when a model is copied or pickled in the middle of a run.
+
+    Attributes:
+        with_denoiser (bool): on a ControlNet, whether it was applied together with the denoiser of
+            its model, and is replaced and removed together with that.
     """
 
     context_type: type[Context] = Context
+    with_denoiser = False
 
     def __init__(self) -> None:
         self._warned: set[str] = set()

@@ -9,7 +9,14 @@ import tiny
 import torch
 from tiny_pipelines import tiny_controlnet
 
-from mmagic_tome import ToMeError, apply_tome, get_handle, remove_tome
+from mmagic_tome import (
+    ToMeError,
+    apply_cache,
+    apply_tome,
+    get_handle,
+    remove_cache,
+    remove_tome,
+)
 
 
 class Both(torch.nn.Module):
@@ -38,40 +45,73 @@ class Several(torch.nn.Module):
 
 
 def kept(handle):
-    """Beginning of a site's name -> tokens it kept of 64."""
+    """Beginning of a target's name -> tokens it kept of 64."""
     return {
-        "controlnet" if row["site"].startswith("controlnet.") else "unet": row["kept"]
+        "controlnet" if row["target"].startswith("controlnet.") else "unet": row["kept"]
         for row in handle.stats()
     }
 
 
 def test_they_come_and_go_together():
     model = Both(tiny_controlnet())
-    dense = model()
+    baseline = model()
     with apply_tome(model, ratio=0.5):
         alone = model()
     assert get_handle(model.controlnet) is None
-    handle = apply_tome(model, ratio=0.5, controlnet=dict(ratio=0.25, sites=["mlp"]))
+    handle = apply_tome(model, ratio=0.5, controlnet=dict(ratio=0.25, targets=["mlp"]))
     merged = model()
     assert kept(handle) == {"unet": 32, "controlnet": 48}
-    assert get_handle(model.controlnet).config.sites == ["mlp"]
-    assert not torch.equal(merged, alone) and not torch.equal(merged, dense)
+    assert get_handle(model.controlnet).config.targets == ("mlp",)
+    assert not torch.equal(merged, alone) and not torch.equal(merged, baseline)
     assert "controlnet.down_blocks.0" in handle.summary()
-    handle.reset()
+    handle.reset_stats()
     assert all(row["calls"] == 0 for row in handle.stats())
     handle.ratio = 0
-    assert torch.equal(model(), dense)
+    assert torch.equal(model(), baseline)
     handle.ratio = 0.5
     model()
     assert kept(get_handle(model)) == {"unet": 32, "controlnet": 32}
     assert remove_tome(model)
     assert get_handle(model.controlnet) is None
-    assert torch.equal(model(), dense)
+    assert torch.equal(model(), baseline)
+
+
+def test_without_the_controlnet_the_next_time():
+    model = Both(tiny_controlnet())
+    apply_tome(model, ratio=0.5)
+    expected = model()
+    apply_tome(model, ratio=0.5, controlnet=True)
+    merged = model()
+    with apply_tome(model, ratio=0.5):
+        assert get_handle(model.controlnet) is None
+        assert torch.equal(model(), expected)
+    assert torch.equal(model(), merged)
+
+
+def test_step_caching_takes_the_controlnet_along():
+    model = Both(tiny_controlnet())
+    handle = apply_cache(model, "balanced")
+    regions = [row["region"] for row in handle.stats()]
+    assert regions == ["network", "inner", "controlnet.network"]
+    assert get_handle(model.controlnet, "cache").config == handle.config[:1]
+    with apply_cache(model, "quality") as inner:  # a ControlNet has no inner region
+        assert [row["region"] for row in inner.stats()] == ["inner"]
+        assert get_handle(model.controlnet) is None
+    assert [row["region"] for row in get_handle(model).stats()] == regions
+    with apply_cache(model, "balanced", controlnet=False):
+        assert get_handle(model.controlnet) is None
+    assert remove_cache(model)
+    assert get_handle(model) is None and get_handle(model.controlnet) is None
+    # What is applied to the ControlNet alone stays with it.
+    apply_cache(model.controlnet, interval=2)
+    assert get_handle(model) is None and not remove_cache(model)
+    apply_cache(model, "quality")
+    assert get_handle(model.controlnet, "cache") is not None
 
 
 def test_replacing_and_putting_back():
     model = Both(tiny_controlnet())
-    dense = model()
+    baseline = model()
     with apply_tome(model, ratio=0.5, controlnet=True):
         both = model()
         with apply_tome(model, ratio=0.5) as inner:
@@ -83,30 +123,30 @@ def test_replacing_and_putting_back():
             assert kept(get_handle(model)) == {"unet": 32}, "it is no more merged along"
             assert own.stats()[0]["kept"] == 48
         assert torch.equal(model(), both)
-    assert torch.equal(model(), dense)
+    assert torch.equal(model(), baseline)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_duplicates_are_independent(duplicate):
     model = Both(tiny_controlnet())
-    dense = model()
+    baseline = model()
     apply_tome(model, ratio=0.5, controlnet=True)
     merged = model()
     other = duplicate(model)
     assert torch.equal(other(), merged)
     remove_tome(other)
-    assert torch.equal(other(), dense) and torch.equal(model(), merged)
+    assert torch.equal(other(), baseline) and torch.equal(model(), merged)
 
 
 def test_several_controlnets():
     model = Both(Several())
-    dense = model()
+    baseline = model()
     handle = apply_tome(model, ratio=0.5, controlnet=True)
     model()
-    names = {row["site"].split("down_blocks")[0] for row in handle.stats()}
+    names = {row["target"].split("down_blocks")[0] for row in handle.stats()}
     assert {"controlnet.nets.0.", "controlnet.nets.1."} < names
     handle.remove()
-    assert torch.equal(model(), dense)
+    assert torch.equal(model(), baseline)
 
 
 def test_nothing_changes_where_it_cannot_be():
