@@ -327,12 +327,12 @@ def _intercepting(base: type) -> type:
         return None if own is None else own(*args, **kwargs)
 
     @contextlib.contextmanager
-    def cache_context(self, name):
+    def cache_context(self, name, *args, **kwargs):
         # With which diffusers' pipelines name the guidance branch of a call.
         for interceptor in interceptors_of(self):
             interceptor.set_branch(name)
         try:
-            with super(cls, self).cache_context(name):
+            with super(cls, self).cache_context(name, *args, **kwargs):
                 yield
         finally:
             for interceptor in interceptors_of(self):
