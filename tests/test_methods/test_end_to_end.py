@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from method_requests import SPECS, name_of, request, tokens
-from mmagic_tome.hooks import Draw
+from denoise import denoise
 from tiny import tiny_inputs, tiny_unet
 
 from mmagic_tome import ToMeConfig, ToMeError, apply_tome
@@ -43,7 +43,7 @@ def run(unet, steps=STEPS, **changes):
 
 
 @pytest.fixture(scope="module")
-def dense(original):
+def baseline(original):
     return run(original)
 
 
@@ -52,34 +52,34 @@ def error(a, b):
 
 
 @every_variant
-def test_fewer_tokens_another_picture_and_dense_at_ratio_zero(unet, dense, spec):
+def test_fewer_tokens_another_picture_and_dense_at_ratio_zero(unet, baseline, spec):
     handle = apply_tome(unet, method=spec, ratio=0.5)
     kind = "attn_kv" if name_of(spec) == "todo" else "attn"
     merged = run(unet)
     for row in handle.stats():
         assert row["kind"] == kind and row["plans"] == len(STEPS)
         assert row["tokens"] == 256 and 0 < row["kept"] <= 160
-    assert 1e-5 < error(merged, dense) < 1
+    assert 1e-5 < error(merged, baseline) < 1
     assert torch.equal(run(unet), merged)  # the same run again
     handle.ratio = 0
-    assert torch.equal(run(unet), dense)
+    assert torch.equal(run(unet), baseline)
     handle.remove()
-    assert torch.equal(run(unet), dense)
+    assert torch.equal(run(unet), baseline)
 
 
 @every_method
-def test_with_refresh_and_residual(unet, dense, spec):
+def test_with_refresh_and_residual(unet, baseline, spec):
     with apply_tome(unet, method=spec, ratio=0.5) as handle:
         plain = run(unet)
     with apply_tome(unet, method=spec, ratio=0.5, refresh=3) as handle:
         kept = run(unet)
         assert {row["plans"] for row in handle.stats()} == {1}
         assert torch.equal(kept[0], plain[0])
-    with apply_tome(unet, method=spec, ratio=0.5, refresh=3, residual="exact"):
+    with apply_tome(unet, method=spec, ratio=0.5, refresh=3, residual=True):
         carried = run(unet)
-    assert torch.equal(carried[0], dense[0])
+    assert torch.equal(carried[0], baseline[0])
     # A residual brings back most of what merging loses between neighbouring steps.
-    assert 0 < error(carried[1:], dense[1:]) < 0.7 * error(kept[1:], dense[1:])
+    assert 0 < error(carried[1:], baseline[1:]) < 0.7 * error(kept[1:], baseline[1:])
 
 
 def matchings(handle):
@@ -113,21 +113,21 @@ def test_a_plan_serves_steps_and_blocks_and_no_other_run(unet, spec, share):
 
 
 @every_method
-@pytest.mark.parametrize("sites", [["crossattn", "mlp"], ["block"], ["stack"]])
-def test_at_other_sites_of_both_levels_on_an_odd_grid(unet, spec, sites):
-    options = dict(method=spec, sites=sites, ratio=0.5, max_downsample=2)
+@pytest.mark.parametrize("targets", [["crossattn", "mlp"], ["block"], ["stack"]])
+def test_at_other_sites_of_both_levels_on_an_odd_grid(unet, spec, targets):
+    options = dict(method=spec, targets=targets, ratio=0.5, max_downsample=2)
     with apply_tome(unet, **options) as handle:
         outputs = run(unet, steps=(900,), size=(14, 18))
         for row in handle.stats():
-            # ToDo leaves the coarser level dense.
-            dense = name_of(spec) == "todo" and row["downsample"] == 2
-            assert row["kept"] == row["tokens"] if dense else row["kept"] < row["tokens"]
+            # ToDo leaves the coarser level baseline.
+            baseline = name_of(spec) == "todo" and row["downsample"] == 2
+            assert row["kept"] == row["tokens"] if baseline else row["kept"] < row["tokens"]
     assert outputs.isfinite().all()
 
 
 def test_every_site_may_have_a_method_of_its_own(unet):
     method = dict(mlp=dict(type="downsample", mode="nearest"), attn="todo", crossattn="prune")
-    options = dict(sites=["attn", "crossattn", "mlp"], ratio=dict(base=0.25, site={"attn": 0.5}))
+    options = dict(targets=["attn", "crossattn", "mlp"], ratio=dict(base=0.25, site={"attn": 0.5}))
     with apply_tome(unet, method=method, **options) as handle:
         together = run(unet)
         kept = {(row["kind"], row["kept"]) for row in handle.stats()}
@@ -135,14 +135,14 @@ def test_every_site_may_have_a_method_of_its_own(unet):
         config = ToMeConfig.from_dict(json.loads(json.dumps(handle.config.to_dict())))
         assert config == handle.config
     # The same as three methods one at a time, each at its site.
-    for site in method:
-        alone = dict(method=method[site], sites=[site], ratio=0.5 if site == "attn" else 0.25)
+    for row in method:
+        alone = dict(method=method[site], targets=[site], ratio=0.5 if site == "attn" else 0.25)
         with apply_tome(unet, **alone) as handle:
             run(unet)
             assert {(row["kind"], row["kept"]) for row in handle.stats()} <= kept
     # One number for all, plans that serve several steps, one plan for a level.
     for refresh in (None, 3, dict(steps=3, share="level")):
-        with apply_tome(unet, method=method, sites=options["sites"], refresh=refresh) as handle:
+        with apply_tome(unet, method=method, targets=options["targets"], refresh=refresh) as handle:
             outputs = run(unet)
             assert {row["kept"] for row in handle.stats()} == {64, 128}
         assert 1e-5 < error(outputs, together) < 1
@@ -150,7 +150,7 @@ def test_every_site_may_have_a_method_of_its_own(unet):
 
 def test_heat_is_watched_where_one_site_asks_for_it(unet):
     method = dict(attn="tome", mlp="importance")
-    with apply_tome(unet, method=method, merge_mlp=True) as handle:
+    with apply_tome(unet, method=method, targets=["attn", "mlp"]) as handle:
         run(unet)
         assert handle.config.tracks_steps and handle._state.forward.run.heat is not None
 
@@ -158,12 +158,12 @@ def test_heat_is_watched_where_one_site_asks_for_it(unet):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (dict(method=dict(attn="tome", mlp="prune")), "what is merged is attn; write sites="),
-        (dict(method=dict(attn="tome"), merge_mlp=True), "what is merged is attn, mlp"),
-        (dict(method=dict(mlp="tome"), sites=["attn"]), "write sites=['mlp']"),
+        (dict(method=dict(attn="tome", mlp="prune")), "what is merged is attn; write targets="),
+        (dict(method=dict(attn="tome"), targets=["attn", "mlp"]), "what is merged is attn, mlp"),
+        (dict(method=dict(mlp="tome"), targets=["attn"]), "write targets=['mlp']"),
         (dict(method=dict(attn="tome", mpl="prune")), "'mpl': 'prune'"),
         (dict(method=dict(attn="tomme")), "did you mean 'tome'"),
-        (dict(method=dict(attn="pitome", mlp="tome"), merge_mlp=True, ratio=0.6), "ceiling 0.5"),
+        (dict(method=dict(attn="pitome", mlp="tome"), targets=["attn", "mlp"], ratio=0.6), "ceiling 0.5"),
     ],
 )
 def test_bad_methods_by_site_are_named(options, said):
@@ -275,8 +275,8 @@ def test_plans_compile_without_a_break(name):
     "options",
     [
         dict(refresh=dict(share="level"), method="tofu"),
-        dict(method=dict(attn="todo", mlp="sito"), merge_mlp=True),
-        dict(ratio=dict(depth=[0.5, 0.25], site={"mlp": 0.25}), merge_mlp=True),
+        dict(method=dict(attn="todo", mlp="sito"), targets=["attn", "mlp"]),
+        dict(ratio=dict(depth=[0.5, 0.25], site={"mlp": 0.25}), targets=["attn", "mlp"]),
     ],
     ids=["one plan for a level", "a method for every site", "a ratio for every block"],
 )
