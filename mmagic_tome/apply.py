@@ -67,7 +67,7 @@ def apply_tome(
     """
     found = _denoisers_or_vit(model, denoisers)
     if not isinstance(found, list):
-        from .vit.engine import apply_options
+        from .vit.apply import apply_options
 
         return apply_options(found, {**_options_of(config), **options})
     config = ToMeConfig.coerce(config, **options)
@@ -136,7 +136,9 @@ def apply_cache(
     replaced = _replaced(model, [one.network for _, one in chosen], CachePatch)
     parts = []
     for own, one in chosen:
-        patch = CachePatch(own, one.adapter, model)
+        # ControlNets come after the network that they are called for.
+        leader = None if one in found else parts[0][2]
+        patch = CachePatch(own, one.adapter, model, leader)
         patch.with_denoiser = one not in found
         patch.place(one.network)
         parts.append((_prefix(one.name), one.network, patch))

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .graphs import prepare_compiler
 
@@ -125,7 +126,9 @@ class Patch:
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Nothing is done in this thread's calls while entered."""
-        contexts = {id(context): context for context in (self.context, self._compiled)}.values()
+        contexts = [self.context]
+        if self._compiled not in self._contexts:  # else it is a thread's, see lead_compiled
+            contexts.append(self._compiled)
         for context in contexts:
             context.disabled += 1
             context.forget_run()
@@ -168,6 +171,12 @@ class Hook:
 
     def __init__(self, patch: Any) -> None:
         self.patch = patch
+        self.id = 0  # torch's key, unique among all hooks of a process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # Else torch would give out the key again in a new process and replace this hook.
+        RemovableHandle.next_id = max(RemovableHandle.next_id, self.id + 1)
 
 
 def register(module: nn.Module, hook: Hook) -> None:
@@ -175,9 +184,12 @@ def register(module: nn.Module, hook: Hook) -> None:
     see without it."""
     if hook.after:
         # In front of all others: they see the output that leaves the module.
-        module.register_forward_hook(hook, prepend=True, with_kwargs=True, always_call=hook.always)
+        handle = module.register_forward_hook(
+            hook, prepend=True, with_kwargs=True, always_call=hook.always
+        )
     else:
-        module.register_forward_pre_hook(hook, with_kwargs=True)
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    hook.id = handle.id
 
 
 def keep_last(module: nn.Module, hook: Hook) -> None:

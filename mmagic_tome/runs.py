@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Largest relative residual of a call that continues a run. Ancestral samplers add noise and reach
-#: 0.87; the inputs of other images begin at 0.91.
-MAX_RESIDUAL = 0.9
+#: Largest relative residual of a call that continues a run. Deterministic samplers leave at most
+#: 0.03, the inputs of other images at least 0.68; ancestral samplers, which add noise, 0.1 to 1.
+MAX_RESIDUAL = 0.5
 # A run that has fitted well is held to it: this many times its own worst residual, at least this.
 _TOLERANCE, _SMALLEST = 3.0, 0.05
 # Share of the new input that a guidance branch must explain to be part of a run.
@@ -113,7 +113,8 @@ class Run:
     @property
     def bound(self) -> float:
         """Largest residual of a call that continues this run."""
-        if self._worst is None:
+        knows_outputs = any(branch.outputs for branch in self.branches.values())
+        if self._worst is None or not knows_outputs:
             return MAX_RESIDUAL
         return min(MAX_RESIDUAL, max(_SMALLEST, _TOLERANCE * self._worst))
 
@@ -207,14 +208,17 @@ class RunTracker:
 
     Args:
         new_state: () -> what a technique keeps for every :class:`Branch`.
+        leader: of the network that this one (a ControlNet) is called for with the same latents: its
+            outputs are what the next latent follows from. Default None.
 
     Attributes:
         runs (list): the newest first.
         branch_name (str | None): what the pipeline calls the guidance branch of the next call.
     """
 
-    def __init__(self, new_state: Callable[[], Any]) -> None:
+    def __init__(self, new_state: Callable[[], Any], leader: RunTracker | None = None) -> None:
         self.new_state = new_state
+        self.leader = leader
         self.branch_name: str | None = None
         self.runs: list[Run] = []
         self._tick = 0
@@ -274,8 +278,12 @@ class RunTracker:
 
     def _repeats(self, run: Run, call: Call) -> bool:
         """Whether a later run reaches this step now: the same seed once more has the same inputs."""
-        later = [one for one in self._mates(call) if one.tick > run.tick and one.time > call.time]
-        return any(one.input is not None and one.fit(call.latents)[0] <= one.bound for one in later)
+        for one in self._mates(call):
+            if one.tick > run.tick and one.time > call.time and one.input is not None:
+                residual, bound, _ = self._fit(one, call.latents)
+                if residual <= bound:
+                    return True
+        return False
 
     def _continued(self, call: Call) -> Run | None:
         """A run whose next step this is."""
@@ -283,8 +291,8 @@ class RunTracker:
         for run in self._mates(call):
             if run.input is None or call.time > run.time:
                 continue
-            residual, shares = run.fit(call.latents)
-            if residual <= run.bound and (best is None or residual < best[0]):
+            residual, bound, shares = self._fit(run, call.latents)
+            if residual <= bound and (best is None or residual < best[0]):
                 best = residual, run, shares
         if best is None:
             return None
@@ -296,6 +304,15 @@ class RunTracker:
         run.branches.setdefault(name, Branch(self.new_state()))
         run.step_tick = self._tick
         return run
+
+    def _fit(self, run: Run, latents: Sequence[Tensor]) -> tuple[float, float, dict]:
+        """Residual, bound and shares of a call that may continue a run."""
+        for other in self.leader.runs if self.leader is not None else ():
+            same = other.input is not None and other.input.shape == run.input.shape
+            if same and torch.equal(other.input, run.input):
+                return other.fit(latents)[0], other.bound, {}
+        residual, shares = run.fit(latents)
+        return residual, run.bound, shares
 
     def _started(self, call: Call) -> Run:
         run = Run(call.key)

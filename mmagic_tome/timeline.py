@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
@@ -36,8 +37,9 @@ class Timeline:
         self.scale = scale
         try:
             self._model: Callable[[], Any] | None = weakref.ref(model)
-        except TypeError:
-            self._model = None
+        except TypeError:  # an object of a user's own; its scheduler as it is now
+            scheduler = _scheduler_of(model)
+            self._model = lambda: SimpleNamespace(scheduler=scheduler)
         self._timesteps: tuple[Any, list[float]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -69,7 +71,7 @@ class Timeline:
     def _index(self, time: float) -> int | None:
         """Number of a timestep on the scheduler's list; None if it is not there."""
         timesteps = self.timesteps()
-        if len(timesteps) < 2:
+        if not timesteps:
             return None
         # Some pipelines divide by the number of training steps before the call: 1 is a first step
         # there, and near a last one elsewhere.
@@ -83,8 +85,7 @@ class Timeline:
 
     def timesteps(self) -> Sequence[float]:
         """The scheduler's timesteps; empty without a scheduler."""
-        model = None if self._model is None else self._model()
-        scheduler = getattr(model, "test_scheduler", None) or getattr(model, "scheduler", None)
+        scheduler = _scheduler_of(None if self._model is None else self._model())
         found = getattr(scheduler, "timesteps", None)
         if not isinstance(found, Tensor) or found.dim() != 1:
             return ()
@@ -124,3 +125,8 @@ def in_range(remaining: float, window: Sequence[float]) -> bool:
     """Whether a remaining share of a run is in [low, high); a high of 1 includes the start."""
     low, high = window
     return low <= remaining and (remaining < high or high >= 1)
+
+
+def _scheduler_of(model: object) -> Any:
+    """The scheduler of a pipeline, or the one that a MMagic model generates with."""
+    return getattr(model, "test_scheduler", None) or getattr(model, "scheduler", None)

@@ -1,18 +1,17 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Vision transformers as targets: timm's for pictures and VideoMAE's for clips, random weights."""
+"""Vision transformers as targets: timm's for images and VideoMAE's for clips, random weights."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import ToMeError
-from ..vit import ViTOptions, apply_tome_vit
-from ..vit.families import find_vit
+from ..vit import ViTConfig, apply_tome_vit, find_vit
 from .kinds import Call, Merging, Noise, Shape
 
 FRAMES, TUBELET = 16, 2
@@ -29,19 +28,13 @@ class ViTMerging(Merging):
             raise ToMeError("--r 0 merges nothing: there is nothing to compare")
         return dict(r=8 if args.r is None else args.r)
 
-    def config(self, options: Mapping[str, Any]) -> ViTOptions:
-        known = [field.name for field in fields(ViTOptions)]
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            raise ToMeError(
-                f"vision transformers have no option {unknown[0]!r}; there are {', '.join(known)}"
-            )
+    def config(self, options: Mapping[str, Any]) -> ViTConfig:
         options = dict(options)
         if options.get("target_speedup") is not None:
-            options["r"] = None
-        return ViTOptions(**options)
+            options["r"] = None  # --r has a default
+        return ViTConfig(**options)
 
-    def ours(self, network: nn.Module, config: ViTOptions, run: Call) -> list[dict[str, Any]]:
+    def ours(self, network: nn.Module, config: ViTConfig, run: Call) -> list[dict[str, Any]]:
         handle = apply_tome_vit(network, **config.to_dict())
         run(network)
         names = [block.name for block in find_vit(network).blocks]
@@ -89,11 +82,11 @@ VIT_MERGING = ViTMerging()
 
 @dataclass(frozen=True)
 class ViTShape(Shape):
-    """A vision transformer for pictures or clips.
+    """A vision transformer for images or clips.
 
     Attributes:
         width, depth, heads, patch: of the transformer.
-        clips (bool): VideoMAE on 16 frames, two to a token; default False: timm's on pictures.
+        clips (bool): VideoMAE on 16 frames, two to a token; default False: timm's on images.
     """
 
     width: int = 384

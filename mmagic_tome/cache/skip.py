@@ -144,12 +144,20 @@ class CachePatch(Patch):
         configs: at most one per region, the larger first.
         adapter (ModelAdapter): describes the network.
         model: what the user passed; its scheduler places timesteps on the schedule.
+        leader (CachePatch | None): of the network that this one, a ControlNet, is called for.
     """
 
     context_type = CacheContext
 
-    def __init__(self, configs: Sequence[StepCacheConfig], adapter: Any, model: object) -> None:
+    def __init__(
+        self,
+        configs: Sequence[StepCacheConfig],
+        adapter: Any,
+        model: object,
+        leader: CachePatch | None = None,
+    ) -> None:
         super().__init__()
+        self.leader = leader
         self.configs = tuple(configs)
         self.adapter = adapter
         self.regions = {config.region: Region(config) for config in configs}
@@ -158,6 +166,13 @@ class CachePatch(Patch):
     def new_state(self) -> dict[str, RegionState]:
         """What a guidance branch of a run keeps."""
         return {config.region: RegionState(config) for config in self.configs}
+
+    def tracker(self, context: CacheContext) -> RunTracker:
+        """The runs of this thread."""
+        if context.tracker is None:
+            leader = None if self.leader is None else self.leader.tracker(self.leader.context)
+            context.tracker = RunTracker(self.new_state, leader)
+        return context.tracker
 
     def place(self, network: nn.Module) -> None:
         """Intercept the calls of the network, and those of its inner modules if these may be
@@ -178,10 +193,7 @@ class NetworkCall(Interceptor):
         self.patch.context.forget_run()
 
     def set_branch(self, name: str | None) -> None:
-        context = self.patch.context
-        if context.tracker is None:
-            context.tracker = RunTracker(self.patch.new_state)
-        context.tracker.branch_name = name
+        self.patch.tracker(self.patch.context).branch_name = name
 
     @eager_only(inner=True)
     def call(self, module: nn.Module, proceed: Callable, args: tuple, kwargs: dict) -> Any:
@@ -214,9 +226,7 @@ class NetworkCall(Interceptor):
         """Find the run of this call and decide which regions to skip."""
         patch: CachePatch = self.patch
         context.start()
-        if context.tracker is None:
-            context.tracker = RunTracker(patch.new_state)
-        tracker = context.tracker
+        tracker = patch.tracker(context)
         timestep = patch.adapter.timestep(args, kwargs)
         time = None if timestep is None else as_float(timestep)
         remaining, last = None, None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ToMeError
-from ..merging.joint import joint_plan as beside
+from ..merging.joint import joint_plan
 
 # Names of the table among the keyword arguments of blocks and attention.
 _NAMES = ("image_rotary_emb", "rotary_emb", "freqs_cis")
@@ -73,7 +73,7 @@ def merge_mask(mask: Tensor, plan: Any, num_before: int | None = None) -> Tensor
         The same with S' in place of S.
     """
     length = mask.shape[-1]
-    kept = beside(plan, length, num_before).representative
+    kept = joint_plan(plan, length, num_before).representative
     square = mask.dim() > 2 and mask.shape[-2] == length
     kept = kept.view(kept.shape[0], *[1] * (mask.dim() - 2), -1)
     mask = torch.take_along_dim(mask, kept, dim=-1)
@@ -113,7 +113,7 @@ class RotaryRows:
 
 def _merged_rows(part: Tensor, plan: Any) -> Tensor | RotaryRows:
     batched = part.dim() > 2
-    kept = beside(plan, part.shape[1 if batched else 0]).representative
+    kept = joint_plan(plan, part.shape[1 if batched else 0]).representative
     if not batched:
         return part[kept[0]] if kept.shape[0] == 1 else RotaryRows(part[kept])
     if part.shape[0] == 1:

@@ -24,8 +24,7 @@ from ..apis.model_config import check_device
 from ..apis.model_config import load_config as read_config
 from ..apis.pictures import ResultFolder
 from ..errors import ToMeError
-from ..vit import ViTHandle, apply_tome_vit, get_vit_handle
-from ..vit.families import find_vit
+from ..vit import ViTConfig, ViTHandle, apply_options, find_vit, get_vit_handle
 from .sheets import grid_sheet, save_gif
 from .token_maps import clip_maps, followed, followed_maps, picture_map, spectrogram_map
 
@@ -77,7 +76,7 @@ def command(args, argv: list[str]) -> None:
         )
     result = {
         "command": ["visualize", *argv],
-        "token_merging": {key: str(value) for key, value in handle.options.to_dict().items()},
+        "token_merging": {key: str(value) for key, value in handle.config.to_dict().items()},
         "blocks": blocks,
         "tokens": handle.tokens,
         "images": drawn,
@@ -120,30 +119,25 @@ def build(config: Any, r: int | None) -> tuple[torch.nn.Module, ViTHandle]:
 
     model = MODELS.build(config["model"]).eval()
     handle = get_vit_handle(model)
-    options = {} if handle is None else handle.options.to_dict()
+    config = ViTConfig() if handle is None else handle.config
     if r is not None:
-        options.update(r=r, target_speedup=None)
-    elif options.get("target_speedup") is not None:
-        options["r"] = None
-    return model, apply_tome_vit(model, **{**options, "trace_source": True})
+        config = config.replace(r=r)
+    return model, apply_options(model, config, trace_source=True)
 
 
 @torch.inference_mode()
 def record_sources(handle: ViTHandle, x: torch.Tensor) -> list[np.ndarray | None]:
     """Per block, (n,) the token that holds each unprotected token of the first; None before
     anything was merged."""
-    vit, found = find_vit(handle.root), []
-    state = handle._state
+    vit, found = find_vit(handle.network), []
 
     def note(module, args, output) -> None:
-        source = state.forward.source
-        if source is None:  # the last block's is in the handle already
-            source = state.source if len(found) == len(vit.blocks) - 1 else None
+        source = handle._patch.context.source
         found.append(None if source is None else source[0, vit.prefix :].cpu().numpy().copy())
 
     hooks = [block.module.register_forward_hook(note) for block in vit.blocks]
     try:
-        handle.root(x)
+        handle.network(x)
     finally:
         for hook in hooks:
             hook.remove()

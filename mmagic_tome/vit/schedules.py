@@ -7,25 +7,26 @@ Source: "Token Merging: Your ViT But Faster" (Bolya et al., ICLR 2023, arXiv 221
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
 from ..errors import ToMeError
+from ..validate import is_number
 
 
 def removed_per_block(r: Any, blocks: int) -> list[int]:
     """Tokens to remove in every block.
 
     Args:
-        r: an int: the same everywhere; ``(r, inflect)``: linear from r (1 - inflect) in the first
-            block to r (1 + inflect) in the last, each rounded to the nearest integer (halves up),
-            inflect in [-1, 1], -1 being the paper's decreasing schedule; a list: one int
+        r: an int: the same in every block; ``(r, inflect)``: linear from r (1 - inflect) in the
+            first block to r (1 + inflect) in the last, each rounded to the nearest integer (halves
+            up), inflect in [-1, 1], where -1 is the paper's decreasing schedule; a list: one int
             per block from the first on, padded with zeros.
         blocks (int): L.
 
     Returns:
-        list: L ints. Each is an upper bound: a block never removes more than half of its
-        unprotected tokens.
+        list: L ints. A block removes at most half of its unprotected tokens, whatever they say.
 
     Raises:
         ToMeError: anything else.
@@ -43,7 +44,7 @@ def removed_per_block(r: Any, blocks: int) -> list[int]:
                 "per block write a list"
             )
         count, inflect = r
-        if not _is_number(inflect) or not -1 <= inflect <= 1:
+        if not is_number(inflect) or not -1 <= inflect <= 1:
             raise ToMeError(f"inflect in r=(r, inflect) must be in [-1, 1], got {inflect!r}")
         steps = [2 * block / (blocks - 1) - 1 if blocks > 1 else 0 for block in range(blocks)]
         return [math.floor(count * (1 + inflect * step) + 0.5) for step in steps]
@@ -66,22 +67,22 @@ def tokens_per_block(removed: Sequence[int], tokens: int, prefix: int) -> list[t
 
     Args:
         removed: of :func:`removed_per_block`.
-        tokens (int): N, of the first block, with the protected.
+        tokens (int): N, of the first block, protected ones included.
         prefix (int): number of protected tokens.
     """
     counts = []
     for count in removed:
-        left = tokens - max(0, min(count, (tokens - prefix) // 2))
-        counts.append((tokens, left))
-        tokens = left
+        kept = tokens - max(0, min(count, (tokens - prefix) // 2))
+        counts.append((tokens, kept))
+        tokens = kept
     return counts
 
 
 def relative_cost(counts: Sequence[tuple[int, int]], width: int, hidden: int) -> float:
     """Multiply-adds of the blocks.
 
-    Attention and its four projections run on the tokens before merging, the feed-forward on those
-    after: 4 n C^2 + 2 n^2 C + 2 m C H.
+    Attention and its four projections run on the n tokens before merging, the feed-forward on the m
+    tokens after it: 4 n C^2 + 2 n^2 C + 2 m C H.
 
     Args:
         counts: of :func:`tokens_per_block`.
@@ -99,20 +100,20 @@ def relative_cost(counts: Sequence[tuple[int, int]], width: int, hidden: int) ->
 def removed_for_speedup(
     target: float, blocks: int, tokens: int, prefix: int, width: int, hidden: int
 ) -> int:
-    """The smallest constant r whose multiply-adds are at most 1 / target of the dense ones.
+    """The smallest constant r whose multiply-adds are at most 1 / target of the baseline's.
 
-    A count of operations, not a measurement: what runs beside the matrix products, and merging
-    itself, is not in it.
+    Counts multiply-adds of the blocks' matrix products; merging and everything else are excluded.
 
     Raises:
         ToMeError: no r reaches the target.
     """
-    dense = relative_cost([(tokens, tokens)] * blocks, width, hidden)
+    baseline = relative_cost([(tokens, tokens)] * blocks, width, hidden)
 
     def reached(r: int) -> float:
-        return dense / relative_cost(tokens_per_block([r] * blocks, tokens, prefix), width, hidden)
+        counts = tokens_per_block([r] * blocks, tokens, prefix)
+        return baseline / relative_cost(counts, width, hidden)
 
-    # More r never leaves more tokens to any block, so halving finds it.
+    # Bisection: no block gets more tokens at a larger r.
     low, high = 0, max(0, (tokens - prefix) // 2)
     if reached(high) < target:
         raise ToMeError(
@@ -129,9 +130,5 @@ def removed_for_speedup(
     return low
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 0

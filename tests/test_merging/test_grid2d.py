@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmagic_tome.merging import random_layout, regular_layout
+from mmagic_tome.merging import grid_layout, random_layout, regular_layout
 from mmagic_tome.merging.random import hashed_integers, step_key
 
 sizes = st.tuples(st.integers(1, 33), st.integers(1, 33), st.integers(1, 4), st.integers(1, 4))
@@ -31,6 +31,17 @@ def test_regular_layout_takes_the_top_left_corner():
     destinations, sources = regular_layout(3, 5, sx=2, sy=2).select(0)
     assert destinations.tolist() == [0, 2]
     assert sorted(sources.tolist()) == [1, 3, 4, *range(5, 15)]
+
+
+def test_cells_of_more_tokens_than_a_byte_counts():
+    offset = torch.tensor([[0, 255, 256, 399]])
+    layout = grid_layout(offset, 40, 40, 20, 20)
+    corners = torch.tensor([0, 20, 20 * 40, 20 * 40 + 20])
+    inside = offset[0] // 20 * 40 + offset[0] % 20
+    destinations, sources = layout.select(0)
+    assert torch.equal(destinations, corners + inside)
+    assert torch.equal(torch.cat([destinations, sources]).sort().values, torch.arange(1600))
+    assert grid_layout(offset[:, :1], 2, 2, 2, 2).offset.dtype == torch.uint8
 
 
 def test_grid_smaller_than_a_cell_has_no_destination():

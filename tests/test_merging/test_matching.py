@@ -6,8 +6,17 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmagic_tome.merging import bipartite_match, random_layout, regular_layout, tokens_to_remove
-from mmagic_tome.merging.grid2d import _layout
+from mmagic_tome.merging import (
+    MergePlan,
+    bipartite_match,
+    grid_layout,
+    nearest_destination,
+    plan_of_edges,
+    random_layout,
+    regular_layout,
+    strongest,
+    tokens_to_remove,
+)
 
 
 def both(metric, h, w, sx, sy, ratio, seed=None, max_scores=None):
@@ -26,7 +35,7 @@ def both(metric, h, w, sx, sy, ratio, seed=None, max_scores=None):
         generator = torch.Generator().manual_seed(seed)
         size = (h // sy, w // sx, 1)
         offset = torch.randint(sy * sx, size=size, generator=generator).view(1, -1)
-        layout = _layout(offset, h, w, sx, sy)
+        layout = grid_layout(offset, h, w, sx, sy)
         theirs = tomesd.merge.bipartite_soft_matching_random2d(
             metric, w, h, sx, sy, r, generator=torch.Generator().manual_seed(seed)
         )
@@ -189,13 +198,125 @@ def test_bad_arguments(destinations, sources, r, message):
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_tokens_that_are_a_view_of_a_picture(exact):
+def test_tokens_that_are_a_view_of_an_image(exact):
     """As they come out of a convolution: channels far apart in memory."""
-    picture = torch.randn(2, 24, 16, 16, generator=torch.Generator().manual_seed(0))
-    view = picture.permute(0, 2, 3, 1).reshape(2, 256, 24)
+    image = torch.randn(2, 24, 16, 16, generator=torch.Generator().manual_seed(0))
+    view = image.permute(0, 2, 3, 1).reshape(2, 256, 24)
     assert not view.is_contiguous()
     layout = random_layout(16, 16).select(0)
     plan = bipartite_match(view, *layout, 128, exact=exact)
     assert torch.equal(
         plan.slot, bipartite_match(view.contiguous(), *layout, 128, exact=exact).slot
     )
+
+
+# --- the steps of the matching ------------------------------------------------------------------
+
+
+def test_strongest_takes_the_first_among_equals():
+    score = torch.tensor([[1.0, 3, 3, 3, 2]])
+    assert strongest(score, 2).tolist() == [[False, True, True, False, False]]
+
+
+def test_plan_of_edges_refuses_an_unknown_reduction():
+    one = torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="reduction"):
+        plan_of_edges(one[0], one[0] + 1, one, one == 0, 1, "median")
+
+
+def reference_groups(metric, destinations, sources, r):
+    """The matching in loops: tokens of every slot, as a set of sorted tuples per batch entry."""
+    unit = F.normalize(metric.double(), dim=-1)
+    result = []
+    for entry in unit:
+        edges = []
+        for i in sources:
+            scores = [float(entry[i] @ entry[j]) for j in destinations]
+            best = max(range(len(scores)), key=scores.__getitem__)
+            edges.append((scores[best], i, destinations[best]))
+        edges.sort(key=lambda edge: -edge[0])
+        groups = {j: [j] for j in destinations}
+        for rank, (_, i, j) in enumerate(edges):
+            groups[i if rank >= r else j] = [*groups.get(i if rank >= r else j, []), i]
+        result.append({tuple(sorted(group)) for group in groups.values()})
+    return result
+
+
+def groups_of(plan):
+    return [
+        {tuple(torch.nonzero(slot == m)[:, 0].tolist()) for m in range(plan.num_slots)}
+        for slot in plan.slot
+    ]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(1, 3),
+    st.integers(2, 6),
+    st.integers(2, 6),
+    st.floats(0, 1),
+    st.integers(0, 10**6),
+    st.sampled_from(["mean", "prune", "mlerp"]),
+)
+def test_equals_a_matching_in_loops(batch, h, w, share, seed, reduction):
+    generator = torch.Generator().manual_seed(seed)
+    metric = torch.randn(batch, h * w, 5, generator=generator, dtype=torch.float64)
+    destinations, sources = random_layout(h, w, seed=seed).select(0)
+    r = int(share * len(sources))
+    plan = bipartite_match(metric, destinations, sources, r, reduction=reduction)
+    assert groups_of(plan) == reference_groups(metric, destinations.tolist(), sources.tolist(), r)
+    # Slots: destinations, then the sources that stay, each in the order given.
+    for entry in plan.representative.tolist():
+        assert entry[: len(destinations)] == destinations.tolist()
+        assert entry[len(destinations) :] == [i for i in sources.tolist() if i in entry]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(2, 9),
+    st.integers(2, 9),
+    st.floats(0, 1),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    st.integers(0, 10**6),
+)
+def test_merged_and_restored_bits_are_those_of_a_plain_matching(h, w, share, dtype, seed):
+    """Ranks, merges and averages with plain torch operations, in the order of the tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    metric = torch.randn(2, h * w, 6, generator=generator).to(dtype)
+    destinations, sources = random_layout(h, w, seed=seed).select(0)
+    r = int(share * len(sources))
+    plan = bipartite_match(metric, destinations, sources, r)
+    dst = F.normalize(metric[:, destinations], dim=-1, eps=torch.finfo(dtype).tiny)
+    src = metric[:, sources]
+    best, nearest = torch.bmm(src, dst.transpose(1, 2)).max(dim=-1)
+    best = best / torch.linalg.vector_norm(src, dim=-1)
+    for b in range(2):
+        rank = best[b].argsort(descending=True, stable=True).argsort()
+        target = torch.arange(h * w)
+        target[sources] = torch.where(rank < r, destinations[nearest[b]], sources)
+        slot = target.unique(return_inverse=True)[1][None]
+        other = MergePlan(slot, h * w - r)
+        x = metric[b : b + 1]
+        expected = other.unmerge(other.merge(x))
+        assert torch.equal(plan.unmerge(plan.merge(metric))[b : b + 1], expected)
+
+
+def test_every_entry_may_have_destinations_of_its_own():
+    metric = torch.randn(2, 36, 5, generator=torch.Generator().manual_seed(0))
+    layout = random_layout(6, 6, count=2)
+    together = bipartite_match(metric, layout.destinations, layout.sources, 18)
+    for b in range(2):
+        alone = bipartite_match(metric[b : b + 1], *layout.select(b), 18)
+        assert torch.equal(together.slot[b : b + 1], alone.slot)
+        assert torch.equal(together.representative[b : b + 1], alone.representative)
+
+
+def test_sources_that_stay_may_come_first():
+    metric = torch.randn(2, 36, 5, generator=torch.Generator().manual_seed(0))
+    destinations, sources = random_layout(6, 6).select(0)
+    best, nearest = nearest_destination(metric, destinations, sources)
+    edges = (destinations, sources, nearest, strongest(best, 10), 10)
+    plan, other = plan_of_edges(*edges), plan_of_edges(*edges, destinations_first=False)
+    rolled = plan.representative.roll(-len(destinations), dims=1)
+    assert torch.equal(other.representative, rolled)
+    assert torch.equal(plan.unmerge(plan.merge(metric)), other.unmerge(other.merge(metric)))

@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmagic_tome.merging import MergePlan
-from mmagic_tome.merging.plan import flat_rows
-from mmagic_tome.merging.reductions import MlerpPlan, PrunedPlan
+from mmagic_tome.merging import MergePlan, MlerpPlan, PrunedPlan
+from mmagic_tome.merging.plan import entry_indices, flat_rows
+
+PLANS = [MergePlan, MlerpPlan, PrunedPlan]
 
 
 def random_slots(batch: int, tokens: int, slots: int, seed: int = 0) -> torch.Tensor:
@@ -112,6 +113,17 @@ def test_pickles():
     assert torch.equal(pickle.loads(pickle.dumps(plan)).merge(x), plan.merge(x))
 
 
+def test_representatives_in_any_order_of_the_slots():
+    slot = torch.tensor([[0, 1, 0, 2], [2, 2, 1, 0]])
+    for make in PLANS:
+        assert make(slot, 3).representative.tolist() == [[0, 1, 3], [3, 2, 0]]  # the first of each
+        per_entry = make(slot, 3, torch.tensor([[2], [1]]))
+        assert per_entry.representative.tolist() == [[2, 1, 3], [3, 2, 1]]
+        shared = make(slot, 3, torch.tensor([3, 1]))
+        assert shared.representative.tolist() == [[0, 1, 3], [3, 2, 1]]
+
+
+@pytest.mark.parametrize("make", PLANS)
 @pytest.mark.parametrize(
     ("slot", "slots"),
     [
@@ -121,9 +133,9 @@ def test_pickles():
         (torch.zeros(1, 4, dtype=torch.int64), 5),
     ],
 )
-def test_bad_plans(slot, slots):
-    with pytest.raises(ValueError):
-        MergePlan(slot, slots)
+def test_bad_plans(make, slot, slots):
+    with pytest.raises(ValueError, match="must be"):
+        make(slot, slots)
 
 
 def test_bad_shapes():
@@ -136,16 +148,9 @@ def test_bad_shapes():
         plan.merge(torch.zeros(2, 6, 2), "median")
 
 
-PLANS = [
-    lambda slot, slots: MergePlan(slot, slots),
-    lambda slot, slots: MlerpPlan(slot, slots),
-    lambda slot, slots: PrunedPlan(slot, MergePlan(slot, slots).representative),
-]
-
-
 @pytest.mark.parametrize("make", PLANS)
 def test_what_a_plan_keeps_is_small_and_survives_pickling(make):
-    """Plans of all sites may be kept for steps: no copy of the slots in 64 bits beside the rows."""
+    """Plans of all blocks may be kept for several steps: no 64-bit copy of the slots."""
     slot = random_slots(2, 64, 32, 0)
     plan = make(slot, 32)
     names = {name for kind in type(plan).__mro__ for name in getattr(kind, "__slots__", ())}
@@ -172,6 +177,7 @@ def test_rows_that_32_bits_cannot_count():
     assert flat_rows(index, 10).dtype == torch.int32
     assert flat_rows(index, 10).tolist() == [0, 5, 11, 12]
     large = flat_rows(index, 2**30)
+    assert torch.equal(entry_indices(large, (2, 2), 2**30), index)
     assert large.dtype == torch.int64 and large.tolist() == [0, 5, 2**30 + 1, 2**30 + 2]
 
 

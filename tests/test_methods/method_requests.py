@@ -37,13 +37,13 @@ def request(height, width, seed=0, **changes):
         downsample=1,
         level=0,
         depth=3,
-        depths=4,
+        num_blocks=4,
         step=5,
-        noise=0.5,
+        timestep=0.5,
         exact=True,
         layout=layout,
         draw=draw,
-        heat=None,
+        guidance_map=None,
     )
     return PlanRequest(**{**fields, **changes})
 

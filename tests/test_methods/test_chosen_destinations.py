@@ -10,10 +10,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from method_requests import request, tokens
 
-from mmagic_tome.merging.reductions import PrunedPlan
+from mmagic_tome.merging import PrunedPlan
 from mmagic_tome.methods import build_method
 from mmagic_tome.methods import importance as importance_module
-from mmagic_tome.methods.importance import heat_on_grid
+from mmagic_tome.methods.importance import guidance_map_on_grid
 from mmagic_tome.methods.pitome import energy
 from mmagic_tome.methods.sito import gaussian, similarity_mass
 
@@ -50,20 +50,20 @@ def test_sito_by_brute_force(grid, seed):
         best = similarity[b][others][:, bases].max(-1)
         pruned = best.values.argsort(descending=True)[:r].tolist()
         kept = {*range(count)} - {others[k] for k in pruned}
-        assert set(plan.kept[b].tolist()) == kept
+        assert set(plan.representative[b].tolist()) == kept
         for k in pruned:  # recovered from the most similar base token
             base = bases[best.indices[k]]
             assert plan.slot[b, others[k]] == plan.slot[b, base]
-            assert plan.kept[b, plan.slot[b, base]] == base
+            assert plan.representative[b, plan.slot[b, base]] == base
 
 
 def test_sito_noise_changes_the_choice_with_the_draw():
     x = tokens(2, 16, 16)
     loud = build_method(dict(type="sito", noise_alpha=3))
-    a, b = (loud.plan(x, 0.5, request(16, 16, seed=s)).kept for s in (1, 2))
+    a, b = (loud.plan(x, 0.5, request(16, 16, seed=s)).representative for s in (1, 2))
     assert not torch.equal(a, b)
     mute = build_method(dict(type="sito", noise_alpha=0))
-    a, b = (mute.plan(x, 0.5, request(16, 16, seed=s)).kept for s in (1, 2))
+    a, b = (mute.plan(x, 0.5, request(16, 16, seed=s)).representative for s in (1, 2))
     assert torch.equal(a, b)
 
 
@@ -144,8 +144,8 @@ def test_importance_keeps_what_the_text_moves(grid, ratio, seed):
     height, width = grid
     count = height * width
     x = tokens(2, *grid, seed=seed)
-    heat = torch.rand(1, *grid, generator=torch.Generator().manual_seed(seed))
-    ask = request(*grid, seed=seed, heat=heat)
+    guidance = torch.rand(1, *grid, generator=torch.Generator().manual_seed(seed))
+    ask = request(*grid, seed=seed, guidance_map=guidance)
     method = build_method("importance")
     plan = method.plan(x, ratio, ask)
     r = method.removed(count, ratio, ask)
@@ -153,7 +153,7 @@ def test_importance_keeps_what_the_text_moves(grid, ratio, seed):
         assert plan is None
         return
     pool = min(int(1.4 * (count - r)), count)
-    order = heat.flatten().argsort(descending=True).tolist()
+    order = guidance.flatten().argsort(descending=True).tolist()
     important, others = order[:pool], order[pool:]
     destinations = max(1, min(int(0.25 * count), count - r))
     for b in range(2):
@@ -173,12 +173,12 @@ def test_importance_keeps_what_the_text_moves(grid, ratio, seed):
 @settings(deadline=None, max_examples=25)
 @given(st.sampled_from([(3, 4), (4, 4), (4, 5)]), st.integers(0, 10**6), st.integers(2, 6))
 def test_importance_agrees_in_half_precision(dtype, grid, seed, step):
-    """On any tokens and heat in which no choice is nearly a tie."""
+    """On any tokens and guidance in which no choice is nearly a tie."""
     height, width = grid
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, height * width, 4, generator=generator).bfloat16().half().float()
-    heat = torch.randperm(height * width, generator=generator).view(1, *grid).float()
-    ask = request(*grid, seed=seed, heat=heat, step=step)
+    guidance = torch.randperm(height * width, generator=generator).view(1, *grid).float()
+    ask = request(*grid, seed=seed, guidance_map=guidance, step=step)
     method = build_method("importance")
     edges = importance_module.nearest_destination
     with (
@@ -202,14 +202,14 @@ def test_importance_agrees_in_half_precision(dtype, grid, seed, step):
 
 def test_importance_draws_the_same_destinations_for_both_halves():
     x = tokens(2, 8, 8)
-    ask = request(8, 8, heat=torch.rand(1, 8, 8), step=0)
+    ask = request(8, 8, guidance_map=torch.rand(1, 8, 8), step=0)
     plan = build_method("importance").plan(x, 0.5, ask)
     assert isinstance(plan, PrunedPlan)  # step 0 is among the first two
-    assert torch.equal(plan.kept[0, :16], plan.kept[1, :16])
+    assert torch.equal(plan.representative[0, :16], plan.representative[1, :16])
     assert not torch.equal(plan.slot[0], plan.slot[1])
 
 
-def test_importance_without_heat_is_tome_and_prunes_at_first():
+def test_importance_without_guidance_is_tome_and_prunes_at_first():
     x = tokens(3, 8, 8)
     late, first = request(8, 8, step=7), request(8, 8, step=1)
     method, tome = build_method("importance"), build_method("tome").plan(x, 0.5, late)
@@ -217,13 +217,13 @@ def test_importance_without_heat_is_tome_and_prunes_at_first():
     assert isinstance(method.plan(x, 0.5, first), PrunedPlan)
 
 
-def test_heat_is_averaged_onto_the_grid_and_repeated_for_both_halves():
-    heat = torch.arange(32.0).view(2, 4, 4)
-    on_grid = heat_on_grid(request(2, 2, heat=heat), 4)
-    by_hand = heat.view(2, 2, 2, 2, 2).mean((2, 4)).flatten(1)
+def test_guidance_is_averaged_onto_the_grid_and_repeated_for_both_halves():
+    guidance = torch.arange(32.0).view(2, 4, 4)
+    on_grid = guidance_map_on_grid(request(2, 2, guidance_map=guidance), 4)
+    by_hand = guidance.view(2, 2, 2, 2, 2).mean((2, 4)).flatten(1)
     assert torch.equal(on_grid, torch.cat([by_hand, by_hand]))
-    assert heat_on_grid(request(2, 2, heat=heat), 3) is None
-    assert heat_on_grid(request(2, 2), 4) is None
+    assert guidance_map_on_grid(request(2, 2, guidance_map=guidance), 3) is None
+    assert guidance_map_on_grid(request(2, 2), 4) is None
 
 
 # --- todo and downsample ------------------------------------------------------------------------
@@ -235,9 +235,9 @@ def test_todo_takes_every_kth_token(grid, factor):
     x = tokens(2, *grid)
     method = build_method(dict(type="todo", downsample_factor=factor))
     plan = method.plan(x, 0.01, request(*grid))
-    picture = x.view(2, *grid, -1)
-    assert torch.equal(plan.merge(x), picture[:, ::factor, ::factor].flatten(1, 2))
-    up = picture[:, ::factor, ::factor]
+    image = x.view(2, *grid, -1)
+    assert torch.equal(plan.merge(x), image[:, ::factor, ::factor].flatten(1, 2))
+    up = image[:, ::factor, ::factor]
     up = up.repeat_interleave(factor, 1).repeat_interleave(factor, 2)[:, : grid[0], : grid[1]]
     assert torch.equal(plan.unmerge(plan.merge(x)), up.flatten(1, 2))
 
@@ -254,6 +254,6 @@ def test_todo_leaves_coarser_levels_dense():
 def test_downsample_averages_squares(factor):
     x = tokens(2, 8, 12)
     plan = build_method(dict(type="downsample", factor=factor)).plan(x, 0.5, request(8, 12))
-    picture = x.transpose(1, 2).view(2, -1, 8, 12)
-    expected = F.avg_pool2d(picture, factor).flatten(2).transpose(1, 2)
+    image = x.transpose(1, 2).view(2, -1, 8, 12)
+    expected = F.avg_pool2d(image, factor).flatten(2).transpose(1, 2)
     torch.testing.assert_close(plan.merge(x), expected)

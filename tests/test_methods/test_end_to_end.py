@@ -32,7 +32,7 @@ def unet(original):
 
 @torch.no_grad()
 def run(unet, steps=STEPS, **changes):
-    """Outputs of a denoising run of one guided picture, whose sample hardly changes."""
+    """Outputs of a denoising run of one guided image, whose sample hardly changes."""
     outputs = []
     for i, t in enumerate(steps):
         inputs = tiny_inputs(**changes)
@@ -52,7 +52,7 @@ def error(a, b):
 
 
 @every_variant
-def test_fewer_tokens_another_picture_and_dense_at_ratio_zero(unet, baseline, spec):
+def test_fewer_tokens_another_image_and_the_baseline_at_ratio_zero(unet, baseline, spec):
     handle = apply_tome(unet, method=spec, ratio=0.5)
     kind = "attn_kv" if name_of(spec) == "todo" else "attn"
     merged = run(unet)
@@ -148,7 +148,7 @@ def test_every_site_may_have_a_method_of_its_own(unet):
         assert 1e-5 < error(outputs, together) < 1
 
 
-def test_heat_is_watched_where_one_site_asks_for_it(unet):
+def test_guidance_is_watched_where_one_target_asks_for_it(unet):
     method = dict(attn="tome", mlp="importance")
     with apply_tome(unet, method=method, targets=["attn", "mlp"]) as handle:
         run(unet)
@@ -186,13 +186,13 @@ def test_todo_leaves_the_queries(unet):
 
 
 def test_importance_uses_the_guidance_of_the_last_step(unet):
-    """From the second step on its plan differs from the one without heat."""
+    """From the second step on its plan differs from the one without a guidance map."""
     with apply_tome(unet, method=dict(type="importance", prune_steps=0), ratio=0.5) as handle:
         guided = run(unet)
-        heat = handle._state.forward.run.heat
-    assert heat.shape == (1, 16, 16)
+        guidance = handle._state.forward.run.heat
+    assert guidance.shape == (1, 16, 16)
     empty, text = guided[-1]
-    torch.testing.assert_close(heat[0], (text - empty).abs().mean(0))
+    torch.testing.assert_close(guidance[0], (text - empty).abs().mean(0))
     with apply_tome(unet, method="tome", ratio=0.5):
         plain = run(unet)
     torch.testing.assert_close(guided[0], plain[0], rtol=1e-4, atol=1e-5)
@@ -200,8 +200,8 @@ def test_importance_uses_the_guidance_of_the_last_step(unet):
 
 
 @torch.no_grad()
-def test_two_pictures_of_a_batch_are_no_guidance(unet):
-    """An even batch whose halves are not one picture: as ToMe, whatever the two differ in."""
+def test_two_images_of_a_batch_are_no_guidance(unet):
+    """An even batch whose halves are not one image: as ToMe, whatever the two differ in."""
     outputs = []
     for method in (dict(type="importance", prune_steps=0), "tome"):
         with apply_tome(unet, method=method, ratio=0.5) as handle:
@@ -258,7 +258,7 @@ def test_what_a_method_may_draw(unet):
 def test_plans_compile_without_a_break(name):
     """Those left out: threshold breaks the graph, the others do nothing that these do not."""
     torch.compiler.reset()  # another method in the same function would count as a recompilation
-    method, ask = build_method(name), request(8, 8, heat=torch.rand(1, 8, 8))
+    method, ask = build_method(name), request(8, 8, guidance_map=torch.rand(1, 8, 8))
 
     def site(x):
         plan = method.plan(x, 0.5, ask)

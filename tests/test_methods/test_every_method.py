@@ -11,16 +11,15 @@ from hypothesis import strategies as st
 from method_requests import SPECS, name_of, request, tokens
 
 from mmagic_tome import ToMeConfig, ToMeError
-from mmagic_tome.merging import MergePlan
-from mmagic_tome.merging.windows import make_windows
+from mmagic_tome.merging import IndexPlan, make_windows
 from mmagic_tome.methods import METHODS, build_method
 
 every_method = pytest.mark.parametrize("spec", SPECS, ids=name_of)
 grids = st.tuples(st.integers(1, 13), st.integers(1, 13))
 
 
-def heat_of(batch, seed=0):
-    """Heat as of a guided call with ``batch`` entries; None for an odd batch."""
+def guidance_map_of(batch, seed=0):
+    """Guidance map of a call with ``batch`` entries; None for an odd batch."""
     if batch % 2:
         return None
     return torch.rand(batch // 2, 9, 7, generator=torch.Generator().manual_seed(seed))
@@ -60,7 +59,7 @@ def test_invariants(spec, grid, batch, ratio, seed):
     count = height * width
     x = tokens(batch, height, width, seed=seed)
     before = x.clone()
-    ask = request(height, width, seed=seed, heat=heat_of(batch, seed))
+    ask = request(height, width, seed=seed, guidance_map=guidance_map_of(batch, seed))
     state = torch.get_rng_state()
     plan = build_method(spec).plan(x, ratio, ask)
     assert torch.equal(torch.get_rng_state(), state)  # no global random numbers
@@ -79,7 +78,7 @@ def test_invariants(spec, grid, batch, ratio, seed):
     assert plan.slot.min() >= 0 and plan.slot.max() < plan.num_slots
     assert plan.size.shape == (batch, plan.num_slots)
     every = torch.full((batch,), count)
-    if isinstance(plan, MergePlan):
+    if isinstance(plan, IndexPlan):
         assert torch.equal(plan.size.sum(1), every)
         assert plan.size.min() >= 1
         for slot, size in zip(plan.slot, plan.size):
@@ -117,15 +116,17 @@ def test_invariants(spec, grid, batch, ratio, seed):
     swapped=st.booleans(),
 )
 def test_batch_order_does_not_matter(spec, grid, ratio, seed, order, swapped):
-    """Entries in another order (and their heat): the same results in that order."""
+    """Entries in another order (and their guidance maps): the same results in that order."""
     pairs = len(order)
-    x, heat = tokens(2 * pairs, *grid, seed=seed), heat_of(2 * pairs, seed)
-    # Entry i and entry i + pairs are the two halves of a guided picture and have the same heat.
+    x, guidance = tokens(2 * pairs, *grid, seed=seed), guidance_map_of(2 * pairs, seed)
+    # Entry i and entry i + pairs are the two halves of a guided image and have the same guidance.
     first, second = list(order), [place + pairs for place in order]
     entries = second + first if swapped else first + second
     method = build_method(spec)
-    plan = method.plan(x, ratio, request(*grid, seed=seed, heat=heat))
-    other = method.plan(x[entries], ratio, request(*grid, seed=seed, heat=heat[list(order)]))
+    plan = method.plan(x, ratio, request(*grid, seed=seed, guidance_map=guidance))
+    other = method.plan(
+        x[entries], ratio, request(*grid, seed=seed, guidance_map=guidance[list(order)])
+    )
     assert (plan is None) == (other is None)
     if plan is not None:
         result = plan.unmerge(plan.merge(x))
@@ -167,8 +168,8 @@ def test_half_precision_agrees(spec, dtype, grid, seed, scale):
     x = spread_out(grid) * scale
     assert torch.equal(x.to(dtype).float(), x)
     count = x.shape[1]
-    heat = torch.arange(float(count)).roll(seed % count).view(1, *grid)
-    ask = request(*grid, seed=seed, heat=heat)
+    guidance = torch.arange(float(count)).roll(seed % count).view(1, *grid)
+    ask = request(*grid, seed=seed, guidance_map=guidance)
     plan = build_method(spec).plan(x, 3 / 8, ask)
     half = build_method(spec).plan(x.to(dtype), 3 / 8, ask)
     assert plan.num_slots == half.num_slots
@@ -185,7 +186,7 @@ def test_half_precision_agrees(spec, dtype, grid, seed, scale):
 def test_autocast_changes_no_choice(spec):
     """A network may be called under autocast; the choice on float32 tokens is the same."""
     x = spread_out((4, 8))
-    ask = request(4, 8, seed=1, heat=torch.arange(32.0).roll(5).view(1, 4, 8))
+    ask = request(4, 8, seed=1, guidance_map=torch.arange(32.0).roll(5).view(1, 4, 8))
     plan = build_method(spec).plan(x, 3 / 8, ask)
     with torch.autocast("cpu", torch.bfloat16):
         other = build_method(spec).plan(x, 3 / 8, ask)
@@ -200,7 +201,7 @@ def test_autocast_changes_no_choice(spec):
 def test_degenerate_tokens_give_finite_results(spec):
     """All tokens alike, or all zero: everything ties, nothing breaks."""
     for x in (torch.zeros(2, 64, 4), torch.ones(2, 64, 4)):
-        plan = build_method(spec).plan(x, 0.5, request(8, 8, heat=torch.zeros(1, 8, 8)))
+        plan = build_method(spec).plan(x, 0.5, request(8, 8, guidance_map=torch.zeros(1, 8, 8)))
         if plan is None:
             assert "threshold" in name_of(spec)
             continue
@@ -212,7 +213,7 @@ def test_gradients_flow_through_both_directions(spec):
     x = tokens(2, 6, 6).double()
     if "threshold" in name_of(spec):
         spec = dict(type="threshold", threshold=-1)
-    plan = build_method(spec).plan(x, 0.5, request(6, 6, heat=heat_of(2)))
+    plan = build_method(spec).plan(x, 0.5, request(6, 6, guidance_map=guidance_map_of(2)))
     x.requires_grad_()
     plan.unmerge(plan.merge(x)).square().sum().backward()
     assert x.grad.isfinite().all() and x.grad.abs().sum() > 0

@@ -10,8 +10,7 @@ from mmagic_tome.merging.edges import plan_of_edges, strongest
 from tiny import tiny_inputs, tiny_unet
 
 from mmagic_tome import apply_tome
-from mmagic_tome.merging import MergePlan, regular_layout
-from mmagic_tome.merging.reductions import MlerpPlan, PrunedPlan
+from mmagic_tome.merging import MergePlan, MlerpPlan, PrunedPlan, regular_layout
 from mmagic_tome.methods import build_method
 
 grids = st.tuples(st.integers(2, 9), st.integers(2, 9))
@@ -45,10 +44,10 @@ def test_prune_keeps_every_token_that_stays_and_every_destination(grid, ratio, s
     kept = plan.merge(x)
     for b in range(2):
         # Every slot's content is one of its own tokens, to the bit; destinations come first.
-        assert plan.slot[b, plan.kept[b]].tolist() == list(range(plan.num_slots))
-        assert torch.equal(kept[b], x[b, plan.kept[b]])
+        assert plan.slot[b, plan.representative[b]].tolist() == list(range(plan.num_slots))
+        assert torch.equal(kept[b], x[b, plan.representative[b]])
     destinations, _ = ask.layout()
-    assert torch.equal(plan.kept[:, : len(destinations)], destinations.expand(2, -1))
+    assert torch.equal(plan.representative[:, : len(destinations)], destinations.expand(2, -1))
 
 
 def test_tofu_prunes_early_and_merges_late():
@@ -61,71 +60,6 @@ def test_tofu_prunes_early_and_merges_late():
     assert type(never.plan(x, 0.5, request(8, 8, depth=0))) is MergePlan
     always = build_method(dict(type="tofu", prune_depth=1))
     assert type(always.plan(x, 0.5, request(8, 8, depth=3))) is PrunedPlan
-
-
-# --- MLERP --------------------------------------------------------------------------------------
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.integers(2, 20), st.integers(0, 10**6))
-def test_mlerp_by_hand(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    slots = int(torch.randint(1, count + 1, (), generator=generator))
-    rest = torch.randint(slots, (count - slots,), generator=generator)
-    slot = torch.cat([torch.arange(slots), rest])[torch.randperm(count, generator=generator)]
-    x = torch.randn(1, count, 5, generator=generator, dtype=torch.float64)
-    merged = MlerpPlan(slot[None], slots).merge(x)[0]
-    for s in range(slots):
-        group = x[0, slot == s]
-        mean = group.mean(0)
-        expected = mean / mean.norm() * group.norm(dim=1).max()
-        torch.testing.assert_close(merged[s], expected)
-
-
-def test_mlerp_of_tokens_that_cancel_is_zero_and_of_large_half_ones_finite():
-    plan = MlerpPlan(torch.tensor([[0, 0, 1]]), 2)
-    x = torch.tensor([[[1.0, 0], [-1, 0], [3, 4]]])
-    torch.testing.assert_close(plan.merge(x), torch.tensor([[[0.0, 0], [3, 4]]]))
-    half = torch.full((1, 3, 64), 3e4, dtype=torch.float16)
-    assert half.norm(dim=-1).isinf().all()  # what a length in half precision would be
-    assert torch.equal(plan.merge(half), half[:, :2])
-
-
-def test_mlerp_gradient():
-    plan = MlerpPlan(torch.tensor([[0, 1, 0, 1, 1]]), 2)
-    x = torch.randn(1, 5, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(plan.merge, (x,))
-
-
-def test_pruned_gradient_reaches_the_kept_tokens_only():
-    plan = PrunedPlan(torch.tensor([[0, 1, 0]]), torch.tensor([[2, 1]]))
-    x = torch.randn(1, 3, 2, requires_grad=True)
-    plan.unmerge(plan.merge(x)).sum().backward()
-    assert torch.equal(x.grad, torch.tensor([[[0.0, 0], [1, 1], [2, 2]]]))
-
-
-@pytest.mark.parametrize(
-    ("slot", "kept"),
-    [
-        (torch.zeros(1, 3), torch.zeros(1, 1, dtype=torch.int64)),
-        (torch.zeros(1, 3, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.int64)),
-        (torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64)),
-    ],
-)
-def test_pruned_plan_names_a_bad_argument(slot, kept):
-    with pytest.raises(ValueError, match="must be a"):
-        PrunedPlan(slot, kept)
-
-
-def test_strongest_takes_the_first_among_equals():
-    score = torch.tensor([[1.0, 3, 3, 3, 2]])
-    assert strongest(score, 2).tolist() == [[False, True, True, False, False]]
-
-
-def test_plan_of_edges_refuses_an_unknown_reduction():
-    one = torch.zeros(1, 1, dtype=torch.int64)
-    with pytest.raises(ValueError, match="reduction"):
-        plan_of_edges(one[0], one[0] + 1, one, one == 0, 1, "median")
 
 
 # --- threshold ----------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Every plan knows a token that stands for each of its slots."""
+"""Every plan names a token that represents each of its slots."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from mmagic_tome.methods import build_method
 
 @pytest.mark.parametrize("grid", [(8, 8), (7, 10)], ids=str)
 @pytest.mark.parametrize("spec", SPECS, ids=name_of)
-def test_who_stands_for_a_slot_is_in_it(spec, grid):
-    asked = request(*grid, heat=torch.rand(1, *grid))
+def test_the_representative_of_a_slot_is_in_it(spec, grid):
+    asked = request(*grid, guidance_map=torch.rand(1, *grid))
     plan = build_method(spec).plan(tokens(2, *grid), 0.5, asked)
     kept = plan.representative
     assert kept.shape == (2, plan.num_slots) and kept.dtype == torch.int64
@@ -23,7 +23,7 @@ def test_who_stands_for_a_slot_is_in_it(spec, grid):
         assert torch.equal(plan.slot.gather(1, kept), slots)
 
 
-def test_destinations_stand_for_what_merges_into_them():
+def test_destinations_represent_what_merges_into_them():
     asked = request(8, 8)
     destinations, _ = asked.layout()
     for method in ("tome", "tofu"):

@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from method_requests import request, tokens
 
-from mmagic_tome.merging.facility import facility_location
-from mmagic_tome.merging.matrix import MatrixPlan
-from mmagic_tome.merging.windows import make_windows, window_side
+from mmagic_tome.merging import MatrixPlan, facility_location, make_windows
+from mmagic_tome.merging.windows import window_side
 from mmagic_tome.methods import build_method
 
 CPU = torch.device("cpu")

@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import os
+import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +20,10 @@ ASSETS = Path(__file__).resolve().parents[2] / "mmagic_tome" / "assets" / "demo_
 @pytest.fixture(scope="module")
 def tools():
     """The tools import each other by bare names; keep those names out of the other tests' way."""
-    names = ("common", "models", "tokenizer", "prepare_data", "train", "evaluate", "export")
+    names = (
+        "common", "models", "tokenizer", "images", "stages", "trainer", "prepare_data",
+        "train_vae", "train_unet", "train", "evaluate", "export",
+    )  # fmt: skip
     before = {n: sys.modules.pop(n, None) for n in names}
     sys.path.insert(0, str(TOOLS))
     try:
@@ -79,6 +85,16 @@ def test_store_writes_all_sizes(tools, pictures, tmp_path):
         assert np.load(tmp_path / "data" / f"images_{size}.npy").shape == (3, size, size, 3)
 
 
+def test_captions_train_or_are_held_out(tools):
+    read = tools["prepare_data"].read_concepts
+    shipped, mixed, held_out = (
+        read(TOOLS / name) for name in ("concepts.txt", "concepts_mixed.txt", "held_out.txt")
+    )
+    assert not mixed & held_out
+    assert shipped < mixed
+    assert (len(mixed), len(held_out)) == (360, 1247)
+
+
 def test_unknown_concept_is_named(tools, pictures, tmp_path):
     pytest.importorskip("emoji")
     prepare_data, error = tools["prepare_data"], tools["common"].ToolError
@@ -95,7 +111,6 @@ def test_missing_package_file_is_named(tools, tmp_path):
 
 
 def tiny_trainer(tools, folder, **kwargs):
-    train = tools["train"]
     torch.manual_seed(0)
     module = torch.nn.Linear(4, 4)
 
@@ -103,8 +118,8 @@ def tiny_trainer(tools, folder, **kwargs):
         x = torch.randn(8, 4, generator=generator)
         return (module(x) - x.flip(1)).square().mean()
 
-    stage = train.Stage("tiny", steps=8, batch=8, lr=1e-2, warmup=2, **kwargs)
-    return train.Trainer(stage, {"module": module}, loss_fn, folder, "cpu"), module
+    stage = tools["stages"].Stage("tiny", steps=8, batch=8, lr=1e-2, warmup=2, **kwargs)
+    return tools["trainer"].Trainer(stage, {"module": module}, loss_fn, folder, "cpu"), module
 
 
 def test_resume_gives_the_same_state(tools, tmp_path):
@@ -145,7 +160,6 @@ def test_two_workers_see_every_part(tools, tmp_path):
     try:
         alone, module = tiny_trainer(tools, tmp_path / "alone", micro=2)
         alone.run(max_steps=3)
-        train = tools["train"]
         torch.manual_seed(0)
         shared = torch.nn.Linear(4, 4)
 
@@ -153,7 +167,7 @@ def test_two_workers_see_every_part(tools, tmp_path):
             x = torch.randn(8, 4, generator=generator)
             return (shared(x) - x.flip(1)).square().mean()
 
-        trainer = train.Trainer(
+        trainer = tools["trainer"].Trainer(
             alone.stage, {"module": shared}, loss_fn, tmp_path / "two", "cpu", workers=2
         )
         trainer.run(max_steps=3)
@@ -164,10 +178,10 @@ def test_two_workers_see_every_part(tools, tmp_path):
 
 
 def test_learning_rate_reaches_its_end(tools):
-    stage = tools["train"].Stage("s", steps=100, lr=1.0, lr_end=0.25, warmup=10)
+    stage = tools["stages"].Stage("s", steps=100, lr=1.0, lr_end=0.25, warmup=10)
     assert stage.learning_rate(0, 0) == pytest.approx(0.1)
     assert stage.learning_rate(100, 0) == pytest.approx(0.25)
-    by_time = tools["train"].Stage("s", minutes=1, lr=1.0)
+    by_time = tools["stages"].Stage("s", minutes=1, lr=1.0)
     assert by_time.progress(10**6, 30) == 0.5
 
 
@@ -176,6 +190,134 @@ def test_unknown_stage_is_named(tools, tmp_path):
     args = train.parse_args(["--only", "unet_999", "--work-dir", str(tmp_path)])
     with pytest.raises(tools["common"].ToolError, match="unet_999"):
         train.check_stages(args)
+
+
+def test_sigterm_writes_a_checkpoint(tools, tmp_path):
+    trainer, _ = tiny_trainer(tools, tmp_path)
+    loss_fn, before = trainer.loss_fn, signal.getsignal(signal.SIGTERM)
+
+    def terminated_in_the_third_step(generator, step, part, parts):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss_fn(generator, step, part, parts)
+
+    trainer.loss_fn = terminated_in_the_third_step
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert signal.getsignal(signal.SIGTERM) == before
+    resumed, _ = tiny_trainer(tools, tmp_path)
+    assert resumed.resume()
+    assert resumed.state.step == 3
+
+
+# ----------------------------------------------------------------------------------- mixed sizes
+
+
+def test_steps_draw_sizes_by_weight(tools):
+    stage = tools["stages"].Stage(
+        "s", size=256, sizes=(128, 256), size_weights=(1, 2), merge=0.5, merge_share=0.75
+    )
+    drawn = [stage.draw(step) for step in range(1200)]
+    assert drawn == [stage.draw(step) for step in range(1200)]
+    assert {merge for size, merge in drawn if size == 128} == {0.0}
+    merges = [merge for size, merge in drawn if size == 256]
+    assert len(merges) == pytest.approx(800, abs=60)
+    assert merges.count(0.5) == pytest.approx(0.75 * len(merges), abs=50)
+    assert merges.count(0.5) + merges.count(0.0) == len(merges)
+
+
+def test_sizes_as_options(tools):
+    train = tools["train"]
+    args = train.parse_args(["--sizes", "64", "128", "--size-weights", "1", "3"])
+    stage = train.with_options(tools["stages"].MIXED, args)
+    assert (stage.size, tuple(stage.sizes), tuple(stage.size_weights)) == (128, (64, 128), (1, 3))
+    vae = tools["stages"].RECIPES["cpu"][0]
+    assert train.with_options(vae, args) == vae
+
+
+def test_wrong_size_weights_are_named(tools):
+    stage, error = tools["stages"].Stage, tools["common"].ToolError
+    with pytest.raises(error, match="3 size weights for 2 sizes"):
+        stage("s", sizes=(128, 256), size_weights=(1, 2, 3))
+    with pytest.raises(error, match="size weights"):
+        stage("s", sizes=(128, 256), size_weights=(1, -1))
+
+
+def mixed_trainer(tools, tokenizer, folder):
+    """A half-size UNet on random latents of two sizes, the larger one with token merging."""
+    stage = tools["stages"].Stage(
+        "mixed", steps=6, batch=2, warmup=1, size=64, sizes=(32, 64), merge=0.5
+    )
+    torch.manual_seed(0)
+    models = tools["models"].build_models(width=0.5, vocab_size=600, sample_size=16)
+    latents = {size: torch.randn(2, 4, size // 4, size // 4) for size in (32, 64)}
+    prompts = tools["train_unet"].Prompts(["red apple", "panda"], tokenizer)
+    unet, text_encoder = models["unet"], models["text_encoder"]
+    loss_fn = tools["train_unet"].diffusion_loss(
+        unet, text_encoder, latents, prompts, models["scheduler"], stage, "cpu"
+    )
+    modules = {"unet": unet, "text_encoder": text_encoder}
+    return tools["trainer"].Trainer(stage, modules, loss_fn, folder, "cpu")
+
+
+def test_mixed_sizes_resume_and_are_logged(tools, tmp_path):
+    tokenizer = tools["tokenizer"].train_tokenizer(["red apple", "panda"], tmp_path / "bpe", 600)
+    whole = mixed_trainer(tools, tokenizer, tmp_path / "whole")
+    whole.run()
+    first = mixed_trainer(tools, tokenizer, tmp_path / "pieces")
+    first.run(max_steps=5)
+    second = mixed_trainer(tools, tokenizer, tmp_path / "pieces")
+    assert second.resume()
+    second.run()
+    for a, b in zip(whole.parameters, second.parameters):
+        assert torch.equal(a, b)
+
+    lines = (tmp_path / "whole" / "logs" / "mixed.jsonl").read_text().splitlines()
+    log = {entry["size"]: entry for entry in map(json.loads, lines)}
+    drawn = [whole.stage.draw(step)[0] for step in range(6)]
+    assert {size: entry["steps"] for size, entry in log.items()} == {
+        size: drawn.count(size) for size in set(drawn)
+    }
+    assert set(drawn) == {32, 64}
+    assert (log[32]["merge"], log[64]["merge"]) == (0.0, 0.5)
+
+
+def test_repeated_steps_are_logged_once(tools, tmp_path):
+    log = tools["trainer"].LossLog(tmp_path / "log.jsonl")
+    for step in (20, 40):
+        log.add(128, 0.0, 0.1, 1.0)
+        log.write(step=step)
+    with log.path.open("a") as file:
+        file.write('{"step": 20, "si')  # a line that an interruption cut off
+    log.rewind(30)
+    assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [20]
+
+
+def test_start_from_takes_vae_and_tokenizer(tools, tmp_path):
+    adopt = tools["train_unet"].adopt
+    with pytest.raises(tools["common"].ToolError, match="--start-from"):
+        adopt(tmp_path, tmp_path / "work")
+    model = tmp_path / "model"
+    for name in ("vae", "tokenizer"):
+        (model / name).mkdir(parents=True)
+        (model / name / "config.json").write_text("{}")
+    (model / "model_index.json").write_text("{}")
+    (tmp_path / "work").mkdir()
+    adopt(model, tmp_path / "work")
+    assert (tmp_path / "work" / "vae" / "config.json").is_file()
+    assert (tmp_path / "work" / "tokenizer" / "config.json").is_file()
+
+
+def test_latents_of_other_captions_are_not_used(tools, tmp_path):
+    images = {size: np.zeros((3, size, size, 3), np.uint8) for size in (64,)}
+    data = SimpleNamespace(captions=["a", "b", "c"], concepts=[0, 1], images=images)
+    tools["models"].build_vae(0.5).save_pretrained(tmp_path / "vae")
+    make_latents = tools["train_unet"].make_latents
+    first = make_latents(data, tmp_path, "cpu")
+    assert first[64].shape == (2, 4, 16, 16)
+    assert torch.equal(make_latents(data, tmp_path, "cpu")[64], first[64])
+    data.concepts = [0, 1, 2]
+    assert make_latents(data, tmp_path, "cpu")[64].shape == (3, 4, 16, 16)
 
 
 # ---------------------------------------------------------------------------------------- models
@@ -216,6 +358,18 @@ def test_tokenizer_round_trip(tools, tmp_path):
         "red apple"
     )
     assert tokenizer("").input_ids == [tokenizer.bos_token_id, tokenizer.eos_token_id]
+
+
+def test_captions_to_measure(tools, tmp_path):
+    data = SimpleNamespace(captions=["fox", "rocket", "panda"], concepts=[0])
+    file = tmp_path / "captions.txt"
+    file.write_text("# held out\npanda\nrocket\n")
+    candidates = tools["evaluate"].candidates
+    assert candidates(data, None) == [0]
+    assert candidates(data, file) == [1, 2]
+    file.write_text("unicorn\n")
+    with pytest.raises(tools["common"].ToolError, match="unicorn"):
+        candidates(data, file)
 
 
 def test_ranks(tools):

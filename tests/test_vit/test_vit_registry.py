@@ -18,9 +18,9 @@ from mmengine.registry import MODELS
 import mmagic_tome
 from mmagic_tome import ToMeError
 from mmagic_tome.vit import get_vit_handle
-from mmagic_tome.vit.focus import FocusViT, SaliencyDecoder, load_focus_vit
-from mmagic_tome.vit.focus_video import load_focus_vit_video
-from mmagic_tome.vit.whisper import load_whisper_tiny_en, read_ctranslate2
+from mmagic_tome.vit.pretrained.focus import FocusViT, SaliencyDecoder, load_focus_vit
+from mmagic_tome.vit.pretrained.focus_video import load_focus_vit_video
+from mmagic_tome.vit.pretrained.whisper import load_whisper_tiny_en, read_ctranslate2
 
 TIMM = dict(
     type="TimmModel", name="vit_tiny_patch16_224", img_size=64, depth=3, embed_dim=24, num_classes=3
@@ -35,7 +35,7 @@ def test_a_config_builds_a_merged_model(r, removed):
     model(torch.randn(1, 3, 64, 64))
     handle = get_vit_handle(model)
     assert [before - after for before, after in handle.tokens] == removed
-    assert handle.options.metric == "values"
+    assert handle.config.metric == "values"
 
 
 def test_inflected_schedules_survive_formats_without_tuples():
@@ -55,7 +55,7 @@ def test_models_of_transformers_by_name():
 def test_wrong_configs():
     with pytest.raises(ToMeError, match="needs the model to build"):
         MODELS.build(dict(type="ToMe", model=None, r=1))
-    with pytest.raises(ToMeError, match="there is no option 'ratio'"):
+    with pytest.raises(ToMeError, match="has no key 'ratio'"):
         MODELS.build(dict(type="ToMe", model=dict(TIMM), ratio=0.5))
 
 

@@ -34,6 +34,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--work-dir", default=DEFAULT_WORK_DIR, type=Path, help="has data/")
     parser.add_argument("--out", type=Path, help="default: WORK_DIR/evaluation")
     parser.add_argument("--count", type=int, default=200)
+    parser.add_argument(
+        "--captions",
+        type=Path,
+        help="a file such as held_out.txt with the captions to choose from, one a line "
+        "(default: those that the data marks as concepts)",
+    )
     parser.add_argument("--size", type=int, help="default: the size the model was made for")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
@@ -61,10 +67,23 @@ def load_pipeline(folder: Path, device: str = "cpu"):
     return pipeline.to(device)
 
 
+def candidates(data, path: Path | None) -> list[int]:
+    """Indices of the captions in a file, or of the concepts."""
+    if path is None:
+        return data.concepts
+    from prepare_data import read_concepts
+
+    named = read_concepts(path)
+    unknown = named - set(data.captions)
+    if unknown:
+        raise ToolError(f"--captions {path}: no image for {', '.join(sorted(unknown))[:300]}")
+    return [i for i, caption in enumerate(data.captions) if caption in named]
+
+
 def choose(concepts: list[int], count: int) -> list[int]:
     """The captions to measure on: always the same ones."""
     if count > len(concepts):
-        raise ToolError(f"--count {count}: the data has {len(concepts)} concepts")
+        raise ToolError(f"--count {count}: there are {len(concepts)} captions to choose from")
     order = torch.randperm(len(concepts), generator=torch.Generator().manual_seed(1234))
     return sorted(concepts[i] for i in order[:count].tolist())
 
@@ -146,10 +165,10 @@ def main() -> None:
     size = args.size or pipeline.unet.config.sample_size * factor
     if size % (factor * 4):
         raise ToolError(f"--size {size}: give a multiple of {factor * 4}")
-    from train import Data
+    from images import Data
 
     data = Data(args.work_dir)
-    chosen = choose(data.concepts, args.count)
+    chosen = choose(candidates(data, args.captions), args.count)
     captions = [data.captions[i] for i in chosen]
     began = time.monotonic()
     pictures = generate(
@@ -174,6 +193,7 @@ def main() -> None:
             f"python tools/demo_model/evaluate.py --count {args.count} --size {size} "
             f"--steps {args.steps} --guidance {args.guidance:g} --seed {args.seed} "
             f"--batch {args.batch} --dtype {args.dtype}"
+            + (f" --captions {args.captions}" if args.captions else "")
         ),
         "device": args.device,
         "generation_seconds": round(seconds, 1),

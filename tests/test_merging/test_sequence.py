@@ -5,7 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmagic_tome.merging.bipartite import (
+
+from mmagic_tome.merging.sequence import (
     DISTANCES,
     PARTITIONS,
     bipartite_soft_matching,

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ToMeError
+from ...errors import ToMeError
 
-#: What pictures are normalised with, per channel of values in [0, 1].
+#: What images are normalised with, per channel of values in [0, 1].
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PATCH, WIDTH = 14, 384
 
@@ -33,7 +33,7 @@ _NAMES = {
 
 
 class FocusViT(nn.Module):
-    """Saliency of pictures.
+    """Saliency of images.
 
     Attributes:
         backbone (transformers.Dinov2Model): the transformer.
@@ -138,9 +138,9 @@ def _read(onnx: Any, path: Path) -> dict[str, np.ndarray]:
             known[f"{name}.weight"] = tensors[node.input[1]].T
     # So have the two parts of the position embedding, but they have shapes of their own.
     nameless = [array for name, array in tensors.items() if "onnx::" in name]
-    places = [array for array in nameless if array.shape == (1, 37 * 37, WIDTH)]
+    positions = [array for array in nameless if array.shape == (1, 37 * 37, WIDTH)]
     first = [array for array in nameless if array.shape == (1, 1, WIDTH)]
-    if len(places) == len(first) == 1:
-        known["backbone.embeddings.position_embeddings"] = np.concatenate([*first, *places], 1)
+    if len(positions) == len(first) == 1:
+        known["backbone.embeddings.position_embeddings"] = np.concatenate([*first, *positions], 1)
     known["backbone.embeddings.mask_token"] = np.zeros((1, WIDTH))  # not in the file, not used
     return known

@@ -1,10 +1,10 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""The picture model of :mod:`.focus` as a video model: VideoMAE's structure, every frame's tokens.
+"""The image model of :mod:`.focus` as a video model: VideoMAE's structure, every frame's tokens.
 
-There are no weights of a video model in any package, and random ones merge by colour alone. So the
-ViT-S/14 is inflated: one frame per token in time, the position in the picture the same in all
-frames, none in time. It was never trained on video and has lost its class token, so it shows
-which tokens of a clip look alike to a real transformer, and nothing about accuracy.
+No package contains weights of a video model, and random ones merge by colour alone. So the ViT-S/14
+is inflated: one frame per token in time, the same position embedding in all frames, no position in
+time. It was never trained on video and has lost its class token. It shows which tokens of a clip
+are similar to a trained transformer, and nothing about accuracy.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ToMeError
+from ...errors import ToMeError
 from .focus import PATCH, WIDTH, load_focus_vit
 
 
@@ -30,13 +30,13 @@ def load_focus_vit_video(
         weights: see :func:`~.focus.load_focus_vit`.
 
     Raises:
-        ToMeError: a size that is no multiple of 14, or as for the picture model.
+        ToMeError: a size that is no multiple of 14, or as for the image model.
     """
     if size < PATCH or size % PATCH:
         raise ToMeError(f"size must be a multiple of {PATCH}, got {size}")
     if frames < 1:
         raise ToMeError(f"frames must be at least 1, got {frames}")
-    picture = load_focus_vit(weights).backbone
+    image_model = load_focus_vit(weights).backbone
     from transformers import VideoMAEConfig, VideoMAEModel
 
     config = VideoMAEConfig(
@@ -52,7 +52,7 @@ def load_focus_vit_video(
         use_mean_pooling=False,
     )
     model = VideoMAEModel(config).eval()
-    own = picture.state_dict()
+    own = image_model.state_dict()
     state = {
         "embeddings.patch_embeddings.projection.weight": own[
             "embeddings.patch_embeddings.projection.weight"
@@ -70,7 +70,7 @@ def load_focus_vit_video(
         raise ToMeError(
             f"this VideoMAEModel is not built as that of transformers 5: {[*missing, *unexpected]}"
         )
-    model.embeddings.position_embeddings = _places(own, size // PATCH).repeat(1, frames, 1)
+    model.embeddings.position_embeddings = _positions(own, size // PATCH).repeat(1, frames, 1)
     return model
 
 
@@ -100,9 +100,9 @@ def _block(own: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in block.items()}
 
 
-def _places(own: dict[str, Tensor], side: int) -> Tensor:
-    """(1, side**2, 384), the picture model's embedding resized as that resizes it."""
-    places = own["embeddings.position_embeddings"][:, 1:].transpose(1, 2).unflatten(2, (37, 37))
+def _positions(own: dict[str, Tensor], side: int) -> Tensor:
+    """(1, side**2, 384), the image model's embedding, resized as that model resizes it."""
+    positions = own["embeddings.position_embeddings"][:, 1:].transpose(1, 2).unflatten(2, (37, 37))
     with torch.no_grad():
-        places = F.interpolate(places, size=(side, side), mode="bicubic", align_corners=False)
-    return places.flatten(2).transpose(1, 2)
+        positions = F.interpolate(positions, size=(side, side), mode="bicubic", align_corners=False)
+    return positions.flatten(2).transpose(1, 2)

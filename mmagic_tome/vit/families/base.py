@@ -1,0 +1,90 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""What the hooks need to know of a vision transformer.
+
+Unlike the adapters of diffusion models: no grid, timestep or resolution level, but the number of
+protected tokens and where a block's queries, keys and values come from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Layout of the heads in a module's output.
+
+    Attributes:
+        dim (int): channels of a head; 0: the output is (B, heads, N, dim), else (B, N,
+            parts * heads * dim).
+        part (int): which part of a joint projection. Default 0.
+        parts (int): number of parts of a joint projection. Default 1.
+    """
+
+    dim: int
+    part: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class ViTBlock:
+    """The modules of one block.
+
+    Attributes:
+        name (str): dotted path in the model.
+        module (nn.Module): the block, (B, N, C) -> (B, N, C).
+        first (nn.Module): its first norm, whose input is the block's.
+        attention (nn.Module): the module whose call takes the attention mask.
+        output (nn.Module): the module that returns the attention's output, projection included.
+        norm (nn.Module): norm of the feed-forward; its input is merged.
+        last (nn.Module): end of the feed-forward, before the residual addition.
+        sources (dict): 'queries', 'keys', 'values' -> (module, :class:`Heads`).
+        hidden (int): channels inside the feed-forward, converted to one of two projections.
+    """
+
+    name: str
+    module: nn.Module
+    first: nn.Module
+    attention: nn.Module
+    output: nn.Module
+    norm: nn.Module
+    last: nn.Module
+    sources: dict[str, tuple[nn.Module, Heads]]
+    hidden: int
+
+
+@dataclass(frozen=True)
+class ViT:
+    """A vision transformer inside a model.
+
+    Attributes:
+        description (str): of its family.
+        network (nn.Module): the module whose call is a forward.
+        blocks (list): of :class:`ViTBlock`, in running order.
+        prefix (int): protected tokens at the front: class, distillation, registers.
+        mask (str | None): the attention's argument for an additive mask; None: it has none.
+        injection (type | None): of :mod:`~mmagic_tome.vit.interface`, if ``mask`` is None.
+        reads_all (bool): whether what follows the blocks reads more than the protected tokens.
+    """
+
+    description: str
+    network: nn.Module
+    blocks: list[ViTBlock]
+    prefix: int
+    reads_all: bool
+    mask: str | None = None
+    injection: type | None = None
+
+
+def instances(model: nn.Module, kind: type | None) -> list[tuple[str, nn.Module]]:
+    """(path, module) of a class inside a model; empty if the class is None."""
+    if kind is None:
+        return []
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
+
+
+def join(*parts: str) -> str:
+    """A dotted path; the model itself has the empty one."""
+    return ".".join(filter(None, parts))

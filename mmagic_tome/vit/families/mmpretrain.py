@@ -1,0 +1,87 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Vision transformers of mmpretrain."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+from ...errors import ToMeError
+from ..interface import BiasedAttention
+from .base import Heads, ViT, ViTBlock, instances, join
+
+_MODULE = "mmpretrain.models.backbones.vision_transformer"
+
+
+class MMPretrainViT:
+    """VisionTransformer of mmpretrain and the subclasses that keep its forward."""
+
+    description = "mmpretrain VisionTransformer"
+
+    def find(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """(path, module) of every one inside a model."""
+        return instances(model, getattr(sys.modules.get(_MODULE), "VisionTransformer", None))
+
+    def describe(self, path: str, network: nn.Module, model: nn.Module) -> ViT:
+        """The modules to hook.
+
+        Raises:
+            ToMeError: another forward, other blocks, or an output that reads inner blocks.
+        """
+        backbones = sys.modules["mmpretrain.models.backbones"]
+        distilled = backbones.DistilledVisionTransformer.forward
+        if type(network).forward not in (backbones.VisionTransformer.forward, distilled):
+            raise ToMeError(
+                f"{type(network).__name__} of mmpretrain has a forward of its own; of its vision "
+                "transformers VisionTransformer and DistilledVisionTransformer can be merged"
+            )
+        blocks = [
+            _block(join(path, "layers", str(index)), layer)
+            for index, layer in enumerate(network.layers)
+        ]
+        reads_all = type(network).forward is not distilled and network.out_type != "cls_token"
+        if reads_all and list(network.out_indices) != [len(blocks) - 1]:
+            raise ToMeError(
+                f"out_type={network.out_type!r} with out_indices={tuple(network.out_indices)} "
+                "reads the tokens of blocks in the middle, which stay merged; write out_indices=-1 "
+                "or out_type='cls_token'"
+            )
+        return ViT(
+            description=self.description,
+            network=network,
+            blocks=blocks,
+            prefix=network.num_extra_tokens,
+            reads_all=reads_all,
+            injection=BiasedAttention,
+        )
+
+
+def _block(name: str, layer: nn.Module) -> ViTBlock:
+    library, utils = sys.modules[_MODULE], sys.modules["mmpretrain.models.utils"]
+    attention = getattr(layer, "attn", None)
+    if (
+        type(layer) is not library.TransformerEncoderLayer
+        or type(attention) is not utils.MultiheadAttention
+    ):
+        raise ToMeError(
+            f"{name} is a {type(layer).__name__} with {type(attention).__name__}; of mmpretrain "
+            "only TransformerEncoderLayer with MultiheadAttention can be merged"
+        )
+    gated = hasattr(layer.ffn, "w12")
+    return ViTBlock(
+        name=name,
+        module=layer,
+        first=layer.ln1,
+        attention=attention,
+        output=attention,
+        norm=layer.ln2,
+        # Its output is added to the input of the feed-forward.
+        last=layer.ffn.dropout_layer,
+        sources={
+            kind: (attention.qkv, Heads(attention.head_dims, part, 3))
+            for part, kind in enumerate(("queries", "keys", "values"))
+        },
+        # A gated feed-forward has three projections.
+        hidden=layer.ffn.w3.in_features * 3 // 2 if gated else layer.ffn.feedforward_channels,
+    )

@@ -1,0 +1,146 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""State that the hooks of one vision transformer share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..merging.sequence import Match
+from ..patch import Context, Patch
+from .config import ViTConfig
+from .schedules import removed_for_speedup
+
+
+class ViTContext(Context):
+    """State of the forward under way, updated from block to block.
+
+    Attributes:
+        removed (list): tokens to remove per block; empty outside of a forward.
+        size (Tensor | None): (B, N) float, number of patches in each token; None before the first
+            merge.
+        source (Tensor | None): (B, N0) int64, the token that contains each token of the input.
+        metric (Tensor | None): (B, N, C), similarity features of the current block.
+        match (Match | None): of the current block.
+        tokens (list): (before, after) of every finished block.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begin([])
+
+    def begin(self, removed: list[int]) -> None:
+        """Reset to the state before the first block."""
+        self.removed = removed
+        self.size: Tensor | None = None
+        self.source: Tensor | None = None
+        self.metric: Tensor | None = None
+        self.match: Match | None = None
+        self.tokens: list[tuple[int, int]] = []
+
+    def start(self) -> None:
+        super().start()
+        self.begin([])
+
+    def stop(self) -> None:
+        super().stop()
+        self.begin([])
+
+
+class ViTPatch(Patch):
+    """Options, sizes of the model, and results of the last forward.
+
+    Args:
+        config (ViTConfig): the options; assign another to change them between forwards.
+        removed (list | None): tokens to remove per block; None: ``target_speedup`` chooses them
+            for the number of tokens of each forward.
+        prefix (int): number of protected tokens.
+        blocks (list): dotted paths of the blocks.
+        width (int): channels.
+        hidden (int): channels inside the feed-forward.
+        unmerges (bool): whether the last block's output is unmerged.
+
+    Attributes:
+        size, source, tokens: of the last forward with merging enabled, see
+            :class:`~.handle.ViTHandle`.
+    """
+
+    context_type = ViTContext
+
+    def __init__(
+        self,
+        config: ViTConfig,
+        removed: list[int] | None,
+        prefix: int,
+        blocks: list[str],
+        width: int,
+        hidden: int,
+        unmerges: bool,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.removed = removed
+        self.prefix = prefix
+        self.blocks = blocks
+        self.width = width
+        self.hidden = hidden
+        self.unmerges = unmerges
+
+    def _fresh(self) -> None:
+        super()._fresh()
+        self._inputs = WeakTensorKeyDictionary()
+        self.reset_stats()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        for name in ("_inputs", "size", "source", "tokens"):
+            del state[name]
+        return state
+
+    def reset_stats(self) -> None:
+        """Forget the results of the last forward."""
+        self.size: Tensor | None = None
+        self.source: Tensor | None = None
+        self.tokens: list[tuple[int, int]] | None = None
+
+    @property
+    def traces(self) -> bool:
+        """Whether to record which token contains which patch."""
+        return self.config.trace_source or self.unmerges
+
+    @property
+    def merges(self) -> bool:
+        """Whether a forward that begins now would merge anything."""
+        return not self.context.disabled and (self.removed is None or any(self.removed))
+
+    def removed_for(self, tokens: int) -> list[int]:
+        """Tokens to remove per block in a forward on ``tokens`` tokens."""
+        blocks = len(self.blocks)
+        if self.context.disabled:
+            return [0] * blocks
+        if self.removed is not None:
+            return self.removed
+        r = removed_for_speedup(
+            self.config.target_speedup, blocks, tokens, self.prefix, self.width, self.hidden
+        )
+        return [r] * blocks
+
+    def remember(self, x: Tensor) -> None:
+        """Keep this thread's state for as long as ``x``, the input of a block, lives.
+
+        Gradient checkpointing runs a block again in the backward, with the same input tensor, when
+        the forward is long over; on a GPU in another thread.
+        """
+        context = self.context
+        self._inputs[x] = (context.removed, context.size, context.source)
+
+    def recall(self, x: Tensor) -> bool:
+        """Return to the state that was kept for ``x``; False if there is none."""
+        state = self._inputs.get(x)
+        if state is None:
+            return False
+        context = self.context
+        context.removed, context.size, context.source = state
+        return True

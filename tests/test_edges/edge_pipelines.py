@@ -1,0 +1,63 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Pipelines around a UNet with Stable Diffusion 1.5's block types, and what tests ask of them."""
+
+from dataclasses import replace
+
+import tiny_transformers
+import torch
+from tiny import tiny_unet
+from tiny_pipelines import PIPELINES
+
+STEPS = 20
+SETTINGS = ("quality", "balanced", "fast")
+# Of 20 steps, how often each setting skips the network and its inner region.
+SKIPS = {
+    "quality": {"inner": 7},
+    "balanced": {"network": 6, "inner": 3},
+    "fast": {"network": 9, "inner": 3},
+}
+
+
+def sd15_unet(seed=0, **changes):
+    """A UNet with four levels, the coarsest without attention, as in Stable Diffusion 1.5."""
+    options = dict(
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        block_out_channels=(16, 16, 32, 32),
+        **changes,
+    )
+    return tiny_unet(levels=4, seed=seed, **options)
+
+
+def sd15_pipeline(title="Stable Diffusion 1.x", scheduler=None, **unet):
+    """A pipeline of :data:`tiny_pipelines.PIPELINES` around such a UNet."""
+    case = PIPELINES[title]
+    pipeline = case.pipeline()
+    pipeline.unet = sd15_unet(**unet)
+    if scheduler is not None:
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    case.prepare(pipeline)
+    return case, pipeline
+
+
+def generate(case, pipeline, seed=0, **changes):
+    """Latents of one image."""
+    generator = torch.Generator().manual_seed(seed)
+    changes = {"num_inference_steps": STEPS, **changes}
+    return case.run(pipeline, generator=generator, **changes)
+
+
+def skips(handle):
+    """Region -> how often it was skipped."""
+    return {row["region"]: row["skipped"] for row in handle.stats()}
+
+
+def relative(a, b):
+    """Relative distance of two tensors."""
+    return float((a - b).norm() / b.norm())
+
+
+def deeper(title):
+    """A family of :data:`tiny_transformers.TRANSFORMERS` with enough blocks for an inner region."""
+    family = tiny_transformers.TRANSFORMERS[title]
+    return replace(family, options={**family.options, family.depth: 4})

@@ -1,0 +1,91 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Where nothing can be skipped or merged, a warning says so once."""
+
+import warnings
+
+import pytest
+import torch
+from edge_pipelines import generate, sd15_pipeline, skips
+from tiny import tiny_inputs, tiny_unet
+
+from mmagic_tome import apply_cache, apply_tome
+
+
+def warned(caught, words):
+    return sum(words in str(one.message) for one in caught)
+
+
+def test_gradients():
+    network = tiny_unet()
+    handle = apply_cache(network, "fast")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for time in (951, 901, 851, 801):
+            network(**{**tiny_inputs(), "timestep": torch.tensor(time)})
+    assert warned(caught, "gradients") == 1
+    assert skips(handle)["network"] == 0
+
+
+def test_few_steps():
+    case, pipeline = sd15_pipeline()
+    handle = apply_cache(pipeline, "balanced")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            generate(case, pipeline, num_inference_steps=3)
+    assert warned(caught, "skipped nothing in a run of 3 steps") == 1
+    assert sum(skips(handle).values()) == 0
+
+
+def test_one_step():
+    case, pipeline = sd15_pipeline()
+    apply_cache(pipeline, "fast")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            generate(case, pipeline, num_inference_steps=1)
+    assert warned(caught, "skipped nothing in a run of 1 step") == 1
+
+
+def test_no_timestep():
+    network = tiny_unet()
+    handle = apply_cache(network, "fast")
+    handle._parts[0].patch.adapter = type(
+        "NoTimestep", (type(handle._parts[0].patch.adapter),), {"timestep": lambda *_: None}
+    )()
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        for _ in range(3):
+            network(**tiny_inputs())
+    assert warned(caught, "skips nothing") == 1
+    assert skips(handle)["network"] == 0
+
+
+def test_skipping_says_nothing():
+    case, pipeline = sd15_pipeline()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        apply_cache(pipeline, "balanced")
+        for _ in range(2):
+            generate(case, pipeline)
+
+
+def test_importance_without_guidance():
+    network = tiny_unet()
+    apply_tome(network, ratio=0.5, method="importance")
+    inputs = tiny_inputs()
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        for time in (951, 901):
+            network(**{**inputs, "timestep": torch.tensor(time)})
+    assert warned(caught, "importance") == 1
+
+
+@pytest.mark.parametrize("scheduler", ["PNDMScheduler", "IPNDMScheduler"])
+def test_a_scheduler_that_amplifies_oscillation(scheduler):
+    import diffusers
+
+    _, pipeline = sd15_pipeline()
+    pipeline.scheduler = getattr(diffusers, scheduler)()
+    with pytest.warns(UserWarning, match="amplifies step-to-step oscillation"):
+        apply_cache(pipeline, "balanced")
