@@ -273,7 +273,9 @@ def test_step_caching(family):
                 assert cached[2].isfinite().all() and not torch.equal(cached[2], baseline[2])
                 assert 3 * len(blocks) < len(calls) < 5 * len(blocks)
             with apply_tome(network, ratio=0.5, targets=family.inner) as merging:
-                both = [stacked(step.output) for step in denoising(network, calls_of(family), steps)]
+                both = [
+                    stacked(step.output) for step in denoising(network, calls_of(family), steps)
+                ]
                 assert {row["kept"] for row in merging.stats()} == {family.tokens() // 2}
             assert not torch.equal(both[2], cached[2])
             again = [stacked(step.output) for step in denoising(network, calls_of(family), steps)]
@@ -729,7 +731,9 @@ def test_pipelines(title):
     case = PIPELINES[title]
     pipeline = case.build(TRANSFORMERS[title])
     baseline = case.run(pipeline)
-    with apply_tome(pipeline, ratio=0.5, plan_interval=2, targets=TRANSFORMERS[title].inner) as handle:
+    with apply_tome(
+        pipeline, ratio=0.5, plan_interval=2, targets=TRANSFORMERS[title].inner
+    ) as handle:
         assert handle.network is pipeline.transformer
         merged = case.run(pipeline)
         tokens, calls = case.tokens, 8 if case.guided else 4
