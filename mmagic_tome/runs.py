@@ -150,6 +150,11 @@ class Run:
         products = torch.einsum("bnk,bnl->bkl", rows, rows).cpu().double()
         if not products.isfinite().all():
             return math.inf, {}
+        # An image that is only scaled is conditioning, such as the reference image of ViCo.
+        own, last, both = products[:, -1, -1], products[:, 0, 0], products[:, 0, -1]
+        moves = own * last - both**2 > 1e-10 * own * last
+        if moves.any():
+            products = products[moves]
         total = products.sum(0)
         # Columns of unit length: outputs may be a thousand times smaller than inputs.
         length = total.diagonal().sqrt().clamp_min(1e-30)
@@ -264,11 +269,21 @@ class RunTracker:
         for run in self._mates(call):
             name = len(run.called) if self.branch_name is None else self.branch_name
             fits = call.time == run.time and name not in run.called
-            if fits and len(run.called) < _MAX_BRANCHES and run.same_input(call.latents):
+            fits = fits and len(run.called) < _MAX_BRANCHES and run.same_input(call.latents)
+            if fits and not self._repeats(run, call):
                 run.called.append(name)
                 run.branches.setdefault(name, Branch(self.new_state()))
                 return run
         return None
+
+    def _repeats(self, run: Run, call: Call) -> bool:
+        """Whether a later run reaches this step now: the same seed once more has the same inputs."""
+        for one in self._mates(call):
+            if one.tick > run.tick and one.time > call.time and one.input is not None:
+                residual, bound, _ = self._fit(one, call.latents)
+                if residual <= bound:
+                    return True
+        return False
 
     def _continued(self, call: Call) -> Run | None:
         """A run whose next step this is."""

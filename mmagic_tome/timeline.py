@@ -73,8 +73,10 @@ class Timeline:
         timesteps = self.timesteps()
         if not timesteps:
             return None
-        # Some pipelines divide by the number of training steps before the call.
-        for value in (time, 1000 * time):
+        # Some pipelines divide by the number of training steps before the call: 1 is a first step
+        # there, and near a last one elsewhere.
+        values = (1000 * time, time) if self.scale == 1 else (time, 1000 * time)
+        for value in values:
             index = min(range(len(timesteps)), key=lambda i: abs(timesteps[i] - value))
             slack = max(_RELATIVE * abs(value), 1e-4)
             if abs(timesteps[index] - value) <= slack:
