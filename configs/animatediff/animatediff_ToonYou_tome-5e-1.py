@@ -1,4 +1,4 @@
-# AnimateDiff as MMagic has it, with half of the tokens of every frame merged.
+# MMagic's AnimateDiff with half of the tokens of every frame merged.
 _base_ = "mmagic::animatediff/animatediff_ToonYou.py"
 
 custom_imports = dict(imports=["mmagic_tome"], allow_failed_imports=False)

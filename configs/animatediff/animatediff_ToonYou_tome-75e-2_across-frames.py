@@ -1,7 +1,7 @@
-# AnimateDiff as MMagic has it. Three quarters of the tokens of a clip are merged, those of one frame
-# with those of another too, around cross-attention and feed-forward. Finding them costs as much as
-# it saves, so what was found serves ten steps.
+# MMagic's AnimateDiff with three quarters of the tokens of a clip merged, within and across frames,
+# around cross-attention and feed-forward. Matching costs as much as merging saves, so a merge plan
+# is reused for ten steps.
 _base_ = "mmagic::animatediff/animatediff_ToonYou.py"
 
 custom_imports = dict(imports=["mmagic_tome"], allow_failed_imports=False)
-tome_cfg = dict(ratio=0.75, sites=["crossattn", "mlp"], across_frames=True, refresh=10)
+tome_cfg = dict(ratio=0.75, targets=["crossattn", "mlp"], across_frames=True, plan_interval=10)

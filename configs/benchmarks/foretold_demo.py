@@ -1,31 +1,45 @@
-# What parts of the demo model to leave out at which steps, and how to foretell what they would
-# have said: one change at a time (docs/research/foretold_steps.md).
+# Which region of the demo model to skip at which steps, and how to extrapolate its output: one
+# change at a time (docs/research/foretold_steps.md).
 #   python tools/evaluate.py configs/benchmarks/foretold_demo.py --cost-rounds 0
 _base_ = "../demo/sd-emoji.py"
 
 _all = (0.0, 1.0)
+_network = dict(region="network", timestep_range=_all)
+_inner = dict(region="inner", timestep_range=_all)
 _tried = {
-    "network again": dict(network=dict(steps=2, order=0, between=_all)),
-    "network on the line": dict(network=dict(steps=2, between=_all)),
-    "network on the line, noise 0.1 to 0.75": dict(network=dict(steps=2, between=(0.1, 0.75))),
-    "network on the parabola": dict(network=dict(steps=2, between=_all, order=2)),
-    "network every 3rd": dict(network=dict(steps=3, between=_all)),
-    "inner levels again": dict(deep=dict(steps=2, order=0, between=_all)),
-    "inner levels on the line": dict(deep=dict(steps=2, between=_all)),
-    "inner levels every 3rd": dict(deep=dict(steps=3, between=_all)),
-    "network, inner levels every 2nd of those": dict(
-        network=2, deep=dict(steps=2, between=(0, 0.7))
+    "network every 2nd, order 0": dict(**_network, order=0),
+    "network every 2nd, order 1": _network,
+    "network every 2nd, order 1, range 0.1 to 0.75": dict(
+        region="network", timestep_range=(0.1, 0.75)
     ),
-    "network, inner levels every 2nd of those, no window": dict(
-        network=2, deep=dict(steps=2, between=_all)
-    ),
+    "network every 2nd, order 2": dict(**_network, order=2),
+    "network every 3rd, order 1": dict(**_network, interval=3),
+    "inner every 2nd, order 0": dict(**_inner, order=0),
+    "inner every 2nd, order 1": _inner,
+    "inner every 3rd, order 1": dict(**_inner, interval=3),
+    "network every 2nd, inner every 2nd of those, range 0 to 0.7": [
+        dict(region="network"),
+        dict(region="inner", timestep_range=(0.0, 0.7)),
+    ],
+    "network every 2nd, inner every 2nd of those": [dict(region="network"), _inner],
 }
-# With half or all of what was foretold wrongly made good at the next run.
-_repaid = {
-    "inner levels on the line": dict(deep=dict(steps=2, between=_all)),
-    "inner levels every 3rd": dict(deep=dict(steps=3, between=_all)),
-    "network on the line": dict(network=dict(steps=2, between=_all)),
-    "network every 3rd": dict(network=dict(steps=3, between=_all)),
+_with_feedback = {
+    "inner every 2nd, order 1": _inner,
+    "inner every 3rd, order 1": dict(**_inner, interval=3),
+    "network every 2nd, order 1": _network,
+    "network every 3rd, order 1": dict(**_network, interval=3),
+}
+# The named settings without error feedback.
+_without_feedback = {
+    "quality": [dict(region="inner", timestep_range=(0.1, 0.8))],
+    "balanced": [
+        dict(region="network", timestep_range=(0.1, 0.65)),
+        dict(region="inner", timestep_range=(0.65, 0.95)),
+    ],
+    "fast": [
+        dict(region="network", timestep_range=(0.0, 0.95)),
+        dict(region="inner", timestep_range=(0.0, 0.7)),
+    ],
 }
 
 evaluation = dict(
@@ -38,42 +52,18 @@ evaluation = dict(
     presets=["quality", "balanced", "fast"],
     fewer_steps=[0.8, 0.65, 0.5],
     contenders=[
-        *[
-            dict(name=name, tome_cfg=dict(ratio=0, reuse=options))
-            for name, options in _tried.items()
-        ],
+        *[dict(name=name, tome_cfg=dict(cache=cache)) for name, cache in _tried.items()],
         *[
             dict(
-                name=f"{name}, repay {repay:g}",
-                tome_cfg=dict(
-                    ratio=0,
-                    reuse={part: dict(**scope, repay=repay) for part, scope in options.items()},
-                ),
+                name=f"{name}, error feedback {fraction:g}",
+                tome_cfg=dict(cache=dict(**cache, error_feedback=fraction)),
             )
-            for name, options in _repaid.items()
-            for repay in (0.5, 1.0)
+            for name, cache in _with_feedback.items()
+            for fraction in (0.5, 1.0)
         ],
-        # Presets without it.
         *[
-            dict(
-                name=f"{name}, repay 0",
-                tome_cfg=dict(preset=name, reuse={part: dict(repay=0.0) for part in parts}),
-            )
-            for name, parts in (
-                ("quality", ("deep",)),
-                ("balanced", ("network", "deep")),
-                ("fast", ("network", "deep")),
-            )
+            dict(name=f"{name}, error feedback 0", tome_cfg=dict(cache=cache))
+            for name, cache in _without_feedback.items()
         ],
-        # In place of parts: every transformer stack.
-        dict(
-            name="all stacks on the line",
-            tome_cfg=dict(
-                sites="stack",
-                max_downsample=4,
-                refresh=dict(steps=2, warmup=2),
-                residual=dict(kind="reuse", order=1),
-            ),
-        ),
     ],
 )

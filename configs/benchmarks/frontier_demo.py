@@ -2,6 +2,7 @@
 #   python tools/evaluate.py configs/benchmarks/frontier_demo.py --cost-rounds 3
 # With 50 steps: frontier_demo_50.py. Then, of both folders:
 #   python benchmarks/frontier.py FOLDER FOLDER --plot FILE
+# The names are those of the published tables (docs/research/frontier.md).
 _base_ = "../demo/sd-emoji.py"
 
 evaluation = dict(
@@ -12,66 +13,45 @@ evaluation = dict(
     guidance=3.0,
     batch_size=8,
     contenders=[
-        # Ours: parts of the network left out and foretold.
-        *[dict(name=name, tome_cfg=dict(preset=name)) for name in ("quality", "balanced", "fast")],
-        dict(
-            name="network every 2nd",
-            tome_cfg=dict(ratio=0, reuse=dict(network=dict(steps=2))),
-        ),
+        # Step caching with linear extrapolation.
+        *[dict(name=name, tome_cfg=dict(cache=name)) for name in ("quality", "balanced", "fast")],
+        dict(name="network every 2nd", tome_cfg=dict(cache=dict(region="network"))),
         dict(
             name="network every 2nd, half of the run",
-            tome_cfg=dict(ratio=0, reuse=dict(network=dict(steps=2, between=(0.1, 0.6)))),
+            tome_cfg=dict(cache=dict(region="network", timestep_range=(0.1, 0.6))),
         ),
-        # What is done elsewhere: the last output again, of the network, of its inner levels.
+        # Step caching as others do it: the cached output is reused unchanged.
+        dict(name="network again, every 2nd", tome_cfg=dict(cache=dict(region="network", order=0))),
         dict(
-            name="network again, every 2nd",
-            tome_cfg=dict(ratio=0, reuse=dict(network=dict(steps=2, order=0))),
-        ),
-        dict(
-            name="inner levels again, every 2nd",
-            tome_cfg=dict(ratio=0, reuse=dict(deep=dict(steps=2, order=0))),
+            name="inner levels again, every 2nd", tome_cfg=dict(cache=dict(region="inner", order=0))
         ),
         *[
             dict(name=f"DeepCache {k}", deepcache=dict(cache_interval=k, cache_branch_id=0))
             for k in (2, 3, 5)
         ],
-        # Outputs of sites, repeated and foretold.
-        dict(
-            name="blocks again, every 2nd",
-            tome_cfg=dict(sites="block", max_downsample=4, refresh=2, residual="reuse"),
-        ),
-        dict(
-            name="blocks foretold, every 2nd",
-            tome_cfg=dict(
-                sites="block",
-                max_downsample=4,
-                refresh=dict(steps=2, warmup=2),
-                residual=dict(kind="reuse", order=1),
-            ),
-        ),
         # Merging with a residual.
         dict(
             name="ToMe 0.75, exact residual",
-            tome_cfg=dict(ratio=0.75, refresh=2, residual="exact"),
+            tome_cfg=dict(ratio=0.75, plan_interval=2, residual=True),
         ),
-        # Merging with attention that knows what its keys stand for.
+        # Merging with proportional attention.
         *[
-            dict(name=f"ToMe {r:g}, proportional", tome_cfg=dict(ratio=r, proportional=True))
+            dict(name=f"ToMe {r:g}, proportional", tome_cfg=dict(ratio=r, prop_attn=True))
             for r in (0.25, 0.5)
         ],
         dict(
             name="keys and values 0.5, proportional",
-            tome_cfg=dict(ratio=0.5, proportional=True, sites="attn_kv", refresh=4),
+            tome_cfg=dict(ratio=0.5, prop_attn=True, targets="attn_kv", plan_interval=4),
         ),
         dict(
             name="keys and values 0.5, proportional, exact residual",
             tome_cfg=dict(
-                ratio=0.5, proportional=True, sites="attn_kv", refresh=2, residual="exact"
+                ratio=0.5, prop_attn=True, targets="attn_kv", plan_interval=2, residual=True
             ),
         ),
         dict(
             name="balanced and ToMe 0.5, proportional",
-            tome_cfg=dict(preset="balanced", ratio=0.5, proportional=True),
+            tome_cfg=dict(ratio=0.5, prop_attn=True, cache="balanced"),
         ),
         # Merging alone, by every method; ToDo keeps the queries.
         *[
@@ -88,8 +68,8 @@ evaluation = dict(
         ],
         # Merges pairs, so at most half.
         *[dict(name=f"PiToMe {r:g}", tome_cfg=dict(ratio=r, method="pitome")) for r in (0.25, 0.5)],
-        dict(name="ToMe 0.5, refresh 4", tome_cfg=dict(ratio=0.5, refresh=4)),
-        dict(name="ToMe 0.5, blocks", tome_cfg=dict(ratio=0.5, sites="block", max_downsample=4)),
+        dict(name="ToMe 0.5, refresh 4", tome_cfg=dict(ratio=0.5, plan_interval=4)),
+        dict(name="ToMe 0.5, blocks", tome_cfg=dict(ratio=0.5, targets="block", max_downsample=4)),
         *[
             dict(
                 name=f"CA-ToMe {threshold:g}",

@@ -1,4 +1,4 @@
-# Contenders of frontier_demo.py at 50 steps; methods of merging at fewer strengths.
+# The settings of frontier_demo.py at 50 steps; methods of merging at fewer strengths.
 #   python tools/evaluate.py configs/benchmarks/frontier_demo_50.py --cost-rounds 3
 # Then, of both folders: python benchmarks/frontier.py FOLDER FOLDER --plot FILE
 _base_ = "./frontier_demo.py"
@@ -10,7 +10,6 @@ evaluation = dict(
         "network again, every 2nd",
         "inner levels again, every 2nd",
         "DeepCache *",
-        "blocks again, every 2nd",
         "ToMe 0.5, proportional",
         "keys and values 0.5, proportional",
         *["ToMe 0.5", "ToMe 0.75", "ToMe 0.5, refresh 4", "ToMe 0.5, blocks"],

@@ -1,37 +1,38 @@
-# Where merging loses detail on the demo model, and what a residual brings back: one change at a
-# time from ToMe at ratio 0.5 around the finest level's self-attention. One round of cost is
-# enough for the operations of the levels.
+# Where merging loses detail on the demo model, and what a residual recovers: one change at a time
+# from ToMe at ratio 0.5 around the finest level's self-attention. One round of cost is enough for
+# the operations of the levels.
 #   python tools/evaluate.py configs/benchmarks/merging_demo.py --cost-rounds 1
 #   python benchmarks/merging.py outputs/evaluate/merging_demo --plot FILE
+# The names are those of the published tables (docs/research/merging.md).
 _base_ = "../demo/sd-emoji.py"
 
-_sites = {"feed-forward": "mlp", "cross-attention": "crossattn", "block": "block", "stack": "stack"}
+_targets = {
+    "feed-forward": "mlp",
+    "cross-attention": "crossattn",
+    "block": "block",
+    "stack": "stack",
+}
 _quarters = [(0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0)]
 _plain = {
-    # Where: levels, blocks of the finest level in running order, sites.
-    "level: 1": dict(ratio=dict(level={1: 0.5})),
-    "level: 2": dict(ratio=dict(level={2: 0.5}), max_downsample=2),
-    "level: 4": dict(ratio=dict(level={4: 0.5}), max_downsample=4),
+    # Where: resolution levels, blocks of the finest level in running order.
+    "level: 1": dict(ratio=dict(downsample={1: 0.5})),
+    "level: 2": dict(ratio=dict(downsample={2: 0.5}), max_downsample=2),
+    "level: 4": dict(ratio=dict(downsample={4: 0.5}), max_downsample=4),
     "level: all": dict(ratio=0.5, max_downsample=4),
     "block: down": dict(ratio=dict(depth=[0.5, 0, 0])),
     "block: up, first": dict(ratio=dict(depth=[0, 0.5, 0])),
     "block: up, second": dict(ratio=dict(depth=[0, 0, 0.5])),
-    # When: a quarter of the noise at a time.
+    # When: a quarter of the run at a time.
     **{
-        f"noise: {low:g} to {high:g}": dict(ratio=dict(base=0.5, noise=dict(between=(low, high))))
+        f"noise: {low:g} to {high:g}": dict(
+            ratio=dict(base=0.5, timestep=dict(timestep_range=(low, high)))
+        )
         for low, high in _quarters
     },
-    # For how long a plan serves.
-    **{f"plans for: {k}": dict(ratio=0.5, refresh=k) for k in (2, 4, 8)},
-    # What is added between refreshes.
-    "residual: own": dict(ratio=0.5, refresh=2, residual="own"),
-    "residual: exact": dict(ratio=0.5, refresh=2, residual="exact"),
-    "residual: exact, on the line": dict(
-        ratio=0.5, refresh=dict(steps=2, warmup=2), residual=dict(kind="exact", order=1)
-    ),
-    "residual: exact, on the parabola": dict(
-        ratio=0.5, refresh=dict(steps=2, warmup=3), residual=dict(kind="exact", order=2)
-    ),
+    # For how many steps a plan is reused.
+    **{f"plans for: {k}": dict(ratio=0.5, plan_interval=k) for k in (2, 4, 8)},
+    # What is added at steps that reuse a plan.
+    "residual: exact": dict(ratio=0.5, plan_interval=2, residual=True),
 }
 # Other rules for which tokens merge.
 _methods = {
@@ -49,43 +50,26 @@ _weighted = {
     # Ratios per level of about as many operations.
     **{
         f"ratios: {one:g}, {two:g}, {four:g}": dict(
-            ratio=dict(level={1: one, 2: two, 4: four}), max_downsample=4
+            ratio=dict(downsample={1: one, 2: two, 4: four}), max_downsample=4
         )
         for one, two, four in [
             *[(0.5, 0.25, 0.25), (0.5, 0.5, 0), (0.55, 0, 0), (0.45, 0.5, 0.5)],
             *[(0.55, 0.25, 0), (0.4, 0.6, 0.6), (0.25, 0.75, 0.75)],
         ]
     },
-    **{
-        f"gain of exact: {gain:g}": dict(
-            ratio=0.5, refresh=2, residual=dict(kind="exact", gain=gain)
-        )
-        for gain in (0.5, 0.8)
-    },
-    **{f"exact every: {k}": dict(ratio=0.5, refresh=k, residual="exact") for k in (3, 4, 8)},
-    **{
-        f"exact, in turn, every: {k}": dict(
-            ratio=0.5, refresh=dict(steps=k, stagger=True), residual="exact"
-        )
-        for k in (2, 3, 4, 8)
-    },
-    "plans of a level for: 1": dict(ratio=0.5, refresh=dict(share="level")),
-    "plans of a level for: 2": dict(ratio=0.5, refresh=dict(steps=2, share="level")),
+    **{f"exact every: {k}": dict(ratio=0.5, plan_interval=k, residual=True) for k in (3, 4, 8)},
+    "plans of a level for: 1": dict(ratio=0.5, share_plans=True),
+    "plans of a level for: 2": dict(ratio=0.5, plan_interval=2, share_plans=True),
 }
 _others = {
-    **{f"site: {name}": dict(ratio=0.5, sites=site) for name, site in _sites.items()},
-    # The same with what merging lost there two steps before.
+    **{f"site: {name}": dict(ratio=0.5, targets=target) for name, target in _targets.items()},
+    # The same with a residual.
     **{
-        f"site, residual {residual}: {name}": dict(
-            ratio=0.5, sites=site, refresh=2, residual=residual
+        f"site, residual exact: {name}": dict(
+            ratio=0.5, targets=target, plan_interval=2, residual=True
         )
-        for name, site in _sites.items()
-        for residual in ("own", "exact")
+        for name, target in _targets.items()
     },
-    "reuse: last output": dict(ratio=0.5, refresh=2, residual="reuse"),
-    "reuse: on the line": dict(
-        ratio=0.5, refresh=dict(steps=2, warmup=2), residual=dict(kind="reuse", order=1)
-    ),
 }
 
 evaluation = dict(
@@ -102,7 +86,7 @@ evaluation = dict(
             for name, options in {**_plain, **_methods, **_others}.items()
         ],
         *[
-            dict(name=f"{name}, proportional", tome_cfg=dict(**options, proportional=True))
+            dict(name=f"{name}, proportional", tome_cfg=dict(**options, prop_attn=True))
             for name, options in {**_plain, **_methods, **_weighted}.items()
         ],
     ],

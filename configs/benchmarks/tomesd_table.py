@@ -1,5 +1,5 @@
-# The published table of tomesd (arXiv 2303.17604, table 2), with our merging, tomesd's own and
-# fewer steps side by side. README.md in this folder says what it needs and how it is run:
+# The published table of tomesd (arXiv 2303.17604, table 2), with this package, tomesd itself
+# and fewer steps side by side. README.md in this folder says what it needs and how it is run:
 #   IMAGENET_VAL=DIR python tools/evaluate.py configs/benchmarks/tomesd_table.py --dry-run
 _base_ = []
 
@@ -10,7 +10,7 @@ custom_imports = dict(imports=["mmagic_tome"], allow_failed_imports=False)
 
 # A folder in diffusers layout, or a name on a model hub.
 weights = os.environ.get("SD_WEIGHTS", "stable-diffusion-v1-5/stable-diffusion-v1-5")
-# PLMS, as the paper has it: PNDM without its Runge-Kutta steps.
+# PLMS, as in the paper: PNDM without its Runge-Kutta steps.
 scheduler = dict(
     type="PNDMScheduler",
     beta_start=0.00085,
@@ -40,11 +40,11 @@ model = dict(
 
 ratios = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 evaluation = dict(
-    # Two pictures of each of the 1000 classes.
+    # Two images of each of the 1000 classes.
     prompt_set="imagenet",
     prompt_template="A high quality photograph of a {}.",
     images_per_prompt=2,
-    # The first five pictures of every class of the validation set, one sub-folder per class.
+    # The first five images of every class of the validation set, one sub-folder per class.
     real=os.environ.get("IMAGENET_VAL", "../../data/imagenet/val"),
     real_per_class=5,
     size=512,

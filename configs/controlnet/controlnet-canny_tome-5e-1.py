@@ -1,4 +1,4 @@
-# ControlNet for edges as MMagic has it, with half of the tokens of the UNet merged.
+# MMagic's ControlNet for edges with half of the tokens of the UNet merged.
 _base_ = "mmagic::controlnet/controlnet-canny.py"
 
 custom_imports = dict(imports=["mmagic_tome"], allow_failed_imports=False)

@@ -1,5 +1,6 @@
-# The demo model, dense: a small Stable Diffusion for pictures of emoji that
-# comes with the package. An ordinary MMagic config; `tome_cfg` is not in it.
+# The demo model without any acceleration: a small Stable Diffusion for images
+# of emoji that comes with the package. An ordinary MMagic config, without
+# `tome_cfg` and `cache_cfg`.
 
 # Declaring a (here empty) base keeps this a text config for mmengine, which
 # would otherwise take the import below for its lazy style.
@@ -32,7 +33,7 @@ model = dict(
     enable_xformers=False,
 )
 
-# What `tools/infer.py` generates when it is not told otherwise.
+# What `tools/infer.py` generates by default.
 infer_cfg = dict(
     prompts=["red apple", "smiling face with sunglasses", "sailboat"],
     steps=16,

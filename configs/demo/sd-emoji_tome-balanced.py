@@ -1,5 +1,5 @@
 _base_ = "./sd-emoji.py"
 
 custom_imports = dict(imports=["mmagic_tome"], allow_failed_imports=False)
-tome_cfg = dict(preset="balanced")
+cache_cfg = "balanced"
 infer_cfg = dict(steps=20)

@@ -1,4 +1,4 @@
-# DreamBooth with LoRA as MMagic has it, trained and sampled with half of the tokens merged.
+# MMagic's DreamBooth with LoRA, trained and sampled with half of the tokens merged.
 _base_ = "mmagic::dreambooth/dreambooth-lora.py"
 
 custom_imports = dict(imports=["mmagic_tome"], allow_failed_imports=False)

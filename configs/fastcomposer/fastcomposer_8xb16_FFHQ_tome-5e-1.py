@@ -1,4 +1,4 @@
-# FastComposer as MMagic has it, with half of the tokens merged.
+# MMagic's FastComposer with half of the tokens merged.
 _base_ = "mmagic::fastcomposer/fastcomposer_8xb16_FFHQ.py"
 
 custom_imports = dict(imports=["mmagic_tome"], allow_failed_imports=False)

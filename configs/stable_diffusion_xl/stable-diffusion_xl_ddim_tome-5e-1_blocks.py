@@ -1,5 +1,5 @@
-# Stable Diffusion XL as MMagic has it, with half of the tokens merged around every transformer block.
+# MMagic's Stable Diffusion XL with half of the tokens merged around every transformer block.
 _base_ = "mmagic::stable_diffusion_xl/stable-diffusion_xl_ddim_denoisingunet.py"
 
 custom_imports = dict(imports=["mmagic_tome"], allow_failed_imports=False)
-tome_cfg = dict(ratio=0.5, max_downsample=4, sites=["block"])
+tome_cfg = dict(ratio=0.5, max_downsample=4, targets=["block"])

@@ -1,4 +1,4 @@
-# Textual inversion as MMagic has it, trained and sampled with half of the tokens merged.
+# MMagic's textual inversion, trained and sampled with half of the tokens merged.
 _base_ = "mmagic::textual_inversion/textual_inversion.py"
 
 custom_imports = dict(imports=["mmagic_tome"], allow_failed_imports=False)

@@ -1,5 +1,5 @@
-# ViCo as MMagic has it, with half of the tokens merged around self-attention, the one site of its
-# blocks that it does not look into.
+# MMagic's ViCo with half of the tokens merged around self-attention. ViCo reads the cross-attention
+# maps of all tokens, so cross-attention cannot be merged.
 _base_ = "mmagic::vico/vico.py"
 
 custom_imports = dict(imports=["mmagic_tome"], allow_failed_imports=False)

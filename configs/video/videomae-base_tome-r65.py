@@ -1,6 +1,6 @@
-# VideoMAE's ViT-B on 16 frames: 1568 tokens, 65 merged per block, the same share as 8 of the 197 of a
-# picture. Its 12 blocks keep half of the tokens (1.4 times fewer multiply-adds; the ViT-L beside it has
-# 24, and twice as few). Random weights: there are none in any package.
+# VideoMAE's ViT-B on 16 frames: 1568 tokens, 65 merged per block, the same fraction as 8 of the 197
+# of an image. Its 12 blocks keep half of the tokens (1.4 times fewer multiply-adds; the ViT-L has 24
+# blocks and half the multiply-adds). Random weights: no package has any.
 custom_imports = dict(imports=["mmagic_tome"], allow_failed_imports=False)
 
 model = dict(

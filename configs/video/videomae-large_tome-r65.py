@@ -1,5 +1,5 @@
 # The paper's model for video by its shape, a ViT-L on 16 frames, and the paper's r: 65 of 1568 tokens
-# per block. The multiply-adds fall to less than half. Random weights: there are none in any package.
+# per block. The multiply-adds fall to less than half. Random weights: no package has any.
 _base_ = "./videomae-base_tome-r65.py"
 
 model = dict(

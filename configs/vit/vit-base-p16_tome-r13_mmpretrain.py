@@ -1,5 +1,5 @@
 # A classifier of mmpretrain with token merging in its backbone; train it as any other. Names in
-# `state_dict` are those of the dense model, so `load_from` takes a dense checkpoint.
+# `state_dict` do not change, so `load_from` takes checkpoints of the baseline model.
 custom_imports = dict(imports=["mmagic_tome"], allow_failed_imports=False)
 
 default_scope = "mmpretrain"

@@ -1,10 +1,10 @@
-# ViT-S/14 with real weights, dense: predicts where people look. The weights come with a Python
+# ViT-S/14 with real weights, the baseline: predicts where people look. The weights come with a Python
 # package (docs/vit.md). An ordinary mmengine config; nothing in it merges.
 custom_imports = dict(imports=["mmagic_tome"], allow_failed_imports=False)
 
 model = dict(type="FocusViT")
 
-# What `tools/visualize.py --input` gives it: 16 x 16 patches.
+# Input of `tools/visualize.py --input`: 16 x 16 patches.
 vit_input = dict(
     kind="image", size=224, patch=14, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
 )
