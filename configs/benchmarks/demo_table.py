@@ -20,7 +20,7 @@ evaluation = dict(
         ],
         *[dict(name=f"tomesd {r:g}", tomesd=dict(ratio=r)) for r in (0.25, 0.5, 0.75)],
     ],
-    presets=["quality", "balanced", "fast"],
+    cache=["quality", "balanced", "fast"],
     fewer_steps=[0.8, 0.65, 0.5],
     cost_rounds=7,
 )

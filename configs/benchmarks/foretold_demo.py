@@ -49,7 +49,7 @@ evaluation = dict(
     guidance=3.0,
     batch_size=8,
     metrics=["psnr", "latent_error"],
-    presets=["quality", "balanced", "fast"],
+    cache=["quality", "balanced", "fast"],
     fewer_steps=[0.8, 0.65, 0.5],
     contenders=[
         *[dict(name=name, tome_cfg=dict(cache=cache)) for name, cache in _tried.items()],
