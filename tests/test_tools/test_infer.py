@@ -220,8 +220,16 @@ def test_a_model_that_wants_more_than_text_is_refused_unloaded(run, configs, tmp
 @pytest.mark.parametrize(
     ("spelling", "option", "expected"),
     [
-        ("tome", "model.foo=3", "StableDiffusion does not take model.foo; it takes data_pre"),
-        ("sdxl", "model.foo=3", "StableDiffusionXL does not take model.foo; it takes data_pre"),
+        (
+            "tome",
+            "model.foo=3",
+            "StableDiffusion does not take model.foo; it takes cache_cfg, data_pre",
+        ),
+        (
+            "sdxl",
+            "model.foo=3",
+            "StableDiffusionXL does not take model.foo; it takes cache_cfg, data_pre",
+        ),
         ("wrapped", "model.model.foo=3", "StableDiffusion does not take model.foo"),
         ("wrapped", "model.foo=3", "type='ToMe' does not know 'foo'"),
         ("tome", "model.text_encoder.foo=3", "foo"),
@@ -733,8 +741,8 @@ def test_configs_can_be_read(name, monkeypatch):
     monkeypatch.setenv("SD_WEIGHTS", "/some/folder")
     config = model_config.load_config(ROOT / name)
     assert config.get("default_scope", "mmagic") == "mmagic"
-    merging = model_config.merging_config(config)
-    assert (merging is not None) == ("_tome-" in name)
+    setting = model_config.setting_config(config)
+    assert setting.baseline != ("_tome-" in name)
     if name.endswith("_local.py"):
         sources = (config.model.unet.from_pretrained, config.model.tokenizer)
         assert sources == ("/some/folder", "/some/folder")
