@@ -120,6 +120,8 @@ def test_step_caching(evaluation, tmp_path):
         regions = {row["region"]: row for row in cost[name]["regions"]}
         assert regions["network"]["skipped"] > 0
         assert cost[name]["flops"] < cost["dense"]["flops"]
+        steps = [len(cost[one]["step_seconds"][0]) for one in ("dense", name)]
+        assert steps[0] == steps[1], "steps that were skipped are timed, too"
     assert cost["both"]["targets"] and not cost["cache fast"]["targets"]
     specs = json.loads((out / "manifest.json").read_text())["contenders"]
     assert specs["cache fast"]["cache_cfg"] == specs["both"]["cache_cfg"]
