@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .. import ToMeError, apply_cache, apply_tome, get_handle
+from .. import ToMeError, apply_cache, apply_tome
 from ..cache import to_plain
 from ..schedulers import scheduler_name
 from ..settings import Handles
@@ -382,7 +382,8 @@ def apply_setting(model, setting, options):
         The :class:`Handles`.
     """
     wanted = setting.replace(**options)
-    tome, cache = get_handle(model, "tome"), get_handle(model, "cache")
+    handles = Handles.of(model)
+    tome, cache = handles.tome, handles.cache
     if wanted.tome is not None and (tome is None or wanted.tome != setting.tome):
         tome = apply_tome(model, wanted.tome)
     if wanted.cache is not None and (cache is None or wanted.cache != setting.cache):
