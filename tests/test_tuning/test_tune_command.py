@@ -27,7 +27,7 @@ QUICK = ["--size", "64", "--steps", "6", "--device", "cpu", "--search-prompts", 
 QUICK += ["--unseen-prompts", "2"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(region="module")
 def tuning(sd_folder, tmp_path_factory):
     """A config, prompts, and a function that runs the command with few rounds of timing."""
     pytest.importorskip("mmagic", reason="the command runs MMagic models")
@@ -40,7 +40,7 @@ def tuning(sd_folder, tmp_path_factory):
         argv = [config, "--prompts", prompts, *QUICK, "--out", out, *options]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(costs, "ROUNDS", 1)
-            patch.setattr(costs, "SITES", ("attn",))
+            patch.setattr(costs, "TARGETS", ("attn",))
             patch.setattr(check, "LEAST_PAIRS", 2)
             patch.setattr(search, "MOST_NEIGHBOURS", 3)
             assert cli.main([str(arg) for arg in argv]) == code
@@ -55,7 +55,7 @@ def tuning(sd_folder, tmp_path_factory):
     return SimpleNamespace(run=run, config=config, folder=folder, prompts=prompts)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(region="module")
 def finished(tuning, tmp_path_factory):
     out = tmp_path_factory.mktemp("finished") / "run"
     return SimpleNamespace(out=out, found=tuning.run(out, "--psnr", "35"))
@@ -160,7 +160,7 @@ def replace(source, target, replace=os.replace):
     replace(source, target)
 
 if "KILLED_AT" in os.environ:
-    costs.ROUNDS, costs.SITES, check.LEAST_PAIRS, search.MOST_NEIGHBOURS = 1, ("attn",), 2, 3
+    costs.ROUNDS, costs.TARGETS, check.LEAST_PAIRS, search.MOST_NEIGHBOURS = 1, ("attn",), 2, 3
     os.replace = replace
 """
 
@@ -346,12 +346,12 @@ def test_a_sampler_with_noise_keeps_the_network_running(sd_folder):
     sampler = dict(type="EulerAncestralDiscreteScheduler", **schedule)
     request = SimpleNamespace(steps=6)
     for changes, expected in (
-        ({}, (["network", "deep"], 1)),
-        (dict(scheduler=sampler, test_scheduler=sampler), (["deep"], 0)),
+        ({}, (["network", "inner"], 1)),
+        (dict(scheduler=sampler, test_scheduler=sampler), (["inner"], 0)),
     ):
         model = tiny_model(folder=sd_folder, **changes)
         notes = []
-        found = command._scopes(SimpleNamespace(model=model, request=request), notes)
+        found = command._regions(SimpleNamespace(model=model, request=request), notes)
         assert found == expected
         assert bool(notes) == bool(changes)
     assert "EulerAncestralDiscreteScheduler adds noise" in notes[0]
@@ -487,12 +487,12 @@ def test_pairs_in_turn():
 
 def test_costs_become_a_space():
     measured = dict(
-        foretold=0.01, shallow=1.1, rest=1.0, deep_levels=[2], proportional=["attn"],
+        network_skipped=0.01, inner_skipped=1.1, rest=1.0, inner_levels=[2], prop_attn=["attn"],
         merges=[["attn", 1, 0.25, -0.1], ["attn", 1, 0.5, -0.05], ["attn", 1, 0.75, -0.2]],
     )  # fmt: skip
     space = costs.space_of(measured, order=1)
-    # Inner levels that cost more when they are left out, and a ratio that saves less.
-    assert space.scopes == ("network",) and space.merges == {"attn": {1: (0.25, 0.75)}}
+    # An inner region that costs more when it is skipped, and a ratio that saves less.
+    assert space.regions == ("network",) and space.merges == {"attn": {1: (0.25, 0.75)}}
     assert costs.costs_of(measured).merges["attn", 1, 0.75] == -0.2
 
 
@@ -506,16 +506,16 @@ def clock(monkeypatch, sd_folder):
     )
     ran = []
 
-    def run(generator, numbers, config, steps, on_step):
-        ran.append((config, steps))
-        if config is None or not config.ratio:
+    def run(generator, numbers, setting, steps, on_step):
+        ran.append((setting, steps))
+        if setting.tome is None:
             return {"rest": 1.0, "full": 1.0}
         # Matching costs a third of all; what is merged costs nothing.
-        ((_, ratio),) = config.ratio["level"].items()
+        ((_, ratio),) = setting.tome.ratio["downsample"].items()
         return {"rest": 1.0, "full": 4 / 3 - 2 * ratio / 3}
 
     monkeypatch.setattr(costs, "_run", run)
-    monkeypatch.setattr(costs, "SITES", ("attn",))
+    monkeypatch.setattr(costs, "TARGETS", ("attn",))
 
     def measure(**options):
         ran.clear()
@@ -574,7 +574,7 @@ def test_a_picture_that_is_not_a_number_ends_it(monkeypatch, tmp_path):
             pass
 
     class NoTrace(Watch):
-        times, levels = [], []
+        times = []
 
     monkeypatch.setattr(judge, "LatentWatch", Watch)
     monkeypatch.setattr(judge, "Trace", NoTrace)
