@@ -51,30 +51,31 @@ def config_text(
     caches = options.pop("cache", None)
     if options:
         # The base's keys would be mixed with these.
-        lines += _dict_lines("tome_cfg", options, delete="tome_cfg" in replaced)
+        delete = {"_delete_": True} if "tome_cfg" in replaced else {}
+        lines += ["tome_cfg = dict(", *_lines({**delete, **options}), ")"]
     elif "tome_cfg" in replaced:
         lines.append("tome_cfg = None")
     if caches is not None:
-        lines.append("cache_cfg = [")
-        lines += [f"    {python_of(cache)}," for cache in caches]
-        lines.append("]")
+        lines += ["cache_cfg = [", *(f"    {python_of(cache)}," for cache in caches), "]"]
     elif "cache_cfg" in replaced:
         lines.append("cache_cfg = None")
     return "\n".join(lines) + "\n"
 
 
-def _dict_lines(name: str, options: Mapping[str, Any], delete: bool) -> list[str]:
-    """``name = dict(...)``, an option per line."""
-    lines = [f"{name} = dict("]
-    for key, value in {**({"_delete_": True} if delete else {}), **options}.items():
-        line = f"    {key}={python_of(value)},"
-        if len(line) <= WIDTH or not isinstance(value, Mapping):
+def _lines(options: Mapping[str, Any], depth: int = 1) -> list[str]:
+    """A line per entry of a dict; several for one that is too long."""
+    lines, indent = [], 4 * depth * " "
+    named = all(isinstance(key, str) and key.isidentifier() for key in options)
+    for key, value in options.items():
+        start = f"{indent}{key}=" if named else f"{indent}{python_of(key)}: "
+        line = f"{start}{python_of(value)},"
+        if len(line) > WIDTH and isinstance(value, Mapping):
+            words = all(isinstance(one, str) and one.isidentifier() for one in value)
+            begin, end = ("dict(", "),") if words else ("{", "},")
+            lines += [start + begin, *_lines(value, depth + 1), indent + end]
+        else:
             lines.append(line)
-            continue
-        lines.append(f"    {key}=dict(")
-        lines += [f"        {inner}={python_of(one)}," for inner, one in value.items()]
-        lines.append("    ),")
-    return [*lines, ")"]
+    return lines
 
 
 def base_of(config: str, target: str | os.PathLike) -> str:
