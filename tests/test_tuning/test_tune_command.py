@@ -28,7 +28,7 @@ QUICK = ["--size", "64", "--steps", "6", "--device", "cpu", "--search-prompts", 
 QUICK += ["--unseen-prompts", "2"]
 
 
-@pytest.fixture(region="module")
+@pytest.fixture(scope="module")
 def tuning(sd_folder, tmp_path_factory):
     """A config, prompts, and a function that runs the command with few rounds of timing."""
     pytest.importorskip("mmagic", reason="the command runs MMagic models")
@@ -56,7 +56,7 @@ def tuning(sd_folder, tmp_path_factory):
     return SimpleNamespace(run=run, config=config, folder=folder, prompts=prompts)
 
 
-@pytest.fixture(region="module")
+@pytest.fixture(scope="module")
 def finished(tuning, tmp_path_factory):
     out = tmp_path_factory.mktemp("finished") / "run"
     return SimpleNamespace(out=out, found=tuning.run(out, "--psnr", "35"))
