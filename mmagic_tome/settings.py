@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .apply import apply_cache, apply_tome
+from .apply import apply_cache, apply_tome, get_handle
 from .cache import PRESETS, StepCacheConfig, coerce_cache, to_plain
 from .config import ToMeConfig
 from .errors import ToMeError
@@ -21,6 +21,20 @@ class Handles:
 
     tome: ToMeHandle | None = None
     cache: CacheHandle | None = None
+
+    @classmethod
+    def of(cls, model: object) -> Handles:
+        """Those of what is applied to a model."""
+        return cls(get_handle(model, "tome"), get_handle(model, "cache"))
+
+    @property
+    def description(self) -> str:
+        """What is done, in a few words; empty where nothing is applied."""
+        return ", ".join(handle.description for handle in self)
+
+    def __bool__(self) -> bool:
+        """Whether anything is applied."""
+        return any(True for _ in self)
 
     def __iter__(self) -> Iterator[ToMeHandle | CacheHandle]:
         return iter([handle for handle in (self.tome, self.cache) if handle is not None])

@@ -26,7 +26,7 @@ from ..apis.model_config import (
     check_device,
     inner_model,
     load_config,
-    merging_config,
+    setting_config,
 )
 from ..apis.text2image import Generator, Request
 from ..apply import remove_cache, remove_tome
@@ -113,7 +113,7 @@ def command(args: Namespace, argv: Sequence[str]) -> None:
 
 def _check_spelling(config) -> None:
     """Fail where keys at the top of the written config would contradict others."""
-    merging_config(config)
+    setting_config(config)
     model = config.model
     while isinstance(model, dict):
         for key in ("tome_cfg", "tomesd_cfg", "cache_cfg"):
