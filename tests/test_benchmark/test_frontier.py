@@ -112,7 +112,7 @@ def test_table_and_picture_of_a_folder(frontier, results, tmp_path, monkeypatch,
 
     # All figures in one file, with the times of every round.
     rounds = {row["name"]: {"seconds": [1.0, 2.0]} for row in results["contenders"]}
-    rounds["foretold"] = {"seconds": [0.5, 1.5]}
+    rounds["skipped"] = {"seconds": [0.5, 1.5]}
     (tmp_path / "cost.json").write_text(json.dumps({"pictures": 2, "contenders": rounds}))
     environment = {"processor": "a CPU", "threads": 1, "versions": {}, "platform": "not wanted"}
     (tmp_path / "results.json").write_text(json.dumps({**results, "environment": environment}))
