@@ -262,8 +262,8 @@ class Recorder:
         Keys of a step: ``merged`` (whether anything is applied; not at ratio 0), ``ms`` and
         ``memory`` (bytes, or None). Of a site: ``site``, ``kind`` (``'whole block'`` for a block
         with all its sites), ``tokens`` and ``kept`` (at its last call), and under ``merged`` and
-        ``dense``, each None if there were no such steps: ``calls``, ``ms`` (median of a call), ``share`` (of the time
-        of those steps), ``memory`` (bytes, or None).
+        ``dense``, each None if there were no such steps: ``calls``, ``ms`` (median of a call),
+        ``share`` (of the time of those steps), ``memory`` (bytes, or None).
         """
         if self.cuda:
             torch.cuda.synchronize(self.device)
