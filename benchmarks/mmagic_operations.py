@@ -5,7 +5,7 @@ Counted, not timed: the networks have the layout and the widths of the real ones
 nor data (PyTorch's ``meta`` device), so nothing is computed or downloaded. A multiply-add counts
 two; the products by which merging finds similar tokens are counted, gathering and element-wise work
 is not. One step is a batch of two, without and with the text, as in classifier-free guidance; where
-a config has ``refresh``, figures are the mean of that many steps.
+a config has ``plan_interval``, figures are the mean of that many steps.
 
     python benchmarks/mmagic_operations.py configs/*/*_tome-*.py
 """
@@ -104,7 +104,8 @@ def count(file):
     options = ToMeConfig.from_dict(config.tome_cfg)
     network, control, call, size = build(config.model)
     network.eval()
-    steps = options.refresh_plan.steps
+    interval = options.plan_interval
+    steps = interval if isinstance(interval, int) else interval[-1] + 1
     dense = count_flops(run, network, control, call, size, steps)
     handles = [apply_tome(network, options.replace(controlnet=False))]
     if options.controlnet_config is not None:
