@@ -277,7 +277,7 @@ class RunTracker:
         return None
 
     def _repeats(self, run: Run, call: Call) -> bool:
-        """Whether a later run reaches this step now: the same seed once more has the same inputs."""
+        """Whether a later run reaches this step now: the same seed has the same inputs."""
         for one in self._mates(call):
             if one.tick > run.tick and one.time > call.time and one.input is not None:
                 residual, bound, _ = self._fit(one, call.latents)
