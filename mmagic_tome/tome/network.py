@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..graphs import eager_only
+from ..latents import as_float, latents_of, tensors_of
 from ..merging.random import step_key
 from ..patch import Hook, Interceptor
-from ..runs import Call, as_float, latents_of, tensors_of
+from ..runs import Call
 from .state import TomeContext, TomePatch
 
 
