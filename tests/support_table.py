@@ -16,7 +16,7 @@ _KINDS = ("attn", "attn_kv", "crossattn", "mlp", "block", "stack")
 
 
 def networks():
-    """The networks in Markdown: sites, what can be left out, grids and what compiles without a
+    """The networks in Markdown: targets, what can be left out, grids and what compiles without a
     graph break."""
     rows = [
         (
@@ -32,7 +32,7 @@ def networks():
     head = (
         "model",
         "class in diffusers",
-        "sites",
+        "targets",
         "`reuse`",
         "grids tested, in tokens",
         "`torch.compile(fullgraph=True)` of",
@@ -85,9 +85,9 @@ def pipelines():
 
 
 def short():
-    """The networks for the README: sites only."""
+    """The networks for the README: targets only."""
     rows = [(one.title, _code(_sites(one.build()))) for one in _all_networks()]
-    return _table(("model", "sites"), rows)
+    return _table(("model", "targets"), rows)
 
 
 # file -> {name of a table: what makes it}
@@ -124,7 +124,7 @@ def _sites(network):
     accepted = []
     for kind in _KINDS:
         try:
-            apply_tome(network, ratio=0.5, sites=[kind]).remove()
+            apply_tome(network, ratio=0.5, targets=[kind]).remove()
         except ToMeError:
             continue
         accepted.append(kind)

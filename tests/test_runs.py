@@ -5,7 +5,8 @@ import diffusers
 import pytest
 import torch
 
-from mmagic_tome.runs import MAX_RESIDUAL, Call, RunTracker, as_float, latents_of, tensors_of
+from mmagic_tome.latents import as_float, latents_of, tensors_of
+from mmagic_tome.runs import MAX_RESIDUAL, Call, RunTracker
 
 TIMES = (900, 700, 500, 300, 100)
 

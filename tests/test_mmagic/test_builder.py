@@ -56,7 +56,7 @@ def test_keys_of_the_inner_model(key, built):
     assert get_handle(build_tome(inner)).ratio == 0.25
     assert get_handle(build_tome(inner, tome_cfg=dict(ratio=0.25, sx=2))).ratio == 0.25
     assert built == [INNER, INNER]  # the model is not asked to understand the key
-    with pytest.raises(ToMeError, match=f"ratio=0.5.*{key}.*ratio=0.25.*keep one"):
+    with pytest.raises(ToMeError, match=f"'ratio': 0.5.*{key}.*'ratio': 0.25.*keep one"):
         build_tome(inner, tome_cfg=dict(ratio=0.5))
     assert len(built) == 2
     assert inner == {**INNER, key: dict(ratio=0.25)}  # a config is not ours to change

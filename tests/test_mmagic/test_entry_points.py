@@ -28,14 +28,14 @@ model = dict(
     tokenizer=url)
 """
 SPELLINGS = {
-    "dense": HEADER + "model = {model}\n",
+    "baseline": HEADER + "model = {model}\n",
     "wrapper": HEADER + "model = dict(type='ToMe', model={model}, tome_cfg=dict(ratio=0.5))\n",
     "key": HEADER + "model = {model}\nmodel.update(tome_cfg=dict(ratio=0.5))\n",
     "top": BASE + HEADER + "tome_cfg = dict(ratio=0.5)\n" + WEIGHTS,
     # MMagic's own config for its own implementation, as it ships it.
     "tomesd": BASE.replace(".py", "-tomesd_5e-1.py") + HEADER + WEIGHTS,
 }
-MERGED = [name for name in SPELLINGS if name != "dense"]
+MERGED = [name for name in SPELLINGS if name != "baseline"]
 
 
 @pytest.fixture
@@ -100,15 +100,15 @@ def image(model):
 
 @pytest.fixture(scope="module")
 def expected(sd_folder):
-    """(dense, merged) picture, merged by a call of ``apply_tome``."""
+    """(baseline, merged) picture, merged by a call of ``apply_tome``."""
     model = tiny.tiny_model(folder=sd_folder)
     # tiny_model draws new weights; the configs here take those of the folder.
     model.load_state_dict(_from_folder(sd_folder).state_dict())
-    dense = image(model)
+    baseline = image(model)
     apply_tome(model, ratio=RATIO)
     merged = image(model)
-    assert np.abs(dense - merged).max() > 1, "merging has to be visible for these tests"
-    return dense, merged
+    assert np.abs(baseline - merged).max() > 1, "merging has to be visible for these tests"
+    return baseline, merged
 
 
 def _from_folder(folder):
@@ -119,7 +119,7 @@ def _from_folder(folder):
 
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_without_the_key_nothing_happens(builder, write, expected):
-    model = BUILDERS[builder](write("dense"))
+    model = BUILDERS[builder](write("baseline"))
     assert model.tome_handle is None
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     np.testing.assert_array_equal(image(model), expected[0])
@@ -162,7 +162,7 @@ def test_two_places_must_agree(builder, write):
     agreeing = write(both.replace("{ratio}", "0.5"))
     assert BUILDERS[builder](agreeing).tome_handle.ratio == RATIO
     contradicting = write(both.replace("{ratio}", "0.25"))
-    with pytest.raises(ToMeError, match=r"ratio=0.5.*top level.*ratio=0.25.*keep one"):
+    with pytest.raises(ToMeError, match=r"'ratio': 0.5.*top level.*'ratio': 0.25.*keep one"):
         BUILDERS[builder](contradicting)
 
 

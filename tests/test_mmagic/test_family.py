@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""The key ``tome_cfg`` of MMagic's nine Stable Diffusion classes."""
+"""The keys ``tome_cfg`` and ``cache_cfg`` of MMagic's nine Stable Diffusion classes."""
 
 import copy
 import inspect
@@ -18,7 +18,7 @@ from mmengine.model import BaseModel
 from PIL import Image
 
 from mmagic_tome import ToMeConfig, ToMeError, apply_tome, remove_tome
-from mmagic_tome.mmagic.family import teach
+from mmagic_tome.mmagic.family import patch
 
 FAMILY = (
     "StableDiffusion",
@@ -86,14 +86,14 @@ def test_every_name_is_still_mmagics_own_class(name):
 
 @pytest.mark.parametrize("kind", [*FAMILY, "native"])
 def test_infer(kind, clip_folder):
-    dense = tiny.tiny_model(kind, clip_folder)
+    baseline = tiny.tiny_model(kind, clip_folder)
     model = tiny.tiny_model(kind, clip_folder, tome_cfg=dict(ratio=0.5))
-    assert list(model.state_dict()) == list(dense.state_dict())
-    before = infer(kind, dense)
+    assert list(model.state_dict()) == list(baseline.state_dict())
+    before = infer(kind, baseline)
     merged = infer(kind, model)
-    for site in model.tome_handle.stats():
-        assert site["calls"] > 0
-        assert site["kept"] == site["tokens"] / 2
+    for row in model.tome_handle.stats():
+        assert row["calls"] > 0
+        assert row["kept"] == row["tokens"] / 2
     assert np.isfinite(merged).all()
     assert np.abs(merged - before).max() > 1e-3
     np.testing.assert_array_equal(infer(kind, model), merged)  # however often
@@ -104,17 +104,17 @@ def test_infer(kind, clip_folder):
     np.testing.assert_array_equal(infer(kind, model), before)
 
 
-@pytest.mark.parametrize("site", ["attn_kv", "block"])
+@pytest.mark.parametrize("target", ["attn_kv", "block"])
 @pytest.mark.parametrize("kind", [*FAMILY, "native"])
-def test_sites_and_residuals(kind, site, clip_folder):
-    if (kind, site) == ("ViCo", "block"):
+def test_targets_and_residual(kind, target, clip_folder):
+    if (kind, target) == ("ViCo", "block"):
         return
-    options = dict(ratio=0.5, sites=[site], refresh=2, residual="exact")
+    options = dict(ratio=0.5, targets=[target], plan_interval=2, residual=True)
     model = tiny.tiny_model(kind, clip_folder, tome_cfg=options)
     merged = infer(kind, model)
     for row in model.tome_handle.stats():
         assert row["kept"] == row["tokens"] / 2, "at the second of two steps"
-        assert 0 < row["dense_calls"] < row["calls"]
+        assert 0 < row["unmerged_calls"] < row["calls"]
     np.testing.assert_array_equal(infer(kind, model), merged)
     assert np.isfinite(merged).all()
     # What one merged step of two leaves to see may be less than a level of 8 bits.
@@ -122,12 +122,12 @@ def test_sites_and_residuals(kind, site, clip_folder):
     assert np.abs(merged - infer(kind, model)).mean() < 0.1 * np.abs(merged).mean()
 
 
-@pytest.mark.parametrize("site", ["crossattn", "block"])
-def test_vico_reads_the_cross_attention_of_all_tokens(site, clip_folder):
+@pytest.mark.parametrize("target", ["crossattn", "block"])
+def test_vico_reads_the_cross_attention_of_all_tokens(target, clip_folder):
     model = tiny.tiny_model("ViCo", clip_folder)
     with pytest.raises(ToMeError, match="ViCo reads the cross-attention"):
-        apply_tome(model, sites=[site])
-    apply_tome(model, sites=["attn", "mlp"])
+        apply_tome(model, targets=[target])
+    apply_tome(model, targets=["attn", "mlp"])
 
 
 @pytest.mark.parametrize("kind", ["StableDiffusion", "native", "StableDiffusionXL"])
@@ -154,7 +154,7 @@ def test_both_keys(sd_folder):
 
     agreeing = build(tome_cfg=dict(ratio=0.25), tomesd_cfg=dict(ratio=0.25, sx=2))
     assert agreeing.tome_handle.ratio == 0.25
-    with pytest.raises(ToMeError, match=r"tome_cfg: dict\(ratio=0.25\); tomesd_cfg: dict"):
+    with pytest.raises(ToMeError, match=r"tome_cfg: {'ratio': 0.25}; tomesd_cfg: {'ratio': 0.5}"):
         build(tome_cfg=dict(ratio=0.25), tomesd_cfg=dict(ratio=0.5))
 
 
@@ -193,7 +193,8 @@ def test_duplicates_are_independent(kind, duplicate, clip_folder):
     model = tiny.tiny_model(kind, clip_folder, tome_cfg=dict(ratio=0.5))
     expected = infer(kind, model)
     other = duplicate(model)
-    np.testing.assert_array_equal(infer(kind, other), expected)
+    # Its weights lie elsewhere in memory: rounding may differ, by one of 256 levels.
+    np.testing.assert_allclose(infer(kind, other), expected, rtol=0, atol=1)
     assert other.tome_handle.ratio == 0.5
     other.tome_handle.remove()
     assert other.tome_handle is None
@@ -278,9 +279,7 @@ def test_a_class_of_ones_own(own, sd_folder):
     model = build(tome_cfg=dict(ratio=0.25))
     assert type(model) is own
     assert model.tome_handle.ratio == 0.25
-    assert not any(
-        "tome" in name for name in vars(model) if name not in ("_tome_cfg", "tomesd_cfg")
-    )
+    assert {name for name in vars(model) if "tome" in name} == {"_mmagic_tome_cfg", "tomesd_cfg"}
     with pytest.raises(ToMeError, match="keep one"):
         model.cfg = dict(tome_cfg=dict(ratio=0.5))
 
@@ -291,9 +290,9 @@ def test_tomesd_cfg_of_a_class_of_ones_own(own, sd_folder):
     assert model.tome_handle.config == ToMeConfig(ratio=0.25)
 
 
-def test_teaching_twice():
+def test_patching_twice():
     before = dict(vars(mmagic.models.StableDiffusion))
-    teach(mmagic.models.StableDiffusion)
+    patch(mmagic.models.StableDiffusion)
     assert dict(vars(mmagic.models.StableDiffusion)) == before
 
 

@@ -4,9 +4,10 @@
 import pytest
 import tiny
 import torch
+from denoise import denoising, outputs_at
 from tiny_pipelines import FRAMES, motion_inputs, motion_unet
 
-from mmagic_tome import ToMeError, apply_tome, remove_tome
+from mmagic_tome import ToMeError, apply_tome, get_handle, remove_tome
 from mmagic_tome.merging import MergePlan
 from mmagic_tome.merging.frames import FramePlan, as_clips
 
@@ -38,7 +39,7 @@ def test_what_stands_still_is_computed_once():
 
     frame = torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(0))
     frames = frame.expand(4, -1, -1)
-    method = ToMeConfig().built_methods[0]
+    method = ToMeConfig().methods[0]
 
     def lost(x, height):
         fields = dict.fromkeys(PlanRequest.__dataclass_fields__)
@@ -51,61 +52,61 @@ def test_what_stands_still_is_computed_once():
 
 
 @pytest.mark.parametrize(
-    "sites", [["attn"], ["crossattn", "mlp"], ["block"]], ids=lambda sites: "+".join(sites)
+    "targets", [["attn"], ["crossattn", "mlp"], ["block"]], ids=lambda targets: "+".join(targets)
 )
-def test_diffusers_motion_unet(sites):
+def test_diffusers_motion_unet(targets):
     unet, given = motion_unet(), motion_inputs()
-    dense = run(unet, given)
-    handle = apply_tome(unet, ratio=0.5, sites=sites, across_frames=True)
+    baseline = run(unet, given)
+    handle = apply_tome(unet, ratio=0.5, targets=targets, across_frames=True)
     merged = run(unet, given)
-    for site in handle.stats():
-        assert (site["tokens"], site["kept"]) == (FRAMES * 64, FRAMES * 32)
+    for row in handle.stats():
+        assert (row["tokens"], row["kept"]) == (FRAMES * 64, FRAMES * 32)
     assert "across frames" in handle.summary()
-    assert merged.isfinite().all() and (merged - dense).abs().max() > 1e-3
+    assert merged.isfinite().all() and (merged - baseline).abs().max() > 1e-3
     assert torch.equal(run(unet, given), merged)
     # Clips do not mix, and every one is given its own text.
     for clip in range(2):
         text = given["encoder_hidden_states"][clip * FRAMES : (clip + 1) * FRAMES]
         alone = dict(given, sample=given["sample"][clip : clip + 1], encoder_hidden_states=text)
         torch.testing.assert_close(run(unet, alone)[0], merged[clip], rtol=1e-3, atol=1e-4)
-    if sites == ["attn"]:  # what a key stands for is counted through the frames
-        apply_tome(unet, ratio=0.5, sites=sites, across_frames=True, proportional=True)
+    if targets == ["attn"]:  # what a key stands for is counted through the frames
+        apply_tome(unet, ratio=0.5, targets=targets, across_frames=True, prop_attn=True)
         weighed = run(unet, given)
         assert weighed.isfinite().all() and (weighed - merged).abs().max() > 1e-3
-        handle = apply_tome(unet, ratio=0.5, sites=sites, across_frames=True)
+        handle = apply_tome(unet, ratio=0.5, targets=targets, across_frames=True)
     handle.ratio = 0
-    assert torch.equal(run(unet, given), dense)
+    assert torch.equal(run(unet, given), baseline)
     remove_tome(unet)
-    assert torch.equal(run(unet, given), dense)
+    assert torch.equal(run(unet, given), baseline)
 
 
 def test_it_is_another_thing_than_frame_by_frame():
     unet, given = motion_unet(), motion_inputs()
-    with apply_tome(unet, ratio=0.5, sites=["mlp"]) as handle:
+    with apply_tome(unet, ratio=0.5, targets=["mlp"]) as handle:
         apart = run(unet, given)
-        assert {site["tokens"] for site in handle.stats()} == {64}
-    with apply_tome(unet, ratio=0.5, sites=["mlp"], across_frames=True):
+        assert {row["tokens"] for row in handle.stats()} == {64}
+    with apply_tome(unet, ratio=0.5, targets=["mlp"], across_frames=True):
         together = run(unet, given)
     assert (apart - together).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("residual", ["exact", "own", "reuse"])
+@pytest.mark.parametrize("residual", [False, True], ids=["plans alone", "residual"])
 def test_plans_and_residuals_that_serve_several_steps(residual):
     unet, given = motion_unet(), motion_inputs()
-    options = dict(ratio=0.5, sites=["mlp"], across_frames=True, refresh=2, residual=residual)
-    handle = apply_tome(unet, **options)
-    first = run(unet, dict(given, timestep=torch.tensor(500)))
-    second = run(unet, dict(given, timestep=torch.tensor(480)))
-    assert {site["plans"] for site in handle.stats()} <= {0, 1}
+    options = dict(plan_interval=2, residual=residual)
+    apply_tome(unet, ratio=0.5, targets=["mlp"], across_frames=True, **options)
+    steps = list(denoising(unet, given, (500, 480)))
+    assert {row["plans"] for row in get_handle(unet).stats()} == {1}
     remove_tome(unet)
-    assert torch.equal(run(unet, given), first), "a refresh is dense where there is a residual"
-    dense = run(unet, dict(given, timestep=torch.tensor(480)))
-    assert 0 < (second - dense).abs().mean() < 0.1 * dense.abs().mean()
+    baseline = outputs_at(unet, given, steps)
+    error = [(step.output - one).abs().mean() for step, one in zip(steps, baseline)]
+    assert torch.equal(steps[0].output, baseline[0]) == residual
+    assert 0 < error[1] < (0.1 if residual else 0.5) * baseline[1].abs().mean()
 
 
 def test_gradients_also_under_checkpointing():
     unet, given = motion_unet(), motion_inputs()
-    apply_tome(unet, ratio=0.5, sites=["attn", "mlp"], across_frames=True)
+    apply_tome(unet, ratio=0.5, targets=["attn", "mlp"], across_frames=True)
 
     def gradient():
         unet.zero_grad()
@@ -132,16 +133,16 @@ def test_attention_along_frames_inside_a_block_needs_all_places(sd_folder):
     from mmagic.registry import MODELS
 
     unet = tiny.randomise(MODELS.build(config["unet"]))
-    for site in ("block", "stack"):
-        with pytest.raises(ToMeError, match=r"along the frames of a place.*'attn', 'mlp'"):
-            apply_tome(unet, sites=[site])
+    for target in ("block", "stack"):
+        with pytest.raises(ToMeError, match=r"along the frames of one position.*'attn', 'mlp'"):
+            apply_tome(unet, targets=[target])
     given = motion_inputs()
     given["encoder_hidden_states"] = given["encoder_hidden_states"][::FRAMES]  # MMagic repeats it
-    dense = run(unet, given)
-    with apply_tome(unet, ratio=0.5, sites=["attn", "mlp"], across_frames=True) as handle:
-        assert (run(unet, given) - dense).abs().max() > 1e-3
+    baseline = run(unet, given)
+    with apply_tome(unet, ratio=0.5, targets=["attn", "mlp"], across_frames=True) as handle:
+        assert (run(unet, given) - baseline).abs().max() > 1e-3
         assert {row["kept"] for row in handle.stats()} == {FRAMES * 32}
-    assert torch.equal(run(unet, given), dense)
+    assert torch.equal(run(unet, given), baseline)
 
 
 def test_the_merge_map_of_a_clip_shows_its_frames_below_each_other():

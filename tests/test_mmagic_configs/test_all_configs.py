@@ -71,7 +71,7 @@ LAYERS = {"attn": "attn1.to_q", "crossattn": "attn2.to_q", "mlp": "ff", "block":
 
 
 class Given:
-    """How many tokens the layers at all sites of a model are really given: site -> numbers."""
+    """How many tokens the layers at all targets of a model are really given: site -> numbers."""
 
     def __init__(self, model):
         self.found, self.hooks = {}, []
@@ -80,7 +80,7 @@ class Given:
             if block.startswith("controlnet."):
                 network, block = get_handle(model.controlnet).network, block[len("controlnet.") :]
             layer = network.get_submodule(block).get_submodule(LAYERS[row["kind"]])
-            self.hooks.append(layer.register_forward_pre_hook(self._note(row["site"])))
+            self.hooks.append(layer.register_forward_pre_hook(self._note(row["target"])))
 
     def _note(self, site):
         def hook(module, args):
@@ -102,19 +102,19 @@ def check(config, build):
     seen = Given(model)
     merged = mmagic_hub.infer(model, **given)
     seen.remove()
-    assert seen.found == {row["site"]: {row["kept"]} for row in handle.stats()}
-    share = 1 - np.array([site["kept"] / site["tokens"] for site in handle.stats()])
-    assert len(share) >= 5 and all(site["calls"] > 0 for site in handle.stats())
+    assert seen.found == {row["target"]: {row["kept"]} for row in handle.stats()}
+    share = 1 - np.array([row["kept"] / row["tokens"] for row in handle.stats()])
+    assert len(share) >= 5 and all(row["calls"] > 0 for row in handle.stats())
     np.testing.assert_array_equal(mmagic_hub.infer(model, **given), merged)  # however often
     handle.ratio = 0
-    dense = mmagic_hub.infer(model, **given)
+    baseline = mmagic_hub.infer(model, **given)
     assert np.isfinite(merged).all()
-    assert np.abs(merged - dense).max() > 1e-3
+    assert np.abs(merged - baseline).max() > 1e-3
     assert remove_tome(model)
     networks = [model.unet, getattr(model, "controlnet", model.unet)]
     for module in (module for network in networks for module in network.modules()):
         assert not module._forward_hooks and not module._forward_pre_hooks
-    np.testing.assert_array_equal(mmagic_hub.infer(model, **given), dense)
+    np.testing.assert_array_equal(mmagic_hub.infer(model, **given), baseline)
     return share
 
 
@@ -150,14 +150,14 @@ def test_sites_under_attention_injection(hub, build):
     config = ours("controlnet/controlnet-animation_tome-5e-1.py", hub)
     model, given = build(config), mmagic_hub.arguments(config)
     queries = mmagic_hub.infer(model, **given)
-    with apply_tome(model, ratio=0.5, sites=["block"]) as handle:
+    with apply_tome(model, ratio=0.5, targets=["block"]) as handle:
         blocks = mmagic_hub.infer(model, **given)
         # Two steps, the reference and the picture in each.
         assert {(row["kept"], row["calls"]) for row in handle.stats()} == {(32, 4)}
     assert np.isfinite(blocks).all() and np.abs(blocks - queries).max() >= 1
     np.testing.assert_array_equal(mmagic_hub.infer(model, **given), queries)
-    apply_tome(model, ratio=0.5, sites=["attn_kv"])
-    with pytest.raises(ToMeError, match=r"attention_injection.*write sites="):
+    apply_tome(model, ratio=0.5, targets=["attn_kv"])
+    with pytest.raises(ToMeError, match=r"attention_injection.*write targets="):
         mmagic_hub.infer(model, **given)
 
 
@@ -215,10 +215,10 @@ def test_every_config_has_its_entry_and_a_line_in_the_page():
         measured = page.partition("## Measured")[2]
         stem = Path(name).stem.removesuffix("_local")  # the same with other weights
         row = re.search(rf"^\| {stem} \| [^|]+ \| ([\d.]+) \| ([\d.]+) \|", measured, re.M)
-        dense, merged = map(float, row.groups())
-        assert 0 < merged < dense
+        baseline, merged = map(float, row.groups())
+        assert 0 < merged < baseline
         assert entry["Results"][0]["Metrics"] == {
-            "TFLOP per step, dense": dense,
+            "TFLOP per step, baseline": baseline,
             "TFLOP per step, merged": merged,
         }
 
@@ -256,8 +256,8 @@ def test_mmagic_inferencer(name, hub, monkeypatch, tmp_path):
     seen = Given(model)
     merged = picture()
     seen.remove()
-    assert seen.found == {site["site"]: {site["kept"]} for site in handle.stats()}
-    assert all(site["kept"] < site["tokens"] for site in handle.stats())
+    assert seen.found == {row["target"]: {row["kept"]} for row in handle.stats()}
+    assert all(row["kept"] < row["tokens"] for row in handle.stats())
     assert bool(get_handle(getattr(model, "controlnet", None))) == bool(
         config.tome_cfg.get("controlnet")
     )
@@ -265,9 +265,9 @@ def test_mmagic_inferencer(name, hub, monkeypatch, tmp_path):
     handle.ratio = 0
     zero = picture()
     handle.remove()
-    dense = picture()
-    np.testing.assert_array_equal(zero, dense)
-    assert np.abs(merged - dense).max() > 1e-3
+    baseline = picture()
+    np.testing.assert_array_equal(zero, baseline)
+    assert np.abs(merged - baseline).max() > 1e-3
     assert model.tome_handle is None
 
 
@@ -297,10 +297,10 @@ def test_diffusers_pipeline_inferencer(hub, tmp_path):
     merged = picture()
     assert {(row["kept"], row["tokens"]) for row in handle.stats()} == {(8, 16)}
     handle.ratio = 0
-    dense = picture()
+    baseline = picture()
     handle.remove()
-    np.testing.assert_array_equal(picture(), dense)
-    assert np.abs(merged - dense).max() >= 1
+    np.testing.assert_array_equal(picture(), baseline)
+    assert np.abs(merged - baseline).max() >= 1
 
 
 @pytest.mark.parametrize("folder", ["guided_diffusion", "disco_diffusion"])
@@ -361,6 +361,6 @@ def test_animation_inferencer(method, hub, monkeypatch, tmp_path):
             return np.asarray(image, dtype=np.float32)
 
     merged = frame("merged")
-    assert all(site["kept"] < site["tokens"] for site in model.tome_handle.stats())
+    assert all(row["kept"] < row["tokens"] for row in model.tome_handle.stats())
     remove_tome(model)
-    assert np.abs(frame("dense") - merged).max() >= 1
+    assert np.abs(frame("baseline") - merged).max() >= 1

@@ -54,16 +54,16 @@ def test_dreambooth_lora_learns(hub, build):
     found = losses(model, OptimWrapper(optimizer), some_data(), steps=6)
     assert found[-1] < 0.98 * found[0]
     assert all(later < earlier for earlier, later in zip(found, found[1:]))
-    for site in model.tome_handle.stats():
-        assert site["kept"] == site["tokens"] / 2 and site["calls"] == 6
+    for row in model.tome_handle.stats():
+        assert row["kept"] == row["tokens"] / 2 and row["calls"] == 6
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == trained
     # What was learned with merged tokens is there without merging as well.
     remove_tome(model)
     torch.manual_seed(0)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    (dense,) = losses(model, OptimWrapper(optimizer), some_data(), steps=1)
-    assert dense < found[0]
+    (baseline,) = losses(model, OptimWrapper(optimizer), some_data(), steps=1)
+    assert baseline < found[0]
 
 
 def test_controlnet_learns_through_a_merged_unet(hub, build):
@@ -80,7 +80,7 @@ def test_controlnet_learns_through_a_merged_unet(hub, build):
     )
     found = losses(model, wrapper, collated, steps=4)
     assert found[-1] < found[0]
-    names = [site["site"] for site in model.tome_handle.stats() if site["calls"] == 4]
+    names = [row["target"] for row in model.tome_handle.stats() if row["calls"] == 4]
     assert any(name.startswith("controlnet.") for name in names)
     assert any(name.startswith("up_blocks.") for name in names)
 
@@ -112,7 +112,7 @@ def test_checkpoints_and_averages(name, hub, build, tmp_path):
     file = str(tmp_path / "model.pth")
     save_checkpoint(dict(state_dict=model.state_dict()), file)
 
-    # The checkpoint knows nothing of merging: a dense model reads it, and the other way round.
+    # The checkpoint knows nothing of merging: a baseline model reads it, and the other way round.
     plain = shrunk(name, hub)
     plain.pop("tome_cfg")
     other = build(plain)
@@ -122,8 +122,8 @@ def test_checkpoints_and_averages(name, hub, build, tmp_path):
         for parameter in other.parameters():
             parameter.mul_(0.5)
     load_checkpoint(other, file, strict=True)
-    dense = mmagic_hub.infer(other, **given)
-    assert np.abs(dense - merged).max() > 30 * close_to(dense)
+    baseline = mmagic_hub.infer(other, **given)
+    assert np.abs(baseline - merged).max() > 30 * close_to(baseline)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.5)
@@ -141,7 +141,7 @@ def test_checkpoints_and_averages(name, hub, build, tmp_path):
     load_checkpoint(copied, file, strict=True)
     assert_the_same(mmagic_hub.infer(copied, **given), merged)
     assert remove_tome(copied)
-    assert_the_same(mmagic_hub.infer(copied, **given), dense)
+    assert_the_same(mmagic_hub.infer(copied, **given), baseline)
     assert model.tome_handle is not None
     if hasattr(model, "controlnet"):
         assert get_handle(copied.controlnet) is None
@@ -177,18 +177,18 @@ def test_a_runner_trains_averages_and_resumes(hub, tmp_path):
     first = runner(2)
     first.train()
     assert (tmp_path / "iter_2.pth").exists()
-    assert all(site["calls"] == 2 for site in first.model.tome_handle.stats())
+    assert all(row["calls"] == 2 for row in first.model.tome_handle.stats())
     (ema,) = [hook.ema_model for hook in first.hooks if type(hook).__name__ == "EMAHook"]
     assert ema.module.tome_handle.config == first.model.tome_handle.config
     saved = torch.load(tmp_path / "iter_2.pth")
     assert "ema_state_dict" in saved
     assert list(saved["state_dict"]) == list(first.model.state_dict())
     # It stores the average as the model's weights.
-    dense = runner(1).model
-    remove_tome(dense)
-    dense.load_state_dict(saved["state_dict"])
+    baseline = runner(1).model
+    remove_tome(baseline)
+    baseline.load_state_dict(saved["state_dict"])
     for name, parameter in ema.module.named_parameters():
-        assert torch.equal(parameter, dense.get_parameter(name))
+        assert torch.equal(parameter, baseline.get_parameter(name))
 
     # Another runner goes on from there, merged as well.
     begun = {}
@@ -205,7 +205,7 @@ def test_a_runner_trains_averages_and_resumes(hub, tmp_path):
     assert list(begun) == [2] and again.iter == 3 and (tmp_path / "iter_3.pth").exists()
     for name, parameter in first.model.named_parameters():
         assert torch.equal(parameter, begun[2][name]), name
-    for site in again.model.tome_handle.stats():
-        assert site["kept"] == site["tokens"] / 2 and site["calls"] == 1
+    for row in again.model.tome_handle.stats():
+        assert row["kept"] == row["tokens"] / 2 and row["calls"] == 1
     moments = again.optim_wrapper.state_dict()["state"]
     assert {int(moment["step"]) for moment in moments.values()} == {3}

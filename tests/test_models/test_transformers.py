@@ -6,16 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mmagic_tome.hooks import BlockPreHook
+from denoise import denoising, inputs_at
 from tiny_transformers import PIPELINES, TEXT, TRANSFORMERS, image_ids
 from torch import nn
 
-from mmagic_tome import ToMeError, apply_tome, get_handle
+from mmagic_tome import ToMeError, apply_cache, apply_tome, get_handle
 from mmagic_tome.merging import MergePlan
 from mmagic_tome.methods import METHODS
 from mmagic_tome.models import ADAPTERS, find_adapter, rotary
 from mmagic_tome.models.position_ids import grid_of_ids
 from mmagic_tome.models.unsupported import why_unsupported
+from mmagic_tome.tome.block import BlockPreHook
 
 FLUX, SD3, SD35 = (
     TRANSFORMERS[n] for n in ("Flux.1", "Stable Diffusion 3", "Stable Diffusion 3.5")
@@ -31,21 +32,24 @@ JOINT = [
 ]
 
 every_family = pytest.mark.parametrize("family", TRANSFORMERS.values(), ids=TRANSFORMERS)
-every_site = pytest.mark.parametrize("sites", SITES, ids="+".join)
-every_site_of_every_family = pytest.mark.parametrize(
-    ("family", "sites"),
+every_target = pytest.mark.parametrize("targets", SITES, ids="+".join)
+every_target_of_every_family = pytest.mark.parametrize(
+    ("family", "targets"),
     [
-        pytest.param(family, sites, id=f"{family.title}-{'+'.join(sites)}")
+        pytest.param(family, targets, id=f"{family.title}-{'+'.join(targets)}")
         for family in TRANSFORMERS.values()
-        for sites in SITES
-        if sites == ["block"] or set(sites) <= set(family.kinds)
+        for targets in SITES
+        if targets == ["block"] or set(targets) <= set(family.kinds)
     ],
 )
 
 
 def output(network, inputs):
     """The picture of a call; some networks give a list of them."""
-    out = network(**inputs, return_dict=False)[0]
+    return stacked(network(**inputs, return_dict=False)[0])
+
+
+def stacked(out):
     return torch.stack(out) if isinstance(out, list) else out
 
 
@@ -66,10 +70,11 @@ class Seen:
         self.given = {}
         for name, module in network.named_modules():
             if name.endswith(endings):
-                module.register_forward_pre_hook(self._note(name), with_kwargs=True)
+                # Behind the module: in front of it other hooks see the unmerged tokens.
+                module.register_forward_hook(self._note(name), with_kwargs=True)
 
     def _note(self, name):
-        def hook(module, args, kwargs):
+        def hook(module, args, kwargs, output):
             self.given[name] = args[0] if args else kwargs["hidden_states"]
 
         return hook
@@ -79,7 +84,7 @@ class Seen:
 
 
 def first_linears(network, family):
-    """Name of the first layer at every site -> (kind of site, tokens beside the picture's)."""
+    """Name of the first layer at every target -> (its kind, tokens besides the image's)."""
     names = {module: name for name, module in network.named_modules()}
     adapter, _ = find_adapter(network)
     found = {}
@@ -105,29 +110,29 @@ def first_linears(network, family):
 # --- every family ---------------------------------------------------------------------------------
 
 
-@every_site_of_every_family
-def test_tokens_fall_inside_and_the_output_changes_a_little(family, sites):
+@every_target_of_every_family
+def test_tokens_fall_inside_and_the_output_changes_a_little(family, targets):
     network, inputs = family.build(), family.inputs()
-    dense = run(network, inputs)
-    assert dense.std() > 0.05
-    assert difference(run(network, family.inputs(time=100)), dense) > 1e-3
-    handle = apply_tome(network, ratio=0.5, sites=sites)
+    baseline = run(network, inputs)
+    assert baseline.std() > 0.05
+    assert difference(run(network, family.inputs(time=100)), baseline) > 1e-3
+    handle = apply_tome(network, ratio=0.5, targets=targets)
     linears = first_linears(network, family)
     seen = Seen(network, *linears)
     merged = run(network, inputs)
     tokens = family.tokens()
     assert {(row["tokens"], row["kept"]) for row in handle.stats()} == {(tokens, tokens // 2)}
     for name, (kind, text) in linears.items():
-        expected = tokens // 2 if kind in sites or "block" in sites else tokens
+        expected = tokens // 2 if kind in targets or "block" in targets else tokens
         assert seen.given[name].shape[1] == text + expected, name
-    assert 1e-4 < difference(merged, dense) < 0.8
+    assert 1e-4 < difference(merged, baseline) < 0.8
     assert torch.equal(run(network, inputs), merged)
     handle.ratio = 0
-    assert torch.equal(run(network, inputs), dense)
+    assert torch.equal(run(network, inputs), baseline)
     handle.ratio = 0.5
     assert torch.equal(run(network, inputs), merged)
     handle.remove()
-    assert torch.equal(run(network, inputs), dense)
+    assert torch.equal(run(network, inputs), baseline)
 
 
 @every_family
@@ -143,7 +148,7 @@ def test_every_block_has_its_targets_and_its_own_plan(family):
         assert network.get_submodule(block.name) is block.module
         assert "attn" in block.targets and set(block.targets) <= set(family.kinds)
     assert set().union(*(block.targets for block in blocks)) == set(family.kinds)
-    handle = apply_tome(network, ratio=0.5, sites=family.inner)
+    handle = apply_tome(network, ratio=0.5, targets=family.inner)
     run(network, family.inputs())
     assert {row["plans"] for row in handle.stats()} == {1}
 
@@ -174,7 +179,7 @@ def test_the_timestep_is_where_the_adapter_says(family):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_odd_grids_and_batches(family, batch):
     network = family.build()
-    apply_tome(network, ratio=0.6, sites=family.inner)
+    apply_tome(network, ratio=0.6, targets=family.inner)
     for grid in family.grids:
         tokens = family.tokens(grid)
         inputs = family.inputs(grid, batch)
@@ -182,14 +187,15 @@ def test_odd_grids_and_batches(family, batch):
         assert merged.isfinite().all()
         rows = {(row["tokens"], row["kept"]) for row in get_handle(network).stats()}
         assert rows == {(tokens, tokens - int(0.6 * tokens))}
-        with apply_tome(copy.deepcopy(network), ratio=0) as handle:
-            assert run(handle.network, inputs).shape == merged.shape
+        copied = copy.deepcopy(network)
+        with apply_tome(copied, ratio=0):
+            assert run(copied, inputs).shape == merged.shape
 
 
 @every_family
 def test_large_odd_grids_and_a_batch_of_eight(family):
     network = family.build()
-    apply_tome(network, ratio=0.5, sites=family.inner)
+    apply_tome(network, ratio=0.5, targets=family.inner)
     for grid, batch in (*((grid, 1) for grid in family.large_grids), (family.grids[1], 8)):
         tokens = family.tokens(grid)
         merged = run(network, family.inputs(grid, batch))
@@ -198,11 +204,11 @@ def test_large_odd_grids_and_a_batch_of_eight(family):
         assert rows == {(tokens, tokens - tokens // 2)}
 
 
-@every_site_of_every_family
-def test_entries_of_a_batch_do_not_touch_each_other(family, sites):
+@every_target_of_every_family
+def test_entries_of_a_batch_do_not_touch_each_other(family, targets):
     """Above all rotary rows, which differ between entries once tokens are merged."""
     network = family.build()
-    apply_tome(network, ratio=0.5, sites=sites)
+    apply_tome(network, ratio=0.5, targets=targets)
     inputs = family.inputs(batch=3)
     together = run(network, inputs)
     for entry in range(3):
@@ -215,48 +221,68 @@ def test_entries_of_a_batch_do_not_touch_each_other(family, sites):
         torch.testing.assert_close(run(network, alone), together[entry : entry + 1])
 
 
+def calls_of(family):
+    """timestep -> arguments of a call."""
+    return lambda time: family.inputs(time=time)
+
+
 @every_family
-def test_refresh_and_residual(family):
+def test_reused_plans_and_residual(family):
     network = family.build()
-    first, second = family.inputs(time=500), family.inputs(time=family.next_time)
-    dense = run(network, first), run(network, second)
-    for sites in (family.inner, ["block"]):
+    for targets in (family.inner, ["block"]):
         errors = {}
-        for residual in (None, "own", "exact"):
-            options = dict(ratio=0.5, refresh=2, residual=residual, sites=sites)
+        for residual in (False, True):
+            options = dict(ratio=0.5, plan_interval=2, residual=residual, targets=targets)
             with apply_tome(network, **options) as handle:
-                start, merged = run(network, first), run(network, second)
-                if residual is not None:
-                    assert torch.equal(start, dense[0])
+                steps = list(denoising(network, calls_of(family), (500, family.next_time)))
                 assert {row["kept"] for row in handle.stats()} == {family.tokens() // 2}
                 assert {row["plans"] for row in handle.stats()} == {1}
-            errors[residual] = difference(merged, dense[1])
-        assert errors["exact"] < 0.5 * errors[None], errors
-        assert errors["own"] < errors[None], errors
+            merged = [stacked(step.output) for step in steps]
+            first, second = (
+                run(network, inputs_at(calls_of(family), step.time, step.latent)) for step in steps
+            )
+            assert torch.equal(merged[0], first) == residual
+            errors[residual] = difference(merged[1], second)
+        assert 0 < errors[True] < 0.5 * errors[False], errors
 
 
-def test_reuse_is_for_sites_that_compute_no_text():
-    for family in (f for f in TRANSFORMERS.values() if f not in JOINT):
-        network = family.build()
-        first, second = family.inputs(time=500), family.inputs(time=family.next_time)
-        dense = run(network, first), run(network, second)
-        for sites in (["attn", "mlp"], ["block"]):
-            with apply_tome(network, refresh=2, residual="reuse", sites=sites) as handle:
-                run(network, first)
-                again = run(network, second)
-                assert 0 < difference(again, dense[1]) < 0.8 * difference(*dense)
-                assert {row["kept"] for row in handle.stats()} == {0}
-    for family in JOINT:
-        network = family.build()
-        for sites in (["attn"], ["block"]):
-            with pytest.raises(ToMeError, match="computes the text's tokens too"):
-                apply_tome(network, refresh=2, residual="reuse", sites=sites)
-        if "mlp" not in family.kinds:
-            continue
-        with apply_tome(network, refresh=2, residual="reuse", sites=["mlp"]) as handle:
-            run(network, family.inputs(time=500))
-            assert run(network, family.inputs(time=family.next_time)).isfinite().all()
-            assert {row["kept"] for row in handle.stats()} == {0}
+@every_family
+def test_step_caching(family):
+    """Of the whole network and of its inner blocks, alone and with token merging."""
+    network = family.deeper(4).build()
+    steps = (900, 895, 890, 885, 880)
+    baseline = [stacked(step.output) for step in denoising(network, calls_of(family), steps)]
+    blocks = [block.module for block in find_adapter(network)[0].blocks(network)]
+    calls = []
+    for block in blocks:
+        block.register_forward_hook(lambda module, args, output: calls.append(module))
+    for region in ("network", "inner"):
+        options = dict(region=region, timestep_range=(0, 1), order=1)
+        with apply_cache(network, **options) as handle:
+            assert type(network).__name__ == family.class_name
+            calls.clear()
+            cached = [stacked(step.output) for step in denoising(network, calls_of(family), steps)]
+            (row,) = handle.stats()
+            # Two steps to extrapolate from, then every second one.
+            assert (row["region"], row["computed"], row["skipped"]) == (region, 3, 2)
+            assert all(torch.equal(one, other) for one, other in zip(cached[:2], baseline))
+            if region == "network":
+                torch.testing.assert_close(cached[2], 2 * cached[1] - cached[0])
+                assert len(calls) == 3 * len(blocks)
+            else:
+                assert cached[2].isfinite().all() and not torch.equal(cached[2], baseline[2])
+                assert 3 * len(blocks) < len(calls) < 5 * len(blocks)
+            with apply_tome(network, ratio=0.5, targets=family.inner) as merging:
+                both = [
+                    stacked(step.output) for step in denoising(network, calls_of(family), steps)
+                ]
+                assert {row["kept"] for row in merging.stats()} == {family.tokens() // 2}
+            assert not torch.equal(both[2], cached[2])
+            again = [stacked(step.output) for step in denoising(network, calls_of(family), steps)]
+            assert all(torch.equal(one, other) for one, other in zip(again, cached))
+        assert not any(vars(module).get("_mmagic_tome_interceptors") for module in blocks)
+    again = [stacked(step.output) for step in denoising(network, calls_of(family), steps)]
+    assert all(torch.equal(one, other) for one, other in zip(again, baseline))
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -268,10 +294,10 @@ def test_methods(method):
             apply_tome(network, ratio=0.5, method=method)
         return
     inputs = FLUX.inputs()
-    dense = run(network, inputs)
-    apply_tome(network, ratio=0.5, method=method, sites=["attn", "mlp"])
+    baseline = run(network, inputs)
+    apply_tome(network, ratio=0.5, method=method, targets=["attn", "mlp"])
     merged = run(network, inputs)
-    assert merged.isfinite().all() and not torch.equal(merged, dense)
+    assert merged.isfinite().all() and not torch.equal(merged, baseline)
 
 
 @every_family
@@ -282,7 +308,7 @@ def test_gradients_are_those_without_checkpointing(family, around):
         pytest.skip("diffusers has no checkpointing for it")
     if family.title == "Chroma":  # whose single blocks lose the mask under checkpointing
         inputs["attention_mask"] = None
-    apply_tome(network, ratio=0.5, sites="block" if around == "block" else family.inner)
+    apply_tome(network, ratio=0.5, targets="block" if around == "block" else family.inner)
 
     def gradients():
         network.zero_grad()
@@ -303,10 +329,10 @@ def test_gradients_are_those_without_checkpointing(family, around):
 
 
 @pytest.mark.parametrize("family", [SD3, SD35, FLUX], ids=["SD 3", "SD 3.5", "Flux"])
-@every_site
-def test_text_is_not_merged(family, sites):
+@every_target
+def test_text_is_not_merged(family, targets):
     network = family.build()
-    apply_tome(network, ratio=0.5, sites=sites)
+    apply_tome(network, ratio=0.5, targets=targets)
     seen = Seen(network, "add_k_proj", "ff_context.net.0.proj")
     run(network, family.inputs())
     assert len(seen.given) >= 4 and seen.lengths() == {TEXT}
@@ -314,7 +340,7 @@ def test_text_is_not_merged(family, sites):
 
 def test_text_in_front_goes_through_bit_for_bit():
     network = FLUX.build()
-    apply_tome(network, ratio=0.5, sites=["attn", "mlp"])
+    apply_tome(network, ratio=0.5, targets=["attn", "mlp"])
     block = network.single_transformer_blocks[0]
     normed = []
     block.norm.register_forward_hook(lambda module, args, output: normed.append(output[0]))
@@ -328,8 +354,8 @@ def test_text_in_front_goes_through_bit_for_bit():
 # --- what follows the tokens -------------------------------------------------------------------
 
 
-def in_another_order(self, metric, *_):
-    """In place of :meth:`BlockPreHook.make`: nothing merges, the tokens change places."""
+def in_another_order(self, context, metric, *_):
+    """In place of :meth:`BlockPreHook.compute`: nothing merges, the tokens change places."""
     batch, tokens = metric.shape[:2]
     generator = torch.Generator().manual_seed(tokens)
     order = [torch.randperm(tokens, generator=generator) for _ in range(batch)]
@@ -339,16 +365,16 @@ def in_another_order(self, metric, *_):
 ROTARY = {name for name, family in TRANSFORMERS.items() if family.rotary}
 
 
-@every_site_of_every_family
-def test_another_order_of_the_tokens_changes_nothing(family, sites, monkeypatch):
+@every_target_of_every_family
+def test_another_order_of_the_tokens_changes_nothing(family, targets, monkeypatch):
     """Of the picture's, in every entry of the batch another: positions and masks go with them."""
     grid = family.grids[-1] if family.square else (5, 6)
     network, inputs = family.build(), family.inputs(grid, batch=3)
-    dense = run(network, inputs)
-    monkeypatch.setattr(BlockPreHook, "make", in_another_order)
-    apply_tome(network, ratio=0.5, sites=sites)
+    baseline = run(network, inputs)
+    monkeypatch.setattr(BlockPreHook, "compute", in_another_order)
+    apply_tome(network, ratio=0.5, targets=targets)
     seen = Seen(network, *(name for name, (kind, _) in first_linears(network, family).items()))
-    torch.testing.assert_close(run(network, inputs), dense, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(run(network, inputs), baseline, rtol=1e-3, atol=1e-4)
     assert seen.given
     # Where positions are not part of the tokens, leaving the table as it is shows.
     asked = []
@@ -359,15 +385,15 @@ def test_another_order_of_the_tokens_changes_nothing(family, sites, monkeypatch)
 
     monkeypatch.setattr(rotary, "_merged_rows", left_as_it_is)
     wrong = run(network, inputs)
-    assert bool(asked) == (family.title in ROTARY and sites != ["mlp"])
+    assert bool(asked) == (family.title in ROTARY and targets != ["mlp"])
     if asked:
-        assert difference(wrong, dense) > 1e-3
+        assert difference(wrong, baseline) > 1e-3
 
 
 @every_family
 def test_half_precision(family):
     network, inputs = family.build(), family.inputs()
-    apply_tome(network, ratio=0.5, sites=family.inner)
+    apply_tome(network, ratio=0.5, targets=family.inner)
     expected = run(network, inputs)
     network.to(torch.bfloat16)
 
@@ -400,9 +426,9 @@ class SamePlaceInACell(nn.Module):
         return self.inner((ids / 2).floor())
 
 
-@every_site
+@every_target
 @pytest.mark.parametrize("batch", [1, 2])
-def test_merging_exact_copies_changes_nothing(sites, batch):
+def test_merging_exact_copies_changes_nothing(targets, batch):
     """Cells of four equal tokens with equal rows, no text: four equal keys weigh like one.
 
     Rows that were averaged, or those of other slots, would turn queries against keys.
@@ -416,13 +442,13 @@ def test_merging_exact_copies_changes_nothing(sites, batch):
         encoder_hidden_states=inputs["encoder_hidden_states"][:, :0],
         txt_ids=torch.zeros(0, 3),
     )
-    dense = run(network, inputs)
-    handle = apply_tome(network, ratio=0.75, sites=sites, exact_matching=True)
-    torch.testing.assert_close(run(network, inputs), dense)
+    baseline = run(network, inputs)
+    handle = apply_tome(network, ratio=0.75, targets=targets, exact_matching=True)
+    torch.testing.assert_close(run(network, inputs), baseline)
     assert {row["kept"] for row in handle.stats()} == {20}
     # The same with a table that does not follow fails.
     network.pos_embed = Shuffled(network.pos_embed)
-    assert not torch.allclose(run(network, inputs), dense, atol=1e-2)
+    assert not torch.allclose(run(network, inputs), baseline, atol=1e-2)
 
 
 class Shuffled(nn.Module):
@@ -450,17 +476,17 @@ class SamePlaceInACellOfAFrame(nn.Module):
         return tuple(part[:, first] for part in self.inner(latent))
 
 
-@every_site
-def test_merging_exact_copies_of_a_video_changes_nothing(sites):
+@every_target
+def test_merging_exact_copies_of_a_video_changes_nothing(targets):
     network, inputs = WAN.build(), WAN.inputs((4, 6))
     network.rope = SamePlaceInACellOfAFrame(network.rope)
     # Patches of 2x2 in cells of 2x2 patches: every patch is that to its left and above.
     patch = inputs["hidden_states"].unflatten(4, (3, 2, 2)).unflatten(3, (2, 2, 2))
     latent = patch[:, :, :, :, :1, :, :, :1].expand_as(patch)
     inputs["hidden_states"] = latent.flatten(6, 8).flatten(3, 5)
-    dense = run(network, inputs)
-    handle = apply_tome(network, ratio=0.75, sites=sites, exact_matching=True)
-    torch.testing.assert_close(run(network, inputs), dense)
+    baseline = run(network, inputs)
+    handle = apply_tome(network, ratio=0.75, targets=targets, exact_matching=True)
+    torch.testing.assert_close(run(network, inputs), baseline)
     assert {row["kept"] for row in handle.stats()} == {12}
 
 
@@ -468,11 +494,12 @@ def test_merging_exact_copies_of_a_video_changes_nothing(sites):
 def test_kept_tokens_keep_their_places(batch):
     """The rows that attention is given are the text's and those of 32 tokens."""
     network = FLUX.build()
-    apply_tome(network, ratio=0.5, sites=["attn"])
+    apply_tome(network, ratio=0.5, targets=["attn"])
     calls = []
     for blocks in (network.transformer_blocks, network.single_transformer_blocks):
-        blocks[0].attn.register_forward_pre_hook(
-            lambda module, args, kwargs: calls.append(kwargs["image_rotary_emb"]), with_kwargs=True
+        blocks[0].attn.register_forward_hook(
+            lambda module, args, kwargs, y: calls.append(kwargs["image_rotary_emb"]),
+            with_kwargs=True,
         )
     tables = []
     network.pos_embed.register_forward_hook(lambda module, args, output: tables.append(output))
@@ -523,20 +550,20 @@ def test_the_grid_of_img_ids():
 def test_sites_that_joint_attention_does_not_allow(family):
     network = family.build()
     with pytest.raises(ToMeError, match=r"\w\.0 cannot be merged at 'attn_kv'.*tome"):
-        apply_tome(network, ratio=0.5, sites=["attn_kv"])
+        apply_tome(network, ratio=0.5, targets=["attn_kv"])
     with pytest.raises(ToMeError, match=r"at 'stack'.*targets='block'"):
-        apply_tome(network, ratio=0.5, sites="stack")
-    with pytest.raises(ToMeError, match="no transformer block with a site of kind crossattn"):
-        apply_tome(network, ratio=0.5, sites=["crossattn"])
+        apply_tome(network, ratio=0.5, targets="stack")
+    with pytest.raises(ToMeError, match="no transformer block with a target crossattn"):
+        apply_tome(network, ratio=0.5, targets=["crossattn"])
     assert get_handle(network) is None
 
 
 def test_stack_of_one_stream():
     network, inputs = PIXART.build(), PIXART.inputs()
-    dense = run(network, inputs)
-    handle = apply_tome(network, ratio=0.5, sites="stack")
+    baseline = run(network, inputs)
+    handle = apply_tome(network, ratio=0.5, targets="stack")
     seen = Seen(network, "to_q", "ff.net.0.proj")
-    assert 1e-4 < difference(run(network, inputs), dense) < 0.6
+    assert 1e-4 < difference(run(network, inputs), baseline) < 0.6
     assert seen.lengths() == {32} and len(handle.stats()) == 1
 
 
@@ -560,12 +587,12 @@ def test_a_timestep_per_token():
         steps[:, :64] = 0
         return {**WAN.inputs(), "timestep": steps}
 
-    dense = run(network, inputs(500))
-    with apply_tome(network, ratio=0.5, refresh=2, sites=["attn", "mlp"]) as handle:
-        assert 1e-4 < difference(run(network, inputs(500)), dense) < 0.6
+    baseline = run(network, inputs(500))
+    with apply_tome(network, ratio=0.5, plan_interval=2, targets=["attn", "mlp"]) as handle:
+        assert 1e-4 < difference(run(network, inputs(500)), baseline) < 0.6
         run(network, inputs(400))
         assert {row["plans"] for row in handle.stats()} == {1}  # the second step of a run
-    apply_tome(network, ratio=0.5, sites="block")
+    apply_tome(network, ratio=0.5, targets="block")
     with pytest.raises(ToMeError, match=r"blocks.0.block received one timestep per token"):
         run(network, inputs(500))
     assert run(network, WAN.inputs()).isfinite().all()
@@ -579,7 +606,7 @@ def a_timestep_per_token(inputs):
     return dict(timestep=torch.full((2, 128), 500))
 
 
-# Family -> (more options, sites, other arguments, what the error says to write).
+# Family -> (more options, targets, other arguments, what the error says to write).
 REFUSED_CALLS = {
     "Qwen-Image": ({}, ["attn"], several_pictures, "2 images in one sequence.*without token"),
     "Z-Image": (
@@ -611,12 +638,12 @@ REFUSED_CALLS = {
 
 @pytest.mark.parametrize("title", REFUSED_CALLS)
 def test_calls_that_do_not_fit_merged_tokens(title):
-    options, sites, other, message = REFUSED_CALLS[title]
+    options, targets, other, message = REFUSED_CALLS[title]
     family = TRANSFORMERS[title]
     family = replace(family, options={**family.options, **options})
     network, inputs = family.build(), family.inputs()
     changed = {**inputs, **other(inputs)}
-    with apply_tome(network, ratio=0.5, sites=sites):
+    with apply_tome(network, ratio=0.5, targets=targets):
         with pytest.raises(ToMeError, match=message):
             run(network, changed)
         if not options:  # and the next call is as usual
@@ -627,7 +654,7 @@ def test_ltx_in_the_terms_of_its_conditions():
     """A timestep per token goes well with the inside of blocks; sizes must be known."""
     family = TRANSFORMERS["LTX-Video (video)"]
     network, inputs = family.build(), family.inputs()
-    apply_tome(network, ratio=0.5, sites=["attn", "mlp"])
+    apply_tome(network, ratio=0.5, targets=["attn", "mlp"])
     assert run(network, inputs, **a_timestep_per_token(inputs)).isfinite().all()
     coords = torch.rand(2, 3, 128)
     with pytest.raises(ToMeError, match="without num_frames, height and width"):
@@ -639,10 +666,10 @@ def test_hunyuan_video_with_a_given_first_frame():
     changed = {**family.options, "image_condition_type": "token_replace"}
     network, inputs = replace(family, options=changed).build(), family.inputs()
     with pytest.raises(ToMeError, match=r"first frame.*Write targets=\['attn', 'mlp'\]"):
-        apply_tome(network, ratio=0.5, sites="block")
-    dense = run(network, inputs)
-    apply_tome(network, ratio=0.5, sites=["attn", "mlp"])
-    assert 1e-4 < difference(run(network, inputs), dense) < 0.8
+        apply_tome(network, ratio=0.5, targets="block")
+    baseline = run(network, inputs)
+    apply_tome(network, ratio=0.5, targets=["attn", "mlp"])
+    assert 1e-4 < difference(run(network, inputs), baseline) < 0.8
 
 
 @pytest.mark.parametrize(
@@ -703,8 +730,10 @@ def test_pipelines(title):
     """What diffusers' own pipelines call the networks with, over all steps."""
     case = PIPELINES[title]
     pipeline = case.build(TRANSFORMERS[title])
-    dense = case.run(pipeline)
-    with apply_tome(pipeline, ratio=0.5, refresh=2, sites=TRANSFORMERS[title].inner) as handle:
+    baseline = case.run(pipeline)
+    with apply_tome(
+        pipeline, ratio=0.5, plan_interval=2, targets=TRANSFORMERS[title].inner
+    ) as handle:
         assert handle.network is pipeline.transformer
         merged = case.run(pipeline)
         tokens, calls = case.tokens, 8 if case.guided else 4
@@ -713,9 +742,9 @@ def test_pipelines(title):
         assert seen == {(tokens, tokens // 2, calls, calls // 2)}
         assert torch.equal(case.run(pipeline), merged)
         handle.ratio = 0
-        assert torch.equal(case.run(pipeline), dense)
-    assert 1e-4 < difference(merged, dense) < 0.8
-    assert torch.equal(case.run(pipeline), dense)
+        assert torch.equal(case.run(pipeline), baseline)
+    assert 1e-4 < difference(merged, baseline) < 0.8
+    assert torch.equal(case.run(pipeline), baseline)
 
 
 # --- compiling ------------------------------------------------------------------------------------
@@ -725,7 +754,7 @@ def test_pipelines(title):
 @every_family
 def test_compiled(family):
     network, inputs = family.build(), family.inputs()
-    apply_tome(network, ratio=0.5, sites=family.inner)
+    apply_tome(network, ratio=0.5, targets=family.inner)
     expected = run(network, inputs)
     torch._dynamo.reset()
     compiled = network

@@ -97,12 +97,12 @@ def test_variants_of_the_diffusers_unet(changes):
     if "in_channels" in changes:
         inputs["sample"] = torch.randn(2, 9, 16, 16)
     with torch.no_grad():
-        dense = network(**inputs).sample
-        with apply_tome(network, ratio=0.5, merge_crossattn=True, merge_mlp=True) as handle:
+        baseline = network(**inputs).sample
+        with apply_tome(network, ratio=0.5, targets=["attn", "crossattn", "mlp"]) as handle:
             merged = network(**inputs).sample
         assert {row["kept"] for row in handle.stats()} == {128}
-        assert not torch.equal(merged, dense) and merged.isfinite().all()
-        assert torch.equal(network(**inputs).sample, dense)
+        assert not torch.equal(merged, baseline) and merged.isfinite().all()
+        assert torch.equal(network(**inputs).sample, baseline)
 
 
 @pytest.mark.parametrize(
@@ -164,13 +164,13 @@ def test_variants_of_the_block(norm_type, attention_type):
         kwargs["cross_attention_kwargs"] = dict(gligen=dict(objs=torch.randn(2, 3, 16)))
     x = torch.randn(2, 16, 12, 10)
     with torch.no_grad():
-        dense = network(x, 1, **kwargs)
-        apply_tome(network, ratio=0.5, merge_crossattn=True, merge_mlp=True)
+        baseline = network(x, 1, **kwargs)
+        apply_tome(network, ratio=0.5, targets=["attn", "crossattn", "mlp"])
         merged = network(x, 1, **kwargs)
         assert {row["kept"] for row in get_handle(network).stats()} == {60}
-        assert merged.shape == dense.shape and not torch.allclose(merged, dense, atol=1e-4)
+        assert merged.shape == baseline.shape and not torch.allclose(merged, baseline, atol=1e-4)
         get_handle(network).ratio = 0
-        assert torch.equal(network(x, 1, **kwargs), dense)
+        assert torch.equal(network(x, 1, **kwargs), baseline)
 
 
 def test_stacks_over_frames_are_left_alone():
@@ -192,12 +192,12 @@ def test_stacks_over_frames_are_left_alone():
     inputs = dict(timestep=torch.tensor(5), encoder_hidden_states=torch.randn(1, 7, 16))
     x = torch.randn(1, 4, 3, 8, 8)
     with torch.no_grad():
-        dense = network(x, **inputs).sample
+        baseline = network(x, **inputs).sample
         handle = apply_tome(network, ratio=0.5)
         merged = network(x, **inputs).sample
-    assert handle.stats() and not any("temp" in row["site"] for row in handle.stats())
+    assert handle.stats() and not any("temp" in row["target"] for row in handle.stats())
     assert {(row["tokens"], row["kept"]) for row in handle.stats()} == {(64, 32)}
-    assert not torch.equal(merged, dense)
+    assert not torch.equal(merged, baseline)
 
 
 def test_a_wrapper_with_a_forward_of_its_own_is_the_network():
@@ -224,14 +224,14 @@ def test_a_wrapper_with_a_forward_of_its_own_is_the_network():
     wrapper.forward = lambda *args, **kwargs: inner(unet, *args, **kwargs)
     assert find_adapter(wrapper)[1] is wrapper
     with torch.no_grad():
-        dense = wrapper(**tiny_inputs()).sample
+        baseline = wrapper(**tiny_inputs()).sample
         with apply_tome(wrapper, ratio=0.5) as handle:
             first = wrapper(**tiny_inputs()).sample
             other = wrapper(**{**tiny_inputs(), "timestep": torch.tensor(1)}).sample
             assert torch.equal(wrapper(**tiny_inputs()).sample, first)
         assert {row["kept"] for row in handle.stats()} == {128}
-        assert not torch.equal(first, dense) and not torch.equal(first, other)
-        assert torch.equal(wrapper(**tiny_inputs()).sample, dense)
+        assert not torch.equal(first, baseline) and not torch.equal(first, other)
+        assert torch.equal(wrapper(**tiny_inputs()).sample, baseline)
 
 
 def test_a_diffusers_pipeline(sd_folder):
@@ -244,12 +244,12 @@ def test_a_diffusers_pipeline(sd_folder):
         options = dict(num_inference_steps=2, height=64, width=64, output_type="np")
         return torch.from_numpy(pipeline("a cat", generator=generator, **options).images)
 
-    dense = picture()
+    baseline = picture()
     with apply_tome(pipeline, ratio=0.5) as handle:
         merged = picture()
         assert torch.equal(picture(), merged)
         # Two runs of two steps; classifier-free guidance is a batch, not a second call.
         assert {row["calls"] for row in handle.stats()} == {4}
         assert {(row["tokens"], row["kept"]) for row in handle.stats()} == {(64, 32)}
-    assert not torch.equal(merged, dense)
-    assert torch.equal(picture(), dense)
+    assert not torch.equal(merged, baseline)
+    assert torch.equal(picture(), baseline)
