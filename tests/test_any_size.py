@@ -69,10 +69,10 @@ def test_autocast(original, dtype, batch):
         plain = run(network, batch=batch)
     assert found.isfinite().all()
     # Rounding may send a token to another destination, so that the picture is close as a whole;
-    # it is closer to the merged one in float32 than merging is to the dense one.
+    # it is closer to the merged one in float32 than merging is to the baseline one.
     error = (found.float() - expected).pow(2).mean().sqrt()
     assert error < 0.7 * (expected - baseline).pow(2).mean().sqrt()
-    torch.testing.assert_close(plain.float(), dense, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(plain.float(), baseline, rtol=0.1, atol=0.1)
 
 
 @settings(max_examples=30, **QUIET)
@@ -92,7 +92,7 @@ def test_every_grid(original, height, width, batch, cell, share, random, sites):
     options = dict(ratio=ratio, sx=sx, sy=sy, use_rand=random, targets=sites)
     with apply_tome(original, **options) as handle:
         merged = run(original, (height, width), batch)
-        assert merged.shape == dense.shape and merged.isfinite().all()
+        assert merged.shape == baseline.shape and merged.isfinite().all()
         kept = kept_tokens(height, width, ratio, sx, sy)
         seen = {(row["tokens"], row["kept"]) for row in handle.stats()}
         assert seen == {(height * width, kept)}

@@ -97,9 +97,9 @@ def test_lora_learns(unet):
 
 
 def test_all_weights_learn_and_the_dense_network_has_learned_as_well(unet):
-    dense = copy.deepcopy(unet)
+    baseline = copy.deepcopy(unet)
     apply_tome(unet, **EVERYTHING)
-    merged, without = train(unet.train(), 12), train(dense.train(), 12)
+    merged, without = train(unet.train(), 12), train(baseline.train(), 12)
     assert merged[-1] < 0.6 * merged[0]
     assert merged[-1] == pytest.approx(without[-1], rel=0.3)
     remove_tome(unet)
