@@ -103,7 +103,7 @@ def image(model, **changes):
 
 @pytest.fixture(scope="module")
 def expected(sd_folder):
-    """(baseline, merged) picture, merged by a call of ``apply_tome``."""
+    """(baseline, merged) image, merged by a call of ``apply_tome``."""
     model = tiny.tiny_model(folder=sd_folder)
     # tiny_model draws new weights; the configs here take those of the folder.
     model.load_state_dict(_from_folder(sd_folder).state_dict())

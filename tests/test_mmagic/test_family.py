@@ -57,15 +57,15 @@ def clip_folder(tmp_path_factory):
 def infer(kind, model, **changes):
     """One small image (or clip) as an array; the same at every call."""
     noise = np.random.RandomState(0).randint(0, 255, (64, 64, 3), dtype=np.uint8)
-    picture = Image.fromarray(noise)
+    image = Image.fromarray(noise)
     arguments = {
         "StableDiffusionInpaint": dict(
-            image=picture, mask_image=Image.fromarray((np.eye(64) * 255).astype(np.uint8))
+            image=image, mask_image=Image.fromarray((np.eye(64) * 255).astype(np.uint8))
         ),
-        "ControlStableDiffusion": dict(control=picture),
+        "ControlStableDiffusion": dict(control=image),
         "TextualInversion": dict(prompt="a <x>"),
-        "ViCo": dict(prompt="a S*", image_reference=picture),
-        "FastComposer": dict(prompt="a cat img", reference_subject_images=[picture]),
+        "ViCo": dict(prompt="a S*", image_reference=image),
+        "FastComposer": dict(prompt="a cat img", reference_subject_images=[image]),
         "AnimateDiff": dict(video_length=2),
     }.get(kind, {})
     quick = dict(tiny.QUICK)
