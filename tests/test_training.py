@@ -12,7 +12,7 @@ import torch
 from tiny import tiny_inputs, tiny_unet
 from tiny_transformers import TRANSFORMERS
 
-from mmagic_tome import apply_tome, get_handle, remove_tome
+from mmagic_tome import ToMeError, apply_tome, get_handle, remove_tome
 
 EVERYTHING = dict(ratio=0.5, targets=["attn", "crossattn", "mlp"])
 PIXART = TRANSFORMERS["PixArt-alpha, PixArt-sigma"]
