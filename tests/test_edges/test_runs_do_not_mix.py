@@ -8,7 +8,7 @@ import pytest
 import torch
 from edge_pipelines import SETTINGS, generate, relative, sd15_pipeline, skips
 from tiny import tiny_unet
-from tiny_pipelines import PIPELINES, picture
+from tiny_pipelines import PIPELINES, random_image
 
 from mmagic_tome import apply_cache, apply_tome
 
@@ -282,7 +282,7 @@ def test_a_stopped_pipeline_then_image_to_image(setting):
             other,
             num_inference_steps=20,
             strength=0.4,
-            image=picture(),
+            image=random_image(),
             generator=torch.Generator().manual_seed(5),
         )
 
