@@ -25,9 +25,9 @@ from typing import Any
 from mmagic_tome.apis.files import whole_file
 
 STYLES = {
-    "ours: foretold": ("o", "#1a7f4b"),
+    "ours: step caching": ("o", "#1a7f4b"),
     "ours: merging": ("P", "#5aa77a"),
-    "last output again": ("v", "#8a5ca8"),
+    "cached output": ("v", "#8a5ca8"),
     "DeepCache": ("D", "#b0447a"),
     "fewer steps": ("^", "#c2571a"),
     "merging alone": ("s", "#3b6ea8"),
@@ -63,20 +63,13 @@ def family_of(row: dict[str, Any]) -> str:
     if row["kind"] in ("tomesd", "deepcache", "steps"):
         return {"tomesd": "tomesd", "deepcache": "DeepCache", "steps": "fewer steps"}[row["kind"]]
     options = row["options"]
-    reuse, residual = options["reuse"], options["residual"]
-    if reuse is not None:
-        scopes = [scope for scope in reuse.values() if isinstance(scope, dict)]
-        # The plain order is 1, and is left out where it is.
-        again = all(scope.get("order", 1) == 0 for scope in scopes)
-        return "last output again" if again else "ours: foretold"
-    if residual is not None:
-        kind = residual if isinstance(residual, str) else residual.get("kind", "exact")
-        order = 0 if isinstance(residual, str) else residual.get("order", 0)
-        if kind == "reuse":
-            return "ours: foretold" if order else "last output again"
-        return "ours: merging"
-    # Old evaluations do not know the option.
-    return "ours: merging" if options.get("proportional") else "merging alone"
+    caches = options.get("cache")
+    if caches:
+        # The last output as it is: what caching was before it extrapolated.
+        plain = all(cache["order"] == 0 for cache in caches)
+        return "cached output" if plain else "ours: step caching"
+    own = options.get("prop_attn") or options.get("residual")
+    return "ours: merging" if own else "merging alone"
 
 
 def points_of(results: dict[str, Any]) -> list[Point]:

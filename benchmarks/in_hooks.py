@@ -6,7 +6,7 @@ An eta from whole runs has the noise of whole runs in it twice. On a CPU nothing
 hook's back, so the seconds between its start and its end are what the machinery costs: matching,
 merging, unmerging::
 
-    python benchmarks/in_hooks.py --refresh 4 --ratio 0.5
+    python benchmarks/in_hooks.py --plan-interval 4 --ratio 0.5
 """
 
 from __future__ import annotations
@@ -18,17 +18,22 @@ from collections.abc import Callable
 
 import torch
 
-from mmagic_tome import apply_tome, hooks
+from mmagic_tome import apply_tome
 from mmagic_tome.benchmark.denoisers import denoising_run
 from mmagic_tome.benchmark.targets import build_shape
 from mmagic_tome.meters import Clock
+from mmagic_tome.patch import Hook
+from mmagic_tome.tome import block, network, residual, target
+
+_MODULES = (block, network, residual, target)
 
 
 class Stopwatch:
     """CPU seconds inside hooks while it is entered, by their class; what one calls is its own."""
 
     def __init__(self) -> None:
-        kinds = [k for k in vars(hooks).values() if getattr(k, "__module__", "") == hooks.__name__]
+        found = (kind for module in _MODULES for kind in vars(module).values())
+        kinds = {kind for kind in found if isinstance(kind, type) and issubclass(kind, Hook)}
         self._calls = {kind: vars(kind)["__call__"] for kind in kinds if "__call__" in vars(kind)}
         self._inside = False
         self.seconds: dict[str, float] = defaultdict(float)
@@ -64,16 +69,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=512, help="pixels (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--ratio", type=float, default=0.5, help="default: %(default)s")
-    parser.add_argument("--refresh", type=int, default=4, help="steps of a run and of a plan")
+    parser.add_argument(
+        "--plan-interval",
+        type=int,
+        default=4,
+        help="also the steps of a run (default: %(default)s)",
+    )
     parser.add_argument("--runs", type=int, default=2, help="of each (default: %(default)s)")
     args = parser.parse_args(argv)
-    target = build_shape(args.shape, "cpu", torch.float32)
-    run = denoising_run(target.call((args.size, args.size), args.batch), args.refresh)
-    network, clock = target.network, Clock("cpu", "cpu")
+    built = build_shape(args.shape, "cpu", torch.float32)
+    run = denoising_run(built.call((args.size, args.size), args.batch), args.plan_interval)
+    model, clock = built.network, Clock("cpu", "cpu")
+    options = {"ratio": args.ratio, "plan_interval": args.plan_interval}
     for number in range(args.runs):
-        dense, _ = clock(lambda: run(network))
-        with apply_tome(network, ratio=args.ratio, refresh=args.refresh), Stopwatch() as watch:
-            merged, _ = clock(lambda: run(network))
+        dense, _ = clock(lambda: run(model))
+        with apply_tome(model, options), Stopwatch() as watch:
+            merged, _ = clock(lambda: run(model))
         inside = sum(watch.seconds.values())
         saved = dense - merged
         print(

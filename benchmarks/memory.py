@@ -6,7 +6,7 @@
 where a forward takes minutes. The dense network runs once, since all its steps are alike; ours runs
 two steps, so that plans kept for the next step count::
 
-    python benchmarks/memory.py --size 2048 --tome 'refresh={"refresh": 2}'
+    python benchmarks/memory.py --size 2048 --tome 'plans={"plan_interval": 2}'
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import json
 
 import torch
 
-from mmagic_tome import apply_tome
 from mmagic_tome.benchmark.targets import build_shape
 from mmagic_tome.contenders import parse_named
 from mmagic_tome.meters import peak_memory
+from mmagic_tome.settings import Setting
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     dense, operator = peak_memory(lambda: call(target.network), "cpu")
     print(f"dense: {dense / 2**20:.3f} MiB in {operator}", flush=True)
     for name, config in configs.items():
-        with apply_tome(target.network, **config):
+        with Setting.coerce(config).apply(target.network):
             peak, operator = peak_memory(two_steps, "cpu")
         print(
             f"{name} {json.dumps(config)}: {peak / 2**20:.3f} MiB in {operator}, "

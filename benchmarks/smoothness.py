@@ -1,10 +1,10 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""How well what a network computes at a step can be foretold from the steps before.
+"""How well outputs of a network can be extrapolated from the steps before.
 
-Runs the demo model dense, keeps the outputs of the whole network, of its inner levels and of
-every transformer block (what the block adds to its tokens), and compares each with what the
-polynomial of order 0, 1 or 2 through the outputs at the last steps says. Relative error, root
-mean square over all prompts.
+Runs the baseline demo model, keeps the outputs of the whole network, of its inner levels and of
+every transformer block (what the block adds to its tokens), and compares each with the
+extrapolation of order 0, 1 or 2 from the last steps. Relative error, root mean square over all
+prompts.
 
 python benchmarks/smoothness.py --steps 20 --plot docs/research/smoothness.png
 """
@@ -13,10 +13,10 @@ import argparse
 import warnings
 
 import torch
-from mmagic_tome.temporal import Memory
 
 from mmagic_tome.apis import asset_path
 from mmagic_tome.apis.files import whole_file
+from mmagic_tome.cache.extrapolate import extrapolate
 from mmagic_tome.models import find_adapter
 
 PROMPTS = ("rocket", "panda", "red apple", "pizza", "guitar", "octopus", "crown", "robot")
@@ -64,13 +64,13 @@ def record(steps: int, prompts: tuple[str, ...]) -> dict[str, list[tuple[float, 
 
 
 def errors(outputs: list[tuple[float, torch.Tensor]], order: int) -> list[tuple[float, float]]:
-    """(timestep, relative error) of what is foretold from all the steps before it."""
-    memory, found = Memory(), []
-    for time, y in outputs:
-        if len(memory) > order:
-            error = (memory.predict(time, order) - y).norm() / y.norm()
-            found.append((time, error.item()))
-        memory.keep(time, y, order)
+    """(timestep, relative error) of the extrapolation at every step, from those before it."""
+    found = []
+    for step in range(order + 1, len(outputs)):
+        time, y = outputs[step]
+        times, values = zip(*outputs[step - 1 - order : step])
+        error = (extrapolate(times, values, time) - y).norm() / y.norm()
+        found.append((time, error.item()))
     return found
 
 
@@ -129,7 +129,7 @@ def draw(groups: dict[str, list[list]], file: str) -> None:
         panel.set(title=name, xlabel="timestep", yscale="log")
         panel.invert_xaxis()
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("relative error of what is foretold")
+    panels[0].set_ylabel("relative error of the extrapolation")
     panels[0].legend()
     with whole_file(file) as part:
         figure.savefig(part, dpi=110)

@@ -6,14 +6,14 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from mmagic_tome.apis.command_line import BAD_INPUT
+from mmagic_tome.apis.command_line import BAD_INPUT, INTERRUPTED
 
 # Command -> (module with its ``main(argv, prog)``, what it does).
 COMMANDS = {
-    "infer": ("apis.cli", "generate images from text, dense and merged"),
+    "infer": ("apis.cli", "generate images from text, with merging, step caching or neither"),
     "evaluate": (
         "evaluation.cli",
-        "compare dense, merged and fewer steps: metrics, cost, a report",
+        "compare dense, merged, cached and fewer steps: metrics, cost, a report",
     ),
     "benchmark": ("benchmark.cli", "time and memory of one forward, contenders side by side"),
     "tune": ("tuning.cli", "find the options that reach a speed-up or a PSNR"),
@@ -29,7 +29,12 @@ def run_command(name: str, argv: list[str] | None, prog: str) -> int:
         argv: its arguments; those of the process by default.
         prog: name shown in help and complaints.
     """
-    return import_module(f"mmagic_tome.{COMMANDS[name][0]}").main(argv, prog=prog)
+    try:
+        command = import_module(f"mmagic_tome.{COMMANDS[name][0]}")
+    except KeyboardInterrupt:  # most of them import torch, which takes seconds
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return command.main(argv, prog=prog)
 
 
 def usage() -> str:

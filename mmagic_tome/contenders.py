@@ -1,7 +1,7 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """What the benchmark and the evaluation share about contenders.
 
-How token merging under a name is spelled on a command line, and how the packages tomesd and
+How a setting under a name is spelled on a command line, and how the packages tomesd and
 DeepCache, the references to beat, are put on a network.
 """
 
@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import nn
 
-from .config import ToMeConfig
 from .errors import ToMeError
 from .models import find_adapter
+from .settings import Setting
 
 TOMESD_VERSION = "0.1.3"
 DEEPCACHE_VERSION = "0.1.1"
@@ -37,9 +37,9 @@ def parse_options(text: str) -> Any:
 def parse_named(
     text: str,
     taken: Collection[str] = (),
-    check: Callable[[dict[str, Any]], object] = ToMeConfig.from_dict,
+    check: Callable[[dict[str, Any]], object] = Setting.coerce,
 ) -> tuple[str, dict[str, Any]]:
-    """``NAME={...}`` as (name, options of a :class:`ToMeConfig`); JSON or Python spelling.
+    """``NAME={...}`` as (name, options of a :class:`Setting`); JSON or Python spelling.
 
     Args:
         text: value of an option ``--tome``.

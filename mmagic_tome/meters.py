@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 CLOCKS = ("wall", "cpu")
 
@@ -130,3 +131,21 @@ def energy_reader(device: torch.device) -> Callable[[], float | None]:
     except Exception:  # not installed, no driver, too old a GPU, torch without uuid
         return lambda: None
     return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+
+
+def step_module(model: object) -> nn.Module:
+    """The module whose calls are the steps of a run.
+
+    Hooks on a network do not run where step caching skips its call; those on a wrapper around it do
+    (MMagic's ``unet``).
+
+    Args:
+        model: whatever ``apply_tome`` takes.
+    """
+    from .models import find_adapter
+
+    network = find_adapter(model)[1]
+    unet = getattr(model, "unet", None)
+    if isinstance(unet, nn.Module) and any(module is network for module in unet.modules()):
+        return unet
+    return network

@@ -11,23 +11,29 @@ about its own length for another image (``docs/architecture.md`` has the measure
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .latents import count_copies, cropped, sampled, tensors_of
+
 #: Largest relative residual of a call that continues a run. Deterministic samplers leave at most
 #: 0.03, the inputs of other images at least 0.68; ancestral samplers, which add noise, 0.1 to 1.
 MAX_RESIDUAL = 0.5
 # A run that has fitted well is held to it: this many times its own worst residual, at least this.
 _TOLERANCE, _SMALLEST = 3.0, 0.05
+# A second call at one timestep, as PNDM makes it, follows exactly: so near are the inputs of two
+# images with the same seed.
+_AT_ONE_TIMESTEP = 0.01
+# Of two runs that a call may continue, the better one must fit this many times as well.
+_CLEARLY = 2.0
 # Share of the new input that a guidance branch must explain to be part of a run.
 _NEGLIGIBLE = 3e-3
-# Elements per image that are compared, so that nothing grows with the size of a video.
-_SAMPLES = 1 << 14
 # Runs that one thread may interleave: views of one image, and runs at other timesteps.
 _MAX_RUNS, _MAX_OTHERS = 64, 3
 # Guidance branches of one step.
@@ -121,7 +127,7 @@ class Run:
     def sample(self, latents: Sequence[Tensor]) -> Tensor:
         """(B, n) float32: some elements of every image of an input, without the channels that the
         network does not predict (the mask of inpainting)."""
-        return _sampled([_cropped(x, self._other) for x in latents])
+        return sampled([cropped(x, self._other) for x in latents])
 
     def same_input(self, latents: Sequence[Tensor]) -> bool:
         """Whether the call at the present step had this input."""
@@ -169,18 +175,36 @@ class Run:
         own = products[:, -1, -1].clamp_min(1e-30)
         return float((residual / own).max().sqrt()), shares
 
-    def next_step(self, name: Hashable, residual: float, shares: dict[Hashable, float]) -> None:
-        """Go on to the next step, called by a branch first."""
-        self.step += 1
-        self._worst = max(residual, self._worst or 0.0)
-        # A branch that this step's input does not depend on, or that was not called at the last
-        # step, belongs to something else.
+    def next_step(
+        self, name: Hashable, residual: float, shares: dict[Hashable, float]
+    ) -> Run | None:
+        """Go on to the next step, called by a branch first.
+
+        Returns:
+            Run | None: what was called at the last step with the same input and has no part in the
+            next one: another image with the same seed, which goes on on its own.
+        """
         named = any(isinstance(key, str) for key in self.called)
         kept = [key for key in self.called if named or shares.get(key, 1.0) >= _NEGLIGIBLE]
-        branches = [self.branches[key] for key in kept or self.called]
+        kept = kept or self.called
+        other = self._split([key for key in self.called if key not in kept])
+        # A branch that was not called at the last step has ended.
+        branches = [self.branches[key] for key in kept]
         self.branches = dict(zip(kept if named else range(len(branches)), branches))
+        self.step += 1
+        self._worst = max(residual, self._worst or 0.0)
         self.called = [name]
         self.previous, self.input = self.input, None
+        return other
+
+    def _split(self, keys: Sequence[Hashable]) -> Run | None:
+        """A run of its own out of some branches."""
+        if not keys:
+            return None
+        other = copy.copy(self)
+        other.branches = {number: self.branches[key] for number, key in enumerate(keys)}
+        other.called = list(other.branches)
+        return other
 
     def remember(self, latents: Sequence[Tensor], output: Any) -> None:
         """Note input and output of the call that ended."""
@@ -196,9 +220,9 @@ class Run:
         if self.input is None:
             self.input = self.sample(latents)
         if self.copies is None:
-            self.copies = _copies(self.input)
+            self.copies = count_copies(self.input)
         if outputs:
-            newest = _sampled([_cropped(y, x) for x, y in zip(latents, outputs)])
+            newest = sampled([cropped(y, x) for x, y in zip(latents, outputs)])
             if newest.shape == self.input.shape:
                 self.branch.outputs = [*self.branch.outputs[-1:], newest]
 
@@ -277,7 +301,7 @@ class RunTracker:
         return None
 
     def _repeats(self, run: Run, call: Call) -> bool:
-        """Whether a later run reaches this step now: the same seed has the same inputs."""
+        """Whether a later run reaches this step now: the same seed again has the same inputs."""
         for one in self._mates(call):
             if one.tick > run.tick and one.time > call.time and one.input is not None:
                 residual, bound, _ = self._fit(one, call.latents)
@@ -287,20 +311,29 @@ class RunTracker:
 
     def _continued(self, call: Call) -> Run | None:
         """A run whose next step this is."""
-        best: tuple[float, Run, dict] | None = None
+        candidates = []
         for run in self._mates(call):
             if run.input is None or call.time > run.time:
                 continue
             residual, bound, shares = self._fit(run, call.latents)
-            if residual <= bound and (best is None or residual < best[0]):
-                best = residual, run, shares
-        if best is None:
+            if call.time == run.time:
+                if run.same_input(call.latents):
+                    continue  # the same call again begins a run again
+                bound = min(bound, _AT_ONE_TIMESTEP)
+            if residual <= bound:
+                candidates.append((residual, run, shares))
+        candidates.sort(key=lambda one: one[0])
+        if not candidates or (
+            len(candidates) > 1 and _CLEARLY * candidates[0][0] > candidates[1][0]
+        ):
             return None
-        residual, run, shares = best
+        residual, run, shares = candidates[0]
         # Whoever was not called during this run's whole last step is not going on.
         self.runs = [one for one in self.runs if one.tick >= run.step_tick]
         name = 0 if self.branch_name is None else self.branch_name
-        run.next_step(name, residual, shares)
+        other = run.next_step(name, residual, shares)
+        if other is not None:
+            self.runs.append(other)
         run.branches.setdefault(name, Branch(self.new_state()))
         run.step_tick = self._tick
         return run
@@ -330,64 +363,3 @@ class RunTracker:
     def _mates(self, call: Call) -> list[Run]:
         key = call.key
         return [] if key is None else [run for run in self.runs if run.key == key]
-
-
-def as_float(timestep: Any) -> float:
-    """First of the timesteps of a call as a number; synchronizes with the device."""
-    if isinstance(timestep, Tensor):
-        return float(timestep.detach().reshape(-1)[0])
-    return float(timestep)
-
-
-def latents_of(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-    """What a network is called to denoise; empty if it is not known."""
-    named = (kwargs[name] for name in ("sample", "hidden_states", "x") if name in kwargs)
-    x = args[0] if args else next(named, None)
-    if x is None:
-        x = next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
-    latents = tuple(x) if isinstance(x, list) else (x,)
-    return latents if all(isinstance(one, Tensor) for one in latents) else ()
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    """The prediction in what a network returned: its first tensor, or a list of tensors."""
-    while not isinstance(output, Tensor):
-        if isinstance(output, (list, tuple)) and output and isinstance(output[0], Tensor):
-            return list(output) if isinstance(output, list) else [output[0]]
-        if isinstance(output, Mapping):
-            output = next(iter(output.values()), None)
-        elif isinstance(output, (list, tuple)) and output:
-            output = output[0]
-        else:
-            return []
-    return [output]
-
-
-def _cropped(x: Tensor, other: Tensor | None) -> Tensor:
-    """The front part of ``x`` that ``other`` has as well: latents come before what is attached."""
-    if other is None or other.dim() != x.dim():
-        return x
-    for dim, size in enumerate(other.shape):
-        if size < x.shape[dim]:
-            x = x.narrow(dim, 0, size)
-    return x
-
-
-def _sampled(tensors: Sequence[Tensor]) -> Tensor:
-    """(B, n) float32 copy: every n-th element of a batch, or of each of several tensors."""
-    rows = tensors[0].detach().flatten(1) if len(tensors) == 1 else None
-    if rows is None:
-        rows = torch.stack([x.detach().flatten() for x in tensors])
-    # An odd stride meets all rows and columns.
-    stride = max(1, rows.shape[1] // _SAMPLES) | 1
-    return rows[:, ::stride].float().clone()
-
-
-def _copies(x: Tensor) -> int:
-    """Into how many equal parts a batch falls: 3, 2 or 1."""
-    for count in (2, 3):
-        if x.shape[0] % count == 0:
-            first, *others = x.chunk(count)
-            if all(torch.equal(first, other) for other in others):
-                return count
-    return 1

@@ -41,7 +41,7 @@ def kept_tokens(height, width, ratio, sx, sy):
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_odd_grids_and_batches(original, size, batch):
     network = copy.deepcopy(original)
-    handle = apply_tome(network, ratio=0.5, merge_crossattn=True, merge_mlp=True)
+    handle = apply_tome(network, ratio=0.5, merge_crossattn=True, targets=["attn", "mlp"])
     merged = run(network, size, batch)
     assert merged.shape == (batch, 4, *size) and merged.isfinite().all()
     tokens = size[0] * size[1]
@@ -59,8 +59,8 @@ def test_odd_grids_and_batches(original, size, batch):
 def test_autocast(original, dtype, batch):
     """Both with guidance (a batch of two halves) and without; close to what float32 gives."""
     network = copy.deepcopy(original)
-    dense = run(network, batch=batch)
-    handle = apply_tome(network, ratio=0.5, use_rand=False, merge_mlp=True)
+    baseline = run(network, batch=batch)
+    handle = apply_tome(network, ratio=0.5, use_rand=False, targets=["attn", "mlp"])
     expected = run(network, batch=batch)
     with torch.autocast("cpu", dtype):
         found = run(network, batch=batch)
@@ -69,10 +69,10 @@ def test_autocast(original, dtype, batch):
         plain = run(network, batch=batch)
     assert found.isfinite().all()
     # Rounding may send a token to another destination, so that the picture is close as a whole;
-    # it is closer to the merged one in float32 than merging is to the dense one.
+    # it is closer to the merged one in float32 than merging is to the baseline one.
     error = (found.float() - expected).pow(2).mean().sqrt()
-    assert error < 0.7 * (expected - dense).pow(2).mean().sqrt()
-    torch.testing.assert_close(plain.float(), dense, rtol=0.1, atol=0.1)
+    assert error < 0.7 * (expected - baseline).pow(2).mean().sqrt()
+    torch.testing.assert_close(plain.float(), baseline, rtol=0.1, atol=0.1)
 
 
 @settings(max_examples=30, **QUIET)
@@ -83,25 +83,25 @@ def test_autocast(original, dtype, batch):
     cell=st.tuples(st.integers(1, 4), st.integers(1, 4)).filter(lambda cell: cell != (1, 1)),
     share=st.floats(0, 1),
     random=st.booleans(),
-    sites=st.sampled_from([["attn"], ["attn", "crossattn", "mlp"], ["mlp"], "block", "stack"]),
+    targets=st.sampled_from([["attn"], ["attn", "crossattn", "mlp"], ["mlp"], "block", "stack"]),
 )
 def test_every_grid(original, height, width, batch, cell, share, random, sites):
     sx, sy = cell
     ratio = share * (1 - 1 / (sx * sy))
-    dense = run(original, (height, width), batch)
-    options = dict(ratio=ratio, sx=sx, sy=sy, use_rand=random, sites=sites)
+    baseline = run(original, (height, width), batch)
+    options = dict(ratio=ratio, sx=sx, sy=sy, use_rand=random, targets=sites)
     with apply_tome(original, **options) as handle:
         merged = run(original, (height, width), batch)
-        assert merged.shape == dense.shape and merged.isfinite().all()
+        assert merged.shape == baseline.shape and merged.isfinite().all()
         kept = kept_tokens(height, width, ratio, sx, sy)
         seen = {(row["tokens"], row["kept"]) for row in handle.stats()}
         assert seen == {(height * width, kept)}
         if kept == height * width:
-            assert torch.equal(merged, dense)
+            assert torch.equal(merged, baseline)
         assert torch.equal(run(original, (height, width), batch), merged)
         handle.ratio = 0
-        assert torch.equal(run(original, (height, width), batch), dense)
-    assert torch.equal(run(original, (height, width), batch), dense)
+        assert torch.equal(run(original, (height, width), batch), baseline)
+    assert torch.equal(run(original, (height, width), batch), baseline)
 
 
 @settings(max_examples=12, **QUIET)
@@ -110,10 +110,10 @@ def test_every_grid(original, height, width, batch, cell, share, random, sites):
     options=st.sampled_from(
         [
             {},
-            dict(merge_mlp=True),
-            dict(sites="block"),
-            dict(refresh=2),
-            dict(refresh=2, residual="own"),
+            dict(targets=["attn", "mlp"]),
+            dict(targets="block"),
+            dict(plan_interval=2),
+            dict(plan_interval=2, residual="own"),
         ]
     ),
     fails=st.booleans(),

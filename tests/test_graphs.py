@@ -5,14 +5,14 @@ import sys
 import torch
 
 from mmagic_tome import graphs
-from mmagic_tome.graphs import Outside, prepare_compiler
+from mmagic_tome.graphs import eager_only, prepare_compiler
 
 
 def test_a_method_is_its_plain_self_until_the_compiler_is_prepared(monkeypatch):
     monkeypatch.setattr(graphs, "_waiting", [])
 
     class Hook:
-        @Outside()
+        @eager_only()
         def decide(self, step):
             return 2 * step
 
@@ -36,10 +36,10 @@ def test_torch_that_takes_no_reason(monkeypatch):
     monkeypatch.setattr(torch.compiler, "disable", disable)
 
     class Hook:
-        @Outside()
+        @eager_only()
         def decide(self): ...
 
-        @Outside(inner=True)
+        @eager_only(inner=True)
         def run(self): ...
 
     prepare_compiler()

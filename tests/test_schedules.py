@@ -7,43 +7,43 @@ from hypothesis import strategies as st
 from tiny import tiny_unet
 
 from mmagic_tome import ToMeConfig, ToMeError, apply_tome
-from mmagic_tome.schedules import Place, RatioSchedule, noise_factor
+from mmagic_tome.schedules import Place, RatioSchedule, timestep_factor
 
 
 def at(spec, **place):
-    return RatioSchedule(spec, 0.75)(Place(**{"site": "attn", "downsample": 1, **place}))
+    return RatioSchedule(spec, 0.75)(Place(**{"target": "attn", "downsample": 1, **place}))
 
 
 def test_a_number_is_the_same_everywhere():
     schedule = RatioSchedule(0.3, 0.75)
-    assert schedule.constant and not schedule.needs_noise and not schedule.zero
-    assert {at(0.3, downsample=d, noise=n) for d in (1, 2) for n in (0.0, None)} == {0.3}
+    assert schedule.constant and not schedule.needs_timestep and not schedule.zero
+    assert {at(0.3, downsample=d, timestep=n) for d in (1, 2) for n in (0.0, None)} == {0.3}
     assert RatioSchedule(0, 0.75).zero
 
 
 def test_the_most_specific_wins():
-    spec = dict(base=0.1, level={2: 0.2}, site={"mlp": 0.4})
+    spec = dict(base=0.1, downsample={2: 0.2}, target={"mlp": 0.4})
     assert at(spec) == 0.1
     assert at(spec, downsample=2) == 0.2
-    assert at(spec, downsample=2, site="mlp") == 0.4
+    assert at(spec, downsample=2, target="mlp") == 0.4
     spec["depth"] = [0.3]
     assert at(spec, downsample=2) == 0.3
-    assert at(spec, downsample=2, site="mlp") == 0.4
+    assert at(spec, downsample=2, target="mlp") == 0.4
 
 
-def test_what_nothing_names_is_dense():
-    assert at(dict(level={2: 0.5})) == 0
-    assert at(dict(site={"mlp": 0.5})) == 0
+def test_what_nothing_names_is_not_merged():
+    assert at(dict(downsample={2: 0.5})) == 0
+    assert at(dict(target={"mlp": 0.5})) == 0
 
 
 def test_levels_survive_json():
-    assert at(dict(level={"2": 0.5}), downsample=2) == 0.5
+    assert at(dict(downsample={"2": 0.5}), downsample=2) == 0.5
 
 
-def test_self_attention_is_one_site_whether_queries_merge_or_not():
-    assert at(dict(site={"attn": 0.5}), site="attn_kv") == 0.5
-    assert at(dict(site={"attn": 0.5, "attn_kv": 0.25}), site="attn_kv") == 0.25
-    assert at(dict(base=0.1, site={"attn_kv": 0.5})) == 0.1
+def test_self_attention_is_one_target_whether_queries_merge_or_not():
+    assert at(dict(target={"attn": 0.5}), target="attn_kv") == 0.5
+    assert at(dict(target={"attn": 0.5, "attn_kv": 0.25}), target="attn_kv") == 0.25
+    assert at(dict(base=0.1, target={"attn_kv": 0.5})) == 0.1
 
 
 def test_ratios_for_places_that_are_not_merged():
@@ -52,36 +52,39 @@ def test_ratios_for_places_that_are_not_merged():
     def misses(spec):
         return RatioSchedule(spec, 0.75).misses(places)
 
-    assert misses(dict(level={2: 0.5}))
-    assert misses(dict(site={"mlp": 0.5}))
-    assert misses(dict(base=0.5, site={"attn": 0}))
-    assert not misses(dict(level={1: 0.5, 2: 0.5}))
+    assert misses(dict(downsample={2: 0.5}))
+    assert misses(dict(target={"mlp": 0.5}))
+    assert misses(dict(base=0.5, target={"attn": 0}))
+    assert not misses(dict(downsample={1: 0.5, 2: 0.5}))
     assert not misses(dict(depth=[0, 0, 0.1]))
-    assert not misses(dict(level={2: 0.5}, site={"attn": 0.1}))
+    assert not misses(dict(downsample={2: 0.5}, target={"attn": 0.1}))
     # Nothing is named, and nothing merged.
     assert not misses(0) and not misses(0.5)
-    assert not misses(dict(base=0)) and not misses(dict(level={1: 0, 2: 0}))
+    assert not misses(dict(base=0)) and not misses(dict(downsample={1: 0, 2: 0}))
     assert not misses(lambda place: 0)
 
 
 def test_a_schedule_that_merges_nothing_is_refused_by_name():
     unet = tiny_unet(levels=2)
     for options, said in (
-        (dict(ratio=dict(level={2: 0.5})), "downsample 1, sites attn"),
-        (dict(ratio=dict(site={"mlp": 0.5})), "downsample 1, sites attn"),
-        (dict(ratio=dict(level={4: 0.5}), max_downsample=2, merge_mlp=True), "1, 2, sites attn, m"),
+        (dict(ratio=dict(downsample={2: 0.5})), "downsample 1, targets attn"),
+        (dict(ratio=dict(target={"mlp": 0.5})), "downsample 1, targets attn"),
+        (
+            dict(ratio=dict(downsample={4: 0.5}), max_downsample=2, targets=["attn", "mlp"]),
+            "1, 2, targets attn, m",
+        ),
     ):
         with pytest.raises(ToMeError, match="names no ratio for what is merged") as error:
             apply_tome(unet, **options)
         assert said in str(error.value)
-    apply_tome(unet, ratio=dict(level={2: 0.5}), max_downsample=2)
+    apply_tome(unet, ratio=dict(downsample={2: 0.5}), max_downsample=2)
 
 
 def test_depth_is_spread_evenly():
-    values = [at(dict(depth=[0.6, 0.0]), depth=i, depths=4) for i in range(4)]
+    values = [at(dict(depth=[0.6, 0.0]), depth=i, num_blocks=4) for i in range(4)]
     assert values == pytest.approx([0.6, 0.4, 0.2, 0.0])
     per_block = [0.1, 0.7, 0.3]
-    assert [at(dict(depth=per_block), depth=i, depths=3) for i in range(3)] == pytest.approx(
+    assert [at(dict(depth=per_block), depth=i, num_blocks=3) for i in range(3)] == pytest.approx(
         per_block
     )
 
@@ -89,46 +92,52 @@ def test_depth_is_spread_evenly():
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
+        (dict(), [1, 1, 1, 1]),
+        # Half-open; a high of 1 includes the start.
+        (dict(timestep_range=(0.25, 0.5)), [0, 1, 0, 0]),
+        (dict(timestep_range=(0.5, 1)), [0, 0, 1, 1]),
         (dict(kind="linear"), [0, 0.25, 0.5, 1]),
         (dict(kind="linear", start=0.5, end=1), [1, 0.875, 0.75, 0.5]),
         (dict(kind="cosine"), [0, 0.146447, 0.5, 1]),
         (dict(points=[(1, 0.2), (0.5, 1), (0, 0)]), [0, 0.5, 1, 0.2]),
-        (dict(between=(0.4, 1)), [0, 0, 1, 1]),
-        (dict(between=(0, 0.4)), [1, 1, 0, 0]),
-        (dict(kind="linear", between=(0.25, 0.5)), [0, 0.25, 0.5, 0]),
+        (dict(timestep_range=(0.4, 1)), [0, 0, 1, 1]),
+        (dict(timestep_range=(0, 0.4)), [1, 1, 0, 0]),
+        (dict(kind="linear", timestep_range=(0.25, 0.75)), [0, 0.25, 0.5, 0]),
     ],
 )
-def test_noise(spec, expected):
+def test_factor_of_the_timestep(spec, expected):
     levels = [0, 0.25, 0.5, 1]
-    assert [noise_factor(spec, n) for n in levels] == pytest.approx(expected, abs=1e-6)
-    values = [at(dict(base=0.5, noise=spec), noise=n) for n in levels]
+    assert [timestep_factor(spec, n) for n in levels] == pytest.approx(expected, abs=1e-6)
+    values = [at(dict(base=0.5, timestep=spec), timestep=n) for n in levels]
     assert values == pytest.approx([0.5 * e for e in expected], abs=1e-6)
 
 
-def test_noise_by_level():
-    noise = dict(level={1: dict(between=(0.5, 1)), 2: dict(kind="linear")})
-    spec = dict(base=0.5, noise=noise)
+def test_a_factor_for_each_level():
+    timestep = dict(downsample={1: dict(timestep_range=(0.5, 1)), 2: dict(kind="linear")})
+    spec = dict(base=0.5, timestep=timestep)
     for level, expected in ((1, [0, 0.5]), (2, [0.1, 0.4]), (4, [0.5, 0.5])):
-        assert [at(spec, downsample=level, noise=n) for n in (0.2, 0.8)] == pytest.approx(expected)
-    assert RatioSchedule(spec, 0.75).needs_noise
+        assert [at(spec, downsample=level, timestep=n) for n in (0.2, 0.8)] == pytest.approx(
+            expected
+        )
+    assert RatioSchedule(spec, 0.75).needs_timestep
     back = ToMeConfig.from_dict(json.loads(json.dumps(ToMeConfig(ratio=spec).to_dict())))
     assert back == ToMeConfig(ratio=spec)
-    assert at(back.ratio, downsample=1, noise=0.2) == 0
+    assert at(back.ratio, downsample=1, timestep=0.2) == 0
 
 
-def test_noise_a_little_above_one_is_one():
-    assert noise_factor(dict(between=(0.4, 1)), 1.0001) == 1
+def test_a_share_a_little_above_one_is_one():
+    assert timestep_factor(dict(timestep_range=(0.4, 1)), 1.0001) == 1
 
 
-def test_unknown_noise_leaves_the_ratio():
-    assert at(dict(base=0.5, noise=dict(kind="linear")), noise=None) == 0.5
+def test_an_unknown_share_leaves_the_ratio():
+    assert at(dict(base=0.5, timestep=dict(kind="linear")), timestep=None) == 0.5
 
 
 def test_a_callable_sees_the_place():
     def ratio(place):
-        return 0.5 if place.site == "attn" and place.noise > 0.5 else 0.25
+        return 0.5 if place.target == "attn" and place.timestep > 0.5 else 0.25
 
-    assert at(ratio, noise=0.9) == 0.5 and at(ratio, noise=0.1) == 0.25
+    assert at(ratio, timestep=0.9) == 0.5 and at(ratio, timestep=0.1) == 0.25
     with pytest.raises(ToMeError, match=r"1\.5"):
         at(lambda place: 1.5)
 
@@ -139,10 +148,13 @@ def test_a_callable_sees_the_place():
     st.floats(0, 1),
     st.sampled_from(["constant", "linear", "cosine"]),
 )
-def test_always_within_the_ceiling(values, depths, noise, kind):
-    for depth in range(depths):
+def test_always_within_the_ceiling(values, num_blocks, remaining, kind):
+    for depth in range(num_blocks):
         value = at(
-            dict(depth=values, noise=dict(kind=kind)), depth=depth, depths=depths, noise=noise
+            dict(depth=values, timestep=dict(kind=kind)),
+            depth=depth,
+            num_blocks=num_blocks,
+            timestep=remaining,
         )
         assert 0 <= value <= 0.75 + 1e-9
 
@@ -151,38 +163,41 @@ def test_always_within_the_ceiling(values, depths, noise, kind):
     ("spec", "said"),
     [
         (dict(), "names no ratio"),
-        (dict(noise=dict(kind="linear")), "names no ratio"),
+        (dict(timestep=dict(kind="linear")), "names no ratio"),
         (dict(base=0.9), "0.9"),
         (dict(base="x"), "'x'"),
-        (dict(levels={1: 0.5}), "no key 'levels'"),
-        (dict(level=[0.5]), "must be a dict"),
-        (dict(level={1: -1}), "-1"),
+        (dict(levels={1: 0.5}), "no option 'levels'"),
+        (dict(downsample=[0.5]), "must be a dict"),
+        (dict(downsample={1: -1}), "-1"),
         (dict(depth=0.5), "must be a list"),
-        (dict(base=0.5, noise="linear"), "must be a dict"),
-        (dict(base=0.5, noise=dict(kind="quadratic")), "quadratic"),
-        (dict(base=0.5, noise=dict(level={1: {}}, kind="linear")), "no key 'kind'"),
-        (dict(base=0.5, noise=dict(level={3: {}})), "no level 3"),
-        (dict(base=0.5, noise=dict(level={})), "must be a dict"),
-        (dict(base=0.5, noise=dict(level={1: 0.5})), "0.5 must be a dict"),
-        (dict(base=0.5, noise=dict(level={1: dict(level={1: {}})})), "must be a dict"),
-        (dict(base=0.5, noise=dict(level={1: dict(kind="quadratic")})), "quadratic"),
-        (dict(base=0.5, noise=dict(kind="piecewise")), "points"),
-        (dict(base=0.5, noise=dict(points=[(1, 2, 3)])), "pair"),
-        (dict(base=0.5, noise=dict(points=[(1, 2)])), "2"),
-        (dict(base=0.5, noise=dict(between=0.5)), "must be a list"),
-        (dict(base=0.5, noise=dict(start=3)), "start"),
-        (dict(base=0.5, noise=dict(stop=3)), "no key 'stop'"),
-        (dict(base=0.5, noise=dict(star=1)), "did you mean 'start'"),
-        (dict(site={"atn": 0.5}), "did you mean 'attn'"),
-        (dict(level={3: 0.5}), "write 1, 2, 4 or 8"),
-        (dict(level={"fine": 0.5}), "no level 'fine'"),
-        (dict(level={0: 0.5}), "no level 0"),
-        (dict(level={1.0: 0.5}), "no level 1.0"),
+        (dict(base=0.5, timestep="linear"), "must be a dict"),
+        (dict(base=0.5, timestep=dict(kind="quadratic")), "quadratic"),
+        (dict(base=0.5, timestep=dict(downsample={1: {}}, kind="linear")), "no option 'kind'"),
+        (dict(base=0.5, timestep=dict(downsample={3: {}})), "no level 3"),
+        (dict(base=0.5, timestep=dict(downsample={})), "must be a dict"),
+        (dict(base=0.5, timestep=dict(downsample={1: 0.5})), "0.5 must be a dict"),
+        (dict(base=0.5, timestep=dict(downsample={1: dict(downsample={1: {}})})), "must be a dict"),
+        (dict(base=0.5, timestep=dict(downsample={1: dict(kind="quadratic")})), "quadratic"),
+        (dict(base=0.5, timestep=dict(kind="piecewise")), "points"),
+        (dict(base=0.5, timestep=dict(points=[(1, 2, 3)])), "pair"),
+        (dict(base=0.5, timestep=dict(points=[(1, 2)])), "2"),
+        (dict(base=0.5, timestep=dict(timestep_range=0.5)), "must be (low, high)"),
+        (dict(base=0.5, timestep=dict(start=3)), "start"),
+        (dict(base=0.5, timestep=dict(stop=3)), "no option 'stop'"),
+        (dict(base=0.5, timestep=dict(star=1)), "did you mean 'start'"),
+        (dict(target={"atn": 0.5}), "did you mean 'attn'"),
+        (dict(downsample={3: 0.5}), "write 1, 2, 4 or 8"),
+        (dict(downsample={"fine": 0.5}), "no level 'fine'"),
+        (dict(downsample={0: 0.5}), "no level 0"),
+        (dict(downsample={1.0: 0.5}), "no level 1.0"),
         # Said, but without effect.
-        (dict(base=0.5, noise=dict(start=0.5)), "kind='constant' does not use 'start'"),
-        (dict(base=0.5, noise=dict(kind="linear", points=[(0, 1)])), "write kind='piecewise'"),
-        (dict(base=0.5, noise=dict(points=[(0, 1)], end=1)), "write kind='linear'"),
-        (dict(base=0.5, noise=dict(between=(0.8, 0.2))), "write between=(0.2, 0.8)"),
+        (dict(base=0.5, timestep=dict(start=0.5)), "kind='constant' does not use 'start'"),
+        (dict(base=0.5, timestep=dict(kind="linear", points=[(0, 1)])), "write kind='piecewise'"),
+        (dict(base=0.5, timestep=dict(points=[(0, 1)], end=1)), "write kind='linear'"),
+        (
+            dict(base=0.5, timestep=dict(timestep_range=(0.8, 0.2))),
+            "write timestep_range=(0.2, 0.8)",
+        ),
     ],
 )
 def test_bad_specs_are_named(spec, said):

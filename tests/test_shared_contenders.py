@@ -20,6 +20,7 @@ from mmagic_tome.contenders import apply_tomesd, parse_named, parse_options
         ("a={ratio}", "expected a dict"),
         ("a={'ratio': 2}", "--tome a: "),
         ("a={'ration': 0.2}", "did you mean 'ratio'"),
+        ("a={'cache': 'faast'}", "--tome a: .*'fast'"),
     ],
 )
 def test_bad_tome_options(text, said):
@@ -28,9 +29,9 @@ def test_bad_tome_options(text, said):
 
 
 def test_tome_options_in_both_spellings():
-    expected = ("a", {"ratio": 0.6, "merge_mlp": True})
-    assert parse_named("a={'ratio': 0.6, 'merge_mlp': True}") == expected
-    assert parse_named('a={"ratio": 0.6, "merge_mlp": true}') == expected
+    expected = ("a", {"ratio": 0.6, "prop_attn": True, "cache": "fast"})
+    assert parse_named("a={'ratio': 0.6, 'prop_attn': True, 'cache': 'fast'}") == expected
+    assert parse_named('a={"ratio": 0.6, "prop_attn": true, "cache": "fast"}') == expected
     assert parse_options("[1, 2]") == [1, 2] and parse_options("a word") == "a word"
 
 

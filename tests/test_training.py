@@ -12,9 +12,9 @@ import torch
 from tiny import tiny_inputs, tiny_unet
 from tiny_transformers import TRANSFORMERS
 
-from mmagic_tome import apply_tome, get_handle, remove_tome
+from mmagic_tome import ToMeError, apply_tome, get_handle, remove_tome
 
-EVERYTHING = dict(ratio=0.5, merge_attn=True, merge_crossattn=True, merge_mlp=True)
+EVERYTHING = dict(ratio=0.5, targets=["attn", "crossattn", "mlp"])
 PIXART = TRANSFORMERS["PixArt-alpha, PixArt-sigma"]
 
 
@@ -48,7 +48,7 @@ def train(network, steps, rate=1e-2):
 def test_gradcheck_of_the_whole_unet_in_float64(sites):
     """Numeric gradients along random directions, of the sample and of a weight in a block."""
     network = tiny_unet(levels=1).double()
-    apply_tome(network, ratio=0.5, sites=sites)
+    apply_tome(network, ratio=0.5, targets=sites)
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in tiny_inputs(size=4).items()}
     sample = inputs.pop("sample")
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k.weight"
@@ -65,7 +65,7 @@ def test_gradcheck_of_the_whole_unet_in_float64(sites):
 
 def test_gradcheck_of_a_transformer_in_float64():
     network = PIXART.build().double()
-    apply_tome(network, ratio=0.5, sites=["attn", "mlp"])
+    apply_tome(network, ratio=0.5, targets=["attn", "mlp"])
     inputs = PIXART.inputs((3, 4), batch=1)
     inputs = {
         k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
@@ -97,9 +97,9 @@ def test_lora_learns(unet):
 
 
 def test_all_weights_learn_and_the_dense_network_has_learned_as_well(unet):
-    dense = copy.deepcopy(unet)
+    baseline = copy.deepcopy(unet)
     apply_tome(unet, **EVERYTHING)
-    merged, without = train(unet.train(), 12), train(dense.train(), 12)
+    merged, without = train(unet.train(), 12), train(baseline.train(), 12)
     assert merged[-1] < 0.6 * merged[0]
     assert merged[-1] == pytest.approx(without[-1], rel=0.3)
     remove_tome(unet)
@@ -138,7 +138,7 @@ def test_averages_of_weights(unet):
 
 def test_checkpoints_of_mmengine_know_nothing_of_merging(unet, tmp_path):
     runner = pytest.importorskip("mmengine.runner")
-    dense = run(unet)
+    baseline = run(unet)
     apply_tome(unet, **EVERYTHING)
     merged = run(unet)
     file = str(tmp_path / "merged.pth")
@@ -146,13 +146,86 @@ def test_checkpoints_of_mmengine_know_nothing_of_merging(unet, tmp_path):
 
     plain = tiny_unet(levels=1, seed=1)
     runner.load_checkpoint(plain, file, strict=True)
-    assert torch.equal(run(plain), dense)
+    assert torch.equal(run(plain), baseline)
     other = tiny_unet(levels=1, seed=1)
     apply_tome(other, **EVERYTHING)
     runner.load_checkpoint(other, file, strict=True)
     assert torch.equal(run(other), merged)
     unet.save_pretrained(tmp_path / "folder")
-    assert torch.equal(run(type(unet).from_pretrained(tmp_path / "folder")), dense)
+    assert torch.equal(run(type(unet).from_pretrained(tmp_path / "folder")), baseline)
+
+
+# --- gradients and checkpointing ------------------------------------------------------------------
+
+
+def test_gradients_reach_every_parameter(unet):
+    apply_tome(unet, **EVERYTHING)
+    unet(**tiny_inputs()).sample.square().mean().backward()
+    missing = [n for n, p in unet.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not missing
+
+
+def assert_checkpointing_keeps_gradients(unet, loss):
+    """Gradients of ``loss()`` with gradient checkpointing on equal those with it off."""
+    unet.train()
+
+    def gradients():
+        unet.zero_grad()
+        loss().backward()
+        return [p.grad.clone() for p in unet.parameters()]
+
+    expected = gradients()
+    unet.enable_gradient_checkpointing()
+    for a, b in zip(gradients(), expected):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(unet):
+    apply_tome(unet, **EVERYTHING)
+    assert_checkpointing_keeps_gradients(unet, lambda: unet(**tiny_inputs()).sample.square().mean())
+
+
+def test_checkpointing_with_several_forwards_before_the_backward(unet):
+    # The blocks are called again when the network has gone on to another step and size.
+    apply_tome(unet, **EVERYTHING)
+    calls = [
+        dict(timestep=torch.tensor(900)),
+        dict(timestep=torch.tensor(100)),
+        tiny_inputs(size=8),
+    ]
+
+    def loss():
+        losses = [unet(**{**tiny_inputs(), **call}).sample.square().mean() for call in calls]
+        run(unet)  # a validation in between
+        return sum(losses)
+
+    assert_checkpointing_keeps_gradients(unet, loss)
+
+
+def test_reentrant_checkpointing_is_refused(unet):
+    from functools import partial
+
+    from torch.utils.checkpoint import checkpoint
+
+    apply_tome(unet, ratio=0.5)
+    unet.train()
+    unet.enable_gradient_checkpointing()
+    for module in unet.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=True)
+    with pytest.raises(ToMeError, match="use_reentrant=False"):
+        unet(**tiny_inputs()).sample.square().mean().backward()
+
+
+def test_saved_plans_live_as_long_as_the_graph(unet):
+    apply_tome(unet, ratio=0.5)
+    blocks = get_handle(unet)._state.blocks
+    run(unet)
+    assert not any(len(block.saved) for block in blocks)
+    out = unet(**tiny_inputs()).sample
+    assert all(len(block.saved) == 1 for block in blocks)
+    del out
+    assert not any(len(block.saved) for block in blocks)
 
 
 # --- two processes --------------------------------------------------------------------------------
@@ -175,10 +248,10 @@ for order in ("before", "after"):
         with torch.no_grad():
             network.conv_in.weight.zero_()
     if order == "before":
-        apply_tome(network, ratio=0.5, merge_mlp=True)
+        apply_tome(network, ratio=0.5, targets=["attn", "mlp"])
     ddp = DistributedDataParallel(network)
     if order == "after":
-        apply_tome(ddp, ratio=0.5, merge_mlp=True)
+        apply_tome(ddp, ratio=0.5, targets=["attn", "mlp"])
     optimiser = torch.optim.SGD(ddp.parameters(), lr=1e-2)
     for step in range(2):
         optimiser.zero_grad()
@@ -220,7 +293,7 @@ def test_distributed_data_parallel_on_two_processes(tmp_path):
             worker.kill()
 
     alone = tiny_unet(levels=1).train()
-    apply_tome(alone, ratio=0.5, merge_mlp=True)
+    apply_tome(alone, ratio=0.5, targets=["attn", "mlp"])
     optimiser = torch.optim.SGD(alone.parameters(), lr=1e-2)
     for step in range(2):
         optimiser.zero_grad()

@@ -18,7 +18,7 @@ def start(command):
         sys.path.insert(0, str(CHECKOUT))
     try:
         from mmagic_tome.__main__ import run_command
-    except KeyboardInterrupt:  # this import brings torch in, which takes seconds
+    except KeyboardInterrupt:  # where MMagic is installed, this import takes seconds
         print(f"{command}.py: interrupted", file=sys.stderr)
         return 130
     return run_command(command, None, f"{command}.py")

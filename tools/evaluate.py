@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Compare a model dense, with token merging and with fewer steps: metrics, cost, a report.
+"""Compare a model dense, with merging, step caching and fewer steps: metrics, cost, a report.
 
     python tools/evaluate.py configs/demo/sd-emoji.py --prompt-set demo --limit 50
 

@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Generate images with the model of a MMagic config, with token merging.
+"""Generate images with the model of a MMagic config, with token merging and step caching.
 
     python tools/infer.py configs/demo/sd-emoji_tome-balanced.py --prompt 'red apple' --compare
 

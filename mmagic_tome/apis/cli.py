@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from ..presets import PRESETS
+from ..cache import PRESETS
 from .command_line import (
     BALANCED_CONFIG,
     RATIO,
@@ -34,7 +34,8 @@ COMPARE_NEEDS = {"skimage": "scikit-image", "matplotlib": "matplotlib"}
 
 DESCRIPTION = """\
 Generate images from text with the model of a MMagic config, with token merging
-as its `tome_cfg` (or --preset, or --ratio) says, and write them with a result.json.
+and step caching as its `tome_cfg` and `cache_cfg` (or --ratio and --cache) say,
+and write them with a result.json.
 """
 
 EPILOG = """\
@@ -69,11 +70,11 @@ def build_parser(prog: str = "infer") -> Parser:
         help="images per run (default: 1)",
     )
 
-    add = parser.add_argument_group("token merging").add_argument
+    add = parser.add_argument_group("token merging and step caching").add_argument
     add(
-        "--preset",
+        "--cache",
         choices=list(PRESETS),
-        help="what is left out and foretold, instead of what the config says; start with balanced",
+        help="step caching by this named setting, instead of the config's; start with balanced",
     )
     add(
         "--ratio",

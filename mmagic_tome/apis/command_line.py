@@ -30,7 +30,7 @@ from typing import Any
 from ..errors import ToMeError
 
 DEFAULT_CONFIG = "mmagic_tome::demo/sd-emoji_tome-5e-1.py"
-# What to start with: as fast as merging promises to be, and nearer to dense.
+# What to start with: as fast as merging promises to be, and closer to the baseline output.
 BALANCED_CONFIG = "mmagic_tome::demo/sd-emoji_tome-balanced.py"
 CONFIG_SUFFIXES = (".py", ".json", ".yaml", ".yml")
 DTYPES = ("fp32", "fp16", "bf16")

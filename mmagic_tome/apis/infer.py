@@ -23,8 +23,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .. import ToMeError, apply_tome, get_handle
+from .. import ToMeError, apply_cache, apply_tome
+from ..cache import to_plain
 from ..schedulers import scheduler_name
+from ..settings import Handles
 from ..version import __version__
 from .command_line import check_default
 from .model_config import (
@@ -33,7 +35,7 @@ from .model_config import (
     check_device,
     inner_model,
     load_config,
-    merging_config,
+    setting_config,
 )
 from .pictures import ResultFolder, compare_sheet, file_stem, picture_difference
 from .text2image import Generator, Request
@@ -87,23 +89,23 @@ class PairedRun:
 
     Args:
         generator: The :class:`Generator`.
-        handle: ToMe handle of its model, or None.
+        handles: The :class:`Handles` of what is applied to its model.
         compare: Whether to run the dense mode too.
         rounds: How often to run everything.
         folder: The ``ResultFolder`` to write to.
         text: Metadata common to all images, a dict of strings.
     """
 
-    def __init__(self, generator, handle, compare, rounds, folder, text):
-        self.generator, self.handle = generator, handle
+    def __init__(self, generator, handles, compare, rounds, folder, text):
+        self.generator, self.handles = generator, handles
         self.rounds, self.folder, self.text = rounds, folder, text
         self.passes = {mode: Pass() for mode in (("dense", "merged") if compare else ("merged",))}
         self.files = {}
-        self.stats, self.scopes, self.summary = [], [], ""
+        self.stats, self.summaries = {}, []
 
     def mode(self, mode):
         """Return a context in which the model is dense or merged."""
-        return self.handle.dense() if self.handle and mode == "dense" else nullcontext()
+        return self.handles.disabled() if mode == "dense" else nullcontext()
 
     def run(self):
         """Run everything; images are written at the end of their batch."""
@@ -137,13 +139,13 @@ class PairedRun:
 
     def run_mode(self, mode, numbers, on_step):
         with self.mode(mode):
-            if self.handle is not None:
-                self.handle.reset()
+            self.handles.reset_stats()
+            self.handles.reset_run()
             images, clock = self.generator.run(numbers, on_step=on_step)
         self.passes[mode].add(numbers, images, clock)
-        if mode == "merged" and self.handle is not None:
-            self.stats, self.summary = self.handle.stats(), self.handle.summary()
-            self.scopes = self.handle.scopes()
+        if mode == "merged":
+            self.stats = {handle.technique: handle.stats() for handle in self.handles}
+            self.summaries = [handle.summary() for handle in self.handles]
 
     def save(self, numbers):
         """Write the images of a batch, each with what it takes to make it again."""
@@ -153,11 +155,12 @@ class PairedRun:
             names = {}
             for mode, result in self.passes.items():
                 names[mode] = f"{stem}_dense.png" if mode == "dense" else f"{stem}.png"
-                merged = mode != "dense" and self.handle is not None
+                applied = Handles() if mode == "dense" else self.handles
                 text = {
                     "prompt": request.prompts[number],
                     "seed": str(request.seed_of(number)),
-                    "token_merging": self.handle.description if merged else "none",
+                    "token_merging": applied.tome.description if applied.tome else "none",
+                    "step_caching": applied.cache.description if applied.cache else "none",
                     **self.text,
                 }
                 self.folder.save_png(names[mode], result.images[number], text)
@@ -298,7 +301,7 @@ def command(args, argv):
     device = check_device(args.device)
     config = load_config(args.config_path, args.cfg_options)
     request = make_request(args, config)
-    named = {"preset": args.preset, "ratio": args.ratio}
+    named = {"cache": args.cache, "ratio": args.ratio}
     options = {key: value for key, value in named.items() if value is not None}
     check_config(config, request, options, args.compare)
 
@@ -309,10 +312,7 @@ def command(args, argv):
     print(f"building {inner_model(config).type} of {args.config} on {device}")
     model = build_model(config, device, args.dtype)
     generator = Generator(model, request)
-    handle = get_handle(model)
-    asked = merging_config(config)
-    if options or (handle is None and asked is not None):
-        handle = apply_tome(model, asked, **options)
+    handles = apply_setting(model, setting_config(config), options)
 
     rounds = args.repeats or (math.ceil(3 / len(request.batches())) if args.compare else 1)
     height, width = generator.size
@@ -328,12 +328,16 @@ def command(args, argv):
         "device": str(device),
     }
     text = {key: str(value) for key, value in settings.items()}
-    if handle is not None:
-        text["tome_cfg"] = json.dumps(handle.config.to_record())
+    applied = {}
+    if handles.tome is not None:
+        applied["tome_cfg"] = handles.tome.config.to_record()
+    if handles.cache is not None:
+        applied["cache_cfg"] = to_plain(handles.cache.config)
+    text.update({key: json.dumps(value) for key, value in applied.items()})
     text["software"] = "mmagic_tome " + __version__
     text["versions"] = json.dumps(versions())
     folder = ResultFolder(args.folder, overwrite=args.overwrite)
-    paired = PairedRun(generator, handle, args.compare, rounds, folder, text)
+    paired = PairedRun(generator, handles, args.compare, rounds, folder, text)
     try:
         paired.run()
     except KeyboardInterrupt:
@@ -352,12 +356,11 @@ def command(args, argv):
         "command": ["infer", *argv],
         "settings": {**settings, "seed": request.seed, "batch_size": request.batch_size},
         "token_merging": None
-        if handle is None
-        else {
-            "config": handle.config.to_record(),
-            "sites": paired.stats,
-            "scopes": paired.scopes,
-        },
+        if handles.tome is None
+        else {"config": applied["tome_cfg"], "targets": paired.stats[handles.tome.technique]},
+        "step_caching": None
+        if handles.cache is None
+        else {"config": applied["cache_cfg"], "regions": paired.stats[handles.cache.technique]},
         "timing": timing_report(paired),
         "images": reports,
         "compare": sheet,
@@ -365,6 +368,27 @@ def command(args, argv):
     }
     folder.save_json("result.json", result)
     print_report(paired, reports, sheet)
+
+
+def apply_setting(model, setting, options):
+    """Apply what is not applied yet to a model that was built from a config.
+
+    Args:
+        model: The model.
+        setting: The :class:`Setting` of its config.
+        options: Options of a setting that replace the config's, a dict.
+
+    Returns:
+        The :class:`Handles`.
+    """
+    wanted = setting.replace(**options)
+    handles = Handles.of(model)
+    tome, cache = handles.tome, handles.cache
+    if wanted.tome is not None and (tome is None or wanted.tome != setting.tome):
+        tome = apply_tome(model, wanted.tome)
+    if wanted.cache is not None and (cache is None or wanted.cache != setting.cache):
+        cache = apply_cache(model, wanted.cache)
+    return Handles(tome, cache)
 
 
 def quiet_libraries():
@@ -412,15 +436,19 @@ def print_report(paired, reports, sheet):
     if sheet:
         print(f"Side by side: {paired.folder.path / sheet}")
 
-    if paired.handle is None:
-        print("\nNothing was merged: no tome_cfg in the config, no --preset and no --ratio")
-    else:
-        print(f"\nWhat was merged in the last run:\n{paired.summary}")
+    applied = bool(paired.summaries)
+    for summary in paired.summaries:
+        print(f"\nIn the last run, {summary}")
+    if not applied:
+        print(
+            "\nNothing was merged or skipped: neither tome_cfg nor cache_cfg in the config, no "
+            "--ratio and no --cache"
+        )
 
     steps = paired.generator.request.steps
     print(f"\nTime per image, whole run with {steps} steps (in brackets the UNet alone):")
     for mode, result in paired.passes.items():
-        label = mode if paired.handle is not None else "dense"
+        label = mode if applied else "dense"
         whole, unet = spread_text(result.per_image()), spread_text(result.per_image("unet"))
         print(f"  {label:7} {whole}  [{unet}]")
     if len(paired.passes) > 1:

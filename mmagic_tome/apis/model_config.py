@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from .. import ToMeConfig, ToMeError
-from ..mmagic.spellings import read
+from .. import ToMeError
+from ..mmagic.spellings import read, translate_tomesd
+from ..settings import Setting
 from .assets import PACKAGE_ROOT
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -86,13 +87,25 @@ def merging_config(config):
     Raises:
         ToMeError: For invalid options, or spellings that contradict each other.
     """
-    found = {"tome_cfg": config.get("tome_cfg")}
+    return setting_config(config).tome
+
+
+def setting_config(config):
+    """Return the :class:`Setting` that a config asks for: merging, caching, both or neither.
+
+    Raises:
+        ToMeError: For invalid options, or spellings that contradict each other.
+    """
+    found = {key: {key: config.get(key)} for key in ("tome_cfg", "cache_cfg")}
     model = config.model
     while isinstance(model, dict):
-        for key in ("tome_cfg", "tomesd_cfg"):
-            found[f"{key} of {model.get('type')}"] = model.get(key)
+        kind = model.get("type")
+        for key, places in found.items():
+            places[f"{key} of {kind}"] = model.get(key)
+        found["tome_cfg"][f"tomesd_cfg of {kind}"] = translate_tomesd(model.get("tomesd_cfg"))
         model = model.get("model")
-    return read(**found)
+    tome, cache = (read(key, **places) for key, places in found.items())
+    return Setting(tome, cache)
 
 
 def component(model, name):
@@ -144,19 +157,18 @@ def check_config(config, request, options, compare):
     Args:
         config: mmengine's ``Config``.
         request: The :class:`Request`.
-        options: Options of token merging that replace the config's, a dict or None.
+        options: Options of a :class:`Setting` that replace the config's, a dict or None.
         compare: Whether a merged run is to be compared with a dense one.
 
     Raises:
         ToMeError: At the first thing that does not fit.
     """
-    merging = merging_config(config)
-    if merging is None and not options and compare:
+    setting = setting_config(config).replace(**(options or {}))
+    if setting.baseline and compare:
         raise ToMeError(
-            "nothing to compare: the config has no tome_cfg; add tome_cfg=dict(preset='balanced') "
-            "to it, or pass --preset balanced or --ratio 0.5"
+            "nothing to compare: the config has neither tome_cfg nor cache_cfg; add "
+            "cache_cfg='balanced' to it, or pass --cache balanced or --ratio 0.5"
         )
-    ToMeConfig.coerce(merging, **(options or {}))
 
     model = inner_model(config)
     vae, unet = component(model, "vae"), component(model, "unet")
@@ -208,7 +220,7 @@ def build_model(config, device="cpu", dtype=None):
             for what the config says.
 
     Returns:
-        The model, in evaluation mode, with its ``tome_cfg`` applied.
+        The model, in evaluation mode, with its ``tome_cfg`` and ``cache_cfg`` applied.
 
     Raises:
         ToMeError: If MMagic is missing, weights are not there, the config has
@@ -256,7 +268,7 @@ def check_arguments(cls, model):
 
     Only those of the model itself: what its parts take shows when they are built.
     """
-    known = {"type", "_scope_", "tome_cfg"}
+    known = {"type", "_scope_", "tome_cfg", "cache_cfg"}
     for base in cls.__mro__ if inspect.isclass(cls) else ():
         if "__init__" not in vars(base):
             continue

@@ -55,6 +55,7 @@ examples:
   python tools/benchmark.py --target demo --size 128 256 512
   python tools/benchmark.py --target sdxl --dtype fp16 --mode eager compiled
   python tools/benchmark.py --shape small --tome wide='{"ratio": 0.8, "sx": 4, "sy": 4}'
+  python tools/benchmark.py --shape small --steps 20 --tome skip='{"cache": "balanced"}'
 """
 
 QUICK_TARGET, QUICK_ROUNDS = "small", 6
@@ -128,8 +129,8 @@ def build_parser(prog: str = "benchmark") -> Parser:
         action="append",
         default=[],
         metavar="NAME={...}",
-        help="one more of ours, under a name, with a tome_cfg of its own over the options above; "
-        "may be repeated",
+        help="one more of ours, under a name: options of token merging over those above, and "
+        '"cache", a named step cache or a dict of its options; may be repeated',
     )
 
     add = parser.add_argument_group("how it is measured").add_argument
@@ -138,8 +139,8 @@ def build_parser(prog: str = "benchmark") -> Parser:
         type=number(int, low=1),
         default=1,
         metavar="N",
-        help="time runs of N denoising steps in place of one forward (default: 1); what refresh, "
-        "residual and reuse gain shows only there",
+        help="time runs of N denoising steps in place of one forward (default: 1); only they show "
+        "what plan_interval, residual and step caching save",
     )
     add("--rounds", type=number(int, low=3), help="interleaved rounds (default: 7)", metavar="N")
     add(
@@ -174,7 +175,6 @@ def parse_args(argv: list[str] | None = None, prog: str = "benchmark") -> argpar
     """
     from ..apis.model_config import check_device
     from ..contenders import parse_named
-    from ..presets import with_preset
     from .kinds import CONTENDERS, MMAGIC, check_size
     from .targets import DEMO, SHAPES, merging_of, shape_of
 
@@ -221,8 +221,7 @@ def parse_args(argv: list[str] | None = None, prog: str = "benchmark") -> argpar
         name, options = parse_named(text, taken=CONTENDERS, check=merging.config)
         if name in args.own:
             raise BadInput(f"--tome {name} is there twice")
-        # What a preset says of the options above goes before them.
-        args.own[name] = merging.config({**args.everybody, **with_preset(options)})
+        args.own[name] = merging.own(args.everybody, options)
     for name in (args.json, args.plot):
         if name is not None:
             if Path(name).is_dir():

@@ -121,7 +121,7 @@ def _add_ideals(ready, attempt, network, merging, config, run) -> None:
             mergers.append(probe)
     for one in mergers:
         if all(site["kept"] in (site["tokens"], None) for site in one.sites):
-            continue  # what leaves out whole steps and merges nothing has no ideal
+            continue  # what merges nothing, such as step caching alone, has no ideal
         kept = tuple((site["block"], site["kind"], site["kept"]) for site in one.sites)
         if kept not in known:
             known[kept] = IDEAL if one.config == config else f"{IDEAL} for {one.name}"

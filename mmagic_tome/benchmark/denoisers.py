@@ -16,11 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ToMeConfig, apply_tome
+from ..apply import apply_cache, apply_tome
+from ..config import ToMeConfig
 from ..contenders import apply_tomesd
 from ..errors import ToMeError
 from ..models import ModelAdapter, find_adapter
-from ..state import SiteState
+from ..patch import find_patch
+from ..settings import Setting
+from ..tome.state import Target, TomePatch
 from .kinds import CONTENDERS, TOMESD, Call, Merging, Noise, Shape
 
 # A forward holds about this many tensors of the widest level's size at its peak: the input of
@@ -37,7 +40,7 @@ _SCORES = 2
 
 
 class DenoiserMerging(Merging):
-    """``apply_tome`` on a known model, tomesd, MMagic's own, and an ideal for each site."""
+    """``apply_tome`` and ``apply_cache`` on a known model, tomesd, MMagic's own, and an ideal."""
 
     contenders = CONTENDERS
     denoises = True
@@ -50,16 +53,23 @@ class DenoiserMerging(Merging):
         ratio = 0.5 if args.ratio is None else args.ratio
         return dict(ratio=ratio, max_downsample=args.max_downsample or "auto")
 
-    def config(self, options: Mapping[str, Any]) -> ToMeConfig:
-        return ToMeConfig.from_dict(options)
+    def config(self, options: Mapping[str, Any]) -> Setting:
+        return Setting.coerce(options)
 
-    def ours(self, network: nn.Module, config: ToMeConfig, run: Call) -> list[dict[str, Any]]:
-        handle = apply_tome(network, config)
+    def own(self, everybody: Mapping[str, Any], options: Mapping[str, Any]) -> Setting:
+        # Step caching on its own merges nothing.
+        alone = set(options) == {"cache"}
+        return self.config(options if alone else {**everybody, **options})
+
+    def ours(self, network: nn.Module, config: Setting, run: Call) -> list[dict[str, Any]]:
+        handle = None if config.tome is None else apply_tome(network, config.tome)
+        if config.cache is not None:
+            apply_cache(network, config.cache)
         run(network)
-        return handle.stats()
+        return [] if handle is None else handle.stats()
 
-    def other(self, kind: str, network: nn.Module, config: ToMeConfig, run: Call) -> None:
-        options = _tomesd_options(config, network)
+    def other(self, kind: str, network: nn.Module, config: Setting, run: Call) -> None:
+        options = _tomesd_options(config.tome, network)
         if kind == TOMESD:
             apply_tomesd(network, options)
         else:
@@ -67,22 +77,22 @@ class DenoiserMerging(Merging):
         run(network)
 
     def ideal(self, network: nn.Module, sites: list[dict[str, Any]], run: Call) -> None:
-        """The same sites get the first M of N tokens and are padded with zeros afterwards."""
-        # Where sites begin and end, the engine knows; nothing of it stays in the network.
+        """The same targets get the first M of N tokens and are padded with zeros afterwards."""
+        # Merging knows where targets begin and end; nothing of it stays in the network.
         kinds = list(dict.fromkeys(site["kind"] for site in sites))
         coarsest = max(site["downsample"] for site in sites)
-        handle = apply_tome(network, sites=kinds, max_downsample=coarsest)
-        places = {place.name: place for place in handle._state.sites}
-        handle.remove()
         adapter, inner = find_adapter(network)
-        shared = {block.name: block.shared_input for block in adapter.blocks(inner)}
+        with apply_tome(network, targets=kinds, max_downsample=coarsest):
+            targets = {one.name: one for one in find_patch(inner, TomePatch).targets}
         for site in sites:
-            place = places[site["site"]]
-            take = _Take(adapter, place, site["tokens"], site["kept"])
-            for module in (place.modules[0], *shared[place.block.name].get(place.kind, ())):
+            target = targets[site["target"]]
+            take = _Take(adapter, target, site["tokens"], site["kept"])
+            for path in (target.paths[0], *target.shared):
+                module = inner.get_submodule(path)
                 module.register_forward_pre_hook(take, with_kwargs=True)
-            if place.kind != "attn_kv":
-                place.modules[-1].register_forward_hook(_Pad(take), with_kwargs=True)
+            if target.kind != "attn_kv":
+                module = inner.get_submodule(target.paths[-1])
+                module.register_forward_hook(_Pad(take), with_kwargs=True)
         run(network)
 
 
@@ -92,8 +102,9 @@ def _tomesd_options(config: ToMeConfig, network: nn.Module) -> dict[str, Any]:
     if level == "auto":
         adapter, network = find_adapter(network)
         level = min(block.downsample for block in adapter.blocks(network))
-    names = ("ratio", "sx", "sy", "use_rand", "merge_attn", "merge_crossattn", "merge_mlp")
-    return {"max_downsample": level, **{name: getattr(config, name) for name in names}}
+    options = {name: getattr(config, name) for name in ("ratio", "sx", "sy", "use_rand")}
+    switches = {f"merge_{kind}": kind in config.targets for kind in ("attn", "crossattn", "mlp")}
+    return {"max_downsample": level, **options, **switches}
 
 
 def _apply_mmagic(network: nn.Module, options: dict[str, Any]) -> None:
@@ -111,13 +122,13 @@ class _Take:
 
     Args:
         adapter (ModelAdapter): changes other arguments of a module, such as its rotary table.
-        place (SiteState): where the tokens go in.
+        target (Target): where the tokens go in.
         tokens, kept (int): of the picture, before and after.
     """
 
-    def __init__(self, adapter: ModelAdapter, place: SiteState, tokens: int, kept: int) -> None:
-        self.adapter, self.name, self.kind = adapter, place.name, place.kind
-        self.context, self.returns = place.context, place.returns
+    def __init__(self, adapter: ModelAdapter, target: Target, tokens: int, kept: int) -> None:
+        self.adapter, self.name, self.kind = adapter, target.name, target.kind
+        self.context, self.returns = target.context_argument, target.output_index
         self.removed, self.plan = tokens - kept, _FirstTokens(tokens, kept)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):

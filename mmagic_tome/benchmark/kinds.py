@@ -53,9 +53,13 @@ class Merging(ABC):
             ToMeError: an option that does not exist or cannot have that value.
         """
 
+    def own(self, everybody: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+        """The config of one more of ours: its options win over everybody's."""
+        return self.config({**everybody, **options})
+
     @abstractmethod
     def ours(self, network: nn.Module, config: Any, run: Call) -> list[dict[str, Any]]:
-        """Put our token merging on a network and run it once.
+        """Put this package's techniques on a network and run it once.
 
         Returns:
             list: what was merged where: dicts with ``block``, ``kind``, ``tokens`` and ``kept``.

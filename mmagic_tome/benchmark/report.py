@@ -65,8 +65,8 @@ def case_table(measured: dict[str, Any], batch: int = 1) -> str:
     carried = [name for name, result in results.items() if _carries(result["config"])]
     if carried and measured.get("steps", 1) == 1:
         notes.append(
-            f"{', '.join(carried)}: what is carried from step to step shows in whole runs only; "
-            "a forward on its own makes everything anew; write --steps 20"
+            f"{', '.join(carried)}: state kept between steps shows in whole runs only; a single "
+            "forward computes everything; write --steps 20"
         )
     notes += _memory_notes(rows)
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]).rstrip()
@@ -81,8 +81,8 @@ def ratio_text(ratio: Interval, clear: bool | None, unit: str = "") -> str:
 
 
 def _carries(config: dict[str, Any] | None) -> bool:
-    """Whether a config does something that takes several steps."""
-    keys = ("refresh", "residual", "reuse")
+    """Whether a config keeps state between steps."""
+    keys = ("plan_interval", "residual", "cache")
     return any((config or {}).get(key) not in (None, False, 1) for key in keys)
 
 

@@ -135,7 +135,7 @@ def build_config(
     Raises:
         ToMeError: see :func:`mmagic_tome.apis.model_config.build_model`.
     """
-    from .. import remove_tome
+    from .. import remove_cache, remove_tome
     from ..apis.command_line import resolve_config
     from ..apis.infer import quiet_libraries
     from ..apis.model_config import build_model, load_config
@@ -145,6 +145,7 @@ def build_config(
     quiet_libraries()
     model = build_model(config, device)
     remove_tome(model)
+    remove_cache(model)
     try:
         network = find_adapter(model)[1]
     except ToMeError:  # then it runs dense only

@@ -11,8 +11,9 @@ from torch import nn
 
 from ..errors import ToMeError
 from ..graphs import eager_only
+from ..latents import as_float, latents_of
 from ..patch import Context, Interceptor, Patch, intercept
-from ..runs import Call, Run, RunTracker, as_float, latents_of
+from ..runs import Call, Run, RunTracker
 from ..timeline import Timeline, in_range
 from .config import StepCacheConfig
 from .extrapolate import OutputHistory, Placeholder

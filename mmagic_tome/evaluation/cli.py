@@ -26,13 +26,13 @@ from ..apis.command_line import (
     number,
     resolve_config,
 )
-from ..presets import PRESETS
+from ..cache import PRESETS
 from .plan import NUMBERS
 from .team import LAUNCHERS
 
 DESCRIPTION = """\
-Compare the dense model of a MMagic config with token merging in any setting and with fewer
-steps: the same prompts and seeds for all, metrics, cost, a table and a report.
+Compare the dense model of a MMagic config with token merging and step caching in any setting
+and with fewer steps: the same prompts and seeds for all, metrics, cost, a table and a report.
 """
 
 EPILOG = """\
@@ -41,15 +41,17 @@ interruption, and it goes on where it was; run it with more contenders or metric
 only what is missing. A folder that holds another evaluation is left alone.
 
 A config may state any of these options in `evaluation`, with the same names, and there also
-contenders=[dict(name=..., tome_cfg=dict(...)), dict(name=..., steps=...)]. Options of the
-command line win; --ratios, --methods, --presets, --tome and --tomesd stand in place of the
-config's contenders.
+contenders=[dict(name=..., tome_cfg=dict(...), cache_cfg=...), dict(name=..., steps=...)].
+Options of the command line win; --ratios, --methods, --cache, --tome and --tomesd stand in
+place of the config's contenders.
 
 examples:
   python tools/evaluate.py configs/demo/sd-emoji.py --prompt-set demo --limit 50
   python tools/evaluate.py CONFIG --prompts prompts.txt --ratios 0.25 0.5 --tomesd 0.5
   python tools/evaluate.py CONFIG --prompts prompts.txt --methods tome tofu pitome --ratios 0.5
   python tools/evaluate.py CONFIG --prompts p.csv --tome wide='{"ratio": 0.8, "sx": 4, "sy": 4}'
+  python tools/evaluate.py CONFIG --prompts p.csv --cache balanced fast
+  python tools/evaluate.py CONFIG --prompts p.csv --tome both='{"ratio": 0.5, "cache": "fast"}'
   python tools/evaluate.py configs/benchmarks/frontier_demo.py --only balanced '* steps'
   python tools/evaluate.py configs/benchmarks/tomesd_table.py --dry-run
   bash tools/dist_evaluate.sh CONFIG 8 --prompt-set imagenet
@@ -111,12 +113,13 @@ def build_parser(prog: str = "evaluate") -> Parser:
         help="by each of these methods, at each of --ratios (default: that of the config, else "
         "0.5); the error for a wrong name lists them",
     )
-    add("--presets", nargs="+", metavar="NAME", help=f"what is meant by {', '.join(PRESETS)}")
+    add("--cache", nargs="+", choices=list(PRESETS), help="step caching by these named settings")
     add(
         "--tome",
         action="append",
         metavar="NAME={...}",
-        help="token merging with any tome_cfg, under a name; may be given several times",
+        help="options of tome_cfg, plus cache with a cache_cfg, under a name; may be given several "
+        "times",
     )
     add("--tomesd", nargs="+", type=RATIO, metavar="R", help="the package tomesd, these ratios")
     add(
@@ -130,7 +133,7 @@ def build_parser(prog: str = "evaluate") -> Parser:
         "--only",
         nargs="+",
         metavar="NAME",
-        help="of all these contenders just dense and the ones with these names, such as 'preset *'",
+        help="of all these contenders just dense and the ones with these names, such as 'cache *'",
     )
     add(
         "--dense",

@@ -27,7 +27,7 @@ from ..apis.model_config import (
     load_config,
 )
 from ..apis.text2image import Generator
-from ..apply import remove_tome
+from ..apply import remove_cache, remove_tome
 from ..errors import ToMeError
 from ..schedulers import scheduler_name
 from .dry_run import dry_run
@@ -90,7 +90,9 @@ def _stages(args, argv, config, plan, request, metrics, real, device, team, fold
     threads = _threads(folder, args.overwrite)
     say(f"building {inner_model(config).type} of {args.config} on {device}")
     model = build_model(config, device, plan.dtype)
-    remove_tome(model)  # the config's own is a contender like any other
+    # The config's own setting is a contender like any other.
+    remove_tome(model)
+    remove_cache(model)
     generator = Generator(model, request)
     if real is not None:
         real.size = generator.size

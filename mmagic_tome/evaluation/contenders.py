@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""What is compared: dense, token merging in any setting, tomesd, DeepCache, fewer steps."""
+"""What is compared: dense, merging and caching in any setting, tomesd, DeepCache, fewer steps."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
-from .. import ToMeConfig, apply_tome, remove_tome
+from .. import StepCacheConfig, ToMeConfig, remove_cache, remove_tome
 from ..contenders import apply_deepcache, apply_tomesd, require_deepcache, require_tomesd
 from ..errors import ToMeError
+from ..settings import Handles, Setting
 from ..version import __version__
 
 DENSE = "dense"
 DEFAULT_RATIOS = (0.25, 0.5, 0.75)
 # Shares of the steps. Half the steps is about what ratio 0.5 promises at best.
 DEFAULT_FEWER_STEPS = (0.8, 0.65, 0.5)
-KEYS = ("name", "tome_cfg", "tomesd", "deepcache", "steps")
+KEYS = ("name", "tome_cfg", "cache_cfg", "tomesd", "deepcache", "steps")
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,14 @@ class Contender:
 
     Args:
         name: Unique in an evaluation; appears in tables and plots.
-        tome_cfg: Options of this package's merging, or None.
+        setting: This package's token merging, step caching or both; or None.
         tomesd: Options of ``tomesd.apply_patch``, or None.
         deepcache: Options of ``DeepCacheSDHelper.set_params``, or None.
         steps: Denoising steps, or None for those of the evaluation.
     """
 
     name: str
-    tome_cfg: ToMeConfig | None = None
+    setting: Setting | None = None
     tomesd: Mapping[str, Any] | None = field(default=None, hash=False)
     deepcache: Mapping[str, Any] | None = field(default=None, hash=False)
     steps: int | None = None
@@ -44,7 +45,7 @@ class Contender:
     @property
     def kind(self) -> str:
         """'dense', 'tome', 'tomesd', 'deepcache' or 'steps' (dense with fewer steps)."""
-        if self.tome_cfg is not None:
+        if self.setting is not None:
             return "tome"
         if self.tomesd is not None:
             return "tomesd"
@@ -54,9 +55,9 @@ class Contender:
 
     @property
     def ratio(self) -> float | None:
-        """Share of tokens it removes at a site, 0 for dense ones; None if it has no one ratio."""
-        if self.tome_cfg is not None:
-            ratio = getattr(self.tome_cfg, "ratio", None)
+        """Share of tokens it removes at a target, 0 if it merges none; None for a schedule."""
+        if self.setting is not None:
+            ratio = 0.0 if self.setting.tome is None else self.setting.tome.ratio
             return ratio if isinstance(ratio, (int, float)) else None
         return 0.0 if self.tomesd is None else self.tomesd["ratio"]
 
@@ -68,13 +69,21 @@ class Contender:
     def spec(self) -> dict[str, Any]:
         """Return everything that its pictures depend on besides the request; JSON-able.
 
-        Of the options of token merging those that are not the default: a version of this package
+        Of the options of its setting those that are not the default: a version of this package
         that has learnt another option goes on with the pictures of one that had not.
         """
         spec: dict[str, Any] = {"kind": self.kind, "steps": self.steps}
-        if self.tome_cfg is not None:
-            usual = ToMeConfig().to_dict()
-            spec["tome_cfg"] = {k: v for k, v in self.options().items() if v != usual.get(k)}
+        if self.setting is not None:
+            if self.setting.tome is not None:
+                usual = ToMeConfig().to_dict()
+                options = self.setting.tome.to_dict()
+                spec["tome_cfg"] = {k: v for k, v in options.items() if v != usual.get(k)}
+            if self.setting.cache is not None:
+                usual = StepCacheConfig().to_dict()
+                spec["cache_cfg"] = [
+                    {k: v for k, v in one.to_dict().items() if k == "region" or v != usual[k]}
+                    for one in self.setting.cache
+                ]
             spec["mmagic_tome"] = __version__
         if self.tomesd is not None:
             spec["tomesd_options"] = dict(self.tomesd)
@@ -85,31 +94,32 @@ class Contender:
         return spec
 
     def options(self) -> dict[str, Any] | None:
-        """Return all options of its merging, those of the default too; None for dense ones."""
-        if self.tome_cfg is not None:
-            return self.tome_cfg.to_dict()
+        """Return all options of its setting, those of the default too; None for dense ones."""
+        if self.setting is not None:
+            return self.setting.to_dict()
         other = self.tomesd if self.tomesd is not None else self.deepcache
         return None if other is None else dict(other)
 
     @contextmanager
-    def on(self, model) -> Iterator[Any]:
+    def on(self, model) -> Iterator[Handles]:
         """Turn the model into this contender; on exit it is dense again.
 
         Args:
             model: A MMagic model, or a network that ``apply_tome`` takes.
 
         Yields:
-            The ``ToMeHandle`` of this package's merging, else None.
+            The handles of what this package has applied.
         """
         remove_tome(model)
-        if self.tome_cfg is not None:
-            with apply_tome(model, self.tome_cfg) as handle:
-                yield handle
+        remove_cache(model)
+        if self.setting is not None:
+            with self.setting.apply(model) as handles:
+                yield handles
         elif self.tomesd is not None:
             # A new patch per run, with a new generator: the same picture however often it is run.
             network = apply_tomesd(model, self.tomesd)
             try:
-                yield None
+                yield Handles()
             finally:
                 import tomesd
 
@@ -117,11 +127,11 @@ class Contender:
         elif self.deepcache is not None:
             helper = apply_deepcache(model, self.deepcache)
             try:
-                yield None
+                yield Handles()
             finally:
                 helper.disable()
         else:
-            yield None
+            yield Handles()
 
 
 def slug(name: str) -> str:
@@ -130,19 +140,20 @@ def slug(name: str) -> str:
 
 
 def merged(name: str, options: Any, steps: int | None = None) -> Contender:
-    """Return a contender with this package's merging.
+    """Return a contender with this package's token merging, step caching or both.
 
     Args:
         name: Its name.
-        options: Whatever ``ToMeConfig.coerce`` takes: a dict, a config.
+        options: Whatever ``Setting.coerce`` takes. An empty dict merges by default options, as a
+            config's ``tome_cfg`` does.
         steps: Denoising steps, None for those of the evaluation.
 
     Raises:
         ToMeError: Invalid options, with the name of the contender.
     """
     try:
-        config = ToMeConfig.coerce(options)
-        json.dumps(config.to_dict())
+        setting = Setting.coerce(ToMeConfig() if options == {} else options)
+        json.dumps(setting.to_dict())
     except ToMeError as error:
         raise ToMeError(f"contender {name!r}: {error}") from None
     except TypeError:
@@ -150,15 +161,21 @@ def merged(name: str, options: Any, steps: int | None = None) -> Contender:
             f"contender {name!r} has an option that is a function or an object; its pictures could "
             "not be told from another's. Write it as numbers, texts, lists and dicts"
         ) from None
-    return Contender(name, tome_cfg=config, steps=steps)
+    if setting.baseline:
+        raise ToMeError(
+            f"contender {name!r} neither merges nor skips anything; write options such as "
+            "dict(ratio=0.5) or dict(cache='balanced')"
+        )
+    return Contender(name, setting=setting, steps=steps)
 
 
 def from_config(entries: Any) -> list[Contender]:
     """Return the contenders that a config lists.
 
     Args:
-        entries: A list of dicts with ``name`` and one or more of ``tome_cfg``, ``tomesd``
-            (options of its ``apply_patch``, such as ``dict(ratio=0.5)``) and ``steps``.
+        entries: A list of dicts with ``name`` and one or more of ``tome_cfg`` (which may have
+            the key ``cache``), ``cache_cfg``, ``tomesd`` (options of its ``apply_patch``, such as
+            ``dict(ratio=0.5)``), ``deepcache`` and ``steps``.
 
     Raises:
         ToMeError: A wrong entry, with its number.
@@ -173,6 +190,7 @@ def from_config(entries: Any) -> list[Contender]:
         unknown = sorted(set(entry) - set(KEYS))
         if unknown:
             raise ToMeError(f"{where} has unknown keys {unknown}; it takes {KEYS}")
+        entry = _with_cache_inside(entry, where)
         name, steps = entry["name"], entry.get("steps")
         ways = [key for key in ("tome_cfg", "tomesd", "deepcache") if entry.get(key) is not None]
         if steps is not None and not (type(steps) is int and steps > 0):
@@ -188,8 +206,26 @@ def from_config(entries: Any) -> list[Contender]:
         elif steps is not None:
             found.append(Contender(name, steps=steps))
         else:
-            raise ToMeError(f"{where} has neither tome_cfg, tomesd, deepcache nor steps")
+            raise ToMeError(f"{where} has neither tome_cfg, cache_cfg, tomesd, deepcache nor steps")
     return found
+
+
+def _with_cache_inside(entry: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Return an entry of a config with its ``cache_cfg`` as the key ``cache`` of its tome_cfg."""
+    cache, tome = entry.get("cache_cfg"), entry.get("tome_cfg")
+    if cache is None:
+        return entry
+    if isinstance(tome, Mapping) and tome.get("cache") is not None:
+        raise ToMeError(f"{where} has both cache_cfg and tome_cfg=dict(cache=...); keep one")
+    if isinstance(tome, Mapping):
+        # An empty tome_cfg merges by default options.
+        tome = {**(tome or ToMeConfig().to_dict()), "cache": cache}
+    else:
+        try:
+            tome = Setting.coerce(tome).replace(cache=cache)
+        except ToMeError as error:
+            raise ToMeError(f"{where}: {error}") from None
+    return {**entry, "tome_cfg": tome}
 
 
 def tomesd_contender(name: str, options: Any, steps: int | None = None) -> Contender:

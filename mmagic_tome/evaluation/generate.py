@@ -257,22 +257,22 @@ def make_pictures(
             bar.set_postfix_str(contender.name)
             count = len(numbers)
             with (
-                contender.on(generator.model) as handle,
+                contender.on(generator.model) as handles,
                 LatentWatch(generator.model) as watch,
             ):
                 images, _ = generator.run(
                     numbers, contender.steps, on_step=lambda count=count: bar.update(count)
                 )
-                sites = handle.stats() if handle is not None else []
+                targets = [] if handles.tome is None else handles.tome.stats()
             for place, number in enumerate(numbers):
                 if folder.has_picture(contender.folder, number):
                     continue
-                _commit(folder, contender, request, watch, number, place, images[place], sites)
+                _commit(folder, contender, request, watch, number, place, images[place], targets)
                 made += 1
     return made
 
 
-def _commit(folder, contender, request, watch, number, place, image, sites) -> None:
+def _commit(folder, contender, request, watch, number, place, image, targets) -> None:
     picture = request.pictures[number]
     record = {
         "number": number,
@@ -281,8 +281,8 @@ def _commit(folder, contender, request, watch, number, place, image, sites) -> N
         "seed": picture.seed,
         # A model whose decoding cannot be watched is taken at its word.
         "finite": watch.finite[place] if watch.finite else True,
-        "tokens": sum(site["tokens"] or 0 for site in sites),
-        "kept": sum(site["kept"] or 0 for site in sites),
+        "tokens": sum(row["tokens"] or 0 for row in targets),
+        "kept": sum(row["kept"] or 0 for row in targets),
     }
     text = {
         "prompt": picture.text,

@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from ..apis.command_line import VALUES, check_default, number
-from ..apis.model_config import merging_config
+from ..apis.model_config import setting_config
 from ..config import ToMeConfig
 from ..contenders import parse_named
-from ..errors import ToMeError, check_keys, did_you_mean
+from ..errors import ToMeError
+from ..settings import Setting
+from ..validate import check_keys, did_you_mean
 from . import contenders as c
 from .prompts import PromptList, load_prompts
 
@@ -45,7 +47,7 @@ KEYS = (
     "dtype",
     "ratios",
     "methods",
-    "presets",
+    "cache",
     "tomesd",
     "fewer_steps",
     "contenders",
@@ -145,7 +147,7 @@ def make_plan(args, config, config_path) -> Plan:
     )
     return Plan(
         prompts=prompts,
-        contenders=_contenders(args, values, merging_config(config)),
+        contenders=_contenders(args, values, setting_config(config)),
         metrics=values.get("metrics"),
         real=values.get("real"),
         real_per_class=values.get("real_per_class"),
@@ -206,15 +208,15 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
             raise ToMeError(f"evaluation.{key} of the config: expected a text")
     if checked.get("dtype") not in (None, "fp32", "fp16", "bf16"):
         raise ToMeError("evaluation.dtype of the config: write fp32, fp16 or bf16")
-    for key in ("ratios", "methods", "presets", "tomesd", "fewer_steps", "only", "metrics"):
+    for key in ("ratios", "methods", "cache", "tomesd", "fewer_steps", "only", "metrics"):
         if key in checked and not isinstance(checked[key], (list, tuple)):
             raise ToMeError(f"evaluation.{key} of the config: expected a list")
-    for key in ("methods", "presets"):
+    for key in ("methods", "cache"):
         for value in checked.get(key, ()):
             if not isinstance(value, str):
                 raise ToMeError(
                     f"evaluation.{key} of the config: {value!r} is no name; one with options is "
-                    "written as contenders=[dict(name=..., tome_cfg=dict(...))]"
+                    "written as contenders=[dict(name=..., tome_cfg=dict(...), cache_cfg=...)]"
                 )
     for value in checked.get("only", ()):
         if not isinstance(value, str):
@@ -232,26 +234,26 @@ def _beside(path: str, config_path) -> str:
     return str(found if found.is_absolute() else Path(config_path).parent / found)
 
 
-def _contenders(args, values, merging) -> list[c.Contender]:
+def _contenders(args, values, setting: Setting) -> list[c.Contender]:
     """Return all contenders, dense first and fewer steps last."""
     steps = values["steps"]
-    sweeps = ("ratios", "methods", "presets", "tomesd")
+    sweeps = ("ratios", "methods", "cache", "tomesd")
     given = {key: getattr(args, key, None) for key in sweeps}
     found: list[c.Contender] = []
     if not args.tome and not any(given.values()):
         # Nothing on the command line: what the config says.
         given = {key: values.get(key) for key in sweeps}
         found += c.from_config(values.get("contenders") or [])
-    found += _sweep(given["ratios"], given["methods"], merging)
-    found += [c.merged(f"preset {name}", {"preset": name}) for name in given["presets"] or ()]
+    found += _sweep(given["ratios"], given["methods"], setting)
+    found += [c.merged(f"cache {name}", {"cache": name}) for name in given["cache"] or ()]
     found += [c.merged(*parse_named(text)) for text in args.tome or ()]
     found += [c.tomesd_contender(f"tomesd {r:g}", r) for r in given["tomesd"] or ()]
     if not found:
-        if merging is not None:
-            own = c.Contender("the config's", tome_cfg=merging)
-            # With a schedule there is no one ratio to call it by, and presets merge nothing.
+        if not setting.baseline:
+            own = c.Contender("the config's", setting=setting)
+            # With a schedule there is no one ratio to call it by, and caching alone has none.
             name = f"ratio {own.ratio:g}" if own.ratio else own.name
-            found = [c.Contender(name, tome_cfg=merging)]
+            found = [c.Contender(name, setting=setting)]
         else:
             found = [c.merged(f"ratio {r:g}", {"ratio": r}) for r in c.DEFAULT_RATIOS]
     if values.get("fewer_steps") is not None:
@@ -283,15 +285,15 @@ def _only(wanted, found: list[c.Contender]) -> list[c.Contender]:
     return [found[0], *taken]
 
 
-def _sweep(ratios, methods, merging) -> list[c.Contender]:
+def _sweep(ratios, methods, setting: Setting) -> list[c.Contender]:
     """Return token merging at each ratio, by each method if some are named.
 
-    The other options are those of the config's own merging, and without ratios its own one.
+    The other options are those of the config's own setting, and without ratios its own one.
     """
-    base = {} if merging is None else merging.to_dict()
+    base = setting.to_dict()
     if not methods:
         return [c.merged(f"ratio {r:g}", {**base, "ratio": r}) for r in ratios or ()]
-    own = c.Contender("", tome_cfg=ToMeConfig.coerce(base)).ratio
+    own = c.Contender("", setting=Setting(ToMeConfig.coerce(setting.tome))).ratio
     if not ratios and own is None:
         raise ToMeError("--methods of a config with a schedule of ratios: write --ratios too")
     return [

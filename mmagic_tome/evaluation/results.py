@@ -83,7 +83,7 @@ def results_of(
 
 def _row(contender: Contender, plan: Plan, measurer: Measurer, cost) -> dict[str, Any]:
     good = measurer.good(contender.folder)
-    # Tokens of all sites of the last forward; every picture has as many.
+    # Tokens of all targets of the last forward; every picture has as many.
     record = measurer.records[contender.folder, 0]
     tokens, kept = record["tokens"], record["kept"]
     return {

@@ -62,8 +62,9 @@ def measure_cost(
         round: ``seconds`` (whole runs: text encoder, steps, VAE), ``unet_seconds``,
         ``step_seconds`` (one list per round), ``process_peak_bytes`` (resident memory of the whole
         process, None where the system does not tell), ``joules`` (of the whole device, None
-        without NVML). Further ``sites`` (what was merged where); ``blocks``: seconds per
-        forward of each transformer block, with what merging does there; ``peak_bytes`` and
+        without NVML). Further ``targets`` (what was merged where) and ``regions`` (what was
+        skipped how often); ``blocks``: seconds per forward of each transformer block, with what
+        merging does there; ``peak_bytes`` and
         ``unet_peak_bytes``: most that tensors hold beyond what they held before, the weights, in
         a run and in one forward of the network; ``flops`` of a run, of which ``unet_flops`` in the
         network.
@@ -119,17 +120,20 @@ def _round(generator, order, numbers, cost, turn, bar) -> None:
     for contender in order:
         bar.set_postfix_str(f"{contender.name}, round {turn + 1}")
         meter = CostMeter(device, warm_up=0)
-        with contender.on(generator.model) as handle:
+        with contender.on(generator.model) as handles:
             with meter.run(images=len(numbers)):
                 _, clock = generator.run(numbers, contender.steps, on_step=bar.update)
-            stats[contender.name] = [] if handle is None else handle.stats()
+            stats[contender.name] = {
+                "targets": [] if handles.tome is None else handles.tome.stats(),
+                "regions": [] if handles.cache is None else handles.cache.stats(),
+            }
         (run,) = meter.runs
         seconds = list(generator.step_seconds)
         values = (run.seconds, clock.unet, seconds, run.process_memory, run.joules)
         found[contender.name].append(dict(zip(PER_RUN, values)))
     for name, runs in found.items():
         figures = cost["contenders"][name]
-        figures["sites"] = stats[name]
+        figures.update(stats[name])
         for key, value in _together(runs).items():
             figures[key].append(value)
     cost["rounds"] += 1

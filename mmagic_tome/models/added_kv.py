@@ -26,8 +26,8 @@ _KEYS = (
 
 def is_added_kv(module: nn.Module) -> bool:
     """Return whether a module is such an attention."""
-    names = ("add_k_proj", "group_norm", "to_q", "to_out")
-    return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
+    children = module._modules
+    return all(map(children.get, ("add_k_proj", "group_norm", "to_q", "to_out")))
 
 
 def added_kv_block(name: str, attention: nn.Module, downsample: int) -> Block:

@@ -78,7 +78,7 @@ class DiffusersUNet(ModelAdapter):
         return [*down[num_outer_blocks:], *middle, *up[: len(up) - num_outer_blocks]]
 
     def grid(self, grid_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
-        if is_added_kv(grid_module):
+        if "add_k_proj" in grid_module._modules:
             check_added_kv_call(kwargs)
         x = args[0] if args else kwargs["hidden_states"]
         return x.shape[-2], x.shape[-1]
@@ -144,6 +144,6 @@ def _stacks_in(
     for name, module in block.named_modules():
         if _TEMPORAL.intersection(name.split(".")):
             continue
-        has_blocks = isinstance(getattr(module, "transformer_blocks", None), nn.ModuleList)
+        has_blocks = isinstance(module._modules.get("transformer_blocks"), nn.ModuleList)
         if has_blocks or is_added_kv(module):
             yield f"{prefix}.{name}", module, downsample

@@ -62,7 +62,7 @@ class BlockPreHook(StepHook):
         block, config = self.block, context.config
         metric = self.image_tokens(context, tokens)
         if config.one_plan:
-            plan = self.compute(context, metric, config.ratio, config.methods[0])
+            plan = self.shared(context, metric, config.ratio, 0, {})
             return dict.fromkeys(block.kinds, plan)
         state, step = context.state, context.step
         ratios = {}

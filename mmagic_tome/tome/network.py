@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..graphs import eager_only
+from ..latents import as_float, latents_of, tensors_of
 from ..merging.random import step_key
 from ..patch import Hook, Interceptor
-from ..runs import Call, as_float, latents_of, tensors_of
+from ..runs import Call
 from .state import TomeContext, TomePatch
 
 
@@ -43,7 +44,8 @@ class NetworkPreHook(StepHook):
             patch.lead_compiled()
         contexts = patch.contexts(shared=config.tracks_steps)
         for context in contexts:
-            context.clear()
+            if context.running:  # compiled code does not notice that a call failed
+                context.clear()
             context.start()
             if not (config.merges_nothing or context.disabled):
                 context.config = config

@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..merging.joint import JointPlan
 from .network import StepHook
 from .state import TomeContext
 from .target import (
     TargetHook,
-    around_text,
     check_call,
     merged_call,
-    record,
     with_tokens,
 )
 
@@ -38,16 +37,16 @@ class ResidualPreHook(TargetHook, StepHook):
         context = patch.context
         x = args[0] if args else kwargs["hidden_states"]
         plan = context.plans.get(target.kind)
-        if plan is not None:
-            plan = around_text(context, target, plan, x.shape[1] - plan.num_tokens)
+        if plan is not None and target.joint:
+            plan = JointPlan(plan, x.shape[1] - plan.num_tokens, context.num_before)
         known = target.name in context.state.residuals and not context.computes
         # With gradients, as in training, steps are unrelated: merged without a residual.
         if plan is None or not (known or torch.is_grad_enabled()):
-            record(context, target, x, None)
+            target.record(context, x, None)
             context.pending[target.name] = ("baseline", plan, x, args, kwargs)
             return None
         check_call(patch, target, plan, x, kwargs)
-        record(context, target, x, plan)
+        target.record(context, x, plan)
         args, kwargs, merged = merged_call(patch, target, plan, x, args, kwargs)
         context.pending[target.name] = ("merged", plan, x, merged)
         return args, kwargs

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..config import ToMeConfig
-from ..merging import GridLayout, random_layout, regular_layout
+from ..merging import FramePlan, GridLayout, JointPlan, random_layout, regular_layout
 from ..merging.random import hashed_integers
 from ..patch import Context, Patch, hooks_of, keep_last, register, unregister
 from ..runs import RunTracker
@@ -44,6 +44,10 @@ class StepState:
         self.computed_at: dict[str, int] = {}
         self.residuals: dict[str, Tensor] = {}
         self.guidance_map: Tensor | None = None
+
+
+# Where steps are not tracked; nobody writes into it.
+_NOTHING_KEPT = StepState()
 
 
 class TomeContext(Context):
@@ -81,7 +85,7 @@ class TomeContext(Context):
         self.step_key: Tensor | None = None
         self.step = 0
         self.remaining: float | None = None
-        self.state = StepState()
+        self.state = _NOTHING_KEPT
         self.grid: tuple[int, int] | None = None
         self.num_before: int | list[int] | None = None
         self.frames = 1
@@ -179,8 +183,18 @@ class Target:
         self.calls = 0
         self.unmerged_calls = 0
 
-    def record(self, tokens: int, kept: int) -> None:
-        """Note a call."""
+    def record(self, context: TomeContext, x: Tensor, plan: Any) -> None:
+        """Note a call on tokens ``x``, in tokens of the image."""
+        frames = plan.num_frames if isinstance(plan, FramePlan) else context.frames
+        tokens = x.shape[1] * frames
+        kept = tokens if plan is None else plan.num_slots
+        text = 0
+        if isinstance(plan, JointPlan):
+            text = plan.num_text_tokens
+        elif self.joint and context.grid is not None:
+            # A backward that runs a block again does so when the grid is forgotten.
+            text = x.shape[1] - context.grid[0] * context.grid[1]
+        tokens, kept = tokens - text, kept - text
         self.tokens, self.kept = tokens, kept
         if not torch.compiler.is_compiling():
             self.calls += 1
@@ -272,9 +286,12 @@ class TomePatch(Patch):
                 continue
             first = path == target.paths[0] or path in target.shared
             before, after = module._forward_pre_hooks, module._forward_hooks
-            in_place = not first or _is_of(next(reversed(before.values()), None), self)
+            # Only hooks have the attribute, and only this patch's hooks have it as a value.
+            mine = getattr(next(reversed(before.values()), None), "patch", None) is self
+            in_place = mine or not first
             if path == target.paths[-1]:
-                in_place = in_place and _is_of(next(iter(after.values()), None), self)
+                mine = getattr(next(iter(after.values()), None), "patch", None) is self
+                in_place = in_place and mine
             if not in_place:
                 self._settle(network, target)
 
@@ -296,7 +313,3 @@ class TomePatch(Patch):
             module = network.get_submodule(path)
             if not any(type(one) is type(hook) for one in hooks_of(module, self)):
                 register(module, hook)
-
-
-def _is_of(hook: Any, patch: TomePatch) -> bool:
-    return getattr(hook, "patch", None) is patch

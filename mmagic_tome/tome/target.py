@@ -12,11 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ToMeError
-from ..merging.frames import FramePlan
 from ..merging.joint import JointPlan
 from ..patch import Hook
 from .network import StepHook
-from .state import Target, TomeContext, TomePatch
+from .state import Target, TomePatch
 
 
 class TargetHook(Hook):
@@ -40,10 +39,11 @@ class TargetPreHook(TargetHook):
         x = args[0] if args else kwargs["hidden_states"]
         plan = context.plans.get(target.kind)
         if plan is None:
-            record(context, target, x, None)
+            target.record(context, x, None)
             return None
-        plan = around_text(context, target, plan, x.shape[1] - plan.num_tokens)
-        record(context, target, x, plan)
+        if target.joint:
+            plan = JointPlan(plan, x.shape[1] - plan.num_tokens, context.num_before)
+        target.record(context, x, plan)
         check_call(self.patch, target, plan, x, kwargs)
         return merged_call(self.patch, target, plan, x, args, kwargs)[:2]
 
@@ -62,7 +62,8 @@ class TargetPostHook(TargetHook):
         if plan is None or target.kind == "attn_kv":
             return None
         y = target.tokens_of(output)
-        plan = around_text(context, target, plan, y.shape[1] - plan.num_slots)
+        if target.joint:
+            plan = JointPlan(plan, y.shape[1] - plan.num_slots, context.num_before)
         return target.replaced(output, plan.unmerge(y))
 
 
@@ -74,10 +75,11 @@ class WholePreHook(TargetHook, StepHook):
         x = args[0] if args else kwargs["hidden_states"]
         plan = context.plans.get(target.kind)
         if plan is None:
-            record(context, target, x, None)
+            target.record(context, x, None)
             return None
-        plan = around_text(context, target, plan, x.shape[1] - plan.num_tokens)
-        record(context, target, x, plan)
+        if target.joint:
+            plan = JointPlan(plan, x.shape[1] - plan.num_tokens, context.num_before)
+        target.record(context, x, plan)
         check_call(self.patch, target, plan, x, kwargs)
         args, kwargs, merged = merged_call(self.patch, target, plan, x, args, kwargs)
         context.pending[target.name] = (plan, x, merged)
@@ -108,7 +110,8 @@ class SharedInputPreHook(TargetHook):
         if plan is None:
             return None
         x = args[0] if args else kwargs["hidden_states"]
-        plan = around_text(context, target, plan, x.shape[1] - plan.num_tokens)
+        if target.joint:
+            plan = JointPlan(plan, x.shape[1] - plan.num_tokens, context.num_before)
         return with_tokens(plan.merge(x), args, kwargs)
 
 
@@ -128,11 +131,6 @@ def target_hooks(patch: TomePatch, target: Target) -> list[tuple[str, TargetHook
     ]
 
 
-def around_text(context: TomeContext, target: Target, plan: Any, num_text_tokens: int) -> Any:
-    """The plan for a sequence that holds the text's tokens as well, which stay as they are."""
-    return JointPlan(plan, num_text_tokens, context.num_before) if target.joint else plan
-
-
 def merged_call(
     patch: TomePatch, target: Target, plan: Any, x: Tensor, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any], Tensor | None]:
@@ -145,7 +143,10 @@ def merged_call(
     merged = plan.merge(x)
     if target.kind == "attn_kv":
         return args, {**kwargs, target.context_argument: merged}, None
-    args, kwargs = with_tokens(merged, args, kwargs)
+    if args:
+        args = (merged, *args[1:])
+    else:
+        kwargs = {**kwargs, "hidden_states": merged}
     args, kwargs = patch.adapter.adapt(target.name, plan, args, kwargs)
     return args, kwargs, merged
 
@@ -155,20 +156,6 @@ def with_tokens(x: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, 
     if args:
         return (x, *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": x}
-
-
-def record(context: TomeContext, target: Target, x: Tensor, plan: Any) -> None:
-    """Note a call, in tokens of the image."""
-    frames = plan.num_frames if isinstance(plan, FramePlan) else context.frames
-    tokens = x.shape[1] * frames
-    kept = tokens if plan is None else plan.num_slots
-    text = 0
-    if isinstance(plan, JointPlan):
-        text = plan.num_text_tokens
-    elif target.joint and context.grid is not None:
-        # A backward that runs a block again does so when the grid is forgotten.
-        text = x.shape[1] - context.grid[0] * context.grid[1]
-    target.record(tokens - text, kept - text)
 
 
 def check_call(

@@ -5,7 +5,7 @@
 cli          options of the command and the checks that need no model
 command      what it does, stage after stage
 space        what can be tuned, and the moves from one candidate to the next
-sampler      which steps a sampler takes, and whether it adds noise between them
+sampler      which steps a scheduler takes, and whether it adds noise between them
 costs        seconds of the parts of a network on this machine
 predict      seconds of a candidate, from what runs at each of its steps
 judge        error of a candidate against the dense pictures

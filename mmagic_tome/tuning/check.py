@@ -11,10 +11,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..config import ToMeConfig
-from ..evaluation.contenders import Contender
 from ..evaluation.metrics.cost import spread
 from ..evaluation.metrics.pixels import PSNR
+from ..settings import Setting
 from .folder import key_of
 from .judge import Judge, mse_of, paired
 from .search import psnr_of
@@ -27,12 +26,12 @@ LEAST_PAIRS = 5
 def check(
     judge: Judge, numbers: Sequence[int], options: dict[str, Any], place: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Run dense and a setting in turn, on each batch of some pictures.
+    """Run dense and a setting interleaved, on each batch of some pictures.
 
     Args:
         judge: whose generator and folder to use.
         numbers: of pictures that the search did not see.
-        options: of a ToMeConfig.
+        options: what :meth:`Setting.coerce` takes.
         place: what times depend on, such as the machine; pairs that were run in another are left
             alone.
 
@@ -48,20 +47,20 @@ def check(
     batches = judge.batches(numbers)
     # Prompts come round again where there are few: other times, the same pictures.
     todo = [batches[turn % len(batches)] for turn in range(max(len(batches), LEAST_PAIRS))]
-    contenders = (Contender("dense"), Contender("tuned", tome_cfg=ToMeConfig.from_dict(options)))
+    settings = {"dense": Setting(), "tuned": Setting.coerce(options)}
     generator, metric = judge.generator, PSNR()
     turns = range(len(pairs), len(todo))
     steps = 2 * generator.request.steps * len(turns)
     with tqdm(total=steps, desc="unseen prompts", unit="step", dynamic_ncols=True) as bar:
-        for contender in contenders if turns else ():
-            with contender.on(generator.model):
+        for setting in settings.values() if turns else ():
+            with setting.apply(generator.model):
                 generator.run(todo[0], min(WARM_UP_STEPS, generator.request.steps))
         for turn in turns:
             images, seconds = {}, {}
-            for contender in contenders[:: -1 if turn % 2 else 1]:
-                with contender.on(generator.model):
-                    images[contender.name], clock = generator.run(todo[turn], on_step=bar.update)
-                seconds[contender.name] = clock.total
+            for name in list(settings)[:: -1 if turn % 2 else 1]:
+                with settings[name].apply(generator.model):
+                    images[name], clock = generator.run(todo[turn], on_step=bar.update)
+                seconds[name] = clock.total
             values = paired(metric, images["dense"], images["tuned"])
             psnrs = [None if math.isinf(value) else value for value in values]
             pairs.append({**seconds, "psnr": psnrs, "pictures": len(todo[turn])})

@@ -26,15 +26,15 @@ from ..apis.model_config import (
     check_device,
     inner_model,
     load_config,
-    merging_config,
+    setting_config,
 )
 from ..apis.text2image import Generator, Request
-from ..apply import remove_tome
+from ..apply import remove_cache, remove_tome
+from ..cache import PRESETS
 from ..errors import ToMeError
 from ..evaluation.generate import PictureRequest, fingerprint, too_long
 from ..evaluation.prompts import Prompt, load_prompts
 from ..models import find_adapter
-from ..presets import PRESETS
 from ..schedulers import scheduler_name
 from ..version import __version__
 from .check import check
@@ -97,7 +97,9 @@ def command(args: Namespace, argv: Sequence[str]) -> None:
     with folder.locked():
         print(f"building {inner_model(config).type} of {args.config} on {device}")
         model = build_model(config, device, args.dtype)
-        remove_tome(model)  # what is found takes the place of the config's own
+        # What is found takes the place of the config's own.
+        remove_tome(model)
+        remove_cache(model)
         generator = Generator(model, request)
         if too_long(generator):
             notes.append("some prompts are longer than the model reads; it cuts them")
@@ -110,16 +112,16 @@ def command(args: Namespace, argv: Sequence[str]) -> None:
 
 
 def _check_spelling(config) -> None:
-    """Fail where a ``tome_cfg`` at the top of the written config would contradict another."""
-    merging_config(config)
+    """Fail where keys at the top of the written config would contradict others."""
+    setting_config(config)
     model = config.model
     while isinstance(model, dict):
-        for key in ("tome_cfg", "tomesd_cfg"):
+        for key in ("tome_cfg", "tomesd_cfg", "cache_cfg"):
             if model.get(key) is not None:
                 raise ToMeError(
                     f"the config has {key} inside model=dict(type={model.get('type')!r}), where "
-                    "the written config could not replace it; move it to the top as tome_cfg, or "
-                    "take it out"
+                    "the written config could not replace it; move it to the top as "
+                    f"{'cache_cfg' if key == 'cache_cfg' else 'tome_cfg'}, or take it out"
                 )
         model = model.get("model")
 
@@ -197,22 +199,22 @@ def _place(device) -> dict[str, Any]:
 def _search(args, generator, device, folder, notes) -> Found:
     goal = Goal(args.speedup, args.psnr)
     numbers = range(args.search_prompts)
-    scopes, order = _scopes(generator, notes)
+    regions, order = _regions(generator, notes)
     budget = 60 * args.budget
     limit = COSTS_SHARE * budget
     place = _place(device)
-    measured = _costs(generator, device, folder, numbers, scopes, order, limit, place, notes)
+    measured = _costs(generator, device, folder, numbers, regions, order, limit, place, notes)
     judge = Judge(generator, numbers, folder)
     trace = judge.make_dense()
     space = space_of(measured, order)
-    predictor = Predictor(costs_of(measured), trace["times"], trace["levels"])
+    predictor = Predictor(costs_of(measured), len(trace["times"]))
     space = _useful(space, predictor, generator.request.steps, notes)
 
     spent = measured["seconds"]
     search = Search(space, predictor.speedup, lambda one: (0.0, 0.0), 0.0)
     search.check_reachable(goal)
     others, seconds = _fewer_steps(judge, predictor, generator.request.steps)
-    presets = {name: candidate_of({"preset": name}) for name in PRESETS}
+    presets = {name: candidate_of({"cache": name}) for name in PRESETS}
     starts = {name: one for name, one in presets.items() if one is not None and space.holds(one)}
 
     with tqdm(total=budget, desc="searching", unit="s", dynamic_ncols=True, bar_format=_BAR) as bar:
@@ -240,25 +242,25 @@ def _search(args, generator, device, folder, notes) -> Found:
 _BAR = "{desc}: {percentage:3.0f}% of the budget|{bar}| {postfix}"
 
 
-def _scopes(generator, notes) -> tuple[list[str], int]:
-    """What may be left out with the model's sampler, and the order to foretell it with."""
+def _regions(generator, notes) -> tuple[list[str], int]:
+    """Regions that may be skipped with the model's scheduler, and the order of extrapolation."""
     model = generator.model
     adapter, network = find_adapter(model)
-    deep = ["deep"] if adapter.inner_modules(network, 1) else []
+    inner = ["inner"] if adapter.inner_modules(network, 1) else []
     noise = adds_noise(model.test_scheduler, generator.request.steps)
     if noise is False:
-        return ["network", *deep], 1
+        return ["network", *inner], 1
     name = scheduler_name(model.test_scheduler)
     why = "adds noise between the steps" if noise else "could not be looked into"
     notes.append(
-        f"the sampler {name} {why}, so the network is never left out as a whole; a sampler "
+        f"the scheduler {name} {why}, so the network is never skipped as a whole; a scheduler "
         "without noise, such as DDIM or DPM-Solver++, allows for more"
     )
-    return deep, 0
+    return inner, 0
 
 
 def _costs(
-    generator, device, folder, numbers, scopes, order, limit, place, notes
+    generator, device, folder, numbers, regions, order, limit, place, notes
 ) -> dict[str, Any]:
     """Measured costs; those of the folder where they were measured here, see :func:`_place`."""
     held = folder.kept("costs.json")
@@ -284,7 +286,7 @@ def _costs(
         folder.keep("rounds.json", rounds)
 
     first = list(numbers)[: generator.request.batch_size]
-    measured = measure_costs(generator, first, scopes, order, limit - before, rounds, keep)
+    measured = measure_costs(generator, first, regions, order, limit - before, rounds, keep)
     measured.update(
         place=place,
         seconds=before + time.perf_counter() - start,
@@ -295,15 +297,15 @@ def _costs(
 
 
 def _useful(space: Space, predictor: Predictor, steps: int, notes) -> Space:
-    """The space without what can never be left out in so few steps."""
+    """The space without regions that are never skipped in so few steps."""
     useful = []
-    for scope in space.scopes:
-        alone = Space((scope,), order=space.order)
+    for region in space.regions:
+        alone = Space((region,), order=space.order)
         if predictor.speedup(alone.fastest()[0]) > 1:
-            useful.append(scope)
+            useful.append(region)
         else:
-            notes.append(f"{scope}: nothing to leave out in {steps} steps; more --steps allow it")
-    return replace(space, scopes=tuple(useful))
+            notes.append(f"{region}: nothing to skip in {steps} steps; more --steps allow it")
+    return replace(space, regions=tuple(useful))
 
 
 def _fewer_steps(judge, predictor, steps) -> tuple[list[tuple[str, float, float]], float]:
@@ -421,7 +423,7 @@ def _report(args, argv, config, generator, device, folder, found: Found) -> None
         base_of(args.config, args.target),
         found.trial.candidate.options(),
         _comment(args, settings, where, found),
-        replaces=config.get("tome_cfg") is not None,
+        replaces=[key for key in ("tome_cfg", "cache_cfg") if config.get(key) is not None],
         imports=_imports(config),
         infer=_infer(args),
     )
@@ -505,7 +507,7 @@ def _said(found: Found) -> str:
         f"Chosen: {found.trial.candidate.text()}. Search prompts: predicted "
         f"{found.trial.speedup:.2f}x, {_db(found.trial.psnr)}. Prompts that the search did not "
         f"see: measured {factor['median']:.2f}x (10th to 90th percentile {factor['p10']:.2f} to "
-        f"{factor['p90']:.2f} of {checked['pairs']} pairs of whole runs in turn), "
+        f"{factor['p90']:.2f} of {checked['pairs']} interleaved pairs of whole runs), "
         f"{_db(checked['psnr'])}; dense {checked['dense_seconds']:.3g} s per picture, tuned "
         f"{checked['seconds']:.3g} s."
     )

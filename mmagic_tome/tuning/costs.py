@@ -16,13 +16,14 @@ from typing import Any
 from tqdm import tqdm
 
 from ..apis.text2image import Generator
+from ..cache import StepCacheConfig
+from ..cache.skip import skips_of_run
 from ..config import ToMeConfig
 from ..errors import ToMeError
-from ..evaluation.contenders import Contender
 from ..models import find_adapter
-from .predict import Costs, left_out
-from .sampler import Trace
-from .space import RATIOS, REFRESH, Space
+from ..settings import Setting
+from .predict import Costs
+from .space import PLAN_INTERVAL, RATIOS, Space
 
 ROUNDS = 3
 # However long they take: what one round says of merging may be what another program did.
@@ -30,10 +31,10 @@ LEAST_ROUNDS = 2
 # Few steps give every kind of call a few times.
 STEPS = 8
 WARM_UP_STEPS = 2
-SITES = ("attn", "attn_kv", "block")
+TARGETS = ("attn", "attn_kv", "block")
 # The ratio that saves most: where it saves nothing, no other does.
 MOST = max(RATIOS)
-# Merging that saves less of a call than this is left out: it costs quality, and the clock is no
+# Merging that saves less of a call than this is not used: it costs quality, and the clock is no
 # better than that.
 LEAST_SAVING = 0.02
 
@@ -41,7 +42,7 @@ LEAST_SAVING = 0.02
 def measure_costs(
     generator: Generator,
     numbers: Sequence[int],
-    scopes: Sequence[str],
+    regions: Sequence[str],
     order: int,
     seconds: float,
     rounds: dict[str, list] | None = None,
@@ -52,33 +53,33 @@ def measure_costs(
     Args:
         generator: of a model that is dense.
         numbers: the pictures of a run.
-        scopes: of 'network' and 'deep', what may be left out.
-        order: of foretelling.
+        regions: of 'network' and 'inner', what may be skipped.
+        order: of extrapolation.
         seconds: after which no further round begins; two are always measured.
         rounds: of an earlier call with the same arguments that was broken off, JSON-able, {} at
             first; it grows by every round, so that none is measured twice.
         keep: called after every round, such as to write ``rounds`` to a file.
 
     Returns:
-        JSON-able: ``foretold``, ``shallow`` (None where they were not measured), ``rest``,
-        ``merges`` (a list of [site, level, ratio, what it adds]), ``proportional`` (sites where
-        attention is told what its keys stand for), ``deep_levels``,
-        ``dense_call_seconds``, ``rounds`` (of the first measurement).
+        JSON-able: ``network_skipped``, ``inner_skipped`` (None where they were not measured),
+        ``rest``, ``merges`` (a list of [target, level, ratio, what it adds]), ``prop_attn``
+        (targets with proportional attention), ``inner_levels``, ``dense_call_seconds``,
+        ``rounds`` (of the first measurement).
     """
     adapter, network = find_adapter(generator.model)
     blocks = adapter.blocks(network)
     levels = sorted({block.downsample for block in blocks})
-    runs = {"dense": None}
-    for scope in scopes:
+    runs = {"dense": Setting()}
+    for region in regions:
         # Everywhere, to see as many as possible in a short run.
-        reuse = {scope: dict(steps=2, between=(0.0, 1.0), order=order)}
-        runs[scope] = ToMeConfig(ratio=0, reuse=reuse)
+        cache = StepCacheConfig(region=region, timestep_range=(0.0, 1.0), order=order)
+        runs[region] = Setting(cache=(cache,))
     merges = {}
-    for site in SITES:
+    for target in TARGETS:
         for level in levels:
-            config = _merging_that_works(generator.model, site, level)
-            if config is not None:
-                merges[site, level, MOST] = config
+            setting = _merging_that_works(generator.model, target, level)
+            if setting is not None:
+                merges[target, level, MOST] = setting
     until = time.perf_counter() + seconds
     rounds = {} if rounds is None else rounds
     held = [rounds.setdefault(name, []) for name in ("first", "second")]
@@ -91,33 +92,33 @@ def measure_costs(
         first = _rounds(generator, numbers, runs, bar, until, held[0], keep)
         kept = [key for key in merges if _saves(first, key)]
         more = {
-            (site, level, ratio): merging(
-                site, level, ratio, merges[site, level, MOST].proportional
+            (target, level, ratio): merging(
+                target, level, ratio, merges[target, level, MOST].tome.prop_attn
             )
-            for site, level, _ in kept
+            for target, level, _ in kept
             for ratio in RATIOS
             if ratio != MOST
         }
         second = {}
         if more:
-            more_runs = {"dense": None, **more}
+            more_runs = {"dense": Setting(), **more}
             second = _rounds(generator, numbers, more_runs, bar, until, held[1], keep)
     found = [[*key, _added(first, key)] for key in kept]
     found += [[*key, _added(second, key)] for key in more if _saves(second, key)]
-    deep = _inside(adapter.inner_modules(network, 1), blocks) if "deep" in scopes else set()
+    inner = _inside(adapter.inner_modules(network, 1), blocks) if "inner" in regions else set()
     inner = {
         level
         for level in levels
-        if all(block.name in deep for block in blocks if block.downsample == level)
+        if all(block.name in inner for block in blocks if block.downsample == level)
     }
     dense = first["dense"]
     return {
-        "foretold": _share(first, "network", "network"),
-        "shallow": _share(first, "deep", "deep"),
+        "network_skipped": _share(first, "network", "network"),
+        "inner_skipped": _share(first, "inner", "inner"),
         "rest": median(one["rest"] / one["full"] for one in dense),
         "merges": sorted(found),
-        "proportional": sorted({key[0] for key in kept if merges[key].proportional}),
-        "deep_levels": sorted(inner),
+        "prop_attn": sorted({key[0] for key in kept if merges[key].tome.prop_attn}),
+        "inner_levels": sorted(inner),
         "dense_call_seconds": median(one["full"] for one in dense),
         "rounds": len(dense),
     }
@@ -126,11 +127,11 @@ def measure_costs(
 def costs_of(measured: dict[str, Any]) -> Costs:
     """The figures of :func:`measure_costs`, for a predictor."""
     return Costs(
-        foretold=measured["foretold"] or 0.0,
-        shallow=measured["shallow"],
+        network_skipped=measured["network_skipped"] or 0.0,
+        inner_skipped=measured["inner_skipped"],
         rest=measured["rest"],
-        merges={(site, level, ratio): added for site, level, ratio, added in measured["merges"]},
-        deep_levels=frozenset(measured["deep_levels"]),
+        merges={(where, level, ratio): added for where, level, ratio, added in measured["merges"]},
+        inner_levels=frozenset(measured["inner_levels"]),
     )
 
 
@@ -139,36 +140,38 @@ def space_of(measured: dict[str, Any], order: int) -> Space:
 
     Merging: of each level the ratios that save more than the ratio below.
     """
-    scopes = [("network", "foretold"), ("deep", "shallow")]
-    usable = tuple(s for s, key in scopes if measured[key] is not None and measured[key] < 1)
+    costs = {region: measured[f"{region}_skipped"] for region in ("network", "inner")}
+    usable = tuple(region for region, cost in costs.items() if cost is not None and cost < 1)
     tables: dict[str, dict[int, tuple[float, ...]]] = {}
     best: dict[tuple[str, int], float] = {}
-    for site, level, ratio, added in sorted(measured["merges"]):
-        if added < best.get((site, level), 0.0):
-            best[site, level] = added
-            table = tables.setdefault(site, {})
+    for target, level, ratio, added in sorted(measured["merges"]):
+        if added < best.get((target, level), 0.0):
+            best[target, level] = added
+            table = tables.setdefault(target, {})
             table[level] = (*table.get(level, ()), ratio)
-    return Space(usable, tables, order, tuple(measured["proportional"]))
+    return Space(usable, tables, order, tuple(measured["prop_attn"]))
 
 
-def merging(site: str, level: int, ratio: float, proportional: bool) -> ToMeConfig:
+def merging(target: str, level: int, ratio: float, prop_attn: bool) -> Setting:
     """Merging at one level, with a schedule as a candidate has it."""
-    return ToMeConfig(
-        ratio={"level": {level: ratio}},
-        sites=[site],
+    config = ToMeConfig(
+        ratio={"downsample": {level: ratio}},
+        targets=[target],
         max_downsample=level,
-        refresh={"steps": REFRESH},
-        proportional=proportional,
+        plan_interval=PLAN_INTERVAL,
+        prop_attn=prop_attn,
     )
+    return Setting(config)
 
 
-def _merging_that_works(model: Any, site: str, level: int) -> ToMeConfig | None:
-    """Merging at one level, if a model can be merged there; proportional if it can be."""
-    for proportional in (True, False):
+def _merging_that_works(model: Any, target: str, level: int) -> Setting | None:
+    """Merging at one level, if a model can be merged there; with proportional attention if it
+    can be."""
+    for prop_attn in (True, False):
         try:
-            config = merging(site, level, MOST, proportional)
-            with Contender("", tome_cfg=config).on(model):
-                return config
+            setting = merging(target, level, MOST, prop_attn)
+            with setting.apply(model):
+                return setting
         except ToMeError:
             continue
     return None
@@ -209,21 +212,20 @@ def _of_others(rounds, runs) -> bool:
 def _run(
     generator: Generator,
     numbers: Sequence[int],
-    config: ToMeConfig | None,
+    setting: Setting,
     steps: int,
     on_step: Callable[[], object],
 ) -> dict[str, float]:
-    """Mean seconds of a call by what is left out at it, and ``rest``: all around the calls."""
-    model = generator.model
-    with Contender("", tome_cfg=config).on(model), Trace(model) as trace:
+    """Mean seconds of a call by what is skipped at it, and ``rest``: all around the calls."""
+    with setting.apply(generator.model):
         _, clock = generator.run(numbers, steps, on_step=on_step)
     seconds = generator.step_seconds
-    out = left_out(config or ToMeConfig(ratio=0), trace.times, trace.levels)
+    skips = skips_of_run(setting.cache or (), len(seconds))
     by_kind: dict[str, list[float]] = {}
     # The first call of a run pays for what the machine had forgotten of the network.
-    for number, (kind, taken) in enumerate(zip(out, seconds)):
+    for number, (skipped, taken) in enumerate(zip(skips, seconds)):
         if number or len(seconds) == 1:
-            by_kind.setdefault(min(kind, default="full"), []).append(taken)
+            by_kind.setdefault(min(skipped, default="full"), []).append(taken)
     return {"rest": clock.total - clock.unet, **{k: mean(v) for k, v in by_kind.items()}}
 
 

@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from ..apis.text2image import Generator
 from ..errors import ToMeError
-from ..evaluation.contenders import DENSE, Contender
+from ..evaluation.contenders import DENSE
 from ..evaluation.generate import LatentWatch
 from ..evaluation.metrics.pixels import PSNR
+from ..settings import Setting
 from .folder import SearchFolder, key_of
 from .sampler import Trace
 
@@ -40,7 +41,7 @@ class Judge:
         self.made = 0
 
     def make_dense(self) -> dict[str, Any]:
-        """Make the dense pictures; the timesteps of a run, as (``times``, ``levels``).
+        """Make the dense pictures; the timesteps of a run, as ``times``.
 
         Raises:
             ToMeError: a picture is not a number.
@@ -56,7 +57,7 @@ class Judge:
                     raise ToMeError(
                         "the dense model makes pictures that are not numbers; write --dtype fp32"
                     )
-                trace = {"times": t.times, "levels": t.levels}
+                trace = {"times": t.times}
                 self.folder.keep("trace.json", trace)
                 for number, image in zip(batch, images):
                     record = {"seed": self.generator.request.seed_of(number)}
@@ -81,7 +82,7 @@ class Judge:
         """Try a setting.
 
         Args:
-            options: of a ToMeConfig, or None for the dense model.
+            options: what :meth:`Setting.coerce` takes; None for the dense model.
             steps: other than the request's.
             on_step: called after each step that is made now.
 
@@ -93,7 +94,7 @@ class Judge:
         if key not in self.trials:
             start = time.perf_counter()
             values: list[float] = []
-            with Contender("", tome_cfg=_config(options), steps=steps).on(self.generator.model):
+            with Setting.coerce(options).apply(self.generator.model):
                 for batch in self.batches(self.numbers):
                     images, _ = self.generator.run(batch, steps, on_step=on_step)
                     values += [self.psnr(number, one) for number, one in zip(batch, images)]
@@ -121,12 +122,6 @@ def psnr(metric: PSNR, dense: Tensor, other: Tensor) -> float:
 def mse_of(values: Sequence[float]) -> float:
     """Mean squared error in levels of 255 of pictures with these PSNRs in dB."""
     return 255**2 * float(np.mean([10 ** (-value / 10) for value in values]))
-
-
-def _config(options: dict[str, Any] | None) -> Any:
-    from ..config import ToMeConfig
-
-    return None if options is None else ToMeConfig.from_dict(options)
 
 
 def _tensor(image: Image.Image) -> Tensor:

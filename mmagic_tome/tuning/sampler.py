@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""What a search has to know of a sampler: its timesteps, and whether it adds noise."""
+"""What a search has to know of a scheduler: its timesteps, and whether it adds noise."""
 
 from __future__ import annotations
 
@@ -19,20 +19,13 @@ class Trace:
         model: whatever ``apply_tome`` takes.
 
     Attributes:
-        times (list of float): one per call; None where a call says none.
-        levels (list of float): the same as shares of the run, 1 = pure noise; None where the
-            model has no fixed scale.
+        times (list of float): one per call that runs; None where a call says none.
     """
 
     def __init__(self, model: Any) -> None:
         self.adapter, self.network = find_adapter(model)
         self.times: list[float | None] = []
         self._hook: Any = None
-
-    @property
-    def levels(self) -> list[float | None]:
-        scale = self.adapter.timestep_scale
-        return [None if t is None or scale is None else t / scale for t in self.times]
 
     def _note(self, module, args, kwargs) -> None:
         time = self.adapter.timestep(args, kwargs)
@@ -49,7 +42,7 @@ class Trace:
 
 
 def adds_noise(scheduler: Any, steps: int) -> bool | None:
-    """Whether a sampler adds noise between its steps, such as ancestral and SDE ones.
+    """Whether a scheduler adds noise between its steps, such as ancestral and SDE ones.
 
     Found by trying: two runs from the same start, with the same predictions and different random
     numbers, end at the same place only without it.
@@ -59,13 +52,13 @@ def adds_noise(scheduler: Any, steps: int) -> bool | None:
         steps: of a run.
 
     Returns:
-        None where the sampler cannot be run without a network.
+        None where the scheduler cannot be run without a network.
     """
     # The wrapper cannot be copied: it asks itself for what it wraps, for ever.
     sampler = scheduler.scheduler if hasattr(type(scheduler), "_scheduler_cls") else scheduler
     try:
         ends = [_run(copy.deepcopy(sampler), steps, seed) for seed in (0, 1)]
-    except Exception:  # whatever a sampler that wants something else may raise
+    except Exception:  # whatever a scheduler that wants something else may raise
         return None
     return not torch.equal(*ends)
 

@@ -258,13 +258,14 @@ class Search:
         top = self.top
         if top <= LEAST:
             raise ToMeError(
-                "nothing here makes this model faster on this machine: no part of it can be left "
-                "out, and merging saves no time at this size; a larger --size or more --steps may"
+                "nothing here makes this model faster on this machine: no region can be skipped, "
+                "and merging saves no time at this size; a larger --size or more --steps may"
             )
         if goal.speedup is not None and top < goal.speedup:
             raise ToMeError(
-                f"--speedup {goal.speedup:.4g} cannot be reached: everything that can be left out "
-                f"here gives {math.floor(100 * top) / 100:.2f}x as predicted from measured costs; "
+                f"--speedup {goal.speedup:.4g} cannot be reached: skipping all that can be "
+                f"skipped here gives {math.floor(100 * top) / 100:.2f}x as predicted from measured "
+                f"costs; "
                 f"write --speedup {math.floor(100 * top) / 100:g} or less, or fewer --steps"
             )
 

@@ -1,10 +1,9 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """What can be tuned, and the moves that make a candidate faster or slower.
 
-A candidate does up to three things, each in a window of noise levels:
+A candidate does up to three things, each in a window of the run (see ``timestep_range``):
 
-- ``network`` and ``deep``: leave the network, or its inner levels, out at some steps
-  (option ``reuse``);
+- ``network`` and ``inner``: skip the network, or its inner region, at some steps (step caching);
 - ``merge``: merge tokens at some levels (option ``ratio``), each level in a window of its own.
 """
 
@@ -14,35 +13,34 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..config import ToMeConfig
-from ..presets import with_preset
-from ..reuse import SCOPES, Reuse
+from ..cache.config import REGIONS, StepCacheConfig
+from ..settings import Setting
 
-# Width of one move of a window's edge, in noise levels.
+# Width of one move of a window's edge, as a share of the run.
 NOTCH = 0.1
-# A part that runs at every fifth step or more rarely is foretold from too far away.
-MOST_STEPS = 4
+# A region that is computed at every fifth step or more rarely is extrapolated too far.
+MAX_INTERVAL = 4
 RATIOS = (0.25, 0.5, 0.75)
-# Nothing and half: the share that the presets repay.
-REPAY = (0.5, 0.0)
-# Steps that a plan of merging serves: matching is a large part of what merging costs.
-REFRESH = 2
+# None and half: what the presets have.
+ERROR_FEEDBACK = (0.5, 0.0)
+# Steps that a merge plan is used for: matching is a large part of what merging costs.
+PLAN_INTERVAL = 2
 
 
 @dataclass(frozen=True)
 class Window:
-    """A part of the network that is left out.
+    """How a region of the network is skipped, see :class:`~mmagic_tome.cache.StepCacheConfig`.
 
     Args:
-        steps: it runs at every this many steps.
-        low, high: noise levels between which it is left out, 1 = pure noise.
-        repay: share of what was foretold wrongly that is made good at the next run.
+        interval: it is computed at every this many steps.
+        low, high: its ``timestep_range``.
+        error_feedback: fraction of the extrapolation error that is added back.
     """
 
-    steps: int
+    interval: int
     low: float
     high: float
-    repay: float = 0.0
+    error_feedback: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -50,12 +48,12 @@ class Part:
     """Token merging at one level.
 
     Args:
-        level: how many times coarser its grid is than the finest one.
+        downsample: how many times coarser its grid is than the finest one.
         ratio: of its tokens.
-        low, high: noise levels between which they are merged.
+        low, high: the ``timestep_range`` in which they are merged.
     """
 
-    level: int
+    downsample: int
     ratio: float
     low: float = 0.0
     high: float = 1.0
@@ -66,22 +64,22 @@ class Merge:
     """Token merging.
 
     Args:
-        site: kind of site, as in ``ToMeConfig(sites=...)``.
+        target: kind of target, as in ``ToMeConfig(targets=...)``.
         parts: one for every level with merging, by level.
-        proportional: whether attention knows how many tokens its keys stand for.
+        prop_attn: whether attention is proportional.
     """
 
-    site: str
+    target: str
     parts: tuple[Part, ...]
-    proportional: bool = False
+    prop_attn: bool = False
 
     def at(self, level: int) -> Part | None:
         """The part of a level."""
-        return next((part for part in self.parts if part.level == level), None)
+        return next((part for part in self.parts if part.downsample == level), None)
 
     def with_part(self, part: Part) -> Merge:
         """With another part at a level, or one more."""
-        held = {one.level: one for one in self.parts} | {part.level: part}
+        held = {one.downsample: one for one in self.parts} | {part.downsample: part}
         return replace(self, parts=tuple(held[level] for level in sorted(held)))
 
 
@@ -90,94 +88,100 @@ class Candidate:
     """A setting; the empty one is the dense model.
 
     Args:
-        network, deep: what is left out, or None.
+        network, inner: how these regions are skipped; None: never.
         merge: what is merged, or None.
-        order: of the line or curve on which left-out outputs are foretold.
+        order: of extrapolation.
     """
 
     network: Window | None = None
-    deep: Window | None = None
+    inner: Window | None = None
     merge: Merge | None = None
     order: int = 1
 
     def options(self) -> dict[str, Any]:
-        """Options of a :class:`~mmagic_tome.config.ToMeConfig`; of JSON's types but for levels."""
-        options: dict[str, Any] = {"ratio": 0}
+        """What :meth:`~mmagic_tome.settings.Setting.coerce` takes; of JSON's types but for
+        levels."""
+        options: dict[str, Any] = {}
         if self.merge is not None:
             merge = self.merge
-            options["ratio"] = {"level": {part.level: part.ratio for part in merge.parts}}
-            windows = {part.level: [part.low, part.high] for part in merge.parts}
+            options["ratio"] = {"downsample": {part.downsample: part.ratio for part in merge.parts}}
+            windows = {part.downsample: [part.low, part.high] for part in merge.parts}
             first = next(iter(windows.values()))
             if any(window != first for window in windows.values()):
-                narrow = {k: {"between": w} for k, w in windows.items() if w != [0.0, 1.0]}
-                options["ratio"]["noise"] = {"level": narrow}
+                narrow = {k: {"timestep_range": w} for k, w in windows.items() if w != [0.0, 1.0]}
+                options["ratio"]["timestep"] = {"downsample": narrow}
             elif first != [0.0, 1.0]:
-                options["ratio"]["noise"] = {"between": first}
-            options["sites"] = [merge.site]
+                options["ratio"]["timestep"] = {"timestep_range": first}
+            options["targets"] = [merge.target]
             options["max_downsample"] = max(windows)
-            options["refresh"] = {"steps": REFRESH}
-            if merge.proportional:
-                options["proportional"] = True
-        reuse = {}
-        for name in SCOPES:
+            options["plan_interval"] = PLAN_INTERVAL
+            if merge.prop_attn:
+                options["prop_attn"] = True
+        caches = []
+        for name in REGIONS:
             window = getattr(self, name)
             if window is not None:
-                reuse[name] = {"steps": window.steps, "between": [window.low, window.high]}
-                if window.repay:
-                    reuse[name]["repay"] = window.repay
+                cache = {"region": name, "interval": window.interval}
+                cache["timestep_range"] = [window.low, window.high]
+                if window.error_feedback:
+                    cache["error_feedback"] = window.error_feedback
                 if self.order != 1:
-                    reuse[name]["order"] = self.order
-        if reuse:
-            options["reuse"] = reuse
+                    cache["order"] = self.order
+                caches.append(cache)
+        if caches:
+            options["cache"] = caches
         return options
 
-    def config(self) -> ToMeConfig:
-        """The same as a validated config."""
-        return ToMeConfig.from_dict(self.options())
+    def setting(self) -> Setting:
+        """The same, validated."""
+        return Setting.coerce(self.options())
+
+    @property
+    def caches(self) -> tuple[StepCacheConfig, ...]:
+        """The step caches; empty where nothing is skipped."""
+        return self.setting().cache or ()
 
     @property
     def dense(self) -> bool:
         """Whether it changes nothing."""
-        return self.network is None and self.deep is None and self.merge is None
+        return self.network is None and self.inner is None and self.merge is None
 
     def text(self) -> str:
         """A few words, for tables."""
         words = []
-        for name in SCOPES:
+        for name in REGIONS:
             window = getattr(self, name)
             if window is not None:
-                repay = f" repay {window.repay:g}" if window.repay else ""
-                words.append(f"{name} 1/{window.steps} in {window.low:g}-{window.high:g}{repay}")
+                feedback = window.error_feedback
+                more = f" error feedback {feedback:g}" if feedback else ""
+                words.append(f"{name} 1/{window.interval} in {window.low:g}-{window.high:g}{more}")
         if self.merge is not None:
             merge = self.merge
             levels = ", ".join(
-                f"/{part.level}: {part.ratio:g} in {part.low:g}-{part.high:g}"
+                f"/{part.downsample}: {part.ratio:g} in {part.low:g}-{part.high:g}"
                 for part in merge.parts
             )
-            weighed = " proportional" if merge.proportional else ""
-            words.append(f"merge {merge.site} {levels}{weighed}")
+            more = " prop_attn" if merge.prop_attn else ""
+            words.append(f"merge {merge.target} {levels}{more}")
         return "; ".join(words) or "dense"
 
 
-def candidate_of(options: Mapping[str, Any]) -> Candidate | None:
-    """The candidate that options stand for; None where they say what no candidate can.
+def candidate_of(setting: Mapping[str, Any] | Setting) -> Candidate | None:
+    """The candidate that does the same as a setting; None where there is none.
 
     Args:
-        options: of a ToMeConfig, such as ``dict(preset='fast')``.
+        setting: what :meth:`Setting.coerce` takes, such as ``dict(cache='fast')``.
     """
-    options = with_preset(options)
-    if options.pop("ratio", None) != 0:
+    setting = Setting.coerce(setting)
+    if setting.tome is not None or setting.cache is None:
         return None
-    reuse = Reuse.coerce(options.pop("reuse", None))
-    if options or reuse is None or reuse.outer != 1:
-        return None
-    scopes = reuse.scopes
-    orders = {scope.order for scope in scopes.values()}
-    if len(orders) != 1:
-        return None
-    windows = {n: Window(s.steps, *s.between, s.repay) for n, s in scopes.items()}
-    candidate = Candidate(**windows, order=orders.pop())
-    return candidate if candidate.config().reuse_plan == reuse else None
+    windows = {
+        one.region: Window(one.interval, *one.timestep_range, one.error_feedback)
+        for one in setting.cache
+    }
+    candidate = Candidate(**windows, order=setting.cache[0].order)
+    # Another order per region, or other outer blocks, no candidate has.
+    return candidate if candidate.caches == setting.cache else None
 
 
 @dataclass(frozen=True)
@@ -185,17 +189,17 @@ class Space:
     """What a search may do to a model on this machine.
 
     Args:
-        scopes: of 'network' and 'deep', those that can be left out.
-        merges: site -> level -> ratios, ascending, of merging that saves time here.
+        regions: of 'network' and 'inner', those that can be skipped.
+        merges: target -> level -> ratios, ascending, of merging that saves time here.
         order: of every candidate.
-        proportional: of the sites in ``merges``, those where attention is told how many tokens
-            its keys stand for: as fast, and nearer to dense.
+        prop_attn: of the targets in ``merges``, those with proportional attention: as fast, and
+            closer to the baseline output.
     """
 
-    scopes: tuple[str, ...]
+    regions: tuple[str, ...]
     merges: Mapping[str, Mapping[int, tuple[float, ...]]] = field(default_factory=dict)
     order: int = 1
-    proportional: tuple[str, ...] = ()
+    prop_attn: tuple[str, ...] = ()
 
     @property
     def dense(self) -> Candidate:
@@ -203,22 +207,22 @@ class Space:
         return Candidate(order=self.order)
 
     def holds(self, candidate: Candidate) -> bool:
-        """Whether a candidate does nothing that this space leaves out."""
-        scopes = all(getattr(candidate, name) is None or name in self.scopes for name in SCOPES)
-        return scopes and candidate.order == self.order
+        """Whether this space contains a candidate."""
+        regions = all(getattr(candidate, name) is None or name in self.regions for name in REGIONS)
+        return regions and candidate.order == self.order
 
     def fastest(self) -> list[Candidate]:
         """The far ends of the space; one of them is the fastest candidate."""
-        everything = Window(MOST_STEPS, 0.0, 1.0)
-        base = replace(self.dense, **dict.fromkeys(self.scopes, everything))
+        everything = Window(MAX_INTERVAL, 0.0, 1.0)
+        base = replace(self.dense, **dict.fromkeys(self.regions, everything))
         merges = [
-            self._merge(site, (Part(level, table[level][-1]) for level in sorted(table)))
-            for site, table in self.merges.items()
+            self._merge(target, (Part(level, table[level][-1]) for level in sorted(table)))
+            for target, table in self.merges.items()
         ]
         return [base, *(replace(base, merge=merge) for merge in merges)]
 
-    def _merge(self, site: str, parts: Iterable[Part]) -> Merge:
-        return Merge(site, tuple(parts), site in self.proportional)
+    def _merge(self, target: str, parts: Iterable[Part]) -> Merge:
+        return Merge(target, tuple(parts), target in self.prop_attn)
 
     def faster(self, candidate: Candidate) -> Iterator[tuple[str, list[Candidate]]]:
         """Moves that make a candidate faster.
@@ -226,32 +230,32 @@ class Space:
         Yields:
             Name of the move, and the candidates that it leads to, the nearest first: the first of
             them that is faster is meant. A window's edge may have to move several notches to
-            reach the next step of the sampler.
+            reach the next step of the scheduler.
         """
-        for name in self.scopes:
+        for name in self.regions:
             window = getattr(candidate, name)
             if window is None:
-                # Outputs that noise moves about lie on no line between their neighbours.
-                repay = REPAY[0] if self.order else 0.0
+                # Noise between the steps makes interpolation between outputs meaningless.
+                feedback = ERROR_FEEDBACK[0] if self.order else 0.0
                 edges = [_edges(0.5 - k * NOTCH, 0.5 + k * NOTCH) for k in range(1, 6)]
-                starts = [Window(2, *pair, repay) for pair in edges]
+                starts = [Window(2, *pair, feedback) for pair in edges]
                 yield f"{name}: in", [replace(candidate, **{name: start}) for start in starts]
                 continue
             for edge, windows in _wider(window):
                 yield f"{name}: {edge}", [replace(candidate, **{name: one}) for one in windows]
-            if window.steps < MOST_STEPS:
-                more = replace(window, steps=window.steps + 1)
-                yield f"{name}: steps", [replace(candidate, **{name: more})]
+            if window.interval < MAX_INTERVAL:
+                more = replace(window, interval=window.interval + 1)
+                yield f"{name}: interval", [replace(candidate, **{name: more})]
         yield from self._more_merging(candidate)
 
     def _more_merging(self, candidate: Candidate) -> Iterator[tuple[str, list[Candidate]]]:
         merge = candidate.merge
-        for site, table in self.merges.items():
-            if merge is not None and site != merge.site:
+        for target, table in self.merges.items():
+            if merge is not None and target != merge.target:
                 continue
-            now = merge or self._merge(site, ())
+            now = merge or self._merge(target, ())
             for level, ratios in table.items():
-                part, name = now.at(level), f"merge {site} at {level}"
+                part, name = now.at(level), f"merge {target} at {level}"
                 if part is None:
                     for when, low, high in (("late", 0.0, 0.5), ("early", 0.5, 1.0)):
                         start = now.with_part(Part(level, ratios[0], low, high))
@@ -266,40 +270,44 @@ class Space:
             chain = [replace(candidate, merge=replace(merge, parts=parts)) for parts in wider]
             yield f"merge: {edge}", chain
         for other in self.elsewhere(candidate):
-            yield f"merge: at {other.merge.site} instead", [other]
+            yield f"merge: at {other.merge.target} instead", [other]
 
     def elsewhere(self, candidate: Candidate) -> Iterator[Candidate]:
-        """The same merging at the other sites, at the nearest ratios that there are."""
+        """The same merging at the other targets, at the nearest ratios that there are."""
         merge = candidate.merge
-        for site, table in self.merges.items() if merge is not None else ():
-            if site == merge.site:
+        for target, table in self.merges.items() if merge is not None else ():
+            if target == merge.target:
                 continue
             parts = [
-                replace(one, ratio=min(table[one.level], key=lambda r, one=one: abs(r - one.ratio)))
+                replace(
+                    one, ratio=min(table[one.downsample], key=lambda r, one=one: abs(r - one.ratio))
+                )
                 for one in merge.parts
-                if one.level in table
+                if one.downsample in table
             ]
             if parts:
-                yield replace(candidate, merge=self._merge(site, parts))
+                yield replace(candidate, merge=self._merge(target, parts))
 
     def alike(self, candidate: Candidate) -> Iterator[Candidate]:
         """Neighbours that take as long."""
-        for name in self.scopes:
+        for name in self.regions:
             window = getattr(candidate, name)
-            for repay in REPAY if window is not None and self.order else ():
-                if repay != window.repay:
-                    yield replace(candidate, **{name: replace(window, repay=repay)})
+            for feedback in ERROR_FEEDBACK if window is not None and self.order else ():
+                if feedback != window.error_feedback:
+                    other = replace(window, error_feedback=feedback)
+                    yield replace(candidate, **{name: other})
 
     def slower(self, candidate: Candidate) -> Iterator[Candidate]:
         """Neighbours that do one thing less."""
-        for name in SCOPES:
+        for name in REGIONS:
             window = getattr(candidate, name)
             if window is None:
                 continue
             for narrower in _narrower(window):
                 yield replace(candidate, **{name: narrower})
-            if window.steps > 2:
-                yield replace(candidate, **{name: replace(window, steps=window.steps - 1)})
+            if window.interval > 2:
+                less = replace(window, interval=window.interval - 1)
+                yield replace(candidate, **{name: less})
             yield replace(candidate, **{name: None})
         merge = candidate.merge
         if merge is None:
@@ -308,7 +316,7 @@ class Space:
             for narrower in _narrower(part):
                 yield replace(candidate, merge=merge.with_part(narrower))
         for part in merge.parts:
-            ratios = self.merges.get(merge.site, {}).get(part.level, ())
+            ratios = self.merges.get(merge.target, {}).get(part.downsample, ())
             lower = [ratio for ratio in ratios if ratio < part.ratio]
             if lower:
                 less = merge.with_part(replace(part, ratio=lower[-1]))

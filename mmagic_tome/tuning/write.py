@@ -1,5 +1,6 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""The config that comes out: a base, ``tome_cfg``, and a comment with what was measured."""
+"""The config that comes out: a base, ``tome_cfg``, ``cache_cfg``, and a comment with what was
+measured."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ def config_text(
     base: str,
     options: Mapping[str, Any],
     notes: Iterable[str],
-    replaces: bool = False,
+    replaces: Iterable[str] = (),
     imports: Iterable[str] | None = None,
     infer: Mapping[str, Any] | None = None,
 ) -> str:
@@ -27,11 +28,11 @@ def config_text(
 
     Args:
         base: what its ``_base_`` says.
-        options: of token merging.
+        options: what :meth:`Setting.coerce` takes.
         notes: paragraphs of the comment at its top.
-        replaces: whether the base has a ``tome_cfg``, whose keys would be mixed with these.
+        replaces: those of ``tome_cfg`` and ``cache_cfg`` that the base has.
         imports: modules that the base imports, if this package is not among them: without it
-            nobody reads ``tome_cfg``.
+            these keys are not read.
         infer: steps and the like that were measured and that the base does not say, for its
             ``infer_cfg``.
     """
@@ -45,18 +46,36 @@ def config_text(
         lines.append(f"custom_imports = {python_of(entry)}")
     if infer:
         lines.append(f"infer_cfg = {python_of(infer)}")
-    if replaces:
-        options = {"_delete_": True, **options}
-    lines.append("tome_cfg = dict(")
+    replaced = set(replaces)
+    options = dict(options)
+    caches = options.pop("cache", None)
+    if options:
+        # The base's keys would be mixed with these.
+        delete = {"_delete_": True} if "tome_cfg" in replaced else {}
+        lines += ["tome_cfg = dict(", *_lines({**delete, **options}), ")"]
+    elif "tome_cfg" in replaced:
+        lines.append("tome_cfg = None")
+    if caches is not None:
+        lines += ["cache_cfg = [", *(f"    {python_of(cache)}," for cache in caches), "]"]
+    elif "cache_cfg" in replaced:
+        lines.append("cache_cfg = None")
+    return "\n".join(lines) + "\n"
+
+
+def _lines(options: Mapping[str, Any], depth: int = 1) -> list[str]:
+    """A line per entry of a dict; several for one that is too long."""
+    lines, indent = [], 4 * depth * " "
+    named = all(isinstance(key, str) and key.isidentifier() for key in options)
     for key, value in options.items():
-        line = f"    {key}={python_of(value)},"
-        if len(line) <= WIDTH or not isinstance(value, Mapping):
+        start = f"{indent}{key}=" if named else f"{indent}{python_of(key)}: "
+        line = f"{start}{python_of(value)},"
+        if len(line) > WIDTH and isinstance(value, Mapping):
+            words = all(isinstance(one, str) and one.isidentifier() for one in value)
+            begin, end = ("dict(", "),") if words else ("{", "},")
+            lines += [start + begin, *_lines(value, depth + 1), indent + end]
+        else:
             lines.append(line)
-            continue
-        lines.append(f"    {key}=dict(")
-        lines += [f"        {name}={python_of(one)}," for name, one in value.items()]
-        lines.append("    ),")
-    return "\n".join([*lines, ")"]) + "\n"
+    return lines
 
 
 def base_of(config: str, target: str | os.PathLike) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .. import apply_tome, get_handle
 from ..apis.infer import environment, make_request, quiet_libraries
 from ..apis.model_config import (
     build_model,
@@ -17,11 +16,14 @@ from ..apis.model_config import (
     check_device,
     inner_model,
     load_config,
-    merging_config,
+    setting_config,
 )
 from ..apis.pictures import FULL_SCALE, ResultFolder, file_stem, picture_difference
 from ..apis.text2image import Generator
+from ..apply import apply_tome
+from ..cache import to_plain
 from ..errors import ToMeError
+from ..settings import Handles
 from .cost_plot import cost_plot, cost_rows
 from .error_map import error_map
 from .recorder import PlanRecorder
@@ -39,14 +41,21 @@ def command(args, argv: list[str]) -> None:
     request = make_request(args, config)
     options = {} if args.ratio is None else {"ratio": args.ratio}
     check_config(config, request, options, compare=True)
+    setting = setting_config(config).replace(**options)
+    if setting.tome is None:
+        raise ToMeError(
+            "the config merges no tokens (step caching alone has no merge maps), so there is "
+            "nothing to draw; add tome_cfg=dict(ratio=0.5) to it, or pass --ratio 0.5"
+        )
 
     quiet_libraries()
     print(f"building {inner_model(config).type} of {args.config} on {device}")
     model = build_model(config, device, args.dtype)
     generator = Generator(model, request)
-    handle = get_handle(model)
-    if handle is None or options:
-        handle = apply_tome(model, merging_config(config), **options)
+    handles = Handles.of(model)
+    if handles.tome is None or options:
+        handles = Handles(apply_tome(model, setting.tome), handles.cache)
+    handle = handles.tome
     blocks = _chosen_blocks(handle, args.block)
     folder = ResultFolder(args.folder, overwrite=args.overwrite)
 
@@ -57,14 +66,14 @@ def command(args, argv: list[str]) -> None:
         for number, prompt in enumerate(request.prompts):
             bar.set_description(f"picture {number + 1} of {len(request.prompts)}", False)
             if number == 0:
-                report = _profile(generator, handle, model, bar.update)
+                report = _profile(generator, handles, model, bar.update)
                 files["cost"] = "cost.png"
                 where = environment(device)
-                title = f"{Path(args.config).stem}, {handle.description}: time of each site"
+                title = f"{Path(args.config).stem}, {handles.description}: time of each target"
                 title += f" on {device}{_busy(where)}"
                 with folder.new_file("cost.png") as path:
                     cost_plot(path, report, title)
-            with handle.dense():
+            with handles.disabled():
                 dense = generator.run([number], on_step=bar.update)[0][0]
             with PlanRecorder(model) as recorder:
                 merged = generator.run([number], on_step=bar.update)[0][0]
@@ -72,8 +81,7 @@ def command(args, argv: list[str]) -> None:
             if not records:
                 raise ToMeError(
                     "nothing was merged in this run, so there is nothing to draw: the grids are "
-                    "too small or the options merge nothing (a larger --size or --ratio; the "
-                    "presets leave out steps and merge nothing)"
+                    "too small or the options merge nothing; pass a larger --size or --ratio"
                 )
             names = _write(folder, file_stem(number, prompt), prompt, dense, merged, records, args)
             images.append(
@@ -86,7 +94,8 @@ def command(args, argv: list[str]) -> None:
             )
     result = {
         "command": ["visualize", *argv],
-        "token_merging": {**handle.config.to_record()},
+        "token_merging": handle.config.to_record(),
+        **({} if handles.cache is None else {"step_caching": to_plain(handles.cache.config)}),
         "images": images,
         **files,
         "cost_ms": cost_rows(report),
@@ -114,17 +123,17 @@ def _chosen_blocks(handle, wanted: list[str]) -> set[str]:
     return chosen
 
 
-def _profile(generator, handle, model, on_step) -> dict:
-    """Times of the sites over a dense and a merged run, step by step in turn."""
+def _profile(generator, handles, model, on_step) -> dict:
+    """Times of the targets over a dense and a merged run."""
     from ..mmagic.hooks.profile import Recorder
 
     steps = generator.request.steps
-    for mode in (handle.dense, nullcontext):  # warm-up
+    for mode in (handles.disabled, nullcontext):  # warm-up
         with mode():
             generator.run([0], 1)
     recorder = Recorder(model, 0, 2 * steps)
     half = max(1, steps // 2)
-    for mode in (handle.dense, nullcontext):
+    for mode in (handles.disabled, nullcontext):
         with mode():
             generator.run([0], half, on_step=on_step)
     recorder.close()

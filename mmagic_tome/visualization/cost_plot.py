@@ -9,7 +9,7 @@ _DENSE, _MERGED, _MATCHING = "#9a9a9a", "#1a7f4b", "#8fd0ae"
 
 
 def cost_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the plot out of a report of ``engine_hooks.profile.Recorder``.
+    """Rows of the plot out of a report of ``mmagic.hooks.profile.Recorder``.
 
     Args:
         report: of a recorder that saw dense and merged steps.

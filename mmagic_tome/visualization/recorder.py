@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..apply import get_handle
+from ..meters import step_module
 from ..models import find_adapter
+from ..patch import find_patch
+from ..tome.state import TomePatch
 
 
 @dataclass(frozen=True)
@@ -48,20 +50,21 @@ class PlanRecorder:
 
     Attributes:
         records (list): one :class:`Record` per block and step, in running order; of a block
-            whose sites have plans of their own, the plan of the first.
+            whose targets have plans of their own, the plan of the first.
     """
 
     def __init__(self, model: object) -> None:
         self.adapter, self.network = find_adapter(model)
+        self.step_module = step_module(model)
         self.records: list[Record] = []
         self.step = -1
         self._time: float | None = None
-        self._state: Any = None
+        self._patch: TomePatch | None = None
         self._hooks: list[Any] = []
         self._block_hooks: list[Any] = []
 
     def __enter__(self) -> PlanRecorder:
-        hook = self.network.register_forward_pre_hook(self._begins, with_kwargs=True)
+        hook = self.step_module.register_forward_pre_hook(self._begins, with_kwargs=True)
         self._hooks.append(hook)
         return self
 
@@ -70,7 +73,7 @@ class PlanRecorder:
             hook.remove()
         self._hooks.clear()
         self._block_hooks.clear()
-        self._state = None
+        self._patch = None
 
     def _begins(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         time = self.adapter.timestep(args, kwargs)
@@ -80,18 +83,17 @@ class PlanRecorder:
             self.records, self.step = [], -1
         self._time = time
         self.step += 1
-        handle = get_handle(self.network)
-        state = None if handle is None else handle._state
-        if state is self._state:
+        patch = find_patch(self.network, TomePatch)
+        if patch is self._patch:
             return
-        # Behind the engine's own hooks, which have made the plan by then.
+        # Behind merging's own hooks, which have made the plan by then.
         for hook in self._block_hooks:
             hook.remove()
         self._block_hooks.clear()
-        self._state = state
-        if state is None:
+        self._patch = patch
+        if patch is None:
             return
-        merged = {block.name for block in state.blocks}
+        merged = {block.name for block in patch.blocks}
         for block in self.adapter.blocks(self.network):
             if block.name in merged:
                 hook = block.module.register_forward_pre_hook(self._note(block.name))
@@ -99,10 +101,10 @@ class PlanRecorder:
 
     def _note(self, name: str):
         def note(module: nn.Module, args: tuple) -> None:
-            forward = self._state.forward
-            plan = forward.plan
+            context = self._patch.context
+            plan = context.plan
             if plan is not None and plan.num_slots < plan.slot.shape[1]:
                 slot = plan.slot.detach().to("cpu", torch.int32).numpy()
-                self.records.append(Record(self.step, name, tuple(forward.grid), slot))
+                self.records.append(Record(self.step, name, tuple(context.grid), slot))
 
         return note

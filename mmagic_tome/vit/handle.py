@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,18 +18,19 @@ from .schedules import removed_per_block
 
 
 class ViTHandle:
-    """Inspects, changes and removes the token merging of one model.
-
-    Attributes:
-        network (nn.Module): the vision transformer.
-    """
+    """Inspects, changes and removes the token merging of one model; does not keep it alive."""
 
     def __init__(
         self, network: nn.Module, patch: ViTPatch, replaced: list[tuple[str, Any]] | None = None
     ) -> None:
-        self.network = network
+        self._network = weakref.ref(network)
         self._patch = patch
         self._replaced = replaced or []
+
+    @property
+    def network(self) -> nn.Module | None:
+        """The vision transformer; None once it is gone."""
+        return self._network()
 
     @property
     def config(self) -> ViTConfig:
@@ -38,7 +40,8 @@ class ViTHandle:
     @property
     def active(self) -> bool:
         """False once this merging was removed or replaced by another."""
-        return find_patch(self.network, ViTPatch) is self._patch
+        network = self.network
+        return network is not None and find_patch(network, ViTPatch) is self._patch
 
     @property
     def r(self) -> Any:
@@ -100,7 +103,8 @@ class ViTHandle:
 
     def remove(self) -> None:
         """Remove token merging from the model; a second call does nothing."""
-        hooks.remove(self.network, self._patch)
+        if self.active:
+            hooks.remove(self.network, self._patch)
 
     def disabled(self) -> AbstractContextManager[None]:
         """Context manager: the baseline model in this thread, bit for bit; hooks stay in place.
@@ -137,13 +141,18 @@ class ViTHandle:
 
     def summary(self) -> str:
         """A table to print: tokens of every block in the last forward."""
-        text = f"token merging in {type(self.network).__name__}: {self.description}"
+        text = f"token merging in {self._where}: {self.description}"
         if not self.active:
             return f"{text} (removed)"
         if self.tokens is None:
             return f"{text} (not run yet)"
         rows = [f"{row['block']}  {row['tokens']} -> {row['kept']}" for row in self.stats()]
         return "\n".join([text, *rows])
+
+    @property
+    def _where(self) -> str:
+        network = self.network
+        return "a model that is gone" if network is None else type(network).__name__
 
     def __enter__(self) -> ViTHandle:
         return self
@@ -156,4 +165,4 @@ class ViTHandle:
 
     def __repr__(self) -> str:
         removed = "" if self.active else ", removed"
-        return f"ViTHandle({type(self.network).__name__}, r={self.r!r}{removed})"
+        return f"ViTHandle({self._where}, r={self.r!r}{removed})"

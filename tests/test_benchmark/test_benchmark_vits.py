@@ -101,7 +101,7 @@ def test_the_command_counts_images(tiny, tmp_path, capsys):
     [
         (["--ratio", "0.5"], "--ratio is for denoisers; for vit-s16 write --r"),
         (["--r", "0"], "--r 0 merges nothing"),
-        (["--tome", "x={'ratio': 0.5}"], "has no key 'ratio'"),
+        (["--tome", "x={'ratio': 0.5}"], "has no option 'ratio'"),
         (["--tome", "x={'metric': 'colour'}"], "must be one of keys"),
         (["--size", "225"], "the nearest is 224x224"),
     ],

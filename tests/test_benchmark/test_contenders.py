@@ -5,9 +5,9 @@ import pytest
 import torch
 from tiny import tiny_inputs, tiny_unet
 
-from mmagic_tome import ToMeConfig
 from mmagic_tome.benchmark.contenders import prepare, share_weights
 from mmagic_tome.benchmark.denoisers import DENOISER_MERGING
+from mmagic_tome.settings import Setting
 
 
 def run(network):
@@ -27,7 +27,8 @@ def test_copies_share_weights_and_nothing_else():
 def test_all_of_them():
     unet = tiny_unet()
     dense = run(unet)
-    config, wide = ToMeConfig(ratio=0.5), ToMeConfig(ratio=0.25, merge_mlp=True)
+    config = Setting.coerce({"ratio": 0.5})
+    wide = Setting.coerce({"ratio": 0.25, "targets": ["attn", "mlp"]})
     wanted = ["dense", "ours", "tomesd", "ideal"]
     ready, missing = prepare(wanted, unet, DENOISER_MERGING, config, {"other": wide}, run)
     assert not missing
@@ -39,7 +40,7 @@ def test_all_of_them():
     outputs = {name: run(one.network) for name, one in named.items()}
     for name in set(named) - {"dense"}:
         assert not torch.equal(outputs[name], dense), name
-    # The ideal runs the sites of its merger on as many tokens, and no others.
+    # The ideal runs the targets of its merger on as many tokens, and no others.
     for name, kinds, kept in (
         ("ideal", ("attn1",), 128),
         ("ideal for other", ("attn1", "ff"), 192),
@@ -60,16 +61,21 @@ def test_all_of_them():
     ("options", "seen"),
     [
         # Tokens that queries, keys of self-attention, and the feed-forward are given; of 256.
-        (dict(sites=["attn_kv"]), (256, 128, 256)),
+        (dict(targets=["attn_kv"]), (256, 128, 256)),
         (dict(method="todo"), (256, 64, 256)),
-        (dict(sites="block"), (128, 128, 128)),
-        (dict(sites="stack"), (128, 128, 128)),
-        (dict(sites=["attn", "mlp"], ratio=0.25), (192, 192, 192)),
+        (dict(targets="block"), (128, 128, 128)),
+        (dict(targets="stack"), (128, 128, 128)),
+        (dict(targets=["attn", "mlp"], ratio=0.25), (192, 192, 192)),
     ],
 )
 def test_the_ideal_works_on_as_many_tokens_as_ours(options, seen):
     ready, missing = prepare(
-        ["ours", "ideal"], tiny_unet(), DENOISER_MERGING, ToMeConfig(**options), {}, run
+        ["ours", "ideal"],
+        tiny_unet(),
+        DENOISER_MERGING,
+        Setting.coerce({"ratio": 0.5, **options}),
+        {},
+        run,
     )
     assert not missing
     for one in ready[1:]:
@@ -89,19 +95,21 @@ def test_a_contender_that_cannot_run_says_why():
         return out
 
     wanted = ["dense", "tomesd", "ideal"]
-    ready, missing = prepare(wanted, tiny_unet(), DENOISER_MERGING, ToMeConfig(), {}, broken)
+    ready, missing = prepare(
+        wanted, tiny_unet(), DENOISER_MERGING, Setting.coerce({"ratio": 0.5}), {}, broken
+    )
     assert missing == {"tomesd": "RuntimeError: no such thing"}
     # The ideal is there without ours, too.
     assert [one.name for one in ready] == ["dense", "ideal"]
 
 
-def test_a_network_without_a_host_runs_dense_only():
+def test_a_network_without_an_adapter_runs_dense_only():
     network = torch.nn.Sequential(torch.nn.Linear(4, 4))
     ready, missing = prepare(
         ["dense", "ours", "ideal"],
         network,
         DENOISER_MERGING,
-        ToMeConfig(),
+        Setting.coerce({"ratio": 0.5}),
         {},
         lambda m: m(torch.ones(1, 4)),
     )
@@ -114,5 +122,7 @@ def test_a_network_without_a_host_runs_dense_only():
 
 def test_mmagic_runs_on_its_own_unet_or_says_why():
     pytest.importorskip("mmagic")
-    _, missing = prepare(["mmagic"], tiny_unet(), DENOISER_MERGING, ToMeConfig(), {}, run)
+    _, missing = prepare(
+        ["mmagic"], tiny_unet(), DENOISER_MERGING, Setting.coerce({"ratio": 0.5}), {}, run
+    )
     assert "encoder_attention_mask" in missing["mmagic"]

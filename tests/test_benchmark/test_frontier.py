@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mmagic_tome.cache import StepCacheConfig, to_plain
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks/frontier.py"
 
 
@@ -29,7 +31,7 @@ def row(name, kind, speedup, psnr, latent_error=None, **options):
     return {
         "name": name,
         "kind": kind,
-        "options": {"reuse": None, "residual": None, **options},
+        "options": {"residual": False, "prop_attn": False, **options},
         "quality": quality,
         "cost": {
             "seconds_per_image": {"median": 3 / speedup},
@@ -40,19 +42,19 @@ def row(name, kind, speedup, psnr, latent_error=None, **options):
 
 @pytest.fixture
 def results():
-    deep = dict(deep=dict(steps=2, between=[0, 0.95]))
-    again = dict(deep=dict(steps=2, between=[0, 0.95], order=0), outer=1)
+    inner = StepCacheConfig(region="inner")
+    skipped, again = to_plain([inner]), to_plain([inner.replace(order=0)])
     return {
         "cost_measured": True,
         "settings": {"steps": 20, "pictures": 4},
         "contenders": [
             row("dense", "dense", 1.0, None),
-            row("foretold", "tome", 1.5, 50.0, 0.01, reuse=deep),
-            row("again", "tome", 1.5, 60.0, 0.02, reuse=again),
+            row("skipped", "tome", 1.5, 50.0, 0.01, cache=skipped),
+            row("again", "tome", 1.5, 60.0, 0.02, cache=again),
             row("merged", "tome", 1.2, 40.0),
-            row("exact", "tome", 1.1, 41.0, residual=dict(kind="exact", order=1)),
-            row("weighted", "tome", 1.0, 46.0, proportional=True),
-            row("blocks again", "tome", 1.2, 30.0, residual="reuse"),
+            row("exact", "tome", 1.1, 41.0, residual=True),
+            row("weighted", "tome", 1.0, 46.0, prop_attn=True),
+            row("inner again", "tome", 1.2, 30.0, cache=again),
             row("10 steps", "steps", 2.0, 42.0),
             row("tomesd", "tomesd", 0.9, 40.0),
             row("DeepCache 2", "deepcache", 1.4, 20.0, 0.005),
@@ -63,12 +65,12 @@ def results():
 def test_families(frontier, results):
     families = {point.name: point.family for point in frontier.points_of(results)}
     assert families == {
-        "foretold": "ours: foretold",
-        "again": "last output again",
+        "skipped": "ours: step caching",
+        "again": "cached output",
         "merged": "merging alone",
         "exact": "ours: merging",
         "weighted": "ours: merging",
-        "blocks again": "last output again",
+        "inner again": "cached output",
         "10 steps": "fewer steps",
         "tomesd": "tomesd",
         "DeepCache 2": "DeepCache",
@@ -80,7 +82,7 @@ def test_who_is_beaten(frontier, results):
     text = frontier.table(points, 1.1, 2.0)
     # 10 dB are a factor of ten.
     assert "| merged | merging alone | 2.50 | 1.20 (1.10 - 1.30) | 40.0 | 0.9900 |  |  |" in text
-    assert "| foretold: 1.50, 50.0 dB | 10 |" in text
+    assert "| skipped: 1.50, 50.0 dB | 10 |" in text
     assert frontier.verdict(points, 1.1, 2.0) == (
         "5 contenders of others are 1.1 to 2 times as fast as dense; "
         "not beaten in both: again, 10 steps. "
@@ -110,7 +112,7 @@ def test_table_and_picture_of_a_folder(frontier, results, tmp_path, monkeypatch,
 
     # All figures in one file, with the times of every round.
     rounds = {row["name"]: {"seconds": [1.0, 2.0]} for row in results["contenders"]}
-    rounds["foretold"] = {"seconds": [0.5, 1.5]}
+    rounds["skipped"] = {"seconds": [0.5, 1.5]}
     (tmp_path / "cost.json").write_text(json.dumps({"pictures": 2, "contenders": rounds}))
     environment = {"processor": "a CPU", "threads": 1, "versions": {}, "platform": "not wanted"}
     (tmp_path / "results.json").write_text(json.dumps({**results, "environment": environment}))
@@ -131,7 +133,7 @@ def test_strengths_of_one_method_share_a_line_and_a_name(frontier, results):
     results["contenders"] += [
         row("ToFu 0.75", "tome", 1.2, 34.0),
         row("ToFu 0.5", "tome", 1.1, 35.0),
-        row("ToMe 0.5, refresh 4", "tome", 1.1, 33.0),
+        row("ToMe 0.5, interval 4", "tome", 1.1, 33.0),
     ]
     points = frontier.points_of(results)
     (own,) = frontier.strengths_of(points).values()
@@ -140,4 +142,4 @@ def test_strengths_of_one_method_share_a_line_and_a_name(frontier, results):
     assert labels["ToFu 0.5 - 0.75"] == (1.1, 35.0)
     assert len(labels) == len(points) - 1
     # Fewer steps and DeepCache are named one by one.
-    assert {"10 steps", "DeepCache 2", "ToMe 0.5, refresh 4"} <= set(labels)
+    assert {"10 steps", "DeepCache 2", "ToMe 0.5, interval 4"} <= set(labels)

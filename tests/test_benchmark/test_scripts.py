@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mmagic_tome import hooks
+from mmagic_tome.patch import Hook
+from mmagic_tome.tome.network import StepHook
+from mmagic_tome.tome.target import TargetPostHook, TargetPreHook
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SMALL = ["--shape", "small", "--size", "128", "--batch", "1"]
@@ -21,7 +23,7 @@ def load(name):
 
 
 def test_memory(capsys):
-    options = ['kept={"refresh": 2}', 'blocks={"sites": "block", "max_downsample": 4}']
+    options = ['kept={"plan_interval": 2}', 'blocks={"targets": "block", "max_downsample": 4}']
     load("memory").main([*SMALL, *(part for text in options for part in ("--tome", text))])
     lines = [line for line in capsys.readouterr().out.splitlines() if "MiB" in line]
     names = [line.split()[0].rstrip(":") for line in lines]
@@ -32,12 +34,14 @@ def test_memory(capsys):
 
 
 def test_time_inside_hooks_counts_once_and_leaves_no_trace(capsys):
-    calls = {k: vars(k)["__call__"] for k in (hooks.StepHook, hooks.SitePreHook, hooks.Layout)}
-    load("in_hooks").main([*SMALL, "--runs", "1", "--refresh", "2"])
+    kinds = (StepHook, TargetPreHook, TargetPostHook)
+    calls = {kind: vars(kind)["__call__"] for kind in kinds}
+    assert all(issubclass(kind, Hook) for kind in kinds)
+    load("in_hooks").main([*SMALL, "--runs", "1", "--plan-interval", "2"])
     said = capsys.readouterr().out
     inside = float(re.search(r"in hooks ([0-9.]+) s", said)[1])
     parts = dict(re.findall(r"    ([A-Za-z]+): ([0-9.]+) ms", said))
-    # What a hook calls is in its own time: layouts are drawn inside of the hook that makes plans.
-    assert {"BlockPreHook", "SitePreHook", "SitePostHook"} <= set(parts) and "Layout" not in parts
+    # What a hook calls is in its own time.
+    assert {"BlockPreHook", "TargetPreHook", "TargetPostHook"} <= set(parts)
     assert sum(map(float, parts.values())) / 1000 == pytest.approx(inside, abs=2e-3)
     assert all(vars(kind)["__call__"] is call for kind, call in calls.items())

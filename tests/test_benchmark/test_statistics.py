@@ -88,9 +88,10 @@ def test_few_rounds_are_said_and_so_is_who_did_not_run():
 
 def test_what_takes_several_steps_is_said():
     found = results(dense=[10.0] * 6, ours=[5.0] * 6, other=[5.0] * 6)
-    found["ours"]["config"] = {"ratio": 0.5, "refresh": 1, "residual": None}
-    found["other"]["config"] = {"ratio": 0.5, "refresh": {"steps": 2}, "residual": "own"}
-    assert "\n- other: what is carried from step to step shows in whole runs" in table_of(found)
+    found["ours"]["config"] = {"ratio": 0.5, "plan_interval": 1, "residual": False}
+    found["other"]["config"] = {"ratio": 0.5, "plan_interval": 2, "residual": True}
+    found["third"] = dict(found["other"], config={"cache": [{"region": "network"}]})
+    assert "\n- other, third: state kept between steps shows in whole runs" in table_of(found)
 
 
 def test_own_configs_are_compared_with_the_first_and_with_the_others():

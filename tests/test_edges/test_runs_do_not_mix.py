@@ -180,6 +180,27 @@ def test_the_same_seed_with_another_prompt_after_a_stop(options):
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected.finish()))
 
 
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("options", KEPT, ids=IDS)
+def test_two_prompts_with_one_seed_take_turns(options, guided):
+    """Their inputs begin as the same tensors, and stay near each other for some steps."""
+    network = tiny_unet()
+    handle = apply(network, options)
+    images = [Image(network, seed=1, guided=guided) for _ in range(2)]
+    images[1].text = images[1].text + 0.1
+    for _ in images[0].times:
+        for image in images:
+            image.step()
+    for number, image in enumerate(images):
+        fresh = tiny_unet()
+        apply(fresh, options)
+        expected = Image(fresh, seed=1, guided=guided)
+        expected.text = expected.text + 0.1 * number
+        assert all(torch.equal(a, b) for a, b in zip(image.outputs, expected.finish()))
+    if "cache" in options:
+        assert sum(skips(handle).values()) >= 6
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_skip_layer_guidance(setting):
     """A second call per step with another batch, as Stable Diffusion 3.5 makes it."""

@@ -106,6 +106,30 @@ def test_again_makes_nothing_and_adds_what_is_new(finished, evaluation, tmp_path
     assert {k: v for k, v in pixels(out).items() if "/dense/" in k}.items() <= before.items()
 
 
+def test_step_caching(evaluation, tmp_path):
+    """Alone and with merging: other pictures, fewer operations, and on record what was skipped."""
+    out = tmp_path / "run"
+    named = ["--tome", "both={'ratio': 0.5, 'cache': 'fast'}"]
+    options = ["--cache", "fast", *named, "--batch-size", "5", "--steps", "6", *METRICS]
+    results = evaluation.run(out, *options, "--cost-rounds", "1")
+    rows = {row["name"]: row for row in results["contenders"]}
+    assert list(rows) == ["dense", "cache fast", "both", "3 steps"]
+    cost = json.loads((out / "cost.json").read_text())["contenders"]
+    for name in ("cache fast", "both"):
+        assert rows[name]["quality"]["psnr"]["value"] is not None
+        regions = {row["region"]: row for row in cost[name]["regions"]}
+        assert regions["network"]["skipped"] > 0
+        assert cost[name]["flops"] < cost["dense"]["flops"]
+        steps = [len(cost[one]["step_seconds"][0]) for one in ("dense", name)]
+        assert steps[0] == steps[1], "steps that were skipped are timed, too"
+    assert cost["both"]["targets"] and not cost["cache fast"]["targets"]
+    specs = json.loads((out / "manifest.json").read_text())["contenders"]
+    assert specs["cache fast"]["cache_cfg"] == specs["both"]["cache_cfg"]
+    assert "tome_cfg" not in specs["cache fast"] and specs["both"]["tome_cfg"] == {}
+    table = (out / "table.md").read_text()
+    assert "| cache fast | 0 + cache | 6 |" in table and "| both | 50 + cache | 6 |" in table
+
+
 def test_timing_comes_later_and_goes_on_round_by_round(evaluation, tmp_path, monkeypatch):
     """Pictures first, times another day; killed between two rounds, none is lost or repeated."""
     out = tmp_path / "run"

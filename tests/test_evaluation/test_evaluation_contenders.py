@@ -54,6 +54,25 @@ def test_deepcache_reuses_every_second_step_and_goes_off_again():
     assert torch.equal(run(c.Contender("dense")), dense)
 
 
+def test_step_caching_skips_and_goes_off_again():
+    unet, inputs = tiny_unet(), tiny_inputs()
+    times = [900, 700, 500, 300, 100]
+
+    @torch.no_grad()
+    def run(contender):
+        with contender.on(unet) as handles:
+            outputs = [unet(**{**inputs, "timestep": torch.tensor(time)}).sample for time in times]
+            return outputs, [] if handles.cache is None else handles.cache.stats()
+
+    dense, _ = run(c.Contender("dense"))
+    caching = c.merged("caching", {"ratio": 0.25, "cache": {"order": 0}})
+    outputs, (row,) = run(caching)
+    assert row["skipped"] > 0 and row["computed"] + row["skipped"] == len(times)
+    assert not torch.equal(outputs[1], dense[1])
+    assert get_handle(unet) is None
+    assert all(map(torch.equal, run(c.Contender("dense"))[0], dense))
+
+
 def test_from_config_takes_any_tome_cfg():
     found = c.from_config(
         [
@@ -80,6 +99,10 @@ def test_from_config_takes_any_tome_cfg():
         ([{"name": "x", "tome_cfg": {"ratio": lambda *_: 0.5}}], "a function or an object"),
         ([{"name": "x", "steps": 0}], "above 0"),
         ([{"name": "x", "step": 3}], "unknown keys"),
+        ([{"name": "x", "tome_cfg": {"cache": "fast"}, "cache_cfg": "fast"}], "keep one"),
+        ([{"name": "x", "cache_cfg": "faast"}], "'fast'"),
+        ([{"name": "x", "cache_cfg": "fast", "tomesd": {}}], "both"),
+        ([{"name": "x", "tome_cfg": {"cache": None}}], "neither merges nor skips"),
         ([{"name": "x", "tomesd": {"ratio": 0.9}}], "silently caps"),
         ([{"name": "x", "deepcache": {}}], "cache_interval=3"),
         ([{"name": "x", "deepcache": 0}], "cache_interval=3"),
@@ -114,3 +137,10 @@ def test_pictures_depend_on_what_is_not_the_default():
     assert usual.options()["sx"] == 2
     assert c.merged("other", {"ratio": 0.25, "sx": 2}).spec()["tome_cfg"] == {"ratio": 0.25}
     assert c.Contender("dense").options() is None
+    fast = c.merged("fast", {"cache": "fast"})
+    assert "tome_cfg" not in fast.spec()
+    assert fast.spec()["cache_cfg"][0] == {"region": "network"}
+    assert fast.options()["cache"][0]["interval"] == 2
+    both = c.merged("both", {"ratio": 0.25, "cache": "fast"})
+    assert both.spec()["tome_cfg"] == {"ratio": 0.25}
+    assert both.spec()["cache_cfg"] == fast.spec()["cache_cfg"]

@@ -8,15 +8,19 @@ pytest.importorskip("mmengine")
 from mmengine.config import Config
 
 from mmagic_tome import ToMeConfig, ToMeError
+from mmagic_tome.cache import PRESETS
 from mmagic_tome.evaluation.cli import build_parser
 from mmagic_tome.evaluation.plan import make_plan
+from mmagic_tome.settings import Setting
 
 
-def contenders(*argv, tome_cfg=None, **evaluation):
+def contenders(*argv, tome_cfg=None, cache_cfg=None, **evaluation):
     evaluation.setdefault("prompts", ["a cat"])
     entries = dict(evaluation=evaluation, model=dict(type="StableDiffusion"))
     if tome_cfg is not None:
         entries["tome_cfg"] = tome_cfg
+    if cache_cfg is not None:
+        entries["cache_cfg"] = cache_cfg
     args = build_parser().parse_args(["config.py", *argv])
     return {one.name: one for one in make_plan(args, Config(entries), "config.py").contenders}
 
@@ -28,21 +32,31 @@ def test_methods_at_ratios():
     found = contenders("--ratios", "0.25", "0.5", "--methods", "tome", "tofu")
     merged = ["tome 0.25", "tome 0.5", "tofu 0.25", "tofu 0.5"]
     assert list(found) == ["dense", *merged, *STEPS]
-    assert (found["tofu 0.25"].tome_cfg.method, found["tofu 0.25"].ratio) == ("tofu", 0.25)
+    assert (found["tofu 0.25"].setting.tome.method, found["tofu 0.25"].ratio) == ("tofu", 0.25)
     # Without ratios those of the config, whose other options are kept.
-    found = contenders("--methods", "tofu", tome_cfg=dict(ratio=0.3, merge_mlp=True))
+    found = contenders(
+        "--methods", "tofu", tome_cfg=dict(ratio=0.3, prop_attn=True), cache_cfg="fast"
+    )
     assert list(found) == ["dense", "tofu 0.3", *STEPS]
-    assert found["tofu 0.3"].tome_cfg.merge_mlp
-    assert list(contenders(methods=["tofu"])) == ["dense", "tofu 0.5", *STEPS]
+    assert found["tofu 0.3"].setting.tome.prop_attn
+    assert found["tofu 0.3"].setting.cache == PRESETS["fast"]
+    for cache_cfg in (None, "balanced"):
+        found = contenders(methods=["tofu"], cache_cfg=cache_cfg)
+        assert list(found) == ["dense", "tofu 0.5", *STEPS]
 
 
-def test_presets():
-    found = contenders("--presets", "balanced", "fast")
-    assert list(found) == ["dense", "preset balanced", "preset fast", *STEPS]
-    assert found["preset fast"].tome_cfg == ToMeConfig.from_dict(dict(preset="fast"))
-    assert "preset fast" in contenders(presets=["fast"])
-    entry = dict(name="mine", tome_cfg=dict(preset="fast", ratio=0.25))
-    assert contenders(contenders=[entry])["mine"].ratio == 0.25
+def test_step_caching():
+    found = contenders("--cache", "balanced", "fast")
+    assert list(found) == ["dense", "cache balanced", "cache fast", *STEPS]
+    assert found["cache fast"].setting == Setting(cache=PRESETS["fast"])
+    assert (found["cache fast"].kind, found["cache fast"].ratio) == ("tome", 0)
+    assert "cache fast" in contenders(cache=["fast"])
+    for entry in (
+        dict(tome_cfg=dict(cache="fast", ratio=0.25)),
+        dict(tome_cfg=dict(ratio=0.25), cache_cfg="fast"),
+    ):
+        (mine,) = [contenders(contenders=[dict(name="mine", **entry)])["mine"]]
+        assert mine.setting == Setting(ToMeConfig(ratio=0.25), PRESETS["fast"])
 
 
 def test_the_command_line_stands_in_place_of_the_configs_contenders():
@@ -63,19 +77,22 @@ def test_fewer_steps_are_always_among_them():
 
 def test_the_configs_own_merging():
     assert list(contenders(tome_cfg=dict(ratio=0.3))) == ["dense", "ratio 0.3", *STEPS]
-    for nameless in (dict(preset="balanced"), dict(ratio=dict(level={1: 0.5}))):
-        assert list(contenders(tome_cfg=nameless)) == ["dense", "the config's", *STEPS]
+    found = contenders(tome_cfg=dict(ratio=dict(downsample={1: 0.5})))
+    assert list(found) == ["dense", "the config's", *STEPS]
+    found = contenders(cache_cfg="balanced")
+    assert list(found) == ["dense", "the config's", *STEPS]
+    assert found["the config's"].setting == Setting(cache=PRESETS["balanced"])
 
 
 def test_only_some_of_them():
-    of_config = dict(presets=["fast", "balanced"], tomesd=[0.5])
-    found = contenders("--only", "25 steps", "preset *", **of_config)
-    assert list(found) == ["dense", "preset fast", "preset balanced", "25 steps"]
+    of_config = dict(cache=["fast", "balanced"], tomesd=[0.5])
+    found = contenders("--only", "25 steps", "cache *", **of_config)
+    assert list(found) == ["dense", "cache fast", "cache balanced", "25 steps"]
     assert list(contenders(only=["tomesd 0.?"], **of_config)) == ["dense", "tomesd 0.5"]
     # Those of the command line win, as with every option.
-    assert list(contenders("--only", "preset fast", only=["tomesd *"], **of_config)) == [
+    assert list(contenders("--only", "cache fast", only=["tomesd *"], **of_config)) == [
         "dense",
-        "preset fast",
+        "cache fast",
     ]
 
 
@@ -88,8 +105,13 @@ def test_only_some_of_them():
         (["--only", "ratio 0.7"], {}, "no contender is called 'ratio 0.7': did you mean 'ratio 0"),
         (["--only", "Ratio *"], {}, "no contender is called"),
         ([], {"only": [0.5]}, "evaluation.only of the config: 0.5 is no name of a contender"),
-        (["--presets", "faast"], {}, "contender 'preset faast': preset='faast' must be one of"),
-        (["--methods", "tofu"], {"tome_cfg": dict(ratio=dict(level={1: 0.5}))}, "write --ratios"),
+        (["--cache", "faast"], {}, "invalid choice: 'faast'"),
+        ([], {"cache": ["faast"]}, "contender 'cache faast': .*'faast' must be one of"),
+        (
+            ["--methods", "tofu"],
+            {"tome_cfg": dict(ratio=dict(downsample={1: 0.5}))},
+            "write --ratios",
+        ),
     ],
 )
 def test_what_cannot_be(argv, evaluation, said):

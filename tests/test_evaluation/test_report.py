@@ -17,6 +17,7 @@ from PIL import Image
 from mmagic_tome import ToMeConfig, ToMeError
 from mmagic_tome.evaluation.contenders import Contender
 from mmagic_tome.evaluation.report import html, plots, table
+from mmagic_tome.settings import Setting
 
 BROWSERS = (
     "chromium-headless-shell",
@@ -133,11 +134,11 @@ def test_the_markdown_table_has_the_layout_of_the_paper(finished):
     assert "5 pictures of prompts.json, 64x64, 4 steps" in lines[0]
 
 
-def test_a_preset_without_merging_is_not_read_as_dense():
-    for options, said in ((None, "0"), ({"reuse": None}, "0"), ({"reuse": 2}, "0 + reuse")):
+def test_caching_without_merging_is_not_read_as_dense():
+    for options, said in ((None, "0"), ({"ratio": 0}, "0"), ({"cache": [{}]}, "0 + cache")):
         assert table._ratio({"ratio": 0, "kind": "tome", "options": options}) == said
     assert table._ratio({"ratio": None, "kind": "tome", "options": {}}) == table.NONE
-    assert table._ratio({"ratio": 0, "kind": "deepcache", "options": {}}) == "0 + reuse"
+    assert table._ratio({"ratio": 0, "kind": "deepcache", "options": {}}) == "0 + cache"
 
 
 def test_every_kind_of_contender_has_a_mark_and_colours_in_both_themes():
@@ -145,7 +146,7 @@ def test_every_kind_of_contender_has_a_mark_and_colours_in_both_themes():
         one.kind
         for one in (
             Contender("a"),
-            Contender("b", tome_cfg=ToMeConfig()),
+            Contender("b", setting=Setting(ToMeConfig())),
             Contender("c", tomesd={"ratio": 0.5}),
             Contender("d", deepcache={"cache_interval": 2}),
             Contender("e", steps=3),

@@ -24,7 +24,7 @@ FAST = ["--contenders", "dense", "ours", "tomesd", "ideal"]
 
 def test_whole_run(run, tmp_path):
     path, picture = tmp_path / "figures.json", tmp_path / "figures.png"
-    own = "mlp={'merge_mlp': True}"
+    own = "mlp={'targets': ['attn', 'mlp']}"
     code, out, err = run(*TINY, *FAST, "--tome", own, "--json", path, "--plot", picture)
     assert code == 0, err
     figures = json.loads(path.read_text())
@@ -89,7 +89,7 @@ def test_diffusion_transformers(run, monkeypatch):
         for name, arguments in (("sd3", sd3), ("flux", flux))
     }
     monkeypatch.setattr(targets, "SHAPES", tiny)
-    wide = ["--tome", "mlp={'merge_mlp': True}", "--tome", "block={'sites': 'block'}"]
+    wide = ["--tome", "mlp={'targets': ['attn', 'mlp']}", "--tome", "block={'targets': 'block'}"]
     for name in tiny:
         code, out, err = run(
             *("--shape", name, "--rounds", "3", "--device", "cpu", "--no-memory"), *FAST, *wide
@@ -135,6 +135,7 @@ def test_config(run, sd_folder, tmp_path):
         (["--ratio", "0"], "nothing to compare"),
         (["--tome", "a={}", "--tome", "a={}"], "there twice"),
         (["--tome", "a={'ratio': 2}"], "--tome a"),
+        (["--tome", "a={'cache': 'slow'}"], "--tome a: cache_cfg='slow' must be one of"),
         (["--plot", "a.txt"], "draws .png"),
         (["--json", "/dev/null/a.json"], "cannot write"),
         (["--device", "abacus"], "abacus"),
@@ -199,7 +200,7 @@ def test_interrupted_between_cases(run, monkeypatch, tmp_path):
     assert case["case"]["batch"] == 1
 
 
-def test_a_run_of_several_steps_shows_what_leaving_out_gains(run, tmp_path):
+def test_a_run_of_several_steps_shows_what_caching_saves(run, tmp_path):
     file = tmp_path / "figures.json"
     options = [
         "--shape",
@@ -213,7 +214,7 @@ def test_a_run_of_several_steps_shows_what_leaving_out_gains(run, tmp_path):
         "1",
     ]
     options += ["--contenders", "dense", "--steps", "6", "--clock", "cpu"]
-    code, printed, err = run(*options, "--tome", "fast={'preset': 'fast'}", "--json", file)
+    code, printed, err = run(*options, "--tome", "fast={'cache': 'fast'}", "--json", file)
     assert code == 0, err
     assert "6 steps" in printed and "write --steps" not in printed
     assert "s / run (min - max)" in printed

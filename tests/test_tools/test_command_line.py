@@ -83,7 +83,8 @@ def test_scripts_run_from_a_checkout_and_can_be_interrupted(name, tmp_path):
         check=False,
     )
     assert (done.returncode, done.stdout) == (130, "")
-    assert done.stderr == f"{name}.py: interrupted\n"
+    # A command that is under way already may add what it leaves behind.
+    assert done.stderr.startswith(f"{name}.py: interrupted") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -44,6 +44,13 @@ def configs(sd_folder, tmp_path_factory):
         "wrapped": write_config(
             folder / "wrapped.py", dict(type="ToMe", model=model, tome_cfg=tome)
         ),
+        "cache": write_config(folder / "cache.py", model, cache_cfg="fast"),
+        "cache_in_model": write_config(
+            folder / "cache_in_model.py", {**model, "cache_cfg": dict(timestep_range=(0, 0.9))}
+        ),
+        "cache_wrapped": write_config(
+            folder / "cache_wrapped.py", dict(type="ToMe", model=model, cache_cfg="fast")
+        ),
         "stochastic": write_config(
             folder / "stochastic.py",
             {**model, "scheduler": noisy, "test_scheduler": noisy},
@@ -115,6 +122,14 @@ def complaint_cases():
         "ratio negative": (["{tome}", "--ratio", "-0.1"], "at least 0"),
         "ratio one": (["{tome}", "--ratio", "1"], "less than 1"),
         "ratio over the ceiling": (["{tome}", "--prompt", "cat", "--ratio", "0.8"], "0.75"),
+        "cache unknown": (
+            ["{tome}", "--prompt", "cat", "--cache", "faast"],
+            "invalid choice: 'faast'",
+        ),
+        "unknown name of cache_cfg": (
+            ["{tome}", "--prompt", "cat", "--cfg-options", "cache_cfg=faast"],
+            "'fast'",
+        ),
         "ratio in --cfg-options": (
             ["{tome}", "--prompt", "cat", "--cfg-options", "tome_cfg.ratio=0.8"],
             "0.75",
@@ -205,8 +220,16 @@ def test_a_model_that_wants_more_than_text_is_refused_unloaded(run, configs, tmp
 @pytest.mark.parametrize(
     ("spelling", "option", "expected"),
     [
-        ("tome", "model.foo=3", "StableDiffusion does not take model.foo; it takes data_pre"),
-        ("sdxl", "model.foo=3", "StableDiffusionXL does not take model.foo; it takes data_pre"),
+        (
+            "tome",
+            "model.foo=3",
+            "StableDiffusion does not take model.foo; it takes cache_cfg, data_pre",
+        ),
+        (
+            "sdxl",
+            "model.foo=3",
+            "StableDiffusionXL does not take model.foo; it takes cache_cfg, data_pre",
+        ),
         ("wrapped", "model.model.foo=3", "StableDiffusion does not take model.foo"),
         ("wrapped", "model.foo=3", "type='ToMe' does not know 'foo'"),
         ("tome", "model.text_encoder.foo=3", "foo"),
@@ -273,7 +296,7 @@ def test_help_names_every_option():
         *("prompt", "prompt-file", "negative-prompt", "steps", "guidance", "size", "seed"),
         *(
             "batch-size",
-            "preset",
+            "cache",
             "ratio",
             "compare",
             "repeats",
@@ -329,7 +352,7 @@ def test_images_say_how_they_were_made(run, configs, tmp_path):
         "negative_prompt": "dog",
         "seed": "8",
         "config": configs["tome"],
-        "token_merging": "ratio 0.5",
+        "step_caching": "none",
         "steps": "2",
         "guidance": "3.0",
         "size": "64x64",
@@ -337,6 +360,7 @@ def test_images_say_how_they_were_made(run, configs, tmp_path):
         "device": "cpu",
     }
     assert expected.items() <= image.text.items()
+    assert image.text["token_merging"].startswith("ratio 0.5")
     assert {"torch", "mmagic", "diffusers"} <= json.loads(image.text["versions"]).keys()
     assert json.loads(image.text["tome_cfg"])["sx"] == 2
 
@@ -346,12 +370,13 @@ def test_images_say_how_they_were_made(run, configs, tmp_path):
     assert report["compare"] is None and "dense" not in report["timing"]
     assert report["timing"]["merged"]["seconds_per_image"]["runs"] == 2
     assert report["timing"]["warm_up"] == "none"
-    sites = report["token_merging"]["sites"]
-    assert sites and all(site["kept"] == site["tokens"] // 2 for site in sites)
-    assert all(site["calls"] == 2 for site in sites), "counted for one run"
+    targets = report["token_merging"]["targets"]
+    assert targets and all(row["kept"] == row["tokens"] // 2 for row in targets)
+    assert all(row["calls"] == 2 for row in targets), "counted for one run"
+    assert report["step_caching"] is None
     assert report["environment"]["versions"]["mmagic_tome"]
 
-    for text in (str(out), "What was merged", sites[0]["site"], "no warm-up"):
+    for text in (str(out), "In the last run, token merging", targets[0]["target"], "no warm-up"):
         assert text in printed
 
 
@@ -418,14 +443,14 @@ def test_compare(spelling, run, configs, tmp_path):
         assert error > 0, "merging changes the picture"
         assert entry["psnr_db"] == pytest.approx(10 * np.log10(255**2 / error), abs=1e-3)
         assert Image.open(out / entry["dense_file"]).text["token_merging"] == "none"
-        assert Image.open(out / entry["file"]).text["token_merging"] == "ratio 0.5"
+        assert Image.open(out / entry["file"]).text["token_merging"].startswith("ratio 0.5")
     timing = report["timing"]
     for mode in ("dense", "merged"):
         assert timing[mode]["seconds_per_image"]["runs"] == 4
         assert timing[mode]["repeats_identical"] is True
         assert all(0 < one["unet"] < one["total"] for one in timing[mode]["runs"])
     assert timing["speedup"]["runs"] == 4
-    assert all(site["kept"] < site["tokens"] for site in report["token_merging"]["sites"])
+    assert all(row["kept"] < row["tokens"] for row in report["token_merging"]["targets"])
 
     sheet = Image.open(out / report["compare"])
     _, width, height = pictures.sheet_layout((64, 64), rows=2)
@@ -433,11 +458,11 @@ def test_compare(spelling, run, configs, tmp_path):
     assert "speed-up" in printed and "compare.png" in printed
 
 
-def test_preset(run, configs, tmp_path):
-    """Parts are left out, dense is dense all the same, and the report says what was done."""
+def test_cache(run, configs, tmp_path):
+    """Steps are skipped, dense is dense all the same, and the report says what was done."""
     out, dense = tmp_path / "out", tmp_path / "dense"
     request = ["--prompt", "cat", "--size", "64", "--steps", "6"]
-    options = ["--preset", "fast", "--compare", "--repeats", "1"]
+    options = ["--cache", "fast", "--compare", "--repeats", "1"]
     code, printed, err = run(configs["tome"], *request, *options, "--out", out)
     assert code == 0, err
     assert run(configs["tome"], *request, "--ratio", "0", "--out", dense)[0] == 0
@@ -445,9 +470,28 @@ def test_preset(run, configs, tmp_path):
     entry = report["images"][0]
     assert np.array_equal(pixels(out / entry["dense_file"]), pixels(dense / entry["file"]))
     assert not np.array_equal(pixels(out / entry["file"]), pixels(dense / entry["file"]))
-    scopes = {row["scope"]: row for row in report["token_merging"]["scopes"]}
-    assert scopes["network"]["reused"] > 0
-    assert f"network: ran {scopes['network']['runs']} times" in printed
+    assert report["token_merging"]["config"]["ratio"] == 0.5, "that of the config, all the same"
+    regions = {row["region"]: row for row in report["step_caching"]["regions"]}
+    assert regions["network"]["skipped"] > 0
+    assert [one["region"] for one in report["step_caching"]["config"]] == ["network", "inner"]
+    assert "In the last run, step caching" in printed
+    text = Image.open(out / entry["file"]).text
+    assert json.loads(text["cache_cfg"]) == report["step_caching"]["config"]
+    assert text["step_caching"].startswith("network every 2 steps")
+    assert Image.open(out / entry["dense_file"]).text["step_caching"] == "none"
+
+
+@pytest.mark.parametrize("spelling", ["cache", "cache_in_model", "cache_wrapped"])
+def test_cache_of_the_config(spelling, run, configs, tmp_path):
+    out = tmp_path / "out"
+    code, printed, err = run(
+        *[configs[spelling], "--prompt", "cat", "--size", "64", "--steps", "6", "--out", out]
+    )
+    assert code == 0, err
+    report = result(out)
+    assert report["token_merging"] is None and "Nothing was merged" not in printed
+    regions = {row["region"]: row for row in report["step_caching"]["regions"]}
+    assert regions["network"]["skipped"] > 0
 
 
 def test_another_model_of_the_family(run, configs, tmp_path):
@@ -460,7 +504,7 @@ def test_another_model_of_the_family(run, configs, tmp_path):
     assert code == 0, err
     report = result(out)
     assert all(entry["psnr_db"] is not None for entry in report["images"])
-    assert {site["downsample"] for site in report["token_merging"]["sites"]} == {2}
+    assert {row["downsample"] for row in report["token_merging"]["targets"]} == {2}
 
 
 def test_ratio_for_a_config_without_tome_cfg(run, configs, tmp_path):
@@ -697,8 +741,8 @@ def test_configs_can_be_read(name, monkeypatch):
     monkeypatch.setenv("SD_WEIGHTS", "/some/folder")
     config = model_config.load_config(ROOT / name)
     assert config.get("default_scope", "mmagic") == "mmagic"
-    merging = model_config.merging_config(config)
-    assert (merging is not None) == ("_tome-" in name)
+    setting = model_config.setting_config(config)
+    assert setting.baseline != ("_tome-" in name)
     if name.endswith("_local.py"):
         sources = (config.model.unet.from_pretrained, config.model.tokenizer)
         assert sources == ("/some/folder", "/some/folder")

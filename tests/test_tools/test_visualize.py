@@ -82,6 +82,22 @@ def test_bad_input_is_one_line_before_the_model_is_built(
     assert code == 2 and said in err and err.count("\n") == 1 and not out
 
 
+def test_step_caching_beside_merging_and_alone(run, sd_folder, tmp_path):
+    model = tiny_config(folder=sd_folder)
+    both = dict(tome_cfg=dict(ratio=0.5), cache_cfg="fast")
+    quick = ["--prompt", "cat", "--size", "64", "--steps", "6", "--device", "cpu"]
+    path = write_config(tmp_path / "both.py", model, **both)
+    code, _, err = run(path, "--out", tmp_path / "maps", *quick)
+    assert code == 0, err
+    found = json.loads((tmp_path / "maps" / "result.json").read_text())
+    assert [cache["region"] for cache in found["step_caching"]] == ["network", "inner"]
+    with Image.open(tmp_path / "maps" / "0000_cat_merge.gif") as gif:
+        assert gif.n_frames < 6, "nothing is merged at a step that is skipped"
+    path = write_config(tmp_path / "alone.py", model, cache_cfg="fast")
+    code, _, err = run(path, "--out", tmp_path / "none", *quick)
+    assert code == 2 and "step caching alone has no merge maps" in err
+
+
 def test_no_such_block(run, config, tmp_path):
     code, _, err = run(config, "--prompt", "a", "--block", "cellar", "--out", tmp_path / "x")
     assert code == 2 and "no merged block has cellar in its name" in err

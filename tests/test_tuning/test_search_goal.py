@@ -10,32 +10,31 @@ from dataclasses import replace
 import pytest
 
 from mmagic_tome import ToMeError
-from mmagic_tome.tuning.predict import Costs, Predictor, left_out
+from mmagic_tome.cache.skip import skips_of_run
+from mmagic_tome.tuning.predict import Costs, Predictor
 from mmagic_tome.tuning.search import Goal, Search, front
-from mmagic_tome.tuning.space import MOST_STEPS, Candidate, Merge, Part, Space, Window
+from mmagic_tome.tuning.space import MAX_INTERVAL, Candidate, Merge, Part, Space, Window
 
 COUNT = 20
-TIMES = [1000 - 50 * i - 1 for i in range(COUNT)]
-LEVELS = [time / 1000 for time in TIMES]
 COSTS = Costs(
-    foretold=0.01,
-    shallow=0.4,
+    network_skipped=0.01,
+    inner_skipped=0.4,
     rest=1.0,
     merges={("attn", 1, 0.5): -0.1, ("attn", 1, 0.75): -0.15},
-    deep_levels=frozenset({2}),
+    inner_levels=frozenset({2}),
 )
-PREDICTOR = Predictor(COSTS, TIMES, LEVELS)
-SPACE = Space(("network", "deep"))
+PREDICTOR = Predictor(COSTS, COUNT)
+SPACE = Space(("network", "inner"))
 
 
 def error(candidate):
-    """Leaving out bends most at both ends of a run, and the network more than its inner levels."""
+    """Skipping costs most at both ends of a run, and the network more than its inner region."""
     total = 0.0
-    for out, level in zip(left_out(candidate.config(), TIMES, LEVELS), LEVELS):
-        bend = 1 + 40 * (level - 0.5) ** 2
-        total += bend * (3 if "network" in out else 1 if "deep" in out else 0)
-    for part in (candidate.network, candidate.deep):
-        total += 5 * (part.steps - 2) ** 2 if part is not None else 0
+    for step, skipped in enumerate(skips_of_run(candidate.caches, COUNT)):
+        bend = 1 + 40 * ((COUNT - 1 - step) / COUNT - 0.5) ** 2
+        total += bend * (3 if "network" in skipped else 1 if "inner" in skipped else 0)
+    for part in (candidate.network, candidate.inner):
+        total += 5 * (part.interval - 2) ** 2 if part is not None else 0
     return total + (10 if candidate.merge is not None else 0)
 
 
@@ -45,7 +44,7 @@ def everything():
     edges = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     windows = [
         Window(steps, low, high)
-        for steps in range(2, MOST_STEPS)
+        for steps in range(2, MAX_INTERVAL)
         for low, high in itertools.combinations(edges, 2)
     ]
     pairs = itertools.product([None, *windows], repeat=2)
@@ -131,7 +130,7 @@ def test_what_cannot_be_reached_is_known_before_anything_is_tried():
 
 def test_what_to_write_instead_can_be_written_and_reached():
     space = Space((), {"attn": {1: (0.5,)}})
-    little = Predictor(replace(COSTS, merges={("attn", 1, 0.5): -0.05}), TIMES, LEVELS)
+    little = Predictor(replace(COSTS, merges={("attn", 1, 0.5): -0.05}), COUNT)
 
     def new():
         return Search(space, little.speedup, Judge(), 80.0)
@@ -147,7 +146,7 @@ def test_what_to_write_instead_can_be_written_and_reached():
 
 def test_a_psnr_that_only_what_saves_no_time_has():
     """A setting that leaves out nothing in so few steps has the dense pictures."""
-    idle = Candidate(deep=Window(2, 0.0, 0.01))
+    idle = Candidate(inner=Window(2, 0.0, 0.01))
     assert PREDICTOR.speedup(idle) == 1
     one = Search(SPACE, PREDICTOR.speedup, lambda _: (0.0, 1.0), 0.5, [idle])
     with pytest.raises(ToMeError, match=r"nothing that was tried .* raise --budget"):
@@ -159,7 +158,7 @@ def test_merging_goes_on_at_another_site_where_one_is_not_enough():
     tables = {"attn": {1: (0.25, 0.5)}, "block": {1: (0.25, 0.5)}}
     merges = {("attn", 1, 0.25): -0.05, ("attn", 1, 0.5): -0.1}
     merges |= {("block", 1, 0.25): -0.2, ("block", 1, 0.5): -0.4}
-    predictor = Predictor(replace(COSTS, merges=merges), TIMES, LEVELS)
+    predictor = Predictor(replace(COSTS, merges=merges), COUNT)
     asked = []
 
     def judged(candidate):
@@ -167,18 +166,18 @@ def test_merging_goes_on_at_another_site_where_one_is_not_enough():
         merge = candidate.merge
         (part,) = merge.parts
         ratio = part.ratio * (part.high - part.low)
-        return ratio * (1 if merge.site == "attn" else 20), 1.0
+        return ratio * (1 if merge.target == "attn" else 20), 1.0
 
     for budget in (3.0, 50.0):
         one = Search(Space((), tables), predictor.speedup, judged, budget)
         trial = one.run(Goal(speedup=1.3))
-        assert trial.speedup >= 1.3 and trial.candidate.merge.site == "block"
+        assert trial.speedup >= 1.3 and trial.candidate.merge.target == "block"
     assert asked[-1] != one.space.fastest()[-1] and trial.mse < 10
 
     # And back, where less would do.
     near = Candidate(merge=Merge("block", (Part(1, 0.25),)))
     one = Search(Space((), tables), predictor.speedup, judged, 50.0, [near])
-    assert one.run(Goal(speedup=1.08)).candidate.merge.site == "attn"
+    assert one.run(Goal(speedup=1.08)).candidate.merge.target == "attn"
 
 
 def test_a_higher_psnr_goes_on():
@@ -196,7 +195,7 @@ def test_a_higher_psnr_goes_on():
 def test_a_known_start_is_never_beaten_by_what_comes_out():
     """Also one that the greedy path would not pass; and none that the space leaves out."""
     start = Candidate(Window(2, 0.15, 0.85))
-    other = Candidate(deep=Window(2, 0.0, 1.0), order=0)
+    other = Candidate(inner=Window(2, 0.0, 1.0), order=0)
     one, judge = search(starts=[start, other])
     trial = one.run(Goal(speedup=1.3))
     assert start in judge.asked and other not in judge.asked
@@ -208,8 +207,8 @@ def test_merging_is_used_where_it_is_all_there_is():
     one, _ = search(space=space)
     trial = one.run(Goal(speedup=1.1))
     merge = trial.candidate.merge
-    assert trial.speedup >= 1.1 and merge.site == "attn"
-    assert [(part.level, part.ratio) for part in merge.parts] == [(1, 0.75)]
+    assert trial.speedup >= 1.1 and merge.target == "attn"
+    assert [(part.downsample, part.ratio) for part in merge.parts] == [(1, 0.75)]
     # 20 calls of which 15 % less, and one call's time around them.
     corner = PREDICTOR.speedup(space.fastest()[1])
     assert corner == pytest.approx(21 / (1 + 20 * 0.85))

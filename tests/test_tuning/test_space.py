@@ -3,13 +3,12 @@
 
 from dataclasses import replace
 
-from mmagic_tome.presets import PRESETS
-
-from mmagic_tome import ToMeConfig
+from mmagic_tome.cache import PRESETS
 from mmagic_tome.schedules import Place, RatioSchedule
+from mmagic_tome.settings import Setting
 from mmagic_tome.tuning.space import Candidate, Merge, Part, Space, Window, candidate_of
 
-SPACE = Space(("network", "deep"), {"attn": {1: (0.25, 0.5), 2: (0.5,)}, "block": {1: (0.25,)}})
+SPACE = Space(("network", "inner"), {"attn": {1: (0.25, 0.5), 2: (0.5,)}, "block": {1: (0.25,)}})
 
 
 def reachable(count):
@@ -21,14 +20,14 @@ def reachable(count):
     return held
 
 
-def test_every_candidate_is_a_valid_config_of_its_own():
+def test_every_candidate_is_a_valid_setting_of_its_own():
     candidates = reachable(2)
     options = [str(one.options()) for one in candidates]
     assert len(candidates) > 150 and len(set(options)) == len(options)
     for one in candidates:
-        config = one.config()
-        assert config.dense == one.dense
-        assert ToMeConfig.from_dict(config.to_dict()) == config
+        setting = one.setting()
+        assert setting.baseline == one.dense
+        assert Setting.coerce(setting.to_dict()) == setting
 
 
 def test_moves_have_names_and_can_be_taken_back():
@@ -46,38 +45,44 @@ def test_moves_have_names_and_can_be_taken_back():
 
 def test_what_takes_as_long():
     candidate = Candidate(Window(2, 0.1, 0.7, 0.5), Window(2, 0.1, 0.7))
-    repaid = [(one.network.repay, one.deep.repay) for one in SPACE.alike(candidate)]
-    assert repaid == [(0.0, 0.0), (0.5, 0.5)]
-    assert not list(Space(("deep",), order=0).alike(Candidate(deep=Window(2, 0, 1), order=0)))
+    alike = SPACE.alike(candidate)
+    found = [(one.network.error_feedback, one.inner.error_feedback) for one in alike]
+    assert found == [(0.0, 0.0), (0.5, 0.5)]
+    assert not list(Space(("inner",), order=0).alike(Candidate(inner=Window(2, 0, 1), order=0)))
 
 
 def test_options_of_a_merge():
     merge = Merge("attn", (Part(1, 0.5, 0.5, 1.0), Part(2, 0.25, 0.5, 1.0)))
-    config = Candidate(Window(2, 0.1, 0.7), merge=merge).config()
+    setting = Candidate(Window(2, 0.1, 0.7), merge=merge).setting()
+    config = setting.tome
     assert config.kinds == ("attn",) and config.max_downsample == 2
-    assert config.ratio == {"level": {1: 0.5, 2: 0.25}, "noise": {"between": [0.5, 1.0]}}
-    assert config.reuse_plan.scopes["network"].between == (0.1, 0.7)
-    assert Candidate(deep=Window(2, 0, 1), order=0).config().reuse_plan.deep.order == 0
+    assert config.to_dict()["ratio"] == {
+        "downsample": {1: 0.5, 2: 0.25},
+        "timestep": {"timestep_range": [0.5, 1.0]},
+    }
+    (cache,) = setting.cache
+    assert cache.region == "network" and cache.timestep_range == (0.1, 0.7)
+    assert Candidate(inner=Window(2, 0, 1), order=0).caches[0].order == 0
 
     # Each level in a window of its own.
     merge = merge.with_part(Part(2, 0.25, 0.2, 0.6)).with_part(Part(4, 0.75))
     assert Candidate(merge=merge).text() == (
         "merge attn /1: 0.5 in 0.5-1, /2: 0.25 in 0.2-0.6, /4: 0.75 in 0-1"
     )
-    ratio = RatioSchedule(Candidate(merge=merge).config().ratio, 0.75)
-    for noise, ratios in ((0.1, [0, 0, 0.75]), (0.4, [0, 0.25, 0.75]), (0.8, [0.5, 0, 0.75])):
-        assert [ratio(Place("attn", level, noise=noise)) for level in (1, 2, 4)] == ratios
+    ratio = RatioSchedule(Candidate(merge=merge).setting().tome.ratio, 0.75)
+    for remaining, ratios in ((0.1, [0, 0, 0.75]), (0.4, [0, 0.25, 0.75]), (0.8, [0.5, 0, 0.75])):
+        assert [ratio(Place("attn", level, timestep=remaining)) for level in (1, 2, 4)] == ratios
 
 
-def test_attention_is_told_of_sizes_at_the_sites_where_it_can_be():
-    space = Space((), {"attn": {1: (0.5,)}, "block": {1: (0.5,)}}, proportional=("attn",))
+def test_attention_is_proportional_at_the_targets_where_it_can_be():
+    space = Space((), {"attn": {1: (0.5,)}, "block": {1: (0.5,)}}, prop_attn=("attn",))
     starts = {one for _, chain in space.faster(space.dense) for one in chain}
     starts |= {one for one in space.fastest() if one.merge is not None}
-    assert {(one.merge.site, one.config().proportional) for one in starts} == {
+    assert {(one.merge.target, one.setting().tome.prop_attn) for one in starts} == {
         ("attn", True),
         ("block", False),
     }
-    assert all(("proportional" in one.text()) == one.merge.proportional for one in starts)
+    assert all(("prop_attn" in one.text()) == one.merge.prop_attn for one in starts)
 
 
 def test_merging_at_another_site():
@@ -130,9 +135,11 @@ def test_levels_move_on_their_own():
 def test_presets_are_candidates():
     """All of them, so that what comes out is no worse than a preset that is as fast."""
     for name in PRESETS:
-        candidate = candidate_of({"preset": name})
-        assert candidate.config() == ToMeConfig.from_dict({"preset": name})
-    options = dict(ratio=0, reuse=dict(deep=dict(steps=3, repay=0.25)))
-    assert candidate_of(options) == Candidate(deep=Window(3, 0.0, 0.95, 0.25))
+        candidate = candidate_of({"cache": name})
+        assert candidate.setting() == Setting.coerce({"cache": name})
+    cache = dict(region="inner", interval=3, error_feedback=0.25)
+    assert candidate_of({"cache": cache}) == Candidate(inner=Window(3, 0.0, 0.95, 0.25))
     assert candidate_of({"ratio": 0.5}) is None
-    assert candidate_of({"preset": "fast", "method": "tofu"}) is None
+    assert candidate_of({"cache": {**cache, "num_outer_blocks": 2}}) is None
+    assert candidate_of({"cache": [cache, dict(order=0)]}) is None
+    assert candidate_of({"cache": "fast", "method": "tofu"}) is None

@@ -17,7 +17,8 @@ from PIL import Image
 from tiny import tiny_config, write_config
 
 from mmagic_tome import ToMeError
-from mmagic_tome.apis.model_config import load_config, merging_config
+from mmagic_tome.apis.model_config import load_config, setting_config
+from mmagic_tome.settings import Setting
 from mmagic_tome.tuning import check, cli, command, costs, judge, search
 from mmagic_tome.tuning.folder import KEPT, SearchFolder
 from mmagic_tome.tuning.search import Goal, Trial, psnr_of
@@ -40,7 +41,7 @@ def tuning(sd_folder, tmp_path_factory):
         argv = [config, "--prompts", prompts, *QUICK, "--out", out, *options]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(costs, "ROUNDS", 1)
-            patch.setattr(costs, "SITES", ("attn",))
+            patch.setattr(costs, "TARGETS", ("attn",))
             patch.setattr(check, "LEAST_PAIRS", 2)
             patch.setattr(search, "MOST_NEIGHBOURS", 3)
             assert cli.main([str(arg) for arg in argv]) == code
@@ -63,11 +64,8 @@ def finished(tuning, tmp_path_factory):
 
 def test_the_config_is_what_was_tried(finished):
     result = finished.found.result
-    config = merging_config(load_config(finished.out / "tiny_psnr-35.py"))
-    options = result["chosen"]["options"]
-    # JSON has made texts of the levels.
-    same = type(config).from_dict(options).to_dict()
-    assert json.dumps(config.to_dict()) == json.dumps(same) and not config.dense
+    setting = setting_config(load_config(finished.out / "tiny_psnr-35.py"))
+    assert setting == Setting.coerce(result["chosen"]["options"]) and not setting.baseline
     assert result["chosen"]["psnr"] is None or result["chosen"]["psnr"] >= 35
     assert result["chosen"]["speedup"] > 1
     # No trial meets the goal and is faster.
@@ -85,8 +83,10 @@ def test_the_config_runs_as_it_was_measured(finished, tmp_path):
     (picture,) = out.glob("*.png")
     with Image.open(picture) as image:
         assert image.size == (64, 64) and image.text["steps"] == "6"
-        options = merging_config(load_config(config)).to_dict()
-        assert image.text["tome_cfg"] == json.dumps(options)
+        setting = setting_config(load_config(config))
+        texts = {key: json.loads(image.text.get(key, "null")) for key in ("tome_cfg", "cache_cfg")}
+        told = {} if texts["tome_cfg"] is None else texts["tome_cfg"]
+        assert Setting.coerce({**told, "cache": texts["cache_cfg"]}) == setting
 
 
 def test_trials_are_told_apart_from_the_unseen(finished):
@@ -152,6 +152,7 @@ def test_interrupted_and_run_again(tuning, finished, tmp_path, monkeypatch, caps
 # Imported by a config: few rounds, and a process that kills itself in the middle of writing a file.
 KILLED = """
 import os, signal
+from mmagic_tome.settings import Setting
 from mmagic_tome.tuning import check, costs, search
 
 def replace(source, target, replace=os.replace):
@@ -160,7 +161,7 @@ def replace(source, target, replace=os.replace):
     replace(source, target)
 
 if "KILLED_AT" in os.environ:
-    costs.ROUNDS, costs.SITES, check.LEAST_PAIRS, search.MOST_NEIGHBOURS = 1, ("attn",), 2, 3
+    costs.ROUNDS, costs.TARGETS, check.LEAST_PAIRS, search.MOST_NEIGHBOURS = 1, ("attn",), 2, 3
     os.replace = replace
 """
 
@@ -227,9 +228,8 @@ def test_killed_and_started_again(tuning, sd_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(judge.Generator, "run", lambda *_, **__: pytest.fail("made again"))
     result = tuning.run(out, *goal, config=config).result
     assert trials() == more and not list(out.rglob("*.part*"))
-    written = merging_config(load_config(out / "tiny_psnr-35.py"))
-    chosen = type(written).from_dict(result["chosen"]["options"])
-    assert json.dumps(written.to_dict()) == json.dumps(chosen.to_dict())
+    written = setting_config(load_config(out / "tiny_psnr-35.py"))
+    assert written == Setting.coerce(result["chosen"]["options"])
     assert len(result["trials"]) + len(result["others"]) >= len(more)
 
 
@@ -316,6 +316,7 @@ def test_times_of_another_place_are_measured_anew(tuning, finished, tmp_path, mo
         (["--psnr", "30", "--write", "a.json"], "ends in .py"),
         (["--psnr", "30", "--size", "60"], "size 60x60 does not fit"),
         (["--psnr", "30", "--cfg-options", "model.tome_cfg.ratio=0.5"], "inside model=dict"),
+        (["--psnr", "30", "--cfg-options", "model.cache_cfg=fast"], "to the top as cache_cfg"),
     ],
 )
 def test_bad_input_is_one_line_before_a_model_is_loaded(
@@ -346,12 +347,12 @@ def test_a_sampler_with_noise_keeps_the_network_running(sd_folder):
     sampler = dict(type="EulerAncestralDiscreteScheduler", **schedule)
     request = SimpleNamespace(steps=6)
     for changes, expected in (
-        ({}, (["network", "deep"], 1)),
-        (dict(scheduler=sampler, test_scheduler=sampler), (["deep"], 0)),
+        ({}, (["network", "inner"], 1)),
+        (dict(scheduler=sampler, test_scheduler=sampler), (["inner"], 0)),
     ):
         model = tiny_model(folder=sd_folder, **changes)
         notes = []
-        found = command._scopes(SimpleNamespace(model=model, request=request), notes)
+        found = command._regions(SimpleNamespace(model=model, request=request), notes)
         assert found == expected
         assert bool(notes) == bool(changes)
     assert "EulerAncestralDiscreteScheduler adds noise" in notes[0]
@@ -487,12 +488,12 @@ def test_pairs_in_turn():
 
 def test_costs_become_a_space():
     measured = dict(
-        foretold=0.01, shallow=1.1, rest=1.0, deep_levels=[2], proportional=["attn"],
+        network_skipped=0.01, inner_skipped=1.1, rest=1.0, inner_levels=[2], prop_attn=["attn"],
         merges=[["attn", 1, 0.25, -0.1], ["attn", 1, 0.5, -0.05], ["attn", 1, 0.75, -0.2]],
     )  # fmt: skip
     space = costs.space_of(measured, order=1)
-    # Inner levels that cost more when they are left out, and a ratio that saves less.
-    assert space.scopes == ("network",) and space.merges == {"attn": {1: (0.25, 0.75)}}
+    # An inner region that costs more when it is skipped, and a ratio that saves less.
+    assert space.regions == ("network",) and space.merges == {"attn": {1: (0.25, 0.75)}}
     assert costs.costs_of(measured).merges["attn", 1, 0.75] == -0.2
 
 
@@ -506,16 +507,16 @@ def clock(monkeypatch, sd_folder):
     )
     ran = []
 
-    def run(generator, numbers, config, steps, on_step):
-        ran.append((config, steps))
-        if config is None or not config.ratio:
+    def run(generator, numbers, setting, steps, on_step):
+        ran.append((setting, steps))
+        if setting.tome is None:
             return {"rest": 1.0, "full": 1.0}
         # Matching costs a third of all; what is merged costs nothing.
-        ((_, ratio),) = config.ratio["level"].items()
+        ((_, ratio),) = setting.tome.ratio["downsample"].items()
         return {"rest": 1.0, "full": 4 / 3 - 2 * ratio / 3}
 
     monkeypatch.setattr(costs, "_run", run)
-    monkeypatch.setattr(costs, "SITES", ("attn",))
+    monkeypatch.setattr(costs, "TARGETS", ("attn",))
 
     def measure(**options):
         ran.clear()
@@ -574,7 +575,7 @@ def test_a_picture_that_is_not_a_number_ends_it(monkeypatch, tmp_path):
             pass
 
     class NoTrace(Watch):
-        times, levels = [], []
+        times = ()
 
     monkeypatch.setattr(judge, "LatentWatch", Watch)
     monkeypatch.setattr(judge, "Trace", NoTrace)

@@ -3,7 +3,7 @@
 
 import pytest
 
-from mmagic_tome.apis.model_config import load_config, merging_config
+from mmagic_tome.apis.model_config import load_config, setting_config
 from mmagic_tome.tuning.space import Candidate, Merge, Part, Window
 from mmagic_tome.tuning.write import base_of, config_text, python_of, write_text
 
@@ -15,23 +15,29 @@ CANDIDATE = Candidate(
 NOTES = ["Measured: " + "many words " * 30, 'A "second" one.']
 
 
-@pytest.mark.parametrize("merged", [False, True])
-def test_it_says_what_was_found(tmp_path, merged):
+MERGE = Candidate(merge=CANDIDATE.merge)
+SKIP = Candidate(CANDIDATE.network)
+
+
+@pytest.mark.parametrize("replaces", [(), ("tome_cfg",), ("tome_cfg", "cache_cfg")])
+@pytest.mark.parametrize("candidate", [CANDIDATE, MERGE, SKIP])
+def test_it_says_what_was_found(tmp_path, candidate, replaces):
     pytest.importorskip("mmengine")
     base = tmp_path / "base.py"
     base.write_text(
         "model = dict(type='StableDiffusion')\ncustom_imports = dict(imports=['json'])\n"
         "infer_cfg = dict(steps=50, guidance=3.0)\n"
-        + ("tome_cfg = dict(ratio=0.5, sx=4)\n" if merged else "")
+        + ("tome_cfg = dict(ratio=0.5, sx=4)\n" if "tome_cfg" in replaces else "")
+        + ("cache_cfg = dict(region='inner')\n" if "cache_cfg" in replaces else "")
     )
     target = tmp_path / "deeper" / "tuned.py"
     infer = dict(steps=20, size=(64, 32))
     text = config_text(
-        base_of(str(base), target), CANDIDATE.options(), NOTES, merged, ["json"], infer
+        base_of(str(base), target), candidate.options(), NOTES, replaces, ["json"], infer
     )
     write_text(target, text)
     config = load_config(target)
-    assert merging_config(config) == CANDIDATE.config()
+    assert setting_config(config) == candidate.setting()
     assert config.model.type == "StableDiffusion"
     assert config.custom_imports["imports"] == ["json", "mmagic_tome"]
     assert dict(config.infer_cfg) == dict(steps=20, guidance=3.0, size=[64, 32])

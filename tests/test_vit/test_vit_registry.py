@@ -55,7 +55,7 @@ def test_models_of_transformers_by_name():
 def test_wrong_configs():
     with pytest.raises(ToMeError, match="needs the model to build"):
         MODELS.build(dict(type="ToMe", model=None, r=1))
-    with pytest.raises(ToMeError, match="has no key 'ratio'"):
+    with pytest.raises(ToMeError, match="has no option 'ratio'"):
         MODELS.build(dict(type="ToMe", model=dict(TIMM), ratio=0.5))
 
 

@@ -30,7 +30,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from ...errors import ToMeError, did_you_mean
+from ...errors import ToMeError
+from ...validate import did_you_mean
 from .base import PairedMetric, SetMetric
 from .clip import CMMD, CLIPScore
 from .difference import MaxError, max_error_picture

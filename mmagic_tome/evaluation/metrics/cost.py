@@ -178,18 +178,18 @@ def _attention_flops(query, key, value, *args, out_shape=None, **kwargs):
 
 
 def tokens_removed(stats: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Tokens that went into sites and that were removed there, of ``ToMeHandle.stats()``.
+    """Tokens that went into targets and that were removed there, of ``ToMeHandle.stats()``.
 
     Args:
-        stats: one mapping per site with ``tokens``, ``kept`` and ``calls``.
+        stats: one mapping per target with ``tokens``, ``kept`` and ``calls``.
 
     Returns:
-        dict: ``tokens`` and ``removed``, per picture and step, summed over the sites that ran
+        dict: ``tokens`` and ``removed``, per picture and step, summed over the targets that ran
         (the last call counts for each), and ``share`` = removed / tokens, 0 where nothing ran.
     """
-    ran = [site for site in stats if site["tokens"] is not None]
-    tokens = sum(site["tokens"] for site in ran)
-    removed = tokens - sum(site["kept"] for site in ran)
+    ran = [row for row in stats if row["tokens"] is not None]
+    tokens = sum(row["tokens"] for row in ran)
+    removed = tokens - sum(row["kept"] for row in ran)
     return {"tokens": tokens, "removed": removed, "share": removed / tokens if tokens else 0.0}
 
 

@@ -69,8 +69,8 @@ def heads_and_cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]
 def _ratio(row: dict[str, Any]) -> str:
     """Per cent; and what is done besides, lest 0 be read as dense."""
     text = NONE if row["ratio"] is None else f"{100 * row['ratio']:g}"
-    reused = row["kind"] == "deepcache" or (row["options"] or {}).get("reuse") is not None
-    return f"{text} + reuse" if reused else text
+    cached = row["kind"] == "deepcache" or (row["options"] or {}).get("cache") is not None
+    return f"{text} + cache" if cached else text
 
 
 def _head(rows, name) -> str:

@@ -14,15 +14,14 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
-from ...apply import get_handle
 from ...errors import ToMeError
-from ...handle import ToMeHandle
+from ...settings import Handles
 from .subject import aside, model_of, request_of, undisturbed
 
 
 @HOOKS.register_module()
 class ToMeEvalHook(Hook):
-    """Generates pictures with and without token merging, and says how far they are apart.
+    """Generates pictures with and without what is applied, and says how far they are apart.
 
     At the end of test and validation, and every ``interval`` training iterations. Of each prompt,
     dense, merged and amplified difference go as one picture to every backend of the visualizer;
@@ -42,7 +41,7 @@ class ToMeEvalHook(Hook):
 
     Raises:
         ToMeError: when built: unknown metrics or their weights missing, no prompts. At the
-            start of the run: no text-to-image model in the runner, no token merging in it.
+            start of the run: no text-to-image model in the runner, nothing applied to it.
 
     Priority NORMAL: after the ratio is set (``ToMeHook``), before the logger writes.
     """
@@ -83,10 +82,11 @@ class ToMeEvalHook(Hook):
 
     def before_run(self, runner) -> None:
         model = model_of(runner, "ToMeEvalHook", generates=True)
-        if get_handle(model) is None:
+        if not Handles.of(model):
             raise ToMeError(
-                "ToMeEvalHook has nothing to compare: the runner's model merges no tokens; write "
-                "tome_cfg=dict(ratio=0.5) at the top level of the config"
+                "ToMeEvalHook has nothing to compare: nothing is applied to the runner's model; "
+                "write tome_cfg=dict(ratio=0.5) or cache_cfg='balanced' at the top level of the "
+                "config"
             )
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
@@ -103,12 +103,12 @@ class ToMeEvalHook(Hook):
     def evaluate(self, runner, mode: str, step: int) -> dict[str, float]:
         """Generate, compare, report; returns the mean of each metric by name."""
         model = model_of(runner, "ToMeEvalHook", generates=True)
-        handle = get_handle(model)
+        handles = Handles.of(model)
         values: dict[str, list[Tensor]] = {metric.name: [] for metric in self.metrics}
         with undisturbed(model), aside():
             for number, (prompt, seed) in enumerate(zip(self.prompts, self.seeds)):
                 request = request_of(runner, [prompt], seed=seed, **self.settings)
-                dense, merged = dense_and_merged(model, handle, request, [0])
+                dense, merged = dense_and_merged(model, handles, request, [0])
                 for metric in self.metrics:
                     values[metric.name].append(metric(*_what_it_compares(metric, dense, merged)))
                 picture = _side_by_side(dense.pictures, merged.pictures)
@@ -118,7 +118,7 @@ class ToMeEvalHook(Hook):
         }
         said = ", ".join(f"{m.label} {m.text(means[m.name])}" for m in self.metrics)
         runner.logger.info(
-            f"dense and merged ({handle.description}), {len(self.prompts)} prompts, {mode} at "
+            f"dense and merged ({handles.description}), {len(self.prompts)} prompts, {mode} at "
             f"iteration {step}: {said}"
         )
         # An infinite PSNR (identical pictures) is in the log; as a point of a curve it breaks
@@ -149,13 +149,13 @@ def generate(generator, numbers: Sequence[int]) -> Generated:
 
 
 def dense_and_merged(
-    model: nn.Module, handle: ToMeHandle, request, numbers: Sequence[int]
+    model: nn.Module, handles: Handles, request, numbers: Sequence[int]
 ) -> tuple[Generated, Generated]:
-    """The pictures ``numbers`` of a request, without and with merging."""
+    """The pictures ``numbers`` of a request, without and with what is applied."""
     from ...apis.text2image import Generator
 
     generator = Generator(model, request)
-    with handle.dense():
+    with handles.disabled():
         dense = generate(generator, numbers)
     return dense, generate(generator, numbers)
 

@@ -17,8 +17,8 @@ from mmengine.registry import LOOPS
 from mmengine.runner.base_loop import BaseLoop
 from torch import Tensor
 
-from ...apply import get_handle
 from ...errors import ToMeError
+from ...settings import Handles
 from .subject import model_of, request_of, undisturbed
 
 
@@ -33,13 +33,13 @@ class _PictureLoop(BaseLoop):
         steps, guidance, size, negative_prompt, seed: of generating; picture i has the seed
             ``seed + i``, whatever the batch size and the number of devices. Default: those of
             ``infer_cfg`` of the config, else those of :class:`mmagic_tome.apis.text2image.Request`.
-        dense: whether to make each picture without merging too, for paired metrics. Default:
-            True; without token merging in the model there is only the one.
+        dense: whether to make each picture of the baseline too, for paired metrics. Default:
+            True; where nothing is applied to the model there is only the one.
 
     What metrics find in a sample, pictures being (3, H, W) in 0 ... 255, and BGR as MMagic's are:
 
     - ``fake_img``, and the same as ``output.pred_img``: the picture;
-    - ``dense_img``: the picture without merging;
+    - ``dense_img``: the picture of the baseline;
     - ``latents`` and ``dense_latents``: (C, h, w), what they were decoded from;
     - ``gt_img``: the real picture, if the data set has one;
     - ``prompt``.
@@ -140,9 +140,9 @@ class _PictureLoop(BaseLoop):
                     "dict(type='ToMePromptDataset', prompts=[...]) or another set of prompts"
                 )
             self.request.prompts[number] = prompt
-        handle = get_handle(model)
-        if self.dense and handle is not None:
-            dense, merged = dense_and_merged(model, handle, self.request, numbers)
+        handles = Handles.of(model)
+        if self.dense and handles:
+            dense, merged = dense_and_merged(model, handles, self.request, numbers)
         else:
             dense, merged = None, generate(Generator(model, self.request), numbers)
         outputs = []
@@ -174,7 +174,7 @@ class _PictureLoop(BaseLoop):
                 raise ToMeError(
                     f"{name} compares with {key}, which the samples do not have; write "
                     f"dict(type='{name}', gt_key='dense_img') to compare with the dense model"
-                    + ("" if key == "gt_img" else ", in a config with token merging")
+                    + ("" if key == "gt_img" else ", in a config with tome_cfg or cache_cfg")
                 )
 
 

@@ -14,10 +14,13 @@ from mmengine.registry import HOOKS
 from torch import nn
 
 from ...apis.pictures import ResultFolder
-from ...apply import get_handle
+from ...cache.skip import CachePatch
 from ...errors import ToMeError
-from ...meters import process_peak, reset_process_peak
+from ...meters import process_peak, reset_process_peak, step_module
 from ...models import find_adapter
+from ...patch import find_patch
+from ...settings import Handles
+from ...tome.state import TomePatch
 from .subject import is_aside, model_of
 
 
@@ -26,7 +29,8 @@ class ToMeProfileHook(Hook):
     """Measures time and memory of each merged site, each of their blocks, and each step.
 
     A step is a forward of the network: a denoising step, or a training iteration's forward
-    (backward is not in it). The time of a site has its merging and unmerging in it; that of a
+    (backward is not in it). A step that is skipped as a whole is one too, in models of MMagic that
+    wrap a network of diffusers. The time of a site has its merging and unmerging in it; that of a
     block also the matching. Without token merging in the model, every site of every block is
     measured: the dense figures to compare with.
 
@@ -134,9 +138,9 @@ class Recorder:
     """
 
     def __init__(self, model: nn.Module, warm_up: int, steps: int) -> None:
-        adapter, network = find_adapter(model)
-        self.handle = get_handle(model)
-        self.device = next(network.parameters()).device
+        adapter, self.network = find_adapter(model)
+        self.handles = Handles.of(model)
+        self.device = next(self.network.parameters()).device
         self.cuda = self.device.type == "cuda"
         self.warm_up, self.steps = warm_up, steps
         self.mode: str | None = None
@@ -147,11 +151,11 @@ class Recorder:
         self.records: dict[str, _Record] = {}
         self._hooks: list[Any] = []
 
-        self._hook(network, self._step_begins, self._step_ends)
+        self._hook(step_module(model), self._step_begins, self._step_ends)
         merged = None
-        if self.handle is not None:
-            merged = {(site["block"], site["kind"]) for site in self.handle.stats()}
-        for block in adapter.blocks(network):
+        if self.handles.tome is not None:
+            merged = {(site["block"], site["kind"]) for site in self.handles.tome.stats()}
+        for block in adapter.blocks(self.network):
             # Kinds that are no module of their own, or around more than one.
             modules = {**block.targets, "block": block.module, "stack": block.grid_module}
             if "attn" in modules:
@@ -194,8 +198,15 @@ class Recorder:
                 self.peak = 0
             else:
                 self.known = reset_process_peak()
-            self.merged = self.handle is not None and not self.handle.config.dense
+            self.merged = self._is_merged()
             self.start = self._mark()
+
+    def _is_merged(self) -> bool:
+        """Whether anything is applied to the network in the call that begins."""
+        tome, cache = (find_patch(self.network, kind) for kind in (TomePatch, CachePatch))
+        if tome is not None and tome.config.merges_nothing:
+            tome = None
+        return any(one is not None and not one.context.disabled for one in (tome, cache))
 
     def _step_ends(self, module, args, output) -> None:
         if not self.recording:
@@ -248,11 +259,11 @@ class Recorder:
     def report(self) -> dict[str, Any]:
         """JSON-able: ``steps`` in order, ``sites`` in running order.
 
-        Keys of a step: ``merged`` (whether at a ratio above 0), ``ms`` and ``memory`` (bytes, or
-        None). Of a site: ``site``, ``kind`` (``'whole block'`` for a block with all its sites),
-        ``tokens`` and ``kept`` (at its last call), and under ``merged`` and ``dense``, each None
-        if there were no such steps: ``calls``, ``ms`` (median of a call), ``share`` (of the time
-        of those steps), ``memory`` (bytes, or None).
+        Keys of a step: ``merged`` (whether anything is applied; not at ratio 0), ``ms`` and
+        ``memory`` (bytes, or None). Of a site: ``site``, ``kind`` (``'whole block'`` for a block
+        with all its sites), ``tokens`` and ``kept`` (at its last call), and under ``merged`` and
+        ``dense``, each None if there were no such steps: ``calls``, ``ms`` (median of a call),
+        ``share`` (of the time of those steps), ``memory`` (bytes, or None).
         """
         if self.cuda:
             torch.cuda.synchronize(self.device)
@@ -261,8 +272,8 @@ class Recorder:
             for merged, start, end, memory in self.step_marks
         ]
         seen = {}
-        if self.handle is not None:
-            seen = {site["site"]: site for site in self.handle.stats()}
+        if self.handles.tome is not None:
+            seen = {site["target"]: site for site in self.handles.tome.stats()}
         sites = []
         for name, record in self.records.items():
             site = {
@@ -285,7 +296,7 @@ class Recorder:
             sites.append(site)
         return {
             "device": str(self.device),
-            "merging": "none" if self.handle is None else self.handle.description,
+            "merging": self.handles.description or "none",
             "warm_up": min(self.warm_up, self.seen),
             "steps": steps,
             "sites": sites,

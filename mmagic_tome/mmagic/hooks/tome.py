@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""``ToMeHook``: token merging of a run, and its ratio over the iterations."""
+"""``ToMeHook``: token merging and step caching of a run, and the ratio over its iterations."""
 
 from __future__ import annotations
 
@@ -11,33 +11,38 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from ...apply import apply_tome, get_handle
+from ...apply import get_handle
 from ...config import ToMeConfig
 from ...errors import ToMeError
-from ..spellings import read
+from ...handle import CacheHandle, ToMeHandle
+from ..spellings import KEYS, read
 from .subject import model_of
 
 
 @HOOKS.register_module()
 class ToMeHook(Hook):
-    """Applies token merging to the runner's model, reports it, changes its ratio by a schedule.
+    """Applies token merging and step caching to the runner's model, reports them, changes the
+    ratio by a schedule.
 
-    A config with a top-level ``tome_cfg`` is merged without this hook too; then the hook takes
-    what is there, and adds the report and the schedule.
+    A config with a top-level ``tome_cfg`` or ``cache_cfg`` needs no hook to apply it; then the hook
+    uses what is applied, and adds the report and the schedule.
 
     Args:
         tome_cfg: options of :class:`mmagic_tome.ToMeConfig`. Default: those of the config.
+        cache_cfg: what :func:`mmagic_tome.apply_cache` takes as config. Default: that of the
+            config.
         schedule: ``dict(by='iter', points=[(0, 0.0), (100, 0.5)])``: the ratio at iterations,
             linear in between, constant before the first and after the last. In training the
             iterations are the runner's; in a test or validation of its own, its batches.
             Validation in between of training runs at the ratio that training has reached.
             Default: the ratio stays.
-        summary: whether to log a table of what was merged where, after test, validation and
+        summary: whether to log tables of what was merged and skipped, after test, validation and
             training. Default: True.
 
     Raises:
-        ToMeError: at the start of the run: nothing to apply, no diffusion model, another
-            ``tome_cfg`` elsewhere in the config; when built: an invalid option.
+        ToMeError: at the start of the run: nothing to apply, no diffusion model, another value
+            elsewhere in the config, a schedule without token merging; when built: an invalid
+            option.
 
     Priority ABOVE_NORMAL: the ratio of an iteration is set before other hooks look at it. In
     training it is logged as ``tome_ratio``.
@@ -48,36 +53,50 @@ class ToMeHook(Hook):
     def __init__(
         self,
         tome_cfg: ToMeConfig | Mapping[str, Any] | None = None,
+        cache_cfg: Any = None,
         schedule: Mapping[str, Any] | None = None,
         summary: bool = True,
     ) -> None:
-        self.config = read(**{"tome_cfg of ToMeHook": tome_cfg})
+        given = {"tome_cfg": tome_cfg, "cache_cfg": cache_cfg}
+        self.configs = {key: read(key, **{f"{key} of ToMeHook": given[key]}) for key in KEYS}
         self.points = _points(schedule)
-        if self.config is not None:
-            self._check_points(self.config)
+        if self.configs["tome_cfg"] is not None:
+            self._check_points(self.configs["tome_cfg"])
         self.summary = summary
-        self.handle = None
+        self.handle: ToMeHandle | None = None
+        self.cache_handle: CacheHandle | None = None
         self._training = False
 
     def before_run(self, runner) -> None:
         model = model_of(runner, "ToMeHook")
         cfg = getattr(runner, "cfg", None) or {}
-        config = read(
-            **{"tome_cfg of ToMeHook": self.config, "tome_cfg of the config": cfg.get("tome_cfg")}
-        )
-        handle = get_handle(model)
-        if handle is None and config is None:
+        handle = self._applied("tome_cfg", "tome", model, cfg, self.handle is None)
+        cache_handle = self._applied("cache_cfg", "cache", model, cfg, self.cache_handle is None)
+        if handle is None and cache_handle is None:
             raise ToMeError(
-                "ToMeHook has nothing to apply: write tome_cfg=dict(ratio=0.5) at the top level of "
-                "the config, or in the hook"
+                "ToMeHook has nothing to apply: write tome_cfg=dict(ratio=0.5) or "
+                "cache_cfg='balanced' at the top level of the config, or in the hook"
             )
+        if handle is not None:
+            self._check_points(handle.config)
+        elif self.points:
+            raise ToMeError(
+                "schedule of ToMeHook changes the ratio of token merging, and none is applied; "
+                "write tome_cfg=dict(ratio=0.5), or leave the schedule out"
+            )
+        self.handle, self.cache_handle = handle, cache_handle
+
+    def _applied(self, key: str, technique: str, model: Any, cfg: Any, first: bool) -> Any:
+        """Handle of a technique, applied where it is not yet; None if no config names it."""
+        own = self.configs[key]
+        config = read(key, **{f"{key} of ToMeHook": own, f"{key} of the config": cfg.get(key)})
+        handle = get_handle(model, technique)
         if handle is None:
-            handle = apply_tome(model, config)
-        elif self.config is not None and self.handle is None:
+            return None if config is None else KEYS[key][1](model, config)
+        if own is not None and first:
             # Applied already, by the config's top level or the model's own key.
-            read(**{"tome_cfg of ToMeHook": self.config, "tome_cfg of the model": handle.config})
-        self._check_points(handle.config)
-        self.handle = handle
+            read(key, **{f"{key} of ToMeHook": own, f"{key} of the model": handle.config})
+        return handle
 
     def _check_points(self, config: ToMeConfig) -> None:
         for _, ratio in self.points:
@@ -105,7 +124,8 @@ class ToMeHook(Hook):
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         self._set(runner.iter)
-        if isinstance(self.handle.ratio, Real):  # and not a schedule over the noise
+        # A schedule over the run is no number.
+        if self.handle is not None and isinstance(self.handle.ratio, Real):
             runner.message_hub.update_scalar("train/tome_ratio", self.handle.ratio)
 
     def before_val_iter(self, runner, batch_idx, data_batch=None) -> None:
@@ -119,14 +139,14 @@ class ToMeHook(Hook):
 
     def before_train(self, runner) -> None:
         self._training = True
-        self.handle.reset()
+        self._reset()
 
     def before_val(self, runner) -> None:
         if not self._training:
-            self.handle.reset()
+            self._reset()
 
     def before_test(self, runner) -> None:
-        self.handle.reset()
+        self._reset()
 
     def after_train(self, runner) -> None:
         self._training = False
@@ -138,9 +158,17 @@ class ToMeHook(Hook):
     def after_test(self, runner) -> None:
         self._report(runner)
 
+    @property
+    def _handles(self) -> list[ToMeHandle | CacheHandle]:
+        return [handle for handle in (self.handle, self.cache_handle) if handle is not None]
+
+    def _reset(self) -> None:
+        for handle in self._handles:
+            handle.reset_stats()
+
     def _report(self, runner) -> None:
-        if self.summary:
-            runner.logger.info(self.handle.summary())
+        for handle in self._handles if self.summary else ():
+            runner.logger.info(handle.summary())
 
 
 def _points(schedule: Mapping[str, Any] | None) -> list[tuple[int, float]]:

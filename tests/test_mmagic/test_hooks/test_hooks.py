@@ -14,11 +14,12 @@ pytest.importorskip("mmagic")
 
 import tiny
 
-from mmagic_tome import ToMeConfig, ToMeError, apply_tome, get_handle, remove_tome
+from mmagic_tome import ToMeError, apply_tome, get_handle, remove_cache, remove_tome
 from mmagic_tome.apis.text2image import Generator, Request
 from mmagic_tome.mmagic.hooks.evaluate import ToMeEvalHook, dense_and_merged, to_tensor
 from mmagic_tome.mmagic.hooks.profile import Recorder, ToMeProfileHook
 from mmagic_tome.mmagic.hooks.tome import ToMeHook
+from mmagic_tome.settings import Handles, Setting
 
 MODES = ("test", "val", "train")
 SCHEDULE = dict(by="iter", points=[(0, 0.0), (2, 0.5)])
@@ -85,7 +86,7 @@ def test_tome_hook(mode, ran):
 def test_eval_hook(mode, ran):
     run = ran(mode)
     step = 4 if mode == "train" else 0
-    where = rf"dense and merged \(ratio [\d.]+\), 2 prompts, {mode} at iteration {step}: "
+    where = rf"dense and merged \(ratio [\d.]+, .*\), 2 prompts, {mode} at iteration {step}: "
     line = re.search(where + r"PSNR ([\d.]+) dB, SSIM ([\d.]+)", run.log)
     assert line, run.log[-2000:]
     scalars = next(line for line in run.scalars if f"tome_{mode}/psnr" in line)
@@ -123,7 +124,7 @@ def test_profile_hook(mode, ran):
     assert all(step["ms"] > 0 for step in report["steps"])
     sites = {site["site"]: site for site in report["sites"]}
     for site in run.handle.stats():
-        found = sites[site["site"]]
+        found = sites[site["target"]]
         assert found["tokens"] == 64
         for key, calls in (("merged", sum(expected)), ("dense", len(expected) - sum(expected))):
             if calls == 0:
@@ -213,25 +214,35 @@ def test_evaluation_in_training_is_as_inference_and_changes_nothing(
         assert torch.equal(a, b), name
 
 
+CELLS = "cells 2x2, random destinations"
+FAST = "network every 2 steps in [0, 0.95), inner every 2 steps in [0, 0.7)"
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (
-            dict(ratio=0.5, refresh=2, residual="reuse"),
-            "outputs reused, refreshed every 2 steps, residual reuse of order 0",
+            dict(ratio=0.5, plan_interval=2, residual=True),
+            f"ratio 0.5, {CELLS}, plans computed every 2 steps, residual added",
         ),
-        (dict(ratio=dict(level={1: 0.5})), "ratio by schedule {'level': {1: 0.5}}"),
-        (dict(preset="fast"), "network every 2 steps, deep every 2 steps"),
+        (
+            dict(ratio=dict(downsample={1: 0.5})),
+            f"ratio by schedule {{'downsample': {{1: 0.5}}}}, {CELLS}",
+        ),
+        (dict(cache="fast"), FAST),
+        (dict(ratio=0.25, cache="fast"), f"ratio 0.25, {CELLS}, {FAST}"),
     ],
 )
-def test_dense_is_dense_whatever_the_merging_carries_along(options, said, make_runner, tmp_path):
-    """What is carried from step to step goes on at ratio 0; the dense picture has none of it."""
-    runner = make_runner("test", tmp_path, images=False, tome_cfg=options)
-    model, handle = runner.model, get_handle(runner.model)
+def test_dense_is_the_baseline_whatever_is_kept_between_steps(options, said, make_runner, tmp_path):
+    tome = {key: value for key, value in options.items() if key != "cache"}
+    keys = dict(tome_cfg=tome or None, cache_cfg=options.get("cache"))
+    runner = make_runner("test", tmp_path, images=False, **keys)
+    model, handles = runner.model, Handles.of(runner.model)
     request = Request(["cat"], steps=6, guidance=3.0, size=(64, 64))
-    dense, merged = dense_and_merged(model, handle, request, [0])
+    dense, merged = dense_and_merged(model, handles, request, [0])
     assert not torch.equal(dense.pictures, merged.pictures)
-    assert handle.config == ToMeConfig.from_dict(options)
+    found = Setting(*(handle and handle.config for handle in (handles.tome, handles.cache)))
+    assert found == Setting.coerce(options)
     recorder = Recorder(model, warm_up=0, steps=20)
     assert recorder.report()["merging"] == said
     ToMeEvalHook(["cat"], metrics=["psnr", "latent_error"]).evaluate(runner, "test", 0)
@@ -239,6 +250,7 @@ def test_dense_is_dense_whatever_the_merging_carries_along(options, said, make_r
     assert [step["merged"] for step in recorder.report()["steps"]] == []  # it was aside
     assert f"dense and merged ({said})" in next(tmp_path.rglob("*.log")).read_text()
     remove_tome(model)
+    remove_cache(model)
     images, _ = Generator(model, request).run([0])
     assert torch.equal(to_tensor(images), dense.pictures)
 
@@ -290,7 +302,7 @@ def test_what_the_config_applied_is_taken_as_it_is(make_runner, tmp_path):
     before = get_handle(runner.model)
     hook = ToMeHook()
     hook.before_run(runner)
-    assert hook.handle._state is before._state, "not applied a second time"
+    assert hook.handle._patches == before._patches, "not applied a second time"
     assert hook.handle.ratio == 0.5
 
 
@@ -310,6 +322,44 @@ def test_a_run_after_a_schedule_is_no_contradiction(make_runner, tmp_path):
         assert get_handle(runner.model).ratio == 0
 
 
+def test_step_caching_of_the_hook_and_of_the_config(make_runner, tmp_path):
+    runner = make_runner("test", tmp_path, images=False, tome_cfg=None, cache_cfg="fast")
+    with pytest.raises(ToMeError, match="configured twice and differently"):
+        ToMeHook(cache_cfg="quality").before_run(runner)
+    with pytest.raises(ToMeError, match="leave the schedule out"):
+        ToMeHook(schedule=SCHEDULE).before_run(runner)
+    hook = ToMeHook(cache_cfg="fast")
+    hook.before_run(runner)
+    hook.before_test(runner)
+    hook.before_test_iter(runner, 0)
+    assert hook.handle is None and get_handle(runner.model, "tome") is None
+    remove_cache(runner.model)
+    runner.cfg.pop("cache_cfg")
+    hook = ToMeHook(cache_cfg=dict(region="inner"), tome_cfg=dict(ratio=0.25))
+    hook.before_run(runner)
+    assert get_handle(runner.model, "cache").config == hook.cache_handle.config
+    hook.after_test(runner)
+    log = next(tmp_path.rglob("*.log")).read_text()
+    assert "token merging in UNet2D" in log and "step caching in UNet2D" in log
+
+
+def test_steps_that_are_skipped_are_profiled(make_runner, tmp_path):
+    runner = make_runner("test", tmp_path, images=False, tome_cfg=None, cache_cfg="fast")
+    recorder = Recorder(runner.model, warm_up=0, steps=20)
+    request = Request(["cat"], steps=6, guidance=3.0, size=(64, 64))
+    with torch.no_grad():
+        Generator(runner.model, request).run([0])
+        with Handles.of(runner.model).disabled():
+            Generator(runner.model, request).run([0])
+    recorder.close()
+    report = recorder.report()
+    (network, _) = get_handle(runner.model).stats()
+    count = network["computed"] + network["skipped"]
+    assert network["skipped"] > 0 and count >= 6
+    assert [step["merged"] for step in report["steps"]] == [True] * count + [False] * count
+    assert report["merging"] == FAST
+
+
 def test_nothing_to_apply_and_nothing_to_compare(make_runner, tmp_path):
     runner = make_runner("test", tmp_path, images=False, tome_cfg=None)
     with pytest.raises(ToMeError, match=r"nothing to apply: write tome_cfg"):
@@ -327,19 +377,19 @@ def test_nothing_to_apply_and_nothing_to_compare(make_runner, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["attn_kv", "block", "stack"])
-def test_profile_of_every_kind_of_site(kind):
+def test_profile_of_every_kind_of_target(kind):
     unet = tiny.tiny_unet()
-    handle = apply_tome(unet, ratio=0.5, sites=[kind])
+    handle = apply_tome(unet, ratio=0.5, targets=[kind])
     recorder = Recorder(unet, warm_up=0, steps=1)
     with torch.no_grad():
         unet(**tiny.tiny_inputs())
     recorder.close()
     found = {site["site"]: site for site in recorder.report()["sites"]}
     for site in handle.stats():
-        assert found[site["site"]]["kind"] == kind
-        assert found[site["site"]]["tokens"] == 256
-        assert found[site["site"]]["kept"] == site["kept"] < 256
-        assert found[site["site"]]["merged"]["ms"] > 0
+        row = found[site["target"]]
+        assert row["kind"] == kind and row["tokens"] == 256
+        assert row["kept"] == site["kept"] < 256
+        assert row["merged"]["ms"] > 0
 
 
 @pytest.mark.parametrize(
@@ -405,3 +455,5 @@ def test_arguments_that_cannot_be():
         ToMeProfileHook(steps=0)
     with pytest.raises(ToMeError, match="tome_cfg of ToMeHook"):
         ToMeHook(tome_cfg=dict(ratios=0.5))
+    with pytest.raises(ToMeError, match="cache_cfg of ToMeHook: cache_cfg='slow'"):
+        ToMeHook(cache_cfg="slow")

@@ -85,7 +85,8 @@ def test_two_ranks_find_what_one_process_finds(make_runner, tmp_path):
     assert json.loads(found.read_text()) == pytest.approx(expected, rel=1e-6)
     # The hooks: once, by the first process.
     log = next((tmp_path / "two").rglob("*.log")).read_text()
-    assert log.count("dense and merged (ratio 0.5), 1 prompts, test") == 1
+    merging = "ratio 0.5, cells 2x2, random destinations"
+    assert log.count(f"dense and merged ({merging}), 1 prompts, test") == 1
     assert (tmp_path / "two" / "tome_profile_test.json").is_file()
     assert len(list((tmp_path / "two").rglob("tome_test_000*.png"))) == 1
     torch.manual_seed(0)

@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Self-attention that knows how many tokens its keys stand for."""
+"""Proportional attention: keys weigh as much as the tokens that they represent."""
 
 import copy
 
@@ -11,6 +11,8 @@ from tiny_transformers import TRANSFORMERS
 
 from mmagic_tome import ToMeConfig, ToMeError, apply_tome
 from mmagic_tome.methods import METHODS
+from mmagic_tome.patch import find_patch
+from mmagic_tome.tome.state import TomePatch
 
 
 @pytest.fixture(scope="module")
@@ -38,31 +40,31 @@ def error(a, b):
 
 
 class Seen:
-    """What self-attention of the first block is given and gives, and the plan it is given it by."""
+    """Input, output and merge plan of the first block's self-attention."""
 
-    def __init__(self, unet, handle):
+    def __init__(self, unet):
         block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
-        self.attn, state = block.attn1, handle._state
+        self.attn, patch = block.attn1, find_patch(unet, TomePatch)
         plain = block.attn1.forward
 
         def forward(hidden_states, **kwargs):
-            self.x, self.kwargs, self.plan = hidden_states, kwargs, state.forward.plans
+            self.x, self.kwargs, self.plan = hidden_states, kwargs, patch.context.plans
             self.out = plain(hidden_states, **kwargs)
             return self.out
 
         block.attn1.forward = forward
 
 
-@pytest.mark.parametrize("site", ["attn", "attn_kv"])
-def test_by_hand(unet, site):
+@pytest.mark.parametrize("target", ["attn", "attn_kv"])
+def test_by_hand(unet, target):
     """softmax(Q K^T / sqrt(d) + log s) V, entry by entry and head by head."""
-    handle = apply_tome(unet, proportional=True, sites=[site])
-    seen = Seen(unet, handle)
+    apply_tome(unet, prop_attn=True, targets=[target])
+    seen = Seen(unet)
     run(unet)
     (plan,) = seen.plan.values()
     assert plan.size.max() > plan.size.min()
     attn, heads = seen.attn, seen.attn.heads
-    keys = seen.x if site == "attn" else seen.kwargs["encoder_hidden_states"]
+    keys = seen.x if target == "attn" else seen.kwargs["encoder_hidden_states"]
     assert keys.shape[1] == plan.num_slots < 256
     q, k, v = (
         linear(x).unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -73,9 +75,9 @@ def test_by_hand(unet, site):
     torch.testing.assert_close(seen.out, by_hand, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("site", ["attn", "attn_kv"])
-def test_copies_may_merge_for_nothing(unet, site):
-    """Where only copies merge, weighed attention is the dense one, and plain attention is not."""
+@pytest.mark.parametrize("target", ["attn", "attn_kv"])
+def test_merging_copies_loses_nothing(unet, target):
+    """Where only copies merge, proportional attention is the baseline; plain attention is not."""
     block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
     # In every other one of the 8 x 8 cells the four tokens are the same.
     generator = torch.Generator().manual_seed(0)
@@ -87,18 +89,19 @@ def test_copies_may_merge_for_nothing(unet, site):
 
     @torch.no_grad()
     def output(**options):
-        with apply_tome(unet, sites=[site], exact_matching=True, **options) as handle:
-            forward = handle._state.forward
-            forward.clear(running=True)
-            forward.grid = (16, 16)
+        with apply_tome(unet, targets=[target], exact_matching=True, **options) as handle:
+            context = find_patch(unet, TomePatch).context
+            context.start()
+            context.config, context.grid = handle.config, (16, 16)
             out = block(tokens, encoder_hidden_states=torch.ones(2, 7, 16))
-            forward.clear(running=False)
+            context.stop()
+            context.clear()
         return out
 
-    dense = output(ratio=0)
+    baseline = output(ratio=0)
     # 3 of 4 tokens of half of the cells.
-    assert error(output(ratio=0.375, proportional=True), dense) < 1e-5
-    assert error(output(ratio=0.375), dense) > 1e-3
+    assert error(output(ratio=0.375, prop_attn=True), baseline) < 1e-5
+    assert error(output(ratio=0.375), baseline) > 1e-3
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -107,60 +110,54 @@ def test_with_every_method(unet, method):
         method = dict(type="threshold", threshold=-1)
     steps = (900, 600)
     outputs = {}
-    for proportional in (False, True):
-        with apply_tome(unet, method=method, proportional=proportional) as handle:
-            outputs[proportional] = run(unet, steps)
+    for prop_attn in (False, True):
+        with apply_tome(unet, method=method, prop_attn=prop_attn) as handle:
+            outputs[prop_attn] = run(unet, steps)
             assert {row["kept"] < row["tokens"] for row in handle.stats()} == {True}
-            assert ("proportional attention" in handle.summary()) == proportional
+            assert ("proportional attention" in handle.summary()) == prop_attn
     assert outputs[True].isfinite().all()
     even = method in ("downsample", "todo")  # every token stands for as many
     assert (error(outputs[True], outputs[False]) < 1e-5) == even
 
 
-@pytest.mark.parametrize("site", ["attn", "attn_kv"])
-@pytest.mark.parametrize("residual", ["own", "exact"])
-def test_with_residuals(unet, site, residual):
-    """What the residual restores is what the weighed site misses, so at one input all of it."""
-    if (residual, site) == ("own", "attn_kv"):
-        return
+@pytest.mark.parametrize("target", ["attn", "attn_kv"])
+def test_with_a_residual(unet, target):
+    """What the residual restores is what merging loses with these weights: at one input all."""
     embedding = unet.time_embedding.register_forward_hook(lambda m, a, out: torch.ones_like(out))
-    same = dict(sample=torch.ones(2, 4, 16, 16) + torch.randn(2, 4, 16, 16))
-    dense = run(unet, (900,), **same)[0]
-    options = dict(sites=[site], proportional=True, use_rand=False, refresh=2, residual=residual)
-    with apply_tome(unet, **options) as handle, torch.no_grad():
+    same = dict(sample=1 + tiny_inputs(seed=1)["sample"])
+    baseline = run(unet, (900,), **same)[0]
+    options = dict(prop_attn=True, use_rand=False, plan_interval=2, residual=True)
+    with apply_tome(unet, targets=[target], **options) as handle, torch.no_grad():
         for t in (900, 800):
             out = unet(**{**tiny_inputs(), **same, "timestep": torch.tensor(t)}).sample
         assert {row["kept"] for row in handle.stats()} == {128}
     embedding.remove()
-    if residual == "exact":
-        torch.testing.assert_close(out, dense, rtol=1e-4, atol=1e-5)
-    else:
-        assert 0 < error(out, dense) < 0.1
+    torch.testing.assert_close(out, baseline, rtol=1e-4, atol=1e-5)
 
 
-def test_dense_and_removal_to_the_bit(unet):
-    dense = run(unet)
-    handle = apply_tome(unet, proportional=True)
-    assert not torch.equal(run(unet), dense)
-    with handle.dense():
-        assert torch.equal(run(unet), dense)
+def test_disabling_and_removal_to_the_bit(unet):
+    baseline = run(unet)
+    handle = apply_tome(unet, prop_attn=True)
+    assert not torch.equal(run(unet), baseline)
+    with handle.disabled():
+        assert torch.equal(run(unet), baseline)
     handle.ratio = 0
-    assert torch.equal(run(unet), dense)
+    assert torch.equal(run(unet), baseline)
     handle.remove()
-    assert torch.equal(run(unet), dense)
+    assert torch.equal(run(unet), baseline)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(unet, dtype):
     unet.to(dtype)
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tiny_inputs().items()}
-    with apply_tome(unet, proportional=True), torch.no_grad():
+    with apply_tome(unet, prop_attn=True), torch.no_grad():
         out = unet(**inputs).sample
     assert out.dtype == dtype and out.isfinite().all()
 
 
 def test_gradients_flow(unet):
-    apply_tome(unet, proportional=True)
+    apply_tome(unet, prop_attn=True)
     unet(**tiny_inputs()).sample.square().sum().backward()
     to_k = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_k
     assert to_k.weight.grad.isfinite().all() and to_k.weight.grad.abs().sum() > 0
@@ -169,7 +166,7 @@ def test_gradients_flow(unet):
 @pytest.mark.slow
 def test_one_graph(unet):
     torch.compiler.reset()
-    apply_tome(unet, proportional=True)
+    apply_tome(unet, prop_attn=True)
     expected = run(unet)[0]
     compiled = torch.compile(unet, fullgraph=True, backend="eager")
     with torch.no_grad():
@@ -180,9 +177,9 @@ def test_one_graph(unet):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (dict(proportional=1), "write proportional=True"),
-        (dict(proportional=True, sites=["mlp"]), "write sites=['attn']"),
-        (dict(proportional=True, sites=["block"]), "what is merged is block"),
+        (dict(prop_attn=1), "write prop_attn=True"),
+        (dict(prop_attn=True, targets=["mlp"]), "write targets=['attn']"),
+        (dict(prop_attn=True, targets=["block"]), "targets are block"),
     ],
 )
 def test_bad_options_are_named(options, said):
@@ -192,16 +189,16 @@ def test_bad_options_are_named(options, said):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("sites", [["attn"], ["attn_kv"]])
+@pytest.mark.parametrize("targets", [["attn"], ["attn_kv"]])
 @pytest.mark.parametrize(
     "family", ["PixArt-alpha, PixArt-sigma", "PixArt, older checkpoints", "DiT"]
 )
-def test_transformers_of_one_stream(family, sites):
+def test_transformers_of_one_stream(family, targets):
     family = TRANSFORMERS[family]
     network, inputs = family.build(), family.inputs()
     outputs = []
-    for options in (dict(ratio=0), dict(ratio=0.5), dict(ratio=0.5, proportional=True)):
-        with apply_tome(network, sites=sites, **options):
+    for options in (dict(ratio=0), dict(ratio=0.5), dict(ratio=0.5, prop_attn=True)):
+        with apply_tome(network, targets=targets, **options):
             outputs.append(network(**inputs, return_dict=False)[0])
     assert outputs[2].isfinite().all()
     assert error(outputs[2], outputs[1]) > 1e-4
@@ -211,13 +208,13 @@ def test_transformers_of_one_stream(family, sites):
 @pytest.mark.parametrize("family", ["Flux.1", "Stable Diffusion 3", "Wan 2.1, 2.2 (video)"])
 def test_other_transformers_say_that_they_cannot(family):
     network = TRANSFORMERS[family].build()
-    with pytest.raises(ToMeError, match="takes no mask to weigh keys by; write proportional=False"):
-        apply_tome(network, proportional=True)
+    with pytest.raises(ToMeError, match="takes no mask to weigh keys by; write prop_attn=False"):
+        apply_tome(network, prop_attn=True)
 
 
 def test_attention_that_takes_no_mask_is_refused(unet):
     for block in unet.modules():
         if type(block).__name__ == "BasicTransformerBlock":
             block.attn1 = torch.nn.Identity()
-    with pytest.raises(ToMeError, match="takes no mask to weigh keys by; write proportional=False"):
-        apply_tome(unet, proportional=True)
+    with pytest.raises(ToMeError, match="takes no mask to weigh keys by; write prop_attn=False"):
+        apply_tome(unet, prop_attn=True)

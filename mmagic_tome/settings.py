@@ -1,0 +1,161 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""One setting of a model: token merging, step caching, both or neither, as one dict has them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .apply import apply_cache, apply_tome, get_handle
+from .cache import PRESETS, StepCacheConfig, coerce_cache, to_plain
+from .config import ToMeConfig
+from .errors import ToMeError
+from .handle import CacheHandle, ToMeHandle
+
+
+@dataclass(frozen=True)
+class Handles:
+    """What a setting has applied to a model; None for a technique that it does not use."""
+
+    tome: ToMeHandle | None = None
+    cache: CacheHandle | None = None
+
+    @classmethod
+    def of(cls, model: object) -> Handles:
+        """Those of what is applied to a model."""
+        return cls(get_handle(model, "tome"), get_handle(model, "cache"))
+
+    @property
+    def description(self) -> str:
+        """What is done, in a few words; empty where nothing is applied."""
+        return ", ".join(handle.description for handle in self)
+
+    def __bool__(self) -> bool:
+        """Whether anything is applied."""
+        return any(True for _ in self)
+
+    def __iter__(self) -> Iterator[ToMeHandle | CacheHandle]:
+        return iter([handle for handle in (self.tome, self.cache) if handle is not None])
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The baseline model, bit for bit, for calls in this thread while entered."""
+        with contextlib.ExitStack() as stack:
+            for handle in self:
+                stack.enter_context(handle.disabled())
+            yield
+
+    def reset_run(self) -> None:
+        """Forget what is kept between steps."""
+        for handle in self:
+            handle.reset_run()
+
+    def reset_stats(self) -> None:
+        """Set all counters back to zero."""
+        for handle in self:
+            handle.reset_stats()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is applied to a model.
+
+    Attributes:
+        tome: options of token merging; None merges nothing.
+        cache: the step caches; None skips nothing.
+    """
+
+    tome: ToMeConfig | None = None
+    cache: tuple[StepCacheConfig, ...] | None = None
+
+    @classmethod
+    def coerce(cls, spec: Any) -> Setting:
+        """The setting that a user means.
+
+        Args:
+            spec: options of :class:`ToMeConfig` as a dict, plus the optional key ``cache`` with
+                whatever ``apply_cache`` takes as config. A dict without options of token merging
+                merges nothing. Or a :class:`ToMeConfig`, a Setting, or None for neither.
+
+        Raises:
+            ToMeError: anything else; invalid options.
+
+        Example:
+            >>> Setting.coerce({"ratio": 0.5, "prop_attn": True, "cache": "balanced"})
+        """
+        if isinstance(spec, cls):
+            return spec
+        if spec is None:
+            return cls()
+        if isinstance(spec, ToMeConfig):
+            return cls(tome=spec)
+        if not isinstance(spec, Mapping):
+            raise ToMeError(
+                f"a setting must be a dict such as dict(ratio=0.5, cache='balanced'), got {spec!r}"
+            )
+        return cls().replace(**spec)
+
+    @property
+    def baseline(self) -> bool:
+        """Whether it leaves the model as it is."""
+        return self.tome is None and self.cache is None
+
+    @property
+    def description(self) -> str:
+        """What is done, in a few words: options that are not the default."""
+        words = []
+        if self.tome is not None:
+            usual = ToMeConfig().to_dict()
+            words += [
+                f"{name}={value!r}"
+                for name, value in self.tome.to_record().items()
+                if name == "ratio" or value != usual[name]
+            ]
+        if self.cache is not None:
+            name = next((name for name, one in PRESETS.items() if one == self.cache), None)
+            words.append(f"cache={name or to_plain(self.cache)!r}")
+        return ", ".join(words) or "baseline"
+
+    def replace(self, **changes: Any) -> Setting:
+        """A changed, validated copy.
+
+        Args:
+            **changes: options of token merging; or ``cache``, None for no step caching.
+
+        Raises:
+            ToMeError: invalid options.
+        """
+        cache = self.cache
+        if "cache" in changes:
+            cache = changes.pop("cache")
+            cache = None if cache is None else coerce_cache(cache)
+        return type(self)(ToMeConfig.coerce(self.tome, **changes) if changes else self.tome, cache)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict of all options, as JSON has them unless the ratio is a function;
+        :meth:`coerce` is the inverse."""
+        options = {} if self.tome is None else self.tome.to_dict()
+        return options if self.cache is None else {**options, "cache": to_plain(self.cache)}
+
+    @contextlib.contextmanager
+    def apply(self, model: object) -> Iterator[Handles]:
+        """Apply both to a model; on exit it is what it was.
+
+        Args:
+            model: whatever ``apply_tome`` takes, vision transformers aside.
+
+        Yields:
+            Handles: with ``tome`` and ``cache``, None where that is not applied.
+
+        Raises:
+            ToMeError: the model has nothing to merge or to skip; nothing is changed then.
+        """
+        with contextlib.ExitStack() as stack:
+            tome = cache = None
+            if self.tome is not None:
+                tome = stack.enter_context(apply_tome(model, self.tome))
+            if self.cache is not None:
+                cache = stack.enter_context(apply_cache(model, self.cache))
+            yield Handles(tome, cache)

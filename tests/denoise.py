@@ -1,0 +1,75 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""A denoising loop for tests: every latent follows from the last latent and the last output, as
+those of a sampler do. So its calls are one run (``mmagic_tome/runs.py``)."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+STEPS = tuple(range(900, 0, -100))
+_LATENTS = ("sample", "hidden_states", "x")
+
+
+class Step(NamedTuple):
+    """A step that was computed: its timestep, the latent that went in, the output."""
+
+    time: float
+    latent: Any
+    output: Any
+
+
+@torch.no_grad()
+def denoising(network, inputs, steps=STEPS):
+    """Denoise step by step.
+
+    Args:
+        network (nn.Module): called once per step, by keywords.
+        inputs (dict | Callable): keyword arguments of a call, ``timestep`` aside; or timestep ->
+            keyword arguments, for networks that take it in another form. The latent in them is
+            that of the first step.
+        steps (sequence): timesteps.
+
+    Yields:
+        Step: after each call.
+    """
+    latent = None
+    for time in steps:
+        call = inputs_at(inputs, time, latent)
+        name = next(name for name in _LATENTS if name in call)
+        output = network(**call)[0]
+        yield Step(time, call[name], output)
+        latent = _next(call[name], output)
+
+
+def denoise(network, inputs, steps=STEPS):
+    """The outputs of all steps of :func:`denoising`, stacked."""
+    return torch.stack([step.output for step in denoising(network, inputs, steps)])
+
+
+@torch.no_grad()
+def outputs_at(network, inputs, steps):
+    """What a network returns for the latents of other steps, stacked.
+
+    Args:
+        network, inputs: as for :func:`denoising`.
+        steps (sequence of Step): of a run.
+    """
+    return torch.stack([network(**inputs_at(inputs, s.time, s.latent))[0] for s in steps])
+
+
+def inputs_at(inputs, time, latent=None):
+    """Keyword arguments of a call at a timestep; with another latent unless it is None."""
+    call = inputs(time) if callable(inputs) else {**inputs, "timestep": torch.tensor(time)}
+    if latent is not None:
+        call[next(name for name in _LATENTS if name in call)] = latent
+    return call
+
+
+def _next(latent, output):
+    if isinstance(latent, list):
+        return [_next(x, y) for x, y in zip(latent, output)]
+    if not isinstance(output, torch.Tensor):  # a ControlNet: other networks make the latent
+        return 1.02 * latent
+    for dim, size in enumerate(latent.shape):  # with the variance
+        output = output.narrow(dim, 0, min(size, output.shape[dim]))
+    return 1.02 * latent - 0.1 * output if output.shape == latent.shape else 1.02 * latent

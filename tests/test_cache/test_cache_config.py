@@ -1,0 +1,108 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+import json
+import pickle
+
+import pytest
+
+from mmagic_tome import StepCacheConfig, ToMeError
+from mmagic_tome.cache import PRESETS, coerce_cache, to_plain
+
+
+def test_defaults():
+    assert StepCacheConfig().to_dict() == {
+        "region": "network",
+        "interval": 2,
+        "timestep_range": [0.0, 0.95],
+        "order": 1,
+        "error_feedback": 0.0,
+        "num_outer_blocks": 1,
+    }
+    assert coerce_cache() == coerce_cache("balanced") == PRESETS["balanced"]
+
+
+def test_immutable_hashable_and_picklable():
+    config = StepCacheConfig(region="inner", timestep_range=[0.1, 0.5])
+    with pytest.raises(AttributeError):
+        config.interval = 3
+    assert {config: 1}[config.replace()] == 1
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert config.replace(interval=3).interval == 3 and config.interval == 2
+    with pytest.raises(ToMeError, match="did you mean 'interval'"):
+        config.replace(intervall=3)
+    with pytest.raises(ToMeError, match="interval=1"):
+        config.replace(interval=1)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_json_round_trip(name):
+    plain = to_plain(PRESETS[name])
+    assert json.loads(json.dumps(plain)) == plain
+    assert coerce_cache(plain) == PRESETS[name]
+
+
+def test_options_and_dicts():
+    assert coerce_cache(interval=3) == (StepCacheConfig(interval=3),)
+    one = StepCacheConfig(region="inner", interval=3)
+    for given in (one, one.to_dict(), dict(region="inner", interval=3), [one], (one,)):
+        assert coerce_cache(given) == (one,)
+    assert coerce_cache(one, interval=4, order=0) == (one.replace(interval=4, order=0),)
+    assert coerce_cache("quality", interval=3) == (PRESETS["quality"][0].replace(interval=3),)
+
+
+def test_dicts_of_mmengine():
+    mmengine = pytest.importorskip("mmengine")
+    given, one = mmengine.ConfigDict(region="inner", interval=3), StepCacheConfig("inner", 3)
+    assert coerce_cache(given) == coerce_cache([given]) == (one,)
+
+
+def test_the_larger_region_comes_first():
+    found = coerce_cache([dict(region="inner", interval=3), dict(region="network")])
+    assert [one.region for one in found] == ["network", "inner"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (dict(interval=1), "write interval=2"),
+        (dict(interval=True), "interval=True"),
+        (dict(interval=2.5), "an integer"),
+        (dict(region="outer"), "network, inner"),
+        (dict(region="iner"), "write region='inner'"),
+        (dict(intervall=2), "did you mean 'interval'"),
+        (dict(order=3), "write order=2"),
+        (dict(error_feedback=2), "write error_feedback=1"),
+        (dict(error_feedback="all"), "write error_feedback=0.5"),
+        (dict(timestep_range=(0.5, 0.5)), "low < high"),
+        (dict(timestep_range=(0.8, 0.2)), "write timestep_range=(0.2, 0.8)"),
+        (dict(timestep_range=0.5), "timestep_range=0.5"),
+        (dict(timestep_range=(0, 1000)), "1 is the start of a run"),
+        (dict(num_outer_blocks=0), "write num_outer_blocks=1"),
+    ],
+)
+def test_bad_options_are_named(options, said):
+    for make in (StepCacheConfig, coerce_cache, lambda **options: coerce_cache(options)):
+        with pytest.raises(ToMeError) as error:
+            make(**options)
+        assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "said"),
+    [
+        ("balance", {}, "write cache_cfg='balanced'"),
+        (2, {}, "cache_cfg=2 is no step cache"),
+        ([], {}, r"cache_cfg=\[\]"),
+        ([2], {}, "2 is no step cache"),
+        ([dict(region="inner"), dict(region="inner", interval=3)], {}, "'inner' twice"),
+        ("balanced", dict(interval=3), "2 step caches"),
+    ],
+)
+def test_what_is_no_step_cache(config, options, said):
+    with pytest.raises(ToMeError, match=said):
+        coerce_cache(config, **options)
+
+
+def test_positional_options():
+    assert StepCacheConfig("inner", 3) == StepCacheConfig(region="inner", interval=3)
+    with pytest.raises(ToMeError, match="at most 6 options, got 7"):
+        StepCacheConfig("inner", 3, (0, 1), 1, 0.0, 1, 1)

@@ -1,0 +1,254 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+import copy
+import gc
+import pickle
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from denoise import denoise, denoising, outputs_at
+from diffusers import UNet2DConditionModel
+from tiny import tiny_inputs, tiny_unet
+
+from mmagic_tome import ToMeConfig, ToMeError, apply_cache, apply_tome, get_handle, remove_tome
+
+EVERYTHING = dict(max_downsample=8, targets=["attn", "crossattn", "mlp"])
+
+
+@pytest.fixture(scope="module")
+def original():
+    return tiny_unet(levels=3)
+
+
+@pytest.fixture
+def unet(original):
+    return copy.deepcopy(original)
+
+
+@torch.no_grad()
+def run(unet, **changes):
+    return unet(**{**tiny_inputs(), **changes}).sample
+
+
+def hooks_of(module):
+    tables = [(m._forward_hooks, m._forward_pre_hooks) for m in module.modules()]
+    return [hook for pair in tables for table in pair for hook in table.values()]
+
+
+def test_nested_with_puts_the_outer_one_back(unet):
+    baseline = run(unet)
+    with apply_tome(unet, ratio=0.25) as outer:
+        expected = run(unet)
+        with apply_tome(unet, ratio=0.5) as middle:
+            halved = run(unet)
+            with pytest.raises(KeyError), apply_tome(unet, ratio=0.75) as inner:
+                assert not outer.active and not middle.active
+                raise KeyError
+            assert middle.active and not inner.active
+            assert get_handle(unet).ratio == 0.5 and torch.equal(run(unet), halved)
+        assert outer.active and get_handle(unet).ratio == 0.25
+        outer.reset_stats()
+        assert torch.equal(run(unet), expected)
+        assert {(row["kept"], row["calls"]) for row in outer.stats()} == {(192, 1)}
+    assert torch.equal(run(unet), baseline) and not hooks_of(unet)
+
+
+def test_with_puts_back_what_was_applied_for_good_also_in_a_copy(unet):
+    apply_tome(unet, ratio=0.25)
+    expected = run(unet)
+    for network in (unet, pickle.loads(pickle.dumps(unet)), copy.deepcopy(unet)):
+        count = len(hooks_of(network))
+        with apply_tome(network, ratio=0.5):
+            assert not torch.equal(run(network), expected)
+        assert torch.equal(run(network), expected) and len(hooks_of(network)) == count
+        remove_tome(network)
+        assert not hooks_of(network)
+
+
+def test_with_leaves_alone_what_replaced_it_inside(unet):
+    with apply_tome(unet, ratio=0.25):
+        with apply_tome(unet, ratio=0.5):
+            last = apply_tome(unet, ratio=0.75)
+        assert last.active and get_handle(unet).ratio == 0.75
+    assert last.active
+    with apply_tome(unet, ratio=0.5):
+        remove_tome(unet)
+    assert get_handle(unet) is None
+
+
+def test_exception_inside_with_removes(unet):
+    with pytest.raises(KeyError), apply_tome(unet):
+        raise KeyError
+    assert get_handle(unet) is None
+
+
+def test_a_handle_that_was_replaced_changes_nothing_and_says_so(unet):
+    old = apply_tome(unet, ratio=0.25)
+    new = apply_tome(unet, ratio=0.5)
+    with pytest.raises(ToMeError, match="removed or replaced"):
+        old.ratio = 0.1
+    new.ratio = 0.1
+    assert get_handle(unet).ratio == 0.1
+
+
+def test_stats_count_and_reset(unet):
+    handle = apply_tome(unet, ratio=0.5, targets=["attn", "mlp"])
+    assert all(row["tokens"] is None and row["calls"] == 0 for row in handle.stats())
+    run(unet)
+    run(unet)
+    rows = handle.stats()
+    assert [row["kind"] for row in rows] == ["attn", "mlp"] * 3
+    # Two targets of a block share one plan.
+    assert all(row["calls"] == 2 and row["plans"] == 2 for row in rows)
+    assert all((row["tokens"], row["kept"]) == (256, 128) for row in rows)
+    assert set(rows[0]) == {
+        *("target", "block", "kind", "downsample", "tokens", "kept"),
+        *("calls", "unmerged_calls", "plans"),
+    }
+    handle.ratio = 0
+    run(unet)
+    assert {(row["calls"], row["unmerged_calls"]) for row in handle.stats()} == {(3, 1)}
+    handle.reset_stats()
+    empty = {"tokens": None, "kept": None, "calls": 0, "unmerged_calls": 0, "plans": 0}
+    assert all({**row, **empty} == row for row in handle.stats())
+
+
+def test_summary_reads(unet):
+    handle = apply_tome(unet, ratio=0.5)
+    assert "not run yet" in handle.summary()
+    run(unet)
+    text = handle.summary()
+    assert "ratio 0.5" in text and "256   128      50%" in text
+    assert "down_blocks.0.attentions.0.transformer_blocks.0.attn" in text
+    handle.remove()
+    assert "(removed)" in handle.summary() and "removed" in repr(handle)
+
+
+def test_config_object_and_bad_ratio_assignment(unet):
+    handle = apply_tome(unet, ToMeConfig(ratio=0.25, seed=3), ratio=0.5)
+    assert handle.config == ToMeConfig(ratio=0.5, seed=3)
+    with pytest.raises(ToMeError, match="ceiling"):
+        handle.ratio = 0.9
+    assert handle.ratio == 0.5
+
+
+def test_description_names_what_differs_from_the_default(unet):
+    assert apply_tome(unet).description == "ratio 0.5, cells 2x2, random destinations"
+    options = dict(ratio=dict(base=0.25), sx=3, use_rand=False, prop_attn=True, plan_interval=4)
+    said = apply_tome(unet, **options, residual=True, share_plans=True).description
+    for words in (
+        "ratio by schedule {'base': 0.25}",
+        "cells 3x2",
+        "regular destinations",
+        "proportional attention",
+        "plans computed every 4 steps",
+        "one plan per level",
+        "residual added",
+    ):
+        assert words in said
+    said = apply_tome(unet, method="prune", plan_interval=[0, 3]).description
+    assert "method 'prune'" in said and "plans computed at steps 0, 3" in said
+
+
+# --- step caching ---------------------------------------------------------------------------------
+
+
+def test_stats_and_summary_of_step_caching(unet):
+    handle = apply_cache(unet, "fast")
+    assert "not run yet" in handle.summary() and handle.network is unet
+    denoise(unet, tiny_inputs())
+    assert handle.stats() == [
+        {"region": "network", "computed": 6, "skipped": 3},
+        {"region": "inner", "computed": 4, "skipped": 2},
+    ]
+    text = handle.summary()
+    assert "step caching in UNet2DConditionModel" in text and "not run yet" not in text
+    assert "network every 2 steps in [0, 0.95)" in text and "inner every 2 steps" in text
+    assert text.splitlines()[-1].split() == ["inner", "4", "2"]
+    handle.reset_stats()
+    assert {(row["computed"], row["skipped"]) for row in handle.stats()} == {(0, 0)}
+    handle.remove()
+    assert "(removed)" in handle.summary() and "removed" in repr(handle)
+
+
+def test_nested_with_puts_the_outer_cache_back(unet):
+    inputs = tiny_inputs()
+    with apply_cache(unet, interval=2) as outer:
+        expected = denoise(unet, inputs)
+        with apply_cache(unet, region="inner") as inner:
+            assert not outer.active and not torch.equal(denoise(unet, inputs), expected)
+            with apply_tome(unet):  # the other technique replaces nothing
+                assert inner.active
+        assert outer.active and not inner.active
+        assert torch.equal(denoise(unet, inputs), expected)
+    assert get_handle(unet) is None and type(unet) is UNet2DConditionModel
+
+
+# --- both -----------------------------------------------------------------------------------------
+
+APPLY = dict(
+    merging=lambda unet: apply_tome(unet, **EVERYTHING),
+    residual=lambda unet: apply_tome(unet, plan_interval=2, residual=True),
+    cache=lambda unet: apply_cache(unet, interval=3),
+    inner=lambda unet: apply_cache(unet, region="inner"),
+)
+
+
+@pytest.mark.parametrize("apply", APPLY.values(), ids=APPLY)
+def test_disabled_is_the_baseline_in_this_thread_alone(unet, apply):
+    inputs = tiny_inputs()
+    baseline = denoise(unet, inputs)
+    handle = apply(unet)
+    expected = denoise(unet, inputs)
+    assert not torch.equal(expected, baseline)
+    with handle.disabled():
+        assert torch.equal(denoise(unet, inputs), baseline)
+        with handle.disabled():
+            pass
+        assert torch.equal(denoise(unet, inputs), baseline)
+        with ThreadPoolExecutor(1) as thread:
+            assert torch.equal(thread.submit(denoise, unet, inputs).result(), expected)
+    assert torch.equal(denoise(unet, inputs), expected)
+    with pytest.raises(KeyError), handle.disabled():
+        raise KeyError
+    assert torch.equal(denoise(unet, inputs), expected)
+
+
+@pytest.mark.parametrize("forget", ["disabled", "reset_run"])
+@pytest.mark.parametrize(("name", "steps"), [("residual", 1), ("cache", 2)])
+def test_a_run_that_is_forgotten_begins_anew(unet, name, steps, forget):
+    inputs = tiny_inputs()
+    handle = APPLY[name](unet)
+
+    def next_one(forgets):
+        loop = denoising(unet, inputs)
+        for _ in range(steps):
+            next(loop)
+        if forgets == "disabled":
+            with handle.disabled():
+                pass
+        elif forgets == "reset_run":
+            handle.reset_run()
+        return next(loop)
+
+    kept, anew = next_one(None), next_one(forget)
+    handle.remove()
+    # The first step of a run is the baseline.
+    assert torch.equal(anew.output[None], outputs_at(unet, inputs, [anew]))
+    assert not torch.equal(kept.output, anew.output)
+
+
+@pytest.mark.parametrize("apply", APPLY.values(), ids=APPLY)
+def test_a_handle_keeps_no_model_alive(apply):
+    network = tiny_unet(levels=3)
+    handle = apply(network)
+    run(network)
+    gone = weakref.ref(network)
+    del network
+    gc.collect()
+    assert gone() is None and handle.network is None and not handle.active
+    assert "removed" in handle.summary()
+    handle.remove()
+    with handle:
+        pass

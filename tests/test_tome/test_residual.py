@@ -1,0 +1,108 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+import copy
+
+import pytest
+import torch
+from denoise import STEPS, denoise, denoising, inputs_at, outputs_at
+from tiny import tiny_inputs, tiny_unet
+
+from mmagic_tome import ToMeError, apply_tome
+from mmagic_tome.patch import find_patch
+from mmagic_tome.tome.state import TomePatch
+
+TARGETS = ["attn", "attn_kv", "crossattn", "mlp", "block", "stack"]
+INPUTS = tiny_inputs()
+
+
+@pytest.fixture(scope="module")
+def original():
+    return tiny_unet(levels=3)
+
+
+@pytest.fixture
+def unet(original):
+    return copy.deepcopy(original)
+
+
+def error(a, b):
+    return ((a - b).square().mean() / b.square().mean()).sqrt().item()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_steps_that_compute_a_plan_are_the_baseline_to_the_bit(unet, target):
+    with apply_tome(unet, targets=[target], plan_interval=2, residual=True) as handle:
+        steps = list(denoising(unet, INPUTS, STEPS[:4]))
+        row = handle.stats()[0]
+        assert (row["calls"], row["unmerged_calls"], row["kept"]) == (4, 2, 128)
+    for number, (step, expected) in enumerate(zip(steps, outputs_at(unet, INPUTS, steps))):
+        if number % 2 == 0:
+            assert torch.equal(step.output, expected)
+        else:
+            assert 1e-5 < error(step.output, expected) < 0.5
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_where_nothing_changes_nothing_is_lost(unet, target):
+    """The same input at the next timestep: what the residual restores is all of it.
+
+    The timestep itself changes what the convolutions pass to the blocks, so it is held there.
+    """
+    options = dict(targets=[target], max_downsample=4, ratio=0.75, use_rand=False)
+
+    @torch.no_grad()
+    def outputs():
+        return [unet(**inputs_at(INPUTS, time)).sample for time in (900, 800)]
+
+    embedding = unet.time_embedding.register_forward_hook(lambda m, a, out: torch.ones_like(out))
+    baseline = outputs()
+    with apply_tome(unet, plan_interval=2, residual=True, **options) as handle:
+        restored = outputs()
+        assert handle.stats()[0]["unmerged_calls"] == 1
+    with apply_tome(unet, **options):
+        plain = outputs()
+    embedding.remove()
+    assert torch.equal(*baseline)
+    torch.testing.assert_close(restored[1], baseline[1], rtol=1e-4, atol=1e-5)
+    assert error(plain[1], baseline[1]) > 1e-3
+
+
+def test_residuals_are_closer_to_the_baseline_than_plain_merging(unet):
+    baseline = denoise(unet, INPUTS)
+    options = dict(targets=["attn", "crossattn", "mlp"], max_downsample=4, ratio=0.75)
+    with apply_tome(unet, **options):
+        plain = error(denoise(unet, INPUTS), baseline)
+    with apply_tome(unet, plan_interval=2, residual=True, **options):
+        assert 0 < error(denoise(unet, INPUTS), baseline) < 0.6 * plain
+
+
+def test_one_tensor_per_target_is_kept(unet):
+    apply_tome(unet, plan_interval=2, residual=True)
+    context = find_patch(unet, TomePatch).context
+    for _ in denoising(unet, INPUTS, STEPS[:4]):
+        (branch,) = context.tracker.runs[0].branches.values()
+        assert [x.shape for x in branch.state.residuals.values()] == [(2, 256, 16)] * 3
+
+
+def test_the_second_run_of_a_target_is_not_counted(unet):
+    seen = []
+    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    block.attn1.to_q.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[1]))
+    with apply_tome(unet, plan_interval=2, residual=True) as handle:
+        for _ in denoising(unet, INPUTS, STEPS[:2]):
+            pass
+        assert seen == [256, 128, 128]
+        assert {(row["calls"], row["plans"]) for row in handle.stats()} == {(2, 1)}
+
+
+def test_gradients_flow_past_the_residual(unet):
+    handle = apply_tome(unet, plan_interval=2, residual=True)
+    unet(**INPUTS).sample.square().sum().backward()
+    assert {row["kept"] for row in handle.stats()} == {128}
+    assert unet.conv_in.weight.grad.abs().sum() > 0
+
+
+def test_targets_that_cannot_run_unmerged_at_some_steps_are_refused():
+    from tiny_pipelines import kandinsky_unet
+
+    with pytest.raises(ToMeError, match="write residual=False"):
+        apply_tome(kandinsky_unet(), plan_interval=2, residual=True)
