@@ -122,15 +122,15 @@ def test_demo_runs_from_the_wheel(installed, tmp_path):
 
     command = [installed, "-m", "mmagic_tome", "infer", "--steps", "8", "--prompt", "red apple"]
     options = ["--compare", "--repeats", "1", "--size", "64", "--device", "cpu"]
-    printed = run(*command, *options, "--out", "pictures", cwd=tmp_path, OMP_NUM_THREADS="1")
-    assert "What was merged" in printed and "speed-up" in printed
-    result = json.loads((tmp_path / "pictures" / "result.json").read_text(encoding="utf-8"))
-    assert (tmp_path / "pictures" / result["images"][0]["file"]).is_file()
-    assert (tmp_path / "pictures" / result["compare"]).is_file()
-    # Without a config the preset that users are told to start with.
-    scopes = result["token_merging"]["scopes"]
-    assert [scope["scope"] for scope in scopes] == ["network", "deep"]
-    assert all(scope["reused"] > 0 for scope in scopes)
+    printed = run(*command, *options, "--out", "images", cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert "step caching in" in printed and "speed-up" in printed
+    result = json.loads((tmp_path / "images" / "result.json").read_text(encoding="utf-8"))
+    assert (tmp_path / "images" / result["images"][0]["file"]).is_file()
+    assert (tmp_path / "images" / result["compare"]).is_file()
+    # Without a config the named setting that users are told to start with.
+    regions = result["step_caching"]["regions"]
+    assert [row["region"] for row in regions] == ["network", "inner"]
+    assert all(row["skipped"] > 0 for row in regions)
 
 
 def test_configs_of_the_wheel_serve_as_bases(installed, tmp_path):

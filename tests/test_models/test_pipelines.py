@@ -19,7 +19,7 @@ from tiny_pipelines import (
     video_unet,
 )
 
-from mmagic_tome import ToMeError, apply_tome, get_handle
+from mmagic_tome import ToMeError, apply_cache, apply_tome, get_handle
 
 SD = PIPELINES["Stable Diffusion 1.x"]
 
@@ -53,6 +53,38 @@ def test_every_pipeline(case):
         handle.ratio = 0
         assert torch.equal(case.run(pipeline), baseline)
     assert torch.equal(case.run(pipeline), baseline)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in PIPELINES.values() if case.calls > 1], ids=lambda case: case.title
+)
+def test_step_caching_in_every_pipeline(case):
+    """Both techniques, each alone and together, put on and taken off in either order."""
+    pipeline, networks = case.pipeline(), 1
+    steps = 12 if case.title == "SDXL refiner" else 5  # which runs the last 40 per cent of them
+    baseline = case.run(pipeline, num_inference_steps=steps)
+    branch = getattr(pipeline, "controlnet", None)
+    networks += 0 if branch is None else len(getattr(branch, "nets", [branch]))
+    with apply_cache(pipeline, order=0, timestep_range=(0, 1)) as handle:
+        assert handle.network is pipeline.unet and len(handle.stats()) == networks
+        cached = case.run(pipeline, num_inference_steps=steps)
+        # Every second step, but never the last.
+        assert {(row["computed"], row["skipped"]) for row in handle.stats()} == {(3, 2)}
+        assert 1e-3 < difference(cached, baseline) < 1.5
+        assert torch.equal(case.run(pipeline, num_inference_steps=steps), cached)
+        with apply_tome(pipeline, ratio=0.5, **case.options) as merging:
+            both = case.run(pipeline, num_inference_steps=steps)
+            assert {row["calls"] for row in merging.stats()} == {3}
+        assert torch.equal(case.run(pipeline, num_inference_steps=steps), cached)
+        assert not torch.equal(both, cached)
+        with handle.disabled():
+            assert torch.equal(case.run(pipeline, num_inference_steps=steps), baseline)
+    assert torch.equal(case.run(pipeline, num_inference_steps=steps), baseline)
+    with (
+        apply_tome(pipeline, ratio=0.5, **case.options),
+        apply_cache(pipeline, order=0, timestep_range=(0, 1)),
+    ):
+        assert torch.equal(case.run(pipeline, num_inference_steps=steps), both)
 
 
 @pytest.mark.parametrize("kind", NETWORKS.values(), ids=NETWORKS)

@@ -765,3 +765,25 @@ def test_compiled(family):
             block.module.compile(fullgraph=True, backend="eager")
     torch.testing.assert_close(run(compiled, inputs), expected)
     torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("region", ["network", "inner"])
+@pytest.mark.parametrize("family", [FLUX, SD3, WAN], ids=["Flux", "SD 3", "Wan"])
+def test_compiled_blocks_with_step_caching(family, region):
+    """What compile_repeated_blocks does, with both techniques on."""
+    network = family.deeper(4).build()
+    apply_tome(network, ratio=0.5, targets=family.inner)
+    apply_cache(network, region=region, timestep_range=(0, 1), order=0)
+    steps = (900, 800, 700, 600)
+    expected = [stacked(step.output) for step in denoising(network, calls_of(family), steps)]
+    torch._dynamo.reset()
+    for block in find_adapter(network)[0].blocks(network):
+        block.module.compile(fullgraph=True, backend="eager")
+    handle = get_handle(network, "cache")
+    handle.reset_stats()
+    found = [stacked(step.output) for step in denoising(network, calls_of(family), steps)]
+    assert [(row["computed"], row["skipped"]) for row in handle.stats()] == [(2, 2)]
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    torch._dynamo.reset()
