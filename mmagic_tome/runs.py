@@ -102,7 +102,7 @@ class Run:
         # (B, n) samples of this step's and the last step's input.
         self.input: Tensor | None = None
         self.previous: Tensor | None = None
-        self._other: Tensor | None = None  # of the shape that inputs are cropped to
+        self._others: list[Tensor] | None = None  # of the shapes that inputs are cropped to
         self._worst: float | None = None
 
     @property
@@ -121,7 +121,8 @@ class Run:
     def sample(self, latents: Sequence[Tensor]) -> Tensor:
         """(B, n) float32: some elements of every image of an input, without the channels that the
         network does not predict (the mask of inpainting)."""
-        return _sampled([_cropped(x, self._other) for x in latents])
+        others = self._others or [None] * len(latents)
+        return _sampled([_cropped(x, other) for x, other in zip(latents, others)])
 
     def same_input(self, latents: Sequence[Tensor]) -> bool:
         """Whether the call at the present step had this input."""
@@ -189,10 +190,8 @@ class Run:
             y.dim() != x.dim() for x, y in zip(latents, outputs)
         ):
             outputs = []  # a ControlNet: inputs are compared with inputs alone
-        if self._other is None:
-            # Of its shape alone: stride 0, no memory.
-            like = (outputs or latents)[0]
-            self._other = like.new_empty(()).expand(like.shape)
+        if self._others is None:
+            self._others = [x.new_empty(()).expand(x.shape) for x in outputs or latents]
         if self.input is None:
             self.input = self.sample(latents)
         if self.copies is None:
@@ -277,7 +276,7 @@ class RunTracker:
         return None
 
     def _repeats(self, run: Run, call: Call) -> bool:
-        """Whether a later run reaches this step now: the same seed once more has the same inputs."""
+        """Whether a later run reaches this step now: a repeated seed repeats its inputs."""
         for one in self._mates(call):
             if one.tick > run.tick and one.time > call.time and one.input is not None:
                 residual, bound, _ = self._fit(one, call.latents)
@@ -321,10 +320,12 @@ class RunTracker:
         run.called, run.branches = [name], {name: Branch(self.new_state())}
         run.step_tick = self._tick
         # Views of one image start at the same timestep; of anything else only a few are kept.
-        others = [one for one in self.runs if one.time != call.time]
+        # Nothing continues a run of which nothing is known.
+        known = [one for one in self.runs if one.key is not None]
+        others = [one for one in known if one.time != call.time]
         kept = {id(one) for one in others[:_MAX_OTHERS]}
-        self.runs = [one for one in self.runs if one.time == call.time or id(one) in kept]
-        self.runs = self.runs[: _MAX_RUNS - 1]
+        known = [one for one in known if one.time == call.time or id(one) in kept]
+        self.runs = known[: _MAX_RUNS - 1]
         return run
 
     def _mates(self, call: Call) -> list[Run]:
@@ -332,11 +333,13 @@ class RunTracker:
         return [] if key is None else [run for run in self.runs if run.key == key]
 
 
-def as_float(timestep: Any) -> float:
-    """First of the timesteps of a call as a number; synchronizes with the device."""
-    if isinstance(timestep, Tensor):
-        return float(timestep.detach().reshape(-1)[0])
-    return float(timestep)
+def read_timestep(timestep: Any) -> tuple[float | None, bool]:
+    """The first timestep of a call, and whether it is that of all images; synchronizes with the
+    device."""
+    if not isinstance(timestep, Tensor):
+        return (None if timestep is None else float(timestep)), True
+    first, *others = timestep.detach().reshape(-1).tolist()
+    return float(first), all(other == first for other in others)
 
 
 def latents_of(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -374,10 +377,13 @@ def _cropped(x: Tensor, other: Tensor | None) -> Tensor:
 
 
 def _sampled(tensors: Sequence[Tensor]) -> Tensor:
-    """(B, n) float32 copy: every n-th element of a batch, or of each of several tensors."""
-    rows = tensors[0].detach().flatten(1) if len(tensors) == 1 else None
-    if rows is None:
-        rows = torch.stack([x.detach().flatten() for x in tensors])
+    """(B, n) float32 copy: every n-th element of a batch, or of each of several tensors, as far as
+    the smallest goes."""
+    if len(tensors) == 1:
+        rows = tensors[0].detach().flatten(1)
+    else:
+        shortest = min(x.numel() for x in tensors)
+        rows = torch.stack([x.detach().flatten()[:shortest] for x in tensors])
     # An odd stride meets all rows and columns.
     stride = max(1, rows.shape[1] // _SAMPLES) | 1
     return rows[:, ::stride].float().clone()
