@@ -220,11 +220,10 @@ class NetworkCall(Interceptor):
             raise
         finally:
             context.stop()
-        context.tracker.end(output)
-        if run.last:
-            self.finish(context, run)
+        self.finish(context, run, output)
         return output
 
+    @eager_only()
     def begin(self, context: CacheContext, args: tuple, kwargs: dict[str, Any]) -> Run:
         """Find the run of this call and decide which regions to skip."""
         patch: CachePatch = self.patch
@@ -277,9 +276,11 @@ class NetworkCall(Interceptor):
         region.computed += 1
         return history.record(context.time, output)
 
-    def finish(self, context: CacheContext, run: Run) -> None:
-        """After the last step: warn if nothing was skipped in the run."""
-        if not context.run_skips:
+    @eager_only()
+    def finish(self, context: CacheContext, run: Run, output: Any) -> None:
+        """Note the output; after the last step, warn if nothing was skipped in the run."""
+        context.tracker.end(output)
+        if run.last and not context.run_skips:
             self.patch.warn_once(
                 "nothing",
                 f"step caching skipped nothing in a run of {run.step + 1} step"

@@ -183,3 +183,27 @@ def test_a_class_that_was_derived_later_stays():
     with torch.no_grad():
         network(**tiny_inputs())
     assert handle.active and handle.stats()[0]["computed"] == 1
+
+
+def test_nothing_that_finds_runs_is_compiled():
+    """It would be compiled again as runs come and go, and break at every number it reads."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    files = set()
+
+    def backend(graph, inputs):
+        files.update(str(node.stack_trace) for node in graph.graph.nodes)
+        return graph.forward
+
+    network = tiny_unet()
+    handle = apply_cache(network, region="network", timestep_range=(0, 1))
+    compiled = torch.compile(network, backend=backend)
+    inputs = tiny_inputs()
+    with torch.no_grad():
+        for time in range(951, 0, -100):
+            output = compiled(**{**inputs, "timestep": torch.tensor(time)}).sample
+            inputs["sample"] = inputs["sample"] - 0.05 * output
+    assert handle.stats()[0]["skipped"] == 4
+    assert any("unet_2d_condition" in one for one in files)
+    assert not any("runs.py" in one for one in files)
