@@ -32,6 +32,15 @@ def latents_of(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
     return latents if all(isinstance(one, Tensor) for one in latents) else ()
 
 
+def conditioning_of(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """What a network is conditioned on, such as the text; None if it is not known."""
+    for name in ("encoder_hidden_states", "context", "class_labels"):
+        if isinstance(kwargs.get(name), Tensor):
+            return kwargs[name]
+    given = [one for one in args[1:] if isinstance(one, Tensor) and one.dim() > 1]
+    return given[0] if given else None
+
+
 def tensors_of(output: Any) -> list[Tensor]:
     """The prediction in what a network returned: its first tensor, or a list of tensors."""
     while not isinstance(output, Tensor):

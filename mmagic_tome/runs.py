@@ -37,7 +37,7 @@ _NEGLIGIBLE = 3e-3
 # Runs that one thread may interleave: views of one image, and runs at other timesteps.
 _MAX_RUNS, _MAX_OTHERS = 64, 3
 # Guidance branches of one step.
-_MAX_BRANCHES = 4
+_MAX_BRANCHES = 16
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,14 @@ class Call:
         remaining (float | None): share of the run's schedule that remains, 1 at its start, 0 at
             its end; None if unknown.
         last (bool | None): whether it is the last step; None if the schedule is unknown.
+        conditioning (Tensor | None): what tells the branches of guidance apart, such as the text.
     """
 
     time: float | None
     latents: tuple[Tensor, ...]
     remaining: float | None = None
     last: bool | None = None
+    conditioning: Tensor | None = None
 
     @property
     def key(self) -> Hashable:
@@ -71,10 +73,12 @@ class Branch:
     Attributes:
         state: what the technique keeps for it.
         outputs (list): (B, n) samples of its last two outputs, the newest last.
+        conditioning (Tensor | None): (B, n), a sample of what its last call was given.
     """
 
-    def __init__(self, state: Any) -> None:
+    def __init__(self, state: Any, conditioning: Tensor | None = None) -> None:
         self.state = state
+        self.conditioning = conditioning
         self.outputs: list[Tensor] = []
 
 
@@ -176,10 +180,8 @@ class Run:
         own = products[:, -1, -1].clamp_min(1e-30)
         return float((residual / own).max().sqrt()), shares
 
-    def next_step(
-        self, name: Hashable, residual: float, shares: dict[Hashable, float]
-    ) -> Run | None:
-        """Go on to the next step, called by a branch first.
+    def next_step(self, residual: float, shares: dict[Hashable, float]) -> Run | None:
+        """Go on to the next step.
 
         Returns:
             Run | None: what was called at the last step with the same input and has no part in the
@@ -194,7 +196,7 @@ class Run:
         self.branches = dict(zip(kept if named else range(len(branches)), branches))
         self.step += 1
         self._worst = max(residual, self._worst or 0.0)
-        self.called = [name]
+        self.called = []
         self.previous, self.input = self.input, None
         return other
 
@@ -290,14 +292,28 @@ class RunTracker:
     def _joined(self, call: Call) -> Run | None:
         """A run at whose present step this is one more call: the other half of guidance."""
         for run in self._mates(call):
-            name = len(run.called) if self.branch_name is None else self.branch_name
-            fits = call.time == run.time and name not in run.called
+            fits = call.time == run.time and self.branch_name not in run.called
             fits = fits and len(run.called) < _MAX_BRANCHES and run.same_input(call.latents)
             if fits and not self._repeats(run, call):
-                run.called.append(name)
-                run.branches.setdefault(name, Branch(self.new_state()))
+                self._enter(run, call)
                 return run
         return None
+
+    def _enter(self, run: Run, call: Call) -> None:
+        """Find the branch of a run that a call belongs to: by the pipeline's name for it, by what
+        it is conditioned on, by its number within the step."""
+        free = [key for key in run.branches if key not in run.called]
+        given = None if call.conditioning is None else sampled([call.conditioning])
+        name = self.branch_name
+        if name is None:
+            alike = []
+            if len(run.branches) > 1 and given is not None:
+                alike = [key for key in free if _equal(run.branches[key].conditioning, given)]
+            number = len(run.called)
+            name = (alike or [number if number not in run.called else len(run.branches)])[0]
+        branch = run.branches.setdefault(name, Branch(self.new_state()))
+        branch.conditioning = given
+        run.called.append(name)
 
     def _repeats(self, run: Run, call: Call) -> bool:
         """Whether a later run reaches this step now: a repeated seed repeats its inputs."""
@@ -329,11 +345,10 @@ class RunTracker:
         residual, run, shares = candidates[0]
         # Whoever was not called during this run's whole last step is not going on.
         self.runs = [one for one in self.runs if one.tick >= run.step_tick]
-        name = 0 if self.branch_name is None else self.branch_name
-        other = run.next_step(name, residual, shares)
+        other = run.next_step(residual, shares)
         if other is not None:
             self.runs.append(other)
-        run.branches.setdefault(name, Branch(self.new_state()))
+        self._enter(run, call)
         run.step_tick = self._tick
         return run
 
@@ -349,8 +364,7 @@ class RunTracker:
     def _started(self, call: Call) -> Run:
         run = Run(call.key)
         run.first_time = call.time
-        name = 0 if self.branch_name is None else self.branch_name
-        run.called, run.branches = [name], {name: Branch(self.new_state())}
+        self._enter(run, call)
         run.step_tick = self._tick
         # Views of one image start at the same timestep; of anything else only a few are kept.
         # Nothing continues a run of which nothing is known.
@@ -364,3 +378,7 @@ class RunTracker:
     def _mates(self, call: Call) -> list[Run]:
         key = call.key
         return [] if key is None else [run for run in self.runs if run.key == key]
+
+
+def _equal(x: Tensor | None, y: Tensor) -> bool:
+    return x is not None and x.shape == y.shape and torch.equal(x, y)

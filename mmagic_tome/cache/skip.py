@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import ToMeError
 from ..graphs import eager_only
-from ..latents import latents_of, read_timestep
+from ..latents import conditioning_of, latents_of, read_timestep
 from ..patch import Context, Interceptor, Patch, intercept
 from ..runs import Call, Run, RunTracker
 from ..timeline import Timeline, in_range
@@ -241,7 +241,9 @@ class NetworkCall(Interceptor):
         remaining, last = None, None
         if time is not None:
             remaining, last = patch.timeline(time, tracker.first_time(time), patch.warn_once)
-        run = tracker.begin(Call(time, latents_of(args, kwargs), remaining, last))
+        run = tracker.begin(
+            Call(time, latents_of(args, kwargs), remaining, last, conditioning_of(args, kwargs))
+        )
         if run.step == 0 and len(run.called) == 1:
             context.run_skips = 0
         if remaining is None and shared:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graphs import eager_only
-from ..latents import latents_of, read_timestep, tensors_of
+from ..latents import conditioning_of, latents_of, read_timestep, tensors_of
 from ..merging.random import step_key
 from ..patch import Hook, Interceptor
 from ..runs import Call
@@ -82,7 +82,9 @@ class NetworkPreHook(StepHook):
         # steps of several runs.
         related = shared and not torch.is_grad_enabled()
         latents = latents_of(args, kwargs) if related else ()
-        run = tracker.begin(Call(time, latents, context.remaining, last))
+        run = tracker.begin(
+            Call(time, latents, context.remaining, last, conditioning_of(args, kwargs))
+        )
         context.step = run.step
         context.state = run.branch.state
         if context.config.residual:

@@ -235,6 +235,57 @@ def test_guidance_in_two_calls():
     assert skips(handle) == {"network": 12, "inner": 6}
 
 
+@pytest.mark.parametrize("first", ["empty", "text"])
+def test_guidance_in_two_calls_that_ends_early(first):
+    """From the middle of the run on only the call with the text is made."""
+    network = tiny_unet()
+    handle = apply_cache(network, "fast")
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+    scheduler.set_timesteps(20)
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    texts = torch.randn(2, 1, 7, 16, generator=torch.Generator().manual_seed(1))
+    order = [0, 1] if first == "empty" else [1, 0]
+    baseline, errors = tiny_unet(), []
+    with torch.no_grad():
+        for step, time in enumerate(scheduler.timesteps):
+            outputs = {}
+            for which in order if step < 10 else [1]:
+                skipped = skips(handle)["network"]
+                outputs[which] = network(latents, time, encoder_hidden_states=texts[which]).sample
+                if skips(handle)["network"] > skipped:
+                    exact = [
+                        baseline(latents, time, encoder_hidden_states=text).sample for text in texts
+                    ]
+                    own, other = (relative(outputs[which], exact[i]) for i in (which, 1 - which))
+                    errors.append(own < other)
+            empty, text = outputs.get(0, outputs[1]), outputs[1]
+            latents = scheduler.step(empty + 2 * (text - empty), time, latents).prev_sample
+    assert len(errors) > 10
+    assert all(errors)
+
+
+def test_many_calls_per_step_on_one_latent():
+    """As regional prompting by hand makes them: each has its own state, or none."""
+    network, baseline = tiny_unet(), tiny_unet()
+    apply_cache(network, "fast")
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+    scheduler.set_timesteps(20)
+    texts = torch.randn(6, 1, 7, 16, generator=torch.Generator().manual_seed(1))
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    worst = 0.0
+    with torch.no_grad():
+        for time in scheduler.timesteps:
+            outputs = [network(latents, time, encoder_hidden_states=text).sample for text in texts]
+            exact = [baseline(latents, time, encoder_hidden_states=text).sample for text in texts]
+            worst = max(worst, *map(relative, outputs, exact))
+            latents = scheduler.step(sum(outputs) / 6, time, latents).prev_sample
+    assert worst < 0.1
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_pndm_keeps_one_run(setting):
     """The scheduler of Stable Diffusion 1.5's files evaluates its second timestep twice."""
