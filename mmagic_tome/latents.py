@@ -13,11 +13,13 @@ from torch import Tensor
 _SAMPLES = 1 << 14
 
 
-def as_float(timestep: Any) -> float:
-    """First of the timesteps of a call as a number; synchronizes with the device."""
-    if isinstance(timestep, Tensor):
-        return float(timestep.detach().reshape(-1)[0])
-    return float(timestep)
+def read_timestep(timestep: Any) -> tuple[float | None, bool]:
+    """The first timestep of a call, and whether it is that of all images; synchronizes with the
+    device."""
+    if not isinstance(timestep, Tensor):
+        return (None if timestep is None else float(timestep)), True
+    first, *others = timestep.detach().reshape(-1).tolist()
+    return float(first), all(other == first for other in others)
 
 
 def latents_of(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -55,10 +57,13 @@ def cropped(x: Tensor, other: Tensor | None) -> Tensor:
 
 
 def sampled(tensors: Sequence[Tensor]) -> Tensor:
-    """(B, n) float32 copy: every n-th element of a batch, or of each of several tensors."""
-    rows = tensors[0].detach().flatten(1) if len(tensors) == 1 else None
-    if rows is None:
-        rows = torch.stack([x.detach().flatten() for x in tensors])
+    """(B, n) float32 copy: every n-th element of a batch, or of each of several tensors, as far as
+    the smallest goes."""
+    if len(tensors) == 1:
+        rows = tensors[0].detach().flatten(1)
+    else:
+        shortest = min(x.numel() for x in tensors)
+        rows = torch.stack([x.detach().flatten()[:shortest] for x in tensors])
     # An odd stride meets all rows and columns.
     stride = max(1, rows.shape[1] // _SAMPLES) | 1
     return rows[:, ::stride].float().clone()

@@ -307,7 +307,9 @@ def release(module: nn.Module, interceptor: Interceptor) -> None:
         module.__dict__[_INTERCEPTORS] = rest
         return
     module.__dict__.pop(_INTERCEPTORS, None)
-    module.__class__ = getattr(type(module), "_intercepted_class", type(module))
+    # A class that was derived since (fully_shard, parametrize) stays: without interceptors its
+    # calls are the module's own.
+    module.__class__ = vars(type(module)).get("_intercepted_class", type(module))
 
 
 def interceptors_of(module: nn.Module) -> tuple[Any, ...]:

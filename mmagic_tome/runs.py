@@ -108,7 +108,7 @@ class Run:
         # (B, n) samples of this step's and the last step's input.
         self.input: Tensor | None = None
         self.previous: Tensor | None = None
-        self._other: Tensor | None = None  # of the shape that inputs are cropped to
+        self._others: list[Tensor] | None = None  # of the shapes that inputs are cropped to
         self._worst: float | None = None
 
     @property
@@ -127,7 +127,8 @@ class Run:
     def sample(self, latents: Sequence[Tensor]) -> Tensor:
         """(B, n) float32: some elements of every image of an input, without the channels that the
         network does not predict (the mask of inpainting)."""
-        return sampled([cropped(x, self._other) for x in latents])
+        others = self._others or [None] * len(latents)
+        return sampled([cropped(x, other) for x, other in zip(latents, others)])
 
     def same_input(self, latents: Sequence[Tensor]) -> bool:
         """Whether the call at the present step had this input."""
@@ -213,10 +214,8 @@ class Run:
             y.dim() != x.dim() for x, y in zip(latents, outputs)
         ):
             outputs = []  # a ControlNet: inputs are compared with inputs alone
-        if self._other is None:
-            # Of its shape alone: stride 0, no memory.
-            like = (outputs or latents)[0]
-            self._other = like.new_empty(()).expand(like.shape)
+        if self._others is None:
+            self._others = [x.new_empty(()).expand(x.shape) for x in outputs or latents]
         if self.input is None:
             self.input = self.sample(latents)
         if self.copies is None:
@@ -301,7 +300,7 @@ class RunTracker:
         return None
 
     def _repeats(self, run: Run, call: Call) -> bool:
-        """Whether a later run reaches this step now: the same seed again has the same inputs."""
+        """Whether a later run reaches this step now: a repeated seed repeats its inputs."""
         for one in self._mates(call):
             if one.tick > run.tick and one.time > call.time and one.input is not None:
                 residual, bound, _ = self._fit(one, call.latents)
@@ -354,10 +353,12 @@ class RunTracker:
         run.called, run.branches = [name], {name: Branch(self.new_state())}
         run.step_tick = self._tick
         # Views of one image start at the same timestep; of anything else only a few are kept.
-        others = [one for one in self.runs if one.time != call.time]
+        # Nothing continues a run of which nothing is known.
+        known = [one for one in self.runs if one.key is not None]
+        others = [one for one in known if one.time != call.time]
         kept = {id(one) for one in others[:_MAX_OTHERS]}
-        self.runs = [one for one in self.runs if one.time == call.time or id(one) in kept]
-        self.runs = self.runs[: _MAX_RUNS - 1]
+        known = [one for one in known if one.time == call.time or id(one) in kept]
+        self.runs = known[: _MAX_RUNS - 1]
         return run
 
     def _mates(self, call: Call) -> list[Run]:

@@ -75,7 +75,9 @@ class Timeline:
         # there, and near a last one elsewhere.
         values = (1000 * time, time) if self.scale == 1 else (time, 1000 * time)
         for value in values:
-            index = min(range(len(timesteps)), key=lambda i: abs(timesteps[i] - value))
+            # The later one of two evaluations at a timestep (Heun), so that the last is the last.
+            later_first = range(len(timesteps) - 1, -1, -1)
+            index = min(later_first, key=lambda i: abs(timesteps[i] - value))
             slack = max(_RELATIVE * abs(value), 1e-4)
             if abs(timesteps[index] - value) <= slack:
                 return index

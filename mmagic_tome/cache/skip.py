@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import ToMeError
 from ..graphs import eager_only
-from ..latents import as_float, latents_of
+from ..latents import latents_of, read_timestep
 from ..patch import Context, Interceptor, Patch, intercept
 from ..runs import Call, Run, RunTracker
 from ..timeline import Timeline, in_range
@@ -210,11 +210,13 @@ class NetworkCall(Interceptor):
             )
             context.forget_run()
             return proceed(module, *args, **kwargs)
-        run = self.begin(context, args, kwargs)
+        # All of it, also what comes before the network: an interrupt arrives where the device is
+        # waited for, and a context that stays "running" would never skip again.
         try:
+            run = self.begin(context, args, kwargs)
             output = self.output(context, module, proceed, args, kwargs)
         except BaseException:
-            context.tracker.drop()
+            patch.tracker(context).drop()
             raise
         finally:
             context.stop()
@@ -229,14 +231,21 @@ class NetworkCall(Interceptor):
         context.start()
         tracker = patch.tracker(context)
         timestep = patch.adapter.timestep(args, kwargs)
-        time = None if timestep is None else as_float(timestep)
+        time, shared = read_timestep(timestep)
+        if not shared:
+            patch.warn_once(
+                "mixed",
+                "step caching skips nothing in calls whose images are at different timesteps; "
+                "denoise them in step, or call the network for each of them",
+            )
+            time = None
         remaining, last = None, None
         if time is not None:
             remaining, last = patch.timeline(time, tracker.first_time(time), patch.warn_once)
         run = tracker.begin(Call(time, latents_of(args, kwargs), remaining, last))
         if run.step == 0 and len(run.called) == 1:
             context.run_skips = 0
-        if remaining is None:
+        if remaining is None and shared:
             patch.warn_once(
                 "unknown",
                 "step caching skips nothing, since it is not known how much of the run remains at "

@@ -17,7 +17,8 @@ def quality(results):
 
 def pixels(folder):
     """Path below ``pictures`` -> digest of the pixels, of all committed pictures."""
-    records = sorted((Path(folder) / "pictures").rglob("*.json"))
+    # Names with a dot in front are of files that are being written.
+    records = sorted((Path(folder) / "pictures").rglob("[!.]*.json"))
     return {
         record.relative_to(folder).as_posix(): json.loads(record.read_text())["sha256"]
         for record in records

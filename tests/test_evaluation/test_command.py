@@ -5,11 +5,12 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,7 @@ from tiny import tiny_config, write_config
 
 from mmagic_tome.__main__ import main as package_main
 from mmagic_tome.apis import asset_path
-from mmagic_tome.evaluation import cli, command, generate, timing
+from mmagic_tome.evaluation import cli, command, generate, report, timing
 from mmagic_tome.evaluation.contenders import Contender
 from mmagic_tome.evaluation.store import RunFolder
 
@@ -106,6 +107,7 @@ def test_again_makes_nothing_and_adds_what_is_new(finished, evaluation, tmp_path
     assert {k: v for k, v in pixels(out).items() if "/dense/" in k}.items() <= before.items()
 
 
+@pytest.mark.usefixtures("no_page")
 def test_step_caching(evaluation, tmp_path):
     """Alone and with merging: other pictures, fewer operations, and on record what was skipped."""
     out = tmp_path / "run"
@@ -130,9 +132,20 @@ def test_step_caching(evaluation, tmp_path):
     assert "| cache fast | 0 + cache | 6 |" in table and "| both | 50 + cache | 6 |" in table
 
 
+@pytest.fixture
+def no_page(monkeypatch):
+    """No ``report.html``, whose plots take longer than all else where times were measured."""
+    monkeypatch.setattr(report, "page", lambda *_: "")
+
+
+@pytest.mark.usefixtures("no_page")
 def test_timing_comes_later_and_goes_on_round_by_round(evaluation, tmp_path, monkeypatch):
     """Pictures first, times another day; killed between two rounds, none is lost or repeated."""
     out = tmp_path / "run"
+    # Memory and operations, which `test_results` looks at, are not what this is about.
+    inside = dict(blocks=[], peak_bytes=8, unet_peak_bytes=4, unet_flops=1, flops=2)
+    looked_inside = []
+    monkeypatch.setattr(timing, "_inside", lambda *args: looked_inside.append(args) or dict(inside))
     options = ["--ratios", "0.5", "--batch-size", "2", *METRICS]
     results = evaluation.run(out, *options, *NO_COST)
     assert results["cost_measured"] is None and not (out / "cost.json").exists()
@@ -155,7 +168,7 @@ def test_timing_comes_later_and_goes_on_round_by_round(evaluation, tmp_path, mon
     # Half a measurement is none in a report.
     assert evaluation.run(out, *options, *NO_COST)["cost_measured"] is None
     results = evaluation.run(out, *options, "--cost-rounds", "3")
-    assert turns == [0, 1, 1, 2]
+    assert turns == [0, 1, 1, 2] and len(looked_inside) == 3
     cost = json.loads((out / "cost.json").read_text())
     assert cost["rounds"] == results["cost_measured"]["rounds"] == 3
     for name, figures in cost["contenders"].items():
@@ -163,13 +176,14 @@ def test_timing_comes_later_and_goes_on_round_by_round(evaluation, tmp_path, mon
         assert figures["seconds"][0] == first["contenders"][name]["seconds"][0]
     # More rounds are added, fewer are all there, and none are asked for: all as they are.
     assert evaluation.run(out, *options, "--cost-rounds", "4")["cost_measured"]["rounds"] == 4
-    assert turns == [0, 1, 1, 2, 3]
+    assert turns == [0, 1, 1, 2, 3] and len(looked_inside) == 3
     assert evaluation.run(out, *options, *NO_COST)["cost_measured"]["rounds"] == 4
     assert len(turns) == 5 and pixels(out) == before
     # Runs of other pictures are no rounds of the same measurement.
     results = evaluation.run(out, *options, "--cost-rounds", "1", "--cost-batch-size", "1")
     measured = results["cost_measured"]
     assert (measured["rounds"], measured["pictures_per_run"]) == (1, 1)
+    assert turns[5:] == [0] and len(looked_inside) == 6
     # Nothing to measure: what is there stays.
     assert evaluation.run(out, *options, *NO_COST)["cost_measured"] == measured
     assert pixels(out) == before
@@ -253,74 +267,77 @@ def test_what_does_not_fit_is_named(finished, evaluation, tmp_path, capsys):
     assert "do not fit: they differ in batch_size: 2, now 3" in capsys.readouterr().err
 
 
-def test_killed_and_started_again(finished, evaluation, tmp_path):
+def test_killed_and_started_again(finished, evaluation, tmp_path, monkeypatch):
     """SIGKILL in the middle of the pictures: nothing half-written, the same results."""
-    out = tmp_path / "run"
-    argv = [evaluation.config, "--prompts", evaluation.prompts, *QUICK, *finished.options]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "tools" / "evaluate.py", *map(str, argv), "--out", out, *NO_COST],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    until = time.monotonic() + 200
-    while len(pixels(out)) < 3 and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    out, output = tmp_path / "run", tmp_path / "output.txt"
+    with monkeypatch.context() as patch:
+        forked.kill_at("ratio-0.25/000003.json", patch)
+        child = forked.start(lambda: evaluation.run(out, *finished.options, *NO_COST), output)
+    assert forked.status(child, output) == -signal.SIGKILL, output.read_text()
     half = pixels(out)
-    assert 3 <= len(half) < 25, "it was to be killed in the middle"
+    assert len(half) == 5 + 3, "all dense ones, and of the next contender those before the fourth"
+    folder = out / "pictures" / "ratio-0.25"
+    assert (folder / ".part.000003.json").exists() and (folder / "000003.png").exists()
     times = {name: (out / name).stat().st_mtime_ns for name in half}
 
     results = evaluation.run(out, *finished.options, *NO_COST)
     assert pixels(out) == pixels(finished.folder)
     assert quality(results) == quality(finished.results)
     assert all((out / name).stat().st_mtime_ns == when for name, when in times.items())
+    assert not list(out.rglob(".part.*"))
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 @pytest.mark.slow
-def test_two_processes(finished, evaluation, tmp_path, sd_folder):
-    """A rank that dies fails the job with its traceback; again, and all is as with one."""
-    # A module that a config imports is how a user's code gets into every rank.
-    (tmp_path / "dies.py").write_text(
-        "import os\n"
-        "from mmagic_tome.evaluation import generate\n"
-        "commit = generate._commit\n"
-        "def dies(folder, contender, *rest):\n"
-        "    if os.environ.get('RANK') == '1' and contender.name == 'ratio 0.5':\n"
-        "        raise RuntimeError('the disk of rank 1 is on fire')\n"
-        "    commit(folder, contender, *rest)\n"
-        "generate._commit = dies\n"
-    )
-    model = repr(tiny_config(folder=sd_folder))
-    bad = tmp_path / "bad.py"
-    imports = "custom_imports = dict(imports=['mmagic_tome', 'dies'])"
-    bad.write_text(f"default_scope = 'mmagic'\nmodel = {model}\n{imports}\n")
+def test_two_processes(finished, evaluation, tmp_path):
+    """A rank that dies hands its traceback to torchrun; again, and all is as with one."""
     out = tmp_path / "run"
+    port, commit = free_port(), generate._commit
 
-    options = [*QUICK, *map(str, finished.options)]
+    def dies(folder, contender, *rest):
+        if contender.name == "ratio 0.5":
+            raise RuntimeError("the disk of rank 1 is on fire")
+        commit(folder, contender, *rest)
 
-    def launch(config, port):
-        command = ["bash", ROOT / "tools" / "dist_evaluate.sh", config, "2"]
-        return subprocess.run(
-            [*command, "--prompts", evaluation.prompts, *options, "--out", out, *NO_COST],
-            env={
-                **os.environ,
-                "PYTHON": sys.executable,
-                "PYTHONPATH": str(tmp_path),
-                "OMP_NUM_THREADS": "1",
-                "PORT": str(port),
-            },
-            capture_output=True,
-            text=True,
-            timeout=400,
-        )
+    def rank(number):
+        os.environ.update(
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", RANK=str(number),
+            # Where torchrun, which ends the others and shows it, looks for what a rank died of.
+            TORCHELASTIC_ERROR_FILE=str(tmp_path / f"error{number}.json"),
+        )  # fmt: skip
+        if number == 1:
+            generate._commit = dies
+        evaluation.run(out, *finished.options, *NO_COST, "--launcher", "pytorch")
 
-    died = launch(bad, 29611)
-    assert died.returncode != 0
-    assert "the disk of rank 1 is on fire" in died.stderr and "Traceback" in died.stderr
+    outputs = [tmp_path / f"output{number}.txt" for number in (0, 1)]
+    ranks = [forked.start(lambda n=n: rank(n), outputs[n]) for n in (0, 1)]
+    try:
+        assert forked.status(ranks[1], outputs[1]) == 1
+    finally:
+        os.kill(ranks[0], signal.SIGKILL)
+    assert forked.status(ranks[0], outputs[0]) == -signal.SIGKILL, "it was to wait for the other"
+    told = json.loads((tmp_path / "error1.json").read_text())["message"]
+    assert "the disk of rank 1 is on fire" in told["message"]
+    assert "in dies" in told["extraInfo"]["py_callstack"]
     assert not (out / "results.json").exists()
-    done = launch(evaluation.config, 29612)
+    half = pixels(out)
+    assert 0 < len(half) < 25
+
+    # The real thing: the script and torchrun, which start both ranks.
+    command = ["bash", ROOT / "tools" / "dist_evaluate.sh", evaluation.config, "2"]
+    options = [*QUICK, *map(str, finished.options), *NO_COST]
+    done = subprocess.run(
+        [*command, "--prompts", evaluation.prompts, *options, "--out", out],
+        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PORT": free_port()},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads((out / "results.json").read_text())
     assert results["processes"] == 2
@@ -552,7 +569,7 @@ def test_protocol_of_the_published_table(sd_folder, tmp_path, monkeypatch, capsy
 
     monkeypatch.setenv("SD_WEIGHTS", sd_folder)
     small = ["--limit", "1", "--size", "64", "--steps", "3", "--dtype", "fp32", "--batch-size", "1"]
-    other = ["--metrics", "psnr", "--ratios", "0.5", "--fewer-steps", "0.5", "--cost-rounds", "1"]
+    other = ["--metrics", "psnr", "--ratios", "0.5", "--fewer-steps", "0.5", *NO_COST]
     assert cli.main([*argv, *small, *other]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["scheduler"] == "PNDMScheduler"

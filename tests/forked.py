@@ -1,0 +1,77 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Work in a process of its own that starts as a copy of this one: real, but without imports.
+
+A new Python takes up to ten seconds to import MMagic. A forked one has it already.
+"""
+
+import os
+import signal
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+
+
+def start(work, output):
+    """Run ``work()`` in a forked process.
+
+    Args:
+        work (callable): Called without arguments.
+        output (Path): A file for what the process prints, and the traceback if it fails.
+
+    Returns:
+        int: The id of the process, for :func:`status`.
+    """
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork on this system")
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        with open(output, "w") as file:
+            for stream in (1, 2):
+                os.dup2(file.fileno(), stream)
+            try:
+                work()
+                code = 0
+            except BaseException:
+                traceback.print_exc(file=file)
+    finally:
+        # Not by way of pytest, which would go on with the other tests here.
+        os._exit(code)
+
+
+def status(child, output, seconds=300):
+    """Wait for a process of :func:`start`; return its exit code, or minus the signal's number."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        found, how = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(how)
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    pytest.fail(f"not done after {seconds} s: {Path(output).read_text()[-3000:]}")
+
+
+def kill_at(name, monkeypatch, count=1):
+    """Let this process kill itself in the middle of writing a file.
+
+    Args:
+        name (str): End of the path of the file, which is written whole under another name then.
+        monkeypatch: Pytest's.
+        count (int): Which time. Default: 1, the first.
+    """
+    replace = os.replace
+    seen = []
+
+    def killing(source, target):
+        if Path(target).as_posix().endswith(name):
+            seen.append(target)
+            if len(seen) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killing)
