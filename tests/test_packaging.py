@@ -120,7 +120,7 @@ def test_demo_runs_from_the_wheel(installed, tmp_path):
     where = run(installed, "-c", "import mmagic_tome; print(mmagic_tome.__file__)", cwd=tmp_path)
     assert str(ROOT) not in where
 
-    command = [installed, "-m", "mmagic_tome", "infer", "--steps", "8", "--prompt", "red apple"]
+    command = [installed, "-m", "mmagic_tome", "infer", "--steps", "12", "--prompt", "red apple"]
     options = ["--compare", "--repeats", "1", "--size", "64", "--device", "cpu"]
     printed = run(*command, *options, "--out", "images", cwd=tmp_path, OMP_NUM_THREADS="1")
     assert "step caching in" in printed and "speed-up" in printed
