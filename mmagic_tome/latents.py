@@ -69,7 +69,7 @@ def sampled(tensors: Sequence[Tensor]) -> Tensor:
     """(B, n) float32 copy: every n-th element of a batch, or of each of several tensors, as far as
     the smallest goes."""
     if len(tensors) == 1:
-        rows = tensors[0].detach().flatten(1)
+        rows = tensors[0].detach().reshape(len(tensors[0]), -1)
     else:
         shortest = min(x.numel() for x in tensors)
         rows = torch.stack([x.detach().flatten()[:shortest] for x in tensors])

@@ -33,7 +33,7 @@ _AT_ONE_TIMESTEP = 0.01
 # Of two runs that a call may continue, the better one must fit this many times as well.
 _CLEARLY = 2.0
 # Share of the new input that a guidance branch must explain to be part of a run.
-_NEGLIGIBLE = 3e-3
+_NEGLIGIBLE = 1e-4
 # Runs that one thread may interleave: views of one image, and runs at other timesteps.
 _MAX_RUNS, _MAX_OTHERS = 64, 3
 # Guidance branches of one step.
@@ -302,15 +302,17 @@ class RunTracker:
     def _enter(self, run: Run, call: Call) -> None:
         """Find the branch of a run that a call belongs to: by the pipeline's name for it, by what
         it is conditioned on, by its number within the step."""
-        free = [key for key in run.branches if key not in run.called]
         given = None if call.conditioning is None else sampled([call.conditioning])
         name = self.branch_name
         if name is None:
-            alike = []
+            name = len(run.called)
+            free = [key for key in run.branches if key not in run.called]
+            # One branch alone may change what it is conditioned on, as prompt editing does.
             if len(run.branches) > 1 and given is not None:
-                alike = [key for key in free if _equal(run.branches[key].conditioning, given)]
-            number = len(run.called)
-            name = (alike or [number if number not in run.called else len(run.branches)])[0]
+                free = [key for key in free if _equal(run.branches[key].conditioning, given)]
+            if name not in free:
+                numbers = [key for key in run.branches if isinstance(key, int)]
+                name = free[0] if free else 1 + max(numbers, default=-1)
         branch = run.branches.setdefault(name, Branch(self.new_state()))
         branch.conditioning = given
         run.called.append(name)

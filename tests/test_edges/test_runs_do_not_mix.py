@@ -267,23 +267,27 @@ def test_guidance_in_two_calls_that_ends_early(first):
 
 
 def test_many_calls_per_step_on_one_latent():
-    """As regional prompting by hand makes them: each has its own state, or none."""
+    """As regional prompting by hand makes them: each has its own state."""
     network, baseline = tiny_unet(), tiny_unet()
-    apply_cache(network, "fast")
+    handle = apply_cache(network, "fast")
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
     scheduler.set_timesteps(20)
     texts = torch.randn(6, 1, 7, 16, generator=torch.Generator().manual_seed(1))
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    worst = 0.0
+    own = []
     with torch.no_grad():
         for time in scheduler.timesteps:
             outputs = [network(latents, time, encoder_hidden_states=text).sample for text in texts]
             exact = [baseline(latents, time, encoder_hidden_states=text).sample for text in texts]
-            worst = max(worst, *map(relative, outputs, exact))
+            own += [
+                min(range(6), key=lambda other: relative(output, exact[other])) == number
+                for number, output in enumerate(outputs)
+            ]
             latents = scheduler.step(sum(outputs) / 6, time, latents).prev_sample
-    assert worst < 0.1
+    assert skips(handle)["network"] == 6 * 9
+    assert sum(own) > 0.9 * len(own)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
