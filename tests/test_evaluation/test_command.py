@@ -197,19 +197,29 @@ def test_cost_of_more_pictures_than_a_batch_is_refused(evaluation, tmp_path, cap
     assert not (tmp_path / "run").exists()
 
 
-def test_two_rounds_are_certain_of_nothing():
+def test_few_rounds_are_certain_of_nothing():
     figures = dict(
         unet_seconds=[1.0, 1.0], step_seconds=[[1.0]] * 2, joules=[None] * 2,
         process_peak_bytes=[None] * 2, peak_bytes=8, unet_peak_bytes=4, unet_flops=1, flops=2,
     )  # fmt: skip
-    cost = dict(pictures=1, rounds=2)
-    cost["contenders"] = {"dense": {**figures, "seconds": [2.0, 2.0]}}
-    cost["contenders"]["fast"] = {**figures, "seconds": [1.0, 1.0]}
-    assert not timing.summarise(cost, "dense")["fast"]["certain"]
-    for one in cost["contenders"].values():
-        one["seconds"].append(one["seconds"][0])
-    found = timing.summarise({**cost, "rounds": 3}, "dense")["fast"]
-    assert found["certain"] and found["speedup"]["median"] == 2
+
+    def found(fast):
+        rounds = {"dense": [2.0] * len(fast), "fast": fast}
+        contenders = {name: {**figures, "seconds": seconds} for name, seconds in rounds.items()}
+        cost = dict(pictures=1, rounds=len(fast), contenders=contenders)
+        return timing.summarise(cost, "dense")["fast"]
+
+    assert not found([1.0] * 4)["certain"]
+    five = found([1.0, 1.1, 1.2, 1.3, 1.9])
+    assert five["certain"] and five["speedup"]["median"] == 2 / 1.2
+    assert found([2.1, 2.2, 2.3, 2.4, 3.0])["certain"], "slower is certain, too"
+    # One round on the other side is enough for doubt, however far the others are.
+    assert not found([1.0, 1.0, 1.0, 1.0, 2.1])["certain"]
+    assert found([1.0] * 8 + [2.1])["certain"], "but not of nine"
+    # Where there is no difference it is certain as seldom as its intervals promise.
+    noise = np.random.default_rng(0)
+    sure = [found((2 * noise.lognormal(0, 0.1, 5)).tolist())["certain"] for _ in range(1000)]
+    assert 0.04 < np.mean(sure) < 0.085, "2 / 2**5"
 
 
 def test_dense_runs_again_among_many_and_its_time_is_the_mean():
