@@ -87,7 +87,9 @@ def test_wheel_holds_what_it_should(wheel):
     assets = files_below("mmagic_tome/assets")
     weights = [name for name in assets if name.endswith(".safetensors")]
     assert len(weights) >= 3, "the demo model (unet, vae, text_encoder) is package data"
-    expected = mim | assets | {"mmagic_tome/.mim/model-index.yml", "mmagic_tome/engine.py"}
+    expected = (
+        mim | assets | {"mmagic_tome/.mim/model-index.yml", "mmagic_tome/mmagic/hooks/tome.py"}
+    )
     assert expected <= set(names)
     strays = [n for n in names if not re.match(r"mmagic_tome(/|-[\d.]+\.dist-info/)", n)]
     assert not strays
@@ -123,14 +125,14 @@ def test_demo_runs_from_the_wheel(installed, tmp_path):
     command = [installed, "-m", "mmagic_tome", "infer", "--steps", "8", "--prompt", "red apple"]
     options = ["--compare", "--repeats", "1", "--size", "64", "--device", "cpu"]
     printed = run(*command, *options, "--out", "pictures", cwd=tmp_path, OMP_NUM_THREADS="1")
-    assert "What was merged" in printed and "speed-up" in printed
+    assert "In the last run, step caching" in printed and "speed-up" in printed
     result = json.loads((tmp_path / "pictures" / "result.json").read_text(encoding="utf-8"))
     assert (tmp_path / "pictures" / result["images"][0]["file"]).is_file()
     assert (tmp_path / "pictures" / result["compare"]).is_file()
     # Without a config the preset that users are told to start with.
-    scopes = result["token_merging"]["scopes"]
-    assert [scope["scope"] for scope in scopes] == ["network", "deep"]
-    assert all(scope["reused"] > 0 for scope in scopes)
+    regions = result["step_caching"]["regions"]
+    assert [row["region"] for row in regions] == ["network", "inner"]
+    assert all(row["skipped"] > 0 for row in regions)
 
 
 def test_configs_of_the_wheel_serve_as_bases(installed, tmp_path):

@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -297,17 +296,11 @@ def test_killed_and_started_again(finished, evaluation, tmp_path, monkeypatch):
     assert not list(out.rglob(".part.*"))
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
 @pytest.mark.slow
 def test_two_processes(finished, evaluation, tmp_path):
     """A rank that dies hands its traceback to torchrun; again, and all is as with one."""
     out = tmp_path / "run"
-    port, commit = free_port(), generate._commit
+    port, commit = forked.free_port(), generate._commit
 
     def dies(folder, contender, *rest):
         if contender.name == "ratio 0.5":
@@ -343,7 +336,12 @@ def test_two_processes(finished, evaluation, tmp_path):
     options = [*QUICK, *map(str, finished.options), *NO_COST]
     done = subprocess.run(
         [*command, "--prompts", evaluation.prompts, *options, "--out", out],
-        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PORT": free_port()},
+        env={
+            **os.environ,
+            "PYTHON": sys.executable,
+            "OMP_NUM_THREADS": "1",
+            "PORT": forked.free_port(),
+        },
         capture_output=True,
         text=True,
         timeout=400,
