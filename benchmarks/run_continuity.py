@@ -64,9 +64,19 @@ def main() -> None:
             "prompts": PROMPTS,
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
-            "rows": rows,
+            "rows": [
+                {
+                    key: _short(value) if isinstance(value, list) else value
+                    for key, value in row.items()
+                }
+                for row in rows
+            ],
         }
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        args.out.write_text(json.dumps(record) + "\n")
+
+
+def _short(residuals: list[float]) -> list[float]:
+    return [float(f"{residual:.3g}") for residual in residuals]
 
 
 def load():

@@ -128,7 +128,8 @@ class Handle(Generic[P]):
 
     def __repr__(self) -> str:
         networks = ", ".join(type(one).__name__ for one in self.networks.values())
-        removed = "" if self.active else ", removed"
+        removed = ", removed" if networks and not self.active else ""
+        networks = networks or "of a model that is gone"
         return f"{type(self).__name__}({networks}, {self.description}{removed})"
 
 

@@ -307,7 +307,9 @@ def release(module: nn.Module, interceptor: Interceptor) -> None:
         module.__dict__[_INTERCEPTORS] = rest
         return
     module.__dict__.pop(_INTERCEPTORS, None)
-    module.__class__ = getattr(type(module), "_intercepted_class", type(module))
+    # A class that was derived since (fully_shard, parametrize) stays: without interceptors its
+    # calls are the module's own.
+    module.__class__ = vars(type(module)).get("_intercepted_class", type(module))
 
 
 def interceptors_of(module: nn.Module) -> tuple[Any, ...]:
@@ -323,13 +325,25 @@ def _intercepting(base: type) -> type:
     cls = _classes.get(base)
     if cls is not None:
         return cls
-    plain_call = base.__call__
+    plain_call, plain_impl = base.__call__, base._call_impl
 
-    def __call__(self, *args, **kwargs):
+    def intercepted(self, proceed, args, kwargs):
         for interceptor in self.__dict__.get(_INTERCEPTORS, ()):
             if interceptor.skips:
-                return interceptor.call(self, plain_call, args, kwargs)
-        return plain_call(self, *args, **kwargs)
+                return interceptor.call(self, proceed, args, kwargs)
+        return proceed(self, *args, **kwargs)
+
+    # A call is intercepted once. torch.compile(module) holds the __call__ of the class of then,
+    # which goes on to _call_impl; module.compile() replaces _call_impl.
+    def __call__(self, *args, **kwargs):
+        if self._compiled_call_impl is None:
+            return plain_call(self, *args, **kwargs)
+        return intercepted(self, plain_call, args, kwargs)
+
+    def _call_impl(self, *args, **kwargs):
+        if self._compiled_call_impl is None:
+            return intercepted(self, plain_impl, args, kwargs)
+        return plain_impl(self, *args, **kwargs)
 
     def _reset_stateful_cache(self, *args, **kwargs):
         # What diffusers' pipelines call on every component when they are done.
@@ -356,6 +370,7 @@ def _intercepting(base: type) -> type:
 
     members: dict[str, Any] = {
         "__call__": __call__,
+        "_call_impl": _call_impl,
         "__reduce_ex__": __reduce_ex__,
         "_reset_stateful_cache": _reset_stateful_cache,
         "_intercepted_class": base,

@@ -11,27 +11,33 @@ about its own length for another image (``docs/architecture.md`` has the measure
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .latents import count_copies, cropped, sampled, tensors_of
+
 #: Largest relative residual of a call that continues a run. Deterministic samplers leave at most
 #: 0.03, the inputs of other images at least 0.68; ancestral samplers, which add noise, 0.1 to 1.
 MAX_RESIDUAL = 0.5
 # A run that has fitted well is held to it: this many times its own worst residual, at least this.
 _TOLERANCE, _SMALLEST = 3.0, 0.05
+# A second call at one timestep, as PNDM makes it, follows exactly: so near are the inputs of two
+# images with the same seed.
+_AT_ONE_TIMESTEP = 0.01
+# Of two runs that a call may continue, the better one must fit this many times as well.
+_CLEARLY = 2.0
 # Share of the new input that a guidance branch must explain to be part of a run.
 _NEGLIGIBLE = 3e-3
-# Elements per image that are compared, so that nothing grows with the size of a video.
-_SAMPLES = 1 << 14
 # Runs that one thread may interleave: views of one image, and runs at other timesteps.
 _MAX_RUNS, _MAX_OTHERS = 64, 3
 # Guidance branches of one step.
-_MAX_BRANCHES = 4
+_MAX_BRANCHES = 16
 
 
 @dataclass(frozen=True)
@@ -44,12 +50,14 @@ class Call:
         remaining (float | None): share of the run's schedule that remains, 1 at its start, 0 at
             its end; None if unknown.
         last (bool | None): whether it is the last step; None if the schedule is unknown.
+        conditioning (Tensor | None): what tells the branches of guidance apart, such as the text.
     """
 
     time: float | None
     latents: tuple[Tensor, ...]
     remaining: float | None = None
     last: bool | None = None
+    conditioning: Tensor | None = None
 
     @property
     def key(self) -> Hashable:
@@ -65,10 +73,12 @@ class Branch:
     Attributes:
         state: what the technique keeps for it.
         outputs (list): (B, n) samples of its last two outputs, the newest last.
+        conditioning (Tensor | None): (B, n), a sample of what its last call was given.
     """
 
-    def __init__(self, state: Any) -> None:
+    def __init__(self, state: Any, conditioning: Tensor | None = None) -> None:
         self.state = state
+        self.conditioning = conditioning
         self.outputs: list[Tensor] = []
 
 
@@ -102,7 +112,7 @@ class Run:
         # (B, n) samples of this step's and the last step's input.
         self.input: Tensor | None = None
         self.previous: Tensor | None = None
-        self._other: Tensor | None = None  # of the shape that inputs are cropped to
+        self._others: list[Tensor] | None = None  # of the shapes that inputs are cropped to
         self._worst: float | None = None
 
     @property
@@ -121,7 +131,8 @@ class Run:
     def sample(self, latents: Sequence[Tensor]) -> Tensor:
         """(B, n) float32: some elements of every image of an input, without the channels that the
         network does not predict (the mask of inpainting)."""
-        return _sampled([_cropped(x, self._other) for x in latents])
+        others = self._others or [None] * len(latents)
+        return sampled([cropped(x, other) for x, other in zip(latents, others)])
 
     def same_input(self, latents: Sequence[Tensor]) -> bool:
         """Whether the call at the present step had this input."""
@@ -169,18 +180,34 @@ class Run:
         own = products[:, -1, -1].clamp_min(1e-30)
         return float((residual / own).max().sqrt()), shares
 
-    def next_step(self, name: Hashable, residual: float, shares: dict[Hashable, float]) -> None:
-        """Go on to the next step, called by a branch first."""
-        self.step += 1
-        self._worst = max(residual, self._worst or 0.0)
-        # A branch that this step's input does not depend on, or that was not called at the last
-        # step, belongs to something else.
+    def next_step(self, residual: float, shares: dict[Hashable, float]) -> Run | None:
+        """Go on to the next step.
+
+        Returns:
+            Run | None: what was called at the last step with the same input and has no part in the
+            next one: another image with the same seed, which goes on on its own.
+        """
         named = any(isinstance(key, str) for key in self.called)
         kept = [key for key in self.called if named or shares.get(key, 1.0) >= _NEGLIGIBLE]
-        branches = [self.branches[key] for key in kept or self.called]
+        kept = kept or self.called
+        other = self._split([key for key in self.called if key not in kept])
+        # A branch that was not called at the last step has ended.
+        branches = [self.branches[key] for key in kept]
         self.branches = dict(zip(kept if named else range(len(branches)), branches))
-        self.called = [name]
+        self.step += 1
+        self._worst = max(residual, self._worst or 0.0)
+        self.called = []
         self.previous, self.input = self.input, None
+        return other
+
+    def _split(self, keys: Sequence[Hashable]) -> Run | None:
+        """A run of its own out of some branches."""
+        if not keys:
+            return None
+        other = copy.copy(self)
+        other.branches = {number: self.branches[key] for number, key in enumerate(keys)}
+        other.called = list(other.branches)
+        return other
 
     def remember(self, latents: Sequence[Tensor], output: Any) -> None:
         """Note input and output of the call that ended."""
@@ -189,16 +216,14 @@ class Run:
             y.dim() != x.dim() for x, y in zip(latents, outputs)
         ):
             outputs = []  # a ControlNet: inputs are compared with inputs alone
-        if self._other is None:
-            # Of its shape alone: stride 0, no memory.
-            like = (outputs or latents)[0]
-            self._other = like.new_empty(()).expand(like.shape)
+        if self._others is None:
+            self._others = [x.new_empty(()).expand(x.shape) for x in outputs or latents]
         if self.input is None:
             self.input = self.sample(latents)
         if self.copies is None:
-            self.copies = _copies(self.input)
+            self.copies = count_copies(self.input)
         if outputs:
-            newest = _sampled([_cropped(y, x) for x, y in zip(latents, outputs)])
+            newest = sampled([cropped(y, x) for x, y in zip(latents, outputs)])
             if newest.shape == self.input.shape:
                 self.branch.outputs = [*self.branch.outputs[-1:], newest]
 
@@ -267,17 +292,31 @@ class RunTracker:
     def _joined(self, call: Call) -> Run | None:
         """A run at whose present step this is one more call: the other half of guidance."""
         for run in self._mates(call):
-            name = len(run.called) if self.branch_name is None else self.branch_name
-            fits = call.time == run.time and name not in run.called
+            fits = call.time == run.time and self.branch_name not in run.called
             fits = fits and len(run.called) < _MAX_BRANCHES and run.same_input(call.latents)
             if fits and not self._repeats(run, call):
-                run.called.append(name)
-                run.branches.setdefault(name, Branch(self.new_state()))
+                self._enter(run, call)
                 return run
         return None
 
+    def _enter(self, run: Run, call: Call) -> None:
+        """Find the branch of a run that a call belongs to: by the pipeline's name for it, by what
+        it is conditioned on, by its number within the step."""
+        free = [key for key in run.branches if key not in run.called]
+        given = None if call.conditioning is None else sampled([call.conditioning])
+        name = self.branch_name
+        if name is None:
+            alike = []
+            if len(run.branches) > 1 and given is not None:
+                alike = [key for key in free if _equal(run.branches[key].conditioning, given)]
+            number = len(run.called)
+            name = (alike or [number if number not in run.called else len(run.branches)])[0]
+        branch = run.branches.setdefault(name, Branch(self.new_state()))
+        branch.conditioning = given
+        run.called.append(name)
+
     def _repeats(self, run: Run, call: Call) -> bool:
-        """Whether a later run reaches this step now: the same seed again has the same inputs."""
+        """Whether a later run reaches this step now: a repeated seed repeats its inputs."""
         for one in self._mates(call):
             if one.tick > run.tick and one.time > call.time and one.input is not None:
                 residual, bound, _ = self._fit(one, call.latents)
@@ -287,21 +326,29 @@ class RunTracker:
 
     def _continued(self, call: Call) -> Run | None:
         """A run whose next step this is."""
-        best: tuple[float, Run, dict] | None = None
+        candidates = []
         for run in self._mates(call):
             if run.input is None or call.time > run.time:
                 continue
             residual, bound, shares = self._fit(run, call.latents)
-            if residual <= bound and (best is None or residual < best[0]):
-                best = residual, run, shares
-        if best is None:
+            if call.time == run.time:
+                if run.same_input(call.latents):
+                    continue  # the same call again begins a run again
+                bound = min(bound, _AT_ONE_TIMESTEP)
+            if residual <= bound:
+                candidates.append((residual, run, shares))
+        candidates.sort(key=lambda one: one[0])
+        if not candidates or (
+            len(candidates) > 1 and _CLEARLY * candidates[0][0] > candidates[1][0]
+        ):
             return None
-        residual, run, shares = best
+        residual, run, shares = candidates[0]
         # Whoever was not called during this run's whole last step is not going on.
         self.runs = [one for one in self.runs if one.tick >= run.step_tick]
-        name = 0 if self.branch_name is None else self.branch_name
-        run.next_step(name, residual, shares)
-        run.branches.setdefault(name, Branch(self.new_state()))
+        other = run.next_step(residual, shares)
+        if other is not None:
+            self.runs.append(other)
+        self._enter(run, call)
         run.step_tick = self._tick
         return run
 
@@ -317,14 +364,15 @@ class RunTracker:
     def _started(self, call: Call) -> Run:
         run = Run(call.key)
         run.first_time = call.time
-        name = 0 if self.branch_name is None else self.branch_name
-        run.called, run.branches = [name], {name: Branch(self.new_state())}
+        self._enter(run, call)
         run.step_tick = self._tick
         # Views of one image start at the same timestep; of anything else only a few are kept.
-        others = [one for one in self.runs if one.time != call.time]
+        # Nothing continues a run of which nothing is known.
+        known = [one for one in self.runs if one.key is not None]
+        others = [one for one in known if one.time != call.time]
         kept = {id(one) for one in others[:_MAX_OTHERS]}
-        self.runs = [one for one in self.runs if one.time == call.time or id(one) in kept]
-        self.runs = self.runs[: _MAX_RUNS - 1]
+        known = [one for one in known if one.time == call.time or id(one) in kept]
+        self.runs = known[: _MAX_RUNS - 1]
         return run
 
     def _mates(self, call: Call) -> list[Run]:
@@ -332,62 +380,5 @@ class RunTracker:
         return [] if key is None else [run for run in self.runs if run.key == key]
 
 
-def as_float(timestep: Any) -> float:
-    """First of the timesteps of a call as a number; synchronizes with the device."""
-    if isinstance(timestep, Tensor):
-        return float(timestep.detach().reshape(-1)[0])
-    return float(timestep)
-
-
-def latents_of(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-    """What a network is called to denoise; empty if it is not known."""
-    named = (kwargs[name] for name in ("sample", "hidden_states", "x") if name in kwargs)
-    x = args[0] if args else next(named, None)
-    if x is None:
-        x = next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
-    latents = tuple(x) if isinstance(x, list) else (x,)
-    return latents if all(isinstance(one, Tensor) for one in latents) else ()
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    """The prediction in what a network returned: its first tensor, or a list of tensors."""
-    while not isinstance(output, Tensor):
-        if isinstance(output, (list, tuple)) and output and isinstance(output[0], Tensor):
-            return list(output) if isinstance(output, list) else [output[0]]
-        if isinstance(output, Mapping):
-            output = next(iter(output.values()), None)
-        elif isinstance(output, (list, tuple)) and output:
-            output = output[0]
-        else:
-            return []
-    return [output]
-
-
-def _cropped(x: Tensor, other: Tensor | None) -> Tensor:
-    """The front part of ``x`` that ``other`` has as well: latents come before what is attached."""
-    if other is None or other.dim() != x.dim():
-        return x
-    for dim, size in enumerate(other.shape):
-        if size < x.shape[dim]:
-            x = x.narrow(dim, 0, size)
-    return x
-
-
-def _sampled(tensors: Sequence[Tensor]) -> Tensor:
-    """(B, n) float32 copy: every n-th element of a batch, or of each of several tensors."""
-    rows = tensors[0].detach().flatten(1) if len(tensors) == 1 else None
-    if rows is None:
-        rows = torch.stack([x.detach().flatten() for x in tensors])
-    # An odd stride meets all rows and columns.
-    stride = max(1, rows.shape[1] // _SAMPLES) | 1
-    return rows[:, ::stride].float().clone()
-
-
-def _copies(x: Tensor) -> int:
-    """Into how many equal parts a batch falls: 3, 2 or 1."""
-    for count in (2, 3):
-        if x.shape[0] % count == 0:
-            first, *others = x.chunk(count)
-            if all(torch.equal(first, other) for other in others):
-                return count
-    return 1
+def _equal(x: Tensor | None, y: Tensor) -> bool:
+    return x is not None and x.shape == y.shape and torch.equal(x, y)

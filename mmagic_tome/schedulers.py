@@ -23,7 +23,7 @@ def scheduler_name(scheduler: Any) -> str:
 def warn_of_oscillation(model: object, configs: Sequence[StepCacheConfig]) -> None:
     """Warn if a model's scheduler amplifies the oscillation that error feedback introduces.
 
-    ``docs/research/foretold_steps.md`` has the figures. Nothing is said of a network alone, whose
+    ``docs/research/step_caching.md`` has the figures. Nothing is said of a network alone, whose
     scheduler is not known.
 
     Args:

@@ -15,8 +15,6 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from torch import Tensor
-
 # Bounds of sigma that EDM and Stable Video Diffusion train with (arXiv 2206.00364, table 1, rounded
 # to those of the published scheduler configs), and their exponent.
 _SIGMA_MIN, _RHO = 0.002, 7
@@ -77,7 +75,9 @@ class Timeline:
         # there, and near a last one elsewhere.
         values = (1000 * time, time) if self.scale == 1 else (time, 1000 * time)
         for value in values:
-            index = min(range(len(timesteps)), key=lambda i: abs(timesteps[i] - value))
+            # The later one of two evaluations at a timestep (Heun), so that the last is the last.
+            later_first = range(len(timesteps) - 1, -1, -1)
+            index = min(later_first, key=lambda i: abs(timesteps[i] - value))
             slack = max(_RELATIVE * abs(value), 1e-4)
             if abs(timesteps[index] - value) <= slack:
                 return index
@@ -87,9 +87,10 @@ class Timeline:
         """The scheduler's timesteps; empty without a scheduler."""
         scheduler = _scheduler_of(None if self._model is None else self._model())
         found = getattr(scheduler, "timesteps", None)
-        if not isinstance(found, Tensor) or found.dim() != 1:
+        # A tensor, or an array in MMagic's own schedulers.
+        if getattr(found, "ndim", None) != 1:
             return ()
-        # Schedulers make a new tensor for every run.
+        # Schedulers make a new one for every run.
         if self._timesteps is None or self._timesteps[0] is not found:
             self._timesteps = (found, [float(value) for value in found.tolist()])
         return self._timesteps[1]

@@ -27,7 +27,7 @@ FOLDERS = (
     "animatediff",
 )
 
-# What its text-to-image inferencer can call: a prompt, and a control picture. The others need
+# What its text-to-image inferencer can call: a prompt, and a control image. The others need
 # arguments that it does not have (ViCo and FastComposer a reference, inpainting a mask).
 INFERENCER = {
     "stable_diffusion_xl/stable-diffusion_xl_ddim_tome-5e-1.py": "stable_diffusion",
@@ -168,7 +168,7 @@ def shrink(config, hub):
 
 
 def arguments(config):
-    """What a call of ``infer`` needs for a model of this config: one 64x64 picture, two steps.
+    """What a call of ``infer`` needs for a model of this config: one 64x64 image, two steps.
 
     Args:
         config (Config): As MMagic has it, shrunk or not.
@@ -177,32 +177,32 @@ def arguments(config):
         dict: Keyword arguments.
     """
     model = config.model
-    picture, mask = a_picture(), Image.fromarray((np.eye(64) * 255).astype(np.uint8))
+    image, mask = an_image(), Image.fromarray((np.eye(64) * 255).astype(np.uint8))
     given = dict(prompt="a cat", **tiny.QUICK)
     given.update(
         {
-            "StableDiffusionInpaint": dict(image=picture, mask_image=mask),
-            "ControlStableDiffusion": dict(control=picture),
+            "StableDiffusionInpaint": dict(image=image, mask_image=mask),
+            "ControlStableDiffusion": dict(control=image),
             "ControlStableDiffusionImg2Img": dict(
-                control=picture, latent_image=picture, reference_img=picture
+                control=image, latent_image=image, reference_img=image
             ),
             "TextualInversion": dict(prompt=f"a {model.get('placeholder_token')}"),
-            "ViCo": dict(prompt=f"a {model.get('placeholder')}", image_reference=picture),
-            "FastComposer": dict(prompt="a cat img", reference_subject_images=[picture]),
+            "ViCo": dict(prompt=f"a {model.get('placeholder')}", image_reference=image),
+            "FastComposer": dict(prompt="a cat img", reference_subject_images=[image]),
             "AnimateDiff": dict(video_length=2),
         }.get(model.type, {})
     )
     return given
 
 
-def a_picture(size=64):
-    """Some picture of this many pixels a side; always the same."""
+def an_image(size=64):
+    """Some image of this many pixels a side; always the same."""
     noise = np.random.RandomState(0).randint(0, 255, (size, size, 3), dtype=np.uint8)
     return Image.fromarray(noise)
 
 
 def infer(model, **given):
-    """The first picture (or the clip) of a call of ``infer``; the same at every call."""
+    """The first image (or the clip) of a call of ``infer``; the same at every call."""
     torch.manual_seed(0)  # some of them have no seed argument
     result = model.infer(**given)
     if isinstance(result, dict):

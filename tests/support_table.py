@@ -16,14 +16,14 @@ _KINDS = ("attn", "attn_kv", "crossattn", "mlp", "block", "stack")
 
 
 def networks():
-    """The networks in Markdown: targets, what can be left out, grids and what compiles without a
-    graph break."""
+    """The networks in Markdown: targets, regions that can be skipped, grids and what compiles
+    without a graph break."""
     rows = [
         (
             one.title,
             one.class_name,
-            _code(_sites(one.build())),
-            _code(scopes_of(_layered(one))),
+            _code(_targets(one.build())),
+            _code(regions_of(_layered(one))),
             _grids([*one.grids, *getattr(one, "large_grids", ())]),
             one.compiles,
         )
@@ -33,7 +33,7 @@ def networks():
         "model",
         "class in diffusers",
         "targets",
-        "`reuse`",
+        "regions of step caching",
         "grids tested, in tokens",
         "`torch.compile(fullgraph=True)` of",
     )
@@ -86,7 +86,7 @@ def pipelines():
 
 def short():
     """The networks for the README: targets only."""
-    rows = [(one.title, _code(_sites(one.build()))) for one in _all_networks()]
+    rows = [(one.title, _code(_targets(one.build()))) for one in _all_networks()]
     return _table(("model", "targets"), rows)
 
 
@@ -117,8 +117,8 @@ def _all_networks():
     return [*NETWORKS.values(), *TRANSFORMERS.values()]
 
 
-def _sites(network):
-    """Kinds of site that apply_tome accepts for the network."""
+def _targets(network):
+    """Targets that apply_tome accepts for the network."""
     from mmagic_tome import ToMeError, apply_tome
 
     accepted = []
@@ -131,17 +131,18 @@ def _sites(network):
     return accepted
 
 
-def scopes_of(network):
-    """Parts of a network that option ``reuse`` can leave out."""
-    from mmagic_tome import ToMeError, apply_tome
+def regions_of(network):
+    """Regions of a network that step caching can skip."""
+    from mmagic_tome import ToMeError, apply_cache
+    from mmagic_tome.cache.config import REGIONS
 
     accepted = []
-    for name in ("network", "deep"):
+    for region in REGIONS:
         try:
-            apply_tome(network, ratio=0, reuse={name: 2}).remove()
+            apply_cache(network, region=region).remove()
         except ToMeError:
             continue
-        accepted.append(name)
+        accepted.append(region)
     return accepted
 
 

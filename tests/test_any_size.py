@@ -41,7 +41,7 @@ def kept_tokens(height, width, ratio, sx, sy):
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_odd_grids_and_batches(original, size, batch):
     network = copy.deepcopy(original)
-    handle = apply_tome(network, ratio=0.5, merge_crossattn=True, targets=["attn", "mlp"])
+    handle = apply_tome(network, ratio=0.5, targets=["attn", "crossattn", "mlp"])
     merged = run(network, size, batch)
     assert merged.shape == (batch, 4, *size) and merged.isfinite().all()
     tokens = size[0] * size[1]
@@ -68,11 +68,11 @@ def test_autocast(original, dtype, batch):
         handle.ratio = 0
         plain = run(network, batch=batch)
     assert found.isfinite().all()
-    # Rounding may send a token to another destination, so that the picture is close as a whole;
-    # it is closer to the merged one in float32 than merging is to the dense one.
+    # Rounding may send a token to another destination, so that the image is close as a whole;
+    # it is closer to the merged one in float32 than merging is to the baseline one.
     error = (found.float() - expected).pow(2).mean().sqrt()
     assert error < 0.7 * (expected - baseline).pow(2).mean().sqrt()
-    torch.testing.assert_close(plain.float(), dense, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(plain.float(), baseline, rtol=0.1, atol=0.1)
 
 
 @settings(max_examples=30, **QUIET)
@@ -85,14 +85,14 @@ def test_autocast(original, dtype, batch):
     random=st.booleans(),
     targets=st.sampled_from([["attn"], ["attn", "crossattn", "mlp"], ["mlp"], "block", "stack"]),
 )
-def test_every_grid(original, height, width, batch, cell, share, random, sites):
+def test_every_grid(original, height, width, batch, cell, share, random, targets):
     sx, sy = cell
     ratio = share * (1 - 1 / (sx * sy))
     baseline = run(original, (height, width), batch)
-    options = dict(ratio=ratio, sx=sx, sy=sy, use_rand=random, targets=sites)
+    options = dict(ratio=ratio, sx=sx, sy=sy, use_rand=random, targets=targets)
     with apply_tome(original, **options) as handle:
         merged = run(original, (height, width), batch)
-        assert merged.shape == dense.shape and merged.isfinite().all()
+        assert merged.shape == baseline.shape and merged.isfinite().all()
         kept = kept_tokens(height, width, ratio, sx, sy)
         seen = {(row["tokens"], row["kept"]) for row in handle.stats()}
         assert seen == {(height * width, kept)}
@@ -113,13 +113,13 @@ def test_every_grid(original, height, width, batch, cell, share, random, sites):
             dict(targets=["attn", "mlp"]),
             dict(targets="block"),
             dict(plan_interval=2),
-            dict(plan_interval=2, residual="own"),
+            dict(plan_interval=2, residual=True),
         ]
     ),
     fails=st.booleans(),
 )
 def test_a_call_owes_nothing_to_the_ones_before(original, calls, options, fails):
-    """Another size, batch or step, a failed call: each gives what the first of a run gives.
+    """Another size, batch or step, a failed call: each returns what the first of a run returns.
 
     Times do not fall, so that no call goes on with the run of the one before.
     """
@@ -134,7 +134,7 @@ def test_a_call_owes_nothing_to_the_ones_before(original, calls, options, fails)
                 hook.remove()
             found = run(original, (height, width), batch, time)
             handle = get_handle(original)
-            handle.reset()
+            handle.reset_run()
             assert torch.equal(run(original, (height, width), batch, time), found)
     finally:
         remove_tome(original)

@@ -1,17 +1,21 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Graphs of a merged network: how many, for which shapes, and exported ones."""
 
+import copy
 import io
 
 import pytest
 import torch
+from denoise import denoise
 from tiny import tiny_inputs, tiny_unet
 from tiny_pipelines import NETWORKS
 from tiny_transformers import TRANSFORMERS
 
-from mmagic_tome import apply_tome
+from mmagic_tome import apply_cache, apply_tome
+from mmagic_tome.cache import PRESETS
 
 PIXART = TRANSFORMERS["PixArt-alpha, PixArt-sigma"]
+EVERYTHING = dict(max_downsample=8, targets=["attn", "crossattn", "mlp"])
 
 
 def unet():
@@ -24,12 +28,13 @@ def transformer():
 
 
 @torch.no_grad()
-def run(network, inputs):
+def run(network, inputs=None):
+    inputs = tiny_inputs() if inputs is None else inputs
     return network(**inputs, return_dict=False)[0]
 
 
 def _tensors(output):
-    """A ControlNet gives a list, one for every level."""
+    """A ControlNet returns a list, one tensor per level."""
     return [output] if isinstance(output, torch.Tensor) else list(output)
 
 
@@ -42,7 +47,7 @@ def fresh():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("build", [unet, transformer])
-def test_at_most_two_graphs_per_shape_and_the_same_picture(build, fresh):
+def test_at_most_two_graphs_per_shape_and_the_same_image(build, fresh):
     network, shapes = build()
     baseline = run(network, shapes[0])
     handle = apply_tome(network, ratio=0.5, targets=["attn", "mlp"])
@@ -61,7 +66,7 @@ def test_at_most_two_graphs_per_shape_and_the_same_picture(build, fresh):
         assert len(graphs) <= 2 * number
         tokens = handle.stats()[0]["tokens"]
         assert {row["kept"] for row in handle.stats()} == {tokens // 2}
-    assert not torch.allclose(run(compiled, shapes[0]), dense, atol=1e-2)
+    assert not torch.allclose(run(compiled, shapes[0]), baseline, atol=1e-2)
     assert 1 <= len(graphs) <= 2 * len(shapes)
 
 
@@ -77,7 +82,7 @@ def test_other_unets_are_one_graph(title, fresh):
     found = run(torch.compile(network, fullgraph=True, backend="eager"), inputs)
     torch.testing.assert_close(_tensors(found), _tensors(expected))
     # The last tensor is behind all blocks.
-    assert not torch.allclose(_tensors(found)[-1], _tensors(dense)[-1], atol=1e-3)
+    assert not torch.allclose(_tensors(found)[-1], _tensors(baseline)[-1], atol=1e-3)
 
 
 @pytest.mark.slow
@@ -96,33 +101,31 @@ def test_an_exported_network_merges_at_every_timestep():
             current = {**inputs, "timestep": inputs["timestep"] - step}
             exported = loaded(**current, return_dict=False)[0]
             torch.testing.assert_close(exported, run(network, current))
-    assert not torch.allclose(run(network, inputs), dense, atol=1e-2)
+    assert not torch.allclose(run(network, inputs), baseline, atol=1e-2)
 
 
-# --- what is carried from step to step ----------------------------------------------------------
+# --- state kept between steps ---------------------------------------------------------------------
 
-STEPS = (900, 800, 700, 600, 500, 400, 300, 200, 100)
-CARRIED = {
-    "quality": dict(preset="quality"),
-    "balanced, merged as well": dict(preset="balanced", ratio=0.5),
-    "refresh": dict(ratio=0.5, plan_interval=2, targets=["attn", "mlp"]),
-    "residual": dict(ratio=0.5, plan_interval=2, residual=dict(kind="exact", order=1)),
-    "blocks left out": dict(targets="block", plan_interval=2, residual="reuse"),
-    "ratio by noise": dict(ratio=dict(base=0.5, noise=dict(between=(0.3, 0.8)))),
+STEPS = {
+    "quality": dict(cache="quality"),
+    "balanced, merged as well": dict(cache="balanced", ratio=0.5),
+    "plan_interval": dict(ratio=0.5, plan_interval=2, targets=["attn", "mlp"]),
+    "residual": dict(ratio=0.5, plan_interval=2, residual=True),
+    "residual of blocks": dict(targets="block", plan_interval=2, residual=True),
+    "ratio by timestep": dict(ratio=dict(base=0.5, timestep=dict(timestep_range=(0.3, 0.8)))),
 }
 
 
-def denoise(network, inputs):
-    outputs = [run(network, {**inputs, "timestep": torch.tensor(step)}) for step in STEPS]
-    return torch.stack(outputs)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("title", CARRIED)
+@pytest.mark.parametrize("title", STEPS)
 def test_steps_differ_and_no_step_of_a_second_run_is_compiled_again(title, fresh):
-    network, (inputs, _) = tiny_unet(levels=2), [tiny_inputs(size=(16, 16)), None]
-    dense = denoise(network, inputs)
-    apply_tome(network, **CARRIED[title])
+    network, inputs = tiny_unet(levels=2), tiny_inputs()
+    baseline = denoise(network, inputs)
+    options = dict(STEPS[title])
+    if "cache" in options:
+        apply_cache(network, options.pop("cache"))
+    if options:
+        apply_tome(network, **options)
     expected = denoise(network, inputs)
     graphs = []
 
@@ -136,36 +139,47 @@ def test_steps_differ_and_no_step_of_a_second_run_is_compiled_again(title, fresh
     torch.testing.assert_close(denoise(compiled, inputs), expected, rtol=1e-4, atol=1e-5)
     assert first == len(graphs)
     assert first > 0
-    assert not torch.allclose(expected, dense, atol=1e-3)
+    assert not torch.allclose(expected, baseline, atol=1e-3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["quality", "balanced", "fast"])
-def test_presets_around_blocks_that_are_compiled_without_a_break(preset, fresh):
-    network, inputs = tiny_unet(levels=2), tiny_inputs(size=(16, 16))
-    handle = apply_tome(network, preset=preset)
+@pytest.mark.parametrize("name", PRESETS)
+def test_caches_around_blocks_that_are_compiled_without_a_break(name, fresh):
+    network, inputs = tiny_unet(levels=2), tiny_inputs()
+    handle = apply_cache(network, name)
     expected = denoise(network, inputs)
     network.compile_repeated_blocks(fullgraph=True, backend="eager")
-    handle.reset()
+    handle.reset_stats()
     torch.testing.assert_close(denoise(network, inputs), expected)
-    assert all(row["reused"] for row in handle.scopes())
+    assert all(row["skipped"] for row in handle.stats())
 
 
 @pytest.mark.slow
-def test_one_graph_of_what_is_decided_by_the_step_is_refused_with_the_reason(fresh):
-    network, inputs = tiny_unet(levels=1), tiny_inputs(size=(16, 16))
-    apply_tome(network, ratio=0.5, plan_interval=2)
+@pytest.mark.parametrize("options", [dict(plan_interval=2), dict(plan_interval=2, residual=True)])
+def test_merging_by_step_around_blocks_that_are_compiled(options, fresh):
+    network, inputs = tiny_unet(levels=1), tiny_inputs()
+    handle = apply_tome(network, **options)
+    expected = denoise(network, inputs)
+    network.compile_repeated_blocks(backend="eager")
+    torch.testing.assert_close(denoise(network, inputs), expected)
+    assert {row["plans"] for row in handle.stats()} == {2 * 5}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("apply", [lambda n: apply_tome(n, plan_interval=2), apply_cache])
+def test_one_graph_of_what_is_decided_by_the_step_is_refused_with_the_reason(apply, fresh):
+    network, inputs = tiny_unet(levels=2), tiny_inputs()
+    apply(network)
     with pytest.raises(Exception, match="write fullgraph=False"):
         run(torch.compile(network, fullgraph=True, backend="eager"), inputs)
 
 
-# --- one graph ---
+# --- applying and removing ------------------------------------------------------------------------
+
 
 @pytest.fixture
-def compiler():
-    torch._dynamo.reset()
-    yield lambda model: torch.compile(model, fullgraph=True, backend="eager")
-    torch._dynamo.reset()
+def compiler(fresh):
+    return lambda model: torch.compile(model, fullgraph=True, backend="eager")
 
 
 @pytest.fixture
@@ -191,7 +205,7 @@ def test_apply_and_remove_after_compiling(small, compiler):
     assert torch.equal(run(compiled), baseline)
 
 
-def test_a_compiled_dense_copy_does_not_serve_the_merged_one(small, compiler):
+def test_a_compiled_baseline_copy_does_not_serve_the_merged_one(small, compiler):
     unet = small
     clone = copy.deepcopy(unet)
     baseline = run(unet)
@@ -204,16 +218,17 @@ def test_a_compiled_dense_copy_does_not_serve_the_merged_one(small, compiler):
 
 def test_blocks_compiled_on_their_own(small, compiler):
     unet = small
-    apply_tome(unet, ratio=0.5, **EVERYTHING)
+    apply_tome(unet, **EVERYTHING)
     expected = run(unet)
     unet.compile_repeated_blocks(fullgraph=True, backend="eager")
     assert torch.equal(run(unet), expected)
 
 
-def test_one_graph_without_breaks(unet):
-    apply_tome(unet, ratio=0.5, **EVERYTHING)
+@pytest.mark.parametrize("options", [{}, dict(share_plans=True), dict(targets="stack")])
+def test_one_graph_without_breaks(options, fresh):
+    unet = tiny_unet(levels=3)
+    handle = apply_tome(unet, **{**EVERYTHING, **options})
     expected = run(unet)
-    torch._dynamo.reset()
     graphs = []
 
     def count(graph, example_inputs):
@@ -222,10 +237,24 @@ def test_one_graph_without_breaks(unet):
 
     compiled = torch.compile(unet, fullgraph=True, backend=count)
     for step in (500, 499, 498, 500):
-        out = run(compiled, timestep=torch.tensor(step))
+        out = run(compiled, {**tiny_inputs(), "timestep": torch.tensor(step)})
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     assert len(graphs) <= 2
-    assert {row["kept"] for row in get_handle(compiled).stats()} == {128, 32, 8}
-    torch._dynamo.reset()
+    assert {row["kept"] for row in handle.stats()} == {128, 32, 8}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("region", ["network", "inner"])
+def test_caching_and_removing_after_compiling(region, fresh):
+    unet, inputs, steps = tiny_unet(levels=2), tiny_inputs(), (900, 800, 700, 600)
+    baseline = denoise(unet, inputs, steps)
+    compiled = torch.compile(unet, backend="eager")
+    assert torch.equal(denoise(compiled, inputs, steps), baseline)
+    handle = apply_cache(compiled, region=region)
+    expected = denoise(unet, inputs, steps)
+    assert not torch.equal(expected, baseline)
+    handle.reset_stats()
+    assert torch.equal(denoise(compiled, inputs, steps), expected)
+    assert handle.stats()[0]["skipped"] == 1
+    handle.remove()
+    assert torch.equal(denoise(compiled, inputs, steps), baseline)

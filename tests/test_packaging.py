@@ -87,9 +87,7 @@ def test_wheel_holds_what_it_should(wheel):
     assets = files_below("mmagic_tome/assets")
     weights = [name for name in assets if name.endswith(".safetensors")]
     assert len(weights) >= 3, "the demo model (unet, vae, text_encoder) is package data"
-    expected = (
-        mim | assets | {"mmagic_tome/.mim/model-index.yml", "mmagic_tome/mmagic/hooks/tome.py"}
-    )
+    expected = mim | assets | {"mmagic_tome/.mim/model-index.yml", "mmagic_tome/apply.py"}
     assert expected <= set(names)
     strays = [n for n in names if not re.match(r"mmagic_tome(/|-[\d.]+\.dist-info/)", n)]
     assert not strays
@@ -122,14 +120,14 @@ def test_demo_runs_from_the_wheel(installed, tmp_path):
     where = run(installed, "-c", "import mmagic_tome; print(mmagic_tome.__file__)", cwd=tmp_path)
     assert str(ROOT) not in where
 
-    command = [installed, "-m", "mmagic_tome", "infer", "--steps", "8", "--prompt", "red apple"]
+    command = [installed, "-m", "mmagic_tome", "infer", "--steps", "12", "--prompt", "red apple"]
     options = ["--compare", "--repeats", "1", "--size", "64", "--device", "cpu"]
-    printed = run(*command, *options, "--out", "pictures", cwd=tmp_path, OMP_NUM_THREADS="1")
-    assert "In the last run, step caching" in printed and "speed-up" in printed
-    result = json.loads((tmp_path / "pictures" / "result.json").read_text(encoding="utf-8"))
-    assert (tmp_path / "pictures" / result["images"][0]["file"]).is_file()
-    assert (tmp_path / "pictures" / result["compare"]).is_file()
-    # Without a config the preset that users are told to start with.
+    printed = run(*command, *options, "--out", "images", cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert "step caching in" in printed and "speed-up" in printed
+    result = json.loads((tmp_path / "images" / "result.json").read_text(encoding="utf-8"))
+    assert (tmp_path / "images" / result["images"][0]["file"]).is_file()
+    assert (tmp_path / "images" / result["compare"]).is_file()
+    # Without a config the named setting that users are told to start with.
     regions = result["step_caching"]["regions"]
     assert [row["region"] for row in regions] == ["network", "inner"]
     assert all(row["skipped"] > 0 for row in regions)

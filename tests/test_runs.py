@@ -5,7 +5,8 @@ import diffusers
 import pytest
 import torch
 
-from mmagic_tome.runs import MAX_RESIDUAL, Call, RunTracker, as_float, latents_of, tensors_of
+from mmagic_tome.latents import latents_of, read_timestep, tensors_of
+from mmagic_tome.runs import MAX_RESIDUAL, Call, RunTracker
 
 TIMES = (900, 700, 500, 300, 100)
 
@@ -350,4 +351,27 @@ def test_the_prediction_in_an_output():
 
 @pytest.mark.parametrize("timestep", [7, 7.0, torch.tensor(7), torch.tensor([7, 7])])
 def test_timesteps_as_numbers(timestep):
-    assert as_float(timestep) == 7.0
+    assert read_timestep(timestep) == (7.0, True)
+
+
+def test_images_at_different_timesteps():
+    assert read_timestep(torch.tensor([7, 5])) == (7.0, False)
+    assert read_timestep(None) == (None, True)
+
+
+def test_runs_of_which_nothing_is_known_are_not_kept(tracker):
+    for _ in range(5):
+        tracker.begin(Call(500.0, ()))
+        tracker.end(None)
+    assert len(tracker.runs) == 1
+
+
+def test_a_list_of_images_of_several_sizes(tracker):
+    images = (torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 4), torch.randn(4, 1, 4, 12))
+    runs = []
+    for time in TIMES:
+        runs.append(tracker.begin(Call(float(time), images)))
+        outputs = [torch.tanh(x.flip(-1)) for x in images]
+        tracker.end(outputs)
+        images = tuple(x - 0.1 * y for x, y in zip(images, outputs))
+    assert all(run is runs[0] for run in runs)

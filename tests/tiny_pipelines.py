@@ -95,7 +95,7 @@ def tiny_controlnet(seed=1):
     )
 
 
-def picture(channels=3, size=64, batch=1):
+def random_image(channels=3, size=64, batch=1):
     """(B, C, h, w) between 0 and 1."""
     noise = torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(5))
     return noise
@@ -213,7 +213,7 @@ def _lora(pipeline, fused=False):
 
     torch.manual_seed(7)
     names = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
-    # As large as the weights themselves they would drown what the picture is made from.
+    # As large as the weights themselves they would drown what the image is made from.
     config = LoraConfig(r=2, lora_alpha=0.5, target_modules=names, init_lora_weights=False)
     pipeline.unet.add_adapter(config)
     pipeline.unet.eval()
@@ -271,14 +271,14 @@ def _upscaler():
     parts = _sd(
         vae=dict(levels=3, scaling_factor=0.08333),
         in_channels=7,
-        num_class_embeds=1000,  # levels of noise on the small picture
+        num_class_embeds=1000,  # levels of noise on the small image
         only_cross_attention=True,
     )
     return dict(**parts, low_res_scheduler=DDPMScheduler(), max_noise_level=350)
 
 
 def kandinsky_unet():
-    """Its attention works on the picture itself; there are no transformer blocks."""
+    """Its attention works on the image itself; there are no transformer blocks."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel(
@@ -382,7 +382,7 @@ def motion_inputs(clips=2, size=(8, 8)):
 
 def controlnet_inputs():
     """Keyword arguments for a call of :func:`tiny_controlnet`."""
-    return {**tiny_inputs(size=8), "controlnet_cond": picture(batch=2)}
+    return {**tiny_inputs(size=8), "controlnet_cond": random_image(batch=2)}
 
 
 def _kandinsky():
@@ -435,7 +435,7 @@ NETWORKS = {
         ),
         Network("ControlNet", "ControlNetModel", tiny_controlnet, controlnet_inputs, ((8, 8),)),
         Network(
-            "Kandinsky 2.2: attention on the picture itself",
+            "Kandinsky 2.2: attention on the image itself",
             "UNet2DConditionModel with added keys",
             kandinsky_unet,
             kandinsky_inputs,
@@ -480,46 +480,46 @@ PIPELINES = {
             "image to image",
             "StableDiffusionImg2ImgPipeline",
             _v1,
-            lambda pipeline: dict(**text(), image=picture(), strength=1.0),
+            lambda pipeline: dict(**text(), image=random_image(), strength=1.0),
         ),
         Case(
             "inpainting, 9 channels",
             "StableDiffusionInpaintPipeline",
             lambda: _v1(in_channels=9),
             lambda pipeline: dict(
-                **text(), image=picture(), mask_image=_mask(), height=64, width=64
+                **text(), image=random_image(), mask_image=_mask(), height=64, width=64
             ),
         ),
         Case(
             "InstructPix2Pix",
             "StableDiffusionInstructPix2PixPipeline",
             lambda: _v1(in_channels=8),
-            lambda pipeline: dict(**text(), image=picture()),
+            lambda pipeline: dict(**text(), image=random_image()),
         ),
         Case(
             "upscaler x4",
             "StableDiffusionUpscalePipeline",
             _upscaler,
-            lambda pipeline: dict(**text(), image=picture(size=16)),
+            lambda pipeline: dict(**text(), image=random_image(size=16)),
             tokens=256,
         ),
         Case(
             "ControlNet",
             "StableDiffusionControlNetPipeline",
             lambda: dict(**_v1(), controlnet=tiny_controlnet()),
-            lambda pipeline: dict(**text(), image=picture(), height=64, width=64),
+            lambda pipeline: dict(**text(), image=random_image(), height=64, width=64),
         ),
         Case(
             "several ControlNets",
             "StableDiffusionControlNetPipeline",
             lambda: dict(**_v1(), controlnet=[tiny_controlnet(), tiny_controlnet(seed=2)]),
-            lambda pipeline: dict(**text(), image=[picture()] * 2, height=64, width=64),
+            lambda pipeline: dict(**text(), image=[random_image()] * 2, height=64, width=64),
         ),
         Case(
             "T2I-Adapter",
             "StableDiffusionAdapterPipeline",
             _adapter,
-            lambda pipeline: dict(**text(), image=picture(), height=64, width=64),
+            lambda pipeline: dict(**text(), image=random_image(), height=64, width=64),
         ),
         Case(
             "IP-Adapter",
@@ -584,7 +584,7 @@ PIPELINES = {
             lambda: _xl(in_channels=9),
             lambda pipeline: dict(
                 **_xl_text(),
-                image=picture(size=128),
+                image=random_image(size=128),
                 mask_image=_mask().repeat_interleave(2, 2).repeat_interleave(2, 3),
                 height=128,
                 width=128,

@@ -26,11 +26,11 @@ class Family:
         frames (int): of a video.
         square (bool): whether diffusers runs it on square grids only.
         span (float): the timestep of pure noise as its pipelines give it; negative: that of no
-            noise, since it is counted the other way round.
-        kinds (tuple): kinds of site that its blocks have.
-        beside (dict): beginning of a block's name -> tokens beside the picture's in its sequences;
+            noise, since it is counted in the opposite direction.
+        kinds (tuple): kinds of target that its blocks have.
+        beside (dict): beginning of a block's name -> tokens besides the image's in its sequences;
             text, where there is one, for the others.
-        joins_inside (str): beginning of the names of blocks whose attention puts text and picture
+        joins_inside (str): beginning of the names of blocks whose attention puts text and image
             into one sequence itself.
         depth (str): which option says how many blocks its longest list has.
         rotary (bool): whether positions are no part of the tokens.
@@ -57,7 +57,7 @@ class Family:
 
     @property
     def large_grids(self):
-        """Large ones, with one picture at a time."""
+        """Large ones, with one image at a time."""
         return ((33, 33),) if self.square else ((33, 31), (17, 90), (8, 200))
 
     @property
@@ -67,7 +67,7 @@ class Family:
 
     @property
     def inner(self):
-        """Sites inside of its blocks, to merge at together."""
+        """Targets inside its blocks, to merge at together."""
         return [kind for kind in ("attn", "mlp") if kind in self.kinds]
 
     def build(self, seed=0):
@@ -192,8 +192,8 @@ def _flux2(family, draw):
 
 
 def _chroma(family, draw):
-    picture = torch.ones(draw.batch, draw.height * draw.width)
-    return dict(**_flux(family, draw), attention_mask=torch.cat([draw.mask(), picture], dim=1))
+    image = torch.ones(draw.batch, draw.height * draw.width)
+    return dict(**_flux(family, draw), attention_mask=torch.cat([draw.mask(), image], dim=1))
 
 
 def _qwen(family, draw):
@@ -653,7 +653,7 @@ class Pipeline:
 
     Attributes:
         class_name (str): of the pipeline.
-        call (dict): arguments of a call, for a picture of 48 tokens or a clip of so many a frame.
+        call (dict): arguments of a call, for a image of 48 tokens or a clip of so many a frame.
         tokens (int): how many there are.
         guided (bool): whether it calls the network twice per step, with and without the text.
     """

@@ -11,8 +11,9 @@ from torch import nn
 
 from ..errors import ToMeError
 from ..graphs import eager_only
+from ..latents import conditioning_of, latents_of, read_timestep
 from ..patch import Context, Interceptor, Patch, intercept
-from ..runs import Call, Run, RunTracker, as_float, latents_of
+from ..runs import Call, Run, RunTracker
 from ..timeline import Timeline, in_range
 from .config import StepCacheConfig
 from .extrapolate import OutputHistory, Placeholder
@@ -209,33 +210,43 @@ class NetworkCall(Interceptor):
             )
             context.forget_run()
             return proceed(module, *args, **kwargs)
-        run = self.begin(context, args, kwargs)
+        # All of it, also what comes before the network: an interrupt arrives where the device is
+        # waited for, and a context that stays "running" would never skip again.
         try:
+            run = self.begin(context, args, kwargs)
             output = self.output(context, module, proceed, args, kwargs)
         except BaseException:
-            context.tracker.drop()
+            patch.tracker(context).drop()
             raise
         finally:
             context.stop()
-        context.tracker.end(output)
-        if run.last:
-            self.finish(context, run)
+        self.finish(context, run, output)
         return output
 
+    @eager_only()
     def begin(self, context: CacheContext, args: tuple, kwargs: dict[str, Any]) -> Run:
         """Find the run of this call and decide which regions to skip."""
         patch: CachePatch = self.patch
         context.start()
         tracker = patch.tracker(context)
         timestep = patch.adapter.timestep(args, kwargs)
-        time = None if timestep is None else as_float(timestep)
+        time, shared = read_timestep(timestep)
+        if not shared:
+            patch.warn_once(
+                "mixed",
+                "step caching skips nothing in calls whose images are at different timesteps; "
+                "denoise them in step, or call the network for each of them",
+            )
+            time = None
         remaining, last = None, None
         if time is not None:
             remaining, last = patch.timeline(time, tracker.first_time(time), patch.warn_once)
-        run = tracker.begin(Call(time, latents_of(args, kwargs), remaining, last))
+        run = tracker.begin(
+            Call(time, latents_of(args, kwargs), remaining, last, conditioning_of(args, kwargs))
+        )
         if run.step == 0 and len(run.called) == 1:
             context.run_skips = 0
-        if remaining is None:
+        if remaining is None and shared:
             patch.warn_once(
                 "unknown",
                 "step caching skips nothing, since it is not known how much of the run remains at "
@@ -267,9 +278,11 @@ class NetworkCall(Interceptor):
         region.computed += 1
         return history.record(context.time, output)
 
-    def finish(self, context: CacheContext, run: Run) -> None:
-        """After the last step: warn if nothing was skipped in the run."""
-        if not context.run_skips:
+    @eager_only()
+    def finish(self, context: CacheContext, run: Run, output: Any) -> None:
+        """Note the output; after the last step, warn if nothing was skipped in the run."""
+        context.tracker.end(output)
+        if run.last and not context.run_skips:
             self.patch.warn_once(
                 "nothing",
                 f"step caching skipped nothing in a run of {run.step + 1} step"

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..graphs import eager_only
+from ..latents import conditioning_of, latents_of, read_timestep, tensors_of
 from ..merging.random import step_key
 from ..patch import Hook, Interceptor
-from ..runs import Call, as_float, latents_of, tensors_of
+from ..runs import Call
 from .state import TomeContext, TomePatch
 
 
@@ -71,15 +72,19 @@ class NetworkPreHook(StepHook):
     ) -> None:
         """Find the run that this call is a step of."""
         patch, tracker = self.patch, context.tracker
-        time = None if timestep is None else as_float(timestep)
+        time, shared = read_timestep(timestep)
         if time is not None:
             first = tracker.first_time(time)
             context.remaining, last = patch.timeline(time, first, patch.warn_once)
         else:
             last = None
-        # With gradients, as in training, steps are unrelated.
-        latents = () if torch.is_grad_enabled() else latents_of(args, kwargs)
-        run = tracker.begin(Call(time, latents, context.remaining, last))
+        # With gradients, as in training, steps are unrelated; images at different timesteps are
+        # steps of several runs.
+        related = shared and not torch.is_grad_enabled()
+        latents = latents_of(args, kwargs) if related else ()
+        run = tracker.begin(
+            Call(time, latents, context.remaining, last, conditioning_of(args, kwargs))
+        )
         context.step = run.step
         context.state = run.branch.state
         if context.config.residual:
@@ -93,10 +98,9 @@ class NetworkPostHook(StepHook):
     after = always = True
 
     def run(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        patch = self.patch
-        config = patch.config
-        for context in patch.contexts(shared=config.tracks_steps):
-            if context.config is not None and config.tracks_steps and context.running:
+        for context in self.patch.contexts_of_call():
+            config = context.config
+            if config is not None and config.tracks_steps and context.running:
                 self.end_step(context, output)
             context.stop()
             context.clear()
@@ -109,13 +113,13 @@ class NetworkPostHook(StepHook):
             return
         state = tracker.runs[0].branch.state
         tracker.end(output)
-        if self.patch.config.watches_output:
+        if context.config.watches_output:
             run = tracker.runs[0]
             state.guidance_map = guidance_map(run.copies, tensors_of(output), context.grid)
             if state.guidance_map is None:
                 self.patch.warn_once(
                     "guidance",
-                    f"method={self.patch.config.method!r} looks at how far the text moves the "
+                    f"method={context.config.method!r} looks at how far the text moves the "
                     "prediction, and this model is called without both halves of classifier-free "
                     "guidance in one batch: it merges as method='tome' does",
                 )
@@ -126,7 +130,7 @@ class GridPreHook(StepHook):
 
     def run(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         patch = self.patch
-        contexts = patch.contexts(shared=patch.config.tracks_steps)
+        contexts = patch.contexts_of_call()
         if not contexts[0].running or contexts[0].config is None:
             return
         height, width = patch.adapter.grid(module, args, kwargs)

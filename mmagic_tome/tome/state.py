@@ -234,6 +234,12 @@ class TomePatch(Patch):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_places": None}
 
+    def contexts_of_call(self) -> tuple[TomeContext, ...]:
+        """The contexts of the call under way, by the options that it began with: another thread
+        may have assigned others since."""
+        config = self.context.config or self.config
+        return self.contexts(shared=config.tracks_steps)
+
     def layout(self, context: TomeContext, block: BlockState, device: torch.device) -> Any:
         """(destinations, sources) of a block; all layouts of a grid are drawn together."""
         config, (height, width) = context.config, context.grid

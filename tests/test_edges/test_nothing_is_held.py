@@ -132,7 +132,7 @@ def test_a_model_is_freed_without_the_garbage_collector(apply, options, when, no
     assert reference() is None
     assert not handle.active
     assert handle.network is None
-    assert repr(handle)
+    assert "gone" in repr(handle)
     assert handle.summary()
 
 
@@ -204,3 +204,11 @@ def test_reset_run_frees_and_reset_stats_keeps(setting):
     handle.reset_run()
     assert tensors_kept(handle) == 0
     assert stats != handle.stats()
+
+
+def test_training_keeps_the_plans_of_one_step():
+    network = tiny_unet()
+    handle = apply_tome(network, ratio=0.5, plan_interval=4)
+    for _ in range(5):
+        network(**tiny_inputs()).sample.sum().backward()
+    assert len(handle._parts[0].patch.context.tracker.runs) == 1

@@ -89,3 +89,42 @@ def test_a_scheduler_that_amplifies_oscillation(scheduler):
     pipeline.scheduler = getattr(diffusers, scheduler)()
     with pytest.warns(UserWarning, match="amplifies step-to-step oscillation"):
         apply_cache(pipeline, "balanced")
+
+
+def test_images_at_different_timesteps():
+    """As a server that fills its batch with whatever waits; the first must not speak for all."""
+    network = tiny_unet()
+    handle = apply_cache(network, region="network", timestep_range=(0, 1))
+    inputs = tiny_inputs()
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        for time in range(951, 0, -100):
+            both = torch.tensor([time, max(time - 600, 1)])
+            output = network(**{**inputs, "timestep": both}).sample
+            inputs["sample"] = inputs["sample"] - 0.05 * output
+    assert warned(caught, "different timesteps") == 1
+    assert len(caught) == 1
+    assert skips(handle)["network"] == 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, UserWarning])
+def test_skipping_goes_on_after_an_error_in_front_of_the_network(error):
+    network = tiny_unet()
+    handle = apply_cache(network, "fast")
+    time = torch.tensor(5000.0)  # warns
+
+    class Interrupted(torch.Tensor):
+        def tolist(self):
+            raise KeyboardInterrupt
+
+    if error is KeyboardInterrupt:
+        time = time.as_subclass(Interrupted)
+    with warnings.catch_warnings(), torch.no_grad(), pytest.raises(error):
+        warnings.simplefilter("error")
+        network(**{**tiny_inputs(), "timestep": time})
+    inputs = tiny_inputs()
+    with torch.no_grad():
+        for time in range(951, 0, -50):
+            output = network(**{**inputs, "timestep": torch.tensor(time)}).sample
+            inputs["sample"] = inputs["sample"] - 0.05 * output
+    assert skips(handle) == {"network": 9, "inner": 3}

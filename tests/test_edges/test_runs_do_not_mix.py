@@ -8,7 +8,7 @@ import pytest
 import torch
 from edge_pipelines import SETTINGS, generate, relative, sd15_pipeline, skips
 from tiny import tiny_unet
-from tiny_pipelines import PIPELINES, picture
+from tiny_pipelines import PIPELINES, random_image
 
 from mmagic_tome import apply_cache, apply_tome
 
@@ -180,6 +180,27 @@ def test_the_same_seed_with_another_prompt_after_a_stop(options):
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected.finish()))
 
 
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("options", KEPT, ids=IDS)
+def test_two_prompts_with_one_seed_take_turns(options, guided):
+    """Their inputs begin as the same tensors, and stay near each other for some steps."""
+    network = tiny_unet()
+    handle = apply(network, options)
+    images = [Image(network, seed=1, guided=guided) for _ in range(2)]
+    images[1].text = images[1].text + 0.1
+    for _ in images[0].times:
+        for image in images:
+            image.step()
+    for number, image in enumerate(images):
+        fresh = tiny_unet()
+        apply(fresh, options)
+        expected = Image(fresh, seed=1, guided=guided)
+        expected.text = expected.text + 0.1 * number
+        assert all(torch.equal(a, b) for a, b in zip(image.outputs, expected.finish()))
+    if "cache" in options:
+        assert sum(skips(handle).values()) >= 6
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_skip_layer_guidance(setting):
     """A second call per step with another batch, as Stable Diffusion 3.5 makes it."""
@@ -212,6 +233,57 @@ def test_guidance_in_two_calls():
             )
             latents = scheduler.step(empty + 3 * (full - empty), time, latents).prev_sample
     assert skips(handle) == {"network": 12, "inner": 6}
+
+
+@pytest.mark.parametrize("first", ["empty", "text"])
+def test_guidance_in_two_calls_that_ends_early(first):
+    """From the middle of the run on only the call with the text is made."""
+    network = tiny_unet()
+    handle = apply_cache(network, "fast")
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+    scheduler.set_timesteps(20)
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    texts = torch.randn(2, 1, 7, 16, generator=torch.Generator().manual_seed(1))
+    order = [0, 1] if first == "empty" else [1, 0]
+    baseline, errors = tiny_unet(), []
+    with torch.no_grad():
+        for step, time in enumerate(scheduler.timesteps):
+            outputs = {}
+            for which in order if step < 10 else [1]:
+                skipped = skips(handle)["network"]
+                outputs[which] = network(latents, time, encoder_hidden_states=texts[which]).sample
+                if skips(handle)["network"] > skipped:
+                    exact = [
+                        baseline(latents, time, encoder_hidden_states=text).sample for text in texts
+                    ]
+                    own, other = (relative(outputs[which], exact[i]) for i in (which, 1 - which))
+                    errors.append(own < other)
+            empty, text = outputs.get(0, outputs[1]), outputs[1]
+            latents = scheduler.step(empty + 2 * (text - empty), time, latents).prev_sample
+    assert len(errors) > 10
+    assert all(errors)
+
+
+def test_many_calls_per_step_on_one_latent():
+    """As regional prompting by hand makes them: each has its own state, or none."""
+    network, baseline = tiny_unet(), tiny_unet()
+    apply_cache(network, "fast")
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+    scheduler.set_timesteps(20)
+    texts = torch.randn(6, 1, 7, 16, generator=torch.Generator().manual_seed(1))
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    worst = 0.0
+    with torch.no_grad():
+        for time in scheduler.timesteps:
+            outputs = [network(latents, time, encoder_hidden_states=text).sample for text in texts]
+            exact = [baseline(latents, time, encoder_hidden_states=text).sample for text in texts]
+            worst = max(worst, *map(relative, outputs, exact))
+            latents = scheduler.step(sum(outputs) / 6, time, latents).prev_sample
+    assert worst < 0.1
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -261,7 +333,7 @@ def test_a_stopped_pipeline_then_image_to_image(setting):
             other,
             num_inference_steps=20,
             strength=0.4,
-            image=picture(),
+            image=random_image(),
             generator=torch.Generator().manual_seed(5),
         )
 

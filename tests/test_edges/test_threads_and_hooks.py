@@ -150,3 +150,60 @@ def test_both_at_once_in_either_order():
         with torch.no_grad():
             assert torch.equal(network(**tiny_inputs()).sample, tiny_unet()(**tiny_inputs()).sample)
     assert torch.equal(*images)
+
+
+@pytest.mark.parametrize("first, then", [(0.5, "schedule"), ("schedule", 0.5)])
+def test_a_schedule_that_another_thread_assigns(first, then):
+    """A call ends by the options that it began with."""
+    ratios = {0.5: 0.5, "schedule": dict(base=0.5, timestep=dict(kind="linear"))}
+    network = tiny_unet()
+    handle = apply_tome(network, ratio=ratios[first])
+    with torch.no_grad():
+        expected = network(**tiny_inputs()).sample
+    block = network.mid_block.attentions[0].transformer_blocks[0]
+    with Paused(network, block) as other:
+        handle.ratio = ratios[then]
+        other.go.set()
+        other.thread.join()
+    assert torch.equal(other.result, expected)
+
+
+def test_a_class_that_was_derived_later_stays():
+    """As those of ``fully_shard`` and ``parametrize``."""
+    network = tiny_unet()
+    handle = apply_cache(network, "fast")
+    with torch.no_grad():
+        expected = tiny_unet()(**tiny_inputs()).sample
+    network.__class__ = type("Sharded", (type(network),), {})
+    handle.remove()
+    assert type(network).__name__ == "Sharded"
+    with torch.no_grad():
+        assert torch.equal(network(**tiny_inputs()).sample, expected)
+    handle = apply_cache(network, "fast")
+    with torch.no_grad():
+        network(**tiny_inputs())
+    assert handle.active and handle.stats()[0]["computed"] == 1
+
+
+def test_nothing_that_finds_runs_is_compiled():
+    """It would be compiled again as runs come and go, and break at every number it reads."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    files = set()
+
+    def backend(graph, inputs):
+        files.update(str(node.stack_trace) for node in graph.graph.nodes)
+        return graph.forward
+
+    network = tiny_unet()
+    handle = apply_cache(network, region="network", timestep_range=(0, 1))
+    compiled = torch.compile(network, backend=backend)
+    inputs = tiny_inputs()
+    with torch.no_grad():
+        for time in range(951, 0, -100):
+            output = compiled(**{**inputs, "timestep": torch.tensor(time)}).sample
+            inputs["sample"] = inputs["sample"] - 0.05 * output
+    assert handle.stats()[0]["skipped"] == 4
+    assert any("unet_2d_condition" in one for one in files)
+    assert not any("runs.py" in one for one in files)

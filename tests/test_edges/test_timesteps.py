@@ -216,3 +216,33 @@ def test_an_edm_sampler_around_an_image_unet_warns_once():
             latents = latents - 0.05 * network(**inputs).sample
     assert sum("ln(sigma)" in str(one.message) for one in caught) == 1
     assert skips(handle) == SKIPS["balanced"]
+
+
+def test_the_last_of_two_evaluations_at_a_timestep_is_the_last_step():
+    """Heun's list names every timestep but the first twice."""
+    from diffusers import HeunDiscreteScheduler
+
+    from mmagic_tome.timeline import Timeline
+
+    scheduler = HeunDiscreteScheduler()
+    scheduler.set_timesteps(20)
+    pipeline = SimpleNamespace(scheduler=scheduler)
+    timeline = Timeline(pipeline, 1000.0)
+    first, *_, last = scheduler.timesteps.tolist()
+    assert timeline(last, first, print) == (0.0, True)
+    assert timeline(first, first, print)[1] is False
+
+
+def test_images_of_several_sizes_in_one_call():
+    """Z-Image takes a list."""
+    case = deeper("Z-Image")
+    network = case.build()
+    handle = apply_cache(network, "fast")
+    inputs = case.inputs()
+    inputs["x"] = [inputs["x"][0], inputs["x"][1][..., :4]]
+    with torch.no_grad():
+        for step in range(20):
+            inputs["t"] = torch.full((2,), 0.05 * step)
+            outputs = network(**inputs)[0]
+            inputs["x"] = [x - 0.05 * y for x, y in zip(inputs["x"], outputs)]
+    assert skips(handle)["network"] == 9

@@ -6,7 +6,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from method_requests import request, tokens
-from mmagic_tome.merging.edges import plan_of_edges, strongest
 from tiny import tiny_inputs, tiny_unet
 
 from mmagic_tome import apply_tome

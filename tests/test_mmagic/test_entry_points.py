@@ -11,7 +11,9 @@ pytest.importorskip("mmagic")
 
 import tiny
 
-from mmagic_tome import ToMeConfig, ToMeError, apply_tome, get_handle
+from mmagic_tome import ToMeConfig, ToMeError, apply_cache, apply_tome, get_handle
+from mmagic_tome.cache import PRESETS
+from mmagic_tome.patch import interceptors_of
 
 RATIO = 0.5
 _COUNT = itertools.count()
@@ -93,14 +95,15 @@ def by_runner(file):
 BUILDERS = {"init_model": by_init_model, "inferencer": by_inferencer, "runner": by_runner}
 
 
-def image(model):
+def image(model, **changes):
     model.eval()
-    return np.asarray(model.infer("a cat", seed=3, **tiny.QUICK)["samples"][0], dtype=np.float32)
+    call = {**tiny.QUICK, **changes}
+    return np.asarray(model.infer("a cat", seed=3, **call)["samples"][0], dtype=np.float32)
 
 
 @pytest.fixture(scope="module")
 def expected(sd_folder):
-    """(baseline, merged) picture, merged by a call of ``apply_tome``."""
+    """(baseline, merged) image, merged by a call of ``apply_tome``."""
     model = tiny.tiny_model(folder=sd_folder)
     # tiny_model draws new weights; the configs here take those of the folder.
     model.load_state_dict(_from_folder(sd_folder).state_dict())
@@ -120,8 +123,9 @@ def _from_folder(folder):
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_without_the_key_nothing_happens(builder, write, expected):
     model = BUILDERS[builder](write("baseline"))
-    assert model.tome_handle is None
+    assert model.tome_handle is None and model.cache_handle is None
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any(interceptors_of(m) for m in model.modules())
     np.testing.assert_array_equal(image(model), expected[0])
 
 
@@ -140,6 +144,59 @@ def test_every_spelling_every_way(spelling, builder, write, expected):
     np.testing.assert_array_equal(image(model), expected[0])
 
 
+# The same, with both keys.
+BOTH = "tome_cfg=dict(ratio=0.5), cache_cfg='balanced'"
+BOTH_KEYS = {
+    "wrapper": f"model = dict(type='ToMe', model={{model}}, {BOTH})\n",
+    "key": f"model = {{model}}\nmodel.update({BOTH})\n",
+    "top": "model = {model}\ntome_cfg = dict(ratio=0.5)\ncache_cfg = 'balanced'\n",
+    "one each": "model = {model}\nmodel.update(cache_cfg='balanced')\ntome_cfg = dict(ratio=0.5)\n",
+}
+CACHES = {name: text.replace("tome_cfg=dict(ratio=0.5), ", "") for name, text in BOTH_KEYS.items()}
+CACHES = {name: text.replace("tome_cfg = dict(ratio=0.5)\n", "") for name, text in CACHES.items()}
+
+
+@pytest.fixture(scope="module")
+def with_caching(sd_folder):
+    """Images of six steps: step caching alone, and both techniques."""
+    model = _from_folder(sd_folder)
+    apply_cache(model, "balanced")
+    cached = image(model, num_inference_steps=6)
+    apply_tome(model, ratio=RATIO)
+    both = image(model, num_inference_steps=6)
+    assert np.abs(cached - both).max() > 1
+    return cached, both
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+@pytest.mark.parametrize("merged", [False, True], ids=["caching alone", "both"])
+@pytest.mark.parametrize("spelling", BOTH_KEYS)
+def test_step_caching_in_every_spelling_every_way(spelling, merged, builder, write, with_caching):
+    texts = BOTH_KEYS if merged else CACHES
+    model = BUILDERS[builder](write(HEADER + texts[spelling]))
+    assert type(model).__name__ == "StableDiffusion"
+    assert type(model.unet).__name__ == "UNet2DConditionModel"
+    assert model.cache_handle.config == PRESETS["balanced"]
+    assert (model.tome_handle is not None) == merged
+    found = image(model, num_inference_steps=6)
+    np.testing.assert_allclose(found, with_caching[merged], rtol=0, atol=1)
+    skipped = {row["region"]: row["skipped"] for row in model.cache_handle.stats()}
+    assert skipped["network"] > 0
+    model.cache_handle.remove()
+    assert model.cache_handle is None and (model.tome_handle is not None) == merged
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_step_caching_in_two_places_must_agree(builder, write):
+    both = HEADER + CACHES["key"] + "cache_cfg = {value}\n"
+    same = [config.to_dict() for config in PRESETS["balanced"]]
+    agreeing = write(both.replace("{value}", repr(same).replace("{", "{{").replace("}", "}}")))
+    assert BUILDERS[builder](agreeing).cache_handle.config == PRESETS["balanced"]
+    says = "step caching is configured twice.*cache_cfg of the model.*at the top level.*keep one"
+    with pytest.raises(ToMeError, match=says):
+        BUILDERS[builder](write(both.replace("{value}", "'fast'")))
+
+
 @pytest.mark.parametrize("builder", BUILDERS)
 @pytest.mark.parametrize(
     ("text", "says"),
@@ -149,6 +206,10 @@ def test_every_spelling_every_way(spelling, builder, write, expected):
         (HEADER + "model = {model}\nmodel.update(tomesd_cfg=dict(ration=0.5))\n", "'ratio'"),
         (HEADER + "model = dict(type='ToMe', model={model}, tome_cfg=dict(sx=0))\n", "sx=0"),
         (HEADER + "model = {model}\ntome_cfg = dict(max_downsample=3)\n", "max_downsample=3"),
+        (HEADER + "model = {model}\ntome_cfg = 'balanced'\n", "tome_cfg: .*dict"),
+        (HEADER + "model = {model}\ncache_cfg = 'balancd'\n", "cache_cfg: .*'balanced'"),
+        (HEADER + "model = {model}\nmodel.update(cache_cfg=dict(intervall=2))\n", "'interval'"),
+        (HEADER + "model = dict(type='ToMe', model={model}, cache_cfg=2)\n", "no step cache"),
     ],
 )
 def test_bad_values(text, says, builder, write):
@@ -179,6 +240,8 @@ def test_the_top_level_is_checked_before_anything_is_built(builder, write, monke
         monkeypatch.setattr(module.MODELS, "build", build)
     with pytest.raises(ToMeError, match="ratio=2"):
         BUILDERS[builder](write(HEADER + "model = {model}\ntome_cfg = dict(ratio=2)\n"))
+    with pytest.raises(ToMeError, match="order=3"):
+        BUILDERS[builder](write(HEADER + "model = {model}\ncache_cfg = dict(order=3)\n"))
 
 
 # Classes that know nothing of this package: one of a user's own, and one outside of
@@ -225,8 +288,11 @@ def test_every_kind_of_model(kind, builder, write, monkeypatch):
 
     config = _config_of(KINDS[kind], write)
     config.tome_cfg = dict(ratio=0.25)
+    config.cache_cfg = "fast"
     monkeypatch.setattr(Config, "fromfile", lambda *args, **kwargs: copy.deepcopy(config))
-    assert get_handle(BUILDERS[builder](config.filename)).ratio == 0.25
+    model = BUILDERS[builder](config.filename)
+    assert get_handle(model, "tome").ratio == 0.25
+    assert get_handle(model, "cache").config == PRESETS["fast"]
 
 
 @pytest.mark.parametrize("key", ["tome_cfg", "tomesd_cfg"])
@@ -235,7 +301,10 @@ def test_the_key_of_a_class_of_ones_own(key, write):
 
     config = _config_of(KINDS["subclass"], write)
     config.model[key] = dict(ratio=0.25)
-    assert init_model(config, device="cpu").tome_handle.ratio == 0.25
+    config.model.cache_cfg = "fast"
+    model = init_model(config, device="cpu")
+    assert model.tome_handle.ratio == 0.25
+    assert model.cache_handle.config == PRESETS["fast"]
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
@@ -258,9 +327,10 @@ def _config_of(text, write):
 @pytest.mark.parametrize("builder", ["init_model", "runner"])
 def test_what_cannot_be_merged_says_so(builder, write):
     text = HEADER + "model = dict(type='BaseEditModel', generator=dict(type='SRCNNNet'),\n"
-    text += "    pixel_loss=dict(type='L1Loss'))\ntome_cfg = dict(ratio=0.5)\n"
-    with pytest.raises(ToMeError, match="BaseEditModel"):
-        BUILDERS[builder](write(text))
+    text += "    pixel_loss=dict(type='L1Loss'))\n"
+    for key in ("tome_cfg = dict(ratio=0.5)\n", "cache_cfg = 'balanced'\n"):
+        with pytest.raises(ToMeError, match="BaseEditModel"):
+            BUILDERS[builder](write(text + key))
 
 
 def test_flexible_runner(write, tmp_path):
@@ -276,6 +346,9 @@ def test_flexible_runner(write, tmp_path):
     merged = runner(write("top"))
     merged.strategy.prepare(merged.model)  # as train, val and test do
     assert get_handle(merged.strategy.model).ratio == RATIO
+    cached = runner(write(HEADER + CACHES["top"]))
+    cached.strategy.prepare(cached.model)
+    assert get_handle(cached.strategy.model, "cache").config == PRESETS["balanced"]
     with pytest.raises(ToMeError, match="ratio=2"):
         runner(write(HEADER + "model = {model}\ntome_cfg = dict(ratio=2)\n"))
 
@@ -300,6 +373,7 @@ def test_runner_applies_to_a_model_object(tmp_path):
     assert get_handle(run({})) is None
     assert get_handle(run({"tome_cfg": None})) is None
     assert get_handle(run({"tome_cfg": {"ratio": 0.25}})).ratio == 0.25
+    assert get_handle(run({"cache_cfg": "fast"}), "cache").config == PRESETS["fast"]
 
 
 def test_runner_data_preprocessor_goes_to_the_inner_model(write, tmp_path):

@@ -17,7 +17,15 @@ from mmagic.registry import MODELS
 from mmengine.model import BaseModel
 from PIL import Image
 
-from mmagic_tome import ToMeConfig, ToMeError, apply_tome, remove_tome
+from mmagic_tome import (
+    StepCacheConfig,
+    ToMeConfig,
+    ToMeError,
+    apply_tome,
+    remove_cache,
+    remove_tome,
+)
+from mmagic_tome.cache import PRESETS
 from mmagic_tome.mmagic.family import patch
 
 FAMILY = (
@@ -46,25 +54,25 @@ def clip_folder(tmp_path_factory):
     return tiny.tiny_sd_folder(tmp_path_factory.mktemp("clip_sd"), vocabulary=49408)
 
 
-def infer(kind, model):
-    """One small picture (or clip) as an array; the same at every call."""
+def infer(kind, model, **changes):
+    """One small image (or clip) as an array; the same at every call."""
     noise = np.random.RandomState(0).randint(0, 255, (64, 64, 3), dtype=np.uint8)
-    picture = Image.fromarray(noise)
+    image = Image.fromarray(noise)
     arguments = {
         "StableDiffusionInpaint": dict(
-            image=picture, mask_image=Image.fromarray((np.eye(64) * 255).astype(np.uint8))
+            image=image, mask_image=Image.fromarray((np.eye(64) * 255).astype(np.uint8))
         ),
-        "ControlStableDiffusion": dict(control=picture),
+        "ControlStableDiffusion": dict(control=image),
         "TextualInversion": dict(prompt="a <x>"),
-        "ViCo": dict(prompt="a S*", image_reference=picture),
-        "FastComposer": dict(prompt="a cat img", reference_subject_images=[picture]),
+        "ViCo": dict(prompt="a S*", image_reference=image),
+        "FastComposer": dict(prompt="a cat img", reference_subject_images=[image]),
         "AnimateDiff": dict(video_length=2),
     }.get(kind, {})
     quick = dict(tiny.QUICK)
     if kind in ("FastComposer", "AnimateDiff"):
         del quick["show_progress"]
     torch.manual_seed(0)  # some of them have no seed argument
-    result = model.infer(**{"prompt": "a cat", **quick, **arguments})
+    result = model.infer(**{"prompt": "a cat", **quick, **arguments, **changes})
     if isinstance(result, dict):
         result = result["samples"]
     return np.asarray(result[0] if isinstance(result, (list, tuple)) else result, dtype=np.float32)
@@ -102,6 +110,56 @@ def test_infer(kind, clip_folder):
     model.tome_handle.ratio = 0.5
     assert remove_tome(model)
     np.testing.assert_array_equal(infer(kind, model), before)
+
+
+@pytest.mark.parametrize("region", ["network", "inner"])
+@pytest.mark.parametrize("kind", [*FAMILY, "native"])
+def test_step_caching(kind, region, clip_folder):
+    """Alone, and with token merging; of five steps the second and the fourth are skipped."""
+    options = dict(region=region, timestep_range=(0, 1), order=0)
+    model = tiny.tiny_model(kind, clip_folder, cache_cfg=options)
+    handle = model.cache_handle
+    assert model.tome_handle is None and handle.active
+    assert handle.config == (StepCacheConfig(**options),)
+
+    def image():
+        return infer(kind, model, num_inference_steps=5)
+
+    cached = image()
+    rows = {row["region"]: (row["computed"], row["skipped"]) for row in handle.stats()}
+    calls = sum(rows[region])
+    assert calls in (5, 10)  # with or without guidance in one batch
+    assert rows[region] == (calls * 3 // 5, calls * 2 // 5)
+    assert ("controlnet.network" in rows) == (kind == "ControlStableDiffusion" and len(rows) == 2)
+    assert np.isfinite(cached).all()
+    np.testing.assert_array_equal(image(), cached)  # however often
+    with handle.disabled():
+        baseline = image()
+    assert np.abs(cached - baseline).max() > 1e-3
+    apply_tome(model, ratio=0.5)
+    both = image()
+    assert np.abs(both - cached).max() > 1e-3
+    assert all(row["kept"] == row["tokens"] / 2 for row in model.tome_handle.stats())
+    assert remove_tome(model)
+    np.testing.assert_array_equal(image(), cached)
+    assert remove_cache(model) and model.cache_handle is None
+    np.testing.assert_array_equal(image(), baseline)
+
+
+@pytest.mark.parametrize("kind", [*FAMILY, "native"])
+def test_both_keys_of_one_model(kind, clip_folder):
+    keys = dict(tome_cfg=dict(ratio=0.25), cache_cfg="balanced")
+    model = tiny.tiny_model(kind, clip_folder, **keys)
+    assert model.tome_handle.config == ToMeConfig(ratio=0.25)
+    assert model.cache_handle.config == PRESETS["balanced"]
+    assert type(model) is MODELS.get("StableDiffusion" if kind == "native" else kind)
+    assert np.isfinite(infer(kind, model, num_inference_steps=6)).all()
+    skipped = {row["region"]: row["skipped"] for row in model.cache_handle.stats()}
+    assert skipped["network"] > 0
+    model.tome_handle.remove()
+    assert model.tome_handle is None and model.cache_handle.active
+    with pytest.raises(ToMeError, match=r"step caching is configured twice.*keep one"):
+        model.cfg = dict(cache_cfg="fast")
 
 
 @pytest.mark.parametrize("target", ["attn_kv", "block"])
@@ -167,6 +225,8 @@ def test_bad_values_show_before_the_model_is_built(kind, key, monkeypatch):
     monkeypatch.setattr(BaseModel, "__init__", init)
     with pytest.raises(ToMeError, match=f"{key}: ratio=0.9 is above"):
         MODELS.get(kind)(**{key: dict(ratio=0.9)})
+    with pytest.raises(ToMeError, match=r"cache_cfg: .*write cache_cfg='fast'"):
+        MODELS.get(kind)(cache_cfg="fst")
 
 
 def _deepcopy(model):
@@ -190,7 +250,8 @@ def _through_pickle(model):
     ],
 )
 def test_duplicates_are_independent(kind, duplicate, clip_folder):
-    model = tiny.tiny_model(kind, clip_folder, tome_cfg=dict(ratio=0.5))
+    keys = dict(tome_cfg=dict(ratio=0.5), cache_cfg=dict(order=0))
+    model = tiny.tiny_model(kind, clip_folder, **keys)
     expected = infer(kind, model)
     other = duplicate(model)
     # Its weights lie elsewhere in memory: rounding may differ, by one of 256 levels.
@@ -199,6 +260,8 @@ def test_duplicates_are_independent(kind, duplicate, clip_folder):
     other.tome_handle.remove()
     assert other.tome_handle is None
     assert model.tome_handle is not None
+    other.cache_handle.remove()
+    assert other.cache_handle is None and model.cache_handle is not None
     np.testing.assert_array_equal(infer(kind, model), expected)
     assert np.abs(infer(kind, other) - expected).max() > 1e-3
 
@@ -206,10 +269,10 @@ def test_duplicates_are_independent(kind, duplicate, clip_folder):
 def test_assigning_cfg(sd_folder):
     model = tiny.tiny_model("StableDiffusion", sd_folder)
     assert not hasattr(model, "cfg")
-    for without in (None, {}, dict(tome_cfg=None)):
+    for without in (None, {}, dict(tome_cfg=None), dict(cache_cfg=None)):
         model.cfg = without
         assert model.cfg is without
-        assert model.tome_handle is None
+        assert model.tome_handle is None and model.cache_handle is None
     model.cfg = dict(tome_cfg=dict(ratio=0.25))
     assert model.tome_handle.ratio == 0.25
     model.cfg = dict(tome_cfg=dict(ratio=0.5))  # a later config replaces an earlier one
@@ -218,6 +281,9 @@ def test_assigning_cfg(sd_folder):
     assert model.tome_handle.ratio == 0.5
     apply_tome(model, ratio=0.25)
     assert model.tome_handle.ratio == 0.25
+    assert model.cache_handle is None
+    model.cfg = dict(cache_cfg="quality")
+    assert model.cache_handle.config == PRESETS["quality"] and model.tome_handle.ratio == 0.25
 
 
 class Plain(mmagic.models.StableDiffusion):
@@ -282,6 +348,9 @@ def test_a_class_of_ones_own(own, sd_folder):
     assert {name for name in vars(model) if "tome" in name} == {"_mmagic_tome_cfg", "tomesd_cfg"}
     with pytest.raises(ToMeError, match="keep one"):
         model.cfg = dict(tome_cfg=dict(ratio=0.5))
+    model = build(cache_cfg="quality")
+    assert type(model) is own and model.cache_handle.config == PRESETS["quality"]
+    assert (model.tome_handle and model.tome_handle.ratio) == default
 
 
 @pytest.mark.parametrize("own", [Plain, PassesOn])

@@ -17,7 +17,16 @@ from mmagic.registry import MODELS
 from mmagic_hub import INFERENCER
 from mmengine import Config
 
-from mmagic_tome import ToMeConfig, ToMeError, apply_tome, get_handle, remove_tome
+from mmagic_tome import (
+    ToMeConfig,
+    ToMeError,
+    apply_cache,
+    apply_tome,
+    get_handle,
+    remove_cache,
+    remove_tome,
+)
+from mmagic_tome.patch import interceptors_of
 
 OURS = Path(__file__).resolve().parents[2] / "configs"
 CONFIGS = sorted(
@@ -66,25 +75,27 @@ def ours(name, hub):
     return mmagic_hub.shrink(config, hub)
 
 
-# Kind of site -> a layer there that is given the tokens.
+# Kind of target -> a layer there that is given the tokens.
 LAYERS = {"attn": "attn1.to_q", "crossattn": "attn2.to_q", "mlp": "ff", "block": "attn1.to_q"}
 
 
 class Given:
-    """How many tokens the layers at all targets of a model are really given: site -> numbers."""
+    """How many tokens the layers at all targets of a model really receive: target -> numbers."""
 
     def __init__(self, model):
         self.found, self.hooks = {}, []
         for row in model.tome_handle.stats():
             network, block = model.tome_handle.network, row["block"]
             if block.startswith("controlnet."):
-                network, block = get_handle(model.controlnet).network, block[len("controlnet.") :]
+                network = model.tome_handle.networks["controlnet"]
+                block = block[len("controlnet.") :]
             layer = network.get_submodule(block).get_submodule(LAYERS[row["kind"]])
-            self.hooks.append(layer.register_forward_pre_hook(self._note(row["target"])))
+            # Behind the layer: in front of it other hooks see the unmerged tokens.
+            self.hooks.append(layer.register_forward_hook(self._note(row["target"])))
 
-    def _note(self, site):
-        def hook(module, args):
-            self.found.setdefault(site, set()).add(args[0].shape[1])
+    def _note(self, target):
+        def hook(module, args, output):
+            self.found.setdefault(target, set()).add(args[0].shape[1])
 
         return hook
 
@@ -114,6 +125,7 @@ def check(config, build):
     networks = [model.unet, getattr(model, "controlnet", model.unet)]
     for module in (module for network in networks for module in network.modules()):
         assert not module._forward_hooks and not module._forward_pre_hooks
+        assert not interceptors_of(module)
     np.testing.assert_array_equal(mmagic_hub.infer(model, **given), baseline)
     return share
 
@@ -127,6 +139,27 @@ def test_our_configs(name, hub, build):
         assert set(share) == {expected.ratio, expected.controlnet_config.ratio}
     else:
         assert set(share) == {expected.ratio}
+
+
+@pytest.mark.parametrize("name", slow_unless(QUICK, CONFIGS))
+def test_our_configs_with_step_caching(name, hub, build):
+    config = ours(name, hub)
+    config.cache_cfg = [dict(timestep_range=(0, 0.5)), dict(region="inner")]
+    model = build(config)
+    given = dict(mmagic_hub.arguments(config), num_inference_steps=6)
+    both = mmagic_hub.infer(model, **given)
+    skipped = {row["region"]: row["skipped"] for row in model.cache_handle.stats()}
+    assert skipped["network"] > 0 and skipped["inner"] > 0
+    assert skipped.get("controlnet.network", skipped["network"]) == skipped["network"]
+    assert all(row["kept"] < row["tokens"] for row in model.tome_handle.stats())
+    np.testing.assert_array_equal(mmagic_hub.infer(model, **given), both)  # however often
+    assert remove_cache(model) and model.cache_handle is None
+    merged = mmagic_hub.infer(model, **given)
+    assert np.isfinite(both).all() and np.abs(merged - both).max() > 1e-3
+    assert remove_tome(model)
+    networks = [model.unet, getattr(model, "controlnet", model.unet)]
+    for module in (module for network in networks for module in network.modules()):
+        assert not interceptors_of(module)
 
 
 @pytest.mark.slow
@@ -145,14 +178,14 @@ def test_mmagics_own_configs(name, spelling, hub, build):
 
 
 @pytest.mark.slow
-def test_sites_under_attention_injection(hub, build):
-    """Keys and values are the picture's and a reference's; around a block both are merged."""
+def test_targets_under_attention_injection(hub, build):
+    """Keys and values are the image's and a reference's; around a block both are merged."""
     config = ours("controlnet/controlnet-animation_tome-5e-1.py", hub)
     model, given = build(config), mmagic_hub.arguments(config)
     queries = mmagic_hub.infer(model, **given)
     with apply_tome(model, ratio=0.5, targets=["block"]) as handle:
         blocks = mmagic_hub.infer(model, **given)
-        # Two steps, the reference and the picture in each.
+        # Two steps, the reference and the image in each.
         assert {(row["kept"], row["calls"]) for row in handle.stats()} == {(32, 4)}
     assert np.isfinite(blocks).all() and np.abs(blocks - queries).max() >= 1
     np.testing.assert_array_equal(mmagic_hub.infer(model, **given), queries)
@@ -163,7 +196,7 @@ def test_sites_under_attention_injection(hub, build):
 
 @pytest.mark.slow
 def test_attention_injection_after_a_failed_call(hub, build):
-    """What the reference has left in the blocks is not read by the next picture."""
+    """What the reference has left in the blocks is not read by the next image."""
     model = build(ours("controlnet/controlnet-animation_tome-5e-1.py", hub))
     given = mmagic_hub.arguments(Config(dict(model=dict(type="ControlStableDiffusionImg2Img"))))
     expected = mmagic_hub.infer(model, **given)
@@ -244,9 +277,9 @@ def test_mmagic_inferencer(name, hub, monkeypatch, tmp_path):
     call = dict(text="a cat")
     if INFERENCER[name] == "controlnet":
         call["control"] = str(tmp_path / "control.png")
-        mmagic_hub.a_picture().save(call["control"])
+        mmagic_hub.an_image().save(call["control"])
 
-    def picture():
+    def image():
         import torch
 
         torch.manual_seed(0)
@@ -254,18 +287,18 @@ def test_mmagic_inferencer(name, hub, monkeypatch, tmp_path):
 
     handle = model.tome_handle
     seen = Given(model)
-    merged = picture()
+    merged = image()
     seen.remove()
     assert seen.found == {row["target"]: {row["kept"]} for row in handle.stats()}
     assert all(row["kept"] < row["tokens"] for row in handle.stats())
     assert bool(get_handle(getattr(model, "controlnet", None))) == bool(
         config.tome_cfg.get("controlnet")
     )
-    np.testing.assert_array_equal(picture(), merged)
+    np.testing.assert_array_equal(image(), merged)
     handle.ratio = 0
-    zero = picture()
+    zero = image()
     handle.remove()
-    baseline = picture()
+    baseline = image()
     np.testing.assert_array_equal(zero, baseline)
     assert np.abs(merged - baseline).max() > 1e-3
     assert model.tome_handle is None
@@ -289,29 +322,32 @@ def test_diffusers_pipeline_inferencer(hub, tmp_path):
         editor = MMagicInferencer("diffusers_pipeline", model_config=config, device="cpu")
     handle = get_handle(editor.inferencer.inferencer.model)
 
-    def picture():
+    def image():
         torch.manual_seed(0)
         call = dict(text="a cat", num_inference_steps=2, height=64, width=64)
         return np.asarray(editor.infer(**call)[1][0], dtype=np.float32)
 
-    merged = picture()
+    merged = image()
     assert {(row["kept"], row["tokens"]) for row in handle.stats()} == {(8, 16)}
     handle.ratio = 0
-    baseline = picture()
+    baseline = image()
     handle.remove()
-    np.testing.assert_array_equal(picture(), baseline)
+    np.testing.assert_array_equal(image(), baseline)
     assert np.abs(merged - baseline).max() >= 1
 
 
 @pytest.mark.parametrize("folder", ["guided_diffusion", "disco_diffusion"])
 def test_mmagics_other_diffusion_models_say_that_they_cannot_be_merged(folder):
-    """Their ``DenoisingUnet`` has attention of its own kind on the picture itself."""
+    """Their ``DenoisingUnet`` has attention of its own kind on the image itself."""
     file = sorted((mmagic_hub.mmagic_folder() / folder).glob("*.py"))[0]
     unet = Config.fromfile(str(file)).model.unet
     unet.update(base_channels=32, use_fp16=False)
     unet.attention_cfg.update(num_head_channels=8)
+    network = MODELS.build(unet)
     with pytest.raises(ToMeError, match=r"DenoisingUnet has no transformer block.*'stable'"):
-        apply_tome(MODELS.build(unet))
+        apply_tome(network)
+    apply_cache(network, region="network")  # which needs no transformer block
+    assert remove_cache(network)
 
 
 @pytest.mark.slow
@@ -344,7 +380,7 @@ def test_animation_inferencer(method, hub, monkeypatch, tmp_path):
     model = tiny.randomise(inferencer.pipe)
     video = tmp_path / "video"
     video.mkdir()
-    mmagic_hub.a_picture().save(video / "0.png")
+    mmagic_hub.an_image().save(video / "0.png")
 
     def frame(name):
         out = tmp_path / name

@@ -30,10 +30,10 @@ class Both(torch.nn.Module):
     @torch.no_grad()
     def forward(self):
         given = tiny.tiny_inputs(size=8)
-        picture = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        image = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
         nets = getattr(self.controlnet, "nets", [self.controlnet])
         for net in nets:
-            down, mid = net(**given, controlnet_cond=picture, return_dict=False)
+            down, mid = net(**given, controlnet_cond=image, return_dict=False)
         given.update(down_block_additional_residuals=down, mid_block_additional_residual=mid)
         return self.unet(**given).sample
 

@@ -28,14 +28,14 @@ def shrunk(name, hub):
 
 
 def some_data():
-    """A batch of one picture, as MMagic's data loaders give it."""
+    """A batch of one image, as MMagic's data loaders give it."""
     generator = torch.Generator().manual_seed(0)
-    picture = torch.randint(0, 256, (3, 64, 64), generator=generator, dtype=torch.uint8)
-    return dict(inputs=[picture], data_samples=[DataSample(prompt="a cat")])
+    image = torch.randint(0, 256, (3, 64, 64), generator=generator, dtype=torch.uint8)
+    return dict(inputs=[image], data_samples=[DataSample(prompt="a cat")])
 
 
 def losses(model, wrapper, data, steps):
-    """Of this many steps on the same picture with the same noise."""
+    """Of this many steps on the same image with the same noise."""
     found = []
     for _ in range(steps):
         torch.manual_seed(0)
@@ -70,13 +70,13 @@ def test_controlnet_learns_through_a_merged_unet(hub, build):
     model = build(shrunk(CONTROL, hub)).train()
     optimizer = torch.optim.AdamW(model.controlnet.parameters(), lr=1e-3)
     wrapper = OptimWrapperDict(controlnet=OptimWrapper(optimizer))
-    picture = some_data()["inputs"][0]
+    image = some_data()["inputs"][0]
     data = dict(
-        inputs=[dict(source=picture, target=picture)], data_samples=[DataSample(prompt="a cat")]
+        inputs=[dict(source=image, target=image)], data_samples=[DataSample(prompt="a cat")]
     )
     model.data_preprocessor.data_keys = None
     collated = dict(
-        inputs=dict(source=picture[None], target=picture[None]), data_samples=data["data_samples"]
+        inputs=dict(source=image[None], target=image[None]), data_samples=data["data_samples"]
     )
     found = losses(model, wrapper, collated, steps=4)
     assert found[-1] < found[0]
@@ -85,14 +85,14 @@ def test_controlnet_learns_through_a_merged_unet(hub, build):
     assert any(name.startswith("up_blocks.") for name in names)
 
 
-def close_to(picture):
+def close_to(image):
     """How far two objects with the same weights may be apart: their weights lie elsewhere in
     memory, and a sum in another order may tip a value over to the next of 256 levels."""
-    return 1 if picture.max() > 2 else 1e-4
+    return 1 if image.max() > 2 else 1e-4
 
 
-def assert_the_same(picture, expected):
-    np.testing.assert_allclose(picture, expected, rtol=0, atol=close_to(expected))
+def assert_the_same(image, expected):
+    np.testing.assert_allclose(image, expected, rtol=0, atol=close_to(expected))
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_a_runner_trains_averages_and_resumes(hub, tmp_path):
     from mmengine.runner import Runner
 
     (tmp_path / "imgs").mkdir()
-    mmagic_hub.a_picture().save(tmp_path / "imgs" / "0.png")
+    mmagic_hub.an_image().save(tmp_path / "imgs" / "0.png")
 
     def runner(iterations, **others):
         config = shrunk(LORA, hub)

@@ -19,7 +19,7 @@ from tiny_pipelines import (
     video_unet,
 )
 
-from mmagic_tome import ToMeError, apply_tome, get_handle
+from mmagic_tome import ToMeError, apply_cache, apply_tome, get_handle
 
 SD = PIPELINES["Stable Diffusion 1.x"]
 
@@ -53,6 +53,38 @@ def test_every_pipeline(case):
         handle.ratio = 0
         assert torch.equal(case.run(pipeline), baseline)
     assert torch.equal(case.run(pipeline), baseline)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in PIPELINES.values() if case.calls > 1], ids=lambda case: case.title
+)
+def test_step_caching_in_every_pipeline(case):
+    """Both techniques, each alone and together, put on and taken off in either order."""
+    pipeline, networks = case.pipeline(), 1
+    steps = 12 if case.title == "SDXL refiner" else 5  # which runs the last 40 per cent of them
+    baseline = case.run(pipeline, num_inference_steps=steps)
+    branch = getattr(pipeline, "controlnet", None)
+    networks += 0 if branch is None else len(getattr(branch, "nets", [branch]))
+    with apply_cache(pipeline, order=0, timestep_range=(0, 1)) as handle:
+        assert handle.network is pipeline.unet and len(handle.stats()) == networks
+        cached = case.run(pipeline, num_inference_steps=steps)
+        # Every second step, but never the last.
+        assert {(row["computed"], row["skipped"]) for row in handle.stats()} == {(3, 2)}
+        assert 1e-3 < difference(cached, baseline) < 1.5
+        assert torch.equal(case.run(pipeline, num_inference_steps=steps), cached)
+        with apply_tome(pipeline, ratio=0.5, **case.options) as merging:
+            both = case.run(pipeline, num_inference_steps=steps)
+            assert {row["calls"] for row in merging.stats()} == {3}
+        assert torch.equal(case.run(pipeline, num_inference_steps=steps), cached)
+        assert not torch.equal(both, cached)
+        with handle.disabled():
+            assert torch.equal(case.run(pipeline, num_inference_steps=steps), baseline)
+    assert torch.equal(case.run(pipeline, num_inference_steps=steps), baseline)
+    with (
+        apply_tome(pipeline, ratio=0.5, **case.options),
+        apply_cache(pipeline, order=0, timestep_range=(0, 1)),
+    ):
+        assert torch.equal(case.run(pipeline, num_inference_steps=steps), both)
 
 
 @pytest.mark.parametrize("kind", NETWORKS.values(), ids=NETWORKS)
@@ -198,7 +230,7 @@ def test_lora_may_come_go_and_be_fused_while_merging_is_on():
     assert handle.active and {row["kept"] for row in handle.stats()} == {32}
 
 
-# --- attention on the picture itself --------------------------------------------------------------
+# --- attention on the image itself --------------------------------------------------------------
 
 
 @pytest.fixture
@@ -220,11 +252,11 @@ def test_added_keys_are_not_merged_and_their_neighbours_are(kandinsky):
         assert [x.shape[1] for x in seen[name]] == [48] * 4, name
     for q, k, v in zip(seen["to_q"], seen["to_k"], seen["to_v"]):
         assert torch.equal(q, k) and torch.equal(q, v)
-    assert {x.shape[1] for x in seen["add_k_proj"]} == {32}  # of the prompt's picture
+    assert {x.shape[1] for x in seen["add_k_proj"]} == {32}  # of the prompt's image
     assert [row["calls"] for row in handle.stats()] == [1] * 4
 
 
-def test_merging_copies_on_the_picture_itself_changes_nothing(kandinsky):
+def test_merging_copies_on_the_image_itself_changes_nothing(kandinsky):
     """Four equal places for one, without added keys, weigh the same in attention."""
     from mmagic_tome.models import find_adapter
 
@@ -233,22 +265,22 @@ def test_merging_copies_on_the_picture_itself_changes_nothing(kandinsky):
     handle = apply_tome(kandinsky, ratio=0.75, exact_matching=True)
     cells = torch.randn(2, 32, 4, 1, 4, 1).expand(-1, -1, -1, 2, -1, 2).reshape(2, 32, 8, 8)
     text = torch.zeros(2, 0, 16)
-    pictures = []
+    images = []
     kandinsky.down_blocks[1].register_forward_pre_hook(
-        lambda *_: pictures.append(attention(cells, encoder_hidden_states=text))
+        lambda *_: images.append(attention(cells, encoder_hidden_states=text))
     )
     with torch.no_grad():
         kandinsky(**kandinsky_inputs())
         handle.remove()
         baseline = attention(cells, encoder_hidden_states=text)
-    torch.testing.assert_close(pictures[0], baseline, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(images[0], baseline, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_attention_on_the_picture_itself_on_odd_grids(kandinsky, batch):
+def test_attention_on_the_image_itself_on_odd_grids(kandinsky, batch):
     handle = apply_tome(kandinsky, ratio=0.6)
     with torch.no_grad():
-        for height, width in NETWORKS["Kandinsky 2.2: attention on the picture itself"].grids:
+        for height, width in NETWORKS["Kandinsky 2.2: attention on the image itself"].grids:
             inputs = kandinsky_inputs(batch, (2 * height, 2 * width))
             assert kandinsky(**inputs).sample.isfinite().all()
             tokens = height * width
@@ -258,7 +290,7 @@ def test_attention_on_the_picture_itself_on_odd_grids(kandinsky, batch):
     assert all(p.grad.isfinite().all() for p in kandinsky.parameters() if p.grad is not None)
 
 
-def test_what_attention_on_the_picture_itself_does_not_allow(kandinsky):
+def test_what_attention_on_the_image_itself_does_not_allow(kandinsky):
     for targets in ("block", "stack", ["attn_kv"]):
         with pytest.raises(ToMeError, match=r"cannot be merged at .*targets=\['attn'\]"):
             apply_tome(kandinsky, ratio=0.5, targets=targets)
@@ -430,6 +462,6 @@ def test_vae_tiling_and_slicing_see_nothing_of_it(monkeypatch):
     latents = SD.run(pipeline)
     with torch.no_grad():
         decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
-    pictures = SD.run(pipeline, output_type="pt")
-    torch.testing.assert_close(pictures, (decoded / 2 + 0.5).clamp(0, 1))
+    images = SD.run(pipeline, output_type="pt")
+    torch.testing.assert_close(images, (decoded / 2 + 0.5).clamp(0, 1))
     assert len(tiled) == 2

@@ -45,7 +45,7 @@ every_target_of_every_family = pytest.mark.parametrize(
 
 
 def output(network, inputs):
-    """The picture of a call; some networks give a list of them."""
+    """The image of a call; some networks give a list of them."""
     return stacked(network(**inputs, return_dict=False)[0])
 
 
@@ -367,7 +367,7 @@ ROTARY = {name for name, family in TRANSFORMERS.items() if family.rotary}
 
 @every_target_of_every_family
 def test_another_order_of_the_tokens_changes_nothing(family, targets, monkeypatch):
-    """Of the picture's, in every entry of the batch another: positions and masks go with them."""
+    """Of the image's, in every entry of the batch another: positions and masks go with them."""
     grid = family.grids[-1] if family.square else (5, 6)
     network, inputs = family.build(), family.inputs(grid, batch=3)
     baseline = run(network, inputs)
@@ -579,7 +579,7 @@ def test_arguments_that_do_not_fit_merged_tokens():
 
 
 def test_a_timestep_per_token():
-    """Wan 2.2 from a picture: its first frame has timestep 0 at every step."""
+    """Wan 2.2 from a image: its first frame has timestep 0 at every step."""
     network = WAN.build()
 
     def inputs(time):
@@ -598,7 +598,7 @@ def test_a_timestep_per_token():
     assert run(network, WAN.inputs()).isfinite().all()
 
 
-def several_pictures(inputs):
+def several_images(inputs):
     return dict(img_shapes=[[(1, 8, 4), (1, 8, 4)]] * 2)
 
 
@@ -608,7 +608,7 @@ def a_timestep_per_token(inputs):
 
 # Family -> (more options, targets, other arguments, what the error says to write).
 REFUSED_CALLS = {
-    "Qwen-Image": ({}, ["attn"], several_pictures, "2 images in one sequence.*without token"),
+    "Qwen-Image": ({}, ["attn"], several_images, "2 images in one sequence.*without token"),
     "Z-Image": (
         {},
         ["attn"],
@@ -764,4 +764,26 @@ def test_compiled(family):
         for block in find_adapter(network)[0].blocks(network):
             block.module.compile(fullgraph=True, backend="eager")
     torch.testing.assert_close(run(compiled, inputs), expected)
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("region", ["network", "inner"])
+@pytest.mark.parametrize("family", [FLUX, SD3, WAN], ids=["Flux", "SD 3", "Wan"])
+def test_compiled_blocks_with_step_caching(family, region):
+    """What compile_repeated_blocks does, with both techniques on."""
+    network = family.deeper(4).build()
+    apply_tome(network, ratio=0.5, targets=family.inner)
+    apply_cache(network, region=region, timestep_range=(0, 1), order=0)
+    steps = (900, 800, 700, 600)
+    expected = [stacked(step.output) for step in denoising(network, calls_of(family), steps)]
+    torch._dynamo.reset()
+    for block in find_adapter(network)[0].blocks(network):
+        block.module.compile(fullgraph=True, backend="eager")
+    handle = get_handle(network, "cache")
+    handle.reset_stats()
+    found = [stacked(step.output) for step in denoising(network, calls_of(family), steps)]
+    assert [(row["computed"], row["skipped"]) for row in handle.stats()] == [(2, 2)]
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
     torch._dynamo.reset()

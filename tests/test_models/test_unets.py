@@ -239,17 +239,17 @@ def test_a_diffusers_pipeline(sd_folder):
 
     pipeline = tiny_pipeline(sd_folder)
 
-    def picture():
+    def image():
         generator = torch.Generator().manual_seed(0)
         options = dict(num_inference_steps=2, height=64, width=64, output_type="np")
         return torch.from_numpy(pipeline("a cat", generator=generator, **options).images)
 
-    baseline = picture()
+    baseline = image()
     with apply_tome(pipeline, ratio=0.5) as handle:
-        merged = picture()
-        assert torch.equal(picture(), merged)
+        merged = image()
+        assert torch.equal(image(), merged)
         # Two runs of two steps; classifier-free guidance is a batch, not a second call.
         assert {row["calls"] for row in handle.stats()} == {4}
         assert {(row["tokens"], row["kept"]) for row in handle.stats()} == {(64, 32)}
     assert not torch.equal(merged, baseline)
-    assert torch.equal(picture(), baseline)
+    assert torch.equal(image(), baseline)

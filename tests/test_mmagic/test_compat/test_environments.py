@@ -69,11 +69,13 @@ def test_only_torch_and_diffusers():
     result = run(
         """
         import mmagic_tome
-        from mmagic_tome.mmagic import build_tome
+        from mmagic_tome import build_tome
         sys.path.insert(0, 'tests')
         import tiny
-        with mmagic_tome.apply_tome(tiny.tiny_unet(), ratio=0.5) as handle:
-            handle.network(**tiny.tiny_inputs())
+        unet = tiny.tiny_unet()
+        mmagic_tome.apply_cache(unet, 'balanced')
+        with mmagic_tome.apply_tome(unet, ratio=0.5) as handle:
+            unet(**tiny.tiny_inputs())
             calls = handle.stats()[0]['calls']
         try:
             build_tome(dict(type='StableDiffusion'), tome_cfg=dict(ratio=0.5))
@@ -127,7 +129,8 @@ def test_full_mmcv_matching_torchvision_old_numpy(tmp_path):
         changed = [f'{module}.{key}' for module, attributes in before.items()
                    for key, value in attributes.items()
                    if vars(sys.modules[module]).get(key) is not value]
-        status = {entry.name: entry.status for entry in mmagic_tome.mmagic.compat.report(probe=False)}
+        report = mmagic_tome.mmagic.compat.report(probe=False)
+        status = {entry.name: entry.status for entry in report}
         answer([changed, status['torchvision_operators'], status['mmcv_compiled_operators']])
         """,
         path=[tmp_path],

@@ -1,6 +1,6 @@
 # Which region of the demo model to skip at which steps, and how to extrapolate its output: one
-# change at a time (docs/research/foretold_steps.md).
-#   python tools/evaluate.py configs/benchmarks/foretold_demo.py --cost-rounds 0
+# change at a time (docs/research/step_caching.md).
+#   python tools/evaluate.py configs/benchmarks/step_caching_demo.py --cost-rounds 0
 _base_ = "../demo/sd-emoji.py"
 
 _all = (0.0, 1.0)
