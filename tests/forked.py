@@ -6,6 +6,8 @@ A new Python takes up to ten seconds to import MMagic. A forked one has it alrea
 
 import os
 import signal
+import socket
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -21,7 +23,8 @@ def start(work, output):
         output (Path): A file for what the process prints, and the traceback if it fails.
 
     Returns:
-        int: The id of the process, for :func:`status`.
+        int: The id of the process, for :func:`status`. Its exit code is what ``work()`` returned
+        if that is a whole number, else 0, or 1 after an exception.
     """
     if not hasattr(os, "fork"):
         pytest.skip("no fork on this system")
@@ -33,9 +36,11 @@ def start(work, output):
         with open(output, "w") as file:
             for stream in (1, 2):
                 os.dup2(file.fileno(), stream)
+            # Pytest's own lead elsewhere.
+            sys.stdout = sys.stderr = file
             try:
-                work()
-                code = 0
+                returned = work()
+                code = returned if isinstance(returned, int) else 0
             except BaseException:
                 traceback.print_exc(file=file)
     finally:
@@ -54,6 +59,13 @@ def status(child, output, seconds=300):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     pytest.fail(f"not done after {seconds} s: {Path(output).read_text()[-3000:]}")
+
+
+def free_port():
+    """Return a port of this machine that nobody listens at, as a string."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def kill_at(name, monkeypatch, count=1):

@@ -2,10 +2,13 @@
 """Memory to the byte, clocks that wait for the device, energy as NVML counts it."""
 
 import sys
+import time
 from types import SimpleNamespace
 
+import pytest
 import torch
 
+from mmagic_tome import meters
 from mmagic_tome.meters import Clock, energy_reader, peak_memory
 
 MIB = 2**18  # float32 values
@@ -28,9 +31,23 @@ def test_what_was_there_before_does_not_count():
     assert peak_memory(lambda: held[:MIB].clone(), "cpu")[0] == 2**20
 
 
-def test_clock():
-    seconds, out = Clock("cpu")(lambda: 7)
-    assert out == 7 and 0 <= seconds < 1
+def test_clock_of_the_wall_and_of_the_processor():
+    def sleep():
+        time.sleep(0.1)
+        return 7
+
+    seconds, out = Clock("cpu")(sleep)
+    assert out == 7 and seconds >= 0.1
+    assert Clock("cpu", "cpu")(sleep)[0] < 0.1
+
+
+def test_clock_waits_for_the_device_at_both_ends(monkeypatch):
+    done = []
+    monkeypatch.setattr(meters, "finish", lambda device: done.append("finish"))
+    clock = Clock("cpu")
+    clock.now = lambda: done.append("now") or float(len(done))
+    assert clock(lambda: done.append("work")) == (3.0, None)
+    assert done == ["finish", "now", "work", "finish", "now"]
 
 
 def test_energy_is_that_of_the_device_by_its_uuid_in_joules(monkeypatch):
@@ -42,6 +59,8 @@ def test_energy_is_that_of_the_device_by_its_uuid_in_joules(monkeypatch):
         nvmlDeviceGetHandleByUUID=lambda uuid: asked.append(uuid) or "handle",
         nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(millijoules),
     )
+    real = pytest.importorskip("pynvml", reason="its names are checked")
+    assert all(callable(getattr(real, name)) for name in vars(nvml))
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     properties = SimpleNamespace(uuid="1-2-3")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)

@@ -1,6 +1,9 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Memory that is not there is said before a network is built."""
 
+import os
+import sys
+
 import pytest
 import torch
 
@@ -35,5 +38,21 @@ def test_too_little_memory_is_said_before_building(monkeypatch):
     fits.check_fits(*arguments, torch.bfloat16, "cpu")
 
 
-def test_available_memory_is_a_fact():
-    assert 2**20 < fits.available_memory("cpu") < 2**63 + 1
+def test_available_memory_is_the_least_that_is_known(monkeypatch, tmp_path):
+    monkeypatch.setattr(fits, "Path", lambda path: tmp_path / path.lstrip("/"))
+    assert fits.available_memory("cpu") == 2**63
+    meminfo, group = tmp_path / "proc" / "meminfo", tmp_path / "sys" / "fs" / "cgroup"
+    meminfo.parent.mkdir()
+    group.mkdir(parents=True)
+    meminfo.write_text("MemTotal:       900 kB\nMemAvailable:   300 kB\n")
+    assert fits.available_memory("cpu") == 300 * 1024
+    (group / "memory.current").write_text("5000\n")
+    for limit, left in (("max\n", 300 * 1024), ("9000\n", 4000), ("999999999\n", 300 * 1024)):
+        (group / "memory.max").write_text(limit)
+        assert fits.available_memory("cpu") == left
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="told by Linux")
+def test_available_memory_of_this_machine():
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 2**20 < fits.available_memory("cpu") < whole

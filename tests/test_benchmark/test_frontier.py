@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import drawings
 import pytest
 
 from mmagic_tome.cache import StepCacheConfig, to_plain
@@ -99,6 +100,7 @@ def test_who_is_beaten(frontier, results):
 
 
 def test_table_and_picture_of_a_folder(frontier, results, tmp_path, monkeypatch, capsys):
+    figures = drawings.kept_figures(monkeypatch)
     monkeypatch.setattr(sys, "argv", ["frontier.py", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"is not there; run tools/evaluate\.py"):
         frontier.main()
@@ -108,6 +110,22 @@ def test_table_and_picture_of_a_folder(frontier, results, tmp_path, monkeypatch,
     frontier.main()
     assert "### 20 steps, 4 pictures" in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
+    (axes,) = figures[0].axes
+    drawn = {
+        bars.get_label(): sorted(map(tuple, bars.lines[0].get_xydata().tolist()))
+        for bars in axes.containers
+    }
+    assert drawn == {
+        "ours: step caching": [(1.5, 50.0)],
+        "ours: merging": [(1.0, 46.0), (1.1, 41.0)],
+        "cached output": [(1.2, 30.0), (1.5, 60.0)],
+        "merging alone": [(1.2, 40.0)],
+        "fewer steps": [(2.0, 42.0)],
+        "tomesd": [(0.9, 40.0)],
+        "DeepCache": [(1.4, 20.0)],
+    }
+    best = drawings.lines_of(axes)["nothing is better in both"]
+    assert best == [(1.5, 50.0), (1.5, 60.0), (2.0, 42.0)], "in both, not in one"
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
 
     # All figures in one file, with the times of every round.

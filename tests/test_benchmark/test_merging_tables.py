@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import drawings
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/merging.py"
@@ -53,6 +54,7 @@ def test_groups(script, results):
 
 
 def test_of_a_folder(script, results, tmp_path, monkeypatch, capsys):
+    figures = drawings.kept_figures(monkeypatch)
     monkeypatch.setattr(sys, "argv", ["merging.py", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"is not there; run tools/evaluate\.py"):
         script.main()
@@ -62,6 +64,10 @@ def test_of_a_folder(script, results, tmp_path, monkeypatch, capsys):
     script.main()
     assert "| exact, on the line |  |  | 50.0 | 0.01 |" in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
+    panels = {axes.get_title(loc="left"): drawings.bars_of(axes) for axes in figures[0].axes}
+    heights = {title: [height for *_, height in bars] for title, bars in panels.items()}
+    # Squares; first those without proportional attention, then those with it.
+    assert heights == {script.DRAWN["level"]: pytest.approx([0.06**2, 0.03**2, 0.02**2, 0])}
     results["contenders"] = results["contenders"][-1:]
     (tmp_path / "results.json").write_text(json.dumps(results))
     with pytest.raises(SystemExit, match="none of the groups"):

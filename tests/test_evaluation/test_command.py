@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -197,19 +196,29 @@ def test_cost_of_more_pictures_than_a_batch_is_refused(evaluation, tmp_path, cap
     assert not (tmp_path / "run").exists()
 
 
-def test_two_rounds_are_certain_of_nothing():
+def test_few_rounds_are_certain_of_nothing():
     figures = dict(
         unet_seconds=[1.0, 1.0], step_seconds=[[1.0]] * 2, joules=[None] * 2,
         process_peak_bytes=[None] * 2, peak_bytes=8, unet_peak_bytes=4, unet_flops=1, flops=2,
     )  # fmt: skip
-    cost = dict(pictures=1, rounds=2)
-    cost["contenders"] = {"dense": {**figures, "seconds": [2.0, 2.0]}}
-    cost["contenders"]["fast"] = {**figures, "seconds": [1.0, 1.0]}
-    assert not timing.summarise(cost, "dense")["fast"]["certain"]
-    for one in cost["contenders"].values():
-        one["seconds"].append(one["seconds"][0])
-    found = timing.summarise({**cost, "rounds": 3}, "dense")["fast"]
-    assert found["certain"] and found["speedup"]["median"] == 2
+
+    def found(fast):
+        rounds = {"dense": [2.0] * len(fast), "fast": fast}
+        contenders = {name: {**figures, "seconds": seconds} for name, seconds in rounds.items()}
+        cost = dict(pictures=1, rounds=len(fast), contenders=contenders)
+        return timing.summarise(cost, "dense")["fast"]
+
+    assert not found([1.0] * 4)["certain"]
+    five = found([1.0, 1.1, 1.2, 1.3, 1.9])
+    assert five["certain"] and five["speedup"]["median"] == 2 / 1.2
+    assert found([2.1, 2.2, 2.3, 2.4, 3.0])["certain"], "slower is certain, too"
+    # One round on the other side is enough for doubt, however far the others are.
+    assert not found([1.0, 1.0, 1.0, 1.0, 2.1])["certain"]
+    assert found([1.0] * 8 + [2.1])["certain"], "but not of nine"
+    # Where there is no difference it is certain as seldom as its intervals promise.
+    noise = np.random.default_rng(0)
+    sure = [found((2 * noise.lognormal(0, 0.1, 5)).tolist())["certain"] for _ in range(1000)]
+    assert 0.04 < np.mean(sure) < 0.085, "2 / 2**5"
 
 
 def test_dense_runs_again_among_many_and_its_time_is_the_mean():
@@ -287,17 +296,11 @@ def test_killed_and_started_again(finished, evaluation, tmp_path, monkeypatch):
     assert not list(out.rglob(".part.*"))
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
 @pytest.mark.slow
 def test_two_processes(finished, evaluation, tmp_path):
     """A rank that dies hands its traceback to torchrun; again, and all is as with one."""
     out = tmp_path / "run"
-    port, commit = free_port(), generate._commit
+    port, commit = forked.free_port(), generate._commit
 
     def dies(folder, contender, *rest):
         if contender.name == "ratio 0.5":
@@ -333,7 +336,12 @@ def test_two_processes(finished, evaluation, tmp_path):
     options = [*QUICK, *map(str, finished.options), *NO_COST]
     done = subprocess.run(
         [*command, "--prompts", evaluation.prompts, *options, "--out", out],
-        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PORT": free_port()},
+        env={
+            **os.environ,
+            "PYTHON": sys.executable,
+            "OMP_NUM_THREADS": "1",
+            "PORT": forked.free_port(),
+        },
         capture_output=True,
         text=True,
         timeout=400,

@@ -4,7 +4,7 @@
 import dataclasses
 import functools
 import json
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,17 +57,39 @@ def test_every_combination_is_a_case(run, tmp_path):
     assert "64x64, batch 1, bf16, plain attention, eager" in out
 
 
-@pytest.mark.slow
-def test_compiled(run, monkeypatch):
+def test_compiled(run, monkeypatch, tmp_path):
+    """What is timed and compared is what the compiler returned; tests/test_compiling.py has it."""
+
+    class Compiled(torch.nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network, self.calls = network, 0
+            compiled.append(self)
+
+        def forward(self, *args, **kwargs):
+            self.calls += 1
+            return self.network(*args, **kwargs)
+
     compiled = []
+    monkeypatch.setattr(rounds.torch, "compile", Compiled)
+    path = tmp_path / "figures.json"
+    options = ["--contenders", "ours", "--mode", "compiled", "--no-memory", "--json", path]
+    code, out, err = run(*TINY, *options)
+    assert code == 0, err
+    assert [one.calls for one in compiled] == [4, 4], "compiling, and three rounds"
+    (case,) = json.loads(path.read_text())["cases"]
+    assert case["case"]["mode"] == "compiled" and "compiled" in out
+    assert list(case["results"]) == ["dense", "ours"]
+    assert_merged(case)
 
-    def compile(network):
-        compiled.append(network)
-        return torch._dynamo.optimize("eager")(network)
 
-    monkeypatch.setattr(rounds.torch, "compile", compile)
-    code, out, _ = run(*TINY, "--contenders", "ours", "--mode", "compiled", "--no-memory")
-    assert code == 0 and len(compiled) == 2 and "| ours |" in out
+def assert_merged(case):
+    """Of a case of the JSON: half of the tokens are gone at all sites, and the output tells."""
+    ours = case["results"]["ours"]
+    assert ours["relative_rmse_to_dense"] > 1e-4
+    assert ours["sites"]
+    assert all(site["kept"] == site["tokens"] // 2 for site in ours["sites"])
+    assert len(ours["seconds"]) == 3
 
 
 def test_an_attention_that_is_not_here_is_skipped_and_said(run):
@@ -100,27 +122,34 @@ def test_diffusion_transformers(run, monkeypatch):
         assert "tomesd does not take part: " in out
 
 
-def test_demo(run):
-    code, out, _ = run(
+def test_demo(run, tmp_path):
+    path = tmp_path / "figures.json"
+    code, out, err = run(
         *("--target", "demo", "--size", "64", "--rounds", "3", "--device", "cpu", "--no-memory"),
-        *("--contenders", "dense", "ours"),
+        *("--contenders", "dense", "ours", "--json", path),
     )
-    assert code == 0 and "| ours |" in out
+    assert code == 0, err
+    figures = json.loads(path.read_text())
+    assert figures["target"] == "demo" and "| ours |" in out
+    assert_merged(figures["cases"][0])
 
 
-@pytest.mark.slow
 def test_config(run, sd_folder, tmp_path):
     pytest.importorskip("mmagic")
     from tiny import tiny_config, write_config
 
-    model = tiny_config("native", sd_folder)
+    model = tiny_config(folder=sd_folder)
     path = write_config(tmp_path / "config.py", model, tome_cfg=dict(ratio=0.3))
+    figures = tmp_path / "figures.json"
     code, out, err = run(
-        *("--target", path, "--size", "64", "--rounds", "3", "--device", "cpu", "--no-memory")
+        *("--target", path, "--size", "64", "--rounds", "3", "--device", "cpu", "--no-memory"),
+        *("--ratio", "0.5", "--contenders", "dense", "ours", "--json", figures),
     )
-    # Fresh weights of this network answer with zeros, in which nobody can be seen to merge.
     assert code == 0, err
-    assert "| dense |" in out
+    assert "| dense |" in out and "| ours |" in out
+    (case,) = json.loads(figures.read_text())["cases"]
+    # The config's own merging is not in the way: dense is dense, and ours has the ratio asked for.
+    assert_merged(case)
 
 
 @pytest.mark.parametrize(
@@ -159,18 +188,33 @@ def test_quick_is_a_default_that_can_be_changed():
     assert (args.size, args.fit_size, args.contenders) == ([(64, 64)], False, ["mmagic"])
 
 
-def test_quick_takes_the_largest_picture_that_there_is_time_for():
+def test_quick_takes_the_largest_picture_that_there_is_time_for(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(command, "time", clock)
+
     class Network:
-        def call(self, size, batch):
-            return lambda network: time.sleep(0.01)
-
         network = None
+        forwards = 0
 
-    sides = [
-        command._fitting_side(Network(), 2, 4, time.monotonic() + seconds)
-        for seconds in (0.1, 1.2, 60)
-    ]
-    assert sides == [128, 192, 256]
+        def call(self, size, batch):
+            assert (size, batch) == ((128, 128), 2)
+
+            def run(network):
+                self.forwards += 1
+                # The first of a process is no measure.
+                clock.now += 5.0 if self.forwards == 1 else 0.01
+
+            return run
+
+    def side(seconds):
+        """With so many left after the two forwards."""
+        return command._fitting_side(Network(), 2, 4, clock.now + 5.01 + seconds)
+
+    # Five forwards of each of four, of 0.01 s at 128x128: 0.2 s, 0.6 s and 1.6 s.
+    assert [side(seconds) for seconds in (0.1, 0.59, 0.61, 1.59, 1.61)] == [
+        128, 128, 192, 192, 256,
+    ]  # fmt: skip
 
 
 def test_quick_out_of_time_does_three_rounds_and_leaves_out_the_memory(run, monkeypatch):
@@ -200,21 +244,26 @@ def test_interrupted_between_cases(run, monkeypatch, tmp_path):
     assert case["case"]["batch"] == 1
 
 
-def test_a_run_of_several_steps_shows_what_caching_saves(run, tmp_path):
+def test_a_run_of_several_steps_shows_what_caching_saves(run, tmp_path, monkeypatch):
+    """By a clock that counts calls of layers, since a real one depends on the machine."""
+    layers = []
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: layers.append(1) if isinstance(module, torch.nn.Linear) else None
+    )
+
+    class Count(rounds.Clock):
+        def __init__(self, device, kind):
+            super().__init__(device, kind)
+            assert kind == "cpu"
+            self.now = lambda: float(len(layers))
+
+    monkeypatch.setattr(rounds, "Clock", Count)
     file = tmp_path / "figures.json"
-    options = [
-        "--shape",
-        "small",
-        "--size",
-        "128",
-        "--rounds",
-        "3",
-        "--no-memory",
-        "--threads",
-        "1",
-    ]
-    options += ["--contenders", "dense", "--steps", "6", "--clock", "cpu"]
-    code, printed, err = run(*options, "--tome", "fast={'cache': 'fast'}", "--json", file)
+    options = [*TINY, "--no-memory", "--contenders", "dense", "--steps", "6", "--clock", "cpu"]
+    try:
+        code, printed, err = run(*options, "--tome", "fast={'cache': 'fast'}", "--json", file)
+    finally:
+        hook.remove()
     assert code == 0, err
     assert "6 steps" in printed and "write --steps" not in printed
     assert "s / run (min - max)" in printed

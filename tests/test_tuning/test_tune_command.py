@@ -2,15 +2,13 @@
 """The whole command, on a random model."""
 
 import json
-import os
+import math
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 from types import SimpleNamespace
 
+import drawings
+import forked
 import pytest
 import torch
 from PIL import Image
@@ -21,6 +19,7 @@ from mmagic_tome.apis.model_config import load_config, setting_config
 from mmagic_tome.settings import Setting
 from mmagic_tome.tuning import check, cli, command, costs, judge, search
 from mmagic_tome.tuning.folder import KEPT, SearchFolder
+from mmagic_tome.tuning.plot import write_plot
 from mmagic_tome.tuning.search import Goal, Trial, psnr_of
 from mmagic_tome.tuning.space import Candidate, Window
 
@@ -48,7 +47,7 @@ def tuning(sd_folder, tmp_path_factory):
         return SimpleNamespace(
             **{
                 path.stem: json.loads(path.read_text())
-                for path in out.glob("*.json")
+                for path in out.glob("[!.]*.json")
                 if path.stem != "manifest"
             }
         )
@@ -102,7 +101,31 @@ def test_trials_are_told_apart_from_the_unseen(finished):
 def test_the_picture(finished):
     with Image.open(finished.out / "pareto.png") as image:
         assert image.size == (1040, 728)
-        assert len(image.convert("RGB").getcolors(2**20)) > 50
+
+
+def test_what_is_in_the_picture(tmp_path, monkeypatch):
+    figures = drawings.kept_figures(monkeypatch)
+    slow, fast, worse, same = (
+        Trial(Candidate(Window(2, 0.1, 0.5)), mse, speedup)
+        for mse, speedup in ((1.0, 1.5), (10.0, 2.0), (10.0, 1.2), (0.0, 1.1))
+    )
+    others = [("preset fast", 1.8, 30.0), ("5 steps", 1.9, 25.0), ("preset none", 1.0, math.inf)]
+    checked = {"speedup": {"median": 1.9, "p10": 1.7, "p90": 2.2}, "psnr": 36.0}
+    trials, goal = [slow, fast, worse, same], Goal(psnr=35)
+    write_plot(tmp_path / "a.png", "title", trials, others, goal, fast, checked)
+    (axes,) = figures[0].axes
+    lines = drawings.lines_of(axes)
+    points = [(trial.speedup, trial.psnr) for trial in (slow, fast, worse)]
+    assert points[1] == (2.0, pytest.approx(10 * math.log10(255**2 / 10)))
+    assert lines["tried (4)"] == points, "pictures that are the same have no PSNR"
+    assert sorted(lines["nothing tried is better in both"]) == points[:2]
+    assert lines["chosen: predicted"] == [points[1]]
+    assert lines["presets"] == [(1.8, 30.0)] and lines["fewer steps"] == [(1.9, 25.0)]
+    assert {y for _, y in lines[f"goal: {goal.text()}"]} == {35}
+    (bars,) = [one for one in axes.containers if one.get_label().startswith("chosen: measured")]
+    assert bars.lines[0].get_xydata().tolist() == [[1.9, 36.0]]
+    assert [cap.get_xdata()[0] for cap in bars.lines[1]] == pytest.approx([1.7, 2.2])
+    assert {text.get_text() for text in axes.texts} >= {"preset fast", "5 steps"}
 
 
 def test_interrupted_and_run_again(tuning, finished, tmp_path, monkeypatch, capsys):
@@ -149,23 +172,6 @@ def test_interrupted_and_run_again(tuning, finished, tmp_path, monkeypatch, caps
     assert len(runs) - before == per_trial * new + per_check * new_checks
 
 
-# Imported by a config: few rounds, and a process that kills itself in the middle of writing a file.
-KILLED = """
-import os, signal
-from mmagic_tome.settings import Setting
-from mmagic_tome.tuning import check, costs, search
-
-def replace(source, target, replace=os.replace):
-    if os.path.basename(target) == os.environ["KILLED_AT"]:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-
-if "KILLED_AT" in os.environ:
-    costs.ROUNDS, costs.TARGETS, check.LEAST_PAIRS, search.MOST_NEIGHBOURS = 1, ("attn",), 2, 3
-    os.replace = replace
-"""
-
-
 def whole(folder):
     """Name -> time of writing, of all files with a final name; every one of them can be read."""
     found = {}
@@ -180,44 +186,22 @@ def whole(folder):
     return found
 
 
-@pytest.mark.slow
-def test_killed_and_started_again(tuning, sd_folder, tmp_path, monkeypatch):
+def test_killed_and_started_again(tuning, tmp_path, monkeypatch):
     """SIGKILL in mid-search, and again while the result is written: whole files, nothing twice."""
-    (tmp_path / "killed_at.py").write_text(KILLED)
-    monkeypatch.syspath_prepend(tmp_path)
-    model = repr(tiny_config(folder=sd_folder))
-    imports = "custom_imports = dict(imports=['mmagic_tome', 'killed_at'])"
-    config = tmp_path / "tiny.py"
-    config.write_text(f"default_scope = 'mmagic'\nmodel = {model}\n{imports}\n")
-    out = tmp_path / "run"
+    out, output = tmp_path / "run", tmp_path / "output.txt"
     goal = ["--psnr", "35"]
-    command_line = [sys.executable, Path(__file__).parents[2] / "tools" / "tune.py", config]
-    command_line += ["--prompts", tuning.prompts, *QUICK, "--out", out, *goal]
 
-    def start(killed_at):
-        environment = dict(os.environ, KILLED_AT=killed_at)
-        # Costs of another number of threads would be measured again.
-        environment.update(PYTHONPATH=str(tmp_path), OMP_NUM_THREADS=str(torch.get_num_threads()))
-        nowhere = subprocess.DEVNULL
-        return subprocess.Popen(command_line, env=environment, stdout=nowhere, stderr=nowhere)
+    def killed_at(name, count=1):
+        with monkeypatch.context() as patch:
+            forked.kill_at(name, patch, count)
+            child = forked.start(lambda: tuning.run(out, *goal), output)
+        assert forked.status(child, output) == -signal.SIGKILL, output.read_text()
+        assert (out / f".part.{name}").exists(), "it was to be killed in the middle"
+        return whole(out), json.loads((out / "trials.json").read_text())
 
-    def trials():
-        try:
-            return json.loads((out / "trials.json").read_text())
-        except FileNotFoundError:
-            return {}
-
-    process = start("nothing")
-    until = time.monotonic() + 200
-    while len(trials()) < 5 and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was to be killed in the middle"
-    first, held = whole(out), trials()
-    assert len(held) >= 5 and "checks.json" not in first and not list(out.glob("*.py"))
-
-    assert start("result.json").wait(timeout=200) == -signal.SIGKILL
-    second, more = whole(out), trials()
+    first, held = killed_at("trials.json", 6)
+    assert len(held) == 5 and "checks.json" not in first and not list(out.glob("*.py"))
+    second, more = killed_at("result.json")
     assert {"checks.json", "pareto.png"} <= set(second) and "result.json" not in second
     assert len(more) > len(held) and not list(out.glob("*.py"))
     # The very ones: seconds of a trial that is made again are others.
@@ -226,8 +210,9 @@ def test_killed_and_started_again(tuning, sd_folder, tmp_path, monkeypatch):
     assert changed <= {"trials.json", "manifest.json"}
 
     monkeypatch.setattr(judge.Generator, "run", lambda *_, **__: pytest.fail("made again"))
-    result = tuning.run(out, *goal, config=config).result
-    assert trials() == more and not list(out.rglob("*.part*"))
+    found = tuning.run(out, *goal)
+    result = found.result
+    assert found.trials == more and not list(out.rglob("*.part*"))
     written = setting_config(load_config(out / "tiny_psnr-35.py"))
     assert written == Setting.coerce(result["chosen"]["options"])
     assert len(result["trials"]) + len(result["others"]) >= len(more)

@@ -1,6 +1,7 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Merge maps, error maps, sheets and the cost plot, on pictures made by hand."""
 
+import drawings
 import numpy as np
 import pytest
 import torch
@@ -133,7 +134,7 @@ def site(name, kind, dense, merged, kept=2):
     return dict(site=name, kind=kind, tokens=4, kept=kept, **times)
 
 
-def test_cost_rows_split_a_block(tmp_path):
+def test_cost_rows_split_a_block(tmp_path, monkeypatch):
     block = "up_blocks.2.attentions.1.transformer_blocks.0"
     sites = [site(f"{block}.attn", "attn", 10.0, 4.0), site(block, "whole block", 15.0, 12.0)]
     (row,) = cost_rows({"sites": sites})
@@ -141,5 +142,14 @@ def test_cost_rows_split_a_block(tmp_path):
     assert (row["dense"], row["merged"], row["matching"]) == (10, 4, 3)
     assert (row["tokens"], row["kept"]) == (4, 2)
     assert short_name(row["name"]) == "up 2.1.0 attn" and short_name(block) == "up 2.1.0"
+    figures = drawings.kept_figures(monkeypatch)
     cost_plot(tmp_path / "cost", {"sites": sites}, "title")
-    assert Image.open(tmp_path / "cost").width > 500
+    (axes,) = figures[0].axes
+    # Dense, merged, and behind that what matching takes.
+    bars = [(left, width) for left, _, width, _ in drawings.bars_of(axes)]
+    assert bars == [(0, 10), (0, 4), (4, 3)]
+    texts = [text.get_text() for text in axes.texts]
+    assert texts == ["10.0 ms, 4 tokens", "7.0 ms, 2 tokens"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["up 2.1.0 attn"]
+    with Image.open(tmp_path / "cost") as image:
+        assert image.format == "PNG"

@@ -50,8 +50,6 @@ class _InceptionMetric(SetMetric):
         )
         path = find_weights(weights, URL, "weights", self.label)
         self.network = _network(module, str(path.resolve()), self.layer, self.device)
-        # Metrics with the same key have the same features; they need to be made only once.
-        self.feature_key = f"inception-{self.layer}:{path.name}"
 
     def one(self, image: Tensor, prompt: str | None) -> Tensor:
         return self.network(image)[0].flatten()
@@ -98,7 +96,8 @@ class KID(_InceptionMetric):
     """Kernel inception distance to the reference set (torch-fidelity); 0 is best.
 
     Mean over 100 subsets of 1000 pictures, or of all where there are fewer: unlike FID it is
-    unbiased, so that it serves small sets too, and may be slightly below 0.
+    unbiased, so that it serves small sets too, and may be slightly below 0. The spread over the
+    subsets comes with it, unless both sets are in every subset as a whole: then it has none.
 
     Source: Binkowski et al., "Demystifying MMD GANs", 2018.
     """
@@ -112,19 +111,19 @@ class KID(_InceptionMetric):
 
     def value(self, features: Tensor, reference: Tensor) -> dict[str, float]:
         kid = library("torch_fidelity.metric_kid", "torch-fidelity", self.label)
+        size = min(self.subset_size, len(features), len(reference))
+        whole = len(features) == len(reference) == size
         found = kid.kid_features_to_metric(
             features,
             reference,
-            kid_subsets=self.subsets,
-            kid_subset_size=min(self.subset_size, len(features), len(reference)),
+            kid_subsets=1 if whole else self.subsets,
+            kid_subset_size=size,
             kid_kernel="poly",
             rng_seed=2020,
             verbose=False,
         )
-        return {
-            "kid": found[kid.KEY_METRIC_KID_MEAN],
-            "kid_std": found[kid.KEY_METRIC_KID_STD],
-        }
+        values = {"kid": found[kid.KEY_METRIC_KID_MEAN]}
+        return values if whole else {**values, "kid_std": found[kid.KEY_METRIC_KID_STD]}
 
 
 class PrecisionRecall(_InceptionMetric):

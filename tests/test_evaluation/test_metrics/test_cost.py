@@ -11,14 +11,10 @@ from mmagic_tome import ToMeError, apply_tome
 from mmagic_tome.evaluation.metrics.cost import CostMeter, count_flops, spread, tokens_removed
 
 
-def test_spread_is_numpys():
-    import numpy as np
-
-    values = [5.0, 1.0, 4.0, 2.5, 9.0, 3.0]
-    found = spread(values)
-    assert found["median"] == np.median(values)
-    assert found["p10"] == pytest.approx(np.percentile(values, 10))
-    assert found["p90"] == pytest.approx(np.percentile(values, 90))
+def test_spread_lies_between_neighbours():
+    # Of 1, 2.5, 3, 4, 5, 9 the places 0.5, 2.5 and 4.5.
+    found = spread([5.0, 1.0, 4.0, 2.5, 9.0, 3.0])
+    assert found == {"median": 3.5, "p10": pytest.approx(1.75), "p90": pytest.approx(7.0)}
     assert spread([2.0]) == {"median": 2.0, "p10": 2.0, "p90": 2.0}
     with pytest.raises(ToMeError, match="no figures"):
         spread([])
@@ -73,13 +69,24 @@ def test_flops_of_attention_linear_and_convolution():
     assert count_flops(layer, torch.randn(1, 3, 8, 8)) == 2 * 8 * 8 * 9 * 3 * 5
 
 
-def test_merging_saves_flops_and_tokens():
+def test_flops_of_a_product_in_8_bits():
+    left, right = (torch.ones(shape, dtype=torch.int8) for shape in ((32, 16), (16, 24)))
+    assert count_flops(torch._int_mm, left, right) == 2 * 32 * 16 * 24
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_merging_saves_flops_and_tokens(exact):
+    """As many where the search is in 8 bits, on CPUs that are fast at it, as where it is not."""
     unet, inputs = tiny.tiny_unet(), tiny.tiny_inputs()
     dense = count_flops(unet, **inputs)
-    handle = apply_tome(unet, ratio=0.5)
+    handle = apply_tome(unet, ratio=0.5, exact_matching=exact)
     assert tokens_removed(handle.stats()) == {"tokens": 0, "removed": 0, "share": 0.0}
     merged = count_flops(unet, **inputs)
-    assert 0 < merged < dense
+    # Of each of 2 pictures and 3 self-attentions, which have 256 tokens of width 16.
+    saved = 4 * 2 * 128 * 16 * 16  # q, k, v and what follows, of the other half of the tokens
+    saved += 2 * 2 * (256**2 - 128**2) * 16  # scores, and the weighted mean
+    search = 2 * 192 * 64 * 16
+    assert dense - merged == 2 * 3 * (saved - search)
     removed = tokens_removed(handle.stats())
     sites = len(handle.stats())
     assert removed == {"tokens": 256 * sites, "removed": 128 * sites, "share": 0.5}

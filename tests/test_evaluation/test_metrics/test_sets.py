@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from mmagic_tome import ToMeError
-from mmagic_tome.evaluation.metrics import SETS, build_set, frechet_distance
+from mmagic_tome.evaluation.metrics import build_set, frechet_distance
 from mmagic_tome.evaluation.metrics.distances import frechet_distance_of_sets, gaussian_mmd
 
 
@@ -105,19 +105,23 @@ def test_inception_features_do_not_depend_on_the_batch(inception):
         assert not torch.equal(whole[0], whole[1])
 
 
-def test_metrics_of_one_layer_share_network_and_features(inception):
+def test_metrics_of_one_layer_share_the_network(inception):
     fid, kid, prc = (
         inception_metric(name, inception) for name in ("fid", "kid", "precision_recall")
     )
     assert fid.network is kid.network is prc.network
-    assert fid.feature_key == kid.feature_key == prc.feature_key
-    assert inception_metric("inception_score", inception).feature_key != fid.feature_key
+    assert inception_metric("inception_score", inception).network is not fid.network
 
 
 def test_fid_of_features(inception):
     fid = inception_metric("fid", inception, min_samples=2)
+    # Pairs on the axes: means and covariances are known.
+    sides = torch.arange(1.0, 5.0)
+    x, y = (torch.cat([torch.diag(s), -torch.diag(s)]) for s in (sides, 2 * sides))
+    spreads = (2 * sides**2 / (len(x) - 1)).sqrt()
+    expected = 4 * 0.5**2 + spreads.square().sum().item()
+    assert fid.compute(x, y + 0.5) == {"fid": pytest.approx(expected, rel=1e-5)}
     x, y = features(50, 16), features(60, 16, seed=1, shift=0.5)
-    assert fid.compute(x, y) == {"fid": pytest.approx(frechet_distance_of_sets(x, y))}
     with pytest.warns(UserWarning, match="strongly biased"):
         fid.compute(x[:10], y)
 
@@ -135,10 +139,19 @@ def test_kid_against_its_formula(inception):
     ) / (n * (n - 1))
     between = sum(kernel(a, b) for a in x for b in y) / n**2
     found = kid.compute(x, y)
-    # All 30 are in every subset, so that all 100 are this one.
-    assert found["kid"] == pytest.approx(within - 2 * between, rel=1e-6)
-    assert found["kid_std"] == pytest.approx(0, abs=1e-9)
+    # All 30 are in every subset: no spread between them, rather than none at all.
+    assert found == {"kid": pytest.approx(within - 2 * between, rel=1e-6)}
+
+
+def test_kid_has_a_spread_where_subsets_differ(inception):
+    kid = inception_metric("kid", inception, min_samples=2)
+    x, y = features(30, 16), features(40, 16, seed=1, shift=0.5)
+    found = kid.compute(x, y)
+    assert 0 < found["kid_std"] < found["kid"]
     assert kid.compute(x, y) == found
+    kid.subset_size = 10
+    assert kid.compute(x, y)["kid_std"] > found["kid_std"]
+    assert kid.compute(x, y)["kid"] == pytest.approx(found["kid"], rel=0.2)
 
 
 def test_precision_and_recall_against_their_definition(inception):
@@ -175,9 +188,13 @@ def test_fid_of_pictures_end_to_end(inception):
     x, y = (fid.features(pictures(3, seed=seed)) for seed in (0, 1))
     with pytest.warns(UserWarning, match="strongly biased"):
         found = fid.compute(x, y)["fid"]
-    means = (x.double().mean(0) - y.double().mean(0)).square().sum()
-    assert found > float(means) > 0
-    assert found == pytest.approx(frechet_distance_of_sets(x, y))
+    x, y = x.double().numpy(), y.double().numpy()
+    means = np.square(x.mean(0) - y.mean(0)).sum()
+    assert found > means > 0
+    # With A and B, the pictures less their mean: the trace of (AᵀA BᵀB)^½ is that of (ABᵀBAᵀ)^½.
+    a, b = ((z - z.mean(0)) / len(z[1:]) ** 0.5 for z in (x, y))
+    root = np.sqrt(np.linalg.eigvalsh(a @ b.T @ b @ a.T).clip(0)).sum()
+    assert found == pytest.approx(means + (a**2).sum() + (b**2).sum() - 2 * root, rel=1e-4)
 
 
 def test_inception_weights_that_are_missing_or_wrong(tmp_path, monkeypatch):
@@ -245,7 +262,13 @@ def test_cmmd(clip):
     assert metric.label == "CMMD (random-clip)"
     x, y = metric.features(pictures(3)), metric.features(pictures(4, seed=1))
     assert x.norm(dim=1).tolist() == pytest.approx([1] * 3, rel=1e-5)
-    assert metric.compute(x, y)["cmmd"] == pytest.approx(1000 * gaussian_mmd(x, y, 10))
+    a, b = x.double(), y.double()
+    kernel = [
+        torch.exp(-torch.cdist(p, q).square() / (2 * 10**2)).mean().item()
+        for p, q in ((a, a), (b, b), (a, b))
+    ]
+    expected = 1000 * (kernel[0] + kernel[1] - 2 * kernel[2])
+    assert metric.compute(x, y)["cmmd"] == pytest.approx(expected, rel=1e-3)
     assert metric.compute(x, y)["cmmd"] > metric.compute(x, x)["cmmd"]
 
 
@@ -287,9 +310,3 @@ def test_too_few_pictures_and_no_reference():
         metric.compute(many, many[:, :100])
     with pytest.raises(ToMeError, match="min_samples=1"):
         build_set("frechet_efficientnet_lite0", min_samples=1)
-
-
-def test_no_metric_goes_by_anothers_name():
-    labels = [cls.label for cls in SETS.values()]
-    assert len(set(labels)) == len(labels)
-    assert [name for name, cls in SETS.items() if cls.label == "FID"] == ["fid"]

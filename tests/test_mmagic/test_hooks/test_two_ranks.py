@@ -3,14 +3,15 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
+import forked
 import pytest
 import torch
 
 pytest.importorskip("mmagic")
+
+from mmengine.config import Config
+from mmengine.runner import Runner
 
 from mmagic_tome.mmagic.hooks.evaluate import ToMeEvalHook
 
@@ -27,23 +28,20 @@ HOOKS = [
     dict(type="ToMeEvalHook", prompts=["cat"]),
     dict(type="ToMeProfileHook"),
 ]
-SCRIPT = """
-import json, sys
-import torch
-torch.cuda.set_device = lambda device: None  # mmengine takes the GPU of the rank; there is none
-import mmagic_tome
-from mmengine.config import Config
-from mmengine.runner import Runner
-
-runner = Runner.from_cfg(Config.fromfile(sys.argv[1]))
-assert type(runner.model).__name__ == "MMDistributedDataParallel"
-found = runner.test()
-if runner.rank == 0:
-    json.dump(found, open(sys.argv[2], "w"), default=float)
-"""
 
 
-@pytest.mark.slow
+def rank(number, port, config, found):
+    """What a process does that torchrun started; tests/test_evaluation has torchrun itself."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2")
+    os.environ.update(RANK=str(number), LOCAL_RANK=str(number))
+    torch.cuda.set_device = lambda device: None  # mmengine takes the rank's GPU; there is none
+    runner = Runner.from_cfg(Config.fromfile(config))
+    assert type(runner.model).__name__ == "MMDistributedDataParallel" and runner.world_size == 2
+    values = runner.test()
+    if runner.rank == 0:
+        found.write_text(json.dumps(values, default=float))
+
+
 def test_two_ranks_find_what_one_process_finds(make_runner, tmp_path):
     pytest.importorskip("efficientnet_lite_pytorch")
     loader = dict(
@@ -66,22 +64,14 @@ def test_two_ranks_find_what_one_process_finds(make_runner, tmp_path):
         custom_hooks=HOOKS,
     )
     config.dump(str(tmp_path / "config.py"))
-    (tmp_path / "run.py").write_text(SCRIPT)
-    found = tmp_path / "found.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, "--master_port=29613", "run.py", "config.py", str(found)],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).resolve().parents[3]),
-        },
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    found, port = tmp_path / "found.json", forked.free_port()
+    outputs = [tmp_path / f"output{number}.txt" for number in (0, 1)]
+    ranks = [
+        forked.start(lambda n=n: rank(n, port, tmp_path / "config.py", found), outputs[n])
+        for n in (0, 1)
+    ]
+    for child, output in zip(ranks, outputs):
+        assert forked.status(child, output) == 0, output.read_text()[-3000:]
     assert json.loads(found.read_text()) == pytest.approx(expected, rel=1e-6)
     # The hooks: once, by the first process.
     log = next((tmp_path / "two").rglob("*.log")).read_text()
