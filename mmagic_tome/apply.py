@@ -24,6 +24,7 @@ from .patch import find_patch, remove
 from .schedulers import warn_of_oscillation
 from .tome.place import blocks_to_merge, place
 from .tome.state import TomePatch
+from .validate import check_bool
 
 if TYPE_CHECKING:
     from .vit import ViTHandle
@@ -121,6 +122,7 @@ def apply_cache(
         >>> print(handle.summary())
     """
     configs = coerce_cache(config, **options)
+    check_bool("", "controlnet", controlnet)
     found = find_denoisers(model, only=denoisers)
     chosen = [(configs, one) for one in found]
     # A ControlNet's levels only go down, so nothing is inside them.

@@ -97,8 +97,13 @@ class ToMeConfig:
     controlnet: Any = False
     across_frames: bool = False
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *positional: Any, **options: Any) -> None:
         # Written out so that a mistyped name gets the same error as in a dict.
+        if positional:
+            raise ToMeError(
+                "token merging options are passed by name; write for example "
+                f"ToMeConfig(ratio={positional[0]!r})"
+            )
         check_keys("token merging", options, _option_names(), _MOVED)
         for field in fields(self):
             self._set(field.name, frozen(options.get(field.name, field.default)))
@@ -359,7 +364,7 @@ class ToMeConfig:
         if not isinstance(config, Mapping):
             raise ToMeError(
                 "token merging options must be a dict such as dict(ratio=0.5) or a ToMeConfig, "
-                f"got {config!r}"
+                f"got {config!r}. A named setting is a step cache: call apply_cache"
             )
         return config
 
@@ -370,8 +375,9 @@ def _option_names() -> list[str]:
 
 # Names that belong elsewhere -> what to write, for error messages.
 _MOVED = {
-    "r": "r is for vision transformers; for diffusion models write ratio=0.5",
-    "target_speedup": "target_speedup is for vision transformers; write ratio=0.5",
+    "r": "that is for vision transformers; for diffusion models write ratio=0.5",
+    "target_speedup": "that is for vision transformers; for diffusion models write ratio=0.5",
+    "timestep_range": "write ratio=dict(base=0.5, timestep=dict(timestep_range=(0.3, 1)))",
     **dict.fromkeys(
         ("preset", "reuse", "cache", "tolerance", "interval", "region"),
         "step caching has options of its own; write cache_cfg='balanced', or call apply_cache",

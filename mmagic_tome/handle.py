@@ -160,8 +160,10 @@ class ToMeHandle(Handle[TomePatch]):
                 "this token merging was removed or replaced, its ratio changes nothing; use the "
                 "handle of the last apply_tome, or get_handle(model)"
             )
-        for part in self._parts:
-            part.patch.config = part.patch.config.replace(ratio=value)
+        # All are checked before any is changed.
+        configs = [part.patch.config.replace(ratio=value) for part in self._parts]
+        for part, config in zip(self._parts, configs):
+            part.patch.config = config
             part.patch.forget_run()
             follow_signals(part.network(), part.patch)
 

@@ -51,6 +51,7 @@ class Call:
             its end; None if unknown.
         last (bool | None): whether it is the last step; None if the schedule is unknown.
         conditioning (Tensor | None): what tells the branches of guidance apart, such as the text.
+        form (Hashable): what else must stay the same, such as the form of the output.
     """
 
     time: float | None
@@ -58,13 +59,15 @@ class Call:
     remaining: float | None = None
     last: bool | None = None
     conditioning: Tensor | None = None
+    form: Hashable = None
 
     @property
     def key(self) -> Hashable:
         """What stays the same within a run; None if nothing is known."""
         if self.time is None or not self.latents:
             return None
-        return tuple((tuple(x.shape), x.dtype, x.device) for x in self.latents)
+        shapes = tuple((tuple(x.shape), x.dtype, x.device) for x in self.latents)
+        return self.form, shapes
 
 
 class Branch:
@@ -155,7 +158,7 @@ class Run:
                     names.append(name if age == 0 else None)
                     # A guided sampler combines what was predicted for all copies of an image.
                     columns.append(part.repeat(self.copies or 1, 1))
-        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        wide = torch.float64 if x.device.type in ("cpu", "cuda") else torch.float32
         rows = torch.stack([*columns, x], dim=-1).to(wide)
         # The only values that leave the device.
         products = torch.einsum("bnk,bnl->bkl", rows, rows).cpu().double()

@@ -9,10 +9,11 @@ Without one it is read off the timestep.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 # Bounds of sigma that EDM and Stable Video Diffusion train with (arXiv 2206.00364, table 1, rounded
@@ -27,22 +28,34 @@ class Timeline:
 
     Args:
         model: what the user patched; its scheduler is looked up at every run, since users replace
-            it. Held weakly.
+            it. Held weakly; once it is gone the scheduler that it had last is used.
         scale (float | None): timestep of pure noise, see ``ModelAdapter.timestep_scale``.
     """
 
     def __init__(self, model: object, scale: float | None) -> None:
         self.scale = scale
-        try:
-            self._model: Callable[[], Any] | None = weakref.ref(model)
-        except TypeError:  # an object of a user's own; its scheduler as it is now
-            scheduler = _scheduler_of(model)
-            self._model = lambda: SimpleNamespace(scheduler=scheduler)
+        self._scheduler = _scheduler_of(model)
+        self._model: Callable[[], Any] | None = None
+        with contextlib.suppress(TypeError):  # an object of a user's own without weak references
+            self._model = weakref.ref(model)
         self._timesteps: tuple[Any, list[float]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy belongs to another pipeline, or to none.
-        return {"scale": self.scale, "_model": None, "_timesteps": None}
+        return {"scale": self.scale, "_scheduler": None, "_model": None, "_timesteps": None}
+
+    def __deepcopy__(self, memo: dict) -> Timeline:
+        # As part of a pipeline it goes on with the copy of the scheduler.
+        twin = Timeline(None, self.scale)
+        twin._scheduler = copy.deepcopy(self.scheduler(), memo)
+        return twin
+
+    def scheduler(self) -> Any:
+        """The scheduler that the model has now, or had last; None if it never had one."""
+        model = None if self._model is None else self._model()
+        if model is not None:
+            self._scheduler = _scheduler_of(model)
+        return self._scheduler
 
     def __call__(
         self, time: float | None, first: float, warn: Callable[[str, str], None]
@@ -85,8 +98,7 @@ class Timeline:
 
     def timesteps(self) -> Sequence[float]:
         """The scheduler's timesteps; empty without a scheduler."""
-        scheduler = _scheduler_of(None if self._model is None else self._model())
-        found = getattr(scheduler, "timesteps", None)
+        found = getattr(self.scheduler(), "timesteps", None)
         # A tensor, or an array in MMagic's own schedulers.
         if getattr(found, "ndim", None) != 1:
             return ()

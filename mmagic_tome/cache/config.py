@@ -14,11 +14,20 @@ from ..validate import (
     check_keys,
     check_number,
     check_range,
+    nearest,
     plain,
 )
 
 REGIONS = ("network", "inner")
 _WHERE = "step cache: "
+# Names that users know from elsewhere -> what to write.
+_ELSEWHERE = {
+    "ratio": "that is token merging; write tome_cfg=dict(ratio=0.5), or call apply_tome",
+    "steps": "write interval",
+    "cache_interval": "write interval",
+    "between": "write timestep_range",
+    "repay": "write error_feedback",
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,7 @@ class StepCacheConfig:
             the steps at which the network is computed. At least 2, the default.
         timestep_range (tuple): (low, high) with 0 <= low < high <= 1: skip only where the share of
             the schedule that remains is in [low, high); 1 is the start of a run, 0 its end. A
-            run's last step is never skipped. Default (0.0, 0.95).
+            schedule's last step is never skipped. Default (0.0, 0.95).
         order (int): 0: the last output again; 1 (default): on the line through the last two, along
             the timestep; 2: on the parabola through the last three.
         error_feedback (float): fraction in [0, 1] of the extrapolation error that is added back at
@@ -59,7 +68,7 @@ class StepCacheConfig:
         if len(positional) > len(names):
             raise ToMeError(f"{_WHERE}at most {len(names)} options, got {len(positional)}")
         options = {**dict(zip(names, positional)), **options}
-        check_keys("a step cache", options, names)
+        check_keys("a step cache", options, names, _ELSEWHERE)
         for field in fields(self):
             object.__setattr__(self, field.name, options.get(field.name, field.default))
         checked = {
@@ -123,8 +132,13 @@ def coerce_cache(config: CacheSpec = None, **options: Any) -> tuple[StepCacheCon
             return PRESETS["balanced"]
         return (StepCacheConfig(**options),)
     if isinstance(config, str):
-        name = check_choice("", "cache_cfg", config, PRESETS, "balanced")
-        configs = PRESETS[name]
+        if config not in PRESETS:
+            close = nearest(config, PRESETS) or "balanced"
+            raise ToMeError(
+                f"step cache: {config!r} is no named setting; write {close!r} (there are "
+                f"{', '.join(PRESETS)}), or a dict such as dict(region='inner', interval=2)"
+            )
+        configs = PRESETS[config]
     elif isinstance(config, (StepCacheConfig, Mapping)):
         configs = (_one(config),)
     elif isinstance(config, (list, tuple)) and config:
@@ -137,8 +151,9 @@ def coerce_cache(config: CacheSpec = None, **options: Any) -> tuple[StepCacheCon
     if options:
         if len(configs) > 1:
             raise ToMeError(
-                f"options {', '.join(options)} beside {len(configs)} step caches: it is not clear "
-                "which one they change; write a list of dicts"
+                f"step cache: {config!r} has {len(configs)} regions, so {', '.join(options)} is "
+                "ambiguous; write a list such as [dict(region='network', interval=3), "
+                "dict(region='inner')]"
             )
         configs = (configs[0].replace(**options),)
     regions = [one.region for one in configs]

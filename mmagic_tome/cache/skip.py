@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +19,9 @@ from ..runs import Call, Run, RunTracker
 from ..timeline import Timeline, in_range
 from .config import StepCacheConfig
 from .extrapolate import OutputHistory, Placeholder
+
+# Calls in a row that begin a run of their own before a warning says so.
+_LONE_CALLS = 8
 
 
 class Region:
@@ -126,6 +131,8 @@ class CacheContext(Context):
         self.state: dict[str, RegionState] = {}
         self.skipped: set[str] = set()
         self.tracker: RunTracker | None = None
+        # Calls in a row that began a run, for the warning that none is ever continued.
+        self.lone_calls = 0
         # Steps skipped in the run, for the warning that there were none.
         self.run_skips = 0
 
@@ -183,6 +190,7 @@ class CachePatch(Patch):
             modules = inner_modules(self.regions["inner"].config, self.adapter, network)
             for index, module in enumerate(modules):
                 intercept(module, InnerCall(self, index, index == len(modules) - 1))
+                _tell_diffusers(type(module))
 
 
 class NetworkCall(Interceptor):
@@ -241,9 +249,10 @@ class NetworkCall(Interceptor):
         remaining, last = None, None
         if time is not None:
             remaining, last = patch.timeline(time, tracker.first_time(time), patch.warn_once)
-        run = tracker.begin(
-            Call(time, latents_of(args, kwargs), remaining, last, conditioning_of(args, kwargs))
-        )
+        latents, conditioning = latents_of(args, kwargs), conditioning_of(args, kwargs)
+        form = kwargs.get("return_dict")
+        run = tracker.begin(Call(time, latents, remaining, last, conditioning, form))
+        self.watch(context, run, time)
         if run.step == 0 and len(run.called) == 1:
             context.run_skips = 0
         if remaining is None and shared:
@@ -262,6 +271,21 @@ class NetworkCall(Interceptor):
                 if region == "network":
                     break  # the inner region is part of it
         return run
+
+    def watch(self, context: CacheContext, run: Run, time: float | None) -> None:
+        """Warn if call after call begins a run of its own."""
+        begins = run.step == 0 and len(run.called) == 1
+        if not begins:
+            context.lone_calls = 0
+        elif time is not None and time != context.time:  # views of one image begin together
+            context.lone_calls += 1
+        if context.lone_calls == _LONE_CALLS:
+            self.patch.warn_once(
+                "unrelated",
+                f"step caching skips nothing: {_LONE_CALLS} calls in a row did not follow from the "
+                "one before. Rising timesteps (inversion), noise that is added at every step "
+                "and unrelated inputs cannot be extrapolated",
+            )
 
     def output(
         self, context: CacheContext, module: nn.Module, proceed: Callable, args: tuple, kwargs: dict
@@ -326,6 +350,16 @@ class InnerCall(Interceptor):
             return output
         region.computed += 1
         return state.history.record(context.time, output)
+
+
+def _tell_diffusers(cls: type) -> None:
+    """Let diffusers' own caches, which look up blocks by class, know an intercepted one."""
+    helpers = sys.modules.get("diffusers.hooks._helpers")
+    blocks = getattr(helpers, "TransformerBlockRegistry", None)
+    if blocks is not None:
+        with contextlib.suppress(Exception):  # diffusers' own affair, and private there
+            blocks._register()
+            blocks._registry.setdefault(cls, blocks._registry[cls._intercepted_class])
 
 
 def inner_modules(config: StepCacheConfig, adapter: Any, network: nn.Module) -> list[nn.Module]:
