@@ -294,7 +294,7 @@ def test_config_checks_like_the_function():
         lambda **options: ViTConfig.coerce(config, **options),
         lambda **options: apply_options(build("vit"), options),
     ):
-        with pytest.raises(ToMeError, match="no key 'metrics': did you mean 'metric'"):
+        with pytest.raises(ToMeError, match="no option 'metrics': did you mean 'metric'"):
             make(metrics="keys")
         with pytest.raises(ToMeError, match="r must be an integer"):
             make(r="8")
