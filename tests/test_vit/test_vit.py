@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+import vits
 
 pytest.importorskip("transformers")
 pytest.importorskip("timm")
@@ -589,8 +590,12 @@ def test_blocks_that_are_skipped_at_random_are_refused():
 
 
 @pytest.fixture
-def _compiler_anew():
-    """Dynamo gives up on a function that it has compiled eight times, for whatever model."""
+def _compiler_anew(monkeypatch):
+    """Two layers, since every one is traced, and Dynamo without memory: it gives up on a function
+    that it has compiled eight times, for whatever model."""
+    monkeypatch.setattr(vits, "LAYERS", 2)
+    for sizes in (vits._SIZE, vits._IMAGE):
+        monkeypatch.setitem(sizes, "num_hidden_layers", 2)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
