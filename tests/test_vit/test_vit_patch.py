@@ -42,7 +42,6 @@ def _no_grad():
 def _no_gc():
     gc.disable()
     yield
-    gc.unfreeze()
     gc.enable()
 
 
