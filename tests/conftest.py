@@ -1,6 +1,7 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Settings and fixtures for all tests."""
 
+import gc
 import os
 import sys
 
@@ -22,6 +23,12 @@ def sd_folder(tmp_path_factory):
     import tiny
 
     return tiny.tiny_sd_folder(tmp_path_factory.mktemp("tiny_sd"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports_are_no_garbage():
+    """Leave what is there out of collections, which take seconds of all that was imported."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """A random model's config and finished evaluations of it."""
 
+import gc
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,8 @@ from mmagic_tome.evaluation import cli
 @pytest.fixture(scope="session")
 def evaluation(sd_folder, tmp_path_factory):
     """A config, a prompt file, and a function that runs the command."""
-    pytest.importorskip("mmagic", reason="the command runs MMagic models")
+    pytest.importorskip("mmagic.apis", reason="the command runs MMagic models")
+    gc.freeze()  # as tests/conftest.py does, of imports of before
     folder = tmp_path_factory.mktemp("evaluation")
     prompts = folder / "prompts.json"
     entries = ["a cat", {"prompt": "a dog", "negative_prompt": "a cat", "seed": 7}, "a cat in red"]
