@@ -128,3 +128,17 @@ def test_skipping_goes_on_after_an_error_in_front_of_the_network(error):
             output = network(**{**inputs, "timestep": torch.tensor(time)}).sample
             inputs["sample"] = inputs["sample"] - 0.05 * output
     assert skips(handle) == {"network": 9, "inner": 3}
+
+
+def test_timesteps_that_rise():
+    """As in DDIM inversion: every call begins a run."""
+    network = tiny_unet()
+    handle = apply_cache(network, "fast")
+    inputs = tiny_inputs()
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        for time in range(1, 1000, 50):
+            output = network(**{**inputs, "timestep": torch.tensor(time)}).sample
+            inputs["sample"] = inputs["sample"] + 0.05 * output
+    assert warned(caught, "did not follow from the one before") == 1
+    assert skips(handle)["network"] == 0
