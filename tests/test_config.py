@@ -281,5 +281,5 @@ def test_bad_options_are_named(options, said):
 
 
 def test_positional_options_are_refused():
-    with pytest.raises(TypeError):
+    with pytest.raises(ToMeError, match=r"write for example ToMeConfig\(ratio=0.5\)"):
         ToMeConfig(0.5)

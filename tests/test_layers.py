@@ -1,6 +1,7 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Imports point down only, and importing the package imports no library."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -46,51 +47,91 @@ LAYERS["handle"] = ("tome", *LAYERS["tome"], "cache")
 LAYERS["vit"] = ("merging", "errors", "validate", "patch", "graphs")
 LAYERS["apply"] = ("handle", *LAYERS["handle"], "schedulers", "vit")
 
-# The package without its __init__, and what may not be imported.
+# One process imports torch once and forks for every layer: the package without its __init__, and
+# what may not be imported.
 _SCRIPT = """
-import importlib, pkgutil, sys, types
+import importlib, json, os, pkgutil, sys, traceback, types
 
-layer, path, allowed, blocked = sys.argv[1], sys.argv[2], sys.argv[3].split(), sys.argv[4].split()
-package = types.ModuleType("mmagic_tome")
-package.__path__ = [path]
-sys.modules["mmagic_tome"] = package
+path, jobs = sys.argv[1], json.loads(sys.argv[2])
 
 
 class Blocked:
+    def __init__(self, layer, allowed, blocked):
+        self.layer, self.allowed, self.blocked = layer, allowed, blocked
+
     def find_spec(self, name, path=None, target=None):
         parts = name.split(".")
-        above = parts[0] == "mmagic_tome" and len(parts) > 1 and parts[1] not in allowed
-        if above or parts[0] in blocked:
-            raise ModuleNotFoundError(f"{layer} imports {name}", name=name)
+        above = parts[0] == "mmagic_tome" and len(parts) > 1 and parts[1] not in self.allowed
+        if above or parts[0] in self.blocked:
+            raise ModuleNotFoundError(f"{self.layer} imports {name}", name=name)
 
 
-sys.meta_path.insert(0, Blocked())
-module = importlib.import_module(f"mmagic_tome.{layer}")
-for info in pkgutil.walk_packages(getattr(module, "__path__", []), f"mmagic_tome.{layer}."):
-    importlib.import_module(info.name)
+def check(layer, allowed, blocked):
+    package = types.ModuleType("mmagic_tome")
+    package.__path__ = [path]
+    sys.modules["mmagic_tome"] = package
+    sys.meta_path.insert(0, Blocked(layer, allowed, blocked))
+    module = importlib.import_module(f"mmagic_tome.{layer}")
+    for info in pkgutil.walk_packages(getattr(module, "__path__", []), f"mmagic_tome.{layer}."):
+        importlib.import_module(info.name)
+
+
+results = []
+for layer, allowed, blocked in jobs:
+    if "torch" not in blocked and "numpy" not in blocked:
+        import torch
+    reading, writing = os.pipe()
+    if not os.fork():
+        message = ""
+        try:
+            check(layer, allowed, blocked)
+        except BaseException:
+            message = traceback.format_exc()
+        os.write(writing, message[-4000:].encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as stream:
+        results.append(stream.read())
+    os.wait()
+print(json.dumps(results))
 """
 
 
-def imports(layer, allowed, blocked=()):
-    command = [sys.executable, "-c", _SCRIPT, layer, str(PACKAGE), " ".join(allowed)]
-    return subprocess.run([*command, " ".join(blocked)], capture_output=True, text=True)
+def imports(*jobs):
+    """What goes wrong when layers are imported, one message per (layer, allowed, blocked)."""
+    # Those that may not see numpy or torch come before somebody imports them.
+    order = sorted(range(len(jobs)), key=lambda i: not {"numpy", "torch"} & set(jobs[i][2]))
+    command = [sys.executable, "-c", _SCRIPT, str(PACKAGE)]
+    done = subprocess.run(
+        [*command, json.dumps([jobs[i] for i in order])], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = dict(zip(order, json.loads(done.stdout)))
+    return [found[i] for i in range(len(jobs))]
+
+
+@pytest.fixture(scope="module")
+def messages():
+    jobs = []
+    for layer, below in LAYERS.items():
+        blocked = ["diffusers", "mmagic", "mmengine"]
+        if layer in ("merging", "validate", "errors"):
+            blocked.append("numpy" if layer == "merging" else "torch")
+        jobs.append((layer, (layer, *below), blocked))
+    return dict(zip(LAYERS, imports(*jobs)))
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_a_layer_imports_without_those_above(layer):
-    blocked = ["diffusers", "mmagic", "mmengine"]
-    if layer in ("merging", "validate", "errors"):
-        blocked.append("numpy" if layer == "merging" else "torch")
-    done = imports(layer, (layer, *LAYERS[layer]), blocked)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_a_layer_imports_without_those_above(messages, layer):
+    assert messages[layer] == ""
 
 
 def test_an_import_of_a_layer_above_fails():
     """The check itself."""
-    done = imports("tome", [one for one in ("tome", *LAYERS["tome"]) if one != "runs"])
-    assert done.returncode and "tome imports mmagic_tome.runs" in done.stderr
-    done = imports("merging", ("merging",), ["torch"])
-    assert done.returncode and "merging imports torch" in done.stderr
+    allowed = [one for one in ("tome", *LAYERS["tome"]) if one != "runs"]
+    above, library = imports(("tome", allowed, []), ("merging", ("merging",), ["torch"]))
+    assert "tome imports mmagic_tome.runs" in above
+    assert "merging imports torch" in library
 
 
 def test_no_file_of_the_core_is_long():

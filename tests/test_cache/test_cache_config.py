@@ -89,12 +89,12 @@ def test_bad_options_are_named(options, said):
 @pytest.mark.parametrize(
     ("config", "options", "said"),
     [
-        ("balance", {}, "write cache_cfg='balanced'"),
+        ("balance", {}, "no named setting; write 'balanced'"),
         (2, {}, "cache_cfg=2 is no step cache"),
         ([], {}, r"cache_cfg=\[\]"),
         ([2], {}, "2 is no step cache"),
         ([dict(region="inner"), dict(region="inner", interval=3)], {}, "'inner' twice"),
-        ("balanced", dict(interval=3), "2 step caches"),
+        ("balanced", dict(interval=3), "has 2 regions"),
     ],
 )
 def test_what_is_no_step_cache(config, options, said):

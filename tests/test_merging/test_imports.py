@@ -35,7 +35,7 @@ for module in pkgutil.iter_modules(merging.__path__):
     importlib.import_module(f"mmagic_tome.merging.{module.name}")
 x = torch.randn(2, 64, 8)
 layout = merging.random_layout(8, 8).select(0)
-plan = merging.sequence_match(x, *layout, 32)
+plan = merging.bipartite_match(x, *layout, 32)
 assert plan.unmerge(plan.merge(x)).shape == x.shape
 merge, unmerge = merging.sequence_soft_matching(x, 8, class_token=True)
 assert unmerge(merge(x)).shape == x.shape

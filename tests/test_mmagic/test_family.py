@@ -225,7 +225,7 @@ def test_bad_values_show_before_the_model_is_built(kind, key, monkeypatch):
     monkeypatch.setattr(BaseModel, "__init__", init)
     with pytest.raises(ToMeError, match=f"{key}: ratio=0.9 is above"):
         MODELS.get(kind)(**{key: dict(ratio=0.9)})
-    with pytest.raises(ToMeError, match=r"cache_cfg: .*write cache_cfg='fast'"):
+    with pytest.raises(ToMeError, match=r"cache_cfg: .*write 'fast'"):
         MODELS.get(kind)(cache_cfg="fst")
 
 
