@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from tiny import tiny_config, write_config
 
-from mmagic_tome import ToMeError
+from mmagic_tome import StepCacheConfig, ToMeError
 from mmagic_tome.apis.model_config import load_config, setting_config
+from mmagic_tome.apis.text2image import Generator, Request
 from mmagic_tome.settings import Setting
 from mmagic_tome.tuning import check, cli, command, costs, judge, search
 from mmagic_tome.tuning.folder import KEPT, SearchFolder
@@ -27,9 +28,22 @@ QUICK = ["--size", "64", "--steps", "6", "--device", "cpu", "--search-prompts", 
 QUICK += ["--unseen-prompts", "2"]
 
 
+def steady_run(generator, numbers, setting, steps, on_step):
+    """Costs that are the same on every machine, in place of the clock's: what can be reached, and
+    whether at all, depends on them."""
+    kinds = {"rest": 0.1, "full": 1.0}
+    for one in setting.cache or ():
+        kinds[one.region] = {"network": 0.02, "inner": 0.5}[one.region]
+    if setting.tome is not None:
+        # Merging pays at the coarse level, and at the highest ratio only: few to search among.
+        ((level, ratio),) = setting.tome.ratio["downsample"].items()
+        kinds["full"] = 1.0 if level == 1 else 4 / 3 - 2 * ratio / 3
+    return kinds
+
+
 @pytest.fixture(scope="module")
 def tuning(sd_folder, tmp_path_factory):
-    """A config, prompts, and a function that runs the command with few rounds of timing."""
+    """A config, prompts, and a function that runs the command with costs that are steady."""
     pytest.importorskip("mmagic", reason="the command runs MMagic models")
     folder = tmp_path_factory.mktemp("tuning")
     prompts = folder / "prompts.txt"
@@ -39,6 +53,7 @@ def tuning(sd_folder, tmp_path_factory):
     def run(out, *options, config=config, code=0):
         argv = [config, "--prompts", prompts, *QUICK, "--out", out, *options]
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(costs, "_run", steady_run)
             patch.setattr(costs, "ROUNDS", 1)
             patch.setattr(costs, "TARGETS", ("attn",))
             patch.setattr(check, "LEAST_PAIRS", 2)
@@ -480,6 +495,28 @@ def test_costs_become_a_space():
     # An inner region that costs more when it is skipped, and a ratio that saves less.
     assert space.regions == ("network",) and space.merges == {"attn": {1: (0.25, 0.75)}}
     assert costs.costs_of(measured).merges["attn", 1, 0.75] == -0.2
+
+
+def test_costs_by_the_clock(sd_folder):
+    """Seconds of calls by what is skipped at them, and of all around the calls."""
+    from tiny import tiny_model
+
+    request = Request(["a cat"], steps=4, size=(64, 64), guidance=3.0)
+    generator = Generator(tiny_model(folder=sd_folder), request)
+    cached = Setting(cache=(StepCacheConfig(region="network", timestep_range=(0.0, 1.0)),))
+    merged = costs.merging("attn", 1, 0.5, False)
+    for setting, kinds in (
+        (Setting(), {"full"}),
+        (cached, {"full", "network"}),
+        (merged, {"full"}),
+    ):
+        steps = []
+        found = costs._run(generator, [0], setting, 4, lambda steps=steps: steps.append(1))
+        assert set(found) == {"rest", *kinds} and min(found.values()) > 0 and len(steps) == 4
+        # The first call is left out; the other three are of these kinds.
+        others = generator.step_seconds[1:]
+        assert min(others) <= min(found[kind] for kind in kinds)
+        assert max(found[kind] for kind in kinds) <= max(others)
 
 
 @pytest.fixture
