@@ -1,6 +1,8 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 import copy
 import math
+import pickle
+import weakref
 from types import SimpleNamespace
 
 import diffusers
@@ -76,13 +78,19 @@ def test_a_timestep_that_is_not_on_the_list_is_read_off():
     assert at(Timeline(pipeline, 1000.0), 500.0) == (0.5, None)
 
 
-def test_neither_the_model_is_kept_nor_copied():
-    pipeline = Pipeline(scheduler=SimpleNamespace(timesteps=torch.tensor([500.0, 100.0])))
+def test_the_model_is_not_kept_and_its_scheduler_is():
+    pipeline = Pipeline(scheduler=SimpleNamespace(timesteps=torch.tensor([900.0, 100.0])))
     timeline = Timeline(pipeline, 1000.0)
-    assert at(timeline, 500.0)[1] is False
-    assert at(copy.deepcopy(timeline), 500.0) == (0.5, None)
+    assert at(timeline, 900.0) == (0.5, False)
+    twin = copy.deepcopy(timeline)
+    assert at(twin, 900.0) == (0.5, False)
+    assert twin.scheduler() is not pipeline.scheduler
+    alive = weakref.ref(pipeline)
     del pipeline
-    assert at(timeline, 500.0) == (0.5, None)
+    assert alive() is None
+    assert at(timeline, 900.0) == (0.5, False)
+    # What is pickled is read elsewhere, without the pipeline.
+    assert at(pickle.loads(pickle.dumps(timeline)), 900.0) == (0.9, None)
 
 
 # --- by the timestep alone ------------------------------------------------------------------------

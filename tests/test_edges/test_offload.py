@@ -22,8 +22,10 @@ def offload(pipeline, how):
             cpu_offload(model, execution_device=torch.device("cpu"))
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("how", ["model", "sequential"])
+@pytest.mark.parametrize(
+    "setting, how",
+    [*((setting, "model") for setting in SETTINGS), ("balanced", "sequential")],
+)
 @pytest.mark.parametrize("first", ["offload", "cache"])
 def test_skipping_goes_on_in_later_images(setting, how, first):
     case, pipeline = sd15_pipeline()

@@ -37,7 +37,7 @@ x = torch.randn(2, 64, 8)
 layout = merging.random_layout(8, 8).select(0)
 plan = merging.bipartite_match(x, *layout, 32)
 assert plan.unmerge(plan.merge(x)).shape == x.shape
-merge, unmerge = merging.sequence_soft_matching(x, 8, class_token=True)
+merge, unmerge = merging.bipartite_soft_matching(x, 8, class_token=True)
 assert unmerge(merge(x)).shape == x.shape
 assert not any(name.split(".")[0] == "numpy" for name in sys.modules)
 print(sorted(name for name in sys.modules if name.startswith("mmagic_tome.")

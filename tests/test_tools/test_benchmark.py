@@ -164,7 +164,7 @@ def test_config(run, sd_folder, tmp_path):
         (["--ratio", "0"], "nothing to compare"),
         (["--tome", "a={}", "--tome", "a={}"], "there twice"),
         (["--tome", "a={'ratio': 2}"], "--tome a"),
-        (["--tome", "a={'cache': 'slow'}"], "--tome a: cache_cfg='slow' must be one of"),
+        (["--tome", "a={'cache': 'slow'}"], "--tome a: step cache: 'slow' is no named setting"),
         (["--plot", "a.txt"], "draws .png"),
         (["--json", "/dev/null/a.json"], "cannot write"),
         (["--device", "abacus"], "abacus"),

@@ -451,5 +451,5 @@ def test_arguments_that_cannot_be():
         ToMeProfileHook(steps=0)
     with pytest.raises(ToMeError, match="tome_cfg of ToMeHook"):
         ToMeHook(tome_cfg=dict(ratios=0.5))
-    with pytest.raises(ToMeError, match="cache_cfg of ToMeHook: cache_cfg='slow'"):
+    with pytest.raises(ToMeError, match="cache_cfg of ToMeHook: step cache: 'slow'"):
         ToMeHook(cache_cfg="slow")
