@@ -289,7 +289,10 @@ class ToMeConfig:
         #: Whether every target of a block has the same plan, made anew at each step.
         self._set(
             "one_plan",
-            self.ratio_schedule.constant and not self.keeps_plans and len(methods) == 1,
+            self.ratio_schedule.constant
+            and not self.keeps_plans
+            and not self.share_plans
+            and len(methods) == 1,
         )
 
     # --- what hooks ask ---------------------------------------------------------------------------

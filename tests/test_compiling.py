@@ -107,7 +107,6 @@ def test_an_exported_network_merges_at_every_timestep():
 # --- state kept between steps ---------------------------------------------------------------------
 
 STEPS = {
-    "quality": dict(cache="quality"),
     "balanced, merged as well": dict(cache="balanced", ratio=0.5),
     "plan_interval": dict(ratio=0.5, plan_interval=2, targets=["attn", "mlp"]),
     "residual": dict(ratio=0.5, plan_interval=2, residual=True),

@@ -62,35 +62,34 @@ class BlockPreHook(StepHook):
         block, config = self.block, context.config
         metric = self.image_tokens(context, tokens)
         if config.one_plan:
-            plan = self.shared(context, metric, config.ratio, 0, {})
+            plan = self.compute(context, metric, config.ratio, config.methods[0])
             return dict.fromkeys(block.kinds, plan)
         state, step = context.state, context.step
         ratios = {}
         for kind in block.kinds:
             place = Place(kind, block.downsample, block.depth, block.num_blocks, context.remaining)
             ratios[kind] = config.ratio_schedule(place)
-        # When a schedule first becomes non-zero there is no earlier plan to reuse.
-        begins = any(
-            ratios[kind] > 0 for kind in block.kinds if (block.name, kind) in state.unmerged
-        )
-        due = config.plan_is_due(state.computed_at.get(block.name, -1), step)
-        context.computes = begins or due
-        if context.computes:
-            state.computed_at[block.name] = step
+        if config.keeps_plans:
+            # When a schedule first becomes non-zero there is no earlier plan to reuse.
+            begins = any(
+                ratios[kind] > 0 for kind in block.kinds if (block.name, kind) in state.unmerged
+            )
+            due = config.plan_is_due(state.computed_at.get(block.name, -1), step)
+            context.computes = begins or due
+            if context.computes:
+                state.computed_at[block.name] = step
         plans, made = {}, {}
         for kind, ratio in ratios.items():
             owner = (block.name, kind)
-            if ratio <= 0:
-                # Also where a plan would still be reused: a schedule ends at the step it names.
-                plans[kind] = None
-                state.unmerged.add(owner)
-            elif not context.computes and owner in state.plans:
+            # Also where a plan would still be reused: a schedule ends at the step it names.
+            if ratio > 0 and config.keeps_plans and not context.computes and owner in state.plans:
                 plans[kind] = state.plans[owner]
             else:
                 plans[kind] = self.shared(context, metric, ratio, config.method_at(kind), made)
-                state.unmerged.discard(owner)
                 if config.keeps_plans:
                     state.plans[owner] = plans[kind]
+            if config.keeps_plans:
+                (state.unmerged.discard if ratio > 0 else state.unmerged.add)(owner)
         return plans
 
     def image_tokens(self, context: TomeContext, tokens: Tensor) -> Tensor:

@@ -237,8 +237,9 @@ class TomePatch(Patch):
     def contexts_of_call(self) -> tuple[TomeContext, ...]:
         """The contexts of the call under way, by the options that it began with: another thread
         may have assigned others since."""
-        config = self.context.config or self.config
-        return self.contexts(shared=config.tracks_steps)
+        context = self.context
+        shared = (context.config or self.config).tracks_steps or context is self._compiled
+        return (context,) if shared else (context, self._compiled)
 
     def layout(self, context: TomeContext, block: BlockState, device: torch.device) -> Any:
         """(destinations, sources) of a block; all layouts of a grid are drawn together."""

@@ -196,14 +196,14 @@ def test_nothing_that_finds_runs_is_compiled():
         files.update(str(node.stack_trace) for node in graph.graph.nodes)
         return graph.forward
 
-    network = tiny_unet()
+    network = tiny_unet(levels=1)
     handle = apply_cache(network, region="network", timestep_range=(0, 1))
     compiled = torch.compile(network, backend=backend)
     inputs = tiny_inputs()
     with torch.no_grad():
-        for time in range(951, 0, -100):
+        for time in range(951, 400, -100):
             output = compiled(**{**inputs, "timestep": torch.tensor(time)}).sample
             inputs["sample"] = inputs["sample"] - 0.05 * output
-    assert handle.stats()[0]["skipped"] == 4
+    assert handle.stats()[0]["skipped"] == 2
     assert any("unet_2d_condition" in one for one in files)
     assert not any("runs.py" in one for one in files)
