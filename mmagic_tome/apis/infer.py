@@ -265,9 +265,9 @@ def write_sheet(paired, reports, title):
     dense, merged = paired.passes["dense"], paired.passes["merged"]
     speedup = statistics.median(speedups(paired))
     heads = [
-        ("dense", spread_text(dense.per_image())),
+        ("baseline", spread_text(dense.per_image())),
         (
-            f"merged: {speedup:.2f}x as fast",
+            f"{what_was_done(paired.handles)}: {speedup:.2f}x as fast",
             spread_text(merged.per_image()),
         ),
     ]
@@ -283,6 +283,12 @@ def write_sheet(paired, reports, title):
         title += f"; the first {len(rows)} of {len(reports)} prompts"
     paired.folder.save_png("compare.png", compare_sheet(title, heads, rows), paired.text)
     return "compare.png"
+
+
+def what_was_done(handles):
+    """Return 'merged', 'cached' or both, as labels of images and times."""
+    done = [("merged", handles.tome), ("cached", handles.cache)]
+    return " and ".join(word for word, handle in done if handle is not None) or "baseline"
 
 
 def psnr_text(value):
@@ -447,10 +453,11 @@ def print_report(paired, reports, sheet):
 
     steps = paired.generator.request.steps
     print(f"\nTime per image, whole run with {steps} steps (in brackets the UNet alone):")
+    labels = {"dense": "baseline", "merged": what_was_done(paired.handles)}
+    width = max(map(len, labels.values()))
     for mode, result in paired.passes.items():
-        label = mode if applied else "dense"
         whole, unet = spread_text(result.per_image()), spread_text(result.per_image("unet"))
-        print(f"  {label:7} {whole}  [{unet}]")
+        print(f"  {labels[mode]:{width}}  {whole}  [{unet}]")
     if len(paired.passes) > 1:
         both = paired.passes.values()
         whole = spread_text(speedups(paired), "")
@@ -464,4 +471,4 @@ def print_report(paired, reports, sheet):
                 "Take the ratios with care, or run again with --repeats 5."
             )
     else:
-        print("  one mode, no warm-up: --compare measures against the dense model")
+        print("  one mode, no warm-up: --compare measures against the baseline")
