@@ -23,6 +23,7 @@ CORE = (
         "schedulers",
     ),
     *("schedules", "timeline", "validate", "cache", "merging", "methods", "models", "tome", "vit"),
+    "mmagic",
 )
 
 # Layer -> the modules of the package that it may import, itself aside.

@@ -27,7 +27,7 @@ class Entry:
     """What became of one repair.
 
     Attributes:
-        name (str): Name of the function in ``mmagic_tome/mmagic/compat/repairs.py``.
+        name (str): Name of the function in ``mmagic_tome/mmagic/compat/repairs``.
         symptom (str): What a user without the repair meets.
         status (str): ``'applied'``; ``'not needed'``, the symptom is absent;
             ``'not installed'``, what it would cure is absent; ``'waiting'`` for the

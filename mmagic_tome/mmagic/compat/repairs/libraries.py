@@ -1,12 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""The repairs, one function each.
-
-A repair is a generator around the import of one module, like a function for
-:func:`contextlib.contextmanager`: what stands before ``yield`` runs before the code
-of that module, what stands after it runs after. A repair that returns without
-``yield`` found no symptom and touched nothing. The first paragraph of its docstring
-is the symptom as :func:`mmagic_tome.mmagic.compat.report` prints it.
-"""
+"""Repairs of libraries that MMagic imports."""
 
 import contextlib
 import functools
@@ -14,7 +7,6 @@ import glob
 import importlib
 import importlib.metadata
 import importlib.util
-import inspect
 import io
 import os
 import pickle
@@ -22,78 +14,7 @@ import sys
 import types
 import warnings
 
-__all__ = ["REPAIRS", "is_installed"]
-
-REPAIRS = []
-
-
-def repairs(module, lasting=False):
-    """Declare a repair of the import of a module.
-
-    Args:
-        module (str): The module whose import (or use) shows the symptom.
-        lasting (bool): Whether the repair changes something that is used after the
-            import as well. Only such a repair makes sense for a module that was
-            imported before this package. Default: False.
-    """
-
-    def declare(function):
-        function.module = module
-        function.lasting = lasting
-        function.symptom = " ".join(function.__doc__.split("\n\n")[0].split())
-        REPAIRS.append(function)
-        return function
-
-    return declare
-
-
-def is_installed(name):
-    """Whether a module can be found, without importing it (its parents are)."""
-    try:
-        return importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):
-        return False
-
-
-@contextlib.contextmanager
-def _standing_in(name, module):
-    """``sys.modules[name]`` is ``module`` inside the context, and as before after it."""
-    missing = object()
-    before = sys.modules.get(name, missing)
-    sys.modules[name] = module
-    try:
-        yield
-    finally:
-        if before is missing:
-            sys.modules.pop(name, None)
-        else:
-            sys.modules[name] = before
-
-
-class _Absent(types.ModuleType):
-    """Stands in for a module that is not there; its names say so where they are used."""
-
-    def __init__(self, name, remedy):
-        super().__init__(name)
-        self.remedy = remedy
-
-    def __getattr__(self, name):
-        if name.startswith("__"):  # what the import system asks for
-            raise AttributeError(name)
-        return _Missing(f"{self.__name__}.{name} is used here, but {self.remedy}")
-
-
-class _Missing:
-    def __init__(self, message):
-        self.message = message
-
-    def __call__(self, *args, **kwargs):
-        raise ImportError(self.message)
-
-    def __getattr__(self, name):  # a class method, such as from_pretrained
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
+from .base import Absent, is_installed, repairs, standing_in
 
 
 @repairs("torchvision")
@@ -159,7 +80,7 @@ def mmcv_compiled_operators():
         "it is compiled code of the full mmcv, and mmcv-lite is installed: "
         "pip uninstall mmcv-lite && pip install 'mmcv>=2.0.0,<2.2.0'"
     )
-    with _standing_in("mmcv._ext", _Absent("mmcv._ext", remedy)):
+    with standing_in("mmcv._ext", Absent("mmcv._ext", remedy)):
         yield
 
 
@@ -169,7 +90,7 @@ def diffusers_unet_module():
     if is_installed("diffusers.models.unet_2d_condition"):
         return
     moved = importlib.import_module("diffusers.models.unets.unet_2d_condition")
-    with _standing_in("diffusers.models.unet_2d_condition", moved):
+    with standing_in("diffusers.models.unet_2d_condition", moved):
         yield
 
 
@@ -184,7 +105,7 @@ def diffusers_paint_by_example():
         return
     gone = types.ModuleType("diffusers.pipelines.paint_by_example")
     gone.PaintByExampleImageEncoder = type("PaintByExampleImageEncoder", (), {})
-    with _standing_in(gone.__name__, gone):
+    with standing_in(gone.__name__, gone):
         yield
 
 
@@ -247,163 +168,6 @@ def transformers_text_model():
     yield
 
 
-@repairs("mmagic.models.diffusion_schedulers", lasting=True)
-def mmagic_scheduler_copies():
-    """copies and EMA of a MMagic model: "RecursionError: maximum recursion depth exceeded".
-
-    Its wrapper of diffusers' schedulers looks up every name it lacks in ``self.scheduler``,
-    also that one, which a copy lacks at first. So no model with such a scheduler can be copied.
-    """
-    yield
-    wrapper = sys.modules["mmagic.models.diffusion_schedulers"].SchedulerWrapper
-    look_up = wrapper.__getattr__
-    try:
-        hasattr(wrapper.__new__(wrapper), "scheduler")
-        return
-    except RecursionError:
-        pass
-
-    @functools.wraps(look_up)
-    def __getattr__(self, name):
-        if name == "scheduler":
-            raise AttributeError(name)
-        return look_up(self, name)
-
-    wrapper.__getattr__ = __getattr__
-
-
-_EDITORS = "mmagic.models.editors."
-
-
-@repairs(_EDITORS + "stable_diffusion.stable_diffusion", lasting=True)
-def mmagic_step_options():
-    """test_scheduler unlike scheduler: "step() got an unexpected keyword argument 'eta'".
-
-    MMagic's pictures take their steps with ``test_scheduler`` and look up in ``scheduler``, that of
-    the training, which options a step takes. So ``model.test_scheduler.type`` alone could not be
-    changed, from DDIM to Euler for one.
-    """
-    yield
-    _ask_the_test_scheduler(sys.modules[_EDITORS + "stable_diffusion.stable_diffusion"])
-
-
-@repairs(_EDITORS + "stable_diffusion_xl.stable_diffusion_xl", lasting=True)
-def mmagic_step_options_xl():
-    """test_scheduler unlike scheduler (SDXL): "step() got an unexpected keyword argument 'eta'"."""
-    yield
-    _ask_the_test_scheduler(sys.modules[_EDITORS + "stable_diffusion_xl.stable_diffusion_xl"])
-
-
-@repairs(_EDITORS + "animatediff.animatediff", lasting=True)
-def mmagic_step_options_animatediff():
-    """the same in AnimateDiff: "step() got an unexpected keyword argument 'eta'"."""
-    yield
-    _ask_the_test_scheduler(sys.modules[_EDITORS + "animatediff.animatediff"])
-
-
-def _ask_the_test_scheduler(module):
-    """Repair ``prepare_extra_step_kwargs`` of a module's classes: what both schedulers take.
-
-    FastComposer, which inherits it, takes its steps with ``scheduler`` after all.
-    """
-    trained = types.SimpleNamespace(step=lambda sample, eta: sample)
-    tested = types.SimpleNamespace(step=lambda sample: sample)
-    model = types.SimpleNamespace(scheduler=trained, test_scheduler=tested)
-    for owner in vars(module).values():
-        if isinstance(owner, type) and owner.__module__ == module.__name__:
-            asks = vars(owner).get("prepare_extra_step_kwargs")
-            if asks is not None and asks(model, None, 0.0):
-                owner.prepare_extra_step_kwargs = _what_both_take(asks)
-
-
-def _what_both_take(asks):
-    @functools.wraps(asks)
-    def prepare_extra_step_kwargs(self, generator, eta):
-        taken = inspect.signature(self.test_scheduler.step).parameters
-        given = asks(self, generator, eta)
-        return {name: value for name, value in given.items() if name in taken}
-
-    return prepare_extra_step_kwargs
-
-
-@repairs("mmagic.models.archs.attention_injection", lasting=True)
-def mmagic_attention_injection():
-    """attention_injection=True: "'AttentionInjection' object has no attribute 'in_channels'".
-
-    ``ControlStableDiffusion`` asks its UNet for sizes and dtypes, and the wrapper that it puts
-    around the UNet for attention injection has none. It passes on what it lacks, as MMagic's other
-    wrappers do.
-    """
-    yield
-    wrapper = sys.modules["mmagic.models.archs.attention_injection"].AttentionInjection
-    if "__getattr__" in vars(wrapper):
-        return
-
-    def __getattr__(self, name):
-        try:
-            return super(wrapper, self).__getattr__(name)
-        except AttributeError:
-            if name == "unet":  # not there yet: its own __init__, or a copy in the making
-                raise
-            return getattr(self.unet, name)
-
-    wrapper.__getattr__ = __getattr__
-
-
-@repairs("mmagic.models.archs.attention_injection", lasting=True)
-def mmagic_attention_bank():
-    """attention_injection=True after a failed call: "Sizes of tensors must match", wrong pictures.
-
-    Its blocks keep the reference's tokens from the first of two passes to the second. An exception
-    in between (out of memory, a stop button) left them there, and the next picture read them as
-    well. They are forgotten when a call fails.
-    """
-    yield
-    wrapper = sys.modules["mmagic.models.archs.attention_injection"].AttentionInjection
-    forward = wrapper.forward
-    if hasattr(forward, "forgets_the_reference"):
-        return
-
-    @functools.wraps(forward)
-    def forgetting(self, *args, **kwargs):
-        try:
-            return forward(self, *args, **kwargs)
-        except BaseException:
-            for module in self.unet.modules():
-                if "bank" in vars(module):
-                    module.bank = []
-            raise
-
-    forgetting.forgets_the_reference = True
-    wrapper.forward = forgetting
-
-
-@repairs("mmagic.apis.inferencers.base_mmagic_inferencer", lasting=True)
-def mmagic_inferencer_without_test_data():
-    """inferencers of DreamBooth and others: "argument of type 'NoneType' is not iterable".
-
-    MMagic's own configs for models that are trained without a test say ``test_dataloader = None``,
-    and its inferencers look for a pipeline in that.
-    """
-    yield
-    from mmengine import Config
-
-    module = sys.modules["mmagic.apis.inferencers.base_mmagic_inferencer"]
-    inferencer = module.BaseMMagicInferencer
-    init = inferencer._init_pipeline
-    try:
-        init(None, Config(dict(test_dataloader=None)))
-        return
-    except TypeError:
-        pass
-
-    @functools.wraps(init)
-    def _init_pipeline(self, cfg):
-        return None if cfg.get("test_dataloader") is None else init(self, cfg)
-
-    inferencer._init_pipeline = _init_pipeline
-
-
 @repairs("controlnet_aux")
 def mediapipe_solutions():
     """mediapipe >= 1: "module 'mediapipe' has no attribute 'solutions'".
@@ -421,7 +185,7 @@ def mediapipe_solutions():
         return  # controlnet_aux expects that
     except Exception:  # a mediapipe that cannot start: no audio library, another numpy, ...
         pass
-    with _standing_in("mediapipe", None):
+    with standing_in("mediapipe", None):
         yield
 
 
@@ -438,7 +202,7 @@ def controlnet_aux_missing():
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
     remedy = f"it cannot be imported ({reason}): pip install controlnet_aux"
-    with _standing_in("controlnet_aux", _Absent("controlnet_aux", remedy)):
+    with standing_in("controlnet_aux", Absent("controlnet_aux", remedy)):
         yield
 
 
@@ -455,7 +219,7 @@ def albumentations_missing():
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
     remedy = f"it cannot be imported ({reason}): pip install albumentations"
-    with _standing_in("albumentations", _Absent("albumentations", remedy)):
+    with standing_in("albumentations", Absent("albumentations", remedy)):
         yield
 
 
