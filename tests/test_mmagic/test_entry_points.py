@@ -116,7 +116,9 @@ def expected(sd_folder):
 
 def _from_folder(folder):
     from mmagic.registry import MODELS
+    from mmengine.registry import init_default_scope
 
+    init_default_scope("mmagic")  # as MMagic's init_model does
     return MODELS.build(tiny.tiny_config(folder=folder))
 
 
