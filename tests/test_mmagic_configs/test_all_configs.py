@@ -343,6 +343,9 @@ def test_mmagics_other_diffusion_models_say_that_they_cannot_be_merged(folder):
     unet = Config.fromfile(str(file)).model.unet
     unet.update(base_channels=32, use_fp16=False)
     unet.attention_cfg.update(num_head_channels=8)
+    from mmengine.registry import init_default_scope
+
+    init_default_scope("mmagic")  # whoever ran before
     network = MODELS.build(unet)
     with pytest.raises(ToMeError, match=r"DenoisingUnet has no transformer block.*'stable'"):
         apply_tome(network)
