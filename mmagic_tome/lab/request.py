@@ -1,0 +1,73 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""What to generate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+# Fields that hold what a model may take besides text: one for all images, or one per image.
+INPUTS = ("images", "masks", "controls", "references")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate: one image (or clip) per prompt.
+
+    Args:
+        prompts: The texts, at least one.
+        negative_prompt: What the images should not show; a list has one for each image. Default:
+            None, nothing.
+        steps: Denoising steps. Default: None, what the model's class has as its default.
+        guidance: Weight of classifier-free guidance; 1 or less is none. Default: None, as steps.
+        size: Height and width in pixels. Default: None, the model's own.
+        frames: Frames of a clip, for video models. Default: None, the model's own.
+        seed: Seed of the first image, below 2**32; image i has ``seed + i``. A list has one for
+            each image.
+        batch_size: Images per call of the model.
+        images, masks, controls, references: Paths or PIL images: the image to start from or to
+            inpaint, where to inpaint (white), the control image of a ControlNet, the subject
+            (ViCo, FastComposer). One serves all prompts; otherwise one for each.
+        extra: Further keyword arguments of the model's call, such as ``dict(strength=0.5)``.
+    """
+
+    prompts: Sequence[str]
+    negative_prompt: str | Sequence[str] | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    size: tuple[int, int] | None = None
+    frames: int | None = None
+    seed: int | Sequence[int] = 0
+    batch_size: int = 1
+    images: Sequence[Any] = ()
+    masks: Sequence[Any] = ()
+    controls: Sequence[Any] = ()
+    references: Sequence[Any] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """How many images are asked for."""
+        return len(self.prompts)
+
+    def seed_of(self, number: int) -> int:
+        """The seed of an image: after the largest of 32 bits comes 0."""
+        if isinstance(self.seed, int):
+            return (self.seed + number) % 2**32
+        return self.seed[number]
+
+    def negatives(self, numbers: Sequence[int]) -> list[str] | None:
+        """The negative prompts of some images, or None if they have none."""
+        if self.negative_prompt is None or isinstance(self.negative_prompt, str):
+            return self.negative_prompt and [self.negative_prompt] * len(numbers)
+        return [self.negative_prompt[number] for number in numbers]
+
+    def inputs(self, kind: str, numbers: Sequence[int]) -> list[Any]:
+        """Those of :data:`INPUTS` that belong to some images; empty where none are given."""
+        given = getattr(self, kind)
+        return [given[number if len(given) > 1 else 0] for number in numbers] if given else []
+
+    def batches(self) -> list[range]:
+        """The numbers of the images of each batch."""
+        count, step = len(self), self.batch_size
+        return [range(first, min(first + step, count)) for first in range(0, count, step)]
