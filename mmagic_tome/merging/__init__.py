@@ -1,12 +1,9 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Which tokens become one, and how: functions of tensors, and the plans they return.
-
-Depends on torch alone.
-"""
+"""Which tokens become one, and how: functions of tensors and their plans, on torch alone."""
 
 from .facility import facility_location
 from .frames import FramePlan, as_clips
-from .grid2d import GridLayout, grid_layout, random_layout, regular_layout
+from .grid2d import GridLayout, Windows, grid_layout, make_windows, random_layout, regular_layout
 from .joint import JointPlan, join_sequence, joint_plan, split_sequence
 from .matching import (
     bipartite_match,
@@ -16,8 +13,7 @@ from .matching import (
     tokens_to_remove,
 )
 from .matrix import MatrixPlan
-from .plan import IndexPlan, MergePlan, Plan
-from .reductions import MlerpPlan, PrunedPlan
+from .plan import IndexPlan, MergePlan, MlerpPlan, Plan, PrunedPlan
 from .sequence import (
     Match,
     bipartite_soft_matching,
@@ -27,7 +23,6 @@ from .sequence import (
     merge_wavg,
     random_bipartite,
 )
-from .windows import Windows, make_windows
 
 __all__ = [
     "FramePlan",

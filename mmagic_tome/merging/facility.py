@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .plan import gather_tokens
+
 # Two tokens that cover each other gain exactly the same on paper: rounding must not decide, or the
 # choice would differ between devices and batch sizes.
 _TIE = 1e-4
@@ -19,8 +21,6 @@ def facility_location(similarity: Tensor, count: int) -> Tensor:
     value above the empty set's (Nemhauser et al., 1978). With m_i the best similarity of token i
     to the tokens chosen so far (-1, the smallest cosine, before the first), each round adds the j
     with the largest gain sum_i max(0, S_ij - m_i), the first of those within 1e-4 of it.
-
-    Rounds are sequential; each is one pass over S for all groups at once.
 
     Args:
         similarity (Tensor): (G, n, n) floating, symmetric, in [-1, 1]; G independent groups.
@@ -42,6 +42,5 @@ def facility_location(similarity: Tensor, count: int) -> Tensor:
         choice = (good * first).argmax(dim=-1, keepdim=True)
         chosen.append(choice)
         taken = taken.scatter(1, choice, True)
-        row = similarity.gather(1, choice[..., None].expand(-1, -1, tokens))
-        covered = torch.maximum(covered, row)
+        covered = torch.maximum(covered, gather_tokens(similarity, choice))
     return torch.cat(chosen, dim=1)

@@ -17,53 +17,39 @@ class FramePlan:
     2312.10656, section 3.2). Its matrix products then cost ``F * (1 - ratio)**2`` times those of
     the unmerged frames, which is less only above a ratio of ``1 - F**-0.5``.
 
+    ``slot`` (B, F * N), ``size`` and ``representative`` (B, M) are those of a clip, in which token
+    n of frame f is number ``f * N + n``.
+
     Args:
         plan (Plan): of B clips with F * N tokens each.
         num_frames (int): F, at least 1.
     """
 
-    __slots__ = ("num_frames", "plan")
+    __slots__ = ("batch", "num_frames", "num_slots", "num_tokens", "plan")
 
     def __init__(self, plan: Plan, num_frames: int) -> None:
         self.plan = plan
         self.num_frames = num_frames
-
-    @property
-    def batch(self) -> int:
-        """B * F, entries before merging."""
-        return self.plan.batch * self.num_frames
-
-    @property
-    def num_tokens(self) -> int:
-        """N, tokens of one frame."""
-        return self.plan.num_tokens // self.num_frames
-
-    @property
-    def num_slots(self) -> int:
-        """M, tokens of a merged clip."""
-        return self.plan.num_slots
+        self.batch = plan.batch * num_frames
+        self.num_tokens = plan.num_tokens // num_frames
+        self.num_slots = plan.num_slots
 
     @property
     def slot(self) -> Tensor:
-        """(B, F * N) int64, the slot of every token of a clip."""
         return self.plan.slot
 
     @property
     def size(self) -> Tensor:
-        """(B, M), the number of a clip's tokens in each slot."""
         return self.plan.size
 
     @property
     def representative(self) -> Tensor:
-        """(B, M) int64, token n of frame f counted as ``f * N + n``."""
         return self.plan.representative
 
     def merge(self, x: Tensor) -> Tensor:
-        """(B * F, N, C) -> (B, M, C)."""
         return self.plan.merge(as_clips(x, self.num_frames))
 
     def unmerge(self, y: Tensor) -> Tensor:
-        """(B, M, C) -> (B * F, N, C)."""
         return self.plan.unmerge(y).reshape(self.batch, self.num_tokens, y.shape[-1])
 
     def __repr__(self) -> str:

@@ -1,9 +1,9 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Destinations on a two-dimensional token grid, one per cell.
+"""Rectangles of a two-dimensional token grid: cells with a destination each, and windows.
 
-Source: "Token Merging for Fast Stable Diffusion" (Bolya and Hoffman, CVPRW
-2023, arXiv 2303.17604), section 4: partitioning tokens by cells of sy x sx,
-with one random destination in each, keeps destinations spread over the image.
+Source: "Token Merging for Fast Stable Diffusion" (Bolya and Hoffman, CVPRW 2023, arXiv
+2303.17604), section 4: partitioning tokens by cells of sy x sx, with one random destination in
+each, keeps destinations spread over the image.
 """
 
 from __future__ import annotations
@@ -51,26 +51,17 @@ class GridLayout:
         return self._indices(self.offset[index])
 
     def _indices(self, offset: Tensor) -> tuple[Tensor, Tensor]:
-        """From (..., cells) offsets to (..., D) destinations and (..., S) sources.
-
-        All shapes are known beforehand: instead of sorting a mask, the sources of a
-        cell are enumerated as the positions 0 .. k-1 without the destination's.
-        """
-        height, width, sx, sy = self.height, self.width, self.sx, self.sy
-        device, offset = offset.device, offset.to(torch.int64)
-        rows, columns = height // sy, width // sx
-        cell = torch.arange(rows * columns, device=device)
-        corner = (cell // columns) * (sy * width) + (cell % columns) * sx
-        destinations = corner + _inside(offset, width, sx)
-        position = torch.arange(sx * sy - 1, device=device)
+        """From (..., cells) offsets to (..., D) destinations and (..., S) sources."""
+        cells = tile_grid(self.height, self.width, self.sy, self.sx, offset.device)
+        cell = torch.arange(cells.count, device=offset.device)
+        # No mask, whose size is not known beforehand: positions without the destination's.
+        position = torch.arange(cells.size - 1, device=offset.device)
         position = position + (position >= offset[..., None]).to(torch.int64)
-        sources = (corner[:, None] + _inside(position, width, sx)).flatten(-2)
-        if rows * sy < height or columns * sx < width:
-            token = torch.arange(height * width, device=device).view(height, width)
-            right = token[: rows * sy, columns * sx :].reshape(-1)
-            bottom = token[rows * sy :].reshape(-1)
-            left_over = torch.cat([right, bottom]).expand(*offset.shape[:-1], -1)
-            sources = torch.cat([sources, left_over], dim=-1)
+        destinations = cells.inside[cell, offset.to(torch.int64)]
+        sources = cells.inside[cell[:, None], position].flatten(-2)
+        if cells.outside.shape[0]:
+            outside = cells.outside.expand(*offset.shape[:-1], -1)
+            sources = torch.cat([sources, outside], dim=-1)
         return destinations, sources
 
 
@@ -81,12 +72,9 @@ def regular_layout(
 
     Args:
         height, width (int): the grid in tokens; token i is at (i // width, i % width).
-        sx, sy (int): cell width and height in tokens, default 2.
+        sx, sy (int): cell width and height in tokens, default 2. Tokens of incomplete cells at
+            the right and bottom edge are sources.
         device: of the indices.
-
-    Returns:
-        GridLayout: L = 1, D = (height // sy) * (width // sx). Tokens of
-        incomplete cells at the right and bottom edge are sources.
     """
     cells = (height // sy) * (width // sx)
     offset = torch.zeros(1, cells, dtype=torch.int64, device=device)
@@ -106,18 +94,13 @@ def random_layout(
 ) -> GridLayout:
     """``count`` independent layouts with a random destination in every complete cell.
 
-    One vectorised computation draws them all, so that a UNet forward draws the layouts of all its
-    blocks of one grid at once. The same arguments always return the same layouts; no generator is
-    read.
+    One computation draws them all. The same arguments always return the same layouts.
 
     Args:
         height, width, sx, sy, device: as in :func:`regular_layout`.
         seed (int): non-negative, default 0.
         step (Tensor | None): key of the denoising step, see :func:`.random.step_key`.
         count (int): L, number of layouts, default 1.
-
-    Returns:
-        GridLayout: L = ``count``.
     """
     cells = (height // sy) * (width // sx)
     offset = hashed_integers(sx * sy, seed, step, count, cells, torch.device(device))
@@ -130,6 +113,55 @@ def grid_layout(offset: Tensor, height: int, width: int, sx: int, sy: int) -> Gr
     return GridLayout(offset.to(kind), height, width, sx, sy)
 
 
-def _inside(position: Tensor, width: int, sx: int) -> Tensor:
-    """Distance in tokens from a cell's corner to its ``position``-th token in raster order."""
-    return (position // sx) * width + position % sx
+@dataclass(frozen=True)
+class Windows:
+    """Windows of n tokens each, and the tokens outside of all windows.
+
+    Attributes:
+        inside (Tensor): (W, n) int64 token indices, row by row in every window.
+        outside (Tensor): (L,) int64 token indices; W * n + L = N.
+        count, size (int): W and n.
+    """
+
+    inside: Tensor
+    outside: Tensor
+
+    @property
+    def count(self) -> int:
+        return self.inside.shape[0]
+
+    @property
+    def size(self) -> int:
+        return self.inside.shape[1]
+
+
+def tile_grid(height: int, width: int, sy: int, sx: int, device: torch.device) -> Windows:
+    """All complete windows of sy x sx tokens from the top left of a grid, row by row.
+
+    Outside of them are the incomplete ones at its right edge, then those at the bottom.
+    """
+    rows, columns = height // sy, width // sx
+    token = torch.arange(height * width, device=device).view(height, width)
+    inside = token[: rows * sy, : columns * sx].reshape(rows, sy, columns, sx).transpose(1, 2)
+    right, bottom = token[: rows * sy, columns * sx :], token[rows * sy :]
+    outside = torch.cat([right.reshape(-1), bottom.reshape(-1)])
+    return Windows(inside.reshape(rows * columns, sy * sx), outside)
+
+
+def make_windows(height: int, width: int, window: int, device: torch.device) -> Windows:
+    """Windows of about ``window`` x ``window`` tokens from the top left of a grid.
+
+    A grid that is no multiple of ``window`` gets slightly smaller windows rather than a wide
+    margin outside of all of them, see :func:`window_side`.
+    """
+    return tile_grid(height, width, window_side(height, window), window_side(width, window), device)
+
+
+def window_side(length: int, window: int) -> int:
+    """The side in (window / 2, window] that leaves the fewest of ``length`` tokens outside.
+
+    The larger one of equals; ``length`` itself if that is at most ``window``.
+    """
+    if length <= window:
+        return length
+    return min(range(window, window // 2, -1), key=lambda side: length % side)

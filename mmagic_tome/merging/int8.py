@@ -12,44 +12,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def _fast_here() -> bool:
-    # Without these instructions the 8-bit product is slower than the 32-bit one.
-    supported = getattr(torch.cpu, "_is_vnni_supported", None)
-    return (
-        supported is not None
-        and supported()
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch, "_int_mm")
-    )
-
+# Without these instructions the 8-bit product is slower than the 32-bit one.
+_vnni_supported = getattr(torch.cpu, "_is_vnni_supported", lambda: False)
 
 #: Whether this machine's CPU multiplies 8-bit integers faster than floats.
-AVAILABLE = _fast_here()
+AVAILABLE = _vnni_supported() and torch.backends.mkldnn.is_available()
 
 
 def nearest_int8(
     metric: Tensor, sources: Tensor, unit_destination: Tensor, max_scores: int
 ) -> tuple[Tensor, Tensor]:
-    """The destination with the largest cosine similarity, chosen to 8 bits.
+    """As :func:`~.matching.nearest_destination`, with destinations chosen to 8 bits.
 
     Every source is rounded to 255 levels of its own largest entry (a positive factor per row does
     not change which destination is the largest), all destinations of a batch entry to 255 levels
     of their common largest entry. Two destinations whose similarities to a source differ by less
     than about 0.5 % may be confused; the similarity to the one chosen is in full precision.
 
-    One chunk of sources goes through all the steps before the next: its intermediate tensors stay
-    in the cache, where those of all sources would be written to memory.
-
     Args:
         metric (Tensor): (B, N, C) floating, on a CPU, C > 1.
         sources (Tensor): (S,) int64 token indices.
         unit_destination (Tensor): (B, D, C) floating, rows of unit length (or zero).
         max_scores (int): bound on the similarities held at a time; at least one row of D is.
-
-    Returns:
-        tuple: cosine similarity (B, S), dtype of ``metric``, and position among the
-        destinations (B, S) int64.
     """
     batch, num_src = metric.shape[0], sources.shape[0]
     num_dst = unit_destination.shape[1]
@@ -60,6 +44,7 @@ def nearest_int8(
     for b in range(batch):
         tokens, destination = metric[b], unit_destination[b]
         rounded = _rounded(destination, destination.abs().amax()).t()
+        # All the steps of a chunk before the next: intermediate tensors stay in the cache.
         for start in range(0, num_src, rows):
             part = tokens.index_select(0, sources[start : start + rows])
             largest = part.abs().amax(dim=-1, keepdim=True)  # the norm for it is 15 times slower

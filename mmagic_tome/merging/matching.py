@@ -1,11 +1,8 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Bipartite soft matching between given sources and destinations.
 
-1. :func:`nearest_destination`: every source draws one edge;
-2. :func:`strongest`, or another rule: which edges merge;
-3. :func:`plan_of_edges`: the plan.
-
-:func:`bipartite_match` is the three of them.
+Every source draws one edge (:func:`nearest_destination`); some are chosen (:func:`strongest`) and
+merge (:func:`plan_of_edges`). :func:`bipartite_match` is the three of them.
 
 Source: "Token Merging: Your ViT But Faster" (Bolya et al., ICLR 2023, arXiv 2210.09461), section
 3.2, with the partition left to the caller as in arXiv 2303.17604, section 4.
@@ -14,14 +11,14 @@ Source: "Token Merging: Your ViT But Faster" (Bolya et al., ICLR 2023, arXiv 221
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import int8
-from .plan import IndexPlan
-from .reductions import REDUCTIONS
+from .plan import REDUCTIONS, IndexPlan, gather_tokens
 
 # Largest number of similarities held at a time. On a CPU a chunk that stays in the cache
 # is as fast as any larger one (2**19 to 2**22 measure the same); a GPU needs rows to fill it.
@@ -39,27 +36,22 @@ def bipartite_match(
     destinations: Tensor,
     sources: Tensor,
     r: int,
-    max_scores: int | None = None,
+    *,
     exact: bool = True,
     reduction: str = "mean",
 ) -> IndexPlan:
-    """Merge the r sources with the most similar destinations into them.
+    """Merge the r sources with the most similar destinations into them: N -> N - r tokens.
 
     Every source draws one edge to the destination with the largest cosine similarity; the r best
-    edges merge (the first among equals), all other sources stay. No gradient flows through the
-    matching.
+    edges merge (the first among equals), all other sources stay. No gradient flows through it.
 
     Args:
         metric (Tensor): (B, N, C) floating; what similarity is measured on.
         destinations (Tensor): (D,) or (B, D) int64 token indices, D >= 1.
         sources (Tensor): (S,) or (B, S) int64 token indices; with the destinations all N tokens.
         r (int): tokens to remove, 0 <= r <= S.
-        max_scores (int | None): see :func:`best_scores`.
-        exact (bool): see :func:`nearest_destination`.
-        reduction (str): see :func:`plan_of_edges`.
-
-    Returns:
-        IndexPlan: N -> N - r tokens, slots numbered as by :func:`plan_of_edges`.
+        exact (bool): default True, see :func:`nearest_destination`.
+        reduction (str): default 'mean', see :func:`plan_of_edges`.
 
     Raises:
         ValueError: no destinations, r out of range, or indices that do not add up to N.
@@ -71,27 +63,20 @@ def bipartite_match(
         raise ValueError(f"{num_dst} destinations + {num_src} sources != {tokens} tokens")
     if not 0 <= r <= num_src:
         raise ValueError(f"r must be in [0, {num_src}], got {r}")
-    best, nearest = nearest_destination(metric, destinations, sources, exact, max_scores)
+    best, nearest = nearest_destination(metric, destinations, sources, exact)
     return plan_of_edges(destinations, sources, nearest, strongest(best, r), r, reduction)
 
 
 @torch.no_grad()
 def nearest_destination(
-    metric: Tensor,
-    destinations: Tensor,
-    sources: Tensor,
-    exact: bool = True,
-    max_scores: int | None = None,
+    metric: Tensor, destinations: Tensor, sources: Tensor, exact: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Find the most similar destination of every source, by cosine similarity.
 
     Args:
-        metric (Tensor): (B, N, C) floating.
-        destinations (Tensor): (D,) or (B, D) int64 token indices, D >= 1.
-        sources (Tensor): (S,) or (B, S) int64 token indices.
+        metric, destinations, sources: see :func:`bipartite_match`.
         exact (bool): default True. False: where the CPU has fast 8-bit products, choose by them
             (:mod:`.int8`), in a third of the time; elsewhere the same as True.
-        max_scores (int | None): see :func:`best_scores`.
 
     Returns:
         tuple: similarity (B, S), dtype of ``metric``, and position among the destinations (B, S)
@@ -101,7 +86,7 @@ def nearest_destination(
         # Move destinations to the front of every entry: then one layout serves the whole batch.
         batch, count = metric.shape[0], destinations.shape[-1]
         order = torch.cat([destinations.expand(batch, -1), sources.expand(batch, -1)], dim=1)
-        metric = metric.gather(1, order[..., None].expand(-1, -1, metric.shape[2]))
+        metric = gather_tokens(metric, order)
         place = torch.arange(order.shape[1], device=metric.device)
         destinations, sources = place[:count], place[count:]
     # Only destinations need unit length to find the nearest; dividing the best
@@ -114,44 +99,39 @@ def nearest_destination(
     # torch 2.13 multiplies 8-bit matrices wrongly where they have a single channel.
     on_cpu = metric.device.type == "cpu"
     if on_cpu and int8.AVAILABLE and not exact and metric.shape[-1] > 1:
-        return int8.nearest_int8(metric, sources, dst, max_scores or _MAX_SCORES_CPU)
+        return int8.nearest_int8(metric, sources, dst, _MAX_SCORES_CPU)
     src = metric.index_select(1, sources)
-    best, nearest = best_scores(src, dst, max_scores=max_scores)
+    best, nearest = best_scores(src, dst)
     length = torch.linalg.vector_norm(src, dim=-1)
     return best / length.clamp_min(smallest), nearest
 
 
 def best_scores(
-    src: Tensor,
-    dst: Tensor,
-    score: Callable[[Tensor], Tensor] | None = None,
-    max_scores: int | None = None,
+    src: Tensor, dst: Tensor, score: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Find the destination with the largest score for every source, in chunks of sources.
+    """The largest score of every source (B, S) and its destination (B, S) int64.
 
     Args:
-        src (Tensor): (B, S, C).
-        dst (Tensor): (B, D, C).
+        src, dst (Tensor): (B, S, C) and (B, D, C).
         score (Callable | None): dot products (B, s, D) -> scores of that shape. Default None: the
             dot products.
-        max_scores (int | None): bound on the scores held at a time, of all B * S * D; at least
-            one row of B * D is. Default None: 2**19 on a CPU, 2**25 elsewhere.
-
-    Returns:
-        tuple: largest score (B, S) and its destination (B, S) int64.
     """
-    if max_scores is None:
-        max_scores = _MAX_SCORES_CPU if src.device.type == "cpu" else _MAX_SCORES_GPU
-    (batch, num_dst), dst = dst.shape[:2], dst.transpose(1, 2)
-    rows = max(1, max_scores // (batch * num_dst))
-    parts = []
-    for part in src.split(rows, dim=1):
-        product = torch.bmm(part, dst)
-        parts.append((product if score is None else score(product)).max(dim=-1))
+    bound = _MAX_SCORES_CPU if src.device.type == "cpu" else _MAX_SCORES_GPU
+    parts = by_chunks(src, dst, bound, lambda x: (x if score is None else score(x)).max(dim=-1))
     if len(parts) == 1:
         return tuple(parts[0])
     best, nearest = zip(*parts)
     return torch.cat(best, dim=1), torch.cat(nearest, dim=1)
+
+
+def by_chunks(src: Tensor, dst: Tensor, bound: int, reduce: Callable[[Tensor], Any]) -> list[Any]:
+    """``reduce`` of the dot products (B, s, D) of (B, S, C) and (B, D, C), in chunks of sources.
+
+    At most ``bound`` products are held at a time, or one row of B * D.
+    """
+    (batch, num_dst), dst = dst.shape[:2], dst.transpose(1, 2)
+    rows = max(1, bound // (batch * num_dst))
+    return [reduce(torch.bmm(part, dst)) for part in src.split(rows, dim=1)]
 
 
 def strongest(score: Tensor, count: int) -> Tensor:
@@ -172,28 +152,22 @@ def plan_of_edges(
     reduction: str = "mean",
     destinations_first: bool = True,
 ) -> IndexPlan:
-    """Make the plan in which some of the edges merge.
+    """Make the plan in which some of the edges merge: N -> N - r tokens.
 
-    Slots are numbered destinations first, then the sources that stay, each in the order given.
-    Neither this nor pruning sorts or synchronizes with the device.
+    Slots are numbered destinations first, then the sources that stay, each in the order given, and
+    represented by them. Neither this nor pruning sorts or synchronizes with the device.
 
     Args:
-        destinations (Tensor): (D,) or (B, D) int64 token indices.
-        sources (Tensor): (S,) or (B, S) int64; with the destinations all N tokens.
+        destinations, sources: see :func:`bipartite_match`.
         nearest (Tensor): (B, S) int64, position of each source's destination; any number where
             the edge does not merge.
         merged (Tensor): (B, S) bool, the edges that merge; ``removed`` of them in every row (not
             checked: a check would synchronize with the device).
         removed (int): r.
-        reduction (str): 'mean' (default), 'prune' (the destination's own features) or 'mlerp'.
+        reduction (str): 'mean' (default), 'prune' (the destination's own features) or 'mlerp';
+            ValueError for others.
         destinations_first (bool): False: the sources that stay are numbered before the
             destinations. Default True.
-
-    Returns:
-        IndexPlan: N -> N - r tokens, represented by destinations and the sources that stay.
-
-    Raises:
-        ValueError: unknown reduction.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {tuple(REDUCTIONS)}, got {reduction!r}")
@@ -210,11 +184,19 @@ def plan_of_edges(
     return REDUCTIONS[reduction](slot, num_dst + num_stay, destinations)
 
 
+def full_precision(x: Tensor) -> torch.autocast:
+    """A context in which products of ``x`` stay in its dtype.
+
+    Networks are often called under ``torch.autocast``, where a product of float32 tensors is
+    computed and returned in half precision. That would undo a ``.float()`` just before it.
+    """
+    return torch.autocast(device_type=x.device.type, enabled=False)
+
+
 def _contiguous(x: Tensor) -> Tensor:
     """The same tokens with the channels of each adjacent in memory.
 
-    Convolutional networks pass their blocks a view of (B, C, h, w) images, where they are not;
-    gathering single tokens out of that reads a cache line per channel.
+    In a view of (B, C, h, w) images, gathering single tokens reads a cache line per channel.
     """
     if x.is_contiguous() or x.device.type != "cpu" or torch.compiler.is_compiling():
         return x.contiguous()

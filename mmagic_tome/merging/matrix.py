@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .grid2d import Windows
 from .plan import check_shape
-from .windows import Windows
 
 
 class MatrixPlan:
@@ -49,22 +49,11 @@ class MatrixPlan:
     @property
     def slot(self) -> Tensor:
         """(B, N) int64, the slot with the largest weight in every token's unmerging."""
-        groups, slots, _ = self.weights.shape
-        count = groups // self.batch
-        window = torch.arange(groups, device=self.back.device) % count
-        inside = self.back.argmax(dim=-1) + window[:, None] * slots
-        outside = torch.arange(count * slots, self.num_slots, device=self.back.device)
-        inside = inside.view(self.batch, -1)
-        together = torch.cat([inside, outside.expand(self.batch, -1)], dim=1)
-        return together.index_select(1, self._inverse)
+        return self._largest(self.back).index_select(1, self._inverse)
 
     @property
     def size(self) -> Tensor:
-        """(B, M), the dtype of the matrices: sum of the fractions of tokens in each slot.
-
-        Every row sums to N, since a token's fractions sum to 1. They may be negative where
-        unmerging is an inverse.
-        """
+        """(B, M), the dtype of the matrices; fractions of an inverse may be negative."""
         inside = self.back.sum(dim=1).view(self.batch, -1)
         outside = self.num_slots - inside.shape[1]
         return torch.cat([inside, inside.new_ones(self.batch, outside)], dim=1)
@@ -72,32 +61,23 @@ class MatrixPlan:
     @property
     def representative(self) -> Tensor:
         """(B, M) int64, the token with the largest weight in every slot."""
-        groups, slots, size = self.weights.shape
-        count = groups // self.batch
-        inside = count * size
-        window = torch.arange(groups, device=self.weights.device) % count
-        place = self.weights.argmax(dim=-1) + window[:, None] * size
-        outside = torch.arange(inside, self.num_tokens, device=place.device)
-        place = torch.cat(
-            [place.view(self.batch, count * slots), outside.expand(self.batch, -1)], dim=1
-        )
-        return self._order[place]
+        return self._order[self._largest(self.weights)]
+
+    def _largest(self, matrix: Tensor) -> Tensor:
+        """Column of the largest entry of every row, and tokens outside, in window order."""
+        groups, rows, columns = matrix.shape
+        count, device = groups // self.batch, matrix.device
+        first = torch.arange(groups, device=device) % count * columns
+        inside = (matrix.argmax(dim=-1) + first[:, None]).view(self.batch, count * rows)
+        outside = self.num_slots - count * self.back.shape[2]
+        outside = torch.arange(outside, device=device) + count * columns
+        return torch.cat([inside, outside.expand(self.batch, -1)], dim=1)
 
     def merge(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, M, C), the dtype of ``x``.
-
-        Raises:
-            ValueError: shape of ``x`` does not fit the plan.
-        """
         check_shape(x, self.batch, self.num_tokens, "merge")
         return self._product(self.weights, x.index_select(1, self._order))
 
     def unmerge(self, y: Tensor) -> Tensor:
-        """(B, M, C) -> (B, N, C), the dtype of ``y``.
-
-        Raises:
-            ValueError: shape of ``y`` does not fit the plan.
-        """
         check_shape(y, self.batch, self.num_slots, "unmerge")
         return self._product(self.back, y).index_select(1, self._inverse)
 

@@ -28,31 +28,18 @@ class Plan(Protocol):
         representative (Tensor): (B, M) int64, the token whose position represents each slot.
     """
 
-    @property
-    def batch(self) -> int: ...
-
-    @property
-    def num_tokens(self) -> int: ...
-
-    @property
-    def num_slots(self) -> int: ...
-
-    @property
-    def slot(self) -> Tensor: ...
-
-    @property
-    def size(self) -> Tensor: ...
-
-    @property
-    def representative(self) -> Tensor: ...
+    batch: int
+    num_tokens: int
+    num_slots: int
+    slot: Tensor
+    size: Tensor
+    representative: Tensor
 
     def merge(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, M, C), the dtype of ``x``; ValueError if its shape does not fit."""
-        ...
 
     def unmerge(self, y: Tensor) -> Tensor:
         """(B, M, C) -> (B, N, C), the dtype of ``y``; ValueError if its shape does not fit."""
-        ...
 
 
 class IndexPlan:
@@ -87,20 +74,17 @@ class IndexPlan:
 
     @property
     def slot(self) -> Tensor:
-        """(B, N) int64, the slot of every token."""
         # Computed on request: plans may be kept for several steps, and this is twice their rows.
         return entry_indices(self._row, (self.batch, self.num_tokens), self.num_slots)
 
     @property
     def size(self) -> Tensor:
-        """(B, M) int64, the number of tokens in each slot; every row sums to N."""
         size = self._row.new_zeros(self.batch * self.num_slots, dtype=torch.int64)
         size.index_add_(0, self._row, torch.ones_like(self._row, dtype=torch.int64))
         return size.view(self.batch, self.num_slots)
 
     @property
     def representative(self) -> Tensor:
-        """(B, M) int64: the destination of each slot, or its first token."""
         return self._representative()
 
     def _representative(self) -> Tensor:
@@ -114,17 +98,7 @@ class IndexPlan:
         return first.scatter(1, slot.gather(1, destinations), destinations)
 
     def unmerge(self, y: Tensor) -> Tensor:
-        """Copy every slot back to all of its tokens.
-
-        Args:
-            y (Tensor): (B, M, C).
-
-        Returns:
-            Tensor: (B, N, C) with ``out[b, n] = y[b, slot[b, n]]``.
-
-        Raises:
-            ValueError: shape of ``y`` does not fit the plan.
-        """
+        """Copy every slot to all of its tokens: ``out[b, n] = y[b, slot[b, n]]``."""
         check_shape(y, self.batch, self.num_slots, "unmerge")
         # torch sums half-precision gradients on a CPU in single precision only with int64.
         row = self._row.long() if y.requires_grad and torch.is_grad_enabled() else self._row
@@ -132,8 +106,8 @@ class IndexPlan:
         return out.view(self.batch, self.num_tokens, y.shape[-1])
 
     def __repr__(self) -> str:
-        name = type(self).__name__
-        return f"{name}(batch={self.batch}, {self.num_tokens} -> {self.num_slots} tokens)"
+        numbers = f"batch={self.batch}, {self.num_tokens} -> {self.num_slots} tokens"
+        return f"{type(self).__name__}({numbers})"
 
 
 class MergePlan(IndexPlan):
@@ -143,9 +117,6 @@ class MergePlan(IndexPlan):
     them. Without a zero-filled buffer, a scatter or atomic additions it returns the same bits on
     every run, also on a GPU, where a scattered sum has no fixed order. Both directions are
     differentiable, merging once only: ``embedding_bag`` has no second derivative.
-
-    Args:
-        slot, num_slots, destinations: see :class:`IndexPlan`.
 
     Source: ToMe (arXiv 2210.09461, section 3.1); with unmerging, for diffusion, arXiv 2303.17604,
     section 3.
@@ -162,24 +133,70 @@ class MergePlan(IndexPlan):
         self._offset = torch.searchsorted(sorted_row, slots, out_int32=kind == torch.int32)
 
     def merge(self, x: Tensor, mode: str = "mean") -> Tensor:
-        """Combine the tokens of each slot.
-
-        Args:
-            x (Tensor): (B, N, C), any floating dtype.
-            mode (str): ``'mean'`` (default), ``'sum'`` or ``'max'``.
-
-        Returns:
-            Tensor: (B, M, C), the dtype of ``x``.
-
-        Raises:
-            ValueError: shape of ``x`` does not fit the plan, or an unknown mode.
-        """
+        """Combine the tokens of each slot; ``mode`` is 'mean' (default), 'sum' or 'max'."""
         if mode not in _MODES:
             raise ValueError(f"mode must be one of {_MODES}, got {mode!r}")
         check_shape(x, self.batch, self.num_tokens, "merge")
         rows = x.reshape(-1, x.shape[-1])
         merged = F.embedding_bag(self._order, rows, self._offset, mode=mode)
         return merged.view(self.batch, self.num_slots, x.shape[-1])
+
+
+class PrunedPlan(IndexPlan):
+    """Token pruning: every slot holds its representative as it is, the other tokens are dropped.
+
+    Merging is one row gather: nothing has to be sorted.
+    """
+
+    __slots__ = ("_kept",)
+
+    def __init__(self, slot: Tensor, num_slots: int, destinations: Tensor | None = None) -> None:
+        super().__init__(slot, num_slots, destinations)
+        self._kept = flat_rows(self._representative(), self.num_tokens)
+        self._destinations = None  # contained in the line above
+
+    @property
+    def representative(self) -> Tensor:
+        return entry_indices(self._kept, (self.batch, self.num_slots), self.num_tokens)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """``out[b, m] = x[b, representative[b, m]]``, bit for bit, of any dtype."""
+        check_shape(x, self.batch, self.num_tokens, "merge")
+        out = x.reshape(-1, x.shape[-1]).index_select(0, self._kept)
+        return out.view(self.batch, self.num_slots, x.shape[-1])
+
+
+class MlerpPlan(MergePlan):
+    """MLERP: the direction of the average of a slot's tokens, the norm of its longest token.
+
+    ::
+
+        m = mean_i x_i        merge = m / |m| * max_i |x_i|
+
+    The average of several tokens is shorter than the tokens, the more so the less they agree. That
+    shifts the distribution a layer was trained on; MLERP restores the norm. A slot of one token
+    returns it up to rounding. A slot whose tokens cancel has no direction and stays zero.
+
+    Source: "Token Fusion" (Kim et al., WACV 2024, arXiv 2312.01026), the section on MLERP.
+    """
+
+    __slots__ = ()
+
+    def merge(self, x: Tensor) -> Tensor:
+        mean = super().merge(x)
+        # Norms of half-precision tokens may not fit half precision.
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        longest = super().merge(norm, "max")
+        own = torch.linalg.vector_norm(mean, dim=-1, keepdim=True, dtype=wide)
+        # Where the average vanishes a factor would be 0 / 0; zero times any factor stays zero.
+        factor = longest / own.clamp_min(torch.finfo(wide).tiny)
+        factor = torch.where(own > 0, factor, torch.ones_like(factor))
+        return (mean.to(wide) * factor).to(x.dtype)
+
+
+#: What a slot holds: the plan class of every reduction. All take the same arguments.
+REDUCTIONS = {"mean": MergePlan, "prune": PrunedPlan, "mlerp": MlerpPlan}
 
 
 def check_shape(x: Tensor, batch: int, length: int, what: str) -> None:
@@ -190,17 +207,15 @@ def check_shape(x: Tensor, batch: int, length: int, what: str) -> None:
         )
 
 
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens (B, K, C) of (B, N, C) by their (B, K) int64 indices."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
 def flat_rows(index: Tensor, width: int) -> Tensor:
-    """Convert indices into each batch entry to row numbers of the flattened batch.
+    """Convert (B, K) int64 indices below ``width`` to (B * K,) rows of the flattened batch.
 
-    One index then serves the whole batch. int32 where it can count the rows: half the memory.
-
-    Args:
-        index (Tensor): (B, K) int64, values in ``[0, width)``.
-        width (int): rows of one entry.
-
-    Returns:
-        Tensor: (B * K,) int32 or int64.
+    int32 where it can count the rows, half the memory; otherwise int64.
     """
     batch = index.shape[0]
     kind = torch.int32 if batch * max(width, index.shape[1]) < 2**31 else torch.int64

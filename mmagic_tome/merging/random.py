@@ -27,8 +27,7 @@ def mix32(x: Tensor) -> Tensor:
 def step_key(timestep: Tensor) -> Tensor:
     """A 0-dim int64 key from a timestep of any numeric dtype, without synchronizing.
 
-    Two timesteps have the same key exactly if they are the same float32, so
-    fractional timesteps work as well as integers up to 2**24.
+    Two timesteps have the same key exactly if they are the same float32.
     """
     return timestep.to(torch.float32).view(torch.int32).to(torch.int64) & _MASK
 
@@ -36,18 +35,14 @@ def step_key(timestep: Tensor) -> Tensor:
 def hashed_integers(
     upper: int, seed: int, step: Tensor | None, rows: int, columns: int, device: torch.device
 ) -> Tensor:
-    """Uniform integers in ``[0, upper)`` keyed by (seed, step, row, column).
+    """Uniform (rows, columns) int64 in ``[0, upper)``, keyed by (seed, step, row, column).
 
     Args:
         upper (int): exclusive upper bound, at least 1.
         seed (int): any non-negative integer.
-        step (Tensor | None): 0-dim int64 of :func:`step_key`; None counts as step 0.
-        rows (int): number of independent streams.
-        columns (int): numbers per stream.
+        step (Tensor | None): 0-dim int64 of :func:`step_key`; None: the numbers of no step.
+        rows, columns (int): independent streams, and numbers in each.
         device (torch.device): of the numbers.
-
-    Returns:
-        Tensor: (rows, columns) int64.
     """
     row = torch.arange(rows, device=device)
     # The seed may have more than 32 bits: fold both halves in, one after the other.

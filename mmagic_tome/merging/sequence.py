@@ -17,9 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .matching import best_scores, nearest_destination, plan_of_edges, strongest
-from .plan import MergePlan, check_shape
-from .precision import full_precision
+from .matching import (
+    best_scores,
+    full_precision,
+    nearest_destination,
+    plan_of_edges,
+    strongest,
+)
+from .plan import MergePlan, check_shape, gather_tokens
 from .random import hashed_integers
 
 #: Similarity of two tokens.
@@ -28,7 +33,7 @@ DISTANCES = ("cosine", "dot", "euclidean", "softmax")
 PARTITIONS = ("alternating", "sequential", "random")
 #: How tokens of one slot are combined.
 COMBINATIONS = ("weighted", "mean", "max", "drop")
-#: Modes of ``merge(x, mode)``.
+#: Modes of ``merge(x, mode)``; 'drop' keeps the features of the destination alone.
 MODES = ("mean", "sum", "prod", "amax", "amin", "drop")
 
 
@@ -43,37 +48,22 @@ class Match:
 
     plan: MergePlan
 
-    @property
-    def kept(self) -> Tensor:
-        """(B, M) int64, the token of each slot that others merge into."""
-        return self.plan.representative
-
     def merge(self, x: Tensor, mode: str = "mean") -> Tensor:
-        """Combine the tokens of each slot.
-
-        Args:
-            x (Tensor): (B, N, C), any floating dtype.
-            mode (str): 'mean' (default), 'sum', 'prod', 'amax', 'amin', or 'drop': the features
-                of the destination alone.
-
-        Returns:
-            Tensor: (B, M, C), the dtype of ``x``.
+        """Combine the tokens of each slot: (B, N, C) floating -> (B, M, C), the dtype of ``x``.
 
         Raises:
-            ValueError: an unknown mode, or a shape that does not fit.
+            ValueError: a mode that is not in :data:`MODES`, or a shape that does not fit.
         """
+        _check(mode, "mode", MODES)
         plan = self.plan
-        if mode in ("mean", "sum"):
-            return plan.merge(x, mode)
-        if mode == "amax":
-            return plan.merge(x, "max")
+        direct = {"mean": "mean", "sum": "sum", "amax": "max"}.get(mode)
+        if direct is not None:
+            return plan.merge(x, direct)
         if mode == "amin":
             return -plan.merge(-x, "max")
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
         check_shape(x, plan.batch, plan.num_tokens, "merge")
         if mode == "drop":
-            return x.gather(1, self.kept[..., None].expand(-1, -1, x.shape[-1]))
+            return gather_tokens(x, plan.representative)
         ones = x.new_ones(x.shape[0], plan.num_slots, x.shape[-1])
         return ones.scatter_reduce(1, plan.slot[..., None].expand_as(x), x, "prod")
 
@@ -113,7 +103,7 @@ def match_tokens(
     seed: int = 0,
     stream: int = 0,
 ) -> Match | None:
-    """Merge r tokens of A into their most similar tokens of B.
+    """Merge r tokens of A into their most similar tokens of B; None if nothing can be merged.
 
     Every token of A draws one edge; the r best edges merge (the first among equals).
 
@@ -130,50 +120,23 @@ def match_tokens(
         seed (int): of the random partition. Default 0.
         stream (int): a number per layer for the random partition.
 
-    Returns:
-        Match | None: None if nothing can be merged.
-
     Raises:
         ValueError: an unknown distance or partition.
     """
-    end = min(prefix, metric.shape[1])
-    return _match(metric, r, 0, end, distance, partition, seed, stream)
-
-
-def _match(
-    metric: Tensor,
-    r: int,
-    start: int,
-    end: int,
-    distance: str = "cosine",
-    partition: str = "alternating",
-    seed: int = 0,
-    stream: int = 0,
-) -> Match | None:
-    """A matching that protects tokens ``start`` (0 or 1) to ``end``."""
-    if distance not in DISTANCES:
-        raise ValueError(f"distance must be one of {DISTANCES}, got {distance!r}")
-    if partition not in PARTITIONS:
-        raise ValueError(f"partition must be one of {PARTITIONS}, got {partition!r}")
-    tokens = metric.shape[1]
-    free = tokens - (end - start)
-    r = min(r, free // 2)
-    if r <= 0:
+    _check(distance, "distance", DISTANCES)
+    _check(partition, "partition", PARTITIONS)
+    token = torch.arange(metric.shape[1], device=metric.device)
+    protected, rest = token[:prefix], token[prefix:]
+    half = rest.shape[0] // 2
+    if r <= 0 or half == 0:
         return None
-    token = torch.arange(tokens, device=metric.device)
     if partition == "alternating":
-        odd = end % 2
-        sources = torch.cat([token[:start], token[end + odd :: 2]])
-        destinations = token[end + 1 - odd :: 2]
+        sources, destinations = rest[prefix % 2 :: 2], rest[1 - prefix % 2 :: 2]
+    elif partition == "sequential":
+        sources, destinations = rest[:half], rest[half:]
     else:
-        rest = torch.cat([token[:start], token[end:]])
-        if partition == "sequential":
-            sources, destinations = rest[: free // 2], rest[free // 2 :]
-        else:
-            sources, destinations = _draw(rest, free // 2, seed, stream)
-    if destinations.shape[0] == 0:  # three tokens, of which the second is protected
-        return None
-    return _merge_best(metric, token[start:end], sources, destinations, r, distance)
+        sources, destinations = _draw(rest, half, seed, stream)
+    return _merge_best(metric, protected, sources, destinations, min(r, half), distance)
 
 
 def _draw(token: Tensor, count: int, seed: int, stream: int) -> tuple[Tensor, Tensor]:
@@ -184,7 +147,12 @@ def _draw(token: Tensor, count: int, seed: int, stream: int) -> tuple[Tensor, Te
 
 
 def _merge_best(
-    metric: Tensor, protected: Tensor, sources: Tensor, destinations: Tensor, r: int, distance: str
+    metric: Tensor,
+    protected: Tensor,
+    sources: Tensor,
+    destinations: Tensor,
+    r: int,
+    distance: str = "cosine",
 ) -> Match:
     """The r best edges merge; slots: protected, sources that stay, destinations."""
     if metric.dtype not in (torch.float32, torch.float64):
@@ -219,6 +187,11 @@ def _nearest(
     return best - src.square().sum(-1) / 2, nearest
 
 
+def _check(value: str, name: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {known}, got {value!r}")
+
+
 # --- the published functions --------------------------------------------------------------------
 
 Functions = tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]
@@ -230,94 +203,77 @@ def bipartite_soft_matching(
 ) -> Functions:
     """The published matching: even tokens into odd ones, the r most similar pairs.
 
-    A class token (token 0, in A) is never merged. A distillation token (token 1, the first of B)
-    is never merged into. At most half of the unprotected tokens are removed.
-
     The order of merged tokens is the published one: class token, distillation token, the tokens of
     A that stay, the tokens of B. The paper's text leaves the order of A open where there is no
     class token; here it is always that of the input. A distillation token without a class token
     keeps its position, the second, behind the first token of A that stays.
 
     Args:
-        metric (Tensor): (B, N, C) floating; similarity is the cosine. No gradient flows
-            through the matching.
-        r (int): tokens to remove. 0 or less: both functions return their argument.
-        class_token (bool): default False.
-        distill_token (bool): default False.
+        metric (Tensor): (B, N, C) floating, otherwise ValueError; similarity is the cosine. No
+            gradient flows through the matching.
+        r (int): tokens to remove, at most half of the unprotected. 0 or less: both functions
+            return their argument.
+        class_token (bool): token 0, in A, is never merged. Default False.
+        distill_token (bool): token 1, the first of B, is never merged into. Default False.
 
     Returns:
         tuple: ``merge(x, mode='mean')``: (B, N, C) -> (B, M, C), modes of :data:`MODES`, and
         ``unmerge(y)``: (B, M, C) -> (B, N, C), every token a copy of its slot, in the original
         order. Both are differentiable; ``merge.match`` is the :class:`Match` (None at r = 0).
-
-    Raises:
-        ValueError: metric is not (B, N, C).
     """
-    tokens = _count(metric)
-    start = 0 if class_token or not distill_token else 1
-    end = start + class_token + distill_token
-    match = _match(metric, r, min(start, tokens), min(end, tokens))
-    if match is not None and start == 1:
-        # The protected token comes second, behind the first token of A that stays.
-        slot = match.plan.slot
-        slot = torch.where(slot < 2, 1 - slot, slot)
-        match = Match(MergePlan(slot, match.plan.num_slots, match.kept))
-    return _functions(match)
+    token = _tokens(metric)
+    if class_token or not distill_token:
+        return _functions(match_tokens(metric, r, class_token + distill_token))
+    # Of three tokens the second is protected: there is nothing to merge into.
+    r = min(r, (len(token) - 1) // 2)
+    if r <= 0 or len(token) == 3:
+        return _functions(None)
+    match = _merge_best(metric, token[1:2], token[::2], token[3::2], r)
+    # The protected token comes second, behind the first token of A that stays.
+    slot = match.plan.slot
+    slot = torch.where(slot < 2, 1 - slot, slot)
+    return _functions(Match(MergePlan(slot, match.plan.num_slots, match.plan.representative)))
 
 
 @torch.no_grad()
 def kth_bipartite(metric: Tensor, k: int) -> Functions:
     """Every k-th token is a destination, all others merge: N -> N // k tokens.
 
+    Metric and functions are as in :func:`bipartite_soft_matching`; merged tokens are the
+    destinations in their order.
+
     Args:
-        metric (Tensor): (B, N, C) floating.
-        k (int): at least 1, at most N; 1 merges nothing. Tokens behind the last destination merge
-            like the others.
-
-    Returns:
-        tuple: ``merge`` and ``unmerge``, see :func:`bipartite_soft_matching`; merged tokens are
-        the destinations in their order.
-
-    Raises:
-        ValueError: metric is not (B, N, C), or k is out of range.
+        k (int): in [1, N], otherwise ValueError; 1 merges nothing. Tokens behind the last
+            destination merge like the others.
     """
-    tokens = _count(metric)
-    if not 1 <= k <= tokens:
-        raise ValueError(f"k must be in [1, N={tokens}], got {k}")
+    token = _tokens(metric)
+    if not 1 <= k <= len(token):
+        raise ValueError(f"k must be in [1, N={len(token)}], got {k}")
     if k == 1:
         return _functions(None)
-    token = torch.arange(tokens, device=metric.device)
-    # Indices by arithmetic: a mask would synchronize with the device.
-    order = (token % k == k - 1).to(torch.int8).argsort(stable=True)
-    count = tokens - tokens // k
-    match = _merge_best(metric, token[:0], order[:count], order[count:], count, "cosine")
-    return _functions(match)
+    destinations, sources = token[k - 1 :: k], token[: -(len(token) // k)]
+    # By arithmetic: a mask would synchronize with the device.
+    sources = sources + sources // (k - 1)
+    return _functions(_merge_best(metric, token[:0], sources, destinations, len(sources)))
 
 
 @torch.no_grad()
 def random_bipartite(metric: Tensor, r: int, seed: int = 0) -> Functions:
     """r tokens drawn at random merge, each into the most similar of all others.
 
+    Metric and functions are as in :func:`bipartite_soft_matching`; merged tokens are those not
+    drawn, in their order.
+
     Args:
-        metric (Tensor): (B, N, C) floating.
         r (int): tokens to remove; at most N - 1 are.
         seed (int): of the draw, which is a hash: no generator is read, and the whole batch has the
             same. Default 0.
-
-    Returns:
-        tuple: ``merge`` and ``unmerge``, see :func:`bipartite_soft_matching`; merged tokens are
-        those not drawn, in their order.
-
-    Raises:
-        ValueError: metric is not (B, N, C).
     """
-    tokens = _count(metric)
-    r = min(r, tokens - 1)
+    token = _tokens(metric)
+    r = min(r, len(token) - 1)
     if r <= 0:
         return _functions(None)
-    token = torch.arange(tokens, device=metric.device)
-    sources, destinations = _draw(token, r, seed, 0)
-    return _functions(_merge_best(metric, token[:0], sources, destinations, r, "cosine"))
+    return _functions(_merge_best(metric, token[:0], *_draw(token, r, seed, 0), r))
 
 
 def merge_wavg(
@@ -355,29 +311,21 @@ def merge_source(merge: Callable[..., Tensor], x: Tensor, source: Tensor | None 
         Tensor: (B, M, N0) of zeros and ones; every column has a single one.
     """
     if source is None:
-        batch, tokens = x.shape[:2]
-        source = torch.eye(tokens, device=x.device).expand(batch, tokens, tokens)
+        source = torch.eye(x.shape[1], device=x.device).expand(x.shape[0], -1, -1)
     return merge(source, mode="amax")
 
 
-class _Merge:
-    """``merge(x, mode='mean')`` of a matching."""
-
-    def __init__(self, match: Match | None) -> None:
-        self.match = match
-
-    def __call__(self, x: Tensor, mode: str = "mean") -> Tensor:
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
-        return x if self.match is None else self.match.merge(x, mode)
-
-
 def _functions(match: Match | None) -> Functions:
-    return _Merge(match), (lambda y: y) if match is None else match.plan.unmerge
+    def merge(x: Tensor, mode: str = "mean") -> Tensor:
+        _check(mode, "mode", MODES)
+        return x if match is None else match.merge(x, mode)
+
+    merge.match = match
+    return merge, (lambda y: y) if match is None else match.plan.unmerge
 
 
-def _count(metric: Tensor) -> int:
-    """N of (B, N, C)."""
+def _tokens(metric: Tensor) -> Tensor:
+    """(N,) token indices of (B, N, C)."""
     if metric.dim() != 3:
         raise ValueError(f"metric must be (B, N, C), got {tuple(metric.shape)}")
-    return metric.shape[1]
+    return torch.arange(metric.shape[1], device=metric.device)

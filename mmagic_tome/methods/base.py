@@ -45,8 +45,7 @@ class PlanRequest:
         layout (Callable): () -> (destinations (D,), sources (S,)) int64, one destination per
             cell, random or regular as the user chose.
         draw (Callable): (upper, count) -> (count,) int64 in [0, upper), random numbers of this
-            block and step, the same at every call; with ``use_rand=False`` also the same at every
-            step.
+            block and step, the same at every call; with ``use_rand=False`` at every step, too.
         guidance_map (Tensor | None): (B / 2, h', w'), magnitude of classifier-free guidance at
             every position of the network's output at the last step; only for methods with
             ``watches_output``, None at the first step and without guidance.
@@ -76,43 +75,43 @@ class PlanRequest:
 class Method:
     """A way to choose which tokens become one.
 
-    Subclasses take their options as keyword arguments with defaults, check them in
-    ``__init__`` (raising :class:`ToMeError`), and implement :meth:`plan`. They hold no state
-    between calls.
+    Subclasses take their options as keyword arguments with defaults, check them in ``__init__``
+    (ToMeError for one that is out of range), and implement :meth:`match`, or :meth:`plan` where
+    the number of tokens is not the usual one. They hold no state between calls.
 
     Attributes:
+        where (str): what the message of a wrong option begins with: the method's name.
         keeps_queries (bool): merge keys and values of self-attention only.
         tracks_steps (bool): :meth:`plan` reads ``step`` or ``timestep`` of its request.
         watches_output (bool): :meth:`plan` reads ``guidance_map``.
         ceiling (float): largest ratio for any cells. Default 1: cells alone limit it.
     """
 
+    where = ""
     keeps_queries = False
     tracks_steps = False
     watches_output = False
     ceiling = 1.0
 
     def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> Plan | None:
-        """Make a plan.
+        """Make a plan; None if there is nothing to merge.
 
         Args:
             metric (Tensor): (B, N, C) floating, detached; the block's input.
             ratio (float): fraction of the tokens to remove, in [0, ceiling].
             request (PlanRequest): grid, cells, step and so on.
-
-        Returns:
-            Plan | None: None if there is nothing to merge.
         """
+        r = self.removed(metric.shape[1], ratio, request)
+        return self.match(metric, r, request) if r > 0 else None
+
+    def match(self, metric: Tensor, r: int, request: PlanRequest) -> Plan | None:
+        """Make a plan that removes r >= 1 tokens; arguments and result are those of ``plan``."""
         raise NotImplementedError
 
     def variant(self, depth: int, num_blocks: int) -> Hashable:
         """Key of the plans that blocks at a depth may share (``share_plans=True``).
 
-        Args:
-            depth, num_blocks (int): see :class:`PlanRequest`.
-
-        Returns:
-            Hashable: default None: all blocks of a resolution level share one plan.
+        Default None: all blocks of a resolution level share one plan.
         """
         return None
 
@@ -125,8 +124,7 @@ class Method:
 def register_method(name: str) -> Callable[[type[Method]], type[Method]]:
     """Class decorator: ``method='name'`` in a config means this class.
 
-    Raises:
-        ValueError: the name is taken by another class.
+    ValueError if another class has the name.
     """
 
     def register(cls: type[Method]) -> type[Method]:
@@ -134,6 +132,7 @@ def register_method(name: str) -> Callable[[type[Method]], type[Method]]:
         if taken is not None and taken.__qualname__ != cls.__qualname__:
             raise ValueError(f"a method {name!r} exists already: {taken.__qualname__}")
         METHODS[name] = cls
+        cls.where = f"method {name!r}: "
         return cls
 
     return register
@@ -156,9 +155,10 @@ def build_method(spec: str | Mapping[str, Any]) -> Method:
         )
     name = options.pop("type")
     if not isinstance(name, str) or name not in METHODS:
-        raise ToMeError(
-            f"unknown method {name!r}: {_hint(str(name))}Known: {', '.join(sorted(METHODS))}"
-        )
+        plain = "".join(filter(str.isalnum, str(name).lower()))
+        close = _OTHER_NAMES.get(plain) or nearest(plain, METHODS)
+        hint = f"did you mean {close!r}? " if close else ""
+        raise ToMeError(f"unknown method {name!r}: {hint}Known: {', '.join(sorted(METHODS))}")
     cls = METHODS[name]
     known = list(inspect.signature(cls).parameters)
     for option in options:
@@ -167,10 +167,3 @@ def build_method(spec: str | Mapping[str, Any]) -> Method:
                 f"method {name!r} has no option {option!r}; it has {', '.join(known) or 'none'}"
             )
     return cls(**options)
-
-
-def _hint(name: str) -> str:
-    """``"did you mean 'x'? "`` for another spelling of a method's name, or an empty string."""
-    plain = "".join(char for char in name.lower() if char.isalnum())
-    close = _OTHER_NAMES.get(plain) or nearest(plain, METHODS)
-    return f"did you mean {close!r}? " if close else ""

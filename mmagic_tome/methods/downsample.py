@@ -8,25 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..merging import MergePlan, Plan, PrunedPlan
+from ..merging import IndexPlan, MergePlan, Plan, PrunedPlan
 from ..validate import check_choice, check_integer
 from .base import Method, PlanRequest, register_method
 
-_WHERE = "method 'downsample': "
 
+def squares_plan(
+    kind: type[IndexPlan], metric: Tensor, factor: int, request: PlanRequest
+) -> IndexPlan | None:
+    """Plan of all squares of ``factor`` x ``factor`` tokens, smaller at the grid's far edges.
 
-def squares(height: int, width: int, factor: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Squares of ``factor`` x ``factor`` tokens that cover a grid, smaller at its far edges.
-
-    Returns:
-        tuple: slot (N,) int64, the square of every token; kept (M,) int64, the top-left token of
-        every square, M = ceil(height / factor) * ceil(width / factor).
+    Every square is represented by its top-left token. None for a grid of one token.
     """
-    token = torch.arange(height * width, device=device)
+    height, width = request.height, request.width
+    if height * width == 1:
+        return None
+    token = torch.arange(height * width, device=metric.device)
     row, column = token // width, token % width
     slot = (row // factor) * -(-width // factor) + column // factor
     kept = token.view(height, width)[::factor, ::factor].reshape(-1)
-    return slot, kept
+    return kind(slot.expand(metric.shape[0], -1), kept.shape[0], kept)
 
 
 @register_method("downsample")
@@ -42,19 +43,12 @@ class Downsample(Method):
         factor (int): in [2, 16]. Default 2.
         mode (str): 'area' (default) averages a square; 'nearest' keeps its top-left token. Both
             unmerge by copying.
-
-    Raises:
-        ToMeError: an option out of range.
     """
 
     def __init__(self, factor: Any = 2, mode: Any = "area") -> None:
-        self.factor = check_integer(_WHERE, "factor", factor, 2, 16)
-        self.mode = check_choice(_WHERE, "mode", mode, ("area", "nearest"))
+        self.factor = check_integer(self.where, "factor", factor, 2, 16)
+        self.mode = check_choice(self.where, "mode", mode, ("area", "nearest"))
 
     def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> Plan | None:
-        if ratio <= 0 or request.height * request.width == 1:
-            return None
-        batch = metric.shape[0]
-        slot, kept = squares(request.height, request.width, self.factor, metric.device)
         kind = MergePlan if self.mode == "area" else PrunedPlan
-        return kind(slot.expand(batch, -1), kept.shape[0], kept)
+        return squares_plan(kind, metric, self.factor, request) if ratio > 0 else None

@@ -13,9 +13,7 @@ from torch import Tensor
 from ..merging import Plan, nearest_destination, plan_of_edges, strongest
 from ..validate import check_integer, check_number
 from .base import Method, PlanRequest, register_method
-from .prune import match_on_grid
-
-_WHERE = "method 'importance': "
+from .tome import match_on_grid
 
 
 @register_method("importance")
@@ -46,9 +44,6 @@ class Importance(Method):
         destinations (float): destinations, as a fraction of N; in (0, 1]. Default 0.25.
         prune_steps (int): number of first steps that prune. Default 2.
 
-    Raises:
-        ToMeError: an option out of range.
-
     Source: "Importance-Based Token Merging for Efficient Image and Video Generation" (Wu et al.,
     ICCV 2025, arXiv 2411.16720).
     """
@@ -57,17 +52,14 @@ class Importance(Method):
     watches_output = True
 
     def __init__(self, pool: Any = 1.4, destinations: Any = 0.25, prune_steps: Any = 2) -> None:
-        self.pool = check_number(_WHERE, "pool", pool, 1, math.inf, 1.4)
+        self.pool = check_number(self.where, "pool", pool, 1, math.inf, 1.4)
         self.destinations = check_number(
-            _WHERE, "destinations", destinations, 0, 1, 0.25, open_low=True
+            self.where, "destinations", destinations, 0, 1, 0.25, open_low=True
         )
-        self.prune_steps = check_integer(_WHERE, "prune_steps", prune_steps, 0, 10**6)
+        self.prune_steps = check_integer(self.where, "prune_steps", prune_steps, 0, 10**6)
 
-    def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> Plan | None:
+    def match(self, metric: Tensor, r: int, request: PlanRequest) -> Plan:
         batch, tokens, _ = metric.shape
-        r = self.removed(tokens, ratio, request)
-        if r <= 0:
-            return None
         reduction = "prune" if request.step < self.prune_steps else "mean"
         importance = guidance_map_on_grid(request, batch)
         if importance is None:
@@ -81,22 +73,16 @@ class Importance(Method):
         destinations = order[:, shuffled[:count]]
         sources = torch.cat([order[:, shuffled[count:]], order[:, pool:]], dim=1)
         best, nearest = nearest_destination(metric, destinations, sources, exact=request.exact)
-        rest = best[:, : pool - count]
         merged = torch.ones_like(best, dtype=torch.bool)
-        merged[:, : pool - count] = strongest(rest, pool - kept)
+        merged[:, : pool - count] = strongest(best[:, : pool - count], pool - kept)
         return plan_of_edges(destinations, sources, nearest, merged, r, reduction)
 
 
 def guidance_map_on_grid(request: PlanRequest, batch: int) -> Tensor | None:
-    """Magnitude of guidance at every token.
+    """Magnitude of guidance at every token, (B, N) float32.
 
-    Args:
-        request (PlanRequest): guidance_map (G, h', w') or None, and the grid.
-        batch (int): B.
-
-    Returns:
-        Tensor | None: (B, N) float32, each of the G maps for B / G entries (the empty and the
-        text half of guidance); None without a map or where B is no multiple of G.
+    Each of the (G, h', w') maps serves B / G entries, the empty and the text half of guidance.
+    None without a map or where B is no multiple of G.
     """
     maps = request.guidance_map
     if maps is None or batch % maps.shape[0]:

@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..merging import Plan, nearest_destination, plan_of_edges
-from ..merging.precision import full_precision
+from ..merging.matching import by_chunks, full_precision
 from ..validate import check_number
 from .base import Method, PlanRequest, register_method
 
 # Largest number of similarities held at a time, as in merging/matching.py.
 _MAX_SCORES = 1 << 20
-_WHERE = "method 'pitome': "
 
 
 @register_method("pitome")
@@ -39,18 +38,14 @@ class PiToMe(Method):
     A and B have the same size, so at most half of the tokens can be removed: ``ratio`` is at most
     0.5. The grid does not enter.
 
-    Where blocks share a plan, it has the margin of the first of them.
-
-    Energies take all N² similarities, of which 2**20 are held at a time; at 4096 tokens that
-    is several times the work of ToMe's matching.
+    Where blocks share a plan, it has the margin of the first of them. Energies take all N²
+    similarities, of which 2**20 are held at a time; at 4096 tokens that is several times the work
+    of ToMe's matching.
 
     Args:
         margin (float): m at the first merged block, in [0, 1]; it falls linearly with the
             block's number to margin / num_blocks at the last. Default 0.9 (see docs/methods.md).
         alpha (float): slope below the margin, at least 0. Default 1.
-
-    Raises:
-        ToMeError: an option out of range.
 
     Source: "Accelerating Transformers with Spectrum-Preserving Token Merging" (Tran et al.,
     NeurIPS 2024, arXiv 2405.16148), the energy score and its margin. The paper is on ViTs and
@@ -60,14 +55,11 @@ class PiToMe(Method):
     ceiling = 0.5
 
     def __init__(self, margin: Any = 0.9, alpha: Any = 1.0) -> None:
-        self.margin = check_number(_WHERE, "margin", margin, 0, 1, 0.9)
-        self.alpha = check_number(_WHERE, "alpha", alpha, 0, math.inf, 1.0)
+        self.margin = check_number(self.where, "margin", margin, 0, 1, 0.9)
+        self.alpha = check_number(self.where, "alpha", alpha, 0, math.inf, 1.0)
 
-    def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> Plan | None:
-        tokens = metric.shape[1]
-        r = min(self.removed(tokens, ratio, request), tokens // 2)
-        if r <= 0:
-            return None
+    def match(self, metric: Tensor, r: int, request: PlanRequest) -> Plan:
+        r = min(r, metric.shape[1] // 2)
         margin = self.margin * (1 - request.depth / request.num_blocks)
         order = energy(metric, margin, self.alpha).argsort(dim=1, descending=True, stable=True)
         a, b, protected = order[:, : 2 * r : 2], order[:, 1 : 2 * r : 2], order[:, 2 * r :]
@@ -82,23 +74,12 @@ class PiToMe(Method):
 
 @torch.no_grad()
 def energy(metric: Tensor, margin: float, alpha: float) -> Tensor:
-    """Energy of every token, see :class:`PiToMe`.
+    """(B, N) float32 energy of every token, see :class:`PiToMe`; ``margin`` is m."""
 
-    Args:
-        metric (Tensor): (B, N, C) floating.
-        margin, alpha (float): m and alpha.
-
-    Returns:
-        Tensor: (B, N) float32.
-    """
-    unit = F.normalize(metric.float(), dim=-1)
-    batch, tokens, _ = unit.shape
-    rows = max(1, _MAX_SCORES // (batch * tokens))
-    every = unit.transpose(1, 2)
-    parts = []
-    for part in unit.split(rows, dim=1):
-        with full_precision(metric):
-            score = torch.bmm(part, every)
+    def mean(score: Tensor) -> Tensor:
         below = alpha * torch.expm1(score - margin)
-        parts.append(torch.where(score >= margin, score, below).mean(dim=-1))
-    return torch.cat(parts, dim=1)
+        return torch.where(score >= margin, score, below).mean(dim=-1)
+
+    unit = F.normalize(metric.float(), dim=-1)
+    with full_precision(metric):
+        return torch.cat(by_chunks(unit, unit, _MAX_SCORES, mean), dim=1)

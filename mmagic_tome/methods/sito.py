@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..merging import Plan, grid_layout, nearest_destination, plan_of_edges, strongest
-from ..merging.precision import full_precision
+from ..merging import Plan, bipartite_match, grid_layout
+from ..merging.grid2d import tile_grid
+from ..merging.matching import full_precision
 from ..validate import check_number
 from .base import Method, PlanRequest, register_method
-
-_WHERE = "method 'sito': "
 
 
 @register_method("sito")
@@ -33,9 +32,7 @@ class SiTo(Method):
     The sum over all pairs is a product with the sum of unit vectors: (B, N, C) work, no N².
     The noise keeps the choice from being the same at every step. It is a hash of (seed, timestep,
     block, token), the same for all batch entries, so that the two halves of classifier-free
-    guidance differ by their tokens alone.
-
-    Cells are the config's ``sx``, ``sy``; tokens outside of complete cells are never base tokens.
+    guidance differ by their tokens alone. Tokens outside of complete cells are no base tokens.
 
     Args:
         noise_alpha (float): weight of the noise, at least 0. Default 0.1, the authors'. The unit
@@ -44,61 +41,37 @@ class SiTo(Method):
         sim_beta (float): weight of the similarities, at least 0. Default 1, the authors'; at 0 the
             noise alone decides.
 
-    Raises:
-        ToMeError: an option out of range.
-
     Source: "Training-Free and Hardware-Friendly Acceleration for Diffusion Models via
     Similarity-based Token Pruning" (Zhang et al., AAAI 2025, doi 10.1609/aaai.v39i9.33071).
     """
 
     def __init__(self, noise_alpha: Any = 0.1, sim_beta: Any = 1.0) -> None:
-        self.noise_alpha = check_number(_WHERE, "noise_alpha", noise_alpha, 0, math.inf, 0.1)
-        self.sim_beta = check_number(_WHERE, "sim_beta", sim_beta, 0, math.inf, 1.0)
+        self.noise_alpha = check_number(self.where, "noise_alpha", noise_alpha, 0, math.inf, 0.1)
+        self.sim_beta = check_number(self.where, "sim_beta", sim_beta, 0, math.inf, 1.0)
 
-    def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> Plan | None:
-        r = self.removed(metric.shape[1], ratio, request)
-        if r <= 0:
-            return None
+    def match(self, metric: Tensor, r: int, request: PlanRequest) -> Plan:
         offset = self.base_tokens(metric, request)
         layout = grid_layout(offset, request.height, request.width, request.sx, request.sy)
         destinations, sources = layout.destinations, layout.sources
-        best, nearest = nearest_destination(metric, destinations, sources, exact=request.exact)
-        return plan_of_edges(destinations, sources, nearest, strongest(best, r), r, "prune")
+        return bipartite_match(
+            metric, destinations, sources, r, exact=request.exact, reduction="prune"
+        )
 
     @torch.no_grad()
     def base_tokens(self, metric: Tensor, request: PlanRequest) -> Tensor:
-        """Position of the base token inside every cell.
-
-        Args:
-            metric (Tensor): (B, N, C).
-            request (PlanRequest): grid, cells and random numbers.
-
-        Returns:
-            Tensor: (B, cells) int64 in [0, sx * sy).
-        """
+        """Position of the base token inside every cell, (B, cells) int64 in [0, sx * sy)."""
         mass = similarity_mass(metric)
         score = self.sim_beta * mass
         if self.noise_alpha > 0:
             noise = gaussian(request, metric.shape[1]).to(score.device)
             spread = mass.std(dim=1, unbiased=False, keepdim=True)
             score = score + self.noise_alpha * spread * noise
-        sx, sy = request.sx, request.sy
-        rows, columns = request.height // sy, request.width // sx
-        score = score.view(-1, request.height, request.width)
-        score = score[:, : rows * sy, : columns * sx]
-        cells = score.reshape(-1, rows, sy, columns, sx).transpose(2, 3)
-        return cells.reshape(-1, rows * columns, sy * sx).argmax(dim=-1)
+        cells = tile_grid(request.height, request.width, request.sy, request.sx, score.device)
+        return score[:, cells.inside].argmax(dim=-1)
 
 
 def similarity_mass(metric: Tensor) -> Tensor:
-    """Sum of every token's cosine similarities to all tokens, itself included.
-
-    Args:
-        metric (Tensor): (B, N, C) floating.
-
-    Returns:
-        Tensor: (B, N) float32.
-    """
+    """(B, N) float32: sum of every token's cosine similarities to all tokens, itself included."""
     unit = F.normalize(metric.float(), dim=-1)
     with full_precision(metric):
         return torch.einsum("bnc,bc->bn", unit, unit.sum(dim=1))

@@ -11,8 +11,6 @@ from ..merging import Plan, nearest_destination, plan_of_edges, strongest
 from ..validate import check_choice, check_number
 from .base import Method, PlanRequest, register_method
 
-_WHERE = "method 'threshold': "
-
 
 @register_method("threshold")
 class Threshold(Method):
@@ -26,14 +24,9 @@ class Threshold(Method):
     and the r most similar sources of every entry merge: ``ratio`` is the largest fraction ever
     removed (the paper has no such limit: write the ceiling, ratio=0.75 for cells of 2 x 2).
 
-    All entries of a batch must keep the same number of tokens:
-
-    - ``batch='max'`` (as the authors' package ``ca-tome`` 0.1.3): the largest count; entries
-      with fewer similar sources also merge some below the threshold;
-    - ``batch='min'``: the smallest count; nothing below the threshold is ever merged, entries
-      with more similar sources keep some of them.
-
-    With one entry the two are the same.
+    All entries of a batch must keep the same number of tokens. With ``batch='max'``, as in the
+    authors' package ``ca-tome`` 0.1.3, entries with fewer similar sources also merge some below
+    the threshold; with ``'min'`` entries with more similar sources keep some of them.
 
     r depends on the data, so making a plan synchronizes with the device once (one number is
     copied to the host); a compiled graph breaks there. The paper's caching, matching at listed
@@ -44,25 +37,19 @@ class Threshold(Method):
             to test caching. At 1 only exact copies merge.
         batch (str): 'max' (default) or 'min'.
 
-    Raises:
-        ToMeError: an option out of range.
-
     Source: "Cached Adaptive Token Merging" (Saghatchian et al., arXiv 2501.00946).
     """
 
     def __init__(self, threshold: Any = 0.7, batch: Any = "max") -> None:
-        self.threshold = check_number(_WHERE, "threshold", threshold, -1, 1, 0.7)
-        self.batch = check_choice(_WHERE, "batch", batch, ("max", "min"))
+        self.threshold = check_number(self.where, "threshold", threshold, -1, 1, 0.7)
+        self.batch = check_choice(self.where, "batch", batch, ("max", "min"))
 
-    def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> Plan | None:
-        limit = self.removed(metric.shape[1], ratio, request)
-        if limit <= 0:
-            return None
+    def match(self, metric: Tensor, r: int, request: PlanRequest) -> Plan | None:
         destinations, sources = request.layout()
         best, nearest = nearest_destination(metric, destinations, sources, exact=request.exact)
         counts = (best >= self.threshold).sum(dim=1)
         count = counts.max() if self.batch == "max" else counts.min()
-        r = min(int(count), limit)
+        r = min(int(count), r)
         if r == 0:
             return None
         return plan_of_edges(destinations, sources, nearest, strongest(best, r), r)

@@ -10,9 +10,7 @@ from torch import Tensor
 from ..merging import Plan, PrunedPlan
 from ..validate import check_integer
 from .base import Method, PlanRequest, register_method
-from .downsample import squares
-
-_WHERE = "method 'todo': "
+from .downsample import squares_plan
 
 
 @register_method("todo")
@@ -37,9 +35,6 @@ class ToDo(Method):
         downsample_factor_level_2 (int): on the coarser levels, in [1, 16]. Default 1: off; 2 at
             2048². These levels need a ``max_downsample`` above the finest level's.
 
-    Raises:
-        ToMeError: an option out of range.
-
     Source: "ToDo: Token Downsampling for Efficient Generation of High-Resolution Images" (Smith
     et al., IJCAI 2024, arXiv 2402.13573).
     """
@@ -48,14 +43,14 @@ class ToDo(Method):
 
     def __init__(self, downsample_factor: Any = 2, downsample_factor_level_2: Any = 1) -> None:
         self.factors = (
-            check_integer(_WHERE, "downsample_factor", downsample_factor, 1, 16),
-            check_integer(_WHERE, "downsample_factor_level_2", downsample_factor_level_2, 1, 16),
+            check_integer(self.where, "downsample_factor", downsample_factor, 1, 16),
+            check_integer(
+                self.where, "downsample_factor_level_2", downsample_factor_level_2, 1, 16
+            ),
         )
 
     def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> Plan | None:
         factor = self.factors[min(request.level, 1)]
-        if ratio <= 0 or factor == 1 or request.height * request.width == 1:
+        if ratio <= 0 or factor == 1:
             return None
-        batch = metric.shape[0]
-        slot, kept = squares(request.height, request.width, factor, metric.device)
-        return PrunedPlan(slot.expand(batch, -1), kept.shape[0], kept)
+        return squares_plan(PrunedPlan, metric, factor, request)

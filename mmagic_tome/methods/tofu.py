@@ -10,9 +10,7 @@ from torch import Tensor
 from ..merging import Plan
 from ..validate import check_choice, check_number
 from .base import Method, PlanRequest, register_method
-from .prune import match_on_grid
-
-_WHERE = "method 'tofu': "
+from .tome import match_on_grid
 
 
 @register_method("tofu")
@@ -20,11 +18,10 @@ class ToFu(Method):
     """ToMe's matching; early blocks prune, the later ones merge with MLERP.
 
     The paper's argument: averaging two inputs is harmless where f(average) = average of f, that
-    is where a block is close to linear. Where a block is sensitive to averaged inputs, pruning is
-    better. Early blocks are the sensitive ones: they keep the destination's own features, later
-    blocks merge. An average is shorter than the tokens averaged, so merging is MLERP: the
-    direction of the average at the largest norm among the merged
-    (:class:`~mmagic_tome.merging.reductions.MlerpPlan`).
+    is where a block is close to linear. Early blocks are sensitive to averaged inputs: they keep
+    the destination's own features. Later blocks merge; an average is shorter than the tokens
+    averaged, so with MLERP: the direction of the average at the largest norm among the merged
+    (:class:`~mmagic_tome.merging.MlerpPlan`).
 
     Matching, r and unmerging are those of :class:`~.tome.ToMe`. Where blocks share plans, blocks
     that prune share one and blocks that merge another.
@@ -36,23 +33,17 @@ class ToFu(Method):
             ViT-B, for UNets it is our choice (docs/methods.md).
         merge (str): how the other blocks merge, 'mlerp' (default) or 'mean'.
 
-    Raises:
-        ToMeError: an option out of range.
-
     Source: "Token Fusion: Bridging the Gap between Token Pruning and Token Merging" (Kim et al.,
     WACV 2024, arXiv 2312.01026).
     """
 
     def __init__(self, prune_depth: Any = 0.5, merge: Any = "mlerp") -> None:
-        self.prune_depth = check_number(_WHERE, "prune_depth", prune_depth, 0, 1, 0.5)
-        self.merge = check_choice(_WHERE, "merge", merge, ("mlerp", "mean"))
+        self.prune_depth = check_number(self.where, "prune_depth", prune_depth, 0, 1, 0.5)
+        self.merge = check_choice(self.where, "merge", merge, ("mlerp", "mean"))
 
     def variant(self, depth: int, num_blocks: int) -> bool:
         return depth < self.prune_depth * num_blocks
 
-    def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> Plan | None:
-        r = self.removed(metric.shape[1], ratio, request)
-        if r <= 0:
-            return None
+    def match(self, metric: Tensor, r: int, request: PlanRequest) -> Plan:
         prunes = self.variant(request.depth, request.num_blocks)
         return match_on_grid(metric, r, request, "prune" if prunes else self.merge)

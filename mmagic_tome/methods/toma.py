@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..merging import MatrixPlan, Plan, facility_location, make_windows
-from ..merging.precision import full_precision
+from ..merging.matching import full_precision
+from ..merging.plan import gather_tokens
 from ..validate import check_choice, check_integer, check_number
 from .base import Method, PlanRequest, register_method
 
 # Eigenvalues below this fraction of the largest count as zero in a pseudo-inverse.
 _RTOL = 1e-5
-_WHERE = "method 'toma': "
 
 
 @register_method("toma")
@@ -24,7 +24,7 @@ class ToMA(Method):
     """Soft merging in local windows, without sorting and scattering.
 
     In every window of n tokens x with unit vectors u, S = u u^T (n, n), and D destinations
-    (:func:`~mmagic_tome.merging.facility.facility_location` on S; S_D is their rows)::
+    (:func:`~mmagic_tome.merging.facility_location` on S; S_D is their rows)::
 
         A   = softmax(S_D / temperature) over the destinations     (D, n), columns sum to 1
         A~  = A / row sums                                         (D, n), rows sum to 1
@@ -38,7 +38,7 @@ class ToMA(Method):
 
     With W windows, r // W tokens (at most n - 1) are removed in each: up to W - 1 fewer than
     ratio * N, and none where that is less than one per window. Windows are ``window`` x
-    ``window`` or slightly smaller (:func:`~mmagic_tome.merging.windows.make_windows`); tokens at
+    ``window`` or slightly smaller (:func:`~mmagic_tome.merging.make_windows`); tokens at
     the edge that fit into none stay as they are. Cells (``sx``, ``sy``) only bound the ratio.
 
     The paper reuses one choice of destinations for many layers and steps: here ``share_plans=True``
@@ -51,9 +51,6 @@ class ToMA(Method):
             closer to plain merging; at 1 all destinations hold nearly the same average.
         unmerge (str): 'transpose' (default) or 'pinv'.
 
-    Raises:
-        ToMeError: an option out of range.
-
     Source: "ToMA: Token Merge with Attention for Diffusion Models" (Lu et al., ICML 2025, arXiv
     2509.10918). The axis of the softmax and its temperature are our choice, by the error of
     self-attention on the demo model, see docs/methods.md.
@@ -62,15 +59,14 @@ class ToMA(Method):
     def __init__(
         self, window: Any = 8, temperature: Any = 0.03, unmerge: Any = "transpose"
     ) -> None:
-        self.window = check_integer(_WHERE, "window", window, 2, 32)
+        self.window = check_integer(self.where, "window", window, 2, 32)
         self.temperature = check_number(
-            _WHERE, "temperature", temperature, 0, 100, 0.03, open_low=True
+            self.where, "temperature", temperature, 0, 100, 0.03, open_low=True
         )
-        self.unmerge = check_choice(_WHERE, "unmerge", unmerge, ("transpose", "pinv"))
+        self.unmerge = check_choice(self.where, "unmerge", unmerge, ("transpose", "pinv"))
 
     @torch.no_grad()
-    def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> Plan | None:
-        r = self.removed(metric.shape[1], ratio, request)
+    def match(self, metric: Tensor, r: int, request: PlanRequest) -> Plan | None:
         windows = make_windows(request.height, request.width, self.window, metric.device)
         removed = min(r // windows.count, windows.size - 1)
         if removed <= 0:
@@ -81,19 +77,11 @@ class ToMA(Method):
         return MatrixPlan(weights.to(metric.dtype), back.to(metric.dtype), windows)
 
     def matrices(self, x: Tensor, removed: int) -> tuple[Tensor, Tensor]:
-        """Merging and unmerging of every window.
-
-        Args:
-            x (Tensor): (G, n, C) float32, tokens by window.
-            removed (int): n - D.
-
-        Returns:
-            tuple: (G, D, n) and (G, n, D) float32, see the class.
-        """
+        """(G, D, n) and (G, n, D) float32 matrices, for (G, n, C) tokens and n - D removed."""
         unit = F.normalize(x, dim=-1)
         similarity = torch.bmm(unit, unit.transpose(1, 2))
         chosen = facility_location(similarity, x.shape[1] - removed)
-        rows = similarity.gather(1, chosen[..., None].expand(-1, -1, x.shape[1]))
+        rows = gather_tokens(similarity, chosen)
         share = (rows / self.temperature).softmax(dim=1)
         weights = share / share.sum(dim=-1, keepdim=True)
         if self.unmerge == "transpose":

@@ -9,6 +9,11 @@ from ..merging import Plan, bipartite_match
 from .base import Method, PlanRequest, register_method
 
 
+def match_on_grid(metric: Tensor, r: int, request: PlanRequest, reduction: str = "mean") -> Plan:
+    """:func:`~mmagic_tome.merging.matching.bipartite_match` on the request's layout."""
+    return bipartite_match(metric, *request.layout(), r, exact=request.exact, reduction=reduction)
+
+
 @register_method("tome")
 class ToMe(Method):
     """One destination per cell; the r sources closest to theirs merge into them.
@@ -18,9 +23,5 @@ class ToMe(Method):
     is the block's input.
     """
 
-    def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> Plan | None:
-        r = self.removed(metric.shape[1], ratio, request)
-        if r <= 0:
-            return None
-        destinations, sources = request.layout()
-        return bipartite_match(metric, destinations, sources, r, exact=request.exact)
+    def match(self, metric: Tensor, r: int, request: PlanRequest) -> Plan:
+        return match_on_grid(metric, r, request)

@@ -4,27 +4,48 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmagic_tome.merging import grid_layout, random_layout, regular_layout
+from mmagic_tome.merging import grid_layout, make_windows, random_layout, regular_layout
+from mmagic_tome.merging.grid2d import window_side
 from mmagic_tome.merging.random import hashed_integers, step_key
 
-sizes = st.tuples(st.integers(1, 33), st.integers(1, 33), st.integers(1, 4), st.integers(1, 4))
+CPU = torch.device("cpu")
+SIDES, CELLS = st.integers(1, 33), st.integers(1, 4)
 
 
 @settings(deadline=None, max_examples=80)
-@given(sizes, st.integers(0, 2**40), st.integers(1, 3))
-def test_every_complete_cell_has_one_destination(size, seed, count):
-    h, w, sx, sy = size
+@given(SIDES, SIDES, CELLS, CELLS, st.integers(0, 2**40), st.integers(1, 3))
+def test_every_complete_cell_has_one_destination(h, w, sx, sy, seed, count):
     layout = random_layout(h, w, sx, sy, seed=seed, count=count)
     cells = (h // sy) * (w // sx)
-    assert layout.destinations.shape == (count, cells)
-    assert layout.sources.shape == (count, h * w - cells)
     for index in range(count):
         destinations, sources = layout.select(index)
         together = torch.cat([destinations, sources]).sort().values
         assert torch.equal(together, torch.arange(h * w))
-        row, column = destinations // w, destinations % w
-        cell = (row // sy) * (w // sx) + column // sx
+        cell = (destinations // w // sy) * (w // sx) + destinations % w // sx
         assert torch.equal(cell, torch.arange(cells))
+        assert torch.equal(layout.destinations[index], destinations)
+        assert torch.equal(layout.sources[index], sources)
+
+
+@settings(deadline=None, max_examples=60)
+@given(SIDES, SIDES, st.integers(2, 12))
+def test_windows_cover_every_token_once(height, width, window):
+    windows = make_windows(height, width, window, CPU)
+    together = torch.cat([windows.inside.reshape(-1), windows.outside])
+    assert torch.equal(together.sort().values, torch.arange(height * width))
+    row, column = windows.inside // width, windows.inside % width
+    # Solid rectangles of at most that side, in raster order.
+    sy = (row.amax(1) - row.amin(1) + 1).unique()
+    sx = (column.amax(1) - column.amin(1) + 1).unique()
+    assert len(sy) == len(sx) == 1 and sy * sx == windows.size
+    assert sy <= window and sx <= window
+    assert torch.equal(windows.inside, windows.inside.sort(dim=1).values)
+    assert (windows.count, windows.size) == windows.inside.shape
+
+
+def test_window_side():
+    for length, side in ((64, 8), (15, 5), (17, 8), (23, 7), (5, 5)):
+        assert window_side(length, 8) == side
 
 
 def test_regular_layout_takes_the_top_left_corner():
@@ -35,56 +56,40 @@ def test_regular_layout_takes_the_top_left_corner():
 
 def test_cells_of_more_tokens_than_a_byte_counts():
     offset = torch.tensor([[0, 255, 256, 399]])
-    layout = grid_layout(offset, 40, 40, 20, 20)
+    destinations, _ = grid_layout(offset, 40, 40, 20, 20).select(0)
     corners = torch.tensor([0, 20, 20 * 40, 20 * 40 + 20])
-    inside = offset[0] // 20 * 40 + offset[0] % 20
-    destinations, sources = layout.select(0)
-    assert torch.equal(destinations, corners + inside)
-    assert torch.equal(torch.cat([destinations, sources]).sort().values, torch.arange(1600))
+    assert torch.equal(destinations, corners + offset[0] // 20 * 40 + offset[0] % 20)
     assert grid_layout(offset[:, :1], 2, 2, 2, 2).offset.dtype == torch.uint8
 
 
-def test_grid_smaller_than_a_cell_has_no_destination():
-    layout = regular_layout(1, 7, sx=2, sy=2)
-    assert layout.destinations.shape == (1, 0) and layout.sources.shape == (1, 7)
-
-
-def test_random_layouts_depend_on_seed_step_and_site_only():
+def test_random_layouts_depend_on_seed_step_and_block_only():
     def draw(seed=0, step=3.0, count=2):
         key = step_key(torch.tensor(step))
         return random_layout(16, 16, seed=seed, step=key, count=count).destinations
 
     state = torch.random.get_rng_state()
     first = draw()
-    torch.randn(5)
-    assert torch.equal(first, draw())
-    torch.random.set_rng_state(state)
-    draw()
     assert torch.equal(state, torch.random.get_rng_state())
+    torch.randn(5)
+    assert torch.equal(first, draw()) and torch.equal(first, draw(count=5)[:2])
     assert not torch.equal(first[0], first[1])
-    assert not torch.equal(first, draw(seed=1))
-    assert not torch.equal(first, draw(seed=1 << 40))
-    assert not torch.equal(first, draw(step=4.0))
-    assert torch.equal(first, draw(count=5)[:2])
-
-
-def test_step_key_is_the_same_for_integers_and_floats():
+    for other in (dict(seed=1), dict(seed=1 << 40), dict(step=4.0)):
+        assert not torch.equal(first, draw(**other))
     assert step_key(torch.tensor(981)) == step_key(torch.tensor(981.0, dtype=torch.float64))
     assert step_key(torch.tensor(0.5)) != step_key(torch.tensor(0.25))
 
 
 @pytest.mark.parametrize("upper", [4, 6, 9])
 def test_hashed_integers_are_uniform_and_independent(upper):
-    numbers = hashed_integers(upper, 7, step_key(torch.tensor(20)), 8, 20000, torch.device("cpu"))
+    numbers = hashed_integers(upper, 7, step_key(torch.tensor(20)), 8, 20000, CPU)
     assert int(numbers.min()) == 0 and int(numbers.max()) == upper - 1
     expected = numbers.numel() / upper
     chi2 = ((numbers.flatten().bincount(minlength=upper) - expected) ** 2 / expected).sum()
     assert chi2 < 30  # 0.99999 quantile for 8 degrees of freedom is 37
     # Rows, neighbours and steps are uncorrelated.
-    values = numbers.double() - numbers.double().mean()
-    correlation = torch.corrcoef(values) - torch.eye(8)
+    correlation = torch.corrcoef(numbers.double()) - torch.eye(8)
     assert correlation.abs().max() < 0.04
-    neighbours = torch.corrcoef(torch.stack([values[0, :-1], values[0, 1:]]))[0, 1]
+    neighbours = torch.corrcoef(torch.stack([numbers[0, :-1], numbers[0, 1:]]).double())[0, 1]
     assert abs(neighbours) < 0.04
-    other = hashed_integers(upper, 7, step_key(torch.tensor(21)), 8, 20000, torch.device("cpu"))
+    other = hashed_integers(upper, 7, step_key(torch.tensor(21)), 8, 20000, CPU)
     assert abs((numbers == other).double().mean() - 1 / upper) < 0.01

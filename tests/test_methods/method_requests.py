@@ -21,31 +21,13 @@ SPECS = [
 
 def request(height, width, seed=0, **changes):
     """A PlanRequest for a grid; keywords replace its fields."""
-    sx, sy = changes.get("sx", 2), changes.get("sy", 2)
-
-    def layout():
-        return random_layout(height, width, sx, sy, seed=seed).select(0)
-
-    def draw(upper, count):
-        return hashed_integers(upper, seed, None, 1, count, torch.device("cpu"))[0]
-
+    where = dict(downsample=1, level=0, depth=3, num_blocks=4, step=5, timestep=0.5)
     fields = dict(
-        height=height,
-        width=width,
-        sx=sx,
-        sy=sy,
-        downsample=1,
-        level=0,
-        depth=3,
-        num_blocks=4,
-        step=5,
-        timestep=0.5,
-        exact=True,
-        layout=layout,
-        draw=draw,
-        guidance_map=None,
+        **dict(height=height, width=width, sx=2, sy=2, exact=True),
+        layout=lambda: random_layout(height, width, seed=seed).select(0),
+        draw=lambda *ask: hashed_integers(ask[0], seed, None, 1, ask[1], torch.device("cpu"))[0],
     )
-    return PlanRequest(**{**fields, **changes})
+    return PlanRequest(**{**where, **fields, **changes})
 
 
 def tokens(batch, height, width, channels=8, seed=0):
@@ -56,6 +38,12 @@ def tokens(batch, height, width, channels=8, seed=0):
     smooth = torch.nn.functional.interpolate(smooth, (height, width), mode="bilinear")
     noise = torch.randn(batch, channels, height, width, generator=generator)
     return (smooth + 0.3 * noise).flatten(2).transpose(1, 2).contiguous()
+
+
+def cosines(x):
+    """(B, N, N) similarities of (B, N, C) tokens, in double precision."""
+    unit = torch.nn.functional.normalize(x.double(), dim=-1)
+    return unit @ unit.transpose(-1, -2)
 
 
 def name_of(spec):

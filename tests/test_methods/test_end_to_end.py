@@ -1,9 +1,7 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Every method in a network, through apply_tome."""
 
-import copy
 import json
-import warnings
 
 import pytest
 import torch
@@ -16,42 +14,37 @@ from mmagic_tome.methods import METHODS, build_method
 STEPS = (900, 600, 300)
 # With the default threshold a random network may have nothing that is similar enough.
 SURE = [dict(type="threshold", threshold=-1) if spec == "threshold" else spec for spec in SPECS]
-every_variant = pytest.mark.parametrize("spec", SURE, ids=name_of)
 every_method = pytest.mark.parametrize("spec", SURE[: len(METHODS)], ids=name_of)
 
 
-@pytest.fixture(scope="module")
-def original():
+@pytest.fixture
+def unet():
     return tiny_unet(levels=2)
 
 
-@pytest.fixture
-def unet(original):
-    return copy.deepcopy(original)
-
-
 @torch.no_grad()
-def run(unet, steps=STEPS, **changes):
+def run(unet, steps=STEPS, guided=True, **changes):
     """Outputs of a denoising run of one guided image, whose sample hardly changes."""
     outputs = []
     for i, t in enumerate(steps):
         inputs = tiny_inputs(**changes)
-        halves = torch.cat(2 * [inputs["sample"].chunk(2)[0]])
-        inputs["sample"] = halves + 0.02 * i
-        outputs.append(unet(**{**inputs, "timestep": torch.tensor(t)}).sample)
+        sample = inputs["sample"]
+        halves = torch.cat(2 * [sample.chunk(2)[0]]) if guided else sample
+        call = {**inputs, "sample": halves + 0.02 * i, "timestep": torch.tensor(t)}
+        outputs.append(unet(**call).sample)
     return torch.stack(outputs)
 
 
 @pytest.fixture(scope="module")
-def baseline(original):
-    return run(original)
+def baseline():
+    return run(tiny_unet(levels=2))
 
 
 def error(a, b):
     return ((a - b).square().mean() / b.square().mean()).sqrt().item()
 
 
-@every_variant
+@pytest.mark.parametrize("spec", SURE, ids=name_of)
 def test_fewer_tokens_another_image_and_the_baseline_at_ratio_zero(unet, baseline, spec):
     handle = apply_tome(unet, method=spec, ratio=0.5)
     kind = "attn_kv" if name_of(spec) == "todo" else "attn"
@@ -68,8 +61,8 @@ def test_fewer_tokens_another_image_and_the_baseline_at_ratio_zero(unet, baselin
 
 
 @every_method
-def test_reused_plans_and_residual(unet, baseline, spec):
-    with apply_tome(unet, method=spec, ratio=0.5) as handle:
+def test_reused_and_shared_plans_and_residuals(unet, baseline, spec):
+    with apply_tome(unet, method=spec, ratio=0.5):
         plain = run(unet)
     with apply_tome(unet, method=spec, ratio=0.5, plan_interval=3) as handle:
         kept = run(unet)
@@ -80,36 +73,11 @@ def test_reused_plans_and_residual(unet, baseline, spec):
     assert torch.equal(carried[0], baseline[0])
     # The residual restores most of what merging loses between neighbouring steps.
     assert 0 < error(carried[1:], baseline[1:]) < 0.7 * error(kept[1:], baseline[1:])
-
-
-def matchings(handle):
-    """Matchings made so far, over all blocks of the finest level."""
-    return sum({row["block"]: row["plans"] for row in handle.stats()}.values())
-
-
-@every_method
-@pytest.mark.parametrize("share", [False, True], ids=["own plans", "share_plans"])
-def test_a_plan_serves_steps_and_blocks_and_no_other_run(unet, spec, share):
-    # A matching per block, or one for all blocks of the level; ToFu has blocks that prune and
-    # blocks that merge, which share one each.
-    per_step = 3 if not share else 2 if spec == "tofu" else 1
-    options = dict(method=spec, ratio=0.5, plan_interval=2, share_plans=share)
-    with apply_tome(unet, **options) as handle:
-        seen, runs = [], []
-        for steps, changes in (
-            (STEPS, {}),  # the first and the third step compute plans
-            (STEPS, {}),  # back to the first timestep
-            ((200,), dict(batch=4)),  # a lower timestep, but another batch
-            ((100,), dict(batch=4, size=(12, 20))),  # ... and another size
-            ((50,), dict(batch=4, size=(12, 20))),  # the same run goes on
-        ):
-            outputs = run(unet, steps, **changes)
-            seen.append(matchings(handle) // per_step)
-            assert matchings(handle) % per_step == 0
-            runs.append(outputs)
-            assert {row["kept"] < row["tokens"] for row in handle.stats()} == {True}
-    assert seen == [2, 4, 5, 6, 6]
-    assert torch.equal(runs[0], runs[1])
+    with apply_tome(unet, method=spec, ratio=0.5, share_plans=True) as handle:
+        run(unet)
+        # One for all blocks of the level; ToFu has blocks that prune and blocks that merge.
+        plans = sum({row["block"]: row["plans"] for row in handle.stats()}.values())
+        assert plans == len(STEPS) * (2 if spec == "tofu" else 1)
 
 
 @every_method
@@ -127,147 +95,78 @@ def test_at_other_targets_of_both_levels_on_an_odd_grid(unet, spec, targets):
 
 def test_every_target_may_have_a_method_of_its_own(unet):
     method = dict(mlp=dict(type="downsample", mode="nearest"), attn="todo", crossattn="prune")
-    options = dict(
-        targets=["attn", "crossattn", "mlp"], ratio=dict(base=0.25, target={"attn": 0.5})
-    )
-    with apply_tome(unet, method=method, **options) as handle:
+    options = dict(targets=["attn", "crossattn", "mlp"])
+    ratio = dict(base=0.25, target={"attn": 0.5})
+    with apply_tome(unet, method=method, ratio=ratio, **options) as handle:
         together = run(unet)
         kept = {(row["kind"], row["kept"]) for row in handle.stats()}
         assert kept == {("attn_kv", 64), ("crossattn", 192), ("mlp", 64)}
         config = ToMeConfig.from_dict(json.loads(json.dumps(handle.config.to_dict())))
         assert config == handle.config
-    # The same as three methods one at a time, each at its target.
-    for target in method:
-        alone = dict(method=method[target], targets=[target])
-        alone.update(ratio=0.5 if target == "attn" else 0.25)
-        with apply_tome(unet, **alone) as handle:
-            run(unet)
-            assert {(row["kind"], row["kept"]) for row in handle.stats()} <= kept
     # One number for all, plans that are reused, one plan for a level.
-    options = dict(method=method, targets=options["targets"])
     for more in ({}, dict(plan_interval=3), dict(plan_interval=3, share_plans=True)):
-        with apply_tome(unet, **options, **more) as handle:
+        with apply_tome(unet, method=method, **options, **more) as handle:
             outputs = run(unet)
             assert {row["kept"] for row in handle.stats()} == {64, 128}
         assert 1e-5 < error(outputs, together) < 1
+    for method, targets, said in (
+        (dict(attn="tome", mlp="prune"), ["attn"], "targets are attn; write targets="),
+        (dict(attn="tome"), ["attn", "mlp"], "targets are attn, mlp"),
+        (dict(mlp="tome"), ["attn"], r"write targets=\['mlp'\]"),
+    ):
+        with pytest.raises(ToMeError, match=said):
+            ToMeConfig(method=method, targets=targets)
 
 
-def test_guidance_is_watched_where_one_target_asks_for_it(unet):
-    method = dict(attn="tome", mlp="importance")
-    with apply_tome(unet, method=method, targets=["attn", "mlp"]) as handle:
-        run(unet, STEPS[:2])
-        assert handle.config.tracks_steps and guidance_map(handle) is not None
-
-
-def guidance_map(handle):
-    """What this thread's run, before its last step, keeps for methods that watch the output."""
-    (patch,) = handle._patches
-    return patch.context.tracker.runs[0].branches[0].state.guidance_map
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (dict(method=dict(attn="tome", mlp="prune")), "targets are attn; write targets="),
-        (dict(method=dict(attn="tome"), targets=["attn", "mlp"]), "targets are attn, mlp"),
-        (dict(method=dict(mlp="tome"), targets=["attn"]), "write targets=['mlp']"),
-        (dict(method=dict(attn="tome", mpl="prune")), "no option 'mpl': did you mean 'mlp'"),
-        (dict(method=dict(attn="tomme")), "did you mean 'tome'"),
-        (
-            dict(method=dict(attn="pitome", mlp="tome"), targets=["attn", "mlp"], ratio=0.6),
-            "ceiling 0.5",
-        ),
-    ],
-)
-def test_bad_methods_by_target_are_named(options, said):
-    with pytest.raises(ToMeError) as error:
-        ToMeConfig(**options)
-    assert said in str(error.value)
-
-
-def test_todo_leaves_the_queries(unet):
-    seen = {"to_q": set(), "to_k": set(), "to_v": set()}
-    for name, module in unet.named_modules():
-        last = name.rsplit(".", 1)[-1]
-        if last in seen and ".attn1." in name:
-            note = seen[last].add
-            module.register_forward_pre_hook(lambda m, args, note=note: note(args[0].shape[1]))
-    with apply_tome(unet, method="todo", max_downsample=2):
-        run(unet, steps=(900,))
-    assert seen == {"to_q": {256, 64}, "to_k": {64}, "to_v": {64}}
-    # 64 is both: the finest level scaled down, and the coarser one as it is.
-
-
+@pytest.mark.filterwarnings("ignore:method='importance'")
 def test_importance_uses_the_guidance_of_the_last_step(unet):
     """From the second step on its plan differs from the one without a guidance map."""
-    with apply_tome(unet, method=dict(type="importance", prune_steps=0), ratio=0.5) as handle:
-        guided = run(unet, STEPS[:2])
-        guidance = guidance_map(handle)
-    assert guidance.shape == (1, 16, 16)
-    empty, text = guided[-1]
-    torch.testing.assert_close(guidance[0], (text - empty).abs().mean(0))
-    with apply_tome(unet, method="tome", ratio=0.5):
-        plain = run(unet, STEPS[:2])
-    torch.testing.assert_close(guided[0], plain[0], rtol=1e-4, atol=1e-5)
-    assert error(guided[1], plain[1]) > 1e-4
 
+    def outputs(method, guided, targets=("attn",)):
+        with apply_tome(unet, method=method, ratio=0.5, targets=targets) as handle:
+            found = run(unet, STEPS[:2], guided)
+            (patch,) = handle._patches
+            runs = patch.context.tracker.runs
+        return found, runs and runs[0].branches[0].state.guidance_map
 
-@torch.no_grad()
-def test_two_images_of_a_batch_are_no_guidance(unet):
-    """An even batch whose halves are not one image: as ToMe, whatever the two differ in."""
-    outputs = []
-    for method in (dict(type="importance", prune_steps=0), "tome"):
-        with apply_tome(unet, method=method, ratio=0.5) as handle, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a method that has nothing to watch
-            for i, t in enumerate(STEPS):
-                inputs = tiny_inputs()
-                inputs["sample"] = inputs["sample"] + 0.02 * i
-                inputs["sample"][1] = inputs["sample"][1].flip(-1)
-                outputs.append(unet(**{**inputs, "timestep": torch.tensor(t)}).sample)
-                assert not handle.config.watches_output or guidance_map(handle) is None
-    for one, other in zip(outputs[: len(STEPS)], outputs[len(STEPS) :]):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
-def test_random_methods_follow_the_seed(unet):
-    for spec in (dict(type="sito", noise_alpha=2), "importance"):
-        outputs = []
-        for seed in (0, 1, 0):
-            with apply_tome(unet, method=spec, ratio=0.5, seed=seed):
-                outputs.append(run(unet))
-        assert torch.equal(outputs[0], outputs[2])
-        assert not torch.equal(outputs[0], outputs[1])
+    importance = dict(type="importance", prune_steps=0)
+    merged, guidance = outputs(importance, guided=True)
+    empty, text = merged[-1]
+    torch.testing.assert_close(guidance, (text - empty).abs().mean(0)[None])
+    plain, nothing = outputs("tome", guided=True)
+    torch.testing.assert_close(merged[0], plain[0], rtol=1e-4, atol=1e-5)
+    assert (error(merged[1], plain[1]) > 1e-4 and nothing is None) or not nothing
+    # Also where one of two targets asks for it.
+    _, guidance = outputs(dict(attn="tome", mlp=importance), True, ("attn", "mlp"))
+    assert guidance is not None
+    # An even batch whose halves are two images: as ToMe, whatever the two differ in.
+    found, guidance = outputs(importance, guided=False)
+    assert guidance is None
+    torch.testing.assert_close(found, outputs("tome", guided=False)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_what_a_method_may_draw(unet):
     """Numbers of a block, step and seed; without random destinations the same at every step."""
-    cpu = torch.device("cpu")
-    handle = apply_tome(unet, method="sito", max_downsample=2)
-    (patch,) = handle._patches
-    context = patch.context
-
-    def numbers(block, step, **changes):
-        context.config, context.step_key = handle.config.replace(**changes), torch.tensor(step)
-        return patch.draw(context, patch.blocks[block], cpu, 10, 500)
-
-    first = numbers(0, 900)
-    assert first.dtype == torch.int64 and set(first.tolist()) == set(range(10))
-    assert torch.equal(numbers(0, 900), first)
-    for other in (numbers(1, 900), numbers(0, 800), numbers(0, 900, seed=1)):
-        assert not torch.equal(other, first)
-    context.clear()
-
-    for use_rand, different in ((True, len(STEPS)), (False, 1)):
-        handle, seen = apply_tome(unet, method="sito", use_rand=use_rand), set()
+    drawn = {}
+    for seed, use_rand in ((0, True), (1, True), (0, False)):
+        handle = apply_tome(unet, method="sito", use_rand=use_rand, seed=seed)
         (patch,) = handle._patches
+        seen = drawn[seed, use_rand] = []
 
         def note(module, args, patch=patch, seen=seen):
-            seen.add(tuple(patch.draw(patch.context, patch.blocks[0], cpu, 10, 50).tolist()))
+            ask = torch.device("cpu"), 10, 500
+            seen += [patch.draw(patch.context, block, *ask) for block in 2 * patch.blocks[:2]]
 
         hook = unet.mid_block.register_forward_pre_hook(note)
         run(unet)
         hook.remove()
-        assert len(seen) == different
+    for seen in drawn.values():
+        # Two blocks, each asked twice, at three steps.
+        assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], seen[1])
+        assert set(seen[0].tolist()) == set(range(10))
+    assert not torch.equal(drawn[0, True][0], drawn[1, True][0])
+    assert not torch.equal(drawn[0, True][0], drawn[0, True][4])
+    assert torch.equal(drawn[0, False][0], drawn[0, False][4])
 
 
 @pytest.mark.slow
@@ -291,16 +190,15 @@ def test_plans_compile_without_a_break(name):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(share_plans=True, method="tofu"),
-        dict(method=dict(attn="todo", mlp="sito"), targets=["attn", "mlp"]),
-        dict(ratio=dict(depth=[0.5, 0.25], target={"mlp": 0.25}), targets=["attn", "mlp"]),
+        dict(method="tofu", share_plans=True),
+        dict(method=dict(attn="todo", mlp="sito"), ratio=dict(depth=[0.5, 0.25]), prop_attn=True),
     ],
-    ids=["one plan for a level", "a method for every target", "a ratio for every block"],
+    ids=["one plan for a level", "a method and a ratio for every target and block"],
 )
 def test_one_graph(unet, options):
     """Of what does not depend on the step."""
     torch.compiler.reset()
-    apply_tome(unet, **options)
+    apply_tome(unet, targets=["attn", "mlp"], **options)
     inputs = tiny_inputs()
     with torch.no_grad():
         expected = unet(**inputs).sample

@@ -3,7 +3,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,10 +11,9 @@ from method_requests import SPECS, name_of, request, tokens
 
 from mmagic_tome import ToMeConfig, ToMeError
 from mmagic_tome.merging import IndexPlan, make_windows
-from mmagic_tome.methods import METHODS, build_method
+from mmagic_tome.methods import build_method
 
 every_method = pytest.mark.parametrize("spec", SPECS, ids=name_of)
-grids = st.tuples(st.integers(1, 13), st.integers(1, 13))
 
 
 def guidance_map_of(batch, seed=0):
@@ -44,16 +42,14 @@ def kept_by(spec, tokens, ratio, ask):
     return tokens - r, tokens - r
 
 
-def test_the_list_is_complete():
-    names = {spec if isinstance(spec, str) else spec["type"] for spec in SPECS}
-    assert names == set(METHODS)
-    assert names >= {"tome", "tofu", "todo", "threshold", "toma", "importance", "sito", "pitome"}
-    assert names >= {"prune", "downsample"}
-
-
 @every_method
 @settings(deadline=None, max_examples=15)
-@given(grid=grids, batch=st.integers(1, 3), ratio=st.floats(0, 0.75), seed=st.integers(0, 999))
+@given(
+    grid=st.tuples(st.integers(1, 13), st.integers(1, 13)),
+    batch=st.integers(1, 3),
+    ratio=st.floats(0, 0.75),
+    seed=st.integers(0, 999),
+)
 def test_invariants(spec, grid, batch, ratio, seed):
     height, width = grid
     count = height * width
@@ -73,20 +69,21 @@ def test_invariants(spec, grid, batch, ratio, seed):
     assert (plan.batch, plan.num_tokens) == (batch, count)
     assert f"{count} -> {plan.num_slots}" in repr(plan)
 
-    # Every token has one slot, and every slot a token.
+    # Every token has one slot, every slot a token that represents it.
     assert plan.slot.shape == (batch, count)
     assert plan.slot.min() >= 0 and plan.slot.max() < plan.num_slots
-    assert plan.size.shape == (batch, plan.num_slots)
+    own = plan.slot.gather(1, plan.representative)
+    right = own == torch.arange(plan.num_slots).expand(batch, -1)
     every = torch.full((batch,), count)
     if isinstance(plan, IndexPlan):
-        assert torch.equal(plan.size.sum(1), every)
-        assert plan.size.min() >= 1
+        assert right.all()
+        assert torch.equal(plan.size.sum(1), every) and plan.size.min() >= 1
         for slot, size in zip(plan.slot, plan.size):
             assert torch.equal(slot.bincount(minlength=plan.num_slots), size)
         # Copies of a slot merge into it again.
         y = torch.randn(batch, plan.num_slots, 3)
         torch.testing.assert_close(plan.merge(plan.unmerge(y)), y)
-    else:
+    else:  # a token belongs to several slots
         torch.testing.assert_close(plan.size.sum(1), every.float(), rtol=1e-3, atol=1e-3)
 
     # What is the same everywhere stays the same.
@@ -100,10 +97,6 @@ def test_invariants(spec, grid, batch, ratio, seed):
     again = build_method(spec).plan(x, ratio, ask)
     assert torch.equal(again.merge(x), plan.merge(x))
     assert torch.equal(again.unmerge(merged), plan.unmerge(merged))
-
-    for shape in ((batch, count + 1, 3), (batch + 1, count, 3), (count, 3)):
-        with pytest.raises(ValueError, match="merge expects"):
-            plan.merge(torch.zeros(shape))
 
 
 @every_method
@@ -124,9 +117,8 @@ def test_batch_order_does_not_matter(spec, grid, ratio, seed, order, swapped):
     entries = second + first if swapped else first + second
     method = build_method(spec)
     plan = method.plan(x, ratio, request(*grid, seed=seed, guidance_map=guidance))
-    other = method.plan(
-        x[entries], ratio, request(*grid, seed=seed, guidance_map=guidance[list(order)])
-    )
+    ask = request(*grid, seed=seed, guidance_map=guidance[list(order)])
+    other = method.plan(x[entries], ratio, ask)
     assert (plan is None) == (other is None)
     if plan is not None:
         result = plan.unmerge(plan.merge(x))
@@ -154,14 +146,15 @@ def spread_out(grid):
 
 
 @every_method
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=12)
 @given(
     grid=st.sampled_from([(4, 8), (8, 4), (4, 4), (4, 12), (8, 8)]),
     seed=st.integers(0, 999),
     scale=st.sampled_from([0.25, 1, 8]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
 )
-def test_half_precision_agrees(spec, dtype, grid, seed, scale):
+def test_half_precision_agrees(spec, grid, seed, scale, dtype):
+    """Tokens in half precision, and a float32 network that is called under autocast."""
     if "importance" in name_of(spec):
         # Its destinations lie anywhere: two may be copies of each other, and equally near.
         grid, seed = (4, 8), 1
@@ -180,25 +173,16 @@ def test_half_precision_agrees(spec, dtype, grid, seed, scale):
     assert merged.dtype == back.dtype == dtype
     # Not the merged tokens: some methods number their slots by similarity.
     torch.testing.assert_close(back.float(), plan.unmerge(plan.merge(x)), **tolerance)
-
-
-@every_method
-def test_autocast_changes_no_choice(spec):
-    """A network may be called under autocast; the choice on float32 tokens is the same."""
-    x = spread_out((4, 8))
-    ask = request(4, 8, seed=1, guidance_map=torch.arange(32.0).roll(5).view(1, 4, 8))
-    plan = build_method(spec).plan(x, 3 / 8, ask)
     with torch.autocast("cpu", torch.bfloat16):
         other = build_method(spec).plan(x, 3 / 8, ask)
         merged = other.merge(x)
-    assert other.num_slots == plan.num_slots
     assert merged.dtype == x.dtype
     assert torch.equal(other.slot, plan.slot)
-    torch.testing.assert_close(merged, plan.merge(x), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(merged, plan.merge(x), rtol=2e-2, atol=2e-2 * scale)
 
 
 @every_method
-def test_degenerate_tokens_give_finite_results(spec):
+def test_tokens_that_are_alike(spec):
     """All tokens alike, or all zero: everything ties, nothing breaks."""
     for x in (torch.zeros(2, 64, 4), torch.ones(2, 64, 4)):
         plan = build_method(spec).plan(x, 0.5, request(8, 8, guidance_map=torch.zeros(1, 8, 8)))
@@ -208,64 +192,26 @@ def test_degenerate_tokens_give_finite_results(spec):
         torch.testing.assert_close(plan.unmerge(plan.merge(x)), x, rtol=1e-3, atol=1e-3)
 
 
-@every_method
-def test_gradients_flow_through_both_directions(spec):
-    x = tokens(2, 6, 6).double()
-    if "threshold" in name_of(spec):
-        spec = dict(type="threshold", threshold=-1)
-    plan = build_method(spec).plan(x, 0.5, request(6, 6, guidance_map=guidance_map_of(2)))
-    x.requires_grad_()
-    plan.unmerge(plan.merge(x)).square().sum().backward()
-    assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("spec", [s for s in SPECS if isinstance(s, dict)], ids=name_of)
-def test_any_number_is_as_good_as_a_python_one(spec):
-    """Options out of numpy or a search over settings."""
-    kinds = {int: np.int64, float: np.float32}
-    odd = {key: kinds.get(type(value), str)(value) for key, value in spec.items()}
-    method = vars(build_method(odd))
-    assert method == vars(build_method(spec))
-    assert {type(value) for value in method.values()} <= {int, float, str}
-
-
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
         (dict(type="tofu", prune_depth=2), "at least 0 and at most 1; write prune_depth=1"),
-        (dict(type="tofu", prune_depth=None), "write prune_depth=0.5"),
-        (dict(type="tofu", merge="max"), "write merge='mlerp'"),
         (dict(type="tofu", merge="men"), "write merge='mean'"),
-        (dict(type="threshold", threshold="high"), "threshold='high'"),
         (dict(type="threshold", threshold=1.5), "write threshold=1"),
-        (dict(type="threshold", batch="mean"), "max, min"),
-        (dict(type="todo", downsample_factor=0), "write downsample_factor=1"),
         (dict(type="todo", downsample_factor_level_2=2.6), "write downsample_factor_level_2=3"),
-        (dict(type="todo", downsample_factor="2"), "write downsample_factor=1"),
         (dict(type="downsample", factor=1), "write factor=2"),
-        (dict(type="downsample", mode="cubic"), "area, nearest"),
-        (dict(type="downsample", mode=["area"]), "area, nearest"),
         (dict(type="toma", window=64), "write window=32"),
         (dict(type="toma", temperature=0), "above 0 and at most 100; write temperature=0.03"),
-        (dict(type="toma", temperature=-1), "write temperature=0.03"),
         (dict(type="toma", unmerge="inverse"), "transpose, pinv"),
-        (dict(type="sito", noise_alpha=-1), "at least 0; write noise_alpha=0"),
-        (dict(type="sito", noise_alpha=float("nan")), "noise_alpha=nan"),
         (dict(type="sito", sim_beta=float("inf")), "write sim_beta=1"),
         (dict(type="pitome", margin=True), "write margin=0.9"),
         (dict(type="pitome", alpha=-1), "write alpha=0"),
-        (dict(type="importance", pool=0.5), "at least 1; write pool=1"),
         (dict(type="importance", destinations=0), "write destinations=0.25"),
-        (dict(type="importance", prune_steps=-1), "write prune_steps=0"),
         (dict(type="sito", noise=1), "it has noise_alpha, sim_beta"),
-        (dict(type="prune", factor=1), "it has none"),
         (dict(type="tome", window=4), "it has none"),
         (dict(name="tome"), "names no method: write its name under 'type'"),
         (dict(type=None), "unknown method None"),
-        ("ToMe", "did you mean 'tome'"),
         ("CA-ToMe", "did you mean 'threshold'"),
-        ("tomesd", "did you mean 'tome'"),
-        ("token_fusion", "did you mean 'tofu'"),
         ("pitom", "did you mean 'pitome'"),
         ("x", "unknown method 'x': Known: downsample, importance, pitome"),
     ],
@@ -279,8 +225,9 @@ def test_bad_options_are_named(spec, said):
 def test_a_method_that_merges_pairs_has_a_ceiling():
     assert ToMeConfig(method="pitome", ratio=0.5).ceiling == 0.5
     assert ToMeConfig(method="pitome", sx=2, sy=1, ratio=0.5).ceiling == 0.5
-    for ratio in (0.6, dict(downsample={1: 0.6})):
-        with pytest.raises(ToMeError, match=r"0\.6.*([Ww]rite|ratio=) ?0\.5"):
-            ToMeConfig(method=dict(type="pitome"), ratio=ratio)
+    for method in ("pitome", dict(attn="pitome", mlp="tome")):
+        for ratio in (0.6, dict(downsample={1: 0.6})):
+            with pytest.raises(ToMeError, match=r"0\.6.*([Ww]rite|ratio=) ?0\.5"):
+                ToMeConfig(method=method, ratio=ratio, targets=["attn", "mlp"])
     with pytest.raises(ToMeError, match=r"0\.75"):
         ToMeConfig(method="tome", ratio=0.8)

@@ -1,0 +1,276 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Plans: what every class of them promises, and what each does with its tokens."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmagic_tome.merging import (
+    FramePlan,
+    JointPlan,
+    MatrixPlan,
+    MergePlan,
+    MlerpPlan,
+    Plan,
+    PrunedPlan,
+    as_clips,
+    join_sequence,
+    joint_plan,
+    make_windows,
+    split_sequence,
+)
+from mmagic_tome.merging.plan import entry_indices, flat_rows
+
+B, N, M = 2, 24, 10
+INDEX_PLANS = [MergePlan, MlerpPlan, PrunedPlan]
+
+
+def slots(batch=B, tokens=N, count=M, seed=0):
+    """Every slot used at least once, the rest anywhere, shuffled per batch entry."""
+    generator = torch.Generator().manual_seed(seed)
+    rest = torch.randint(count, (batch, tokens - count), generator=generator)
+    slot = torch.cat([torch.arange(count).expand(batch, -1), rest], dim=1)
+    return torch.stack([row[torch.randperm(tokens, generator=generator)] for row in slot])
+
+
+def matrix_plan():
+    windows = make_windows(5, 6, 4, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    shape = B * windows.count, windows.size // 2, windows.size
+    weights = torch.rand(shape, generator=generator, dtype=torch.float64).softmax(-1)
+    back = torch.rand(shape, generator=generator, dtype=torch.float64).mT.softmax(-1)
+    return MatrixPlan(weights, back, windows)
+
+
+PLANS = {
+    "merge": lambda: MergePlan(slots(), M),
+    "merge with destinations": lambda: MergePlan(slots(), M, torch.tensor([[3], [5]])),
+    "prune": lambda: PrunedPlan(slots(), M),
+    "mlerp": lambda: MlerpPlan(slots(), M),
+    "matrix": matrix_plan,
+    "joint": lambda: JointPlan(MergePlan(slots(), M), 5),
+    "joint, image first": lambda: JointPlan(PrunedPlan(slots(), M), 5, 0),
+    "joint, by entry": lambda: JointPlan(MlerpPlan(slots(), M), 5, [1, 4]),
+    "joint matrix": lambda: JointPlan(matrix_plan(), 3, 2),
+    "frames": lambda: FramePlan(MergePlan(slots(), M), 3),
+    "frames of a matrix": lambda: FramePlan(matrix_plan(), 2),
+}
+every_plan = pytest.mark.parametrize("make", PLANS.values(), ids=PLANS)
+
+
+def is_soft(plan):
+    return isinstance(getattr(plan, "plan", plan), MatrixPlan)
+
+
+@every_plan
+def test_attributes(make):
+    plan = make()
+    names = {name for name in vars(Plan) if not name.startswith("_")} | {*Plan.__annotations__}
+    assert len(names) == 8 and all(hasattr(plan, name) for name in names)
+    # Every slot of an instance is set, and there is nothing else.
+    assert all(hasattr(plan, name) for kind in type(plan).__mro__[:-1] for name in kind.__slots__)
+    assert not hasattr(plan, "__dict__")
+    frames = getattr(plan, "num_frames", 1)
+    rows, tokens, count = plan.batch // frames, plan.num_tokens * frames, plan.num_slots
+    assert type(plan.batch) is type(plan.num_tokens) is type(count) is int
+    assert plan.slot.shape == (rows, tokens) and plan.size.shape == (rows, count)
+    assert plan.representative.shape == (rows, count)
+    assert plan.slot.dtype == plan.representative.dtype == torch.int64
+    assert plan.slot.min() >= 0 and plan.slot.max() < count
+    assert plan.representative.min() >= 0 and plan.representative.max() < tokens
+    total = torch.full((rows,), tokens).double()
+    torch.testing.assert_close(plan.size.sum(1).double(), total, rtol=1e-5, atol=0)
+    if not is_soft(plan):
+        for slot, size in zip(plan.slot, plan.size):
+            assert torch.equal(slot.bincount(minlength=count), size)
+        own = plan.slot.gather(1, plan.representative)
+        assert torch.equal(own, torch.arange(count).expand(rows, -1))
+
+
+@every_plan
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_round_trip(make, dtype):
+    plan = make()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(plan.batch, plan.num_tokens, 4, generator=generator).to(dtype)
+    merged = plan.merge(x)
+    assert merged.shape == (plan.slot.shape[0], plan.num_slots, 4) and merged.dtype == dtype
+    view = x.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(plan.merge(view), merged)
+    back = plan.unmerge(merged)
+    assert back.shape == x.shape and back.dtype == dtype
+    tolerance = {torch.bfloat16: 2e-2}.get(dtype, 1e-4)
+    same = x[:1, :1].expand_as(x)
+    torch.testing.assert_close(plan.unmerge(plan.merge(same)), same, rtol=tolerance, atol=tolerance)
+    if not is_soft(plan):
+        # Copies of a slot merge into it again, and unmerging gathers by slot.
+        torch.testing.assert_close(plan.merge(back), merged, rtol=tolerance, atol=tolerance)
+        index = plan.slot[..., None].expand(-1, -1, 4)
+        assert torch.equal(back, merged.gather(1, index).view_as(back))
+    for other in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):
+        assert torch.equal(other.merge(x), merged) and repr(other) == repr(plan)
+        assert torch.equal(other.representative, plan.representative)
+
+
+@every_plan
+def test_gradients_and_wrong_shapes(make):
+    plan = make()
+    generator = torch.Generator().manual_seed(0)
+    shape = plan.batch, plan.num_tokens, 2
+    x = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: plan.unmerge(plan.merge(x).sin()), (x,))
+    with pytest.raises(ValueError, match="merge expects"):
+        plan.merge(torch.zeros(plan.batch, plan.num_tokens + 3, 2))
+    with pytest.raises(ValueError, match="unmerge expects"):
+        plan.unmerge(torch.zeros(plan.batch, plan.num_slots + 3, 2))
+
+
+# --- plans of indices -----------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 40),
+    st.integers(0, 10**6),
+    st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
+)
+def test_what_a_slot_holds_by_brute_force(batch, tokens, seed, dtype):
+    count = seed % tokens + 1
+    slot = slots(batch, tokens, count, seed)
+    x = torch.randn(batch, tokens, 5, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    pruned, x64 = PrunedPlan(slot, count), x.double()
+    found = {mode: MergePlan(slot, count).merge(x, mode) for mode in ("mean", "sum", "max")}
+    found.update(prune=pruned.merge(x), mlerp=MlerpPlan(slot, count).merge(x))
+    reductions = dict(
+        mean=lambda group: group.mean(0),
+        sum=lambda group: group.sum(0),
+        max=lambda group: group.amax(0),
+        prune=lambda group: group[0],
+        mlerp=lambda group: group.mean(0) / group.mean(0).norm() * group.norm(dim=1).max(),
+    )
+    tolerance = {torch.float16: 4e-3, torch.bfloat16: 4e-2}.get(dtype, 1e-5)
+    for mode, reduce in reductions.items():
+        for b in range(batch):
+            expected = torch.stack([reduce(x64[b, slot[b] == s]) for s in range(count)])
+            close = dict(rtol=tolerance, atol=10 * tolerance)
+            torch.testing.assert_close(found[mode][b].double(), expected, **close)
+    assert torch.equal(found["prune"].long(), pruned.merge(x.long()))
+
+
+def test_mlerp_of_tokens_that_cancel_is_zero_and_of_large_half_ones_finite():
+    plan = MlerpPlan(torch.tensor([[0, 0, 1]]), 2)
+    x = torch.tensor([[[1.0, 0], [-1, 0], [3, 4]]])
+    torch.testing.assert_close(plan.merge(x), torch.tensor([[[0.0, 0], [3, 4]]]))
+    half = torch.full((1, 3, 64), 3e4, dtype=torch.float16)
+    assert half.norm(dim=-1).isinf().all()  # what a length in half precision would be
+    assert torch.equal(plan.merge(half), half[:, :2])
+
+
+@pytest.mark.parametrize("make", INDEX_PLANS)
+def test_what_a_plan_keeps_is_small(make):
+    """Plans of all blocks may be kept for several steps: no 64-bit copy of the slots."""
+    plan = make(slots(2, 64, 32), 32)
+    names = {name for kind in type(plan).__mro__ for name in getattr(kind, "__slots__", ())}
+    held = [getattr(plan, name) for name in names]
+    held = [one.numel() * one.element_size() for one in held if isinstance(one, torch.Tensor)]
+    assert sum(held) <= 2 * (64 + 64 + 32) * 4
+    empty = make(torch.zeros(0, 8, dtype=torch.int64), 4)
+    assert empty.slot.shape == (0, 8) and empty.size.shape == (0, 4)
+    assert empty.unmerge(torch.zeros(0, 4, 3)).shape == (0, 8, 3)
+
+
+def test_rows_that_32_bits_cannot_count():
+    index = torch.tensor([[0, 5], [1, 2]])
+    assert flat_rows(index, 10).dtype == torch.int32
+    large = flat_rows(index, 2**30)
+    assert torch.equal(entry_indices(large, (2, 2), 2**30), index)
+    assert large.dtype == torch.int64 and large.tolist() == [0, 5, 2**30 + 1, 2**30 + 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_many_tokens_are_summed_in_single_precision(dtype):
+    slot = torch.zeros(1, 4096, dtype=torch.int64)
+    slot[0, 0] = 1
+    x = torch.ones(1, 4096, 1, dtype=dtype, requires_grad=True)
+    y = MergePlan(slot, 2).merge(x)
+    y.retain_grad()
+    MergePlan(slot, 2).unmerge(y).sum().backward()
+    # One by one in half precision the sum would stay at 256 or 2048.
+    assert y.grad.flatten().tolist() == [torch.tensor(4095.0).to(dtype).item(), 1]
+    assert x.grad.eq(1).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: MergePlan(torch.zeros(4, dtype=torch.int64), 1), "slot must be"),
+        (lambda: MergePlan(torch.zeros(1, 4), 1), "slot must be"),
+        (lambda: PrunedPlan(torch.zeros(1, 4, dtype=torch.int64), 0), "num_slots must be"),
+        (lambda: MlerpPlan(torch.zeros(1, 4, dtype=torch.int64), 5), "num_slots must be"),
+        (lambda: PLANS["merge"]().merge(torch.zeros(B, N, 2), "median"), "mode must be"),
+        (
+            lambda: MatrixPlan(
+                torch.zeros(4, 2, 5),
+                torch.zeros(4, 5, 2),
+                make_windows(4, 4, 2, torch.device("cpu")),
+            ),
+            "4 windows of 4 tokens",
+        ),
+    ],
+)
+def test_bad_plans(make, said):
+    with pytest.raises(ValueError, match=said):
+        make()
+
+
+# --- joint sequences and clips --------------------------------------------------------------------
+
+
+# Where the image begins, in sequences of four image and three text tokens.
+@pytest.mark.parametrize("num_before", [None, 0, 1, 3, [2, 2], [0, 3], [1, 2]], ids=str)
+def test_the_text_stays_where_it_is(num_before):
+    slot = torch.tensor([[0, 1, 0, 2], [2, 2, 1, 0]])
+    inner = MergePlan(slot, 3, torch.tensor([[2], [3]]))
+    plan = JointPlan(inner, 3, num_before)
+    assert (plan.batch, plan.num_tokens, plan.num_slots) == (2, 7, 6)
+    x = torch.randn(2, 7, 5)
+    merged = plan.merge(x)
+    back = plan.unmerge(merged)
+    first = [3 if num_before is None else num_before] * 2
+    for b, start in enumerate(num_before if isinstance(num_before, list) else first):
+        alone = MergePlan(slot[b : b + 1], 3)
+        image = alone.merge(x[b : b + 1, start : start + 4])
+        assert torch.equal(merged[b, start : start + 3], image[0])
+        assert torch.equal(back[b, start : start + 4], alone.unmerge(image)[0])
+        for made, length in ((merged, 3), (back, 4)):
+            assert torch.equal(made[b, :start], x[b, :start])
+            assert torch.equal(made[b, start + length :], x[b, start + 4 :])
+        before = [*range(start)]
+        kept = [*before, *(inner.representative[b] + start), *range(start + 4, 7)]
+        assert plan.representative[b].tolist() == kept
+        shifted = [*before, *(inner.slot[b] + start), *range(start + 3, 6)]
+        assert plan.slot[b].tolist() == shifted
+        assert torch.equal(plan.size[b], plan.slot[b].bincount(minlength=6))
+    if num_before is not None:
+        text, image = split_sequence(x, 3, num_before)
+        assert text.shape == (2, 3, 5) and image.shape == (2, 4, 5)
+        assert torch.equal(join_sequence(text, image, num_before), x)
+    assert joint_plan(inner, 4) is inner
+    assert joint_plan(inner, 7, num_before).num_before == plan.num_before
+
+
+def test_frames_of_a_clip_merge_to_one_sequence():
+    slot = torch.tensor([[0, 0, 1, 1, 2, 2], [2, 1, 0, 0, 1, 2]])
+    plan = FramePlan(MergePlan(slot, 3), num_frames=2)
+    x = torch.arange(4 * 3 * 2.0).view(4, 3, 2)  # two clips of two frames of three tokens
+    merged = plan.merge(x)
+    # The last token of the first frame and the first of the second share a slot.
+    torch.testing.assert_close(merged[0, 1], (x[0, 2] + x[1, 0]) / 2)
+    back = plan.unmerge(merged)
+    assert torch.equal(back[0, 2], merged[0, 1]) and torch.equal(back[1, 0], merged[0, 1])
+    assert torch.equal(as_clips(x, 2)[1, 3:], x[3])
