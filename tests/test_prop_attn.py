@@ -62,7 +62,7 @@ def test_by_hand(unet, target):
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-@pytest.mark.filterwarnings("ignore:method='importance'")
+@pytest.mark.filterwarnings("ignore:method=")
 def test_with_every_method(unet, method):
     if method == "threshold":  # random tokens are not alike
         method = dict(type="threshold", threshold=-1)

@@ -1,6 +1,4 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-import math
-
 import pytest
 import torch
 
@@ -26,48 +24,33 @@ REDUCTIONS = {
 }
 
 
-def score(a, b, distance, all_b):
-    """Similarity of two tokens, number by number."""
-    dot = sum(float(p) * float(q) for p, q in zip(a, b))
-    if distance == "dot":
-        return dot
-    if distance == "cosine":
-        return dot / math.sqrt(sum(float(p) ** 2 for p in a) * sum(float(q) ** 2 for q in b))
-    if distance == "euclidean":
-        return -math.sqrt(sum((float(p) - float(q)) ** 2 for p, q in zip(a, b)))
-    scale = len(a) ** -0.5
-    total = sum(
-        math.exp(scale * sum(float(p) * float(q) for p, q in zip(a, other))) for other in all_b
-    )
-    return math.exp(scale * dot) / total
+def scores(x, distance, b):
+    """Similarities of (N, C) tokens to those of B, by their definitions."""
+    dot, length = x @ x[b].T, x.norm(dim=1)
+    return {
+        "dot": dot,
+        "cosine": dot / (length[:, None] * length[b]),
+        "euclidean": -(x[:, None] - x[b]).norm(dim=-1),
+        "softmax": (dot / x.shape[1] ** 0.5).softmax(dim=1),
+    }[distance]
 
 
 def brute_force(metric, r, class_token=False, distill_token=False, distance="cosine", split=None):
-    """The paper's matching in loops, for one batch entry.
+    """The paper's matching of one batch entry: the tokens of every slot, its own first.
 
     1. Partition alternately; 2. an edge from every token of A to the most similar of B;
     3. keep the r most similar edges; 4. merge along them; 5. concatenate the sets.
     The class token is never merged, the distillation token never merged into.
-
-    Returns:
-        list of lists: the tokens of every slot, the one at whose place it is first.
     """
     tokens = len(metric)
     protected = ([0] if class_token else []) + ([1] if distill_token else [])
     r = max(0, min(r, (tokens - len(protected)) // 2))
-    if split is None:
-        split = list(range(0, tokens, 2)), list(range(1, tokens, 2))
-    a, b = split
-    edges = []
-    targets = [j for j in b if j not in protected]
-    for i in a:
-        if i in protected or not targets:
-            continue
-        values = [score(metric[i], metric[j], distance, metric[targets]) for j in targets]
-        best = max(range(len(targets)), key=values.__getitem__)
-        edges.append((values[best], i, targets[best]))
-    edges = sorted(edges, key=lambda edge: -edge[0])[:r]
-    gone = {i: j for _, i, j in edges}
+    a, b = split or (list(range(0, tokens, 2)), list(range(1, tokens, 2)))
+    targets, edges = [j for j in b if j not in protected], []
+    if targets:
+        best, nearest = scores(metric, distance, targets).max(dim=1)
+        edges = [(float(best[i]), i, targets[nearest[i]]) for i in a if i not in protected]
+    gone = {i: j for _, i, j in sorted(edges, key=lambda edge: -edge[0])[:r]}
     stay = [i for i in a if i not in gone]
     order = stay + b
     if distill_token:
@@ -144,9 +127,7 @@ def check_nearest(plan, x, kept):
     """Every token that is not kept merges into the most similar of those that are."""
     for i in range(2):
         assert plan.representative[i].tolist() == kept
-        for token in set(range(x.shape[1])) - set(kept):
-            values = [score(x[i, token], x[i, j], "cosine", None) for j in kept]
-            assert plan.slot[i, token] == values.index(max(values))
+        assert torch.equal(plan.slot[i], scores(x[i], "cosine", kept).argmax(dim=1))
 
 
 def test_kth_keeps_every_kth():

@@ -1,6 +1,8 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Methods that choose destinations of their own, or none: sito, pitome, importance, todo."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,10 +36,9 @@ def test_sito_by_brute_force(grid, seed):
     for b in range(2):
         mass = similarity[b].sum(-1)
         bases = []
-        for i in range(height // 2):
-            for j in range(width // 2):
-                cell = [(2 * i + p) * width + 2 * j + q for p in (0, 1) for q in (0, 1)]
-                bases.append(max(cell, key=lambda t: mass[t].item()))
+        for i, j in itertools.product(range(0, height - 1, 2), range(0, width - 1, 2)):
+            cell = [(i + p) * width + j + q for p in (0, 1) for q in (0, 1)]
+            bases.append(max(cell, key=lambda t: mass[t].item()))
         others = [t for t in range(count) if t not in bases]
         best = similarity[b][others][:, bases].max(-1)
         pruned = best.values.argsort(descending=True)[:r].tolist()

@@ -1,8 +1,6 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Every method in a network, through apply_tome."""
 
-import json
-
 import pytest
 import torch
 from method_requests import SPECS, name_of, request, tokens
@@ -101,14 +99,11 @@ def test_every_target_may_have_a_method_of_its_own(unet):
         together = run(unet)
         kept = {(row["kind"], row["kept"]) for row in handle.stats()}
         assert kept == {("attn_kv", 64), ("crossattn", 192), ("mlp", 64)}
-        config = ToMeConfig.from_dict(json.loads(json.dumps(handle.config.to_dict())))
-        assert config == handle.config
-    # One number for all, plans that are reused, one plan for a level.
-    for more in ({}, dict(plan_interval=3), dict(plan_interval=3, share_plans=True)):
-        with apply_tome(unet, method=method, **options, **more) as handle:
-            outputs = run(unet)
-            assert {row["kept"] for row in handle.stats()} == {64, 128}
-        assert 1e-5 < error(outputs, together) < 1
+    # One number for all, and plans of a level that are reused.
+    options.update(plan_interval=3, share_plans=True)
+    with apply_tome(unet, method=method, **options) as handle:
+        assert 1e-5 < error(run(unet), together) < 1
+        assert {row["kept"] for row in handle.stats()} == {64, 128}
     for method, targets, said in (
         (dict(attn="tome", mlp="prune"), ["attn"], "targets are attn; write targets="),
         (dict(attn="tome"), ["attn", "mlp"], "targets are attn, mlp"),
@@ -118,11 +113,11 @@ def test_every_target_may_have_a_method_of_its_own(unet):
             ToMeConfig(method=method, targets=targets)
 
 
-@pytest.mark.filterwarnings("ignore:method='importance'")
+@pytest.mark.filterwarnings("ignore:method=")
 def test_importance_uses_the_guidance_of_the_last_step(unet):
     """From the second step on its plan differs from the one without a guidance map."""
 
-    def outputs(method, guided, targets=("attn",)):
+    def outputs(method, guided=True, targets=("attn",)):
         with apply_tome(unet, method=method, ratio=0.5, targets=targets) as handle:
             found = run(unet, STEPS[:2], guided)
             (patch,) = handle._patches
@@ -130,15 +125,13 @@ def test_importance_uses_the_guidance_of_the_last_step(unet):
         return found, runs and runs[0].branches[0].state.guidance_map
 
     importance = dict(type="importance", prune_steps=0)
-    merged, guidance = outputs(importance, guided=True)
-    empty, text = merged[-1]
-    torch.testing.assert_close(guidance, (text - empty).abs().mean(0)[None])
-    plain, nothing = outputs("tome", guided=True)
-    torch.testing.assert_close(merged[0], plain[0], rtol=1e-4, atol=1e-5)
-    assert (error(merged[1], plain[1]) > 1e-4 and nothing is None) or not nothing
+    (first, second), guidance = outputs(importance)
+    torch.testing.assert_close(guidance, (second[1] - second[0]).abs().mean(0)[None])
+    plain, _ = outputs("tome")
+    torch.testing.assert_close(first, plain[0], rtol=1e-4, atol=1e-5)
+    assert error(second, plain[1]) > 1e-4
     # Also where one of two targets asks for it.
-    _, guidance = outputs(dict(attn="tome", mlp=importance), True, ("attn", "mlp"))
-    assert guidance is not None
+    assert outputs(dict(attn="tome", mlp=importance), targets=("attn", "mlp"))[1] is not None
     # An even batch whose halves are two images: as ToMe, whatever the two differ in.
     found, guidance = outputs(importance, guided=False)
     assert guidance is None
@@ -147,33 +140,31 @@ def test_importance_uses_the_guidance_of_the_last_step(unet):
 
 def test_what_a_method_may_draw(unet):
     """Numbers of a block, step and seed; without random destinations the same at every step."""
-    drawn = {}
-    for seed, use_rand in ((0, True), (1, True), (0, False)):
-        handle = apply_tome(unet, method="sito", use_rand=use_rand, seed=seed)
-        (patch,) = handle._patches
-        seen = drawn[seed, use_rand] = []
 
-        def note(module, args, patch=patch, seen=seen):
-            ask = torch.device("cpu"), 10, 500
-            seen += [patch.draw(patch.context, block, *ask) for block in 2 * patch.blocks[:2]]
+    def drawn(**options):
+        (patch,) = apply_tome(unet, method="sito", **options)._patches
+        ask, seen = (torch.device("cpu"), 10, 500), []
+
+        def note(*_):
+            seen.extend(patch.draw(patch.context, block, *ask) for block in patch.blocks[:2])
 
         hook = unet.mid_block.register_forward_pre_hook(note)
         run(unet)
         hook.remove()
-    for seen in drawn.values():
-        # Two blocks, each asked twice, at three steps.
-        assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], seen[1])
-        assert set(seen[0].tolist()) == set(range(10))
-    assert not torch.equal(drawn[0, True][0], drawn[1, True][0])
-    assert not torch.equal(drawn[0, True][0], drawn[0, True][4])
-    assert torch.equal(drawn[0, False][0], drawn[0, False][4])
+        return torch.stack(seen).unflatten(0, (len(STEPS), 2))
+
+    numbers = drawn()
+    assert torch.equal(numbers, drawn()) and set(numbers[0, 0].tolist()) == set(range(10))
+    for other in (drawn(seed=1)[0, 0], numbers[0, 1], numbers[1, 0]):
+        assert not torch.equal(other, numbers[0, 0])
+    assert torch.equal(*drawn(use_rand=False)[:2])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tofu", "todo", "toma", "sito", "pitome", "importance"])
 def test_plans_compile_without_a_break(name):
     """Those left out: threshold breaks the graph, the others do nothing that these do not."""
-    torch.compiler.reset()  # another method in the same function would count as a recompilation
+    torch.compiler.reset()
     method, ask = build_method(name), request(8, 8, guidance_map=torch.rand(1, 8, 8))
 
     def target(x):
@@ -181,9 +172,8 @@ def test_plans_compile_without_a_break(name):
         return plan.unmerge(plan.merge(x).sin())
 
     x = tokens(2, 8, 8)
-    expected = target(x)
     compiled = torch.compile(target, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x), expected)
+    torch.testing.assert_close(compiled(x), target(x))
 
 
 @pytest.mark.slow
@@ -196,7 +186,6 @@ def test_plans_compile_without_a_break(name):
     ids=["one plan for a level", "a method and a ratio for every target and block"],
 )
 def test_one_graph(unet, options):
-    """Of what does not depend on the step."""
     torch.compiler.reset()
     apply_tome(unet, targets=["attn", "mlp"], **options)
     inputs = tiny_inputs()

@@ -62,9 +62,3 @@ def test_merging_by_hand(grid, unmerge):
         assert torch.equal(merged[b, windows.count * keep :], x[b, windows.outside])
     if unmerge == "pinv":  # which restores what was unmerged
         torch.testing.assert_close(plan.merge(back), merged, rtol=1e-3, atol=1e-3)
-
-
-def test_fewer_than_one_token_per_window_is_nothing():
-    x = tokens(1, 16, 16)
-    assert build_method("toma").plan(x, 3 / 256, request(16, 16)) is None
-    assert build_method("toma").plan(x, 4 / 256, request(16, 16)).num_slots == 252
