@@ -1,51 +1,53 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""The model that a runner runs, and what its config says about generating with it."""
+"""The model of a runner, and how hooks and loops generate images with it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from mmengine.model import is_model_wrapper
-from torch import nn
+from torch import Tensor, nn
 
-from ...apis.model_config import check_text_to_image
-from ...apis.text2image import Request
 from ...errors import ToMeError
+from ...lab.request import INPUTS, Request
+from ...lab.runners import runner_of
 from ...models import find_adapter
 
-# Whether what the model does is a hook's business, and not the run's.
-_aside = ContextVar("aside", default=False)
+# Name of the method that is running, for the profile. None: whatever is applied to the model.
+# Empty: what a hook generates for itself, which is not profiled.
+_running: ContextVar[str | None] = ContextVar("running", default=None)
 
 
 @contextmanager
-def aside() -> Iterator[None]:
-    """Around what a hook has the model do, which the run's profile leaves out."""
-    token = _aside.set(True)
+def running(method: str | None) -> Iterator[None]:
+    """Around calls of the model by a method; ``''`` for calls that are not profiled."""
+    token = _running.set(method)
     try:
         yield
     finally:
-        _aside.reset(token)
+        _running.reset(token)
 
 
-def is_aside() -> bool:
-    """Whether an :func:`aside` is under way."""
-    return _aside.get()
+def running_method() -> str | None:
+    """The name given to :func:`running`; None outside of it."""
+    return _running.get()
 
 
-def model_of(runner, needed_by: str, generates: bool = False) -> nn.Module:
-    """The runner's model, out of a wrapper for distributed training.
+def model_of(runner, needed_by: str) -> nn.Module:
+    """The model of a runner, without a wrapper for distributed training.
 
     Args:
         runner: mmengine's runner.
-        needed_by: who asks; for the message.
-        generates: whether it must make pictures from prompts.
+        needed_by: Name of the hook or loop, for the error.
 
     Raises:
-        ToMeError: there is no diffusion model in it, or it needs more than a prompt.
+        ToMeError: It is no diffusion model.
     """
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     try:
@@ -55,21 +57,15 @@ def model_of(runner, needed_by: str, generates: bool = False) -> nn.Module:
             f"{needed_by} needs a runner with a diffusion model, such as "
             f"model=dict(type='StableDiffusion', ...): {error}"
         ) from error
-    if generates:
-        try:
-            check_text_to_image(type(model))
-        except ToMeError as error:
-            raise ToMeError(f"{needed_by}: {error}") from error
     return model
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """As for inference; weights, modes and random numbers bit for bit as they were afterwards.
+    """In eval mode, without gradients, and with the UNet in the dtype of the model's inference.
 
-    In eval mode, without gradients, and with the UNet in the type that the model infers with
-    (``dtype`` of MMagic's models, float16 of its DreamBooth). Not by the model's own ``eval()``,
-    which casts the UNet there and back: that would leave training weights rounded.
+    Afterwards weights, modes and random numbers are the same to the last bit. The model's own
+    ``eval()`` casts the UNet there and back, which rounds weights that are being trained.
     """
     modes = [(module, module.training) for module in model.modules()]
     parameter = next(model.parameters())
@@ -93,25 +89,60 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
-def request_of(runner, prompts: list[str], **given: Any) -> Request:
+def request_of(runner, prompts: Sequence[str], **given: Any) -> Request:
     """What to generate: ``given``, else ``infer_cfg`` of the runner's config, else defaults.
 
     Args:
         runner: mmengine's runner.
-        prompts: of the pictures.
-        **given: fields of :class:`~mmagic_tome.apis.text2image.Request`; None where not given.
+        prompts: Of the images; those of ``infer_cfg`` are for other commands.
+        **given: Fields of :class:`~mmagic_tome.lab.request.Request`; None where not given.
 
     Raises:
-        ToMeError: a value that cannot be.
+        ToMeError: An unknown field.
     """
-    from ...apis.command_line import check_default
+    fields = dict((getattr(runner, "cfg", None) or {}).get("infer_cfg") or {})
+    fields.update({key: value for key, value in given.items() if value is not None})
+    known = [field.name for field in dataclasses.fields(Request)]
+    for key in fields:
+        if key not in known:
+            raise ToMeError(f"{key!r} is no field of a request; write one of {', '.join(known)}")
+    return Request(**{**fields, "prompts": list(prompts)})
 
-    config = dict(getattr(runner, "cfg", {}).get("infer_cfg") or {})
-    fields = {}
-    for key in ("steps", "guidance", "size", "negative_prompt", "seed"):
-        value = given.get(key)
-        if value is None:
-            value = config.get(key)
-        if value is not None:
-            fields[key] = check_default(key, value)
-    return Request(prompts=prompts, **fields)
+
+class Generated(NamedTuple):
+    """Images, (B, 3, H, W) uint8 RGB, of clips (B, frames, 3, H, W); what they were decoded from,
+    (B, ...) float32 or None; and the seconds of an image."""
+
+    images: Tensor
+    latents: Tensor | None
+    seconds: float
+
+
+def generate(
+    model: nn.Module, request: Request, numbers: Sequence[int], steps: int | None = None
+) -> Generated:
+    """Generate the images ``numbers`` of a request in one batch.
+
+    Args:
+        model: The model, with whatever is applied to it.
+        request: All images; those that are not generated may lack a prompt.
+        numbers: Which, counted from 0.
+        steps: Denoising steps. Default: those of the request.
+    """
+    part = dataclasses.replace(
+        request,
+        prompts=[request.prompts[number] for number in numbers],
+        negative_prompt=request.negatives(numbers),
+        seed=[request.seed_of(number) for number in numbers],
+        **{kind: request.inputs(kind, numbers) for kind in INPUTS},
+    )
+    output = runner_of(model, part).run(range(len(numbers)), steps)
+    return Generated(to_tensor(output.images), output.latents, output.seconds / len(numbers))
+
+
+def to_tensor(images: Sequence[Any]) -> Tensor:
+    """PIL images of one size -> (B, 3, H, W) uint8 RGB; lists of frames -> (B, frames, 3, H, W)."""
+    if isinstance(images[0], (list, tuple)):
+        return torch.stack([to_tensor(frames) for frames in images])
+    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
