@@ -46,6 +46,6 @@ def test_garbage_is_collected_before_a_call_and_old_objects_are_left_out():
 
     before = gc.get_freeze_count()
     alive = []
-    for _ in interleaved({"a": lambda: alive.append(Node.alive) or Node() and None}, range(3)):
+    for _ in interleaved({"a": lambda: alive.append(Node.alive) or (Node() and None)}, range(3)):
         assert gc.get_freeze_count() > before
     assert alive == [0, 0, 0] and gc.get_freeze_count() == 0

@@ -27,6 +27,7 @@ from .libraries import (
     mmengine_resume,
     numpy_bool8,
     torchvision_operators,
+    transformers_feature_extractor,
     transformers_text_model,
 )
 from .mmagic import (
@@ -61,5 +62,6 @@ __all__ = [
     "numpy_bool8",
     "repairs",
     "torchvision_operators",
+    "transformers_feature_extractor",
     "transformers_text_model",
 ]
