@@ -12,7 +12,12 @@ tome_eval = dict(
         sampler=dict(type="DefaultSampler", shuffle=False),
         dataset=dict(
             type="ToMePromptDataset",
-            prompts=["a red apple", "a sailboat at sunset", "a lighthouse on a cliff", "a cup of coffee"],
+            prompts=[
+                "a red apple",
+                "a sailboat at sunset",
+                "a lighthouse on a cliff",
+                "a cup of coffee",
+            ],
         ),
     ),
     # Steps, guidance, size and inputs are those of `infer_cfg`, else the defaults of the model's class.

@@ -83,7 +83,7 @@ def _run(name: str, argv: Sequence[str] | None, prog: str) -> int:
             return super().add_argument(*names, **options)
 
         def parse_args(self) -> argparse.Namespace:
-            return _completed(name, super().parse_args(argv))
+            return _completed(name, super().parse_intermixed_args(argv))
 
     try:
         script = _load(name)
@@ -113,10 +113,10 @@ def _load(name: str) -> ModuleType:
 
 def _completed(name: str, args: argparse.Namespace) -> argparse.Namespace:
     """Checked arguments, in the form in which the script handles them."""
-    from mmengine.config import Config
+    from ..lab.runners.mmagic_source import load_config
 
-    args.config = _config_file(args.config)
-    config = Config.fromfile(args.config)
+    config = load_config(args.config)
+    args.config = config.filename
     options = args.cfg_options or {}
     config.merge_from_dict(options)
     keys, remedy = _NEEDED[name]
@@ -142,18 +142,3 @@ def _completed(name: str, args: argparse.Namespace) -> argparse.Namespace:
         options["auto_scale_lr.enable"] = True
     args.cfg_options = options or None
     return args
-
-
-def _config_file(config: str) -> str:
-    """The path of a config's file, in a package too (``'package::folder/file.py'``)."""
-    from mmengine.config import Config
-
-    path = config
-    if "::" in config:
-        try:
-            path, _ = Config._get_cfg_path(config, "")
-        except (ImportError, OSError) as error:
-            raise ToMeError(f"{config}: {error}") from error
-    if not os.path.isfile(path):
-        raise ToMeError(f"there is no config {config}")
-    return path

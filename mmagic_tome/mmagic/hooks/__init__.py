@@ -30,7 +30,7 @@ _PARTS = {
 }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def register_all():
     """Make the names above known to mmengine's registries; calling it again does nothing."""
     for module, parts in _PARTS.items():

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...errors import ToMeError
 from ...lab.metrics import available
 from ...settings import Handles
-from .subject import generate, model_of, request_of, running, undisturbed
+from .subject import generate, model_of, part_of, request_of, running, undisturbed
 
 
 @HOOKS.register_module()
@@ -90,11 +90,12 @@ class ToMeEvalHook(Hook):
         handles = Handles.of(model)
         request = request_of(runner, self.prompts, **self.request)
         values: dict[str, list[Tensor]] = {metric.name: [] for metric in self.metrics}
-        for number in range(len(request)):
+        for number, prompt in enumerate(request.prompts):
+            part = part_of(request, [number], [prompt])
             with undisturbed(model), running(""):
                 with handles.disabled():
-                    base = generate(model, request, [number])
-                other = generate(model, request, [number])
+                    base = generate(model, part)
+                other = generate(model, part)
             for metric in self.metrics:
                 if metric.of == "latents":
                     pair = (base.latents, other.latents)

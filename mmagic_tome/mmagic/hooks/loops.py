@@ -20,9 +20,18 @@ from torch import Tensor
 
 from ...errors import ToMeError
 from ...lab.methods import BASELINE, Method, check_names
+from ...lab.request import Request
 from ...settings import Handles
 from .evaluate import sheet
-from .subject import Generated, generate, model_of, request_of, running, undisturbed
+from .subject import (
+    Generated,
+    generate,
+    model_of,
+    part_of,
+    request_of,
+    running,
+    undisturbed,
+)
 
 
 class _ImageLoop(BaseLoop):
@@ -77,7 +86,8 @@ class _ImageLoop(BaseLoop):
                 )
         self.draw = draw
         count = len(self.dataloader.dataset)
-        self.request = request_of(runner, [""] * count, **request)
+        # Prompts come with the samples.
+        self.request = request_of(runner, ["-"] * count, **request)
         names = [None] if methods is None else [BASELINE.name, *(m.name for m in self.methods)]
         self.evaluators = {name: _evaluator(runner, evaluator, name) for name in names}
         for metric in self.evaluators[names[-1]].metrics or ():
@@ -139,8 +149,8 @@ class _ImageLoop(BaseLoop):
                     f"{type(self).__name__}: sample {number} has no prompt; use "
                     "dict(type='ToMePromptDataset', prompts=[...]) or another set of prompts"
                 )
-            self.request.prompts[number] = sample.prompt
-        images = self._images(numbers)
+        request = part_of(self.request, numbers, [sample.prompt for sample in samples])
+        images = self._images(request, first=index == 0)
         baseline = images.get(BASELINE.name)
         others = {name: one for name, one in images.items() if name != BASELINE.name}
         for i, number in enumerate(numbers):
@@ -158,18 +168,17 @@ class _ImageLoop(BaseLoop):
             for name, made in images.items()
         }
 
-    def _images(self, numbers: Sequence[int]) -> dict[str, Generated]:
+    def _images(self, request: Request, first: bool) -> dict[str, Generated]:
         """Images by the name of their method, the baseline's first."""
         model, handles = self.model, Handles.of(self.model)
         with handles.disabled(), running(BASELINE.name):
-            images = {BASELINE.name: generate(model, self.request, numbers)}
+            images = {BASELINE.name: generate(model, request)}
         if self.methods is None and handles:
-            with running(None):
-                images["applied"] = generate(model, self.request, numbers)
+            images["applied"] = generate(model, request)
         for method in self.methods or ():
             with method.on(model) as applied, running(method.name):
-                images[method.name] = generate(model, self.request, numbers, method.steps)
-                if numbers[0] == 0:
+                images[method.name] = generate(model, request, method.steps)
+                if first:
                     for handle in applied:
                         self.runner.logger.info(f"{method.name}: {handle.summary()}")
         return images

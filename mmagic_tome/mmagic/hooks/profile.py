@@ -113,9 +113,9 @@ class ToMeProfileHook(Hook):
                 f"ToMeProfileHook: a warm-up of {self.warm_up} leaves no steps to report"
             )
             return
-        table = frame.pivot(index="module", columns="method", values=["ms", "share"])
-        table = table.reindex(frame["module"].unique()).swaplevel(axis=1)
-        text = table[frame["method"].unique()].to_string(float_format="{:.3f}".format, na_rep="-")
+        table = frame.pivot(index="module", columns="method", values="ms")
+        table = table.loc[frame["module"].unique(), frame["method"].unique()]
+        text = table.rename_axis(None).to_string(float_format="{:.3f}".format, na_rep="-")
         runner.logger.info(f"profile of {self._mode}, median milliseconds of a step:\n{text}")
         if is_main_process():
             file = Path(runner.log_dir, f"profile_{self._mode}.json")
@@ -179,8 +179,7 @@ class Recorder:
 
     def frame(self) -> Any:
         """A pandas DataFrame with a row per module and method, in running order: ``module``,
-        ``method``, ``ms`` (median time in a step), ``share`` (of the network's time) and ``steps``
-        (how many were measured)."""
+        ``method``, ``ms`` (median time in a step) and ``steps`` (how many were measured)."""
         import pandas
 
         rows = [
@@ -192,10 +191,7 @@ class Recorder:
         calls = calls[calls.step.between(self.first, self.end - 1) & (calls.method != "")]
         steps = calls.groupby(["module", "method", "step"], sort=False)["ms"].sum()
         groups = steps.groupby(["module", "method"], sort=False)
-        frame = groups.agg(ms="median", steps="count").reset_index()
-        network = frame[frame.module == STEP].set_index("method")["ms"]
-        frame.insert(3, "share", frame.ms / frame.method.map(network))
-        return frame
+        return groups.agg(ms="median", steps="count").reset_index()
 
     def close(self) -> None:
         """Take the marks away again."""

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from ...errors import ToMeError
 from ...lab.request import INPUTS, Request
-from ...lab.runners import runner_of
+from ...lab.runners import make_request, runner_of
 from ...models import find_adapter
 
 # Name of the method that is running, for the profile. None: whatever is applied to the model.
@@ -98,46 +99,42 @@ def request_of(runner, prompts: Sequence[str], **given: Any) -> Request:
         **given: Fields of :class:`~mmagic_tome.lab.request.Request`; None where not given.
 
     Raises:
-        ToMeError: An unknown field.
+        ToMeError: An unknown field or an invalid value.
     """
-    fields = dict((getattr(runner, "cfg", None) or {}).get("infer_cfg") or {})
-    fields.update({key: value for key, value in given.items() if value is not None})
-    known = [field.name for field in dataclasses.fields(Request)]
-    for key in fields:
-        if key not in known:
-            raise ToMeError(f"{key!r} is no field of a request; write one of {', '.join(known)}")
-    return Request(**{**fields, "prompts": list(prompts)})
+    defaults = dict((getattr(runner, "cfg", None) or {}).get("infer_cfg") or {})
+    defaults.pop("prompts", None)
+    return make_request(SimpleNamespace(defaults=defaults), prompts=list(prompts), **given)
+
+
+def part_of(request: Request, numbers: Sequence[int], prompts: Sequence[str]) -> Request:
+    """The request for the images ``numbers`` alone, with these prompts."""
+    return dataclasses.replace(
+        request,
+        prompts=prompts,
+        negative_prompt=request.negatives(numbers),
+        seed=[request.seed_of(number) for number in numbers],
+        **{kind: request.inputs(kind, numbers) for kind in INPUTS},
+    )
 
 
 class Generated(NamedTuple):
-    """Images, (B, 3, H, W) uint8 RGB, of clips (B, frames, 3, H, W); what they were decoded from,
-    (B, ...) float32 or None; and the seconds of an image."""
+    """What a model made of a request.
+
+    Attributes:
+        images: (B, 3, H, W) uint8 RGB; of clips (B, frames, 3, H, W).
+        latents: (B, ...) float32, what they were decoded from; None where it cannot be seen.
+        seconds: Of one image.
+    """
 
     images: Tensor
     latents: Tensor | None
     seconds: float
 
 
-def generate(
-    model: nn.Module, request: Request, numbers: Sequence[int], steps: int | None = None
-) -> Generated:
-    """Generate the images ``numbers`` of a request in one batch.
-
-    Args:
-        model: The model, with whatever is applied to it.
-        request: All images; those that are not generated may lack a prompt.
-        numbers: Which, counted from 0.
-        steps: Denoising steps. Default: those of the request.
-    """
-    part = dataclasses.replace(
-        request,
-        prompts=[request.prompts[number] for number in numbers],
-        negative_prompt=request.negatives(numbers),
-        seed=[request.seed_of(number) for number in numbers],
-        **{kind: request.inputs(kind, numbers) for kind in INPUTS},
-    )
-    output = runner_of(model, part).run(range(len(numbers)), steps)
-    return Generated(to_tensor(output.images), output.latents, output.seconds / len(numbers))
+def generate(model: nn.Module, request: Request, steps: int | None = None) -> Generated:
+    """Generate all images of a request in one batch, with whatever is applied to the model."""
+    output = runner_of(model, request).run(range(len(request)), steps)
+    return Generated(to_tensor(output.images), output.latents, output.seconds / len(request))
 
 
 def to_tensor(images: Sequence[Any]) -> Tensor:
