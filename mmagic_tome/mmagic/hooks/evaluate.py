@@ -3,41 +3,36 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
-from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from torch import Tensor
 
 from ...errors import ToMeError
-from ...lab.metrics import available
 from ...settings import Handles
-from .subject import generate, model_of, part_of, request_of, running, undisturbed
+from .subject import model_of, running, undisturbed
 
 
 @HOOKS.register_module()
 class ToMeEvalHook(Hook):
     """Generates images with and without what is applied, and measures how far they are apart.
 
-    At the end of test and validation, and every ``interval`` training iterations. Each prompt
-    yields one sheet of the baseline's image, the other and their amplified difference for the
-    visualizer; the metrics go to the log and, as scalars, to the visualizer. Weights and random
-    numbers do not change.
+    At the end of test and validation, and every ``interval`` training iterations, as
+    ``ToMeValLoop`` does it, but with prompts of its own and with any loop. The visualizer gets a
+    sheet of each prompt and the metrics as scalars, ``tome_<mode>/psnr``; the log has them too.
+    Weights and random numbers do not change.
 
     Args:
         prompts: One image each.
         interval: Training iterations between evaluations. Default: None, not in training (but at
             its validations).
-        metrics: Names of :data:`mmagic_tome.lab.metrics.PAIRED`, or dicts of a name and options,
-            as in ``dict(name='lpips', net='vgg')``. Default: PSNR and SSIM.
-        **request: Fields of :class:`mmagic_tome.lab.request.Request`, such as ``seed`` (a number,
-            or a list of one for each prompt), ``steps``, ``guidance``, ``size``, ``controls``.
-            Default: those of ``infer_cfg`` of the config.
+        metrics: Names of :data:`mmagic_tome.lab.metrics.PAIRED`, or arguments of ``ToMeMetric``, as
+            in ``dict(metric='lpips', net='vgg')``. Default: PSNR and SSIM.
+        **request: As in ``ToMeValLoop``, such as ``seed``, ``steps``, ``guidance`` and
+            ``controls``. Default: those of ``infer_cfg`` of the config.
 
     Raises:
         ToMeError: When built: no prompts, an unknown metric, missing weights. At the start of the
@@ -55,15 +50,14 @@ class ToMeEvalHook(Hook):
         metrics: Sequence[str | Mapping[str, Any]] = ("psnr", "ssim"),
         **request: Any,
     ) -> None:
-        if isinstance(prompts, str) or not prompts:
-            raise ToMeError(f"prompts of ToMeEvalHook: write a list of them, got {prompts!r}")
+        from .metrics import ToMeMetric
+        from .prompts import ToMePromptDataset
+
         if interval is not None and (not isinstance(interval, int) or interval < 1):
             raise ToMeError(f"interval={interval!r} of ToMeEvalHook: write 1 or more, or None")
-        self.prompts, self.interval, self.request = list(prompts), interval, request
-        found, missing = available(metrics)
-        for reason in missing.values():
-            raise ToMeError(f"metrics of ToMeEvalHook: {reason}")
-        self.metrics = list(found.values())
+        self.prompts, self.interval, self.request = ToMePromptDataset(prompts), interval, request
+        named = [{"metric": one} if isinstance(one, str) else dict(one) for one in metrics]
+        self.metrics = [ToMeMetric(**options) for options in named]
 
     def before_run(self, runner) -> None:
         if not Handles.of(model_of(runner, "ToMeEvalHook")):
@@ -83,55 +77,28 @@ class ToMeEvalHook(Hook):
     def after_test_epoch(self, runner, metrics=None) -> None:
         self.evaluate(runner, "test", runner.iter)
 
-    @master_only
     def evaluate(self, runner, mode: str, step: int) -> dict[str, float]:
-        """Generate, compare, log; return the mean of each metric by name."""
+        """Generate, compare, log; return the value of each metric by name."""
+        from .loops import ToMeValLoop
+
+        loader = dict(
+            batch_size=1,
+            num_workers=0,
+            dataset=self.prompts,
+            sampler=dict(type="DefaultSampler", shuffle=False),
+        )
+        loop = ToMeValLoop(runner, loader, copy.copy(self.metrics), **self.request)
         model = model_of(runner, "ToMeEvalHook")
-        handles = Handles.of(model)
-        request = request_of(runner, self.prompts, **self.request)
-        values: dict[str, list[Tensor]] = {metric.name: [] for metric in self.metrics}
-        for number, prompt in enumerate(request.prompts):
-            part = part_of(request, [number], [prompt])
-            with undisturbed(model), running(""):
-                with handles.disabled():
-                    base = generate(model, part)
-                other = generate(model, part)
-            for metric in self.metrics:
-                if metric.of == "latents":
-                    pair = (base.latents, other.latents)
-                else:  # of a clip its frames
-                    pair = (one.images.reshape(-1, *one.images.shape[-3:]) for one in (base, other))
-                values[metric.name].append(metric(*pair))
-            image = sheet(base.images[0], [other.images[0]])
-            runner.visualizer.add_image(f"tome_{mode}_{number:03d}", image, step=step)
-        means = {
-            metric.name: metric.mean(torch.cat(values[metric.name])) for metric in self.metrics
-        }
-        found = ", ".join(f"{m.label} {m.text(means[m.name])}" for m in self.metrics)
+        with undisturbed(model), running(""):
+            found = loop.evaluate(f"tome_{mode}", step)
+        values = {key.partition("/")[2]: value for key, value in found.items()}
+        texts = [f"{m.metric.label} {m.metric.text(values[m.metric.name])}" for m in self.metrics]
         runner.logger.info(
-            f"{mode} at iteration {step}: {handles.description}, against the baseline over "
-            f"{len(request)} prompts: {found}"
+            f"{mode} at iteration {step}: {Handles.of(model).description}, against the baseline "
+            f"over {len(self.prompts)} prompts: {', '.join(texts)}"
         )
         # An infinite PSNR (identical images) breaks the files of some backends.
-        scalars = {f"tome_{mode}/{key}": x for key, x in means.items() if math.isfinite(x)}
+        scalars = {f"tome_{mode}/{key}": x for key, x in values.items() if math.isfinite(x)}
         if scalars:
             runner.visualizer.add_scalars(scalars, step=step)
-        return means
-
-
-def sheet(baseline: Tensor, others: Sequence[Tensor]) -> np.ndarray:
-    """Images side by side, the baseline's first, and below each its difference to that one.
-
-    Args:
-        baseline: (3, H, W) uint8; of a clip (frames, 3, H, W), its first frame is shown.
-        others: Of the same shape.
-
-    Returns:
-        (2 H, W * (1 + len(others)), 3) uint8. Differences are amplified by one factor, so that the
-        largest of all is white.
-    """
-    images = [one if one.ndim == 3 else one[0] for one in (baseline, *others)]
-    differences = [(one.int() - images[0].int()).abs() for one in images]
-    largest = max(int(one.max()) for one in differences) or 1
-    rows = [torch.cat(images, 2), torch.cat(differences, 2) * 255 // largest]
-    return torch.cat(rows, 1).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+        return values

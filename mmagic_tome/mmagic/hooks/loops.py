@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Loops that evaluate a diffusion model: images of the same prompts by several methods, judged.
+"""Loops that generate the same prompts by several methods and judge the images.
 
 MMagic's own loops run its Stable Diffusion models with 50 steps whatever the config says, pass
 samplers without prompts to FID and Inception Score, and lack what PSNR and SSIM read.
@@ -8,10 +8,11 @@ samplers without prompts to FID and Inception Score, and lack what PSNR and SSIM
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.dist import get_rank, get_world_size
 from mmengine.registry import LOOPS
@@ -20,9 +21,8 @@ from torch import Tensor
 
 from ...errors import ToMeError
 from ...lab.methods import BASELINE, Method, check_names
-from ...lab.request import Request
 from ...settings import Handles
-from .evaluate import sheet
+from .metrics import BASELINE_KEYS
 from .subject import (
     Generated,
     generate,
@@ -30,37 +30,38 @@ from .subject import (
     part_of,
     request_of,
     running,
+    setting_of,
     undisturbed,
 )
 
 
 class _ImageLoop(BaseLoop):
-    """Generates an image, or a clip, for each sample of a data set with prompts.
+    """Generates an image, or a clip, by each method for each sample of a data set with prompts.
+
+    Methods are the baseline (nothing applied) and what the config applies, named 'merging',
+    'caching' or 'merging and caching'; or the baseline and ``methods``. Results are named by
+    method, as in ``merging/psnr``; the baseline has those that are not relative to it.
 
     Args:
         runner: mmengine's runner, with a diffusion model.
         dataloader: Of samples with a ``prompt``, not shuffled, such as ``ToMePromptDataset``. A
             sample may have a real image, ``gt_img``.
         evaluator: Metrics of MMagic, of this package (``ToMeMetric``), or both.
-        methods: What to compare with the baseline: dicts as of
-            :meth:`mmagic_tome.lab.methods.Method.from_dict`. Results are then named by method, as
-            in ``merged/psnr``. Default: what the config applies (``tome_cfg``, ``cache_cfg``), with
-            results such as ``tome/psnr``.
-        draw: For how many samples to give the visualizer a sheet of all methods' images and their
-            differences. Default: 16.
+        methods: Dicts as of :meth:`mmagic_tome.lab.methods.Method.from_dict`, in a config without
+            ``tome_cfg`` and ``cache_cfg``. Default: none.
+        draw: For how many samples the visualizer gets a sheet of all images. Default: 16.
         **request: Fields of :class:`mmagic_tome.lab.request.Request`, such as ``steps``,
-            ``guidance``, ``seed`` and ``controls``; image i has the seed ``seed + i``, whatever
-            the batch size and the number of processes. Default: those of ``infer_cfg``.
+            ``guidance``, ``seed`` and ``controls``. Default: those of ``infer_cfg``. Image i has
+            the seed ``seed + i`` at any batch size and number of processes.
 
-    What metrics find in a sample, images being (3, H, W), clips (frames, 3, H, W), in 0 ... 255
-    and BGR as in MMagic: ``fake_img``, and the same as ``output.pred_img``; ``baseline_img``, the
-    baseline's, unless the model is the baseline; ``latents`` and ``baseline_latents``, what they
-    were decoded from; ``gt_img``, the real image, if the data set has one; ``prompt``; ``seconds``,
-    and ``warm``, whether this was not the first batch.
+    Metrics find in a sample, images being (3, H, W), clips (frames, 3, H, W), in 0 ... 255 and BGR
+    as in MMagic: ``fake_img`` (also as ``output.pred_img``), ``baseline_img``, ``gt_img``, the
+    final latents ``latents`` and ``baseline_latents``, ``prompt``, ``seconds``, and ``warm``,
+    which is False in the first batch.
 
     Raises:
-        ToMeError: No diffusion model; samples without a prompt; ``methods`` next to a ``tome_cfg``
-            or ``cache_cfg``; a metric that needs more images or another image than there are.
+        ToMeError: No diffusion model; ``methods`` next to a ``tome_cfg`` or ``cache_cfg``; samples
+            without a prompt; a metric that needs other images, or more, than there are.
     """
 
     mode: str
@@ -70,147 +71,121 @@ class _ImageLoop(BaseLoop):
         runner,
         dataloader,
         evaluator,
-        methods: Sequence[Mapping[str, Any]] | None = None,
+        methods: Sequence[Mapping[str, Any]] = (),
         draw: int = 16,
         **request: Any,
     ) -> None:
         super().__init__(runner, dataloader)
         self.model = model_of(runner, type(self).__name__)
-        self.methods = None if methods is None else [Method.from_dict(one) for one in methods]
-        if self.methods is not None:
-            check_names([BASELINE, *self.methods])
-            if Handles.of(self.model):
-                raise ToMeError(
-                    "the config applies tome_cfg or cache_cfg and its test has methods; write "
-                    "everything into methods, or leave methods out"
-                )
+        self.methods = [Method.from_dict(method) for method in methods]
+        check_names([BASELINE, *self.methods])
         self.draw = draw
-        count = len(self.dataloader.dataset)
         # Prompts come with the samples.
-        self.request = request_of(runner, ["-"] * count, **request)
-        names = [None] if methods is None else [BASELINE.name, *(m.name for m in self.methods)]
-        self.evaluators = {name: _evaluator(runner, evaluator, name) for name in names}
-        for metric in self.evaluators[names[-1]].metrics or ():
-            _check_number(metric, count)
-
-    @property
-    def evaluator(self):
-        """The evaluator of what the config applies, or of the last method."""
-        return list(self.evaluators.values())[-1]
+        self.request = request_of(runner, ["-"] * len(self.dataloader.dataset), **request)
+        self._evaluator = evaluator
+        self._evaluators: dict[str, Any] = {}
 
     def run(self) -> dict[str, Any]:
-        """Generate and judge everything; return the results of the metrics."""
+        """Generate and judge everything, and call the hooks; return the results of all metrics."""
         runner, mode = self.runner, self.mode
         runner.call_hook(f"before_{mode}")
         runner.call_hook(f"before_{mode}_epoch")
         if mode == "test":
             runner.model.eval()
         # A validation must not disturb the training around it.
-        with undisturbed(self.model) if mode == "val" else nullcontext(), torch.no_grad():
-            metrics = self._evaluate()
+        with undisturbed(self.model) if mode == "val" else nullcontext():
+            metrics = self.evaluate(mode, runner.iter, runner.call_hook)
         runner.call_hook(f"after_{mode}_epoch", metrics=metrics)
         runner.call_hook(f"after_{mode}")
         return metrics
 
-    def _evaluate(self) -> dict[str, Any]:
-        runner, mode = self.runner, self.mode
-        for evaluator in self.evaluators.values():
-            if hasattr(evaluator, "prepare_metrics"):  # MMagic's; FID reads the real images here
-                evaluator.prepare_metrics(self.model, self.dataloader)
-        for index, batch in enumerate(self.dataloader):
-            runner.call_hook(f"before_{mode}_iter", batch_idx=index, data_batch=batch)
-            outputs = self._outputs(index, batch)
-            for name, evaluator in self.evaluators.items():
-                # To all metrics at once, without the samplers of MMagic's evaluator.
-                metrics = [evaluator.metrics] if hasattr(evaluator, "prepare_metrics") else []
-                evaluator.process(outputs[name], batch, *metrics)
-            last = outputs[list(outputs)[-1]]
-            runner.call_hook(f"after_{mode}_iter", batch_idx=index, data_batch=batch, outputs=last)
-        results = {}
-        for name, evaluator in self.evaluators.items():
-            if not evaluator.metrics:
-                continue
-            size = [] if hasattr(evaluator, "prepare_metrics") else [len(self.dataloader.dataset)]
-            for key, value in evaluator.evaluate(*size).items():
-                results[key if name is None else f"{name}/{key.removeprefix('tome/')}"] = value
-        return results
+    @torch.no_grad()
+    def evaluate(
+        self, sheets: str, step: int = 0, call_hook: Callable = lambda *_, **__: None
+    ) -> dict[str, Any]:
+        """Generate and judge everything.
 
-    def _outputs(self, index: int, batch: Any) -> dict[str | None, list]:
-        """Samples with images of each method, by its name; None for what the config applies."""
-        samples = batch["data_samples"]
-        # As mmengine's DefaultSampler deals them out; a last round that it fills up repeats.
-        first, count = index * self.dataloader.batch_size, len(self.request)
-        numbers = [
-            ((first + i) * get_world_size() + get_rank()) % count for i in range(len(samples))
-        ]
-        for number, sample in zip(numbers, samples):
-            if not isinstance(sample.get("prompt"), str):
-                raise ToMeError(
-                    f"{type(self).__name__}: sample {number} has no prompt; use "
-                    "dict(type='ToMePromptDataset', prompts=[...]) or another set of prompts"
-                )
-        request = part_of(self.request, numbers, [sample.prompt for sample in samples])
-        images = self._images(request, first=index == 0)
-        baseline = images.get(BASELINE.name)
-        others = {name: one for name, one in images.items() if name != BASELINE.name}
-        for i, number in enumerate(numbers):
-            if number < self.draw and baseline is not None and others:
-                drawn = sheet(baseline.images[i], [one.images[i] for one in others.values()])
-                self.runner.visualizer.add_image(f"{self.mode}_{number:04d}", drawn)
-        if self.methods is None:
-            others = others or {None: baseline}
-            images = {None: next(iter(others.values()))}
+        Args:
+            sheets: Name of the visualizer's sheets; the number of the sample follows it.
+            step: Of the visualizer.
+            call_hook: The runner's. Default: no hooks are called.
+        """
+        if self.methods and Handles.of(self.model):
+            raise ToMeError(
+                "the config applies tome_cfg or cache_cfg and its loop has methods; write all of "
+                "them into methods, or none"
+            )
+        for index, batch in enumerate(self.dataloader):
+            call_hook(f"before_{self.mode}_iter", batch_idx=index, data_batch=batch)
+            numbers, made = self._generate(index, batch)
+            self._draw(numbers, made, sheets, step)
+            outputs = self._judge(batch, made, index > 0)
+            call_hook(f"after_{self.mode}_iter", batch_idx=index, data_batch=batch, outputs=outputs)
         return {
-            name: [
-                self._sample(name, i, sample, made, baseline if others else None, index > 0)
-                for i, sample in enumerate(samples)
-            ]
-            for name, made in images.items()
+            f"{method}/{key.removeprefix('tome/')}": value
+            for method, evaluator in self._evaluators.items()
+            if evaluator.metrics
+            for key, value in evaluator.evaluate().items()
         }
 
-    def _images(self, request: Request, first: bool) -> dict[str, Generated]:
-        """Images by the name of their method, the baseline's first."""
+    def _generate(self, index: int, batch: Any) -> tuple[list[int], dict[str, Generated]]:
+        """Numbers of a batch's images, and the images by method, the baseline's first."""
+        prompts = [sample.get("prompt") for sample in batch["data_samples"]]
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise ToMeError(
+                f"{type(self).__name__} got a sample without a prompt; use "
+                "dict(type='ToMePromptDataset', prompts=[...]) or another set of prompts"
+            )
+        # As mmengine's DefaultSampler deals them out; a last round that it fills up repeats.
+        first = index * self.dataloader.batch_size
+        places = [(first + i) * get_world_size() + get_rank() for i in range(len(prompts))]
+        numbers = [place % len(self.request) for place in places]
+        request = part_of(self.request, numbers, prompts)
         model, handles = self.model, Handles.of(self.model)
         with handles.disabled(), running(BASELINE.name):
-            images = {BASELINE.name: generate(model, request)}
-        if self.methods is None and handles:
-            images["applied"] = generate(model, request)
-        for method in self.methods or ():
+            made = {BASELINE.name: generate(model, request)}
+        if handles:
+            made[Method("applied", setting_of(model)).label] = generate(model, request)
+        for method in self.methods:
             with method.on(model) as applied, running(method.name):
-                images[method.name] = generate(model, request, method.steps)
-                if first:
-                    for handle in applied:
-                        self.runner.logger.info(f"{method.name}: {handle.summary()}")
-        return images
+                made[method.name] = generate(model, request, method.steps)
+                for handle in applied if index == 0 else ():
+                    self.runner.logger.info(f"{method.name}: {handle.summary()}")
+        return numbers, made
 
-    def _sample(self, name, i, sample, made: Generated, baseline: Generated | None, warm: bool):
-        from mmagic.structures import DataSample
+    def _draw(self, numbers: Sequence[int], made: Mapping, sheets: str, step: int) -> None:
+        for i, number in enumerate(numbers):
+            if len(made) > 1 and number < self.draw:
+                image = sheet([one.images[i] for one in made.values()])
+                self.runner.visualizer.add_image(f"{sheets}_{number:03d}", image, step=step)
 
-        image = _bgr(made.images[i])
-        output = DataSample(fake_img=image, output=DataSample(pred_img=image), prompt=sample.prompt)
-        output.set_field(made.seconds, "seconds")
-        output.set_field(warm, "warm")
-        if made.latents is not None:
-            output.latents = made.latents[i]
-        if baseline is not None and made is not baseline:
-            output.baseline_img = _bgr(baseline.images[i])
-            if baseline.latents is not None:
-                output.baseline_latents = baseline.latents[i]
-        real = sample.get("gt_img")
-        if real is not None:
-            # MMagic's reader of images notes if it read another order.
-            rgb = str(sample.get("gt_channel_order") or "bgr").lower() == "rgb"
-            output.gt_img = _bgr(real) if rgb else real.float()
-        for metric in self.evaluators[name].metrics or ():
-            key = getattr(metric, "gt_key", None)
-            if key is not None and key not in output:
-                kind = type(metric).__name__
-                raise ToMeError(
-                    f"{kind} compares with {key}, which the samples do not have; write dict(type="
-                    f"'{kind}', gt_key='baseline_img') to compare with the baseline, in a config "
-                    "with tome_cfg, cache_cfg or methods"
-                )
-        return output
+    def _judge(self, batch: Any, made: Mapping[str, Generated], warm: bool) -> list:
+        """Pass the samples of each method to its metrics; return the last method's samples."""
+        outputs: list = []
+        baseline = made[BASELINE.name]
+        for name, one in made.items():
+            compared = None if one is baseline else baseline
+            outputs = [
+                _output(sample, one, compared, i, warm)
+                for i, sample in enumerate(batch["data_samples"])
+            ]
+            evaluator = self._evaluator_of(name)
+            _check(evaluator.metrics, outputs[0], len(self.request))
+            # To all metrics at once, without the samplers of MMagic's evaluator.
+            evaluator.process(outputs, batch, evaluator.metrics)
+        return outputs
+
+    def _evaluator_of(self, name: str) -> Any:
+        """The evaluator of a method, MMagic's: mmengine's cannot run its metrics."""
+        if name not in self._evaluators:
+            given = copy.deepcopy(self._evaluator)
+            given = given if isinstance(given, dict) and "metrics" in given else {"metrics": given}
+            evaluator = self.runner.build_evaluator({**given, "type": "mmagic.Evaluator"})
+            if name == BASELINE.name:
+                evaluator.metrics = [one for one in evaluator.metrics if not _is_relative(one)]
+            evaluator.prepare_metrics(self.model, self.dataloader)  # FID reads the real images
+            self._evaluators[name] = evaluator
+        return self._evaluators[name]
 
 
 @LOOPS.register_module()
@@ -225,37 +200,64 @@ class ToMeValLoop(_ImageLoop):
     mode = "val"
 
 
-def _evaluator(runner, evaluator: Any, method: str | None):
-    """An evaluator of a config, MMagic's by default: mmengine's cannot run its metrics."""
-    evaluator = copy.deepcopy(evaluator)
-    if isinstance(evaluator, dict) and "metrics" not in evaluator:
-        evaluator = [evaluator]
-    if isinstance(evaluator, list):
-        evaluator = {"metrics": evaluator}
-    if isinstance(evaluator, dict):
-        evaluator = runner.build_evaluator({"type": "mmagic.Evaluator", **evaluator})
-    if method == BASELINE.name:
-        evaluator.metrics = [
-            metric
-            for metric in evaluator.metrics or ()
-            if not getattr(metric, "needs_baseline", False)
-            and getattr(metric, "gt_key", None) != "baseline_img"
-        ]
-    return evaluator
+def _output(sample, made: Generated, baseline: Generated | None, i: int, warm: bool):
+    """The sample that metrics read: number ``i`` of a batch, by one method."""
+    from mmagic.structures import DataSample
+
+    image = _bgr(made.images[i])
+    output = DataSample(fake_img=image, output=DataSample(pred_img=image), prompt=sample.prompt)
+    output.set_data({"seconds": made.seconds, "warm": warm})
+    if made.latents is not None:
+        output.latents = made.latents[i]
+    if baseline is not None:
+        output.baseline_img = _bgr(baseline.images[i])
+        if baseline.latents is not None:
+            output.baseline_latents = baseline.latents[i]
+    real = sample.get("gt_img")
+    if real is not None:
+        # MMagic's reader of images notes if it read another order.
+        rgb = str(sample.get("gt_channel_order") or "bgr").lower() == "rgb"
+        output.gt_img = _bgr(real) if rgb else real.float()
+    return output
 
 
-def _check_number(metric, count: int) -> None:
-    """Metrics of MMagic would stop short, or never start, without an error."""
-    name = type(metric).__name__
-    wanted = getattr(metric, "fake_nums", None)
-    if wanted is None:
-        return
-    if wanted < 1:
-        raise ToMeError(f"{name} has fake_nums={wanted}, which reads no image; write {count}")
-    if wanted > count:
-        raise ToMeError(f"{name} wants fake_nums={wanted} images, and there are {count} prompts")
+def _is_relative(metric) -> bool:
+    """Whether a metric compares with the baseline."""
+    return getattr(metric, "gt_key", getattr(metric, "reference", "")) in BASELINE_KEYS
+
+
+def _check(metrics: Sequence[Any], sample, count: int) -> None:
+    """Metrics of MMagic would fail without saying what to write, or stop short."""
+    for metric in metrics:
+        name, key = type(metric).__name__, getattr(metric, "gt_key", None)
+        if key is not None and key not in sample:
+            raise ToMeError(
+                f"{name} compares with {key}, which the samples do not have; write "
+                f"dict(type='{name}', gt_key='baseline_img') to compare with the baseline"
+            )
+        if not 1 <= getattr(metric, "fake_nums", 1) <= count:
+            raise ToMeError(
+                f"{name} has fake_nums={metric.fake_nums}, and there are {count} prompts; write "
+                f"fake_nums={count}"
+            )
 
 
 def _bgr(images: Tensor) -> Tensor:
     """(..., 3, H, W) RGB <-> BGR."""
     return images.flip(-3).float()
+
+
+def sheet(images: Sequence[Tensor]) -> np.ndarray:
+    """Images side by side, and below each its difference to the first.
+
+    Args:
+        images: (3, H, W) uint8 each; of clips (frames, 3, H, W), whose first frames are shown.
+
+    Returns:
+        (2 H, W * len(images), 3) uint8. One factor amplifies all differences: the largest is white.
+    """
+    images = [one if one.ndim == 3 else one[0] for one in images]
+    differences = [(one.int() - images[0].int()).abs() for one in images]
+    largest = max(int(one.max()) for one in differences) or 1
+    rows = [torch.cat(images, 2), torch.cat(differences, 2) * 255 // largest]
+    return torch.cat(rows, 1).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()

@@ -1,16 +1,13 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""``ToMeMetric``: the metrics of :mod:`mmagic_tome.lab.metrics` in evaluators.
+"""Metrics of :mod:`mmagic_tome.lab.metrics` in the evaluators of ``ToMeTestLoop``.
 
 ::
 
     test_evaluator = [
         dict(type='ToMeMetric', metric='psnr'),
-        dict(type='ToMeMetric', metric='lpips', net='vgg'),
         dict(type='ToMeMetric', metric='fid', against='real'),
         dict(type='ToMeSeconds'),
     ]
-
-They read the samples of ``ToMeTestLoop`` and ``ToMeValLoop``.
 """
 
 from __future__ import annotations
@@ -27,29 +24,20 @@ from ...errors import ToMeError
 from ...lab.metrics import available
 from ...lab.metrics.base import PairedMetric, TextMetric
 
-_REFERENCES = {"baseline": "baseline_img", "real": "gt_img"}
+#: Keys of the baseline in a sample.
+BASELINE_KEYS = ("baseline_img", "baseline_latents")
 
 
 class _SampleMetric(BaseMetric):
-    """What evaluators of mmengine and MMagic ask of a metric; results are named ``tome/...``."""
+    """What MMagic's evaluator needs besides: the number of samples."""
 
     default_prefix = "tome"
-    SAMPLER_MODE = "normal"
-    sample_model = "orig"
-    #: Whether it compares with the baseline, and so has no value for the baseline itself.
-    needs_baseline = False
 
     def prepare(self, module, dataloader) -> None:
-        """Called by MMagic's evaluator before a run."""
         self.size = len(dataloader.dataset)
 
-    def get_metric_sampler(self, model, dataloader, metrics):
-        """Called by MMagic's evaluator: which images to judge."""
-        return dataloader
-
     def evaluate(self, size: int | None = None) -> dict[str, float]:
-        """Results by name; ``size`` is that of the data set (MMagic's evaluator has it not)."""
-        return super().evaluate(self.size if size is None else size)
+        return super().evaluate(size or self.size)
 
 
 @METRICS.register_module()
@@ -58,16 +46,15 @@ class ToMeMetric(_SampleMetric):
 
     Args:
         metric: One of :data:`mmagic_tome.lab.metrics.NAMES`.
-        against: What images are compared with: ``'baseline'`` (default), those of the same prompts
-            and seeds without merging and caching; ``'real'``, ``gt_img`` of the samples. Results
-            of the latter are named ``fid_to_real``.
-        device: Where networks of metrics run. Default: ``'cpu'``.
+        against: What images are compared with: ``'baseline'``, the same prompts and seeds without
+            merging and caching; or ``'real'``, ``gt_img`` of the samples. Default: 'baseline'.
+        device: Where networks of metrics run. Default: 'cpu'.
         collect_device, prefix: As in mmengine's ``BaseMetric``.
         **options: Of the metric.
 
     Raises:
-        ToMeError: An unknown metric or option; weights or a library that are missing; samples
-            without what it reads.
+        ToMeError: An unknown metric or option; missing weights or libraries; samples without what
+            it reads.
     """
 
     def __init__(
@@ -80,38 +67,39 @@ class ToMeMetric(_SampleMetric):
         **options: Any,
     ) -> None:
         super().__init__(collect_device, prefix)
-        if against not in _REFERENCES:
+        if against not in ("baseline", "real"):
             raise ToMeError(f"against={against!r} of ToMeMetric: write 'baseline' or 'real'")
         found, missing = available([{"name": metric, **options}])
         if missing:
             raise ToMeError(missing[metric])
-        self.metric, self.against, self.device = found[metric], against, device
-        compares = getattr(self.metric, "needs_base", not isinstance(self.metric, TextMetric))
-        self.reference = _REFERENCES[against] if compares else None
-        self.needs_baseline = self.reference == "baseline_img"
-        if getattr(self.metric, "of", "images") == "latents":
+        self.metric, self.device = found[metric], device
+        #: Key in a sample of what images are compared with; None if with nothing.
+        self.reference: str | None = "baseline_img" if against == "baseline" else "gt_img"
+        if isinstance(self.metric, TextMetric) or not getattr(self.metric, "needs_base", True):
+            self.reference = None
+        elif self.metric.of == "latents":
             self.reference = "baseline_latents"
 
     def process(self, data_batch, data_samples) -> None:
-        """Judge samples, one result each."""
         for sample in data_samples:
             if self.reference and sample.get(self.reference) is None:
                 raise ToMeError(
                     f"{self.metric.label} compares with {self.reference}, which the samples do not "
-                    "have; use test_cfg=dict(type='ToMeTestLoop') with tome_cfg, cache_cfg or "
-                    "methods, or images=FOLDER of ToMePromptDataset for against='real'"
+                    "have; use ToMeTestLoop, or ToMePromptDataset(images=FOLDER) for real images"
                 )
             if isinstance(self.metric, TextMetric):
                 images = _frames(sample["fake_img"]).to(self.device)
                 result = self.metric(images, [sample["prompt"]] * len(images))
             elif not isinstance(self.metric, PairedMetric):
-                reference = self.reference and self._features(sample, self.reference)
-                result = (reference, self._features(sample, "fake_img"))
+                base = self.reference and self._features(sample, self.reference)
+                result = (base, self._features(sample, "fake_img"))
             elif self.metric.of == "latents":
-                result = self.metric(sample[self.reference][None], sample["latents"][None])
+                result = self.metric(sample["baseline_latents"][None], sample["latents"][None])
             else:
-                pair = (_frames(sample[key]) for key in (self.reference, "fake_img"))
-                result = self.metric(*(images.to(self.device) for images in pair))
+                pair = [
+                    _frames(sample[key]).to(self.device) for key in (self.reference, "fake_img")
+                ]
+                result = self.metric(*pair)
             self.results.append(result)
 
     def _features(self, sample: dict[str, Any], key: str) -> dict[str, Tensor]:
@@ -123,41 +111,32 @@ class ToMeMetric(_SampleMetric):
         return known[place]
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
-        """The value over all samples by name; metrics of sets may have several."""
         if isinstance(self.metric, (PairedMetric, TextMetric)):
-            values = {self.metric.name: self.metric.mean(torch.cat(results))}
-        else:
-            base, other = zip(*results)
-            values = self.metric.compute(_joined(base) if self.reference else None, _joined(other))
-        ending = "_to_real" if self.reference == "gt_img" else ""
-        return {f"{name}{ending}": value for name, value in values.items()}
+            return {self.metric.name: self.metric.mean(torch.cat(results))}
+        sets = [
+            rows[0] and {layer: torch.cat([row[layer] for row in rows]) for layer in rows[0]}
+            for rows in zip(*results)
+        ]
+        return self.metric.compute(*sets)
 
 
 @METRICS.register_module()
 class ToMeSeconds(_SampleMetric):
-    """Median seconds of an image, without the first batch, which warms up.
+    """Median seconds of an image, without the first batch (which warms up) if there are others.
 
     A speed-up with an interval needs interleaved rounds: ``python -m mmagic_tome evaluate``.
     """
 
     def process(self, data_batch, data_samples) -> None:
-        """Note the seconds of samples."""
         self.results += [(sample["warm"], sample["seconds"]) for sample in data_samples]
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
-        """``seconds``: of a warm image, or of the first if there is only one batch."""
-        seconds = [one for warm, one in results if warm] or [one for _, one in results]
-        return {"seconds": statistics.median(seconds)}
-
-
-def _joined(rows: tuple[dict[str, Tensor], ...]) -> dict[str, Tensor]:
-    """Features of many images, layer by layer."""
-    return {layer: torch.cat([row[layer] for row in rows]) for layer in rows[0]}
+        warm = [seconds for is_warm, seconds in results if is_warm]
+        return {"seconds": statistics.median(warm or [seconds for _, seconds in results])}
 
 
 def _frames(image: Tensor) -> Tensor:
-    """An image (3, H, W) or clip (frames, 3, H, W) of MMagic, BGR in 0 ... 255, as uint8 RGB of
-    four dimensions."""
+    """(3, H, W) or (frames, 3, H, W), BGR in 0 ... 255 -> (1 or frames, 3, H, W) uint8 RGB."""
     if not image.isfinite().all():
         raise ToMeError("an image has values that are not finite; the model's output is broken")
     frames = image if image.ndim == 4 else image[None]

@@ -16,10 +16,8 @@ from torch import nn
 
 from ...errors import ToMeError
 from ...lab.measure import StepMarks
-from ...lab.methods import Method
 from ...models import find_adapter
-from ...settings import Handles, Setting
-from .subject import model_of, running_method
+from .subject import label_of, model_of, running
 
 STEP = "step (the network)"
 
@@ -29,19 +27,18 @@ class ToMeProfileHook(Hook):
     """Measures the time of each step of the network, each transformer block and each target.
 
     A step is a call of the network: a denoising step, a skipped one too, or the forward of a
-    training iteration. Targets are the modules that can be merged; their time includes merging and
-    unmerging, that of a block also the matching. Calls are listed by method: the methods of
-    ``ToMeTestLoop`` by their names, otherwise 'baseline', 'merging', 'caching' or 'merging and
-    caching', so a ratio of 0 is the baseline. Images of ``ToMeEvalHook`` are not measured.
+    training iteration. Targets are the modules around which tokens can be merged: their time
+    includes merging and unmerging, that of a block also the matching. Times are listed by method:
+    those of ``ToMeTestLoop`` by name, otherwise 'baseline' (also at a ratio of 0), 'merging',
+    'caching' or 'merging and caching'. Validation during training and images of ``ToMeEvalHook``
+    are left out.
 
-    At the end of test, validation and training a table goes to the log and ``profile_<mode>.json``
-    to the runner's log folder. Validation during training is not measured.
+    After the run a table goes to the log, and its rows to ``profile.json`` in the log folder. On
+    CUDA, times are those of events, without synchronization.
 
     Args:
         warm_up: First steps of each method that do not count. Default: 1.
-        steps: Steps of each method that are measured at most. Default: 100.
-
-    On CUDA, times are those of events, without synchronization.
+        steps: Steps of each method that count at most. Default: 100.
 
     Raises:
         ToMeError: When built: invalid arguments. At the start of the run: no diffusion model, or a
@@ -58,67 +55,43 @@ class ToMeProfileHook(Hook):
                 raise ToMeError(f"{name}={value!r} of ToMeProfileHook: write {least} or more")
         self.warm_up, self.steps = warm_up, steps
         self.recorder: Recorder | None = None
-        self._mode = ""
+        self._stack = ExitStack()
 
     def before_run(self, runner) -> None:
-        for module in model_of(runner, "ToMeProfileHook").modules():
+        model = model_of(runner, "ToMeProfileHook")
+        for module in model.modules():
             if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
                 raise ToMeError(
                     f"ToMeProfileHook cannot observe the compiled {type(module).__name__}; "
                     "profile without torch.compile"
                 )
-
-    def before_train(self, runner) -> None:
-        self._start(runner, "train")
-
-    def before_val(self, runner) -> None:
-        if self.recorder is None:
-            self._start(runner, "val")
-        self.recorder.paused = self._mode != "val"
-
-    def before_test(self, runner) -> None:
-        self._start(runner, "test")
-
-    def _after_iter(self, runner, batch_idx, data_batch=None, outputs=None, mode="train") -> None:
-        if mode == self._mode and self.recorder.full:
+        if self.recorder is not None:  # of a run that failed
             self.recorder.close()
-
-    def after_train(self, runner) -> None:
-        self._report(runner)
-
-    def after_val(self, runner) -> None:
-        self.recorder.paused = False
-        if self._mode == "val":
-            self._report(runner)
-
-    def after_test(self, runner) -> None:
-        self._report(runner)
-
-    def after_run(self, runner) -> None:
-        if self.recorder is not None:
-            self.recorder.close()
-            self.recorder = None
-
-    def _start(self, runner, mode: str) -> None:
-        self.after_run(runner)  # what a run that failed has left
-        self._mode = mode
-        model = model_of(runner, "ToMeProfileHook")
         self.recorder = Recorder(model, self.warm_up, self.steps)
 
-    def _report(self, runner) -> None:
+    def before_val(self, runner) -> None:
+        if runner.iter:  # during training
+            self._stack.enter_context(running(""))
+
+    def after_val(self, runner) -> None:
+        self._stack.close()
+
+    def _after_iter(self, runner, batch_idx, data_batch=None, outputs=None, mode="train") -> None:
+        if self.recorder.full:
+            self.recorder.close()
+
+    def after_run(self, runner) -> None:
+        self.recorder.close()
         frame = self.recorder.frame()
-        self.after_run(runner)
         if frame.empty:
-            runner.logger.warning(
-                f"ToMeProfileHook: a warm-up of {self.warm_up} leaves no steps to report"
-            )
+            runner.logger.warning("ToMeProfileHook: after the warm-up there was no step")
             return
         table = frame.pivot(index="module", columns="method", values="ms")
-        table = table.loc[frame["module"].unique(), frame["method"].unique()]
-        text = table.rename_axis(None).to_string(float_format="{:.3f}".format, na_rep="-")
-        runner.logger.info(f"profile of {self._mode}, median milliseconds of a step:\n{text}")
+        table = table.loc[frame["module"].unique(), frame["method"].unique()].rename_axis(None)
+        text = table.to_string(float_format="{:.3f}".format, na_rep="-")
+        runner.logger.info(f"profile: median milliseconds in a step\n{text}")
         if is_main_process():
-            file = Path(runner.log_dir, f"profile_{self._mode}.json")
+            file = Path(runner.log_dir, "profile.json")
             frame.to_json(file, orient="records", indent=1)
 
 
@@ -128,17 +101,14 @@ class Recorder:
     Args:
         model: Whatever ``apply_tome`` takes.
         warm_up, steps: See :class:`ToMeProfileHook`.
-
-    Attributes:
-        paused: Whether calls are left out.
     """
 
     def __init__(self, model: nn.Module, warm_up: int = 1, steps: int = 100) -> None:
-        self.model, self.paused = model, False
-        self.first, self.end = warm_up, warm_up + steps
-        self.done: Counter[str] = Counter()  # method -> steps
+        self.model = model
+        self.first, self.last = warm_up, warm_up + steps - 1
+        self._steps: Counter[str] = Counter()  # method -> steps so far
         self._stack = ExitStack()
-        # (name of a module, its marks, (method, step) of each of them)
+        # (name of a module, its marks, (method, step) of each of its calls)
         self._marks: list[tuple[str, StepMarks, list[tuple[str, int]]]] = []
         adapter, network = find_adapter(model)
         device = next(network.parameters()).device
@@ -154,28 +124,16 @@ class Recorder:
             self._marks.append((name, self._stack.enter_context(marks), calls))
 
     def _called(self, name: str, calls: list[tuple[str, int]]) -> None:
-        method = "" if self.paused else self._method()
-        calls.append((method, self.done[method]))
+        method = label_of(self.model)
+        calls.append((method, self._steps[method]))
         if name == STEP:
-            self.done[method] += 1
-
-    def _method(self) -> str:
-        """What runs; empty for calls that are left out."""
-        method = running_method()
-        if method is not None:
-            return method
-        handles = Handles.of(self.model)
-        tome = handles.tome and handles.tome.config
-        if tome is not None and tome.merges_nothing:
-            tome = None
-        setting = Setting(tome, handles.cache and handles.cache.config)
-        return Method("applied", setting).label
+            self._steps[method] += 1
 
     @property
     def full(self) -> bool:
         """Whether enough steps of every method so far are measured."""
-        counts = [count for method, count in self.done.items() if method]
-        return bool(counts) and min(counts) >= self.end
+        counts = [count for method, count in self._steps.items() if method]
+        return bool(counts) and min(counts) > self.last
 
     def frame(self) -> Any:
         """A pandas DataFrame with a row per module and method, in running order: ``module``,
@@ -188,7 +146,8 @@ class Recorder:
             for call, seconds in zip(calls, marks.seconds())
         ]
         calls = pandas.DataFrame(rows, columns=["module", "method", "step", "ms"])
-        calls = calls[calls.step.between(self.first, self.end - 1) & (calls.method != "")]
+        calls = calls[calls["step"].between(self.first, self.last) & (calls["method"] != "")]
+        # A target of several modules, or a block that runs twice, is one row.
         steps = calls.groupby(["module", "method", "step"], sort=False)["ms"].sum()
         groups = steps.groupby(["module", "method"], sort=False)
         return groups.agg(ms="median", steps="count").reset_index()

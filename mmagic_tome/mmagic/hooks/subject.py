@@ -16,28 +16,42 @@ from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
 from ...errors import ToMeError
+from ...lab.methods import Method
 from ...lab.request import INPUTS, Request
 from ...lab.runners import make_request, runner_of
 from ...models import find_adapter
+from ...settings import Handles, Setting
 
-# Name of the method that is running, for the profile. None: whatever is applied to the model.
-# Empty: what a hook generates for itself, which is not profiled.
+# Name of the method that runs; None: what is applied to the model; '': nothing to measure.
 _running: ContextVar[str | None] = ContextVar("running", default=None)
 
 
 @contextmanager
-def running(method: str | None) -> Iterator[None]:
-    """Around calls of the model by a method; ``''`` for calls that are not profiled."""
-    token = _running.set(method)
+def running(method: str) -> Iterator[None]:
+    """Around the calls of a method; ``''`` around calls that a profile leaves out, whatever methods
+    run inside of it."""
+    token = _running.set("" if _running.get() == "" else method)
     try:
         yield
     finally:
         _running.reset(token)
 
 
-def running_method() -> str | None:
-    """The name given to :func:`running`; None outside of it."""
-    return _running.get()
+def setting_of(model: nn.Module) -> Setting:
+    """What is applied to a model."""
+    handles = Handles.of(model)
+    return Setting(*(one and one.config for one in (handles.tome, handles.cache)))
+
+
+def label_of(model: nn.Module) -> str:
+    """The name of the method that runs; without one 'merging', 'caching', 'merging and caching' or,
+    also at a ratio of 0, 'baseline'."""
+    if _running.get() is not None:
+        return _running.get()
+    setting = setting_of(model)
+    if setting.tome is not None and setting.tome.merges_nothing:
+        setting = Setting(None, setting.cache)
+    return Method("applied", setting).label
 
 
 def model_of(runner, needed_by: str) -> nn.Module:
@@ -118,13 +132,8 @@ def part_of(request: Request, numbers: Sequence[int], prompts: Sequence[str]) ->
 
 
 class Generated(NamedTuple):
-    """What a model made of a request.
-
-    Attributes:
-        images: (B, 3, H, W) uint8 RGB; of clips (B, frames, 3, H, W).
-        latents: (B, ...) float32, what they were decoded from; None where it cannot be seen.
-        seconds: Of one image.
-    """
+    """Images, (B, 3, H, W) uint8 RGB, of clips (B, frames, 3, H, W); the final latents (B, ...), or
+    None where they cannot be seen; and the seconds of one image."""
 
     images: Tensor
     latents: Tensor | None
