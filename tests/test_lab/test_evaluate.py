@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import tiny_config, write_config
+from tiny_folders import pipeline_folder
 from toy_runner import ToyRunner, ToySource, toy_request
 
 from mmagic_tome.errors import ToMeError
 from mmagic_tome.lab import evaluate as module
 from mmagic_tome.lab.cost import measure_cost
 from mmagic_tome.lab.evaluate import evaluate
-from mmagic_tome.lab.methods import Method
+from mmagic_tome.lab.methods import Method, parse_method
 from mmagic_tome.lab.ranks import share, start_ranks
 from mmagic_tome.lab.real import RealImages
 from mmagic_tome.lab.results import RunFolder
+from mmagic_tome.lab.runners import open_source
 from mmagic_tome.lab.table import table
 
 HALF = Method.from_dict(dict(name="half", tome_cfg=dict(ratio=0.5)))
@@ -274,7 +277,7 @@ def test_two_ranks_make_the_rows_of_one(finished, tmp_path, monkeypatch):
         def work():
             os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(number)
             assert start_ranks("pytorch", "cpu") == torch.device("cpu")
-            run(folder, rounds=1)
+            run(folder, rounds=int(number == 0))
             torch.distributed.destroy_process_group()
 
         return work
@@ -296,6 +299,37 @@ def test_launchers_say_what_they_need(monkeypatch):
     with pytest.raises(ToMeError, match="slurm is for GPUs"):
         start_ranks("slurm", "cpu")
     assert share(range(3)) == [0, 1, 2]
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def opened(kind, sd_folder, path):
+    """A pipeline's folder, or a config of a MMagic model, opened."""
+    if kind == "diffusers":
+        return open_source(pipeline=pipeline_folder("sd", path))
+    pytest.importorskip("mmagic.apis")
+    return open_source(write_config(path / "tiny.py", tiny_config(folder=sd_folder)))
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "mmagic"])
+def test_models_are_evaluated_with_every_kind_of_method(kind, sd_folder, tmp_path):
+    methods = [parse_method("tomesd:0.5"), parse_method("deepcache:2"), HALF, CACHED]
+    request = toy_request(steps=4, prompts=["cat", "dog", "a cat"], guidance=3.0, size=(64, 64))
+    folder = RunFolder(tmp_path / "run")
+    found = run(
+        folder, methods, rounds=1, request=request, source=opened(kind, sd_folder, tmp_path)
+    )
+    found = found.set_index("method")
+    assert found["psnr"].notna().sum() == found["latent_error"].gt(0).sum() == 4
+    assert (found["flops"][1:] < found.loc["baseline", "flops"]).all()
+    assert (found["network_flops"] < found["flops"]).all()
+    assert (found["network_memory"] <= found["memory"]).all()
+    # The same again, read anew, is the same run.
+    made = len(folder.rows)
+    run(folder, methods, rounds=1, request=request, source=opened(kind, sd_folder, tmp_path))
+    assert len(RunFolder(folder.path).rows) == made
+    assert folder.manifest["model"]["scheduler"] in ("DDIMScheduler", "EditDDIMScheduler")
 
 
 # --- metrics --------------------------------------------------------------------------------------
