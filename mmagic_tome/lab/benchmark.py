@@ -96,6 +96,8 @@ def benchmark(
             raise ToMeError(
                 f"method {method.name!r} has steps of its own, whose images differ; use evaluate"
             )
+        if method.slug.startswith("ideal"):
+            raise ToMeError(f"{method.name!r} is the name of what the benchmark adds; rename it")
     for what, value, known in (("attention", attention, ATTENTIONS), ("mode", mode, MODES)):
         if value not in known:
             raise ToMeError(f"{what}={value!r} must be one of {', '.join(known)}")
@@ -186,7 +188,9 @@ class _Case:
                     rows.append(self._start(other, memory, stack))
                 row["ideal"] = ideals[key]
             known = {row["method"] for row in self._known()}
-            self.folder.add(*(row for row in rows if row["method"] not in known or row["note"]))
+            for row in rows:
+                if row["method"] not in known or row["note"]:
+                    self.folder.add(row)
             self._measure(rounds)
 
     def _known(self) -> list[dict[str, Any]]:
