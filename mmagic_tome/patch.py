@@ -267,7 +267,7 @@ class Interceptor:
 
     Attributes:
         patch (Patch): what it belongs to.
-        skips (bool): whether :meth:`call` is to be used; one per module.
+        skips (bool): whether :meth:`call` is to be used: that of a module's first such one.
     """
 
     skips = False
@@ -286,8 +286,8 @@ class Interceptor:
         """The pipeline names the guidance branch of the calls to come, such as 'cond'."""
 
 
-def intercept(module: nn.Module, interceptor: Interceptor) -> None:
-    """Let an interceptor run in place of a module's call.
+def intercept(module: nn.Module, interceptor: Interceptor, first: bool = False) -> None:
+    """Let an interceptor run in place of a module's call; ``first``: in place of others there.
 
     The module's class becomes a subclass of itself with the same name, as ``fully_shard`` and
     ``parametrize`` of torch do. Unlike a ``forward`` that is replaced on the instance this goes
@@ -295,7 +295,8 @@ def intercept(module: nn.Module, interceptor: Interceptor) -> None:
     ``DataParallel`` replicas run their own weights.
     """
     cls = type(module)
-    module.__dict__[_INTERCEPTORS] = (*interceptors_of(module), interceptor)
+    others = interceptors_of(module)
+    module.__dict__[_INTERCEPTORS] = (interceptor, *others) if first else (*others, interceptor)
     if not hasattr(cls, "_intercepted_class"):
         module.__class__ = _intercepting(cls)
 

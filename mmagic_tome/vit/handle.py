@@ -115,6 +115,9 @@ class ViTHandle:
         """Forget :attr:`tokens`, :attr:`size` and :attr:`source`."""
         self._patch.reset_stats()
 
+    def reset_run(self) -> None:
+        """Do nothing: forwards of a vision transformer are unrelated, and nothing is kept."""
+
     def stats(self) -> list[dict[str, Any]]:
         """One dict per block: ``block`` (dotted path), ``tokens`` and ``kept`` (their counts before
         and after merging in the last forward; None before the first)."""

@@ -1,0 +1,77 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Where and with what figures were measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..version import __version__
+
+_PACKAGES = (
+    "torch",
+    "mmagic",
+    "mmengine",
+    "mmcv",
+    "mmcv-lite",
+    "diffusers",
+    "transformers",
+    "timm",
+    "numpy",
+    "tomesd",
+    "DeepCache",
+)
+
+
+def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Return what times and images depend on besides the settings, as JSON has it.
+
+    Returns:
+        dict: ``versions`` of the packages that are installed, ``platform``, ``processor``,
+        ``cpus`` (cores), ``threads`` (torch's), ``load`` (average of the last minute, None where
+        the system does not tell), ``gpu`` (None on a CPU); on CUDA ``gpu_memory`` (bytes) and
+        ``cuda`` (version).
+    """
+    versions = {"mmagic_tome": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    device = torch.device(device)
+    found: dict[str, Any] = {
+        "versions": versions,
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "gpu": None,
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+        found["gpu_memory"] = torch.cuda.get_device_properties(device).total_memory
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def environment_text(found: dict[str, Any]) -> str:
+    """Return an :func:`environment` in two lines."""
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    load = "unknown" if found["load"] is None else f"{found['load']:.1f}"
+    threads = f"{found['threads']} threads of {found['cpus']} cores"
+    return f"{found['gpu'] or found['processor']}, {threads}, load {load}\n{versions}"
+
+
+def _processor() -> str:
+    """The processor's name, or its architecture where the system tells no more."""
+    with suppress(OSError):
+        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine()
