@@ -1,0 +1,52 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import ToMeError
+
+# Errors of the system that the user can do something about.
+_USERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+
+
+@contextlib.contextmanager
+def users_errors(path: Path) -> Iterator[None]:
+    """Say in one line that the disk is full or that a folder must not be written to.
+
+    Raises:
+        ToMeError: In place of the system's error.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _USERS:
+            raise
+        raise ToMeError(
+            f"cannot write to {path}: {error.strerror}. What is there is whole: make room, or "
+            "choose another --work-dir, and go on with --resume"
+        ) from error
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """A path to write to, of the same suffix; renamed to ``path`` if all goes well, else removed.
+
+    Raises:
+        ToMeError: As :func:`users_errors`.
+    """
+    path = Path(path)
+    # Ranks may write the same file at the same time.
+    part = path.with_name(f".{os.getpid()}.{path.name}")
+    with users_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)

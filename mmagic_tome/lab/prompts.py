@@ -1,0 +1,197 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Prompts from files and built-in sets."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ToMeError
+
+KEYS = ("prompt", "negative_prompt", "seed")
+SPLITS = ("choose", "judge")
+ASSETS = Path(__file__).resolve().parents[1] / "assets" / "prompts"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One image to generate.
+
+    Args:
+        text: What it should show.
+        negative: What it should not show. Default: None, nothing said.
+        seed: In [0, 2**32). Default: None, given by the image's number.
+    """
+
+    text: str
+    negative: str | None = None
+    seed: int | None = None
+
+
+def read_prompts(source: str | Path | Sequence[Any]) -> list[Prompt]:
+    """The prompts of a file, a built-in set or a list.
+
+    Args:
+        source: One of
+
+            - ``'demo'``: the 228 captions that the demo model was trained on;
+            - ``'demo-held-out'``: 561 captions of the same kinds that it was not trained on;
+            - ``'imagenet'``: the names of the classes of ImageNet-1k, as torchvision has them;
+            - a ``.txt`` file: one prompt per line, ``#`` begins a comment;
+            - a ``.json`` file: a list of texts or of objects with ``prompt`` and optionally
+              ``negative_prompt`` and ``seed``;
+            - a ``.csv`` file with a column ``prompt`` and optionally the other two;
+            - a list as in a JSON file.
+
+    Raises:
+        ToMeError: There is nothing to read, or an entry is wrong; names the file and the line.
+    """
+    if not isinstance(source, (str, Path)):
+        entries: Iterable = ((f"prompts, entry {i}", one) for i, one in enumerate(source, start=1))
+        where = "prompts"
+    elif source == "imagenet":
+        from torchvision.models._meta import _IMAGENET_CATEGORIES
+
+        return [Prompt(name) for name in _IMAGENET_CATEGORIES]
+    elif source in ("demo", "demo-held-out"):
+        where = ASSETS / f"{str(source).replace('-', '_')}.txt"
+        entries = _READERS[".txt"](where)
+    else:
+        where = Path(source).expanduser()
+        if where.suffix.lower() not in _READERS:
+            raise ToMeError(
+                f"prompts: {source} is no .txt, .json or .csv file and no built-in set; there are "
+                "demo, demo-held-out and imagenet"
+            )
+        entries = _READERS[where.suffix.lower()](where)
+    try:
+        prompts = [_prompt(entry, place) for place, entry in entries]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ToMeError(f"cannot read prompts from {where}: {error}") from None
+    if not prompts:
+        raise ToMeError(f"{where} holds no prompts; write at least one")
+    return prompts
+
+
+def _read_txt(path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield f"{path}, line {number}", line
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ToMeError(f"{path} is no JSON: {error}") from None
+    if not isinstance(entries, list):
+        raise ToMeError(f"{path}: write a list of prompts, got {type(entries).__name__}")
+    for number, entry in enumerate(entries, start=1):
+        yield f"{path}, entry {number}", entry
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file)
+        if "prompt" not in (rows.fieldnames or ()):
+            raise ToMeError(f"{path}, line 1: no column 'prompt' among {rows.fieldnames}")
+        for row in rows:
+            # Other columns may say what they like.
+            given = {key: row[key] for key in KEYS if row.get(key)}
+            yield f"{path}, line {rows.line_num}", given
+
+
+_READERS = {".txt": _read_txt, ".json": _read_json, ".csv": _read_csv}
+
+
+def _prompt(entry: Any, where: str) -> Prompt:
+    if isinstance(entry, str):
+        entry = {"prompt": entry}
+    if not isinstance(entry, dict) or not set(entry) <= set(KEYS):
+        raise ToMeError(f"{where}: write a text or a dict with keys of {KEYS}, got {entry!r}")
+    text, negative, seed = (entry.get(key) for key in KEYS)
+    if not isinstance(text, str) or not text.strip():
+        raise ToMeError(f"{where}: no prompt in {entry!r}")
+    if negative is not None and not isinstance(negative, str):
+        raise ToMeError(f"{where}: negative_prompt must be a text, got {negative!r}")
+    if seed is not None:
+        if not str(seed).isdecimal() or int(seed) >= 2**32:
+            raise ToMeError(f"{where}: seed must be in [0, 2**32), got {seed!r}")
+        seed = int(seed)
+    return Prompt(text.strip(), negative, seed)
+
+
+def choose(
+    prompts: Sequence[Prompt], limit: int | None = None, split: str | None = None
+) -> list[Prompt]:
+    """Some of the prompts.
+
+    Args:
+        prompts: All.
+        limit: So many at most, spread evenly over the list. Default: None, all.
+        split: ``'choose'`` or ``'judge'``: about half of the prompts, by a hash of their texts.
+            What is chosen by images of the one half is judged by the other. Default: None, all.
+
+    Raises:
+        ToMeError: Another split; it leaves no prompt.
+    """
+    if split is not None:
+        if split not in SPLITS:
+            raise ToMeError(f"split must be 'choose' or 'judge', got {split!r}")
+        prompts = [one for one in prompts if split_of(one) == split]
+        if not prompts:
+            raise ToMeError(f"no prompt is in the half {split!r}; give more prompts, or no split")
+    count = len(prompts)
+    if limit is None or limit >= count:
+        return list(prompts)
+    if limit < 1:
+        raise ToMeError(f"limit must be 1 or more, got {limit}")
+    return [prompts[place * count // limit] for place in range(limit)]
+
+
+def split_of(prompt: Prompt) -> str:
+    """The half that a prompt is in, whatever else is in its list."""
+    return SPLITS[hashlib.sha256(prompt.text.encode()).digest()[0] % 2]
+
+
+def request_fields(
+    prompts: Sequence[Prompt],
+    seed: int = 0,
+    negative: str | None = None,
+    template: str | None = None,
+    images_per_prompt: int = 1,
+) -> dict[str, Any]:
+    """The fields of a :class:`~.request.Request` that prompts decide.
+
+    Args:
+        prompts: At least one.
+        seed: Of the first image; image i has ``seed + i`` unless its prompt states one. A prompt's
+            image j then has the stated one ``+ j``.
+        negative: The negative prompt of those that state none.
+        template: A text with ``{}`` where the prompt goes. Default: None, the prompt itself.
+        images_per_prompt: Images of each, with different seeds.
+
+    Raises:
+        ToMeError: The template has no ``{}``.
+    """
+    if template is not None and "{}" not in template:
+        raise ToMeError(f"prompt template {template!r} has no {{}} where the prompt goes")
+    images: list[Prompt] = []
+    for prompt in prompts:
+        for turn in range(images_per_prompt):
+            text = prompt.text if template is None else template.replace("{}", prompt.text)
+            own = seed + len(images) if prompt.seed is None else prompt.seed + turn
+            unwanted = negative if prompt.negative is None else prompt.negative
+            images.append(Prompt(text, unwanted, own % 2**32))
+    # Where none is stated none is passed: not all models take one.
+    stated = any(image.negative for image in images)
+    return {
+        "prompts": [image.text for image in images],
+        "negative_prompt": [image.negative or "" for image in images] if stated else None,
+        "seed": [image.seed for image in images],
+    }

@@ -1,0 +1,239 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""The folder of a run: what it is of, what was found, and its images.
+
+::
+
+    work_dir/20260131_120000/
+        manifest.json                     what everything in the folder depends on
+        rows.jsonl                        one row per result, appended
+        rows.1.jsonl                      those of rank 1, if there are several processes
+        images/<method>/000012.png        image 12 of a method
+
+A process that is killed leaves whole rows and whole images. The next one, with ``--resume``, reads
+the rows and does what is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import filelock
+from mmengine.dist import broadcast_object_list, get_rank
+
+from ..errors import ToMeError
+from .files import users_errors, whole_file
+
+FORMAT = 1
+_STAMP = re.compile(r"\d{8}_\d{6}(_\d+)?")
+
+
+def new_folder(work_dir: str | os.PathLike, resume: bool = False) -> Path:
+    """The folder for a run, named by the time as mmengine does it; the same on all ranks.
+
+    Args:
+        work_dir: Holds one folder per run.
+        resume: Go on with the newest of them. Default: False, make a new one.
+
+    Raises:
+        ToMeError: There is none to go on with; nothing can be written there.
+    """
+    found: list[Any] = [None]
+    if get_rank() == 0:
+        work_dir = Path(work_dir)
+        found = [_newest(work_dir) if resume else _make(work_dir)]
+    broadcast_object_list(found)
+    return found[0]
+
+
+def _newest(work_dir: Path) -> Path:
+    runs = [path for path in work_dir.glob("*") if _STAMP.fullmatch(path.name)]
+    if not runs:
+        raise ToMeError(f"--resume: no run in {work_dir} to go on with; leave out --resume")
+    return max(runs, key=lambda path: path.name)
+
+
+def _make(work_dir: Path) -> Path:
+    stamp = time.strftime("%Y%m%d_%H%M%S")
+    with users_errors(work_dir):
+        work_dir.mkdir(parents=True, exist_ok=True)
+        path, number = work_dir / stamp, 0
+        while path.exists():  # of a run that began within the same second
+            number += 1
+            path = work_dir / f"{stamp}_{number}"
+        path.mkdir()
+    return path
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Rows are JSON-able dicts with a ``kind``::
+
+        {'kind': 'image', 'method', 'number', 'seed', 'prompt', 'file', ...}
+        {'kind': 'metric', 'method', 'metric', 'number': None for a set of images, 'value'}
+        {'kind': 'round', 'method', 'turn', 'seconds', 'network_seconds', 'step_seconds', 'images'}
+        {'kind': 'memory', 'method', 'run_bytes', 'network_bytes'}
+        {'kind': 'flops', 'method', 'run', 'network'}
+        {'kind': 'applied', 'method', 'stats', 'summary'}
+
+    Args:
+        path: Of :func:`new_folder`, or of an earlier run.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        self._rows: list[dict[str, Any]] | None = None
+        self._began = False
+
+    # --- what the run is of -------------------------------------------------------------------
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What everything in the folder depends on; empty in a new folder.
+
+        Raises:
+            ToMeError: It cannot be read.
+        """
+        path = self.path / "manifest.json"
+        if not path.exists():
+            return {}
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ToMeError(f"cannot read {path}: {error}; start without --resume") from None
+
+    @contextlib.contextmanager
+    def writing(self, manifest: Mapping[str, Any]) -> Iterator[RunFolder]:
+        """Begin or go on with a run; no other process writes here meanwhile.
+
+        On ranks other than 0 it does nothing: rank 0 has the folder for all.
+
+        Args:
+            manifest: JSON-able. What was written of an earlier run must be the same, except
+                that ``manifest['methods']``, a dict by name, may gain methods.
+
+        Raises:
+            ToMeError: The folder holds another run (says what differs); another process writes
+                to it.
+        """
+        if get_rank() > 0:
+            yield self
+            return
+        with users_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(self.path / ".lock")
+            try:
+                lock.acquire(timeout=0)
+            except filelock.Timeout:
+                raise ToMeError(
+                    f"another process writes to {self.path}; wait for it, or start without --resume"
+                ) from None
+        try:
+            self._write_manifest(manifest)
+            yield self
+        finally:
+            lock.release()
+
+    def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        held = self.manifest
+        new = {"format": FORMAT, "methods": {}, **json.loads(json.dumps(manifest))}
+        if held:
+            both = {**held["methods"], **new["methods"]}
+            old = {name: both[name] for name in held["methods"]}
+            changed = differences(held, {**new, "methods": old})
+            if changed:
+                raise ToMeError(
+                    f"{self.path} holds another run, which differs in {'; '.join(changed)}. "
+                    "Ask for the same, or start without --resume"
+                )
+            new = {**held, "methods": both}
+        if new != held:
+            with whole_file(self.path / "manifest.json") as path:
+                path.write_text(json.dumps(new, indent=2, ensure_ascii=False), encoding="utf-8")
+
+    # --- rows ---------------------------------------------------------------------------------
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows, in the order in which they were added; do not change the list.
+
+        They are read once: :meth:`reload` sees what other processes have added since.
+        """
+        if self._rows is None:
+            paths = sorted(self.path.glob("rows*.jsonl"))
+            self._rows = [row for path in paths for row in _read_rows(path)]
+        return self._rows
+
+    def reload(self) -> None:
+        """Read the rows anew when they are next asked for."""
+        self._rows = None
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append a row; it is on the disk when this returns.
+
+        Raises:
+            ToMeError: The disk is full; the folder must not be written to.
+        """
+        rows, rank = self.rows, get_rank()
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        path = self.path / (f"rows.{rank}.jsonl" if rank else "rows.jsonl")
+        with users_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not self._began:
+                _drop_torn_line(path)
+                self._began = True
+            with open(path, "ab") as file:
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        rows.append(json.loads(line))
+
+    def find(self, **keys: Any) -> list[dict[str, Any]]:
+        """The rows that have these values, such as ``find(kind='metric', method='baseline')``."""
+        return [
+            row for row in self.rows if all(row.get(key) == value for key, value in keys.items())
+        ]
+
+    def has(self, **keys: Any) -> bool:
+        """Whether any row has these values."""
+        return bool(self.find(**keys))
+
+
+def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    lines = path.read_bytes().split(b"\n")
+    # After the last line's end there is nothing, or what a killed process left of a row.
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            yield json.loads(line)
+        except ValueError:
+            raise ToMeError(f"{path}, line {number} is no JSON: {line[:40]!r}; remove it") from None
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut what a killed process left of a row."""
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What two nested dicts have otherwise: one ``key.key: old, now new`` each."""
+    found = []
+    for key in sorted({*old, *new}):
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            found += differences(before, now, f"{prefix}{key}.")
+        elif before != now:
+            found.append(f"{prefix}{key}: {_short(before)}, now {_short(now)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,115 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Prompts: what files say, which half a caption is in, and the seed of every image."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmagic_tome.errors import ToMeError
+from mmagic_tome.lab.prompts import ASSETS, Prompt, choose, read_prompts, request_fields
+from mmagic_tome.lab.request import Request
+
+TOOLS = Path(__file__).parents[2] / "tools" / "demo_model"
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_text_json_csv_and_lists_say_the_same(tmp_path):
+    entries = ["a cat", {"prompt": "a dog, brown", "negative_prompt": "rain", "seed": 7}]
+    expected = [Prompt("a cat"), Prompt("a dog, brown", "rain", 7)]
+    rows = '\ufeffprompt,size,negative_prompt,seed\na cat,4,,\n"a dog, brown",,rain,7\n'
+    assert read_prompts(entries) == expected
+    assert read_prompts(write(tmp_path / "p.json", json.dumps(entries))) == expected
+    assert read_prompts(write(tmp_path / "p.csv", rows)) == expected
+    lines = write(tmp_path / "p.TXT", "\n# animals\na cat\n\n  a dog, brown \n")
+    assert read_prompts(str(lines)) == [Prompt("a cat"), Prompt("a dog, brown")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "complaint"),
+    [
+        ("p.txt", "# nothing\n\n", r"p\.txt holds no prompts"),
+        ("p.json", "[]", "holds no prompts"),
+        ("p.json", "[\n{", r"p\.json is no JSON: .* line 2"),
+        ("p.json", '{"prompt": "a"}', "write a list of prompts, got dict"),
+        ("p.json", '["a", " "]', "entry 2: no prompt"),
+        ("p.json", '["a", 5]', "entry 2: write a text or a dict"),
+        ("p.json", '[{"prompt": "a", "sed": 1}]', "entry 1: write a text or a dict"),
+        ("p.json", '[{"prompt": "a", "seed": -1}]', "entry 1: seed must be in"),
+        ("p.json", '[{"prompt": "a", "negative_prompt": 1}]', "negative_prompt must be a text"),
+        ("p.csv", "text\na\n", "line 1: no column 'prompt'"),
+        ("p.csv", 'prompt,seed\n"two\nlines",1\na,many\n', r"p\.csv, line 4: seed must be"),
+        ("p.csv", "prompt,seed\n,1\n", "line 2: no prompt"),
+        ("p.yaml", "- a", r"no \.txt, \.json or \.csv file and no built-in set"),
+    ],
+)
+def test_an_error_names_the_file_and_the_line(tmp_path, name, text, complaint):
+    with pytest.raises(ToMeError, match=complaint):
+        read_prompts(write(tmp_path / name, text))
+
+
+def test_what_cannot_be_read_is_said(tmp_path):
+    with pytest.raises(ToMeError, match=r"cannot read prompts from .*nowhere\.txt"):
+        read_prompts(tmp_path / "nowhere.txt")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ToMeError, match="cannot read prompts"):
+        read_prompts(tmp_path / "binary.txt")
+
+
+def test_the_built_in_sets_are_what_the_demo_model_was_trained_on_and_what_not():
+    captions = {}
+    for name in ("concepts", "concepts_mixed", "held_out"):
+        captions[name] = {one.text for one in read_prompts(TOOLS / f"{name}.txt")}
+    demo, held_out = read_prompts("demo"), read_prompts("demo-held-out")
+    assert {one.text for one in demo} == captions["concepts"]
+    assert {one.text for one in held_out} < captions["held_out"]
+    assert len(held_out) == len({one.text for one in held_out}) == 561
+    assert not {one.text for one in held_out} & (captions["concepts"] | captions["concepts_mixed"])
+    # The wheel takes every file below assets.
+    assert ASSETS.parent.name == "assets" and ASSETS.parent.parent.name == "mmagic_tome"
+
+
+def test_imagenet_is_the_names_of_its_classes():
+    names = [one.text for one in read_prompts("imagenet")]
+    assert (len(names), names[0], names[-1]) == (1000, "tench", "toilet tissue")
+
+
+def test_the_halves_share_no_caption_whatever_the_list():
+    prompts = read_prompts("demo") + read_prompts("demo-held-out")
+    halves = {split: choose(prompts, split=split) for split in ("choose", "judge")}
+    first, second = ({one.text for one in halves[split]} for split in halves)
+    assert not first & second
+    assert len(first) + len(second) == len({one.text for one in prompts})
+    assert 0.4 < len(first) / len(prompts) < 0.6
+    # A caption stays in its half if the list is another one, and at every limit.
+    assert {one.text for one in choose(prompts[::7], limit=20, split="judge")} <= second
+    with pytest.raises(ToMeError, match="split must be 'choose' or 'judge', got 'test'"):
+        choose(prompts, split="test")
+    with pytest.raises(ToMeError, match="no prompt is in the half"):
+        choose(halves["choose"], split="judge")
+
+
+def test_a_limit_is_spread_over_the_list():
+    prompts = [Prompt(str(i)) for i in range(10)]
+    assert [one.text for one in choose(prompts, limit=4)] == ["0", "2", "5", "7"]
+    assert choose(prompts, limit=99) == prompts
+    with pytest.raises(ToMeError, match="limit must be 1 or more"):
+        choose(prompts, limit=0)
+
+
+def test_every_image_has_a_seed_of_its_own():
+    prompts = [Prompt("a"), Prompt("b", "rain", 9), Prompt("c")]
+    request = Request(
+        **request_fields(prompts, seed=2**32 - 3, images_per_prompt=2, template="a {}.")
+    )
+    assert request.prompts == ["a a.", "a a.", "a b.", "a b.", "a c.", "a c."]
+    assert [request.seed_of(i) for i in range(6)] == [2**32 - 3, 2**32 - 2, 9, 10, 1, 2]
+    assert request.negatives([0, 2]) == ["", "rain"]
+    assert request_fields(prompts[:1])["negative_prompt"] is None
+    assert request_fields(prompts[:2], negative="blur")["negative_prompt"] == ["blur", "rain"]
+    with pytest.raises(ToMeError, match=r"has no \{\} where the prompt goes"):
+        request_fields(prompts, template="an image")
