@@ -8,6 +8,7 @@
         rows.jsonl                        one row per result, appended
         rows.1.jsonl                      those of rank 1, if there are several processes
         images/<method>/000012.png        image 12 of a method
+        images/<method>/000012.pt         its final latents
 
 A process that is killed leaves whole rows and whole images. The next one, with ``--resume``, reads
 the rows and does what is missing.
@@ -31,6 +32,8 @@ from ..errors import ToMeError
 from .files import users_errors, whole_file
 
 FORMAT = 1
+# What may be added to a run; of the rest of the manifest nothing may change.
+_GROWING = ("methods", "metrics")
 _STAMP = re.compile(r"\d{8}_\d{6}(_\d+)?")
 
 
@@ -117,7 +120,8 @@ class RunFolder:
 
         Args:
             manifest: JSON-able. What was written of an earlier run must be the same, except
-                that ``manifest['methods']``, a dict by name, may gain methods.
+                that the dicts ``manifest['methods']`` and ``manifest['metrics']``, by name, may
+                have others.
 
         Raises:
             ToMeError: The folder holds another run (says what differs); another process writes
@@ -143,17 +147,17 @@ class RunFolder:
 
     def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
         held = self.manifest
-        new = {"format": FORMAT, "methods": {}, **json.loads(json.dumps(manifest))}
+        new = {"format": FORMAT, **{key: {} for key in _GROWING}, **json.loads(json.dumps(manifest))}
         if held:
-            both = {**held["methods"], **new["methods"]}
-            old = {name: both[name] for name in held["methods"]}
-            changed = differences(held, {**new, "methods": old})
+            both = {key: {**held[key], **new[key]} for key in _GROWING}
+            old = {key: {name: both[key][name] for name in held[key]} for key in _GROWING}
+            changed = differences(held, {**new, **old})
             if changed:
                 raise ToMeError(
                     f"{self.path} holds another run, which differs in {'; '.join(changed)}. "
                     "Ask for the same, or start without --resume"
                 )
-            new = {**held, "methods": both}
+            new = {**held, **both}
         if new != held:
             with whole_file(self.path / "manifest.json") as path:
                 path.write_text(json.dumps(new, indent=2, ensure_ascii=False), encoding="utf-8")
@@ -175,14 +179,14 @@ class RunFolder:
         """Read the rows anew when they are next asked for."""
         self._rows = None
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Append a row; it is on the disk when this returns.
+    def add(self, *rows: Mapping[str, Any]) -> None:
+        """Append rows; they are on the disk when this returns.
 
         Raises:
             ToMeError: The disk is full; the folder must not be written to.
         """
-        rows, rank = self.rows, get_rank()
-        line = json.dumps(row, ensure_ascii=False) + "\n"
+        held, rank = self.rows, get_rank()
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         path = self.path / (f"rows.{rank}.jsonl" if rank else "rows.jsonl")
         with users_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -190,10 +194,10 @@ class RunFolder:
                 _drop_torn_line(path)
                 self._began = True
             with open(path, "ab") as file:
-                file.write(line.encode())
+                file.write("".join(lines).encode())
                 file.flush()
                 os.fsync(file.fileno())
-        rows.append(json.loads(line))
+        held += map(json.loads, lines)
 
     def find(self, **keys: Any) -> list[dict[str, Any]]:
         """The rows that have these values, such as ``find(kind='metric', method='baseline')``."""
