@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from PIL import Image
 
 # Colours that colour-blind readers tell apart (Okabe and Ito), and shapes for print.
@@ -169,8 +170,15 @@ def place_labels(axes: Any, points: Sequence[Point]) -> np.ndarray:
         (n, 4): left, bottom, right and top of each label, in pixels.
     """
     pixel = axes.figure.dpi / 72
-    spots = axes.transData.transform([(point.x, point.y) for point in points] or [(0, 0)])
-    taken = np.hstack([spots - 5 * pixel, spots + 5 * pixel])
+    if not points:
+        return np.empty((0, 4))
+    ends = [(p.x, p.x) if p.low is None else (p.low, p.high) for p in points]
+    spots, low, high = (
+        axes.transData.transform([(x, point.y) for x, point in zip(xs, points)])
+        for xs in ([point.x for point in points], *zip(*ends))
+    )
+    marks, lines = np.hstack([spots - 5 * pixel, spots + 5 * pixel]), np.hstack([low - 2, high + 2])
+    taken = np.vstack([marks, lines])
     angles, far = np.meshgrid(np.arange(0, 2 * np.pi, np.pi / 8), np.arange(6, 70, 4) * pixel)
     directions = np.stack([np.cos(angles), np.sin(angles)], -1).reshape(-1, 2)
     far = far.reshape(-1, 1)
@@ -192,7 +200,7 @@ def place_labels(axes: Any, points: Sequence[Point]) -> np.ndarray:
         note.set_position((centres[best] - spot) / pixel)
         note.arrow_patch.set_visible(bool(far[best] > 12 * pixel))
         taken = np.vstack([taken, boxes[best]])
-    return taken[len(spots) :]
+    return taken[2 * len(points) :]
 
 
 def _shared(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -255,6 +263,9 @@ def lines(
             colour = colours[(names.index(name) + 1) % len(colours)]
             axes.plot(x, y, marker=".", linewidth=1.4, color=colour, label=name)
         axes.set(title=title, xlabel=xlabel, yscale="log" if log else "linear")
+        if log:  # as plain numbers
+            axes.yaxis.set_major_formatter(LogFormatter())
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         if x[-1] < x[0]:
             axes.invert_xaxis()
     all_axes[0].set_ylabel(ylabel)

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader
 from PIL import Image
@@ -29,90 +28,93 @@ from .metrics.base import Metric
 from .results import RunFolder
 from .table import table
 
-# In the page: images at most this wide, and so many bytes of them, which mail and browsers take.
-LARGEST_SIDE, MOST_BYTES = 512, 12_000_000
-MOST_IMAGES, MOST_METHODS = 12, 16
-Cell = tuple[str, Any]
+# Of the page: its largest images, and how much of them mail and browsers take.
+LARGEST_SIDE, MOST_IMAGES, MOST_BYTES = 512, 12, 12_000_000
 
 
 def write_report(folder: RunFolder) -> Path:
     """Write ``table.md``, ``results.csv``, ``results.json``, plots and ``report.html``.
 
     Args:
-        folder: Of a run that is finished, or as far as it is.
+        folder: Of a run, as far as it is.
 
     Returns:
-        The page, which needs no other file and no network.
+        The page. It needs no other file and no network.
     """
     frame, manifest = table(folder), folder.manifest
-    columns = _columns(frame, manifest.get("metrics", {}))
-    heads = list(columns)
+    metrics = {
+        name: Metric(name, about["label"], None, about["unit"], about["higher_is_better"])
+        for name, about in manifest.get("metrics", {}).items()
+    }
+    columns = _columns(frame, metrics)
     cells = [[column[place] for column in columns.values()] for place in range(len(frame))]
-    notes = [row["text"] for row in folder.find(kind="note")]
-    settings, command = _settings(manifest), _command()
-    caption = ", ".join(f"{name} {value}" for name, value in settings.items())
+    settings, notes = _settings(manifest), [row["text"] for row in folder.find(kind="note")]
+    about = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
+    command = _command()
 
     frame.to_csv(folder.path / "results.csv", index=False)
     save_record(folder.path / "results.json", settings, _rows(folder, frame), manifest)
-    text = [[text for text, _ in line] for line in cells]
-    lines = [caption, "", markdown(heads, text), "", *(f"- {note}" for note in notes)]
+    texts = markdown(list(columns), [[text for text, _ in line] for line in cells])
+    lines = [about, "", texts, "", *(f"- {note}" for note in notes), f"- `{command}`", ""]
     with whole_file(folder.path / "table.md") as path:
-        path.write_text("\n".join([*lines, f"- `{command}`", ""]), encoding="utf-8")
-    drawn = {path.stem: data_uri(path) for path in _draw(folder, frame)}
+        path.write_text("\n".join(lines), encoding="utf-8")
+    drawn = [plots.save(*pair) for pair in _draw(folder, frame, metrics)]
 
-    images = _images(folder)
-    page = Environment(loader=PackageLoader(__package__), autoescape=True)
+    images = _images(folder, metrics)
+    where = dict(manifest.get("environment") or environment())
+    versions = ", ".join(f"{name} {number}" for name, number in where.pop("versions").items())
+    template = Environment(loader=PackageLoader(__package__), autoescape=True)
+    html = template.get_template("report.html.j2").render(
+        title=f"{manifest.get('name', folder.path.name)}: methods compared",
+        about=about,
+        heads=list(columns),
+        rows=cells,
+        notes=notes,
+        plots={path.stem: data_uri(path) for path in drawn},
+        images=images,
+        shown=dict.fromkeys(name for image in images for name in image["methods"]),
+        environment={**where, "versions": versions, "date": time.strftime("%Y-%m-%d")},
+        command=command,
+    )
     with whole_file(folder.path / "report.html") as path:
-        html = page.get_template("report.html.j2").render(
-            title=f"{manifest.get('name', folder.path.name)}: methods compared",
-            caption=caption,
-            heads=heads,
-            rows=[[{"text": text, "value": value} for text, value in line] for line in cells],
-            notes=notes,
-            plots=drawn,
-            images=images,
-            shown=list(dict.fromkeys(name for image in images for name in image["methods"])),
-            environment={**_where(manifest), "date": time.strftime("%Y-%m-%d")},
-            command=command,
-        )
         path.write_text(html, encoding="utf-8")
     return folder.path / "report.html"
 
 
-# --- tables -------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 
-def _columns(frame: pd.DataFrame, metrics: Mapping[str, Any]) -> dict[str, list[Cell]]:
-    """Head -> for each method the text and the value to sort by."""
+def _columns(frame: pd.DataFrame, metrics: Mapping[str, Metric]) -> dict[str, list[tuple]]:
+    """Head -> (text, value to sort by) of each method; only of what was measured."""
     found = {"method": [(name, name) for name in frame["method"]]}
-
-    def add(head: str, key: str, text: Any) -> None:
-        if key in frame:
-            values = frame[key].astype(object).where(frame[key].notna(), None)
-            found[head] = [("", "") if v is None else (text(v), v) for v in values]
-
     if "speedup" in frame:
-        keys = ["speedup", "speedup_low", "speedup_high", "rounds"]
-        found["times as fast"] = [
-            (Interval(median, low, high, 0.95, int(rounds)).text(), median)
-            for median, low, high, rounds in frame[keys].fillna(0).itertuples(index=False)
+        ends = ["speedup", "speedup_low", "speedup_high", "rounds"]
+        intervals = [
+            Interval(median, low, high, math.nan, count)
+            for median, low, high, count in frame[ends].itertuples(index=False)
         ]
-    add("s / image", "seconds", "{:.4g}".format)
-    for name, about in metrics.items():
-        metric = Metric(name, about["label"], function=None, unit=about["unit"])
-        add(f"{about['label']} {'↑' if about['higher_is_better'] else '↓'}", name, metric.text)
-    add("memory / image, MiB", "memory", lambda value: f"{value / 2**20:.1f}")
-    add("TFLOP / image", "flops", lambda value: f"{value / 1e12:.4g}")
+        found["times as fast"] = [_cell(one.median, one.text()) for one in intervals]
+    shown = {"s / image": ("seconds", "{:.4g}".format)}
+    for name, metric in metrics.items():
+        arrow = "↑" if metric.higher_is_better else "↓"
+        shown[f"{metric.label} {arrow}"] = (name, metric.text)
+    shown["memory / image, MiB"] = ("memory", lambda value: f"{value / 2**20:.1f}")
+    shown["TFLOP / image"] = ("flops", lambda value: f"{value / 1e12:.4g}")
+    for head, (key, text) in shown.items():
+        if key in frame:
+            found[head] = [_cell(value, text(value)) for value in frame[key]]
     return found
+
+
+def _cell(value: float, text: str) -> tuple[str, Any]:
+    return ("", "") if math.isnan(value) else (text, value)
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table in Markdown: the first column to the left, the others to the right."""
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-    return "\n".join(
-        f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |"
-        for line in lines
-    )
+    cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def replace_table(page: str | Path, name: str, text: str) -> None:
@@ -121,26 +123,25 @@ def replace_table(page: str | Path, name: str, text: str) -> None:
     Args:
         page: The file; has ``<!-- figure: NAME -->...<!-- /figure -->`` once.
         name: Of the figure.
-        text: Several lines are put on lines of their own, a single one within its line.
+        text: Tables and images are put on lines of their own, other text within its line.
 
     Raises:
         ToMeError: The page does not have the markers once.
     """
     page = Path(page)
     old = page.read_text(encoding="utf-8")
-    parts = re.split(rf"(?s)(?<=<!-- figure: {re.escape(name)} -->)(.*?)(?=<!-- /figure -->)", old)
-    if len(parts) != 3:
-        raise ToMeError(
-            f"{page} needs <!-- figure: {name} --> and <!-- /figure --> once, and has them "
-            f"{len(parts) // 2} times"
-        )
-    new = f"{parts[0]}\n{text}\n{parts[2]}" if "\n" in text else f"{parts[0]}{text}{parts[2]}"
-    if new != old:
+    begin, end = f"<!-- figure: {name} -->", "<!-- /figure -->"
+    before, found, rest = old.partition(begin)
+    between, ended, after = rest.partition(end)
+    if not found or not ended or begin in rest or "<!-- figure:" in between:
+        raise ToMeError(f"{page} needs {begin} and, behind it, {end}, once")
+    new = f"\n{text}\n" if "\n" in text or text.startswith("!") else text
+    if new != between:
         with whole_file(page) as path:
-            path.write_text(new, encoding="utf-8")
+            path.write_text(before + begin + new + end + after, encoding="utf-8")
 
 
-# --- records ------------------------------------------------------------------------------------
+# --- records --------------------------------------------------------------------------------------
 
 
 def save_record(
@@ -149,13 +150,13 @@ def save_record(
     rows: Sequence[Mapping[str, Any]],
     manifest: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write measured values with what they were measured with: command, date, machine, versions.
+    """Write measured values with the command, the date, the machine and the versions.
 
     Args:
-        path: A JSON file, a line for each row.
+        path: A JSON file; each row is a line.
         settings: What was measured.
-        rows: JSON-able; numbers are rounded to six digits.
-        manifest: Of the run's folder, which knows the machine. Default: None, this one.
+        rows: JSON-able; infinities and NaN become null.
+        manifest: Of a run's folder, which knows the machine. Default: None, this machine.
     """
     where = (manifest or {}).get("environment") or environment()
     record = {
@@ -165,40 +166,33 @@ def save_record(
         "settings": dict(settings),
         "rows": "ROWS",
     }
-    lines = ",\n".join(f"  {json.dumps(_rounded(row), ensure_ascii=False)}" for row in rows)
+    # JSON has no word for infinities and NaN; six digits are more than is measured.
+    lines = [json.loads(json.dumps(row), parse_constant=str, parse_float=_short) for row in rows]
+    lines = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in lines)
     text = json.dumps(record, indent=1, ensure_ascii=False).replace('"ROWS"', f"[\n{lines}\n ]")
     with whole_file(path) as part:
         part.write_text(text + "\n", encoding="utf-8")
 
 
-def _rounded(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _rounded(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(one) for one in value]
-    if isinstance(value, float):  # JSON has no word for infinities and NaN
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def kind_of(method: Mapping[str, Any]) -> str:
-    """What a method of a manifest looks like in plots: one of ``plots.KINDS``, or its label."""
-    return method["kind"] if method["kind"] == "fewer steps" else method["label"]
+def _short(text: str) -> float:
+    return float(f"{float(text):.6g}")
 
 
 def _rows(folder: RunFolder, frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """The table's rows, with the times of all rounds."""
+    """The table's rows, with the seconds of all rounds."""
     found = []
-    for row in frame.to_dict("records"):
+    for row in json.loads(frame.to_json(orient="records")):
+        row["kind"] = _kind(folder, row["method"])
         rounds = folder.find(kind="round", method=row["method"])
-        row["kind"] = kind_of(folder.manifest["methods"][row["method"]])
         row["round_seconds"] = [one["seconds"] for one in sorted(rounds, key=lambda r: r["turn"])]
-        found.append({key: value for key, value in row.items() if not _missing(value)})
+        found.append({key: value for key, value in row.items() if value not in (None, [])})
     return found
 
 
-def _missing(value: Any) -> bool:
-    return value is None or value == [] or value != value
+def _kind(folder: RunFolder, name: str) -> str:
+    """What a method looks like in plots: one of ``plots.KINDS``, or its label."""
+    method = folder.manifest["methods"][name]
+    return method["kind"] if method["kind"] == "fewer steps" else method["label"]
 
 
 def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,104 +200,85 @@ def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
     found = {"model": manifest.get("name"), **request, "dtype": manifest.get("dtype")}
     found["scheduler"] = manifest.get("model", {}).get("scheduler")
     found["size"] = "x".join(map(str, request.get("size") or ()))
-    found = {key: value for key, value in found.items() if value and key != "prompts"}
-    return found
+    return {key: value for key, value in found.items() if value and key != "prompts"}
 
 
 def _command() -> str:
-    """The command line, without the folder of its results, which says nothing to others."""
+    """The command line without the folder of its results, which says nothing to others."""
     words = ["python", *sys.argv]
     if words[1].endswith("__main__.py"):
         words[1:2] = ["-m", __package__.partition(".")[0]]
-    text = shlex.join(words)
-    return re.sub(r" --resume| --work-dir[ =]\S+", "", text)
+    return re.sub(r" --resume| --work-dir[ =]\S+", "", shlex.join(words))
 
 
-def _where(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    where = dict(manifest.get("environment") or environment())
-    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
-    return {key: value for key, value in where.items() if value} | {"versions": versions}
+# --- plots and images -----------------------------------------------------------------------------
 
 
-# --- plots and images ---------------------------------------------------------------------------
+def _draw(folder: RunFolder, frame: pd.DataFrame, metrics: Mapping[str, Metric]) -> list[tuple]:
+    """(Figure, path): each metric against speed-up; without metrics the speed-ups."""
+    found = []
+    timed = frame[frame["speedup"].notna()] if "speedup" in frame else frame[:0]
+    keys = ["method", "speedup", "speedup_low", "speedup_high"]
+    for name in [name for name in metrics if name in frame] or ["speedup"]:
+        points = [
+            plots.Point(method, _kind(folder, method), speedup, value, low, high)
+            for method, speedup, low, high, value in timed[[*keys, name]].itertuples(index=False)
+        ] if len(timed) else []  # fmt: skip
+        if points and name == "speedup":
+            figure = plots.bars({"": points}, "times as fast as the baseline")
+            found.append((figure, folder.path / "speedup.png"))
+        elif points:
+            metric = metrics[name]
+            label = f"{metric.label} ({metric.unit})" if metric.unit else metric.label
+            figure = plots.fidelity({"": points}, label, metric.higher_is_better)
+            found.append((figure, folder.path / f"{name}.png"))
+    return found
 
 
-def _draw(folder: RunFolder, frame: pd.DataFrame) -> list[Path]:
-    """Write the plots: each metric against speed-up, speed-ups, times by step."""
-    if "speedup" not in frame:
-        return []
-    methods, found = folder.manifest["methods"], {}
-    kinds = {name: kind_of(method) for name, method in methods.items()}
-    timed = [row for row in frame.to_dict("records") if not _missing(row["speedup"])]
-
-    def points(key: str | None = None) -> list[plots.Point]:
-        return [
-            plots.Point(
-                row["method"],
-                kinds[row["method"]],
-                row["speedup"],
-                row[key] if key else math.nan,
-                row["speedup_low"],
-                row["speedup_high"],
-            )
-            for row in timed
-            if key is None or not _missing(row[key])
-        ]
-
-    for name, about in folder.manifest.get("metrics", {}).items():
-        if name in frame and len(points(name)) > 1:
-            label = f"{about['label']} ({about['unit']})" if about["unit"] else about["label"]
-            panels = {"": points(name)}
-            found[name] = plots.fidelity(panels, label, about["higher_is_better"])
-    found["speedup"] = plots.bars({"": points()}, "times as fast as the baseline")
-    return [plots.save(figure, folder.path / f"{name}.png") for name, figure in found.items()]
-
-
-def data_uri(path: Path) -> str:
-    """Return an image as a ``data:`` URI: as it is up to 256 pixels a side, else as a JPEG."""
-    data, image = path.read_bytes(), Image.open(path)
-    kind = image.format.lower()
-    if kind == "png" and max(image.size) > 256 and path.parent.parent.name == "images":
-        image = image.convert("RGB")
-        image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-        file, kind = io.BytesIO(), "jpeg"
-        image.save(file, "JPEG", quality=88)
-        data = file.getvalue()
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _images(folder: RunFolder) -> list[dict[str, Any]]:
-    """What the page's script shows: prompt by prompt, evenly spread, until it is too much."""
-    metrics = folder.manifest.get("metrics", {})
+def _images(folder: RunFolder, metrics: Mapping[str, Metric]) -> list[dict[str, Any]]:
+    """What the page's script shows: prompts evenly spread, until it is too much."""
     images = {(row["method"], row["number"]): row for row in folder.find(kind="image")}
-    numbers = [number for method, number in images if method == "baseline"]
-    names = [name for name in folder.manifest.get("methods", {}) if name != "baseline"]
-    values: dict[tuple[str, int], list[str]] = {}
+    said: dict[tuple[str, int], list[str]] = {}
     for row in folder.find(kind="metric"):
-        about = metrics.get(row["metric"])
-        if row["number"] is not None and row["value"] is not None and about:
-            metric = Metric(row["metric"], about["label"], None, about["unit"])
-            text = f"{metric.label} {metric.text(row['value'])}"
-            values.setdefault((row["method"], row["number"]), []).append(text)
+        if row["metric"] in metrics and row["number"] is not None and row["value"] is not None:
+            metric = metrics[row["metric"]]
+            values = said.setdefault((row["method"], row["number"]), [])
+            values.append(f"{metric.label} {metric.text(row['value'])}")
+    numbers = [number for method, number in images if method == "baseline"]
     found: list[dict[str, Any]] = []
     used = 0
     for number in numbers[:: max(1, len(numbers) // MOST_IMAGES)][:MOST_IMAGES]:
-        base = images["baseline", number]
-        shown = [name for name in names if (name, number) in images][:MOST_METHODS]
-        entry = {
-            "prompt": base["prompt"],
-            "seed": base["seed"],
-            "baseline": data_uri(folder.path / base["file"]),
-            "methods": {
-                name: {
-                    "image": data_uri(folder.path / images[name, number]["file"]),
-                    "values": values.get((name, number), []),
-                }
-                for name in shown
-            },
+        others = {
+            method: {
+                "image": data_uri(folder.path / row["file"], LARGEST_SIDE),
+                "values": said.get((method, number), []),
+            }
+            for (method, of), row in images.items()
+            if of == number
         }
-        used += len(json.dumps(entry))
+        used += sum(len(one["image"]) for one in others.values())
         if found and used > MOST_BYTES:
             break
-        found.append(entry)
+        row = images["baseline", number]
+        base = others.pop("baseline")["image"]
+        entry = {"prompt": row["prompt"], "seed": row["seed"], "baseline": base}
+        found.append({**entry, "methods": others})
     return found
+
+
+def data_uri(path: Path, largest: int | None = None) -> str:
+    """Return an image file as a ``data:`` URI.
+
+    Args:
+        path: PNG or GIF.
+        largest: Pixels a side; a PNG of more than half of that becomes a JPEG. Default: None, the
+            file as it is.
+    """
+    data, kind = path.read_bytes(), path.suffix[1:]
+    image = Image.open(path)
+    if largest and kind == "png" and max(image.size) > largest // 2:
+        image.thumbnail((largest, largest))
+        file, kind = io.BytesIO(), "jpeg"
+        image.convert("RGB").save(file, "JPEG", quality=88)
+        data = file.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
