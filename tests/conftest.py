@@ -4,8 +4,12 @@
 import gc
 import os
 import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+
+# examples/ and benchmarks/ are imported from the checkout.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
 # ViT-S/14 with real weights, the baseline: predicts where people look. The weights come with a Python
-# package (docs/vit.md). An ordinary mmengine config; nothing in it merges.
-custom_imports = dict(imports=["mmagic_tome"], allow_failed_imports=False)
+# package (docs/vit.md), read by examples/focus_vit.py of a checkout. Nothing in it merges.
+custom_imports = dict(imports=["mmagic_tome", "examples.focus_vit"], allow_failed_imports=False)
 
 model = dict(type="FocusViT")
 

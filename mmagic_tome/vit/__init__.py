@@ -15,7 +15,6 @@ interface.py      proportional attention in modules that take no attention mask
 schedules.py      tokens to remove per block
 families/         the known models, one file per library
 registry.py       names in configs of mmengine and mmpretrain
-pretrained/       real weights out of Python packages; needs numpy
 ================  ==================================================================
 """
 

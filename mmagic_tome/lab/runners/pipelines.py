@@ -1,0 +1,312 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Runs the pipelines of diffusers, from a folder or hub id, or one that is there already."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...apply import apply_cache, apply_tome
+from ...errors import ToMeError
+from ...models import find_adapter, find_denoisers
+from ...models.find import DENOISERS
+from ...schedulers import scheduler_name
+from ...settings import Setting
+from ..measure.clock import Clock
+from ..request import Request
+from .base import Output, Runner, Source
+from .calls import DECODERS, PipelineCall
+from .watching import Steps, decoded_latents, joined, quiet
+
+# Frames per second that models were trained at, by the beginning of their pipelines' names.
+_FPS = {"Wan": 16, "SkyReels": 24, "HunyuanVideo": 15}
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+class PipelineSource(Source):
+    """A pipeline in diffusers' layout. Reads ``model_index.json`` and config files, no weights.
+
+    Args:
+        path: A folder, or an id on the hub.
+        type: Name of the pipeline's class. Default: None, what ``model_index.json`` says.
+        setting: What is applied when it is loaded. Default: None, nothing.
+        defaults, evaluation: See :class:`Source`. Default: None, nothing.
+        name: See :class:`Source`. Default: None, the folder's name.
+        options: Further arguments of ``from_pretrained``, such as ``torch_dtype='bfloat16'`` or
+            ``variant='fp16'``. Default: None. A folder that has weights of one variant only is
+            loaded from that one.
+
+    Raises:
+        ToMeError: There is no such pipeline; diffusers has no such class; the class has
+            components that are not there.
+    """
+
+    kind = "diffusers"
+
+    def __init__(
+        self,
+        path: str | Path,
+        type: str | None = None,
+        setting: Setting | None = None,
+        defaults: Mapping[str, Any] | None = None,
+        evaluation: Mapping[str, Any] | None = None,
+        name: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.path = str(path)
+        folder = Path(path).expanduser()
+        self.folder = str(folder) if folder.is_dir() else self.path
+        self.name = name or Path(self.folder).name
+        self.setting = setting or Setting()
+        self.defaults = dict(defaults or {})
+        self.evaluation = dict(evaluation or {})
+        self.options = dict(options or {})
+        if isinstance(self.options.get("torch_dtype"), str):
+            self.options["torch_dtype"] = _dtype(self.options["torch_dtype"])
+        index = _read_json(_find_file(self.folder, "model_index.json"))
+        self.class_name = type or index.get("_class_name")
+        self.pipeline_class = _pipeline_class(self.class_name)
+        # Component -> its class; those of the pipeline that are not used are [None, None].
+        self.parts = {
+            part: value[1]
+            for part, value in index.items()
+            if isinstance(value, list) and len(value) == 2 and value[1]
+        }
+        self._check_parts()
+        self.call = PipelineCall(self.pipeline_class, self._configs())
+        self.video = self.call.video
+
+    def _check_parts(self) -> None:
+        cls = self.pipeline_class
+        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        missing = [
+            parameter.name
+            for parameter in parameters
+            if parameter.default is parameter.empty
+            and parameter.name not in {*self.parts, *cls._optional_components}
+            and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        ]
+        if missing:
+            raise ToMeError(
+                f"{self.class_name} needs {', '.join(missing)}, which {self.folder} does not have"
+            )
+
+    def _configs(self) -> dict[str, Mapping[str, Any]]:
+        configs = {}
+        for part in (*DENOISERS, *DECODERS):
+            if part in self.parts:
+                with contextlib.suppress(ToMeError):  # not downloaded yet: loading will tell
+                    configs[part] = _read_json(_find_file(self.folder, f"{part}/config.json"))
+        return configs
+
+    def check(self, request: Request) -> None:
+        """See :meth:`Source.check`."""
+        self._check_network()
+        self.call.check(request)
+
+    def _check_network(self) -> None:
+        """Fail unless an adapter knows a network of the pipeline: built without memory."""
+        import diffusers
+
+        error = ToMeError(
+            f"{self.class_name} has no denoising network to merge or to skip; its components are "
+            f"{', '.join(self.parts)}"
+        )
+        for part in DENOISERS:
+            if part not in self.parts:
+                continue
+            cls = getattr(diffusers, self.parts[part], None)
+            if cls is None or part not in self.call.configs:
+                return
+            try:
+                with torch.device("meta"):
+                    network = cls.from_config(self.call.configs[part])
+                find_adapter(network)
+                return
+            except ToMeError as known:
+                error = known
+            except Exception:  # a class that torch's meta device cannot build: loading tells
+                return
+        raise error
+
+    def load(
+        self,
+        request: Request,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> PipelineRunner:
+        """See :meth:`Source.load`."""
+        self.check(request)
+        options = {"variant": self._variant(), **self.options}
+        if dtype is not None:
+            options["torch_dtype"] = dtype
+        try:
+            with warnings.catch_warnings():
+                # Newer versions of diffusers want another name for it, which older ones ignore.
+                warnings.simplefilter("ignore", FutureWarning)
+                pipeline = self.pipeline_class.from_pretrained(self.folder, **options)
+        except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+            raise ToMeError(f"cannot load {self.folder}: {_one_line(error)}") from error
+        pipeline.to(device)
+        if self.setting.tome is not None:
+            apply_tome(pipeline, self.setting.tome)
+        if self.setting.cache is not None:
+            apply_cache(pipeline, self.setting.cache)
+        return PipelineRunner(pipeline, request, self)
+
+    def _variant(self) -> str | None:
+        """The variant of weights that are there in no other; None if there are plain ones."""
+        folder = _find_file(self.folder, "model_index.json").parent
+        for part in self.parts:
+            files = [*folder.glob(f"{part}/*.safetensors"), *folder.glob(f"{part}/*.bin")]
+            found = [re.match(r"[^.]+\.([^.-]+)(-\d+-of-\d+)?\.", file.name) for file in files]
+            if found and all(found):
+                variants = sorted({match[1] for match in found})
+                return "fp16" if "fp16" in variants else variants[0]
+        return None
+
+
+class PipelineRunner(Runner):
+    """Runs a diffusers pipeline.
+
+    ``size`` is what is asked for until a run tells the size of the images: upscalers enlarge
+    theirs, and some classes generate at sizes of their own.
+
+    Args:
+        pipeline: What is applied to it stays applied.
+        request: The request.
+        source: What it was loaded from. Default: None.
+
+    Raises:
+        ToMeError: The pipeline cannot serve the request; no adapter knows its network.
+    """
+
+    def __init__(
+        self, pipeline: Any, request: Request, source: PipelineSource | None = None
+    ) -> None:
+        self.source = source
+        self.model = pipeline
+        self.request = request
+        parts = {name: getattr(pipeline, name, None) for name in (*DENOISERS, *DECODERS)}
+        self.call = PipelineCall(
+            type(pipeline),
+            {name: part.config for name, part in parts.items() if hasattr(part, "config")},
+        )
+        self.call.check(request)
+        # Wan 2.2 has one network for the first steps and one for the others.
+        self.networks = [one.network for one in find_denoisers(pipeline, warn=False)]
+        self.network = self.networks[0]
+        # Where an offloaded pipeline computes, which is not where it is.
+        self.device = torch.device(getattr(pipeline, "_execution_device", pipeline.device))
+        self.dtype = next(self.network.parameters()).dtype
+        self.steps = self.call.steps if request.steps is None else request.steps
+        self.guidance = self.call.guidance if request.guidance is None else request.guidance
+        self.size = self._size = self.call.size(pipeline, request)
+        self.video = self.call.video
+        self.fps = self._fps()
+        self.scheduler = scheduler_name(getattr(pipeline, "scheduler", None))
+
+    def _fps(self) -> int:
+        for name in ("frame_rate", "fps"):
+            found = self.request.extra.get(name, self.call.default(name))
+            if found:
+                return round(found)
+        names = (fps for name, fps in _FPS.items() if self.call.name.startswith(name))
+        return next(names, 8)
+
+    def run(
+        self,
+        numbers: Sequence[int],
+        steps: int | None = None,
+        on_step: Callable[[], object] | None = None,
+    ) -> Output:
+        """See :meth:`Runner.run`."""
+        numbers = list(numbers)
+        arguments = self.call.arguments(self.request, numbers, steps or self.steps, self._size)
+        told = "callback_on_step_end" in self.call.parameters
+        marks = Steps(self.networks, self.device, on_step, told)
+        if told:
+            arguments["callback_on_step_end"] = marks.step_ended
+        on_cuda = self.device.type == "cuda"
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        try:
+            with quiet(self.model), decoded_latents(self.model) as decoded, marks:
+                seconds, result = Clock(self.device)(lambda: self.model(**arguments))
+        except ToMeError:
+            raise
+        except ValueError as error:  # how pipelines refuse arguments
+            raise ToMeError(f"{self.call.name}: {_one_line(error)}") from error
+        images = list(result.frames if hasattr(result, "frames") else result.images)
+        first = images[0][0] if self.video else images[0]
+        self.size = first.height, first.width
+        return Output(
+            images=images,
+            latents=joined(decoded, len(numbers)),
+            seconds=seconds,
+            step_seconds=marks.seconds(),
+            peak_memory=torch.cuda.max_memory_allocated(self.device) if on_cuda else None,
+        )
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def _find_file(path: str, name: str) -> Path:
+    """A file of a folder in diffusers' layout, or of an id on the hub.
+
+    Raises:
+        ToMeError: It is not there.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / name).is_file():
+            raise ToMeError(f"{path} is no pipeline in diffusers' layout: it has no {name}")
+        return folder / name
+    if path.startswith(("/", "./", "../", "~")):  # no id starts like this
+        raise ToMeError(f"pipeline {path} is not there")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(path, name))
+    except Exception as error:  # of the hub, of the network, for a name that cannot be an id
+        raise ToMeError(
+            f"pipeline {path!r} is neither a folder nor can the hub provide its {name}: "
+            f"{_one_line(error)}"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ToMeError(f"cannot read {path}: {error}") from None
+
+
+def _pipeline_class(name: Any) -> Any:
+    import diffusers
+
+    cls = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (inspect.isclass(cls) and issubclass(cls, diffusers.DiffusionPipeline)):
+        raise ToMeError(f"diffusers {diffusers.__version__} has no pipeline {name!r}")
+    return cls
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, _DTYPES.get(name, name.rpartition(".")[2]), None)
+    if not isinstance(found, torch.dtype):
+        raise ToMeError(f"torch_dtype={name!r} is no dtype; write 'float16' or 'bfloat16'")
+    return found
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
