@@ -1,18 +1,18 @@
 # Every way to make the demo model faster, at several strengths: measured time against error.
-#   python tools/evaluate.py configs/benchmarks/frontier_demo.py --cost-rounds 3
+#   python tools/evaluate.py configs/benchmarks/frontier_demo.py
 # With 50 steps: frontier_demo_50.py. Then, of both folders:
 #   python benchmarks/frontier.py FOLDER FOLDER --plot FILE
 # The names are those of the published tables (docs/research/frontier.md).
 _base_ = "../demo/sd-emoji.py"
 
 evaluation = dict(
-    prompt_set="demo",
+    prompts="demo",
     limit=64,
     images_per_prompt=2,
     steps=20,
     guidance=3.0,
     batch_size=8,
-    contenders=[
+    methods=[
         # Step caching with linear extrapolation.
         *[dict(name=name, tome_cfg=dict(cache=name)) for name in ("quality", "balanced", "fast")],
         dict(name="network every 2nd", tome_cfg=dict(cache=dict(region="network"))),
@@ -88,5 +88,5 @@ evaluation = dict(
         *[dict(name=f"tomesd {r:g}", tomesd=dict(ratio=r)) for r in (0.25, 0.5, 0.75)],
     ],
     fewer_steps=[0.9, 0.8, 0.65, 0.5, 0.4],
-    cost_rounds=9,
+    rounds=9,
 )

@@ -1,5 +1,5 @@
 # The settings of frontier_demo.py at 50 steps; methods of merging at fewer strengths.
-#   python tools/evaluate.py configs/benchmarks/frontier_demo_50.py --cost-rounds 3
+#   python tools/evaluate.py configs/benchmarks/frontier_demo_50.py
 # Then, of both folders: python benchmarks/frontier.py FOLDER FOLDER --plot FILE
 _base_ = "./frontier_demo.py"
 

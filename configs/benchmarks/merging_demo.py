@@ -1,8 +1,8 @@
 # Where merging loses detail on the demo model, and what a residual recovers: one change at a time
 # from ToMe at ratio 0.5 around the finest level's self-attention. One round of cost is enough for
 # the operations of the levels.
-#   python tools/evaluate.py configs/benchmarks/merging_demo.py --cost-rounds 1
-#   python benchmarks/merging.py outputs/evaluate/merging_demo --plot FILE
+#   python tools/evaluate.py configs/benchmarks/merging_demo.py --rounds 1
+#   python benchmarks/merging.py work_dirs/merging_demo/TIME --plot FILE
 # The names are those of the published tables (docs/research/merging.md).
 _base_ = "../demo/sd-emoji.py"
 
@@ -73,14 +73,14 @@ _others = {
 }
 
 evaluation = dict(
-    prompt_set="demo",
+    prompts="demo",
     limit=16,
     steps=16,
     guidance=3.0,
     batch_size=8,
     metrics=["psnr", "latent_error"],
     fewer_steps=[0.8, 0.5],
-    contenders=[
+    methods=[
         *[
             dict(name=name, tome_cfg=options)
             for name, options in {**_plain, **_methods, **_others}.items()

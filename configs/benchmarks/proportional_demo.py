@@ -1,5 +1,5 @@
 # What proportional attention is worth on the demo model.
-#   python tools/evaluate.py configs/benchmarks/proportional_demo.py --cost-rounds 0
+#   python tools/evaluate.py configs/benchmarks/proportional_demo.py --rounds 0
 _base_ = "../demo/sd-emoji.py"
 
 _merged = [
@@ -23,14 +23,14 @@ _even = [
 ]
 
 evaluation = dict(
-    prompt_set="demo",
+    prompts="demo",
     limit=16,
     steps=16,
     guidance=3.0,
     batch_size=4,
     metrics=["psnr", "ssim", "latent_error"],
     fewer_steps=[],
-    contenders=[
+    methods=[
         setting
         for name, options in _merged
         for setting in (

@@ -7,6 +7,7 @@ ranks to different devices.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .environment import environment
 from .measure import count_flops_of, interleaved, peak_memory
 from .methods import BASELINE, Method
 from .progress import progress_bar
@@ -21,6 +23,7 @@ from .results import RunFolder
 from .runners.base import Output, Runner
 
 WARM_UP_STEPS = 2
+Call = tuple[tuple, dict[str, Any]]
 
 
 def measure_cost(
@@ -48,15 +51,23 @@ def measure_cost(
     steps = sum(one.steps or runner.steps for one in methods) * len(turns)
     steps += min(WARM_UP_STEPS, runner.steps) * (len(methods) if turns else 0)
     steps += sum(2 * (one.steps or runner.steps) for one in once)
+    if turns:
+        folder.add({"kind": "environment", **environment(runner.device)})
     with progress_bar(steps, "measuring cost", show=progress) as bar:
         for method in methods if turns else ():
             bar.set_postfix_str(f"{method.name}, warm-up")
-            _run(runner, method, numbers, bar, min(WARM_UP_STEPS, runner.steps))
+            with warnings.catch_warnings():
+                # Of step caching, that so short a run skips nothing.
+                warnings.simplefilter("ignore")
+                _run(runner, method, numbers, bar, min(WARM_UP_STEPS, runner.steps))
         _rounds(runner, methods, turns, folder, numbers, bar)
-        call = _first_call(runner, numbers) if once else None
+        calls: dict[int, list[Call]] = {}
         for method in once:
             bar.set_postfix_str(f"{method.name}, memory and operations")
-            folder.add(*_memory_and_flops(runner, method, numbers, call, bar))
+            count = method.steps or runner.steps
+            if count not in calls:
+                calls[count] = _network_calls(runner, numbers, count)
+            folder.add(*_memory_and_flops(runner, method, numbers, calls[count], bar))
 
 
 def _missing_turns(folder: RunFolder, methods: Sequence[Method], rounds: int) -> range:
@@ -109,24 +120,25 @@ def _run(
 
 
 def _memory_and_flops(
-    runner: Runner, method: Method, numbers: Sequence[int], call: tuple, bar: tqdm
+    runner: Runner, method: Method, numbers: Sequence[int], calls: list[Call], bar: tqdm
 ) -> list[dict[str, Any]]:
     """The rows of a method, each figure of a method that was applied anew: what an earlier run
     keeps between steps would be freed within the measurement, which would then come out too small.
     """
-    args, kwargs = call
 
     def run() -> None:
         runner.run(numbers, method.steps, on_step=bar.update)
 
-    with method.on(runner.model) as handles:
-        handles.reset_run()
-        run_bytes, where = peak_memory(run, runner.device)
-    with method.on(runner.model) as handles, torch.no_grad():
-        handles.reset_run()
-        network_bytes, _ = peak_memory(lambda: runner.network(*args, **kwargs), runner.device)
+    def network() -> None:
+        for args, kwargs in calls:
+            runner.network(*args, **kwargs)
+
     with method.on(runner.model):
-        total, network = count_flops_of(runner.network, run)
+        run_bytes, where = peak_memory(run, runner.device)
+    with method.on(runner.model), torch.no_grad():
+        network_bytes, _ = peak_memory(network, runner.device)
+    with method.on(runner.model):
+        flops, network_flops = count_flops_of(runner.network, run)
     named = {"method": method.name, "images": len(numbers)}
     return [
         {
@@ -136,22 +148,22 @@ def _memory_and_flops(
             "network_bytes": network_bytes,
             "operator": where,
         },
-        {"kind": "flops", **named, "run": total, "network": network},
+        {"kind": "flops", **named, "run": flops, "network": network_flops},
     ]
 
 
-def _first_call(runner: Runner, numbers: Sequence[int]) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of the network's first call in a run."""
-    calls: list[tuple[tuple, dict[str, Any]]] = []
+def _network_calls(runner: Runner, numbers: Sequence[int], steps: int) -> list[Call]:
+    """The arguments of the network's calls in a run of the baseline. All of them: a step cache
+    begins to keep outputs after the first ones."""
+    calls: list[Call] = []
 
     def look(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not calls:
-            calls.append((args, dict(kwargs)))
+        calls.append((args, dict(kwargs)))
 
     hook = runner.network.register_forward_pre_hook(look, with_kwargs=True)
     try:
         with BASELINE.on(runner.model):
-            runner.run(numbers, min(WARM_UP_STEPS, runner.steps))
+            runner.run(numbers, steps)
     finally:
         hook.remove()
-    return calls[0]
+    return calls

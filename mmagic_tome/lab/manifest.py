@@ -5,20 +5,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
-from collections.abc import Iterable, Mapping, Sequence
-from importlib import metadata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from .environment import environment
 from .methods import Method
 from .request import INPUTS, Request
 from .runners.base import Runner
-
-LIBRARIES = ("torch", "diffusers", "transformers", "mmagic", "mmagic_tome")
 
 
 def manifest_of(runner: Runner, methods: Sequence[Method]) -> dict[str, Any]:
@@ -28,12 +25,7 @@ def manifest_of(runner: Runner, methods: Sequence[Method]) -> dict[str, Any]:
     replaced is noticed, one that was moved is no difference.
     """
     source, request = runner.source, runner.request
-    versions = {}
-    for name in LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
+    where = environment(runner.device)
     return {
         "model": {
             "class_name": type(runner.model).__name__ if source is None else source.class_name,
@@ -52,24 +44,11 @@ def manifest_of(runner: Runner, methods: Sequence[Method]) -> dict[str, Any]:
             "batch_size": request.batch_size,
             "extra": json.loads(json.dumps(dict(request.extra), default=str)),
         },
-        "device": device_name(runner.device),
+        "device": runner.device.type,
         "dtype": str(runner.dtype).replace("torch.", ""),
-        "threads": torch.get_num_threads(),
-        "versions": versions,
+        "environment": {key: where[key] for key in ("gpu", "processor", "threads", "versions")},
         "methods": {method.name: method.to_dict() for method in methods},
     }
-
-
-def device_name(device: torch.device) -> str:
-    """The name of a GPU, or that of the CPU as far as the system tells it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    if device.type == "cpu" and cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or device.type
 
 
 def _weights(model: Any) -> str:

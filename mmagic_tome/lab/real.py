@@ -67,6 +67,9 @@ class RealImages:
         except (OSError, ValueError, SyntaxError) as error:
             raise ToMeError(f"real image {self.files[number]} cannot be read: {error}") from None
         scale = max(size[0] / image.height, size[1] / image.width)
-        covering = [max(size[0], round(image.height * scale)), max(size[1], round(image.width * scale))]
+        covering = [
+            max(size[0], round(image.height * scale)),
+            max(size[1], round(image.width * scale)),
+        ]
         image = F.resize(image, covering, F.InterpolationMode.BICUBIC, antialias=True)
         return F.pil_to_tensor(F.center_crop(image, list(size)))[None]

@@ -147,7 +147,11 @@ class RunFolder:
 
     def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
         held = self.manifest
-        new = {"format": FORMAT, **{key: {} for key in _GROWING}, **json.loads(json.dumps(manifest))}
+        new = {
+            "format": FORMAT,
+            **{key: {} for key in _GROWING},
+            **json.loads(json.dumps(manifest)),
+        }
         if held:
             both = {key: {**held[key], **new[key]} for key in _GROWING}
             old = {key: {name: both[key][name] for name in held[key]} for key in _GROWING}

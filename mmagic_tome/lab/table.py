@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,29 +36,35 @@ def table(folder: RunFolder) -> pd.DataFrame:
     Columns of what was not measured are missing.
     """
     manifest = folder.manifest
-    metrics = manifest.get("metrics", {})
-    base = _rounds(folder, BASELINE.name)
+    found = _grouped(folder)
+    base = _by_turn(found["round", BASELINE.name, None])
     rows = []
     for name, method in manifest.get("methods", {}).items():
-        images = {
-            row["number"] for row in folder.find(kind="image", method=name) if row["finite"]
-        }
+        images = {row["number"] for row in found["image", name, None] if row["finite"]}
         row: Row = {"method": name, "label": method["label"], "images": len(images)}
-        row.update(_time(base, _rounds(folder, name), name == BASELINE.name))
-        for found in folder.find(kind="memory", method=name):
-            row["memory"] = found["run_bytes"] / found["images"]
-            row["network_memory"] = found["network_bytes"] / found["images"]
-        for found in folder.find(kind="flops", method=name):
-            row["flops"] = found["run"] / found["images"]
-            row["network_flops"] = found["network"] / found["images"]
-        for metric, about in metrics.items():
-            row.update(_quality(folder.find(kind="metric", method=name, metric=metric), about))
+        row.update(_time(base, _by_turn(found["round", name, None]), name == BASELINE.name))
+        for one in found["memory", name, None]:
+            row["memory"] = one["run_bytes"] / one["images"]
+            row["network_memory"] = one["network_bytes"] / one["images"]
+        for one in found["flops", name, None]:
+            row["flops"] = one["run"] / one["images"]
+            row["network_flops"] = one["network"] / one["images"]
+        for metric, about in manifest.get("metrics", {}).items():
+            row.update(_quality(metric, about, found["metric", name, metric]))
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _rounds(folder: RunFolder, method: str) -> dict[int, Row]:
-    return {row["turn"]: row for row in folder.find(kind="round", method=method)}
+def _grouped(folder: RunFolder) -> dict[tuple[str, str | None, str | None], list[Row]]:
+    """The rows of every kind, method and metric."""
+    groups = defaultdict(list)
+    for row in folder.rows:
+        groups[row["kind"], row.get("method"), row.get("metric")].append(row)
+    return groups
+
+
+def _by_turn(rounds: list[Row]) -> dict[int, Row]:
+    return {row["turn"]: row for row in rounds}
 
 
 def _time(base: Mapping[int, Row], rounds: Mapping[int, Row], is_base: bool) -> Row:
@@ -79,8 +86,7 @@ def _time(base: Mapping[int, Row], rounds: Mapping[int, Row], is_base: bool) -> 
     return {**found, "rounds": len(turns)}
 
 
-def _quality(rows: list[Row], about: Mapping[str, Any]) -> Row:
-    name = about["name"]
+def _quality(name: str, about: Mapping[str, Any], rows: list[Row]) -> Row:
     if not rows:
         return {}
     if rows[-1]["number"] is None:
@@ -88,9 +94,9 @@ def _quality(rows: list[Row], about: Mapping[str, Any]) -> Row:
     values = np.array([row["value"] for row in rows if row["value"] is not None])
     if not len(values):
         return {}
-    metric = Metric(function=None, **about)
+    metric = Metric(name, about["label"], function=None, unit=about["unit"])
     # From the worst on; an image's own value, since that of identical images may be infinite.
-    ordered = np.sort(values)[:: 1 if metric.higher_is_better else -1]
+    ordered = np.sort(values)[:: 1 if about["higher_is_better"] else -1]
     return {
         name: metric.mean(values),
         f"{name}_worst": ordered[0],
