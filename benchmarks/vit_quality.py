@@ -35,7 +35,6 @@ from examples.focus_vit import MEAN, STD, load_focus_vit
 from mmagic_tome.lab.report import save_record
 from mmagic_tome.vit import apply_tome_vit
 
-
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "retina")
 FOLDERS = (
     *("animals/birds", "animals/insects", "animals/mammals", "food/fruit", "food/vegetables"),
