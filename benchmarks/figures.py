@@ -199,14 +199,14 @@ def with_weights(page: Path, name: str, group: str = "") -> str:
 
 def schedulers(page: Path) -> str:
     """PSNR of the named settings with other schedulers, in brackets without error feedback."""
-    data = Data(page, "schedulers")
+    names = ["step_caching", *(f"scheduler_{one}" for one in ("euler", "dpm", "unipc", "pndm"))]
     cells = []
-    for scheduler in dict.fromkeys(row["scheduler"] for row in data.rows):
-        psnr = {r["method"]: r["psnr"] for r in data.rows if r["scheduler"] == scheduler}
-        fewer = " / ".join(f"{psnr[name]:.1f}" for name in psnr if name.endswith(" steps"))
-        plain = [psnr[f"{name}, error feedback 0"] for name in PRESETS]
-        line = [f"{psnr[name]:.1f} ({other:.1f})" for name, other in zip(PRESETS, plain)]
-        cells.append([scheduler, fewer, *line])
+    for data in (Data(page, name) for name in [*names, "scheduler_ancestral"]):
+        psnr = {row["method"]: row.get("psnr") for row in data.rows}
+        fewer = " / ".join(f"{psnr[f'{steps} steps']:.1f}" for steps in (16, 13, 10))
+        both = [(psnr[name], psnr[f"{name}, error feedback 0"]) for name in PRESETS]
+        line = [f"{value:.1f} ({plain:.1f})" for value, plain in both]
+        cells.append([data.record["settings"]["scheduler"], fewer, *line])
     return data.table(["", "16 / 13 / 10 steps", *PRESETS], cells)
 
 

@@ -39,7 +39,7 @@ class Browser:
         options = f"--headless --no-sandbox --disable-gpu --user-data-dir={profile}"
         command = f'exec "$0" {options} --remote-debugging-pipe 3<&{its_input} 4>&{its_output}'
         self.process = subprocess.Popen(
-            ["sh", "-c", command, find_browser()],
+            ["bash", "-c", command, find_browser()],
             pass_fds=(its_input, its_output),
             stderr=subprocess.DEVNULL,
         )

@@ -309,8 +309,8 @@ def contact_sheet(
 
     def write(text: str, x: int, y: int, room: int) -> None:
         note = figure.text(x / whole, 1 - y / total, text, va="top", fontsize=11)
-        while text and note.get_window_extent().width > room:
-            text = text[:-1]
+        while text and (width := note.get_window_extent().width) > room:
+            text = text[: min(len(text) - 1, int(len(text) * room / width))]
             note.set_text(text.rstrip() + "…")
 
     columns = [MARGIN + place * (width + MARGIN) for place in range(len(heads))]

@@ -21,6 +21,7 @@ from PIL import Image
 
 from ..errors import ToMeError
 from . import plots
+from .benchmark import CASE, summary
 from .environment import environment
 from .files import whole_file
 from .measure import Interval
@@ -41,14 +42,14 @@ def write_report(folder: RunFolder) -> Path:
     Returns:
         The page. It needs no other file and no network.
     """
-    frame, manifest = table(folder), folder.manifest
+    frame, manifest = _frame(folder), folder.manifest
     metrics = {
         name: Metric(name, about["label"], None, about["unit"], about["higher_is_better"])
         for name, about in manifest.get("metrics", {}).items()
     }
     columns = _columns(frame, metrics)
     cells = [[column[place] for column in columns.values()] for place in range(len(frame))]
-    settings, notes = _settings(manifest), [row["text"] for row in folder.find(kind="note")]
+    settings, notes = _settings(manifest, frame), [row["text"] for row in folder.find(kind="note")]
     about = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
     command = _command()
 
@@ -65,7 +66,7 @@ def write_report(folder: RunFolder) -> Path:
     versions = ", ".join(f"{name} {number}" for name, number in where.pop("versions").items())
     template = Environment(loader=PackageLoader(__package__), autoescape=True)
     html = template.get_template("report.html.j2").render(
-        title=f"{manifest.get('name', folder.path.name)}: methods compared",
+        title=f"{settings.get('model', folder.path.name)}: methods compared",
         about=about,
         heads=list(columns),
         rows=cells,
@@ -84,9 +85,21 @@ def write_report(folder: RunFolder) -> Path:
 # --- tables ---------------------------------------------------------------------------------------
 
 
+def _frame(folder: RunFolder) -> pd.DataFrame:
+    """The table of an evaluation; that of a benchmark with the same columns, case by case."""
+    if not folder.has(kind="case"):
+        return table(folder)
+    found = summary(folder)
+    found = found[found["note"].isna()].rename(columns={"peak_bytes": "memory"})
+    found[["speedup", "speedup_low", "speedup_high"]] = found[["median", "low", "high"]]
+    return found
+
+
 def _columns(frame: pd.DataFrame, metrics: Mapping[str, Metric]) -> dict[str, list[tuple]]:
     """Head -> (text, value to sort by) of each method; only of what was measured."""
     found = {"method": [(name, name) for name in frame["method"]]}
+    if "case" in frame and frame["case"].nunique() > 1:
+        found["case"] = [(case, case) for case in frame["case"]]
     if "speedup" in frame:
         ends = ["speedup", "speedup_low", "speedup_high", "rounds"]
         intervals = [
@@ -94,12 +107,13 @@ def _columns(frame: pd.DataFrame, metrics: Mapping[str, Metric]) -> dict[str, li
             for median, low, high, count in frame[ends].itertuples(index=False)
         ]
         found["times as fast"] = [_cell(one.median, one.text()) for one in intervals]
-    shown = {"s / image": ("seconds", "{:.4g}".format)}
+    of = "" if "case" in frame else " / image"
+    shown = {f"s{of}": ("seconds", "{:.4g}".format)}
     for name, metric in metrics.items():
         arrow = "↑" if metric.higher_is_better else "↓"
         shown[f"{metric.label} {arrow}"] = (name, metric.text)
-    shown["memory / image, MiB"] = ("memory", lambda value: f"{value / 2**20:.1f}")
-    shown["TFLOP / image"] = ("flops", lambda value: f"{value / 1e12:.4g}")
+    shown[f"memory{of}, MiB"] = ("memory", lambda value: f"{value / 2**20:.1f}")
+    shown[f"TFLOP{of}"] = ("flops", lambda value: f"{value / 1e12:.4g}")
     for head, (key, text) in shown.items():
         if key in frame:
             found[head] = [_cell(value, text(value)) for value in frame[key]]
@@ -183,7 +197,8 @@ def _rows(folder: RunFolder, frame: pd.DataFrame) -> list[dict[str, Any]]:
     found = []
     for row in json.loads(frame.to_json(orient="records")):
         row["kind"] = _kind(folder, row["method"])
-        rounds = folder.find(kind="round", method=row["method"])
+        keys = {key: row[key] for key in ("method", *CASE) if key in row}
+        rounds = folder.find(kind="case" if "case" in row else "round", **keys)
         row["round_seconds"] = [one["seconds"] for one in sorted(rounds, key=lambda r: r["turn"])]
         found.append({key: value for key, value in row.items() if value not in (None, [])})
     return found
@@ -191,15 +206,20 @@ def _rows(folder: RunFolder, frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _kind(folder: RunFolder, name: str) -> str:
     """What a method looks like in plots: one of ``plots.KINDS``, or its label."""
-    method = folder.manifest["methods"][name]
+    method = folder.manifest["methods"].get(name, {"kind": name, "label": name})
     return method["kind"] if method["kind"] == "fewer steps" else method["label"]
 
 
-def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(manifest: Mapping[str, Any], frame: pd.DataFrame) -> dict[str, Any]:
     request = manifest.get("request", {})
-    found = {"model": manifest.get("name"), **request, "dtype": manifest.get("dtype")}
+    found = {"model": manifest.get("name") or manifest.get("network"), **request}
+    found |= {key: manifest.get(key) for key in ("dtype", "clock")}
     found["scheduler"] = manifest.get("model", {}).get("scheduler")
-    found["size"] = "x".join(map(str, request.get("size") or ()))
+    if "case" in frame and frame["case"].nunique() == 1:
+        found |= {key: frame[key].iloc[0] for key in CASE}
+        found["batch_size"] = found.pop("batch")
+    found["size"] = "x".join(map(str, found.get("size") or ()))
+    found = json.loads(json.dumps(found, default=int))  # pandas has numbers of its own
     return {key: value for key, value in found.items() if value and key != "prompts"}
 
 
@@ -218,20 +238,25 @@ def _draw(folder: RunFolder, frame: pd.DataFrame, metrics: Mapping[str, Metric])
     """(Figure, path): each metric against speed-up; without metrics the speed-ups."""
     found = []
     timed = frame[frame["speedup"].notna()] if "speedup" in frame else frame[:0]
-    keys = ["method", "speedup", "speedup_low", "speedup_high"]
+    if not len(timed):
+        return found
+    cases = timed.groupby("case", sort=False) if "case" in timed else [("", timed)]
     for name in [name for name in metrics if name in frame] or ["speedup"]:
-        points = [
-            plots.Point(method, _kind(folder, method), speedup, value, low, high)
-            for method, speedup, low, high, value in timed[[*keys, name]].itertuples(index=False)
-        ] if len(timed) else []  # fmt: skip
-        if points and name == "speedup":
-            figure = plots.bars({"": points}, "times as fast as the baseline")
-            found.append((figure, folder.path / "speedup.png"))
-        elif points:
+        keys = ["method", "speedup", name, "speedup_low", "speedup_high"]
+        panels = {
+            case: [
+                plots.Point(method, _kind(folder, method), *values)
+                for method, *values in rows[keys].itertuples(index=False)
+            ]
+            for case, rows in cases
+        }
+        if name == "speedup":
+            figure = plots.bars(panels, "times as fast as the baseline")
+        else:
             metric = metrics[name]
             label = f"{metric.label} ({metric.unit})" if metric.unit else metric.label
-            figure = plots.fidelity({"": points}, label, metric.higher_is_better)
-            found.append((figure, folder.path / f"{name}.png"))
+            figure = plots.fidelity(panels, label, metric.higher_is_better)
+        found.append((figure, folder.path / f"{name}.png"))
     return found
 
 
