@@ -54,13 +54,6 @@ def measure_cost(
     if turns:
         folder.add({"kind": "environment", **environment(runner.device)})
     with progress_bar(steps, "measuring cost", show=progress) as bar:
-        for method in methods if turns else ():
-            bar.set_postfix_str(f"{method.name}, warm-up")
-            with warnings.catch_warnings():
-                # Of step caching, that so short a run skips nothing.
-                warnings.simplefilter("ignore")
-                _run(runner, method, numbers, bar, min(WARM_UP_STEPS, runner.steps))
-        _rounds(runner, methods, turns, folder, numbers, bar)
         calls: dict[int, list[Call]] = {}
         for method in once:
             bar.set_postfix_str(f"{method.name}, memory and operations")
@@ -68,6 +61,13 @@ def measure_cost(
             if count not in calls:
                 calls[count] = _network_calls(runner, numbers, count)
             folder.add(*_memory_and_flops(runner, method, numbers, calls[count], bar))
+        for method in methods if turns else ():
+            bar.set_postfix_str(f"{method.name}, warm-up")
+            with warnings.catch_warnings():
+                # Of step caching, that so short a run skips nothing.
+                warnings.simplefilter("ignore")
+                _run(runner, method, numbers, bar, min(WARM_UP_STEPS, runner.steps))
+        _rounds(runner, methods, turns, folder, numbers, bar)
 
 
 def _missing_turns(folder: RunFolder, methods: Sequence[Method], rounds: int) -> range:

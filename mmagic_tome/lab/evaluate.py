@@ -8,8 +8,10 @@ of a sum may depend on the batch, so a batch that lacks an image is run as a who
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -113,13 +115,16 @@ def evaluate(
         "images_per_timed_run": len(numbers),
     }
     show = progress and get_rank() == 0
-    with folder.writing(manifest):
+    with folder.writing(manifest), _frozen():
         _meet(folder)
         for name, reason in left_out.items():
             _note(folder, f"metric {name} is left out: {reason}")
+        if real is None and any(getattr(metric, "needs_base", False) for metric in chosen.values()):
+            _note(folder, "without real images, metrics of sets compare with the baseline's images")
         latents = any(metric.of == "latents" for metric in chosen.values())
         _make_images(runner, methods, folder, latents, show)
         _meet(folder)
+        _note_broken(folder, methods)
         _drop_without_latents(folder, chosen)
         measure_images(folder, methods, chosen, runner.device, show)
         measure_sets(folder, methods, chosen, runner.device, real, runner.size, show)
@@ -127,6 +132,17 @@ def evaluate(
         if rounds and get_rank() == 0:
             measure_cost(runner, methods, rounds, folder, numbers, show)
     return table(folder)
+
+
+@contextlib.contextmanager
+def _frozen() -> Iterator[None]:
+    """Leave what is loaded out of garbage collections: every timed run begins with one, which would
+    take a second."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _check_metrics(asked: Sequence[Any] | None, left_out: Mapping[str, str]) -> None:
@@ -236,6 +252,14 @@ def _save(
         "finite": own is None or bool(torch.isfinite(own).all()),
         **files,
     }
+
+
+def _note_broken(folder: RunFolder, methods: Sequence[Method]) -> None:
+    for method in methods:
+        images = folder.find(kind="image", method=method.name)
+        broken = sum(not row["finite"] for row in images)
+        if broken:
+            _note(folder, f"{broken} of {len(images)} images of {method.name} are not finite")
 
 
 def _drop_without_latents(folder: RunFolder, metrics: dict[str, Metric]) -> None:

@@ -17,6 +17,8 @@ T = TypeVar("T")
 
 # Ranks wait for the slowest. One that dies is noticed by the launcher, at once, and not by this.
 PATIENCE_SECONDS = 7 * 24 * 3600
+# What each launcher sets in the environment of its processes.
+_MARKS = {"pytorch": "RANK", "slurm": "SLURM_PROCID", "mpi": "OMPI_COMM_WORLD_LOCAL_RANK"}
 
 
 def start_ranks(launcher: str, device: str | torch.device) -> torch.device:
@@ -35,8 +37,11 @@ def start_ranks(launcher: str, device: str | torch.device) -> torch.device:
     device = torch.device(device)
     if launcher == "none":
         return device
-    if launcher == "pytorch" and "RANK" not in os.environ:
-        raise ToMeError("--launcher pytorch is for torchrun; start torchrun --nproc-per-node N")
+    if _MARKS[launcher] not in os.environ:
+        raise ToMeError(
+            f"--launcher {launcher}: this process was not started by it ({_MARKS[launcher]} is not "
+            "set); pytorch is for torchrun --nproc-per-node N"
+        )
     if device.type == "cuda":
         init_dist(launcher, backend="nccl", timeout=PATIENCE_SECONDS)
         return torch.device("cuda", torch.cuda.current_device())

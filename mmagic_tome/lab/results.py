@@ -79,12 +79,19 @@ class RunFolder:
 
     Rows are JSON-able dicts with a ``kind``::
 
-        {'kind': 'image', 'method', 'number', 'seed', 'prompt', 'file', ...}
-        {'kind': 'metric', 'method', 'metric', 'number': None for a set of images, 'value'}
+        {'kind': 'image', 'method', 'number', 'prompt', 'negative_prompt', 'seed', 'finite', 'file',
+         'strip' and 'frames' of a clip, 'latents'}
+        {'kind': 'metric', 'method', 'metric', 'number', 'value'}    # None: of no finite image
+        {'kind': 'metric', 'method', 'metric', 'number': None, 'value', 'others', 'against'}  # sets
+        {'kind': 'applied', 'method', 'stats', 'summary'}            # of the first batch
         {'kind': 'round', 'method', 'turn', 'seconds', 'network_seconds', 'step_seconds', 'images'}
-        {'kind': 'memory', 'method', 'run_bytes', 'network_bytes'}
-        {'kind': 'flops', 'method', 'run', 'network'}
-        {'kind': 'applied', 'method', 'stats', 'summary'}
+        {'kind': 'memory', 'method', 'run_bytes', 'network_bytes', 'operator', 'images'}
+        {'kind': 'flops', 'method', 'run', 'network', 'images'}
+        {'kind': 'environment', ...}                                 # when rounds began
+        {'kind': 'note', 'text'}
+
+    Seconds, bytes and operations are of a run of so many images; ``network`` is the part of the
+    network's calls.
 
     Args:
         path: Of :func:`new_folder`, or of an earlier run.

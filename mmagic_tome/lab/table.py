@@ -29,7 +29,7 @@ def table(folder: RunFolder) -> pd.DataFrame:
       ``certain`` (whether the interval excludes 1; None for the baseline), ``network_seconds`` and
       ``network_speedup``, ``rounds``;
     - ``memory`` and ``network_memory``: peak bytes per image of tensors above the weights, of a run
-      and of one call of the network; ``flops`` and ``network_flops`` per image;
+      and of its network's calls; ``flops`` and ``network_flops`` per image;
     - per metric its mean under its name; of those of single images also ``<metric>_worst`` and
       ``<metric>_p5``, which 5 % of the images are worse than; of sets what else belongs to it.
 

@@ -294,8 +294,9 @@ def test_two_ranks_make_the_rows_of_one(finished, tmp_path, monkeypatch):
 def test_launchers_say_what_they_need(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert start_ranks("none", "cpu") == torch.device("cpu")
-    with pytest.raises(ToMeError, match="is for torchrun"):
+    with pytest.raises(ToMeError, match="pytorch: this process was not started by it"):
         start_ranks("pytorch", "cpu")
+    monkeypatch.setenv("SLURM_PROCID", "0")
     with pytest.raises(ToMeError, match="slurm is for GPUs"):
         start_ranks("slurm", "cpu")
     assert share(range(3)) == [0, 1, 2]
@@ -350,8 +351,10 @@ def test_a_metric_that_cannot_be_computed_is_noted_or_an_error(tmp_path):
 
 
 def test_images_that_are_not_finite_are_in_no_mean(finished, tmp_path):
-    found = run(tmp_path, [HALF], ["psnr"], source=ToySource(bad=[3])).set_index("method")
+    folder = RunFolder(tmp_path)
+    found = run(folder, [HALF], ["psnr"], source=ToySource(bad=[3])).set_index("method")
     assert list(found["images"]) == [4, 4]
+    assert folder.has(kind="note", text="1 of 5 images of half are not finite")
     values = [
         row["value"]
         for row in finished.find(kind="metric", method="half", metric="psnr")
