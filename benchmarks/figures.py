@@ -64,8 +64,8 @@ class Data:
                 said.append(f"{settings[key]} {key}")
         if "guidance" in settings:
             said.append(f"{settings['scheduler']}, guidance {settings['guidance']:g}")
-        if "batch_size" in settings:
-            said.append(f"batch {settings['batch_size']}")
+        batch = settings.get("images_per_timed_run", settings.get("batch_size"))
+        said += [f"batch {batch}"] if batch else []
         if any("round_seconds" in row for row in self.rows):
             seconds = self["baseline"]["round_seconds"]
             said.append(f"{len(seconds)} rounds in {settings.get('order', 'balanced')} order")
@@ -199,7 +199,7 @@ def with_weights(page: Path, name: str, group: str = "") -> str:
 
 def schedulers(page: Path) -> str:
     """PSNR of the named settings with other schedulers, in brackets without error feedback."""
-    names = ["step_caching", *(f"scheduler_{one}" for one in ("euler", "dpm", "unipc", "pndm"))]
+    names = ["step_caching", *(f"scheduler_{one}" for one in ("euler", "dpm", "pndm"))]
     cells = []
     for data in (Data(page, name) for name in [*names, "scheduler_ancestral"]):
         psnr = {row["method"]: row.get("psnr") for row in data.rows}

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from PIL import Image
+
+from .files import whole_file
 
 # Colours that colour-blind readers tell apart (Okabe and Ito), and shapes for print.
 KINDS = {
@@ -81,13 +82,10 @@ def save(figure: Figure, path: str | Path) -> Path:
         figure: Of this module.
         path: With the suffix of the format, such as ``.png``.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format=path.suffix[1:], dpi=DPI, metadata={"Software": None})
-    part = path.with_name(f".part.{path.name}")
-    part.write_bytes(drawn.getvalue())
-    return part.replace(path)
+    look = {"format": Path(path).suffix[1:], "dpi": DPI, "metadata": {"Software": None}}
+    with whole_file(path) as part:
+        figure.savefig(part, **look)
+    return Path(path)
 
 
 def _figure(width: float, height: float, panels: int) -> tuple[Figure, list[Any]]:
@@ -211,30 +209,21 @@ def _shared(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 @matplotlib.rc_context(STYLE)
-def bars(panels: Mapping[str, Sequence[Point]], xlabel: str, baseline: float | None = 1) -> Figure:
-    """Draw horizontal bars with intervals.
+def bars(panels: Mapping[str, Sequence[Point]], xlabel: str) -> Figure:
+    """Draw horizontal bars with intervals, and a line at 1, the baseline's speed-up.
 
     Args:
-        panels: Title -> points; points of one name are a group, a bar for each kind.
+        panels: Title -> points.
         xlabel: Name and unit of x.
-        baseline: Where to draw a dotted line. Default: 1, the baseline's speed-up.
     """
     longest = max(len(points) for points in panels.values())
     figure, all_axes = _figure(1.6 + 6.8 * len(panels), 1.4 + 0.32 * longest, len(panels))
     for axes, (title, points) in zip(all_axes, panels.items()):
-        names = list(dict.fromkeys(point.name for point in points))
-        kinds = list(dict.fromkeys(point.kind for point in points))
-        if len(names) == len(points):  # no groups: a bar for each name
-            kinds = kinds[:1]
-        height = 0.8 / len(kinds)
-        for point in points:
-            place = kinds.index(point.kind) if len(kinds) > 1 else 0
-            y = names.index(point.name) + (place - (len(kinds) - 1) / 2) * height
-            axes.barh(y, point.x, 0.9 * height, error_kw={"elinewidth": 1}, **point.look())
-        if baseline is not None:
-            axes.axvline(baseline, color="black", linewidth=0.8, linestyle=":")
+        for place, point in enumerate(points):
+            axes.barh(place, point.x, 0.7, error_kw={"elinewidth": 1}, **point.look())
+        axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
         axes.set(title=title, xlabel=xlabel)
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(points)), [point.name for point in points])
         axes.grid(axis="y", visible=False)
     all_axes[0].invert_yaxis()
     _legend(figure)

@@ -193,13 +193,14 @@ def _short(text: str) -> float:
 
 
 def _rows(folder: RunFolder, frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """The table's rows, with the seconds of all rounds."""
+    """The table's rows, with the seconds of all rounds, per image."""
     found = []
     for row in json.loads(frame.to_json(orient="records")):
         row["kind"] = _kind(folder, row["method"])
         keys = {key: row[key] for key in ("method", *CASE) if key in row}
         rounds = folder.find(kind="case" if "case" in row else "round", **keys)
-        row["round_seconds"] = [one["seconds"] for one in sorted(rounds, key=lambda r: r["turn"])]
+        rounds = sorted(rounds, key=lambda one: one["turn"])
+        row["round_seconds"] = [one["seconds"] / one.get("images", 1) for one in rounds]
         found.append({key: value for key, value in row.items() if value not in (None, [])})
     return found
 
@@ -213,7 +214,7 @@ def _kind(folder: RunFolder, name: str) -> str:
 def _settings(manifest: Mapping[str, Any], frame: pd.DataFrame) -> dict[str, Any]:
     request = manifest.get("request", {})
     found = {"model": manifest.get("name") or manifest.get("network"), **request}
-    found |= {key: manifest.get(key) for key in ("dtype", "clock")}
+    found |= {key: manifest.get(key) for key in ("dtype", "clock", "images_per_timed_run")}
     found["scheduler"] = manifest.get("model", {}).get("scheduler")
     if "case" in frame and frame["case"].nunique() == 1:
         found |= {key: frame[key].iloc[0] for key in CASE}
