@@ -121,7 +121,9 @@ def _columns(frame: pd.DataFrame, metrics: Mapping[str, Metric]) -> dict[str, li
 
 
 def _cell(value: float, text: str) -> tuple[str, Any]:
-    return ("", "") if math.isnan(value) else (text, value)
+    if math.isnan(value):
+        return "", ""
+    return text, value if math.isfinite(value) else "Infinity"  # as the page's script has it
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -181,15 +183,15 @@ def save_record(
         "rows": "ROWS",
     }
     # JSON has no word for infinities and NaN; six digits are more than is measured.
-    lines = [json.loads(json.dumps(row), parse_constant=str, parse_float=_short) for row in rows]
-    lines = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in lines)
+    clean = {
+        "parse_constant": lambda word: None,
+        "parse_float": lambda text: float(f"{float(text):.6g}"),
+    }
+    lines = [json.dumps(json.loads(json.dumps(row), **clean), ensure_ascii=False) for row in rows]
+    lines = ",\n".join(f"  {line}" for line in lines)
     text = json.dumps(record, indent=1, ensure_ascii=False).replace('"ROWS"', f"[\n{lines}\n ]")
     with whole_file(path) as part:
         part.write_text(text + "\n", encoding="utf-8")
-
-
-def _short(text: str) -> float:
-    return float(f"{float(text):.6g}")
 
 
 def _rows(folder: RunFolder, frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@
 import base64
 import io
 import json
+import math
 import re
 from statistics import median
 
@@ -23,7 +24,7 @@ METHODS = [
     ("baseline", "baseline", "baseline", 1.0, None),
     ("ToMe <0.5>", "ours", "merging", 1.02, 35.0),
     ("balanced", "ours", "caching", 1.6, 56.0),
-    ("13 steps", "fewer steps", "13 steps", 1.5, 44.0),
+    ("13 steps", "fewer steps", "13 steps", 1.5, math.inf),
 ]
 PROMPT, IMAGES, ROUNDS = "an <i>apple</i> </script>", 3, 7
 
@@ -85,10 +86,10 @@ def test_files_hold_the_same_values_as_the_rows(folder):
         assert row["speedup"] == pytest.approx(speedup, rel=1e-5)
         assert f"| {name} | " in table and f"{speedup:.2f}x" in table
         if psnr is not None:
-            errors = [10 ** (-(psnr + number) / 10) for number in range(IMAGES)]
-            mean = -10 * np.log10(np.mean(errors))  # of squared errors
+            error = np.mean([10 ** (-(psnr + number) / 10) for number in range(IMAGES)])
+            mean = -10 * math.log10(error) if error else math.inf  # of squared errors
             assert frame["psnr"][place] == pytest.approx(mean)
-            assert f"{mean:.2f} dB" in table
+            assert (f"{mean:.2f} dB" if error else "identical") in table
     assert "~1.0" in table, "the speed-up of merging is not certain"
     assert [row["kind"] for row in record["rows"]][1:] == ["merging", "caching", "fewer steps"]
     assert record["settings"] == {
@@ -127,7 +128,7 @@ def test_a_browser_sorts_the_table_and_uncovers_images(folder, tmp_path, dark):
         page.click("th:nth-child(2) button")
         assert column(page, 0) == [names[i] for i in (2, 3, 1, 0)]
         page.click("th:nth-child(4) button")  # the baseline has no PSNR: last
-        assert column(page, 0) == [names[i] for i in (1, 3, 2, 0)]
+        assert column(page, 0) == [names[i] for i in (1, 2, 3, 0)]
 
         assert page.run("document.querySelector('figcaption').firstChild.data") == PROMPT
         said = page.run("document.querySelector('figcaption div').innerText")
@@ -208,5 +209,5 @@ def test_a_record_has_no_words_that_json_does_not_know(tmp_path):
     save_record(tmp_path / "x.json", {"model": "m"}, rows)
     text = (tmp_path / "x.json").read_text()
     record = json.loads(text, parse_constant=lambda word: pytest.fail(word))
-    assert record["rows"][0]["values"][2] == 0.123457 and record["rows"][0]["count"] == 3
+    assert record["rows"] == [{"values": [None, None, 0.123457], "count": 3}]
     assert {"command", "date", "environment", "settings", "rows"} == set(record)
