@@ -19,7 +19,7 @@ STAMP := $(VENV)/.installed-$(firstword $(shell cat $(SETUP_FILES) | cksum))
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format benchmark wheel clean
+.PHONY: help venv demo test lint format benchmark figures wheel clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ format: $(STAMP) ## mend what ruff can mend
 
 benchmark: $(STAMP) ## time dense, merged, tomesd and the ideal (BENCHMARK_ARGS='...')
 	$(PY) tools/benchmark.py $(BENCHMARK_ARGS)
+
+figures: $(STAMP) ## write all tables and plots of the pages from benchmarks/data
+	$(PY) benchmarks/figures.py
 
 wheel: $(STAMP) ## build dist/*.whl
 	rm -rf build dist

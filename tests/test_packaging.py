@@ -87,7 +87,8 @@ def test_wheel_holds_what_it_should(wheel):
     assets = files_below("mmagic_tome/assets")
     weights = [name for name in assets if name.endswith(".safetensors")]
     assert len(weights) >= 3, "the demo model (unet, vae, text_encoder) is package data"
-    expected = mim | assets | {"mmagic_tome/.mim/model-index.yml", "mmagic_tome/apply.py"}
+    expected = mim | assets | files_below("mmagic_tome/lab/templates")
+    expected |= {"mmagic_tome/.mim/model-index.yml", "mmagic_tome/apply.py"}
     assert expected <= set(names)
     strays = [n for n in names if not re.match(r"mmagic_tome(/|-[\d.]+\.dist-info/)", n)]
     assert not strays

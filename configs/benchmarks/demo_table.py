@@ -13,7 +13,7 @@ evaluation = dict(
         *[dict(name=f"ToMe {r:g}", tome_cfg=dict(ratio=r)) for r in (0.25, 0.5, 0.75)],
         dict(name="ToMe 0.5, regular", tome_cfg=dict(ratio=0.5, use_rand=False)),
         # Other options and methods of this package.
-        dict(name="ToMe 0.5, plans for 4 steps", tome_cfg=dict(ratio=0.5, plan_interval=4)),
+        dict(name="ToMe 0.5, plan_interval 4", tome_cfg=dict(ratio=0.5, plan_interval=4)),
         *[
             dict(name=f"{label} 0.5", tome_cfg=dict(ratio=0.5, method=method))
             for label, method in (("PiToMe", "pitome"), ("ToFu", "tofu"))
