@@ -56,7 +56,9 @@ def new_folder(work_dir: str | os.PathLike, resume: bool = False) -> Path:
 
 
 def _newest(work_dir: Path) -> Path:
-    runs = [path for path in work_dir.glob("*") if _STAMP.fullmatch(path.name)]
+    # Those without a manifest are of commands that do not go on, such as infer.
+    stamped = [path for path in work_dir.glob("*") if _STAMP.fullmatch(path.name)]
+    runs = [path for path in stamped if (path / "manifest.json").exists()]
     if not runs:
         raise ToMeError(f"--resume: no run in {work_dir} to go on with; leave out --resume")
     return max(runs, key=lambda path: path.name)
