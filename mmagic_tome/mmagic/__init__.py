@@ -63,8 +63,6 @@ def register_all():
     when_imported(
         "mmpretrain.registry", functools.partial(_call, "vit.registry", "register_mmpretrain")
     )
-    when_imported("mmengine.visualization", functools.partial(_import, "visualization.backend"))
-    when_imported("mmengine.runner.runner", functools.partial(_call, "visualization", "connect"))
     when_imported("mmengine.config.utils", _register_config_package)
     from .hooks import register_all as register_hooks
 

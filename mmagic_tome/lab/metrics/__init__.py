@@ -78,13 +78,15 @@ def available(
         Name -> metric, and name -> why it is left out, in one line.
 
     Raises:
-        ToMeError: A name or option that no metric has.
+        ToMeError: A name or option that no metric has; a name twice.
     """
     metrics, missing = {}, {}
     for entry in names:
         options = {"name": entry} if isinstance(entry, str) else dict(entry)
         name = options.pop("name", None)
         _function(NAMES, name, options)
+        if name in metrics or name in missing:
+            raise ToMeError(f"metric {name!r} is named twice")
         try:
             metric = _build(NAMES, name, options)
             metric.check(size, count)

@@ -133,9 +133,7 @@ class PipelineSource(Source):
                 return
             except ToMeError as known:
                 error = known
-            except (
-                Exception
-            ):  # whatever a class does that torch's meta device cannot: loading tells
+            except Exception:  # a class that torch's meta device cannot build: loading tells
                 return
         raise error
 

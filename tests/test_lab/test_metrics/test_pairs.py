@@ -136,6 +136,8 @@ def test_unknown_names_and_options_are_errors():
         paired("lpips", net="squeeze2")
     with pytest.raises(ToMeError, match="unknown metric 'fidd'"):
         available(["psnr", "fidd"])
+    with pytest.raises(ToMeError, match="'psnr' is named twice"):
+        available(["psnr", "psnr"])
     with pytest.raises(ToMeError, match="no option 'nett'"):
         available([{"name": "lpips", "nett": "vgg"}])
 

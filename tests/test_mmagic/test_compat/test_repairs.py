@@ -528,6 +528,28 @@ def test_inferencers_of_configs_without_a_test(monkeypatch):
     assert Inferencer._init_pipeline is repaired
 
 
+def test_a_placeholder_of_several_vectors_is_decoded_as_its_name(tmp_path):
+    import tiny
+
+    archs = pytest.importorskip("mmagic.models.archs")
+    tiny._write_tokenizer(tmp_path, 1024)
+    tokenizer = archs.TokenizerWrapper(str(tmp_path))
+    tokenizer.add_placeholder_token("emoji", num_vec_per_token=3)
+    tokenizer.add_placeholder_token("style")
+    numbers = tokenizer.encode("a emoji in style").input_ids
+    assert numbers[2:5] == [1024, 1025, 1026]
+    assert "emoji_2" in tokenizer.decode(numbers, return_raw=True)
+    texts = [
+        tokenizer.decode(numbers),
+        *tokenizer.replace_text_with_placeholder_tokens(["emoji_0 emoji_1 emoji_2"]),
+    ]
+    for text in texts:
+        assert "emoji" in text and "emoji_" not in text
+    repaired = archs.TokenizerWrapper.replace_text_with_placeholder_tokens
+    run_repair(repairs.mmagic_placeholder_tokens)  # nothing to repair any more
+    assert archs.TokenizerWrapper.replace_text_with_placeholder_tokens is repaired
+
+
 # --- the list of them -----------------------------------------------------------------------------
 
 

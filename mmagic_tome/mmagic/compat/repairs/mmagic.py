@@ -164,3 +164,28 @@ def mmagic_inferencer_without_test_data():
         return None if cfg.get("test_dataloader") is None else init(self, cfg)
 
     inferencer._init_pipeline = _init_pipeline
+
+
+@repairs("mmagic.models.archs.tokenizer", lasting=True)
+def mmagic_placeholder_tokens():
+    """transformers >= 5: a placeholder of several vectors is decoded as "name_0name_1".
+
+    MMagic's tokenizer turns them back into the placeholder's name where spaces are between them,
+    and transformers 5 puts none there.
+    """
+    yield
+    wrapper = sys.modules["mmagic.models.archs.tokenizer"].TokenizerWrapper
+    replace = wrapper.replace_text_with_placeholder_tokens
+    tokenizer = types.SimpleNamespace(token_map={"name": ["name_0", "name_1"]})
+    if replace(tokenizer, "name_0name_1") == "name":
+        return
+
+    @functools.wraps(replace)
+    def replace_text_with_placeholder_tokens(self, text):
+        text = replace(self, text)
+        if isinstance(text, str):  # of a list, each text was one of these calls
+            for placeholder, tokens in self.token_map.items():
+                text = text.replace("".join(tokens), placeholder)
+        return text
+
+    wrapper.replace_text_with_placeholder_tokens = replace_text_with_placeholder_tokens
