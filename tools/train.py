@@ -6,13 +6,7 @@
 The same as ``python -m mmagic_tome train``.
 """
 
-import sys
-from pathlib import Path
-
-# A checkout runs its own package, and no name in this folder hides an installed module.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from mmagic_tome.mmagic.entry import train_main  # noqa: E402
+from _start import start
 
 if __name__ == "__main__":
-    sys.exit(train_main())
+    start("train")

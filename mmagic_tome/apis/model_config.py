@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .. import ToMeError
-from ..mmagic.spellings import read, translate_tomesd
+from ..mmagic.config_keys import read, translate_tomesd
 from ..settings import Setting
 from .assets import PACKAGE_ROOT
 

@@ -16,7 +16,7 @@ from ...config import ToMeConfig
 from ...errors import ToMeError
 from ...handle import ToMeHandle
 from ...settings import Handles
-from ..spellings import KEYS, read
+from ..config_keys import KEYS, read
 from .subject import model_of
 
 

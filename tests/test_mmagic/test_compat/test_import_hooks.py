@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-from mmagic_tome.mmagic.compat.watch import _WATCHER, around_import, when_imported
+from mmagic_tome.mmagic.compat.import_hooks import _IMPORT_HOOK, around_import, when_imported
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def module_file(tmp_path, monkeypatch):
     yield write
     for name in written:
         sys.modules.pop(name, None)
-        _WATCHER.pop(name)
+        _IMPORT_HOOK.pop(name)
 
 
 def recorder(events, label):
@@ -45,9 +45,9 @@ def recorder(events, label):
 
 
 def test_callbacks_enclose_the_first_import_only(module_file):
-    name = module_file("tome_watch_order", "import tome_watch_events as e\ne.events.append('body')")
+    name = module_file("tome_hook_order", "import tome_hook_events as e\ne.events.append('body')")
     events = []
-    sys.modules["tome_watch_events"] = types.SimpleNamespace(events=events)
+    sys.modules["tome_hook_events"] = types.SimpleNamespace(events=events)
     around_import(name, recorder(events, "a"))
     around_import(name, recorder(events, "b"))
     assert events == []
@@ -55,11 +55,11 @@ def test_callbacks_enclose_the_first_import_only(module_file):
     assert events == ["before a", "before b", "body", "after b", "after a"]
     importlib.reload(module)
     assert events[5:] == ["body"]
-    del sys.modules["tome_watch_events"]
+    del sys.modules["tome_hook_events"]
 
 
 def test_asking_for_a_spec_is_not_importing(module_file):
-    name = module_file("tome_watch_spec", "value = 1")
+    name = module_file("tome_hook_spec", "value = 1")
     events = []
     around_import(name, recorder(events, name))
     assert importlib.util.find_spec(name) is not None
@@ -69,7 +69,7 @@ def test_asking_for_a_spec_is_not_importing(module_file):
 
 
 def test_the_module_is_an_ordinary_one(module_file):
-    name = module_file("tome_watch_plain", "def f():\n    return 1\n")
+    name = module_file("tome_hook_plain", "def f():\n    return 1\n")
     around_import(name, contextlib.nullcontext)
     module = importlib.import_module(name)
     assert isinstance(module.__spec__.loader, importlib.machinery.SourceFileLoader)
@@ -78,7 +78,7 @@ def test_the_module_is_an_ordinary_one(module_file):
 
 
 def test_a_failing_import_fails_as_it_would(module_file):
-    name = module_file("tome_watch_error", "raise ValueError('mine')")
+    name = module_file("tome_hook_error", "raise ValueError('mine')")
     events = []
     around_import(name, recorder(events, name))
     with pytest.raises(ValueError, match="mine"):
@@ -88,27 +88,27 @@ def test_a_failing_import_fails_as_it_would(module_file):
 
 
 def test_a_missing_module_is_missing():
-    around_import("tome_watch_nowhere", contextlib.nullcontext)
+    around_import("tome_hook_nowhere", contextlib.nullcontext)
     try:
         with pytest.raises(ModuleNotFoundError):
-            importlib.import_module("tome_watch_nowhere")
-        assert importlib.util.find_spec("tome_watch_nowhere") is None
+            importlib.import_module("tome_hook_nowhere")
+        assert importlib.util.find_spec("tome_hook_nowhere") is None
     finally:
-        _WATCHER.pop("tome_watch_nowhere")
+        _IMPORT_HOOK.pop("tome_hook_nowhere")
 
 
-def test_the_watcher_leaves_when_nothing_waits(module_file, monkeypatch):
-    monkeypatch.setattr(_WATCHER, "waiting", {})
-    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if f is not _WATCHER])
-    name = module_file("tome_watch_leave", "")
+def test_the_import_hook_leaves_when_nothing_waits(module_file, monkeypatch):
+    monkeypatch.setattr(_IMPORT_HOOK, "waiting", {})
+    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if f is not _IMPORT_HOOK])
+    name = module_file("tome_hook_leave", "")
     around_import(name, contextlib.nullcontext)
-    assert sys.meta_path[0] is _WATCHER
+    assert sys.meta_path[0] is _IMPORT_HOOK
     importlib.import_module(name)
-    assert _WATCHER not in sys.meta_path
+    assert _IMPORT_HOOK not in sys.meta_path
 
 
 def test_callbacks_wait_again_after_a_failed_import(module_file):
-    name = module_file("tome_watch_again", "raise ValueError('a dependency is missing')")
+    name = module_file("tome_hook_again", "raise ValueError('a dependency is missing')")
     events = []
     around_import(name, recorder(events, "a"))
     around_import(name, recorder(events, "b"))
@@ -118,7 +118,7 @@ def test_callbacks_wait_again_after_a_failed_import(module_file):
     module_file(name, "value = 'now it is installed, and the file has another length'")
     importlib.import_module(name)
     assert events == ["before a", "before b", "after b", "after a"]
-    assert name not in _WATCHER.waiting
+    assert name not in _IMPORT_HOOK.waiting
 
 
 def test_an_action_after_an_import_or_now(tmp_path, monkeypatch):

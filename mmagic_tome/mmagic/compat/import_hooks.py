@@ -1,10 +1,10 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Run something around the first import of a module, and not before.
 
-A repair belongs to the module it cures: ``import mmagic_tome`` must not cost a
-diffusers user the import of mmcv and MMagic, and a repair that is in place only
+A patch belongs to one module: ``import mmagic_tome`` must not cost a
+diffusers user the import of mmcv and MMagic, and a patch that is in place only
 while one module is imported cannot disturb any other. So :func:`around_import`
-waits, and the watcher leaves ``sys.meta_path`` when nothing is left to wait for.
+waits, and the hook leaves ``sys.meta_path`` when nothing is left to wait for.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ def around_import(name, callback):
             about to run. The context it returns encloses that code, and learns of
             an exception that ends it; it is called again at the next attempt then.
     """
-    _WATCHER.waiting.setdefault(name, []).append(callback)
-    if _WATCHER not in sys.meta_path:
-        sys.meta_path.insert(0, _WATCHER)
+    _IMPORT_HOOK.waiting.setdefault(name, []).append(callback)
+    if _IMPORT_HOOK not in sys.meta_path:
+        sys.meta_path.insert(0, _IMPORT_HOOK)
 
 
 def when_imported(name, action):
@@ -48,7 +48,7 @@ def when_imported(name, action):
     around_import(name, after)
 
 
-class _Watcher(importlib.abc.MetaPathFinder):
+class _ImportHook(importlib.abc.MetaPathFinder):
     """Finds what the other finders find, with a loader that calls back."""
 
     def __init__(self):
@@ -102,7 +102,7 @@ class _Loader(importlib.abc.Loader):
         # resource readers meet the loader they would have met without us.
         module.__spec__.loader = module.__loader__ = self.real
         name = module.__name__
-        callbacks = _WATCHER.pop(name)
+        callbacks = _IMPORT_HOOK.pop(name)
         try:
             with contextlib.ExitStack() as stack:
                 for callback in callbacks:
@@ -115,4 +115,4 @@ class _Loader(importlib.abc.Loader):
             raise
 
 
-_WATCHER = _Watcher()
+_IMPORT_HOOK = _ImportHook()

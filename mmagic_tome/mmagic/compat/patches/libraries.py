@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Repairs of libraries that MMagic imports."""
+"""Patches of libraries that MMagic imports."""
 
 import contextlib
 import functools
@@ -14,10 +14,10 @@ import sys
 import types
 import warnings
 
-from .base import Absent, is_installed, repairs, standing_in
+from .base import Absent, is_installed, patch_of, standing_in
 
 
-@repairs("torchvision")
+@patch_of("torchvision")
 def torchvision_operators():
     """torchvision built for another torch: "operator torchvision::nms does not exist".
 
@@ -48,7 +48,7 @@ def torchvision_operators():
     yield
 
 
-@repairs("mmagic.utils.trans_utils")
+@patch_of("mmagic.utils.trans_utils")
 def numpy_bool8():
     """numpy 2: "module 'numpy' has no attribute 'bool8'"."""
     import numpy as np
@@ -64,7 +64,7 @@ def numpy_bool8():
         del np.bool8
 
 
-@repairs("mmcv.ops")
+@patch_of("mmcv.ops")
 def mmcv_compiled_operators():
     """mmcv-lite: "No module named 'mmcv._ext'".
 
@@ -84,7 +84,7 @@ def mmcv_compiled_operators():
         yield
 
 
-@repairs("mmagic.models.editors.vico.vico_utils")
+@patch_of("mmagic.models.editors.vico.vico_utils")
 def diffusers_unet_module():
     """diffusers >= 0.29: "No module named 'diffusers.models.unet_2d_condition'"."""
     if is_installed("diffusers.models.unet_2d_condition"):
@@ -94,7 +94,7 @@ def diffusers_unet_module():
         yield
 
 
-@repairs("mmagic.models.editors.animatediff.animatediff_utils")
+@patch_of("mmagic.models.editors.animatediff.animatediff_utils")
 def diffusers_paint_by_example():
     """diffusers >= 0.38: "No module named 'diffusers.pipelines.paint_by_example'".
 
@@ -109,7 +109,7 @@ def diffusers_paint_by_example():
         yield
 
 
-@repairs("mmagic.models.archs")
+@patch_of("mmagic.models.archs")
 def diffusers_broken_names():
     """one pipeline is broken and none works: "Failed to import diffusers.pipelines...".
 
@@ -138,7 +138,7 @@ def diffusers_broken_names():
             delattr(package, name)
 
 
-@repairs("mmagic.models", lasting=True)
+@patch_of("mmagic.models", lasting=True)
 def transformers_text_model():
     """transformers >= 5: "'CLIPTextModel' object has no attribute 'text_model'".
 
@@ -168,7 +168,7 @@ def transformers_text_model():
     yield
 
 
-@repairs("mmagic.models.editors.stable_diffusion.clip_wrapper", lasting=True)
+@patch_of("mmagic.models.editors.stable_diffusion.clip_wrapper", lasting=True)
 def transformers_feature_extractor():
     """transformers >= 5: "No module named 'transformers.models.clip.feature_extraction_clip'".
 
@@ -195,7 +195,7 @@ def transformers_feature_extractor():
     checker.__init__ = __init__
 
 
-@repairs("controlnet_aux")
+@patch_of("controlnet_aux")
 def mediapipe_solutions():
     """mediapipe >= 1: "module 'mediapipe' has no attribute 'solutions'".
 
@@ -216,41 +216,38 @@ def mediapipe_solutions():
         yield
 
 
-@repairs("mmagic.apis.inferencers.controlnet_animation_inferencer")
+@patch_of("mmagic.apis.inferencers.controlnet_animation_inferencer")
 def controlnet_aux_missing():
     """controlnet_aux missing or broken: "No module named 'controlnet_aux'".
 
-    One of MMagic's inferencers needs it, and all of them are imported together. The
-    stand-in lets the others work and says what is missing where it is used.
+    One of MMagic's inferencers needs it, and all of them are imported together.
     """
-    try:
-        importlib.import_module("controlnet_aux")
-        return
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-    remedy = f"it cannot be imported ({reason}): pip install controlnet_aux"
-    with standing_in("controlnet_aux", Absent("controlnet_aux", remedy)):
-        yield
+    yield from _absent_if_broken("controlnet_aux")
 
 
-@repairs("mmagic.datasets.transforms.albu_function")
+@patch_of("mmagic.datasets.transforms.albu_function")
 def albumentations_missing():
     """albumentations missing or broken: "No module named 'albumentations'".
 
-    Some augmentations for training need it, and ``pip install mmagic`` does not bring it;
-    every inferencer imports MMagic's metrics, and they import the augmentations.
+    Some augmentations for training need it, and ``pip install mmagic`` does not bring it; every
+    inferencer imports MMagic's metrics, and they import the augmentations.
     """
+    yield from _absent_if_broken("albumentations")
+
+
+def _absent_if_broken(name):
+    """Replace a module during an import; the stand-in says what is missing where it is used."""
     try:
-        importlib.import_module("albumentations")
+        importlib.import_module(name)
         return
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-    remedy = f"it cannot be imported ({reason}): pip install albumentations"
-    with standing_in("albumentations", Absent("albumentations", remedy)):
+    absent = Absent(name, f"it cannot be imported ({reason}): pip install {name}")
+    with standing_in(name, absent):
         yield
 
 
-@repairs("mmengine.utils.package_utils", lasting=True)
+@patch_of("mmengine.utils.package_utils", lasting=True)
 def mmengine_pkg_resources():
     """setuptools >= 81 or none: "No module named 'pkg_resources'".
 
@@ -301,7 +298,7 @@ def _get_installed_path(package):
     return os.path.dirname(spec.origin)
 
 
-@repairs("mmengine.runner.checkpoint", lasting=True)
+@patch_of("mmengine.runner.checkpoint", lasting=True)
 def mmengine_resume():
     """torch >= 2.6: "Weights only load failed" when a Runner resumes from its own checkpoint.
 

@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Each repair alone: it acts on its symptom, leaves no trace that is not needed, and
+"""Each patch alone: it acts on its symptom, leaves no trace that is not needed, and
 touches nothing where the symptom is absent (full mmcv, older or matching libraries)."""
 
 import collections
@@ -13,12 +13,13 @@ import types
 import pytest
 
 from mmagic_tome.mmagic import compat
-from mmagic_tome.mmagic.compat import repairs
+from mmagic_tome.mmagic.compat.patches import PATCHES, libraries, patch_of
+from mmagic_tome.mmagic.compat.patches import mmagic as of_mmagic
 
 
-def finds_nothing(repair):
-    """Whether a repair returns without doing anything."""
-    return next(repair(), "nothing") == "nothing"
+def finds_nothing(patch):
+    """Whether a patch returns without doing anything."""
+    return next(patch(), "nothing") == "nothing"
 
 
 def fake_package(monkeypatch, name, **attributes):
@@ -54,11 +55,11 @@ def without(monkeypatch):
     return hide
 
 
-def test_every_repair_states_its_symptom():
-    assert len(repairs.REPAIRS) == len({repair.__name__ for repair in repairs.REPAIRS}) >= 11
-    for repair in repairs.REPAIRS:
-        assert 20 < len(repair.symptom) < 120
-        assert '"' in repair.symptom, "the error message itself, to be found by a search"
+def test_every_patch_states_its_symptom():
+    assert len(PATCHES) == len({patch.__name__ for patch in PATCHES}) >= 11
+    for patch in PATCHES:
+        assert 20 < len(patch.symptom) < 120
+        assert '"' in patch.symptom, "the error message itself, to be found by a search"
 
 
 # --- torchvision ----------------------------------------------------------------------------------
@@ -83,7 +84,7 @@ def test_torchvision_that_loads_is_left_alone(torchvision_folder, monkeypatch):
 
     torch.ops.torchvision.nms = "compiled"
     monkeypatch.setattr(torch.library, "Library", None)  # calling it would raise
-    assert finds_nothing(repairs.torchvision_operators)
+    assert finds_nothing(libraries.torchvision_operators)
     assert torchvision_folder[0].endswith("_C.so")
 
 
@@ -98,9 +99,9 @@ def test_torchvision_that_does_not_load(torchvision_folder, monkeypatch):
     monkeypatch.setattr(torch.ops, "load_library", fail)
     monkeypatch.setattr(torch.library, "Library", lambda *args: library)
     # Puts the real one back: its declarations end with it, over which torch.export stumbles.
-    monkeypatch.setattr(repairs.torchvision_operators, "library", None, raising=False)
-    repair = repairs.torchvision_operators()
-    next(repair)
+    monkeypatch.setattr(libraries.torchvision_operators, "library", None, raising=False)
+    patch = libraries.torchvision_operators()
+    next(patch)
     assert [schema.partition("(")[0] for schema in defined] == ["nms", "qnms"]
 
 
@@ -111,7 +112,7 @@ def test_numpy_with_bool8_is_left_alone(monkeypatch, recwarn):
     import numpy as np
 
     monkeypatch.setattr(np, "bool8", np.bool_, raising=False)
-    assert finds_nothing(repairs.numpy_bool8)
+    assert finds_nothing(libraries.numpy_bool8)
     assert np.bool8 is np.bool_
     assert not recwarn.list
 
@@ -120,10 +121,10 @@ def test_numpy_bool8_is_there_during_the_import_only(monkeypatch):
     import numpy as np
 
     monkeypatch.delattr(np, "bool8", raising=False)
-    repair = repairs.numpy_bool8()
-    next(repair, None)
+    patch = libraries.numpy_bool8()
+    next(patch, None)
     assert np.bool8 is np.bool_
-    next(repair, None)
+    next(patch, None)
     assert not hasattr(np, "bool8")
 
 
@@ -133,20 +134,20 @@ def test_numpy_bool8_is_there_during_the_import_only(monkeypatch):
 def test_full_mmcv_is_left_alone(monkeypatch):
     fake_package(monkeypatch, "mmcv")
     compiled = fake_package(monkeypatch, "mmcv._ext", nms="compiled")
-    assert finds_nothing(repairs.mmcv_compiled_operators)
+    assert finds_nothing(libraries.mmcv_compiled_operators)
     assert sys.modules["mmcv._ext"] is compiled
 
 
 def test_mmcv_lite_stand_in(monkeypatch):
     fake_package(monkeypatch, "mmcv")
     monkeypatch.delitem(sys.modules, "mmcv._ext", raising=False)
-    repair = repairs.mmcv_compiled_operators()
-    next(repair)
+    patch = libraries.mmcv_compiled_operators()
+    next(patch)
     extension = importlib.import_module("mmcv._ext")
     assert not hasattr(extension, "__spec_of_something__")
     with pytest.raises(ImportError, match=r"mmcv._ext.nms is used.*full mmcv.*pip install"):
         extension.nms(1, 2)
-    next(repair, None)
+    next(patch, None)
     assert "mmcv._ext" not in sys.modules
 
 
@@ -154,39 +155,39 @@ def test_mmcv_lite_stand_in(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("repair", "module"),
+    ("patch", "module"),
     [
-        (repairs.diffusers_unet_module, "diffusers.models.unet_2d_condition"),
-        (repairs.diffusers_paint_by_example, "diffusers.pipelines.paint_by_example"),
+        (libraries.diffusers_unet_module, "diffusers.models.unet_2d_condition"),
+        (libraries.diffusers_paint_by_example, "diffusers.pipelines.paint_by_example"),
     ],
 )
-def test_old_diffusers_is_left_alone(repair, module, monkeypatch):
+def test_old_diffusers_is_left_alone(patch, module, monkeypatch):
     importlib.import_module(module.rpartition(".")[0])
     old = fake_package(monkeypatch, module)
-    assert finds_nothing(repair)
+    assert finds_nothing(patch)
     assert sys.modules[module] is old
 
 
 @pytest.mark.parametrize(
-    ("repair", "module", "name"),
+    ("patch", "module", "name"),
     [
         (
-            repairs.diffusers_unet_module,
+            libraries.diffusers_unet_module,
             "diffusers.models.unet_2d_condition",
             "UNet2DConditionOutput",
         ),
         (
-            repairs.diffusers_paint_by_example,
+            libraries.diffusers_paint_by_example,
             "diffusers.pipelines.paint_by_example",
             "PaintByExampleImageEncoder",
         ),
     ],
 )
-def test_new_diffusers(repair, module, name, without):
+def test_new_diffusers(patch, module, name, without):
     importlib.import_module("diffusers.models.unets.unet_2d_condition")
     without(module)
     before = dict(sys.modules)
-    running = repair()
+    running = patch()
     next(running)
     assert isinstance(getattr(importlib.import_module(module), name), type)
     next(running, None)
@@ -211,13 +212,13 @@ def test_diffusers_with_a_broken_pipeline(monkeypatch):
     pipelines = LazyPackage("diffusers.pipelines")
     monkeypatch.setattr(diffusers, "pipelines", pipelines)
     monkeypatch.setattr(diffusers, "models", LazyPackage("diffusers.models"))
-    repair = repairs.diffusers_broken_names()
-    next(repair)
+    patch = libraries.diffusers_broken_names()
+    next(patch)
     assert {name: getattr(pipelines, name) is None for name in dir(pipelines)} == {
         "Good": False,
         "Broken": True,
     }
-    next(repair, None)
+    next(patch, None)
     with pytest.raises(RuntimeError, match=r"Failed to import diffusers.pipelines.Broken"):
         _ = pipelines.Broken
 
@@ -228,7 +229,7 @@ def test_diffusers_that_imports_is_left_alone(monkeypatch):
     whole = types.SimpleNamespace(Good=object)
     monkeypatch.setattr(diffusers, "pipelines", whole)
     monkeypatch.setattr(diffusers, "models", whole)
-    assert finds_nothing(repairs.diffusers_broken_names)
+    assert finds_nothing(libraries.diffusers_broken_names)
     assert whole == types.SimpleNamespace(Good=object)
 
 
@@ -243,7 +244,7 @@ def test_transformers_with_text_model_is_left_alone(monkeypatch):
             self.text_model = "inside"
 
     monkeypatch.setattr(transformers, "CLIPTextModel", Old)
-    assert finds_nothing(repairs.transformers_text_model)
+    assert finds_nothing(libraries.transformers_text_model)
     assert "text_model" not in vars(Old)
 
 
@@ -257,7 +258,7 @@ def test_transformers_without_text_model(monkeypatch):
 
     monkeypatch.setattr(transformers, "CLIPTextModel", New)
     before = torch.get_rng_state()
-    next(repairs.transformers_text_model())
+    next(libraries.transformers_text_model())
     assert torch.equal(torch.get_rng_state(), before)
     model = New(None)
     assert model.text_model is model
@@ -267,7 +268,7 @@ def test_transformers_with_a_feature_extractor_is_left_alone(monkeypatch):
     name = "transformers.models.clip.feature_extraction_clip"
     importlib.import_module("transformers.models.clip")
     old = fake_package(monkeypatch, name)
-    assert finds_nothing(repairs.transformers_feature_extractor)
+    assert finds_nothing(libraries.transformers_feature_extractor)
     assert sys.modules[name] is old
 
 
@@ -301,21 +302,21 @@ def test_the_safety_checker_of_mmagic_can_be_saved_and_loaded(tmp_path):
 
 def test_mediapipe_with_solutions_is_left_alone(monkeypatch):
     fake_package(monkeypatch, "mediapipe", solutions="here")
-    assert finds_nothing(repairs.mediapipe_solutions)
+    assert finds_nothing(libraries.mediapipe_solutions)
 
 
 def test_no_mediapipe_is_left_alone(without):
     without("mediapipe")
-    assert finds_nothing(repairs.mediapipe_solutions)
+    assert finds_nothing(libraries.mediapipe_solutions)
 
 
 def test_mediapipe_without_solutions_is_hidden_during_the_import_only(monkeypatch):
     mediapipe = fake_package(monkeypatch, "mediapipe")
-    repair = repairs.mediapipe_solutions()
-    next(repair)
+    patch = libraries.mediapipe_solutions()
+    next(patch)
     with pytest.raises(ImportError):
         import mediapipe as _  # noqa: F401
-    next(repair, None)
+    next(patch, None)
     assert sys.modules["mediapipe"] is mediapipe
 
 
@@ -323,23 +324,23 @@ def test_mediapipe_that_cannot_start_is_hidden(monkeypatch, tmp_path):
     (tmp_path / "mediapipe.py").write_text("raise OSError('PortAudio library not found')")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "mediapipe", raising=False)
-    repair = repairs.mediapipe_solutions()
-    next(repair)
+    patch = libraries.mediapipe_solutions()
+    next(patch)
     assert sys.modules["mediapipe"] is None
-    next(repair, None)
+    next(patch, None)
     assert "mediapipe" not in sys.modules
 
 
 OPTIONAL = pytest.mark.parametrize(
-    ("repair", "module", "uses"),
+    ("patch", "module", "uses"),
     [
         (
-            repairs.controlnet_aux_missing,
+            libraries.controlnet_aux_missing,
             "controlnet_aux",
             [lambda m: m.HEDdetector(), lambda m: m.HEDdetector.from_pretrained("anything")],
         ),
         (
-            repairs.albumentations_missing,
+            libraries.albumentations_missing,
             "albumentations",
             [lambda m: m.Compose([m.HorizontalFlip()])],
         ),
@@ -348,16 +349,16 @@ OPTIONAL = pytest.mark.parametrize(
 
 
 @OPTIONAL
-def test_optional_package_that_imports_is_left_alone(repair, module, uses, monkeypatch):
+def test_optional_package_that_imports_is_left_alone(patch, module, uses, monkeypatch):
     real = fake_package(monkeypatch, module)
-    assert finds_nothing(repair)
+    assert finds_nothing(patch)
     assert sys.modules[module] is real
 
 
 @OPTIONAL
-def test_optional_package_missing(repair, module, uses, without):
+def test_optional_package_missing(patch, module, uses, without):
     without(module)
-    running = repair()
+    running = patch()
     next(running)
     stand_in = importlib.import_module(module)
     next(running, None)
@@ -387,7 +388,7 @@ def package_utils(monkeypatch):
 
 def test_pkg_resources_that_is_there_is_used(monkeypatch):
     fake_package(monkeypatch, "pkg_resources")
-    assert finds_nothing(repairs.mmengine_pkg_resources)
+    assert finds_nothing(libraries.mmengine_pkg_resources)
 
 
 def test_without_pkg_resources(package_utils, without, tmp_path, monkeypatch):
@@ -395,9 +396,9 @@ def test_without_pkg_resources(package_utils, without, tmp_path, monkeypatch):
     from mmengine.config import config
 
     without("pkg_resources")
-    repair = repairs.mmengine_pkg_resources()
-    next(repair)
-    next(repair, None)
+    patch = libraries.mmengine_pkg_resources()
+    next(patch)
+    next(patch, None)
     assert config.get_installed_path is package_utils.get_installed_path
     assert mmengine.utils.is_installed is package_utils.is_installed
     assert package_utils.is_installed("mmengine")
@@ -415,8 +416,8 @@ def test_without_pkg_resources(package_utils, without, tmp_path, monkeypatch):
 # --- MMagic ---------------------------------------------------------------------------------------
 
 
-def run_repair(repair):
-    for _ in repair():
+def run_patch(patch):
+    for _ in patch():
         pass
 
 
@@ -434,25 +435,25 @@ def test_scheduler_wrappers_can_be_copied(monkeypatch):
     fake_package(monkeypatch, name, SchedulerWrapper=Wrapper)
     with pytest.raises(RecursionError):
         copy.deepcopy(Wrapper())
-    run_repair(repairs.mmagic_scheduler_copies)
+    run_patch(of_mmagic.mmagic_scheduler_copies)
     copied = copy.deepcopy(Wrapper())
     assert copied.steps == 5
     with pytest.raises(AttributeError, match="nonsense"):
         getattr(copied, "nonsense")  # noqa: B009
-    repaired = Wrapper.__getattr__
-    run_repair(repairs.mmagic_scheduler_copies)  # nothing to repair any more
-    assert Wrapper.__getattr__ is repaired
+    patched = Wrapper.__getattr__
+    run_patch(of_mmagic.mmagic_scheduler_copies)  # nothing to patch any more
+    assert Wrapper.__getattr__ is patched
 
 
 @pytest.mark.parametrize(
-    ("editor", "repair"),
+    ("editor", "patch"),
     [
-        ("stable_diffusion", repairs.mmagic_step_options),
-        ("stable_diffusion_xl", repairs.mmagic_step_options_xl),
-        ("animatediff", repairs.mmagic_step_options_animatediff),
+        ("stable_diffusion", of_mmagic.mmagic_step_options),
+        ("stable_diffusion_xl", of_mmagic.mmagic_step_options_xl),
+        ("animatediff", of_mmagic.mmagic_step_options_animatediff),
     ],
 )
-def test_the_scheduler_that_steps_is_asked_what_a_step_takes(monkeypatch, editor, repair):
+def test_the_scheduler_that_steps_is_asked_what_a_step_takes(monkeypatch, editor, patch):
     class Model:
         def __init__(self, scheduler, test_scheduler):
             self.scheduler, self.test_scheduler = scheduler, test_scheduler
@@ -474,14 +475,14 @@ def test_the_scheduler_that_steps_is_asked_what_a_step_takes(monkeypatch, editor
     plain = types.SimpleNamespace(step=lambda sample: sample)
     both, one = {"eta": 0.5, "generator": 7}, {"generator": 7}
     assert Model(ddim, plain).prepare_extra_step_kwargs(7, 0.5) == both  # which plain cannot take
-    run_repair(repair)
+    run_patch(patch)
     for trained, given in ((ddim, [both, one, {}]), (euler, [one, one, {}]), (plain, [{}] * 3)):
         # What either can take: FastComposer, which inherits this, steps with the training's.
         models = [Model(trained, tested) for tested in (ddim, euler, plain)]
         assert [model.prepare_extra_step_kwargs(7, 0.5) for model in models] == given
-    repaired = Model.prepare_extra_step_kwargs
-    run_repair(repair)  # nothing to repair any more
-    assert Model.prepare_extra_step_kwargs is repaired
+    patched = Model.prepare_extra_step_kwargs
+    run_patch(patch)  # nothing to patch any more
+    assert Model.prepare_extra_step_kwargs is patched
 
 
 def test_attention_injection_passes_on_what_it_lacks(monkeypatch):
@@ -497,15 +498,15 @@ def test_attention_injection_passes_on_what_it_lacks(monkeypatch):
     fake_package(monkeypatch, "mmagic.models.archs")
     name = "mmagic.models.archs.attention_injection"
     fake_package(monkeypatch, name, AttentionInjection=Wrapper)
-    run_repair(repairs.mmagic_attention_injection)
+    run_patch(of_mmagic.mmagic_attention_injection)
     wrapper = copy.deepcopy(Wrapper(torch.nn.Conv2d(3, 4, 1)))
     assert wrapper.in_channels == 3
     assert wrapper.unet.out_channels == 4
     with pytest.raises(AttributeError, match="nonsense"):
         getattr(wrapper, "nonsense")  # noqa: B009
-    repaired = Wrapper.__getattr__
-    run_repair(repairs.mmagic_attention_injection)
-    assert Wrapper.__getattr__ is repaired
+    patched = Wrapper.__getattr__
+    run_patch(of_mmagic.mmagic_attention_injection)
+    assert Wrapper.__getattr__ is patched
 
 
 def test_inferencers_of_configs_without_a_test(monkeypatch):
@@ -519,13 +520,13 @@ def test_inferencers_of_configs_without_a_test(monkeypatch):
         fake_package(monkeypatch, name)
     name = "mmagic.apis.inferencers.base_mmagic_inferencer"
     fake_package(monkeypatch, name, BaseMMagicInferencer=Inferencer)
-    run_repair(repairs.mmagic_inferencer_without_test_data)
+    run_patch(of_mmagic.mmagic_inferencer_without_test_data)
     config = pytest.importorskip("mmengine").Config
     assert Inferencer()._init_pipeline(config(dict(test_dataloader=None))) is None
     assert Inferencer()._init_pipeline(config(dict(test_dataloader=dict(dataset=5)))) == 5
-    repaired = Inferencer._init_pipeline
-    run_repair(repairs.mmagic_inferencer_without_test_data)
-    assert Inferencer._init_pipeline is repaired
+    patched = Inferencer._init_pipeline
+    run_patch(of_mmagic.mmagic_inferencer_without_test_data)
+    assert Inferencer._init_pipeline is patched
 
 
 def test_a_placeholder_of_several_vectors_is_decoded_as_its_name(tmp_path):
@@ -545,28 +546,28 @@ def test_a_placeholder_of_several_vectors_is_decoded_as_its_name(tmp_path):
     ]
     for text in texts:
         assert "emoji" in text and "emoji_" not in text
-    repaired = archs.TokenizerWrapper.replace_text_with_placeholder_tokens
-    run_repair(repairs.mmagic_placeholder_tokens)  # nothing to repair any more
-    assert archs.TokenizerWrapper.replace_text_with_placeholder_tokens is repaired
+    patched = archs.TokenizerWrapper.replace_text_with_placeholder_tokens
+    run_patch(of_mmagic.mmagic_placeholder_tokens)  # nothing to patch any more
+    assert archs.TokenizerWrapper.replace_text_with_placeholder_tokens is patched
 
 
 # --- the list of them -----------------------------------------------------------------------------
 
 
-def test_a_failing_repair_warns_and_does_not_stop_the_import(monkeypatch):
-    @repairs.repairs("tome_no_such_module")
+def test_a_failing_patch_warns_and_does_not_stop_the_import(monkeypatch):
+    @patch_of("tome_no_such_module")
     def broken():
         """A symptom: "text"."""
         raise RuntimeError("oops")
         yield
 
-    repairs.REPAIRS.remove(broken)
+    PATCHES.remove(broken)
     monkeypatch.setitem(
         compat._ENTRIES, "broken", compat.Entry("broken", "", "waiting", broken.module)
     )
     ran = []
     says = r"'broken' of tome_no_such_module failed.*oops"
-    with pytest.warns(RuntimeWarning, match=says), compat._Applying(broken)():
+    with pytest.warns(RuntimeWarning, match=says), compat._applying(broken):
         ran.append(True)
     assert ran
     assert compat._ENTRIES["broken"].status == "failed"
@@ -614,11 +615,11 @@ def test_a_failed_call_leaves_no_reference_behind(monkeypatch):
         return wrapper(0, ref_x="own")
 
     assert after_a_failure() == ["of the call that failed", "own"]
-    run_repair(repairs.mmagic_attention_bank)
+    run_patch(of_mmagic.mmagic_attention_bank)
     assert after_a_failure() == ["own"]
-    repaired = Wrapper.forward
-    run_repair(repairs.mmagic_attention_bank)  # nothing to repair any more
-    assert Wrapper.forward is repaired
+    patched = Wrapper.forward
+    run_patch(of_mmagic.mmagic_attention_bank)  # nothing to patch any more
+    assert Wrapper.forward is patched
 
 
 # --- checkpoints of mmengine ----------------------------------------------------------------------
@@ -663,12 +664,12 @@ def test_checkpoints_with_logs_are_loaded(nothing_declared, tmp_path):
     checkpoint.save_checkpoint(saved, file)
     with pytest.raises(pickle.UnpicklingError):
         checkpoint.CheckpointLoader.load_checkpoint(file)
-    run_repair(repairs.mmengine_resume)
+    run_patch(libraries.mmengine_resume)
     loaded = checkpoint.CheckpointLoader.load_checkpoint(file)
     assert loaded["message_hub"]["loss"].mean() == 0.375
     assert loaded["message_hub"]["best_score"] == 3
     assert loaded["message_hub"]["dataset"].tolist() == [True, False]
-    assert finds_nothing(repairs.mmengine_resume)
+    assert finds_nothing(libraries.mmengine_resume)
     for other, named in ((NotDeclared(), "NotDeclared"), (Reaching(), "fromkeys")):
         checkpoint.save_checkpoint(dict(saved, other=other), file)
         with pytest.raises(pickle.UnpicklingError, match=named):

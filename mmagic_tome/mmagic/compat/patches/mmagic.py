@@ -1,15 +1,15 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Repairs of MMagic's own classes."""
+"""Patches of MMagic's own classes."""
 
 import functools
 import inspect
 import sys
 import types
 
-from .base import repairs
+from .base import patch_of
 
 
-@repairs("mmagic.models.diffusion_schedulers", lasting=True)
+@patch_of("mmagic.models.diffusion_schedulers", lasting=True)
 def mmagic_scheduler_copies():
     """copies and EMA of a MMagic model: "RecursionError: maximum recursion depth exceeded".
 
@@ -37,11 +37,11 @@ def mmagic_scheduler_copies():
 _EDITORS = "mmagic.models.editors."
 
 
-@repairs(_EDITORS + "stable_diffusion.stable_diffusion", lasting=True)
+@patch_of(_EDITORS + "stable_diffusion.stable_diffusion", lasting=True)
 def mmagic_step_options():
     """test_scheduler unlike scheduler: "step() got an unexpected keyword argument 'eta'".
 
-    MMagic's pictures take their steps with ``test_scheduler`` and look up in ``scheduler``, that of
+    MMagic takes the steps of images with ``test_scheduler`` and look up in ``scheduler``, that of
     the training, which options a step takes. So ``model.test_scheduler.type`` alone could not be
     changed, from DDIM to Euler for one.
     """
@@ -49,14 +49,14 @@ def mmagic_step_options():
     _ask_the_test_scheduler(sys.modules[_EDITORS + "stable_diffusion.stable_diffusion"])
 
 
-@repairs(_EDITORS + "stable_diffusion_xl.stable_diffusion_xl", lasting=True)
+@patch_of(_EDITORS + "stable_diffusion_xl.stable_diffusion_xl", lasting=True)
 def mmagic_step_options_xl():
     """test_scheduler unlike scheduler (SDXL): "step() got an unexpected keyword argument 'eta'"."""
     yield
     _ask_the_test_scheduler(sys.modules[_EDITORS + "stable_diffusion_xl.stable_diffusion_xl"])
 
 
-@repairs(_EDITORS + "animatediff.animatediff", lasting=True)
+@patch_of(_EDITORS + "animatediff.animatediff", lasting=True)
 def mmagic_step_options_animatediff():
     """the same in AnimateDiff: "step() got an unexpected keyword argument 'eta'"."""
     yield
@@ -64,7 +64,7 @@ def mmagic_step_options_animatediff():
 
 
 def _ask_the_test_scheduler(module):
-    """Repair ``prepare_extra_step_kwargs`` of a module's classes: what both schedulers take.
+    """Patch ``prepare_extra_step_kwargs`` of a module's classes: what both schedulers take.
 
     FastComposer, which inherits it, takes its steps with ``scheduler`` after all.
     """
@@ -88,7 +88,7 @@ def _what_both_take(asks):
     return prepare_extra_step_kwargs
 
 
-@repairs("mmagic.models.archs.attention_injection", lasting=True)
+@patch_of("mmagic.models.archs.attention_injection", lasting=True)
 def mmagic_attention_injection():
     """attention_injection=True: "'AttentionInjection' object has no attribute 'in_channels'".
 
@@ -112,12 +112,12 @@ def mmagic_attention_injection():
     wrapper.__getattr__ = __getattr__
 
 
-@repairs("mmagic.models.archs.attention_injection", lasting=True)
+@patch_of("mmagic.models.archs.attention_injection", lasting=True)
 def mmagic_attention_bank():
-    """attention_injection=True after a failed call: "Sizes of tensors must match", wrong pictures.
+    """attention_injection=True after a failed call: "Sizes of tensors must match", wrong images.
 
     Its blocks keep the reference's tokens from the first of two passes to the second. An exception
-    in between (out of memory, a stop button) left them there, and the next picture read them as
+    in between (out of memory, a stop button) left them there, and the next image read them as
     well. They are forgotten when a call fails.
     """
     yield
@@ -140,7 +140,7 @@ def mmagic_attention_bank():
     wrapper.forward = forgetting
 
 
-@repairs("mmagic.apis.inferencers.base_mmagic_inferencer", lasting=True)
+@patch_of("mmagic.apis.inferencers.base_mmagic_inferencer", lasting=True)
 def mmagic_inferencer_without_test_data():
     """inferencers of DreamBooth and others: "argument of type 'NoneType' is not iterable".
 
@@ -166,7 +166,7 @@ def mmagic_inferencer_without_test_data():
     inferencer._init_pipeline = _init_pipeline
 
 
-@repairs("mmagic.models.archs.tokenizer", lasting=True)
+@patch_of("mmagic.models.archs.tokenizer", lasting=True)
 def mmagic_placeholder_tokens():
     """transformers >= 5: a placeholder of several vectors is decoded as "name_0name_1".
 

@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""What a repair is, and what several of them need."""
+"""What a patch is, and what several of them need."""
 
 import contextlib
 import importlib
@@ -8,16 +8,16 @@ import importlib.util
 import sys
 import types
 
-REPAIRS = []
+PATCHES = []
 
 
-def repairs(module, lasting=False):
-    """Declare a repair of the import of a module.
+def patch_of(module, lasting=False):
+    """Declare a patch of the import of a module.
 
     Args:
         module (str): The module whose import (or use) shows the symptom.
-        lasting (bool): Whether the repair changes something that is used after the
-            import as well. Only such a repair makes sense for a module that was
+        lasting (bool): Whether the patch changes something that is used after the
+            import as well. Only such a patch makes sense for a module that was
             imported before this package. Default: False.
     """
 
@@ -25,7 +25,7 @@ def repairs(module, lasting=False):
         function.module = module
         function.lasting = lasting
         function.symptom = " ".join(function.__doc__.split("\n\n")[0].split())
-        REPAIRS.append(function)
+        PATCHES.append(function)
         return function
 
     return declare
