@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ...meters import step_module
+from ...models import find_adapter
 from ...schedulers import scheduler_name
 from ..measure.clock import Clock, StepMarks
 from ..request import Request
@@ -55,7 +55,7 @@ class MMagicRunner(Runner):
         self.parameters = inspect.signature(model.infer).parameters
         weights = next(model.unet.parameters())
         self.device, self.dtype = weights.device, weights.dtype
-        self.network = step_module(model)
+        self.network = find_adapter(model)[1]
         self._scheduler = getattr(model, self.call.scheduler)
         self.scheduler = scheduler_name(self._scheduler)
         self.steps = request.steps or self.parameters["num_inference_steps"].default
