@@ -17,6 +17,7 @@ import torch
 from mmengine.dist import get_rank, get_world_size
 from mmengine.registry import LOOPS
 from mmengine.runner.base_loop import BaseLoop
+from PIL import Image
 from torch import Tensor
 
 from ...errors import ToMeError
@@ -118,7 +119,11 @@ class _ImageLoop(BaseLoop):
         for index, batch in enumerate(self.dataloader):
             call_hook(f"before_{self.mode}_iter", batch_idx=index, data_batch=batch)
             numbers, made = self._generate(index, batch)
-            self._draw(numbers, made, sheets, step)
+            for i, number in enumerate(numbers):
+                if len(made) > 1 and number < self.draw:
+                    images = {method: one.images[i] for method, one in made.items()}
+                    image = sheet(batch["data_samples"][i].prompt, images)
+                    self.runner.visualizer.add_image(f"{sheets}_{number:03d}", image, step=step)
             outputs = self._judge(batch, made, index > 0)
             call_hook(f"after_{self.mode}_iter", batch_idx=index, data_batch=batch, outputs=outputs)
         return {
@@ -152,12 +157,6 @@ class _ImageLoop(BaseLoop):
                 for handle in applied if index == 0 else ():
                     self.runner.logger.info(f"{method.name}: {handle.summary()}")
         return numbers, made
-
-    def _draw(self, numbers: Sequence[int], made: Mapping, sheets: str, step: int) -> None:
-        for i, number in enumerate(numbers):
-            if len(made) > 1 and number < self.draw:
-                image = sheet([one.images[i] for one in made.values()])
-                self.runner.visualizer.add_image(f"{sheets}_{number:03d}", image, step=step)
 
     def _judge(self, batch: Any, made: Mapping[str, Generated], warm: bool) -> list:
         """Pass the samples of each method to its metrics; return the last method's samples."""
@@ -247,17 +246,20 @@ def _bgr(images: Tensor) -> Tensor:
     return images.flip(-3).float()
 
 
-def sheet(images: Sequence[Tensor]) -> np.ndarray:
-    """Images side by side, and below each its difference to the first.
+def sheet(prompt: str, images: Mapping[str, Tensor]) -> np.ndarray:
+    """Images of one prompt, side by side over their differences to the first.
 
     Args:
-        images: (3, H, W) uint8 each; of clips (frames, 3, H, W), whose first frames are shown.
+        prompt: Title of the sheet.
+        images: Method -> (3, H, W) uint8, or (frames, 3, H, W), of which the first is shown.
 
     Returns:
-        (2 H, W * len(images), 3) uint8. One factor amplifies all differences: the largest is white.
+        (height, width, 3) uint8.
     """
-    images = [one if one.ndim == 3 else one[0] for one in images]
-    differences = [(one.int() - images[0].int()).abs() for one in images]
-    largest = max(int(one.max()) for one in differences) or 1
-    rows = [torch.cat(images, 2), torch.cat(differences, 2) * 255 // largest]
-    return torch.cat(rows, 1).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    from ...lab.plots import contact_sheet, difference_map
+
+    frames = [one if one.ndim == 3 else one[0] for one in images.values()]
+    row = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in frames]
+    differences = [difference_map(row[0], one) for one in row]
+    rows = [("", row), ("differences to the first", differences)]
+    return np.asarray(contact_sheet(prompt, list(images), rows))

@@ -135,21 +135,22 @@ def test_several_methods(make_runner, tmp_path):
     assert "merged: token merging in UNet2D" in log and "cached: step caching in UNet2D" in log
     files = sorted(tmp_path.rglob("vis_image/test_*.png"))
     assert len(files) == 3
-    drawn = np.asarray(Image.open(files[0]).convert("RGB"))
-    images = [one[0] for one in (baseline, merged, cached, short)]
-    assert drawn.shape == (128, 4 * 64, 3)
-    assert np.abs(drawn.astype(int) - sheet(images).astype(int)).mean() < 2
+    drawn = np.asarray(Image.open(files[0]).convert("RGB")).astype(int)
+    images = dict(baseline=baseline, merged=merged, cached=cached, short=short)
+    expected = sheet(PROMPTS[0], {name: one[0] for name, one in images.items()})
+    assert np.abs(drawn - expected).mean() < 1
 
 
 def test_a_sheet_shows_images_over_their_differences():
-    baseline = torch.zeros(3, 4, 4, dtype=torch.uint8)
-    other, third = baseline.clone(), baseline.clone()
-    other[0, 1, 2], third[2, 0, 0] = 50, 10
-    drawn = sheet([baseline, other, third])
-    assert drawn.shape == (8, 12, 3) and drawn[1, 4 + 2].tolist() == [50, 0, 0]
-    assert drawn[4 + 1, 4 + 2].tolist() == [255, 0, 0] and drawn[4, 8].tolist() == [0, 0, 51]
-    clips = [torch.stack([image, other]) for image in (baseline, third)]
-    assert np.array_equal(sheet(clips), sheet([baseline, third]))
+    red, blue = (torch.zeros(3, 256, 256, dtype=torch.uint8) for _ in range(2))
+    red[0], blue[2] = 200, 200
+    drawn = sheet("two colours", dict(baseline=red, merged=blue, again=red))
+    # The same size as images that need not be enlarged.
+    found = [(drawn == color).all(-1).sum() for color in ((200, 0, 0), (0, 0, 200), (0, 0, 4))]
+    assert found[0] == 2 * 256**2 and found[1] == 256**2, "each image as it is"
+    clips = [torch.stack([image, red]) for image in (red, blue, red)]
+    names = ("baseline", "merged", "again")
+    assert np.array_equal(sheet("two colours", dict(zip(names, clips))), drawn)
 
 
 def test_numbers_depend_neither_on_batches_nor_on_the_global_generator(make_runner, tmp_path):
