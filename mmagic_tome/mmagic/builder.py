@@ -91,5 +91,5 @@ def _registry():
     try:
         from mmagic.registry import MODELS
     except ModuleNotFoundError as error:
-        raise ImportError(f"a model of a MMagic config needs MMagic: {error}") from error
+        raise ImportError(f"this needs MMagic ({error}): pip install mmagic==1.2.0") from error
     return MODELS

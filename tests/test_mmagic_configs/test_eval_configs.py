@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 
 OURS = Path(__file__).resolve().parents[2] / "configs"
 CONFIGS = sorted(file.relative_to(OURS).as_posix() for file in OURS.glob("[a-z]*/*_eval.py"))
-QUICK = ("animatediff", "controlnet")
+QUICK = ("controlnet", "dreambooth")
 
 
 @pytest.mark.parametrize(
@@ -42,13 +42,15 @@ def test_eval_config(name, hub, tmp_path):
 
     tiny.randomise(runner.model)
     found = runner.test()
-    assert set(found) == {f"tome/{key}" for key in ("psnr", "ssim", "latent_error", "seconds")}
-    assert 0 < found["tome/psnr"] < 60 and 0 < found["tome/latent_error"] < 2
+    relative = ("psnr", "ssim", "latent_error")
+    names = {f"merging/{key}" for key in (*relative, "seconds")}
+    assert set(found) == {"baseline/seconds", *names}
+    assert 0 < found["merging/psnr"] < 60 and 0 < found["merging/latent_error"] < 2
     assert all(math.isfinite(value) for value in found.values())
     log = next(tmp_path.rglob("*.log")).read_text()
-    assert "token merging in" in log and "profile of test" in log
+    assert "token merging in" in log and "profile: median" in log
     assert len(list(tmp_path.rglob("vis_image/test_*.png"))) == 2
-    assert len(list(tmp_path.rglob("profile_test.json"))) == 1
+    assert len(list(tmp_path.rglob("profile.json"))) == 1
 
 
 def test_every_family_has_one():

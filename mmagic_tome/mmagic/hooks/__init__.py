@@ -12,7 +12,7 @@ subject.py     the model of a runner, and generating with it
 =============  ==================================================================
 
 ``custom_imports = dict(imports=['mmagic_tome'])`` in a config registers them all. Nothing of
-mmengine is imported before somebody else imports it.
+mmengine is imported here.
 """
 
 import functools

@@ -13,7 +13,7 @@ from mmengine.registry import HOOKS
 
 from ...errors import ToMeError
 from ...settings import Handles
-from .subject import model_of, running, undisturbed
+from .subject import iteration_of, model_of, running, undisturbed
 
 
 @HOOKS.register_module()
@@ -72,10 +72,10 @@ class ToMeEvalHook(Hook):
             self.evaluate(runner, "train", runner.iter + 1)
 
     def after_val_epoch(self, runner, metrics=None) -> None:
-        self.evaluate(runner, "val", runner.iter)
+        self.evaluate(runner, "val", iteration_of(runner))
 
     def after_test_epoch(self, runner, metrics=None) -> None:
-        self.evaluate(runner, "test", runner.iter)
+        self.evaluate(runner, "test", iteration_of(runner))
 
     def evaluate(self, runner, mode: str, step: int) -> dict[str, float]:
         """Generate, compare, log; return the value of each metric by name."""

@@ -27,6 +27,7 @@ from .metrics import BASELINE_KEYS
 from .subject import (
     Generated,
     generate,
+    iteration_of,
     model_of,
     part_of,
     request_of,
@@ -95,7 +96,7 @@ class _ImageLoop(BaseLoop):
             runner.model.eval()
         # A validation must not disturb the training around it.
         with undisturbed(self.model) if mode == "val" else nullcontext():
-            metrics = self.evaluate(mode, runner.iter, runner.call_hook)
+            metrics = self.evaluate(mode, iteration_of(runner), runner.call_hook)
         runner.call_hook(f"after_{mode}_epoch", metrics=metrics)
         runner.call_hook(f"after_{mode}")
         return metrics

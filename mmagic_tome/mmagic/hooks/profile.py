@@ -17,7 +17,7 @@ from torch import nn
 from ...errors import ToMeError
 from ...lab.measure import StepMarks
 from ...models import find_adapter
-from .subject import label_of, model_of, running
+from .subject import iteration_of, label_of, model_of, running
 
 STEP = "step (the network)"
 
@@ -70,7 +70,7 @@ class ToMeProfileHook(Hook):
         self.recorder = Recorder(model, self.warm_up, self.steps)
 
     def before_val(self, runner) -> None:
-        if runner.iter:  # during training
+        if iteration_of(runner):  # during training
             self._stack.enter_context(running(""))
 
     def after_val(self, runner) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from mmengine.model import is_model_wrapper
+from mmengine.runner.base_loop import BaseLoop
 from torch import Tensor, nn
 
 from ...errors import ToMeError
@@ -73,6 +74,14 @@ def model_of(runner, needed_by: str) -> nn.Module:
             f"model=dict(type='StableDiffusion', ...): {error}"
         ) from error
     return model
+
+
+def iteration_of(runner) -> int:
+    """Iterations of the training that is under way, otherwise 0.
+
+    ``runner.iter`` builds the training loop and its data set where there is no training.
+    """
+    return runner.iter if isinstance(runner._train_loop, BaseLoop) else 0
 
 
 @contextmanager

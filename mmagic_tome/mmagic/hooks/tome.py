@@ -17,7 +17,7 @@ from ...errors import ToMeError
 from ...handle import ToMeHandle
 from ...settings import Handles
 from ..config_keys import KEYS, read
-from .subject import model_of
+from .subject import iteration_of, model_of
 
 
 @HOOKS.register_module()
@@ -114,7 +114,7 @@ class ToMeHook(Hook):
             runner.message_hub.update_scalar("train/tome_ratio", self.handle.ratio)
 
     def before_val_iter(self, runner, batch_idx, data_batch=None) -> None:
-        if runner.iter == 0:  # not during training
+        if iteration_of(runner) == 0:  # not during training
             self._set(batch_idx)
 
     def before_test_iter(self, runner, batch_idx, data_batch=None) -> None:

@@ -105,10 +105,10 @@ def test_profile_hook(mode, ran):
     steps = {"merging": 2} if mode == "train" else {"merging": 1, "baseline": 5}
     assert {method: rows[STEP, method]["steps"] for method in steps} == steps
     assert {method for _, method in rows} == set(steps)
-    for site in run.handle.stats():
+    for row in run.handle.stats():
         for method in steps:
-            target = rows[site["target"], method]["ms"]
-            block = rows[f"{site['block']} (block)", method]["ms"]
+            target = rows[row["target"], method]["ms"]
+            block = rows[f"{row['block']} (block)", method]["ms"]
             assert 0 < target < block < rows[STEP, method]["ms"], "each lies within the next"
     marked = [
         m for m in run.handle.network.modules() if any(one.skips for one in interceptors_of(m))
@@ -266,14 +266,14 @@ def test_steps_that_are_skipped_are_profiled(make_runner, tmp_path):
     (network, _) = get_handle(model).stats()
     assert network["skipped"] > 0
     count = network["computed"] + network["skipped"]
-    with profile.running("dense"), Handles.of(model).disabled():
+    with profile.running("plain"), Handles.of(model).disabled():
         runner.run([0])
     assert not recorder.full
     recorder.close()
     runner.run([0])
     frame = recorder.frame()
     steps = frame[frame.module == STEP].set_index("method")["steps"]
-    assert steps.to_dict() == {"caching": count, "dense": count}
+    assert steps.to_dict() == {"caching": count, "plain": count}
     targets = {name.rpartition(".")[2] for name in frame.module}
     assert {"attn", "crossattn", "mlp", "0 (block)"} <= targets
     computed = frame[(frame.module != STEP) & (frame.method == "caching")].steps

@@ -40,7 +40,7 @@ def is_installed(name):
 
 
 @contextlib.contextmanager
-def standing_in(name, module):
+def substituted(name, module):
     """``sys.modules[name]`` is ``module`` inside the context, and as before after it."""
     missing = object()
     before = sys.modules.get(name, missing)

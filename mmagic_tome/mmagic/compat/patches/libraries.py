@@ -14,7 +14,7 @@ import sys
 import types
 import warnings
 
-from .base import Absent, is_installed, patch_of, standing_in
+from .base import Absent, is_installed, patch_of, substituted
 
 
 @patch_of("torchvision")
@@ -80,7 +80,7 @@ def mmcv_compiled_operators():
         "it is compiled code of the full mmcv, and mmcv-lite is installed: "
         "pip uninstall mmcv-lite && pip install 'mmcv>=2.0.0,<2.2.0'"
     )
-    with standing_in("mmcv._ext", Absent("mmcv._ext", remedy)):
+    with substituted("mmcv._ext", Absent("mmcv._ext", remedy)):
         yield
 
 
@@ -90,7 +90,7 @@ def diffusers_unet_module():
     if is_installed("diffusers.models.unet_2d_condition"):
         return
     moved = importlib.import_module("diffusers.models.unets.unet_2d_condition")
-    with standing_in("diffusers.models.unet_2d_condition", moved):
+    with substituted("diffusers.models.unet_2d_condition", moved):
         yield
 
 
@@ -105,7 +105,7 @@ def diffusers_paint_by_example():
         return
     gone = types.ModuleType("diffusers.pipelines.paint_by_example")
     gone.PaintByExampleImageEncoder = type("PaintByExampleImageEncoder", (), {})
-    with standing_in(gone.__name__, gone):
+    with substituted(gone.__name__, gone):
         yield
 
 
@@ -181,7 +181,7 @@ def transformers_feature_extractor():
         return
     renamed = types.ModuleType(name)
     renamed.CLIPFeatureExtractor = importlib.import_module("transformers").CLIPImageProcessor
-    with standing_in(name, renamed):
+    with substituted(name, renamed):
         yield
     wrapper = sys.modules["mmagic.models.editors.stable_diffusion.clip_wrapper"]
     checker = wrapper.StableDiffusionSafetyChecker
@@ -212,7 +212,7 @@ def mediapipe_solutions():
         return  # controlnet_aux expects that
     except Exception:  # a mediapipe that cannot start: no audio library, another numpy, ...
         pass
-    with standing_in("mediapipe", None):
+    with substituted("mediapipe", None):
         yield
 
 
@@ -243,7 +243,7 @@ def _absent_if_broken(name):
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
     absent = Absent(name, f"it cannot be imported ({reason}): pip install {name}")
-    with standing_in(name, absent):
+    with substituted(name, absent):
         yield
 
 
