@@ -15,19 +15,8 @@ import torch
 
 from ..version import __version__
 
-_PACKAGES = (
-    "torch",
-    "mmagic",
-    "mmengine",
-    "mmcv",
-    "mmcv-lite",
-    "diffusers",
-    "transformers",
-    "timm",
-    "numpy",
-    "tomesd",
-    "DeepCache",
-)
+_MODELS = ("torch", "diffusers", "transformers", "timm", "mmagic", "mmengine", "mmcv", "mmcv-lite")
+_PACKAGES = (*_MODELS, "numpy", "tomesd", "DeepCache")
 
 
 def environment(device: str | torch.device = "cpu") -> dict[str, Any]:

@@ -49,6 +49,7 @@ def interleaved(
     Yields:
         tuple: Number of the round, name, and what the call returned.
     """
+    frozen = gc.get_freeze_count()
     gc.collect()
     gc.freeze()
     try:
@@ -59,4 +60,5 @@ def interleaved(
                 gc.collect()
                 yield turn, name, calls[name]()
     finally:
-        gc.unfreeze()
+        if not frozen:  # else the caller has frozen objects and goes on with them
+            gc.unfreeze()

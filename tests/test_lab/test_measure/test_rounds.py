@@ -44,8 +44,11 @@ def test_garbage_is_collected_before_a_call_and_old_objects_are_left_out():
         def __del__(self):
             Node.alive -= 1
 
-    before = gc.get_freeze_count()
+    gc.unfreeze()
     alive = []
     for _ in interleaved({"a": lambda: alive.append(Node.alive) or (Node() and None)}, range(3)):
-        assert gc.get_freeze_count() > before
+        assert gc.get_freeze_count() > 0
     assert alive == [0, 0, 0] and gc.get_freeze_count() == 0
+    gc.freeze()
+    list(interleaved({"a": int}, range(1)))
+    assert gc.get_freeze_count() > 0

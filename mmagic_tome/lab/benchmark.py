@@ -1,0 +1,370 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Time and memory of one forward, or of N steps, of a network: all methods, interleaved.
+
+Every method gets a copy of the network that shares its weights, so all of them are ready at the
+same time, compiled ones too. Rows of the folder, for each case (a dict of :data:`CASE`)::
+
+    {'kind': 'run', **case, 'method', 'label', 'relative_error', 'peak_bytes', 'peak_in', 'ideal',
+     'note': why it cannot run, or None}
+    {'kind': 'case', **case, 'method', 'turn', 'seconds'}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..errors import ToMeError
+from ..settings import Handles, Setting
+from .environment import environment
+from .measure import Clock, Interval, interleaved, interval, peak_memory
+from .methods import BASELINE, Method, check_names
+from .networks import NETWORKS, NetworkWork, SourceWork, Work, ideal, share_weights
+from .results import RunFolder
+from .runners.base import Source
+
+ATTENTIONS = ("default", "math")
+MODES = ("eager", "compiled")
+CASE = ("size", "batch", "dtype", "attention", "mode", "steps")
+
+
+def benchmark(
+    network: str | Source,
+    methods: Sequence[Method] | None = None,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    batches: Sequence[int] | None = None,
+    dtypes: Sequence[torch.dtype | None] = (None,),
+    steps: int = 1,
+    rounds: int = 7,
+    folder: str | os.PathLike = "work_dirs/benchmark",
+    device: str | torch.device = "cpu",
+    *,
+    attention: str = "default",
+    mode: str = "eager",
+    clock: str = "wall",
+    with_ideal: bool = True,
+    memory: bool = True,
+    request: Mapping[str, Any] | None = None,
+) -> pd.DataFrame:
+    """Measure a network with some methods; every combination of the lists is a case.
+
+    Args:
+        network: A name in :data:`~.networks.NETWORKS`, with random weights; or a source, whose
+            network is called as the model itself calls it.
+        methods: Besides the baseline. Default: see :func:`default_methods`.
+        sizes: (height, width) in pixels. Default: the network's own.
+        batches: Of the network (by name), or images per call of the model (source). Default: the
+            network's own; 1.
+        dtypes: Default: float32 (by name), that of the weights (source).
+        steps: So many calls at falling timesteps are one measurement. Default: 1; step caching and
+            ``plan_interval`` have no effect in a single forward.
+        rounds: How often each method runs, after a run that is not counted.
+        folder: Rows go there. If it has rows of the same benchmark, only the missing ones are
+            measured.
+        device: Where to run.
+        attention: ``'math'``: torch's attention writes out all scores. ``'default'``: the network's
+            own choice.
+        mode: ``'eager'`` or ``'compiled'``.
+        clock: See :class:`~.measure.Clock`.
+        with_ideal: Whether to measure the ideal of each method that merges, see
+            :mod:`.networks.ideal`.
+        memory: Whether to measure the peak of a fresh run.
+        request: Given fields of a source's :class:`~.request.Request`.
+
+    Returns:
+        DataFrame: See :func:`summary`.
+
+    Raises:
+        ToMeError: Something that is not valid; the baseline runs in none of the cases.
+    """
+    methods = default_methods(network) if methods is None else methods
+    methods = [BASELINE, *(method for method in methods if method.kind != "baseline")]
+    check_names(methods)
+    for method in methods:
+        if method.steps is not None:
+            raise ToMeError(
+                f"method {method.name!r} has steps of its own, whose images differ; use evaluate"
+            )
+        if method.slug.startswith("ideal"):
+            raise ToMeError(f"{method.name!r} is the name of what the benchmark adds; rename it")
+    for what, value, known in (("attention", attention, ATTENTIONS), ("mode", mode, MODES)):
+        if value not in known:
+            raise ToMeError(f"{what}={value!r} must be one of {', '.join(known)}")
+    timer = Clock(device, clock)
+    if isinstance(network, str):
+        work_of = NetworkWork(network, _entry(network), timer.device, steps, sizes, batches)
+    else:
+        work_of = SourceWork(network, timer.device, steps, sizes, batches, request)
+    found = environment(device)
+    load = found.pop("load")
+    manifest = {
+        "command": "benchmark",
+        "network": network if isinstance(network, str) else network.path,
+        "clock": clock,
+        "environment": found,
+        "methods": {method.name: method.to_dict() for method in methods},
+    }
+    with RunFolder(folder).writing(manifest) as folder:
+        folder.add({"kind": "start", "command": sys.argv, "load": load})
+        for dtype, size, batch in itertools.product(dtypes, work_of.sizes, work_of.batches):
+            work = work_of(size, batch, dtype)
+            name = str(next(work.network.parameters()).dtype).replace("torch.", "")
+            values = (list(work.size), batch, name, attention, mode, steps)
+            one = _Case(folder, dict(zip(CASE, values)), work, timer)
+            with torch.inference_mode(), _attention(attention):
+                one.run(methods, with_ideal, memory, rounds)
+    frame = summary(folder)
+    if "seconds" not in frame:
+        raise ToMeError(f"nothing could be measured: {frame['note'].iloc[0]}")
+    return frame
+
+
+def _entry(name: str) -> Any:
+    if name not in NETWORKS:
+        raise ToMeError(
+            f"there is no network {name!r}; write one of {', '.join(NETWORKS)}, a config's path or "
+            "--pipeline FOLDER"
+        )
+    return NETWORKS[name]
+
+
+def default_methods(network: str | Source) -> list[Method]:
+    """What a source's config applies; else ours at ratio 0.5 and tomesd, and for a vision
+    transformer ours with r=8."""
+    if not isinstance(network, str) and not network.setting.baseline:
+        return [Method("ours", network.setting)]
+    if isinstance(network, str) and not _entry(network).denoises:
+        return [Method.from_dict({"name": "ours", "tome_cfg": {"r": 8}})]
+    methods = [Method("ours", Setting.coerce({"ratio": 0.5}))]
+    with contextlib.suppress(ToMeError):  # not installed
+        methods.append(Method("tomesd", tomesd=0.5))
+    return methods
+
+
+@contextlib.contextmanager
+def _attention(name: str) -> Iterator[None]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH) if name == "math" else contextlib.nullcontext():
+        yield
+
+
+class _Case:
+    """Runs the methods of one case and adds rows to the folder."""
+
+    def __init__(self, folder: RunFolder, case: dict[str, Any], work: Work, timer: Clock) -> None:
+        self.folder, self.case, self.work, self.timer = folder, case, work, timer
+        self.ready: dict[str, tuple[nn.Module, Handles]] = {}
+        self.reference: Tensor | None = None
+
+    def run(self, methods: Sequence[Method], with_ideal: bool, memory: bool, rounds: int) -> None:
+        """Make all methods ready, which measures their memory; then measure their times."""
+        ideals: dict[tuple, str] = {}
+        rows = []
+        with contextlib.ExitStack() as stack:
+            for method in methods:
+                row = self._start(method, memory, stack)
+                rows.append(row)
+                if not self.ready:  # not even the baseline runs
+                    break
+                key = self._removed(method) if with_ideal else None
+                if key is None:
+                    continue
+                if key not in ideals:
+                    ideals[key] = f"ideal for {method.name}" if ideals else "ideal"
+                    stats = self.ready[method.name][1].tome.stats()
+                    other = Method(ideals[key], function=partial(ideal, stats=stats))
+                    rows.append(self._start(other, memory, stack))
+                row["ideal"] = ideals[key]
+            known = {row["method"] for row in self._known()}
+            for row in rows:
+                if row["method"] not in known or row["note"]:
+                    self.folder.add(row)
+            self._measure(rounds)
+
+    def _known(self) -> list[dict[str, Any]]:
+        return self.folder.find(kind="run", note=None, **self.case)
+
+    def _start(self, method: Method, memory: bool, stack: contextlib.ExitStack) -> dict[str, Any]:
+        """Run a method for the first time: its row, which may say why it cannot run."""
+        memory = memory and all(row["method"] != method.name for row in self._known())
+        row = {"kind": "run", **self.case, "method": method.name, "label": method.label}
+        found = dict.fromkeys(("relative_error", "peak_bytes", "peak_in", "ideal", "note"))
+        with contextlib.ExitStack() as own:
+            try:
+                found.update(self._first_run(method, memory, own))
+            except Exception as error:  # whatever it is, the other methods can go on
+                kind = "" if isinstance(error, ToMeError) else f"{type(error).__name__}: "
+                found["note"] = (kind + " ".join(str(error).split()))[:300]
+            else:
+                stack.push(own.pop_all())
+        if self.timer.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return {**row, **found}
+
+    def _first_run(
+        self, method: Method, memory: bool, stack: contextlib.ExitStack
+    ) -> dict[str, Any]:
+        if self.reference is None:
+            self.reference = self.work(self.work.network).float().cpu()
+        network = model = share_weights(self.work.network)
+        if self.work.scheduler is not None:
+            model = SimpleNamespace(unet=network, scheduler=self.work.scheduler)
+        handles = stack.enter_context(method.on(model))
+        if self.case["mode"] == "compiled":
+            network = _compiled(network)
+            self.work(network)
+        handles.reset_run()
+        outputs = []
+        peak = (None, None)
+        if memory:
+            peak = peak_memory(lambda: outputs.append(self.work(network)), self.timer.device)
+        else:
+            outputs.append(self.work(network))
+        change = (outputs[0].float().cpu() - self.reference).pow(2).mean().sqrt()
+        if not change.isfinite():
+            raise ToMeError("its output has NaN or infinity")
+        if change == 0 and method.kind != "baseline":
+            hint = "; step caching needs several steps" if self.case["steps"] == 1 else ""
+            raise ToMeError(f"it changes nothing: its output is the baseline's{hint}")
+        self.ready[method.name] = network, handles
+        error = float(change / self.reference.std()) if change else 0.0
+        return {"relative_error": error, "peak_bytes": peak[0], "peak_in": peak[1]}
+
+    def _removed(self, method: Method) -> tuple | None:
+        """What tokens a method removes where; None if it has no ideal."""
+        handles = self.ready.get(method.name, (None, Handles()))[1]
+        if handles.tome is None or handles.cache is not None:
+            return None
+        stats = handles.tome.stats()
+        if all(site["kept"] in (site["tokens"], None) for site in stats):
+            return None
+        return tuple((site.get("target", site["block"]), site["kept"]) for site in stats)
+
+    def _measure(self, rounds: int) -> None:
+        rows = self.folder.find(kind="case", **self.case)
+        done = {(row["method"], row["turn"]) for row in rows}
+        needed = [{(name, turn) for name in self.ready} for turn in range(rounds)]
+        turns = [turn for turn in range(rounds) if needed[turn] - done]
+
+        def measured(network: nn.Module, handles: Handles) -> float:
+            handles.reset_run()
+            return self.timer(lambda: self.work(network))[0]
+
+        calls = {name: partial(measured, *ready) for name, ready in self.ready.items()}
+        with tqdm(
+            total=len(turns) * len(calls),
+            desc=case_text(self.case),
+            leave=False,
+            dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,
+        ) as bar:
+            for turn, name, seconds in interleaved(calls, turns):
+                row = {"method": name, "turn": turn, "seconds": seconds}
+                self.folder.add({"kind": "case", **self.case, **row})
+                bar.update()
+
+
+def _compiled(network: nn.Module) -> nn.Module:
+    import torch._dynamo.config as dynamo
+
+    # All methods are versions of the same code, and each has guards of its own.
+    for name in ("recompile_limit", "cache_size_limit"):
+        if hasattr(dynamo, name):
+            setattr(dynamo, name, max(64, getattr(dynamo, name)))
+    return torch.compile(network)
+
+
+# --- what was found -------------------------------------------------------------------------------
+
+
+def case_text(case: Mapping[str, Any]) -> str:
+    """A case in words."""
+    height, width = case["size"]
+    text = f"{height}x{width}, batch {case['batch']}, {case['dtype']}, {case['mode']}"
+    if case["attention"] != "default":
+        text += f", {case['attention']} attention"
+    return text + (f", {case['steps']} steps" if case["steps"] > 1 else "")
+
+
+def summary(folder: RunFolder) -> pd.DataFrame:
+    """The figures of a folder, one row per case and method.
+
+    Columns: ``case`` in words and :data:`CASE`; ``method``, ``label``, ``rounds``, ``seconds``
+    (median); ``speedup`` over the baseline as a text, and its ``median``, ``low``, ``high``,
+    ``coverage`` and ``certain``, see :class:`~.measure.Interval`; ``efficiency``, as a text:
+    (t_baseline - t) / (t_baseline - t_ideal), if the ideal is certainly faster; ``against X``: how
+    many times as fast as the other package X; ``peak_bytes``, ``peak_in`` (operator),
+    ``relative_error`` of the output; ``note``: why a method could not be measured.
+    """
+    runs = {(case_text(row), row["method"]): row for row in folder.find(kind="run")}
+    entries = []
+    for (case, name), row in runs.items():
+        known = {key: row[key] for key in CASE}
+        entry = {"case": case, **known, "method": name, "label": row["label"]}
+        rounds = pd.DataFrame(folder.find(kind="case", **known))
+        if len(rounds) and name in set(rounds["method"]):
+            times = rounds.pivot_table("seconds", "turn", "method", aggfunc="last")
+            packages = []
+            if "merging" in row["label"] or "caching" in row["label"]:
+                packages = [other for (of, other), run in runs.items()
+                            if of == case and run["label"] in ("tomesd", "DeepCache")]  # fmt: skip
+            entry.update(_speed(times, name, row["ideal"], packages))
+        keys = ("peak_bytes", "peak_in", "relative_error", "note")
+        entries.append({**entry, **{key: row[key] for key in keys}})
+    return pd.DataFrame(entries)
+
+
+def _speed(
+    times: pd.DataFrame, name: str, ideal_name: str | None, packages: Sequence[str]
+) -> dict[str, Any]:
+    """The figures of a method, out of seconds by turn (rows) and method (columns)."""
+
+    def faster(than: str) -> Interval:
+        return interval((times[than] / times[name]).dropna().tolist())
+
+    speedup = faster(BASELINE.name)
+    found = {
+        "rounds": int(times[name].count()),
+        "seconds": float(times[name].median()),
+        "speedup": str(speedup),
+        "certain": speedup.excludes(1),
+        **{key: getattr(speedup, key) for key in ("median", "low", "high", "coverage")},
+    }
+    if ideal_name in times:
+        base, best = times[BASELINE.name], times[ideal_name]
+        limit = interval((base / best).dropna().tolist())
+        if limit.excludes(1) and limit.low > 1:
+            shares = ((base - times[name]) / (base - best)).dropna().tolist()
+            found["efficiency"] = interval(shares).text("", null=0)
+    for other in packages:
+        if other in times:
+            found[f"against {other}"] = str(faster(other))
+    return found
+
+
+def table(frame: pd.DataFrame) -> str:
+    """The figures as tables to print, one per case, with the reasons of what is missing."""
+    parts = []
+    for case, rows in frame.groupby("case", sort=False):
+        rows = rows.assign(MiB=rows["peak_bytes"].astype(float) / 2**20)
+        names = ["method", "seconds", "speedup", "efficiency"]
+        names += [name for name in rows if name.startswith("against ")]
+        names = [name for name in [*names, "MiB", "relative_error"] if name in rows]
+        ran = rows[rows["note"].isna()][names].dropna(axis="columns", how="all")
+        parts.append(
+            f"{case}\n{ran.to_string(index=False, na_rep='-', float_format='{:.4g}'.format)}"
+        )
+        parts += [f"{one.method}: {one.note}" for one in rows.itertuples() if one.note]
+    return "\n".join(parts)

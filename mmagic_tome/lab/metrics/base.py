@@ -1,0 +1,159 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""The three kinds of metrics, and the checks that they make."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import ToMeError
+
+Features = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What all kinds share. Images are (B, 3, H, W) uint8 RGB, and each is measured by itself.
+
+    Attributes:
+        name, label: Key in :data:`~mmagic_tome.lab.metrics.NAMES`, and title for tables.
+        function: Computes it, of one image or of sets.
+        unit: ``''`` or ``'dB'``.
+        higher_is_better: Of sets: of the first value.
+        of: ``'images'``; or ``'latents'``, (B, ...) of any floating type.
+        smallest, fewest: Pixels a side, and images of each set, that it takes at least.
+    """
+
+    name: str
+    label: str
+    function: Callable[..., Any]
+    unit: str = ""
+    higher_is_better: bool = False
+    of: str = "images"
+    smallest: int = 1
+    fewest: int = 1
+
+    def check(self, size: tuple[int, int] | None = None, count: int | None = None) -> None:
+        """Raise ToMeError if a (height, width) or a number of images does not suffice."""
+        if size is not None and min(size) < self.smallest:
+            needs, found = f"{self.smallest} pixels a side", f"{size[0]}x{size[1]}"
+        elif count is not None and count < self.fewest:
+            needs, found = f"{self.fewest} images of each set", f"{count}"
+        else:
+            return
+        raise ToMeError(f"{self.label} needs at least {needs}, not {found}; leave it out")
+
+    def mean(self, values: Tensor) -> float:
+        """The values (N,) of N images as one number; NaN if one is.
+
+        That of decibels is the mean of the squared errors, turned into dB: identical images count
+        as no error, where a mean of dB would be infinite.
+        """
+        values = torch.as_tensor(values, dtype=torch.float64)
+        if self.unit != "dB":
+            return float(values.mean())
+        return float(-10 * (10 ** (-values / 10)).mean().log10())
+
+    def text(self, value: float) -> str:
+        """A value as a table shows it."""
+        if self.unit == "dB":
+            return "identical" if value == math.inf else f"{value:.2f} dB"
+        return f"{value:#.4g}"
+
+
+class PairedMetric(Metric):
+    """Compares images or final latents with the baseline's of the same prompts and seeds."""
+
+    @torch.no_grad()
+    def __call__(self, base: Tensor, other: Tensor) -> Tensor:
+        """One value per image, computed where the images are: (B,) float64 on the CPU.
+
+        Raises:
+            ToMeError: Shapes that differ, another type, images that are too small.
+        """
+        if self.of == "images":
+            check_images(base, other)
+            self.check(size=tuple(base.shape[-2:]))
+        if base.shape != other.shape:
+            shapes = f"{tuple(base.shape)} of the baseline and {tuple(other.shape)}"
+            raise ToMeError(f"{self.label} compares {self.of} of one shape, and got {shapes}")
+        pairs = zip(base.split(1), other.split(1))
+        return torch.tensor([float(self.function(b, o)) for b, o in pairs], dtype=torch.float64)
+
+
+class TextMetric(Metric):
+    """Compares images with their prompts."""
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """One value per image, computed where the images are: (B,) float64 on the CPU."""
+        check_images(images)
+        if len(prompts) != len(images):
+            raise ToMeError(f"{self.label}: {len(images)} images came with {len(prompts)} prompts")
+        pairs = zip(images.split(1), prompts)
+        return torch.tensor([float(self.function(i, p)) for i, p in pairs], dtype=torch.float64)
+
+
+class Extractor(NamedTuple):
+    """A network's features: ``extract`` takes (1, 3, H, W) uint8, returns layer -> (1, D)."""
+
+    key: str
+    extract: Callable[[Tensor], Features]
+
+
+@dataclass(frozen=True)
+class SetMetric(Metric):
+    """Compares a set of images with another one: real images, or the baseline's.
+
+    Attributes:
+        extractor: What makes its features.
+        feature_key: Metrics with the same one share their features: make them once.
+        needs_base: Whether there is another set (not for Inception Score).
+    """
+
+    extractor: Extractor | None = None
+    needs_base: bool = True
+
+    @property
+    def feature_key(self) -> str:
+        return self.extractor.key
+
+    @torch.no_grad()
+    def features_of(self, images: Tensor, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+        """Layer -> (B, D) float32 on the CPU; ``torch.cat`` joins those of more images."""
+        check_images(images)
+        rows = [self.extractor.extract(image.to(device)) for image in images.split(1)]
+        return {layer: torch.cat([row[layer] for row in rows]).float().cpu() for layer in rows[0]}
+
+    def compute(self, base: Features | None, other: Features) -> dict[str, float]:
+        """Name -> value, the metric itself first, in float64; the order of images is irrelevant.
+
+        Args:
+            base: Features of the other set; None unless :attr:`needs_base`.
+            other: Features of the images to judge.
+
+        Raises:
+            ToMeError: Too few images, or no ``base``.
+        """
+        if self.needs_base and base is None:
+            raise ToMeError(f"{self.label} compares with another set of images, and got none")
+        sets = []
+        for features in (other, base) if self.needs_base else (other,):
+            self.check(count=len(next(iter(features.values()))))
+            # Sorted, since libraries draw subsets by number.
+            sets.append({k: x[np.lexsort(x.numpy().T)].double() for k, x in features.items()})
+        return self.function(*sets)
+
+
+def check_images(*batches: Tensor) -> None:
+    """Raise ToMeError unless all are (B, 3, H, W) uint8 with B > 0."""
+    for images in batches:
+        shape = tuple(images.shape)
+        if images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3 or 0 in shape:
+            raise ToMeError(f"images must be (B, 3, H, W) uint8, got {shape} {images.dtype}")

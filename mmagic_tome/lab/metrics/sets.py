@@ -1,0 +1,154 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Metrics of sets: FID, KID, precision / recall, Inception Score, EfficientNet's distance.
+
+``weights`` is torch-fidelity's file of Inception-v3. Default: that in torch hub's cache.
+``fewest`` is the smallest number of images that a metric takes; lower it for tests and curves.
+All but KID depend on the number of images: compare only values of equally many.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from .base import Extractor, Features, SetMetric
+from .pairs import efficientnet
+
+
+@lru_cache(maxsize=1)
+def inception(weights: str | None) -> Extractor:
+    """torch-fidelity's Inception-v3, that of the FID paper."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    layers = ["2048", "logits_unbiased"]
+    network = FeatureExtractorInceptionV3("inception-v3-compat", layers, weights, verbose=False)
+
+    def extract(image: Tensor) -> Features:
+        return dict(zip(layers, network.to(image.device)(image)))
+
+    return Extractor(f"inception {weights}", extract)
+
+
+def fid(weights: str | None = None, fewest: int = 2048) -> SetMetric:
+    """Fréchet inception distance (Heusel et al., 2017); 0 is best.
+
+    With fewer images than the 2048 features, covariances are singular.
+    """
+
+    def function(other: Features, base: Features) -> dict[str, float]:
+        return {"fid": frechet_distance(other["2048"], base["2048"])}
+
+    return SetMetric("fid", "FID", function, fewest=fewest, extractor=inception(weights))
+
+
+def kid(weights: str | None = None, fewest: int = 50) -> SetMetric:
+    """Kernel inception distance (Binkowski et al., 2018; torch-fidelity); 0 is best.
+
+    Unbiased, so that it may be slightly below 0: the mean over 100 random subsets, and their
+    standard deviation ``kid_std``. A subset has 1000 images, but at most half of the smaller set,
+    or all subsets would be alike. Sets of less than 100 are compared as a whole: no ``kid_std``.
+    """
+    from torch_fidelity import metric_kid
+
+    def function(other: Features, base: Features) -> dict[str, float]:
+        x, y = other["2048"], base["2048"]
+        whole = min(len(x), len(y))
+        spread = whole >= 100
+        found = metric_kid.kid_features_to_metric(
+            x,
+            y,
+            kid_subsets=100 if spread else 1,
+            kid_subset_size=min(1000, whole // 2) if spread else whole,
+            kid_kernel="poly",
+            rng_seed=2020,
+            verbose=False,
+        )
+        values = {"kid": found[metric_kid.KEY_METRIC_KID_MEAN]}
+        if spread:
+            values["kid_std"] = found[metric_kid.KEY_METRIC_KID_STD]
+        return values
+
+    return SetMetric("kid", "KID", function, fewest=fewest, extractor=inception(weights))
+
+
+def precision_recall(weights: str | None = None, fewest: int = 100) -> SetMetric:
+    """Share of images inside the other set's manifold, and the reverse (torch-fidelity).
+
+    Balls up to the third neighbour (Kynkäänniemi et al., 2019), of Inception's features.
+    """
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    def function(other: Features, base: Features) -> dict[str, float]:
+        options = {"prc_neighborhood": 3, "prc_batch_size": 10000, "save_cpu_ram": True}
+        found = prc_features_to_metric(other["2048"], base["2048"], **options, verbose=False)
+        return {"precision": found["precision"], "recall": found["recall"]}
+
+    return SetMetric(
+        "precision_recall",
+        "precision / recall (Inception)",
+        function,
+        higher_is_better=True,
+        fewest=fewest,
+        extractor=inception(weights),
+    )
+
+
+def inception_score(weights: str | None = None, fewest: int = 1000) -> SetMetric:
+    """Inception Score over 10 splits (Salimans et al., 2016; torch-fidelity); 1 is worst."""
+    from torch_fidelity import metric_isc
+
+    def function(other: Features) -> dict[str, float]:
+        logits = other["logits_unbiased"]
+        found = metric_isc.isc_features_to_metric(logits, splits=min(10, len(logits)))
+        return {
+            "inception_score": found[metric_isc.KEY_METRIC_ISC_MEAN],
+            "inception_score_std": found[metric_isc.KEY_METRIC_ISC_STD],
+        }
+
+    return SetMetric(
+        "inception_score",
+        "Inception Score",
+        function,
+        higher_is_better=True,
+        fewest=fewest,
+        extractor=inception(weights),
+        needs_base=False,
+    )
+
+
+def frechet_efficientnet_lite0(fewest: int = 50) -> SetMetric:
+    """Fréchet distance of EfficientNet-lite0's 1280 pooled features; no download. Not FID."""
+    name, label = "frechet_efficientnet_lite0", "Frechet distance, EfficientNet-lite0"
+    network = efficientnet()
+
+    def extract(image: Tensor) -> Features:
+        size = (224, 224)  # what it was trained with
+        image = interpolate((image - 127.5) / 128, size, mode="bicubic", antialias=True)
+        return {"pooled": network.to(image.device).extract_features(image).mean((2, 3))}
+
+    def function(other: Features, base: Features) -> dict[str, float]:
+        return {name: frechet_distance(other["pooled"], base["pooled"])}
+
+    return SetMetric(
+        name, label, function, fewest=fewest, extractor=Extractor("efficientnet_lite0", extract)
+    )
+
+
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """``|mean difference|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`` of (N, D) and (M, D) samples.
+
+    With C1 = A^T A and C2 = B^T B, the trace of the root is the sum of the singular values of
+    A B^T, exact even where covariances are singular, as no general matrix root is. The triangles
+    of QR decompositions have the same, and at most D rows.
+    """
+    means, roots, trace = [], [], 0.0
+    for samples in (x.double(), y.double()):
+        means.append(samples.mean(0))
+        centred = (samples - means[-1]) / (len(samples) - 1) ** 0.5
+        trace += float(centred.square().sum())
+        roots.append(torch.linalg.qr(centred, mode="r").R)
+    trace -= 2 * float(torch.linalg.svdvals(roots[0] @ roots[1].T).sum())
+    return max(0.0, float((means[0] - means[1]).square().sum()) + trace)

@@ -1,0 +1,127 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""The ideal: as many tokens removed as by a method, for free. No method can be faster.
+
+Every target gets the first M of its N tokens, and its output is padded with zeros; nothing is
+matched, averaged or copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ... import apply_tome
+from ...errors import ToMeError
+from ...models import ModelAdapter, find_adapter
+from ...patch import find_patch
+from ...tome.state import Target, TomePatch
+from ...vit.families import find_vit
+
+
+@contextlib.contextmanager
+def ideal(network: nn.Module, stats: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+    """Let a network work on as many tokens as a method left, while entered.
+
+    Args:
+        network: The baseline.
+        stats: Of the method's handle of token merging, after a run.
+
+    Raises:
+        ToMeError: A target whose tokens come in parts.
+    """
+    sites = [site for site in stats if site["kept"] not in (site["tokens"], None)]
+    merges_targets = any("target" in site for site in sites)
+    hooks = _in_denoiser(network, sites) if merges_targets else _in_vit(network, sites)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _in_denoiser(network: nn.Module, sites: Sequence[Mapping[str, Any]]) -> list[Any]:
+    # Merging knows where targets begin and end; nothing of it stays in the network.
+    kinds = list(dict.fromkeys(site["kind"] for site in sites))
+    coarsest = max(site["downsample"] for site in sites)
+    adapter, inner = find_adapter(network)
+    with apply_tome(network, targets=kinds, max_downsample=coarsest):
+        targets = {one.name: one for one in find_patch(inner, TomePatch).targets}
+    hooks = []
+    for site in sites:
+        target = targets[site["target"]]
+        take = _Take(adapter, target, site["tokens"], site["kept"])
+        for path in (target.paths[0], *target.shared):
+            module = inner.get_submodule(path)
+            hooks.append(module.register_forward_pre_hook(take, with_kwargs=True))
+        if target.kind != "attn_kv":
+            module = inner.get_submodule(target.paths[-1])
+            hooks.append(module.register_forward_hook(take.pad))
+    return hooks
+
+
+class _Take:
+    """Pre-hook that passes on the first tokens only, and a hook that pads.
+
+    Args:
+        adapter: Changes other arguments of a module, such as its rotary embeddings.
+        target: What the tokens go into.
+        tokens, kept: Of the image, before and after.
+    """
+
+    def __init__(self, adapter: ModelAdapter, target: Target, tokens: int, kept: int) -> None:
+        self.adapter, self.target = adapter, target
+        self.removed = tokens - kept
+        # What ModelAdapter.adapt asks of a plan: every token represents itself.
+        representative = torch.arange(kept)[None]
+        self.plan = SimpleNamespace(
+            batch=1, num_tokens=tokens, num_slots=kept, representative=representative
+        )
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
+        x = args[0] if args else kwargs["hidden_states"]
+        if x.shape[1] < self.plan.num_tokens:
+            raise ToMeError(f"no ideal exists for {self.target.name}: its tokens come in parts")
+        self.plan.representative = self.plan.representative.to(x.device)
+        # Text, where there is some, is in front.
+        x = x[:, : x.shape[1] - self.removed]
+        if self.target.kind == "attn_kv":
+            return args, {**kwargs, self.target.context_argument: x}
+        if args:
+            args = (x, *args[1:])
+        else:
+            kwargs = {**kwargs, "hidden_states": x}
+        return self.adapter.adapt(self.target.name, self.plan, args, kwargs)
+
+    def pad(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """Zeros for the tokens that were not computed."""
+        space, at = (0, 0, 0, self.removed), self.target.output_index
+        if not isinstance(output, tuple):
+            return F.pad(output, space)
+        return (*output[:at], F.pad(output[at], space), *output[at + 1 :])
+
+
+def _in_vit(network: nn.Module, sites: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Every block drops its last tokens behind the attention."""
+    blocks = {block.name: block for block in find_vit(network).blocks}
+    hooks = []
+    for site in sites:
+        block, first = blocks[site["block"]], partial(_first, count=site["kept"])
+        hooks += [
+            block.norm.register_forward_pre_hook(first),
+            # One token, which the residual addition spreads over all for nothing.
+            block.last.register_forward_hook(partial(_first, count=1)),
+            block.module.register_forward_hook(first),
+        ]
+    return hooks
+
+
+def _first(module: nn.Module, args: tuple, output: Tensor | None = None, *, count: int) -> Any:
+    """The first tokens of the output, or of the input where there is no output yet."""
+    return (args[0][:, :count], *args[1:]) if output is None else output[:, :count]
