@@ -60,12 +60,12 @@ def test_sito_weights():
 
     twice = bases(x, noise_alpha=1, sim_beta=2)
     assert torch.equal(twice, bases(x, noise_alpha=0.5))
-    assert not torch.equal(twice, bases(x, noise_alpha=1))
+    # The unit of the noise is the spread of the similarities.
+    assert (bases(x, noise_alpha=1) == bases(x, noise_alpha=0)).float().mean() < 0.6
     alone = bases(x, noise_alpha=1, sim_beta=0)
     assert torch.equal(alone, bases(other, noise_alpha=1, sim_beta=0))
     assert not torch.equal(alone, bases(x, noise_alpha=1, sim_beta=0, seed=4))
     assert torch.equal(bases(x, noise_alpha=0), bases(x, noise_alpha=0, seed=4))
-    assert not torch.equal(bases(x), bases(other))
 
 
 def test_gaussian_numbers_are_normal():

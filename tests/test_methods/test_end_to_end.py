@@ -115,8 +115,6 @@ def test_every_target_may_have_a_method_of_its_own(unet):
 
 @pytest.mark.filterwarnings("ignore:method=")
 def test_importance_uses_the_guidance_of_the_last_step(unet):
-    """From the second step on its plan differs from the one without a guidance map."""
-
     def outputs(method, guided=True, targets=("attn",)):
         with apply_tome(unet, method=method, ratio=0.5, targets=targets) as handle:
             found = run(unet, STEPS[:2], guided)
