@@ -6,8 +6,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .plan import gather_tokens
-
 # Two tokens that cover each other gain exactly the same on paper: rounding must not decide, or the
 # choice would differ between devices and batch sizes.
 _TIE = 1e-4
@@ -42,5 +40,6 @@ def facility_location(similarity: Tensor, count: int) -> Tensor:
         choice = (good * first).argmax(dim=-1, keepdim=True)
         chosen.append(choice)
         taken = taken.scatter(1, choice, True)
-        covered = torch.maximum(covered, gather_tokens(similarity, choice))
+        row = similarity.gather(1, choice[..., None].expand(-1, -1, tokens))
+        covered = torch.maximum(covered, row)
     return torch.cat(chosen, dim=1)
