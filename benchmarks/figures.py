@@ -75,6 +75,8 @@ class Data:
         said.append(f"{where['gpu'] or where['processor']}, threads: {where['threads']}")
         said += [f"{key} {versions[key]}" for key in ("torch", "diffusers")]
         said.append(self.record["date"])
+        older = sum(row.get("transcribed", False) for row in self.rows)
+        said += [f"{older} of {len(self.rows)} values from an earlier page"] if older else []
         return f"<sub>{', '.join(said)}. {self.link(self.path, 'Data and command')}.</sub>"
 
     def table(self, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
@@ -197,19 +199,6 @@ def with_weights(page: Path, name: str, group: str = "") -> str:
     return data.table(heads, cells)
 
 
-def schedulers(page: Path) -> str:
-    """PSNR of the named settings with other schedulers, in brackets without error feedback."""
-    names = ["step_caching", *(f"scheduler_{one}" for one in ("euler", "dpm", "pndm"))]
-    cells = []
-    for data in (Data(page, name) for name in [*names, "scheduler_ancestral"]):
-        psnr = {row["method"]: row.get("psnr") for row in data.rows}
-        fewer = " / ".join(f"{psnr[f'{steps} steps']:.1f}" for steps in (16, 13, 10))
-        both = [(psnr[name], psnr[f"{name}, error feedback 0"]) for name in PRESETS]
-        line = [f"{value:.1f} ({plain:.1f})" for value, plain in both]
-        cells.append([data.record["settings"]["scheduler"], fewer, *line])
-    return data.table(["", "16 / 13 / 10 steps", *PRESETS], cells)
-
-
 def smoothness(page: Path) -> str:
     """Error of extrapolating an output, by timestep."""
     data = Data(page, "smoothness")
@@ -305,7 +294,6 @@ FIGURES: Mapping[str, Callable[[Path], str]] = {
     "matching-sentence": matching_sentence,
     "prop-attn": partial(with_weights, name="prop_attn"),
     "step-caching": partial(listed, name="step_caching"),
-    "schedulers": schedulers,
     "smoothness": smoothness,
     "run-continuity": continuity,
     "operations": operations,
