@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from mmengine.model import is_model_wrapper
-from mmengine.runner.base_loop import BaseLoop
 from torch import Tensor, nn
 
 from ...errors import ToMeError
@@ -81,6 +80,8 @@ def iteration_of(runner) -> int:
 
     ``runner.iter`` builds the training loop and its data set where there is no training.
     """
+    from mmengine.runner.base_loop import BaseLoop  # whose package imports the hooks
+
     return runner.iter if isinstance(runner._train_loop, BaseLoop) else 0
 
 
