@@ -279,7 +279,6 @@ FIGURES: Mapping[str, Callable[[Path], str]] = {
     "sd15-presets": partial(speedups, name="sd15_20_steps", methods=PRESETS, last=" and "),
     "sd15-presets-zh": partial(speedups, name="sd15_20_steps", methods=PRESETS, last=", "),
     "sd15-tomesd": partial(speedups, name="sd15_20_steps", methods=["tomesd"], last=""),
-    "demo-short": partial(listed, name="demo_20_steps", pick=_SHORT, by_speed=True),
     "demo-20": partial(listed, name="demo_20_steps", by_speed=True),
     "demo-50": partial(listed, name="demo_50_steps", by_speed=True),
     "sd15-level0": partial(listed, name="sd15_level0"),
