@@ -108,7 +108,6 @@ class PipelineSource(Source):
         return configs
 
     def check(self, request: Request) -> None:
-        """See :meth:`Source.check`."""
         self._check_network()
         self.call.check(request)
 
@@ -123,17 +122,14 @@ class PipelineSource(Source):
         for part in DENOISERS:
             if part not in self.parts:
                 continue
-            cls = getattr(diffusers, self.parts[part], None)
-            if cls is None or part not in self.call.configs:
-                return
             try:
+                cls = getattr(diffusers, self.parts[part])
                 with torch.device("meta"):
-                    network = cls.from_config(self.call.configs[part])
-                find_adapter(network)
+                    find_adapter(cls.from_config(self.call.configs[part]))
                 return
-            except ToMeError as known:
-                error = known
-            except Exception:  # a class that torch's meta device cannot build: loading tells
+            except ToMeError as unknown:
+                error = unknown
+            except Exception:  # what the meta device cannot build, or no config: loading tells
                 return
         raise error
 
@@ -143,7 +139,6 @@ class PipelineSource(Source):
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
     ) -> PipelineRunner:
-        """See :meth:`Source.load`."""
         self.check(request)
         options = {"variant": self._variant(), **self.options}
         if dtype is not None:
@@ -222,8 +217,7 @@ class PipelineRunner(Runner):
             found = self.request.extra.get(name, self.call.default(name))
             if found:
                 return round(found)
-        names = (fps for name, fps in _FPS.items() if self.call.name.startswith(name))
-        return next(names, 8)
+        return next((fps for name, fps in _FPS.items() if self.call.name.startswith(name)), 8)
 
     def run(
         self,
@@ -231,22 +225,17 @@ class PipelineRunner(Runner):
         steps: int | None = None,
         on_step: Callable[[], object] | None = None,
     ) -> Output:
-        """See :meth:`Runner.run`."""
-        numbers = list(numbers)
         arguments = self.call.arguments(self.request, numbers, steps or self.steps, self._size)
         told = "callback_on_step_end" in self.call.parameters
         marks = Steps(self.networks, self.device, on_step, told)
         if told:
             arguments["callback_on_step_end"] = marks.step_ended
-        on_cuda = self.device.type == "cuda"
-        if on_cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
         try:
             with quiet(self.model), decoded_latents(self.model) as decoded, marks:
                 seconds, result = Clock(self.device)(lambda: self.model(**arguments))
-        except ToMeError:
-            raise
         except ValueError as error:  # how pipelines refuse arguments
+            if isinstance(error, ToMeError):
+                raise
             raise ToMeError(f"{self.call.name}: {_one_line(error)}") from error
         images = list(result.frames if hasattr(result, "frames") else result.images)
         first = images[0][0] if self.video else images[0]
@@ -256,7 +245,6 @@ class PipelineRunner(Runner):
             latents=joined(decoded, len(numbers)),
             seconds=seconds,
             step_seconds=marks.seconds(),
-            peak_memory=torch.cuda.max_memory_allocated(self.device) if on_cuda else None,
         )
 
 
@@ -264,11 +252,7 @@ class PipelineRunner(Runner):
 
 
 def _find_file(path: str, name: str) -> Path:
-    """A file of a folder in diffusers' layout, or of an id on the hub.
-
-    Raises:
-        ToMeError: It is not there.
-    """
+    """A file of a folder in diffusers' layout, or of an id on the hub."""
     folder = Path(path)
     if folder.is_dir():
         if not (folder / name).is_file():

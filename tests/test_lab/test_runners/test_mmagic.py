@@ -183,11 +183,10 @@ def test_dtype_casts_the_whole_model(kind, folder, recwarn):
 
 WRONG = {
     "needs images": ("StableDiffusionInpaint", dict(images=[])),
-    r"needs masks \(--mask\)": ("StableDiffusionInpaint", dict(masks=[])),
-    r"does not take masks \(--mask\); it takes prompts alone": (None, dict(masks=[MASK])),
-    "it takes images and masks": ("StableDiffusionInpaint", dict(controls=[ONE])),
-    "got 3 for 2 prompts": ("ControlStableDiffusion", dict(controls=[ONE] * 3)),
-    "no.png is not there": ("ControlStableDiffusion", dict(controls=["no.png"])),
+    r"needs masks \(--mask\), its 'mask_image'": ("StableDiffusionInpaint", dict(masks=[])),
+    r"takes no masks \(--mask\); leave them out .it takes: text only": (None, dict(masks=[MASK])),
+    "it takes: images, masks": ("StableDiffusionInpaint", dict(controls=[ONE])),
+    "image no.png does not exist": ("ControlStableDiffusion", dict(controls=["no.png"])),
     "not clips": (None, dict(frames=4)),
     "at most 32 frames": ("AnimateDiff", dict(frames=33)),
     "takes no 'strength'; it takes eta$": (None, dict(extra=dict(strength=1))),
