@@ -4,7 +4,6 @@
 from types import SimpleNamespace
 
 import pytest
-import tiny_folders
 import torch
 from mmengine.config import Config
 from PIL import Image
@@ -17,9 +16,9 @@ from mmagic_tome.settings import Setting
 QUICK = dict(prompts=["a cat"], steps=2, size=64)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_folders.pipeline_folder("sd", tmp_path_factory.mktemp("sd"))
+@pytest.fixture
+def folder(pipeline_folder):
+    return pipeline_folder("sd")
 
 
 def config_of(folder, **entries):
