@@ -90,24 +90,13 @@ def _read_config(config: Any, options: Sequence[str] | Mapping[str, Any]) -> Any
 
 
 def _pipeline_source(config: Any) -> Source:
-    from ...mmagic.config_keys import read_top_level
-    from ...settings import Setting
     from .pipelines import PipelineSource
 
     options = dict(config.pipeline) if isinstance(config.pipeline, Mapping) else {}
     path = options.pop("from_pretrained", None)
     if not isinstance(path, str):
         raise ToMeError(f"config {config.filename}: write pipeline=dict(from_pretrained=FOLDER)")
-    found = read_top_level(config)
-    return PipelineSource(
-        path,
-        type=options.pop("type", None),
-        setting=Setting(found.get("tome_cfg"), found.get("cache_cfg")),
-        defaults=config.get("infer_cfg"),
-        evaluation=config.get("evaluation"),
-        name=Path(config.filename or path).stem,
-        options=options,
-    )
+    return PipelineSource(path, options.pop("type", None), config, options)
 
 
 def runner_of(model: Any, request: Request, source: Source | None = None) -> Runner:

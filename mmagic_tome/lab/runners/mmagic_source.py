@@ -227,7 +227,7 @@ class MMagicSource(Source):
     """A config of a class of MMagic's Stable Diffusion family, and a checkpoint.
 
     Args:
-        config: mmengine's ``Config``, or what :func:`load_config` reads.
+        config: mmengine's ``Config``.
         checkpoint: File (or URL) with weights of the model or of a part of it, as MMagic's
             training writes them. Default: None, what the config has as ``load_from``, if anything.
 
@@ -239,10 +239,7 @@ class MMagicSource(Source):
     kind = "mmagic"
 
     def __init__(self, config: Any, checkpoint: str | Path | None = None) -> None:
-        written = config if isinstance(config, (str, Path)) else config.filename
-        if written is config:
-            config = load_config(config)
-        self.config, self.path = config, str(written or "")
+        self.config, self.path = config, str(config.filename or "")
         self.checkpoint = os.path.expanduser(checkpoint or config.get("load_from") or "")
         # mmengine downloads what is an address.
         local = self.checkpoint and "://" not in self.checkpoint
@@ -275,10 +272,7 @@ class MMagicSource(Source):
         _check_paths(self.model, "model")
 
     def load(
-        self,
-        request: Request,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = None,
+        self, request: Request, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
     ) -> MMagicRunner:
         from mmagic.apis import init_model
 
@@ -296,9 +290,8 @@ class MMagicSource(Source):
             # Options and types that a part does not know; weights that no hub has.
             if isinstance(error, ToMeError):
                 raise
-            raise ToMeError(
-                f"cannot build {self.class_name} from the config: {type(error).__name__}: {error}"
-            ) from error
+            reason = f"{type(error).__name__}: {error}"
+            raise ToMeError(f"cannot build {self.class_name} from the config: {reason}") from error
         if self.checkpoint:
             _load_checkpoint(model, self.checkpoint)
         if dtype is not None:

@@ -16,6 +16,7 @@ import torch
 
 from ...apply import apply_cache, apply_tome
 from ...errors import ToMeError
+from ...mmagic.config_keys import read_top_level
 from ...models import find_adapter, find_denoisers
 from ...models.find import DENOISERS
 from ...schedulers import scheduler_name
@@ -37,9 +38,8 @@ class PipelineSource(Source):
     Args:
         path: A folder, or an id on the hub.
         type: Name of the pipeline's class. Default: None, what ``model_index.json`` says.
-        setting: What is applied when it is loaded. Default: None, nothing.
-        defaults, evaluation: See :class:`Source`. Default: None, nothing.
-        name: See :class:`Source`. Default: None, the folder's name.
+        config: mmengine's ``Config`` that names it and states the setting, ``infer_cfg`` and
+            ``evaluation``. Default: None, nothing of these.
         options: Further arguments of ``from_pretrained``, such as ``torch_dtype='bfloat16'`` or
             ``variant='fp16'``. Default: None. A folder that has weights of one variant only is
             loaded from that one.
@@ -55,19 +55,19 @@ class PipelineSource(Source):
         self,
         path: str | Path,
         type: str | None = None,
-        setting: Setting | None = None,
-        defaults: Mapping[str, Any] | None = None,
-        evaluation: Mapping[str, Any] | None = None,
-        name: str | None = None,
+        config: Any = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = str(path)
         folder = Path(path).expanduser()
         self.folder = str(folder) if folder.is_dir() else self.path
-        self.name = name or Path(self.folder).name
-        self.setting = setting or Setting()
-        self.defaults = dict(defaults or {})
-        self.evaluation = dict(evaluation or {})
+        config = config or {}
+        written = config and config.filename
+        found = read_top_level(config)
+        self.setting = Setting(found.get("tome_cfg"), found.get("cache_cfg"))
+        self.name = Path(written).stem if written else Path(self.folder).name
+        self.defaults = dict(config.get("infer_cfg") or {})
+        self.evaluation = dict(config.get("evaluation") or {})
         self.options = dict(options or {})
         if isinstance(self.options.get("torch_dtype"), str):
             self.options["torch_dtype"] = _dtype(self.options["torch_dtype"])
@@ -134,10 +134,7 @@ class PipelineSource(Source):
         raise error
 
     def load(
-        self,
-        request: Request,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = None,
+        self, request: Request, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
     ) -> PipelineRunner:
         self.check(request)
         options = {"variant": self._variant(), **self.options}

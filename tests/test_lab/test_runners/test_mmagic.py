@@ -15,6 +15,7 @@ from mmengine import Config
 from mmagic_tome import ToMeError, remove_tome
 from mmagic_tome.lab.devices import DTYPES, check_device
 from mmagic_tome.lab.request import Request
+from mmagic_tome.lab.runners import open_source
 from mmagic_tome.lab.runners.mmagic import MMagicRunner, MMagicSource
 from mmagic_tome.lab.runners.mmagic_source import CLASSES, load_config, resolve_config
 
@@ -266,7 +267,7 @@ def test_configs_are_found_and_changed(tmp_path, monkeypatch):
     assert source.setting.tome.ratio == 0.25 and source.setting.cache is None
     assert (source.name, source.class_name) == ("sd-emoji_tome-5e-1", "StableDiffusion")
     assert source.defaults["steps"] == 16 and source.evaluation == dict(rounds=3)
-    assert MMagicSource(name).path == name
+    assert open_source(name).path == name
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.py").write_text("model = (")
     for wrong, message in {
