@@ -118,15 +118,10 @@ def test_what_is_given_comes_before_what_the_config_says():
         (dict(prompts=["a"], size=64.5), "size=64.5 must be height and width"),
         (dict(prompts=["a"], extra="x"), "extra='x' must be a dict"),
         (dict(prompts=["a"], stepz=3), "no option 'stepz': did you mean 'steps'"),
+        (dict(infer_cfg=dict(step=3)), "infer_cfg of the config has no option 'step'"),
+        (dict(infer_cfg=dict(steps="many")), "infer_cfg of the config: steps='many' must be"),
     ],
 )
 def test_values_that_cannot_be_are_refused(given, message):
     with pytest.raises(ToMeError, match=message):
         request(**given)
-
-
-def test_a_wrong_key_of_the_config_is_named():
-    with pytest.raises(ToMeError, match="infer_cfg of the config has no option 'step'"):
-        request(dict(prompts="a", step=3))
-    with pytest.raises(ToMeError, match="infer_cfg of the config: steps='many' must be"):
-        request(dict(prompts="a", steps="many"))

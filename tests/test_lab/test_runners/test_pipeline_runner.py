@@ -109,18 +109,6 @@ def test_a_clip_that_is_decoded_frame_by_frame_is_one_row_of_latents(pipeline_fo
     assert [len(clip) for clip in output.images] == [FRAMES, FRAMES]
 
 
-def test_both_networks_of_wan_22_share_the_steps(pipeline_folder):
-    runner = PipelineSource(pipeline_folder("wan22")).load(request_of("wan22", steps=4))
-    calls = []
-    for name in ("transformer", "transformer_2"):
-        hook = getattr(runner.model, name).register_forward_hook
-        hook(lambda *_, name=name: calls.append(name))
-    output = runner.run([0])
-    # With and without the text at each of four steps.
-    assert len(calls) == 8 and set(calls) == {"transformer", "transformer_2"}
-    assert len(output.step_seconds) == 4
-
-
 def test_a_run_leaves_the_pipeline_as_it_was_even_if_it_fails(pipeline_folder, monkeypatch):
     runner = PipelineSource(pipeline_folder("sd")).load(request_of("sd"))
     pipeline = runner.model
