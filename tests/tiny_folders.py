@@ -7,7 +7,9 @@ published ones. Images of 64x64 have 8x8 latents.
 
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from tiny import _write_tokenizer, randomise, tiny_unet
 from tiny_pipelines import _SCHEDULE, tiny_controlnet, tiny_vae
 from tiny_transformers import TRANSFORMERS
@@ -19,21 +21,10 @@ _CLIP_WIDTH = 16
 
 
 def pipeline_folder(name, path):
-    """Write a pipeline.
-
-    Args:
-        name (str): One of :data:`NAMES`.
-        path (str | Path): A folder, created if it is not there.
-
-    Returns:
-        str: The folder.
-    """
-    import diffusers
-
+    """Write one of :data:`NAMES` to a folder, created if it is not there; return the folder."""
     class_name, build = _KINDS[name]
     torch.manual_seed(0)
-    path = Path(path)
-    pipeline = getattr(diffusers, class_name)(**build(path))
+    pipeline = getattr(diffusers, class_name)(**build(Path(path)))
     pipeline.save_pretrained(path)
     return str(path)
 
@@ -41,17 +32,19 @@ def pipeline_folder(name, path):
 # --- text -----------------------------------------------------------------------------------------
 
 
-def _clip(folder, name="tokenizer", projection=False):
-    """A tokenizer and a text encoder of CLIP's kind, 16 tokens of width 16."""
-    from transformers import (
-        CLIPTextConfig,
-        CLIPTextModel,
-        CLIPTextModelWithProjection,
-        CLIPTokenizer,
-    )
+def _texts(folder, *kinds):
+    """Tokenizers and text encoders: components with the names of pipelines."""
+    parts = {}
+    for kind, ending in zip(kinds, ("", "_2", "_3")):
+        made = _t5(kind) if "T5" in kind else _clip(folder / f"tokenizer{ending}", kind)
+        parts[f"tokenizer{ending}"], parts[f"text_encoder{ending}"] = made
+    return parts
 
-    _write_tokenizer(folder / name, _VOCABULARY)
-    config = CLIPTextConfig(
+
+def _clip(folder, kind):
+    """A tokenizer and a text encoder of CLIP's kind, 16 tokens of width 16."""
+    _write_tokenizer(folder, _VOCABULARY)
+    config = transformers.CLIPTextConfig(
         vocab_size=_VOCABULARY,
         hidden_size=_CLIP_WIDTH,
         intermediate_size=32,
@@ -63,36 +56,30 @@ def _clip(folder, name="tokenizer", projection=False):
         eos_token_id=_VOCABULARY - 1,
         pad_token_id=_VOCABULARY - 1,
     )
-    kind = CLIPTextModelWithProjection if projection else CLIPTextModel
-    return CLIPTokenizer.from_pretrained(folder / name), randomise(kind(config))
+    encoder = randomise(getattr(transformers, kind)(config))
+    return transformers.CLIPTokenizer.from_pretrained(folder), encoder
 
 
-def _t5(multilingual=False):
+def _t5(kind):
     """A tokenizer that knows letters, and a text encoder of T5's kind, of width 32."""
-    from transformers import T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
-
     letters = [(chr(number), -3.0) for number in range(33, 127)]
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters]
-    tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=32)
-    kind, config = (UMT5EncoderModel, UMT5Config) if multilingual else (T5EncoderModel, T5Config)
+    tokenizer = transformers.T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=32)
     options = dict(d_model=_WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    return tokenizer, randomise(kind(config(vocab_size=len(vocabulary), **options)))
+    config = getattr(transformers, f"{kind}Config")(vocab_size=len(vocabulary), **options)
+    return tokenizer, randomise(getattr(transformers, f"{kind}EncoderModel")(config))
+
+
+_CLIP, _PROJECTED = "CLIPTextModel", "CLIPTextModelWithProjection"
 
 
 # --- pipelines ------------------------------------------------------------------------------------
 
 
-def _sd(folder, **unet):
-    from diffusers import DDIMScheduler
-
-    tokenizer, text_encoder = _clip(folder)
-    return dict(
-        vae=tiny_vae(),
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        unet=tiny_unet(**unet),
-        scheduler=DDIMScheduler(**_SCHEDULE, clip_sample=False),
-    )
+def _sd(folder, *texts, **unet):
+    scheduler = diffusers.DDIMScheduler(**_SCHEDULE, clip_sample=False)
+    texts = _texts(folder, _CLIP, *texts)
+    return dict(**texts, vae=tiny_vae(), unet=tiny_unet(**unet), scheduler=scheduler)
 
 
 def _v1(folder, **unet):
@@ -100,13 +87,10 @@ def _v1(folder, **unet):
     return {**_sd(folder, **unet), **without}
 
 
-def _control(folder):
-    return dict(**_v1(folder), controlnet=tiny_controlnet())
-
-
 def _sdxl(folder):
-    parts = _sd(
+    return _sd(
         folder,
+        _PROJECTED,
         cross_attention_dim=2 * _CLIP_WIDTH,
         # As in SDXL itself, the finest level has no attention.
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -115,78 +99,42 @@ def _sdxl(folder):
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=_CLIP_WIDTH + 6 * 8,
     )
-    tokenizer, text_encoder = _clip(folder, "tokenizer_2", projection=True)
-    return dict(**parts, tokenizer_2=tokenizer, text_encoder_2=text_encoder)
 
 
-def _transformer(title, **changes):
-    """One of tiny_transformers.py, changed."""
-    import diffusers
-
+def _dit(title, folder, *texts, vae=None, scheduler=None, **changes):
+    """A pipeline around a network of tiny_transformers.py, changed."""
     family = TRANSFORMERS[title]
-    options = {**family.options, **changes}
-    return randomise(getattr(diffusers, family.class_name)(**options))
-
-
-def _flow(**options):
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    return FlowMatchEulerDiscreteScheduler(**options)
+    network = getattr(diffusers, family.class_name)(**{**family.options, **changes})
+    return dict(
+        **_texts(folder, *texts),
+        transformer=randomise(network),
+        vae=vae or tiny_vae(shift_factor=0.1),
+        scheduler=scheduler or diffusers.FlowMatchEulerDiscreteScheduler(),
+    )
 
 
 def _sd3(folder):
-    transformer = _transformer(
-        "Stable Diffusion 3",
-        sample_size=8,
-        joint_attention_dim=_WIDTH,
-        pooled_projection_dim=2 * _CLIP_WIDTH,
-    )
-    parts = dict(transformer=transformer, vae=tiny_vae(shift_factor=0.1), scheduler=_flow())
-    texts = [_clip(folder, "tokenizer", True), _clip(folder, "tokenizer_2", True), _t5()]
-    for ending, (tokenizer, text_encoder) in zip(("", "_2", "_3"), texts):
-        parts[f"tokenizer{ending}"] = tokenizer
-        parts[f"text_encoder{ending}"] = text_encoder
-    return parts
+    texts = (_PROJECTED, _PROJECTED, "T5")
+    widths = dict(joint_attention_dim=_WIDTH, pooled_projection_dim=2 * _CLIP_WIDTH)
+    return _dit("Stable Diffusion 3", folder, *texts, sample_size=8, **widths)
 
 
 def _flux(folder):
-    tokenizer, text_encoder = _clip(folder)
-    tokenizer_2, text_encoder_2 = _t5()
-    return dict(
-        transformer=_transformer(
-            "Flux.1",
-            in_channels=16,  # four latents of four channels
-            joint_attention_dim=_WIDTH,
-            pooled_projection_dim=_CLIP_WIDTH,
-        ),
-        vae=tiny_vae(shift_factor=0.1),
-        scheduler=_flow(use_dynamic_shifting=True),
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        tokenizer_2=tokenizer_2,
-        text_encoder_2=text_encoder_2,
-    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    # Four latents of four channels.
+    widths = dict(in_channels=16, joint_attention_dim=_WIDTH, pooled_projection_dim=_CLIP_WIDTH)
+    return _dit("Flux.1", folder, _CLIP, "T5", scheduler=scheduler, **widths)
 
 
 def _pixart(folder):
-    from diffusers import DPMSolverMultistepScheduler
-
-    tokenizer, text_encoder = _t5()
+    parts = dict(vae=tiny_vae(), scheduler=diffusers.DPMSolverMultistepScheduler())
     # Its pipeline generates at sizes that it knows, of 256 pixels here, and resizes the image.
-    return dict(
-        transformer=_transformer("PixArt-alpha, PixArt-sigma", sample_size=32, caption_channels=32),
-        vae=tiny_vae(),
-        scheduler=DPMSolverMultistepScheduler(),
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-    )
+    widths = dict(sample_size=32, caption_channels=_WIDTH)
+    return _dit("PixArt-alpha, PixArt-sigma", folder, "T5", **parts, **widths)
 
 
-def _wan(folder):
-    from diffusers import AutoencoderKLWan
-
-    tokenizer, text_encoder = _t5(multilingual=True)
-    vae = AutoencoderKLWan(
+def _wan(folder, **changes):
+    vae = diffusers.AutoencoderKLWan(
         base_dim=8,
         z_dim=4,
         dim_mult=[1, 1, 1, 1],
@@ -194,18 +142,14 @@ def _wan(folder):
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     )
-    return dict(
-        transformer=_transformer("Wan 2.1, 2.2 (video)", text_dim=_WIDTH),
-        vae=randomise(vae),
-        scheduler=_flow(shift=3.0),
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    options = dict(vae=randomise(vae), scheduler=scheduler, text_dim=_WIDTH)
+    return _dit("Wan 2.1, 2.2 (video)", folder, "UMT5", **options, **changes)
 
 
 def _wan22(folder):
     """One network for the first half of a run, another for the second."""
-    second = _transformer("Wan 2.1, 2.2 (video)", text_dim=_WIDTH, num_layers=1)
+    second = _wan(folder, num_layers=1)["transformer"]
     return dict(**_wan(folder), transformer_2=second, boundary_ratio=0.8)
 
 
@@ -213,7 +157,10 @@ _KINDS = {
     "sd": ("StableDiffusionPipeline", _v1),
     "img2img": ("StableDiffusionImg2ImgPipeline", _v1),
     "inpaint": ("StableDiffusionInpaintPipeline", lambda folder: _v1(folder, in_channels=9)),
-    "controlnet": ("StableDiffusionControlNetPipeline", _control),
+    "controlnet": (
+        "StableDiffusionControlNetPipeline",
+        lambda folder: dict(**_v1(folder), controlnet=tiny_controlnet()),
+    ),
     "sdxl": ("StableDiffusionXLPipeline", _sdxl),
     "sd3": ("StableDiffusion3Pipeline", _sd3),
     "flux": ("FluxPipeline", _flux),

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import ToMeError
+
 # Fields that hold what a model may take besides text: one for all images, or one per image.
 INPUTS = ("images", "masks", "controls", "references")
 
@@ -30,6 +32,9 @@ class Request:
             inpaint, where to inpaint (white), the control image of a ControlNet, the subject
             (ViCo, FastComposer). One serves all prompts; otherwise one for each.
         extra: Further keyword arguments of the model's call, such as ``dict(strength=0.5)``.
+
+    Raises:
+        ToMeError: A list that does not have one entry for each prompt.
     """
 
     prompts: Sequence[str]
@@ -45,6 +50,17 @@ class Request:
     controls: Sequence[Any] = ()
     references: Sequence[Any] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key in ("seed", "negative_prompt", *INPUTS):
+            value = getattr(self, key)
+            if not isinstance(value, (list, tuple)) or len(value) in (0, len(self)):
+                continue
+            if key not in INPUTS or len(value) > 1:
+                raise ToMeError(
+                    f"{key} has {len(value)} entries for {len(self)} prompts; state one for all, "
+                    "or one for each"
+                )
 
     def __len__(self) -> int:
         """How many images are asked for."""

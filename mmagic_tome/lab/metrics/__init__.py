@@ -133,7 +133,6 @@ def _function(known: Iterable[str], name: Any, options: Mapping[str, Any]) -> Ca
         raise ToMeError(f"unknown metric {name!r}: {hint}known are {', '.join(known)}")
     function = getattr(sets if name in SETS else pairs, name)
     takes = list(inspect.signature(function).parameters)
-    unknown = sorted(set(options) - set(takes))
-    if unknown:
-        raise ToMeError(f"{name} has no option {unknown[0]!r}; it has {takes}")
+    for unknown in sorted(set(options) - set(takes)):
+        raise ToMeError(f"{name} has no option {unknown!r}; it has {takes}")
     return function

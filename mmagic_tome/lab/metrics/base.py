@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -42,12 +42,12 @@ class Metric:
     def check(self, size: tuple[int, int] | None = None, count: int | None = None) -> None:
         """Raise ToMeError if a (height, width) or a number of images does not suffice."""
         if size is not None and min(size) < self.smallest:
-            needs, found = f"{self.smallest} pixels a side", f"{size[0]}x{size[1]}"
+            lacks = f"{self.smallest} pixels a side, not {size[0]}x{size[1]}"
         elif count is not None and count < self.fewest:
-            needs, found = f"{self.fewest} images of each set", f"{count}"
+            lacks = f"{self.fewest} images of each set, not {count}"
         else:
             return
-        raise ToMeError(f"{self.label} needs at least {needs}, not {found}; leave it out")
+        raise ToMeError(f"{self.label} needs at least {lacks}; leave it out")
 
     def mean(self, values: Tensor) -> float:
         """The values (N,) of N images as one number; NaN if one is.
@@ -59,6 +59,10 @@ class Metric:
         if self.unit != "dB":
             return float(values.mean())
         return float(-10 * (10 ** (-values / 10)).mean().log10())
+
+    def _each(self, images: Iterable[Tensor], others: Iterable[Any]) -> Tensor:
+        values = [float(self.function(*pair)) for pair in zip(images, others)]
+        return torch.tensor(values, dtype=torch.float64)
 
     def text(self, value: float) -> str:
         """A value as a table shows it."""
@@ -83,8 +87,7 @@ class PairedMetric(Metric):
         if base.shape != other.shape:
             shapes = f"{tuple(base.shape)} of the baseline and {tuple(other.shape)}"
             raise ToMeError(f"{self.label} compares {self.of} of one shape, and got {shapes}")
-        pairs = zip(base.split(1), other.split(1))
-        return torch.tensor([float(self.function(b, o)) for b, o in pairs], dtype=torch.float64)
+        return self._each(base.split(1), other.split(1))
 
 
 class TextMetric(Metric):
@@ -96,8 +99,7 @@ class TextMetric(Metric):
         check_images(images)
         if len(prompts) != len(images):
             raise ToMeError(f"{self.label}: {len(images)} images came with {len(prompts)} prompts")
-        pairs = zip(images.split(1), prompts)
-        return torch.tensor([float(self.function(i, p)) for i, p in pairs], dtype=torch.float64)
+        return self._each(images.split(1), prompts)
 
 
 class Extractor(NamedTuple):
@@ -134,12 +136,8 @@ class SetMetric(Metric):
     def compute(self, base: Features | None, other: Features) -> dict[str, float]:
         """Name -> value, the metric itself first, in float64; the order of images is irrelevant.
 
-        Args:
-            base: Features of the other set; None unless :attr:`needs_base`.
-            other: Features of the images to judge.
-
-        Raises:
-            ToMeError: Too few images, or no ``base``.
+        ``other`` are the features of the images to judge, ``base`` those of the other set: None
+        unless :attr:`needs_base`. ToMeError for too few images, or without ``base``.
         """
         if self.needs_base and base is None:
             raise ToMeError(f"{self.label} compares with another set of images, and got none")

@@ -91,19 +91,17 @@ def efficientnet_lite0_distance() -> PairedMetric:
 
     def maps(image: Tensor) -> list[Tensor]:
         network.to(image.device)
-        x = network._swish(network._bn0(network._conv_stem((image - 127.5) / 128)))
-        found = []
+        found = [network._swish(network._bn0(network._conv_stem((image - 127.5) / 128)))]
         for block in network._blocks[: taps[-1] + 1]:
-            x = block(x)
-            found.append(normalize(x, dim=1))
-        return [found[number] for number in taps]
+            found.append(block(found[-1]))
+        return [normalize(found[1 + number], dim=1) for number in taps]
 
     def function(base: Tensor, other: Tensor) -> float:
         pairs = zip(maps(base), maps(other))
         return sum(float((a - b).double().square().sum(1).mean()) for a, b in pairs) / len(taps)
 
-    name, label = "efficientnet_lite0_distance", "EfficientNet-lite0 feature distance"
-    return PairedMetric(name, label, function)
+    label = "EfficientNet-lite0 feature distance"
+    return PairedMetric("efficientnet_lite0_distance", label, function)
 
 
 @lru_cache(maxsize=1)

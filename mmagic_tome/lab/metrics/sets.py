@@ -55,21 +55,19 @@ def kid(weights: str | None = None, fewest: int = 50) -> SetMetric:
 
     def function(other: Features, base: Features) -> dict[str, float]:
         x, y = other["2048"], base["2048"]
-        whole = min(len(x), len(y))
-        spread = whole >= 100
+        smaller = min(len(x), len(y))
+        spread = smaller >= 100
         found = metric_kid.kid_features_to_metric(
             x,
             y,
             kid_subsets=100 if spread else 1,
-            kid_subset_size=min(1000, whole // 2) if spread else whole,
+            kid_subset_size=min(1000, smaller // 2) if spread else smaller,
             kid_kernel="poly",
             rng_seed=2020,
             verbose=False,
         )
-        values = {"kid": found[metric_kid.KEY_METRIC_KID_MEAN]}
-        if spread:
-            values["kid_std"] = found[metric_kid.KEY_METRIC_KID_STD]
-        return values
+        deviation = {"kid_std": found[metric_kid.KEY_METRIC_KID_STD]} if spread else {}
+        return {"kid": found[metric_kid.KEY_METRIC_KID_MEAN], **deviation}
 
     return SetMetric("kid", "KID", function, fewest=fewest, extractor=inception(weights))
 
@@ -86,14 +84,9 @@ def precision_recall(weights: str | None = None, fewest: int = 100) -> SetMetric
         found = prc_features_to_metric(other["2048"], base["2048"], **options, verbose=False)
         return {"precision": found["precision"], "recall": found["recall"]}
 
-    return SetMetric(
-        "precision_recall",
-        "precision / recall (Inception)",
-        function,
-        higher_is_better=True,
-        fewest=fewest,
-        extractor=inception(weights),
-    )
+    label = "precision / recall (Inception)"
+    options = {"higher_is_better": True, "fewest": fewest, "extractor": inception(weights)}
+    return SetMetric("precision_recall", label, function, **options)
 
 
 def inception_score(weights: str | None = None, fewest: int = 1000) -> SetMetric:
@@ -103,20 +96,11 @@ def inception_score(weights: str | None = None, fewest: int = 1000) -> SetMetric
     def function(other: Features) -> dict[str, float]:
         logits = other["logits_unbiased"]
         found = metric_isc.isc_features_to_metric(logits, splits=min(10, len(logits)))
-        return {
-            "inception_score": found[metric_isc.KEY_METRIC_ISC_MEAN],
-            "inception_score_std": found[metric_isc.KEY_METRIC_ISC_STD],
-        }
+        names = {"": metric_isc.KEY_METRIC_ISC_MEAN, "_std": metric_isc.KEY_METRIC_ISC_STD}
+        return {f"inception_score{ending}": found[key] for ending, key in names.items()}
 
-    return SetMetric(
-        "inception_score",
-        "Inception Score",
-        function,
-        higher_is_better=True,
-        fewest=fewest,
-        extractor=inception(weights),
-        needs_base=False,
-    )
+    options = {"higher_is_better": True, "fewest": fewest, "extractor": inception(weights)}
+    return SetMetric("inception_score", "Inception Score", function, **options, needs_base=False)
 
 
 def frechet_efficientnet_lite0(fewest: int = 50) -> SetMetric:
@@ -132,9 +116,8 @@ def frechet_efficientnet_lite0(fewest: int = 50) -> SetMetric:
     def function(other: Features, base: Features) -> dict[str, float]:
         return {name: frechet_distance(other["pooled"], base["pooled"])}
 
-    return SetMetric(
-        name, label, function, fewest=fewest, extractor=Extractor("efficientnet_lite0", extract)
-    )
+    extractor = Extractor("efficientnet_lite0", extract)
+    return SetMetric(name, label, function, fewest=fewest, extractor=extractor)
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:

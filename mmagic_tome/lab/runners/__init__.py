@@ -63,7 +63,6 @@ def open_source(
     written = str(config) if isinstance(config, (str, Path)) else config.filename
     config = _read_config(config, cfg_options)
     if config.get("pipeline") is None:
-        _check_checkpoint(checkpoint or config.get("load_from"))
         from .mmagic import MMagicSource
 
         source = MMagicSource(config, checkpoint=checkpoint)
@@ -78,44 +77,26 @@ def open_source(
 
 
 def _read_config(config: Any, options: Sequence[str] | Mapping[str, Any]) -> Any:
-    texts = () if isinstance(options, Mapping) else options
+    entries = options if isinstance(options, Mapping) else {}
     if isinstance(config, (str, Path)):
         from .mmagic_source import load_config
 
-        config = load_config(config, texts)
-    elif texts:
+        config = load_config(config, () if entries else options)
+    elif options and not entries:
         raise ToMeError("state the overrides of a Config as a dict")
-    if isinstance(options, Mapping) and options:
-        config.merge_from_dict(dict(options))
+    if entries:
+        config.merge_from_dict(dict(entries))
     return config
 
 
-def _check_checkpoint(checkpoint: Any) -> None:
-    # mmengine downloads what is an address.
-    local = checkpoint is not None and "://" not in str(checkpoint)
-    if local and not Path(checkpoint).expanduser().is_file():
-        raise ToMeError(f"checkpoint {checkpoint} is not there")
-
-
 def _pipeline_source(config: Any) -> Source:
-    from ...mmagic.config_keys import read_top_level
-    from ...settings import Setting
     from .pipelines import PipelineSource
 
     options = dict(config.pipeline) if isinstance(config.pipeline, Mapping) else {}
     path = options.pop("from_pretrained", None)
     if not isinstance(path, str):
         raise ToMeError(f"config {config.filename}: write pipeline=dict(from_pretrained=FOLDER)")
-    found = read_top_level(config)
-    return PipelineSource(
-        path,
-        type=options.pop("type", None),
-        setting=Setting(found.get("tome_cfg"), found.get("cache_cfg")),
-        defaults=config.get("infer_cfg"),
-        evaluation=config.get("evaluation"),
-        name=Path(config.filename or path).stem,
-        options=options,
-    )
+    return PipelineSource(path, options.pop("type", None), config, options)
 
 
 def runner_of(model: Any, request: Request, source: Source | None = None) -> Runner:
@@ -174,21 +155,7 @@ def make_request(source: Source, **given: Any) -> Request:
             values[key] = value
     if "prompts" not in values:
         raise ToMeError("no prompt: state at least one, or infer_cfg=dict(prompts=...) in a config")
-    request = Request(**values)
-    _check_lengths(request)
-    return request
-
-
-def _check_lengths(request: Request) -> None:
-    for key in ("seed", "negative_prompt", *INPUTS):
-        value = getattr(request, key)
-        if not isinstance(value, tuple) or not value:
-            continue
-        if len(value) != len(request) and not (key in INPUTS and len(value) == 1):
-            raise ToMeError(
-                f"{key} has {len(value)} entries for {len(request)} prompts; state one for all, or "
-                "one for each"
-            )
+    return Request(**values)
 
 
 def _integer(low: int, high: int | None = None) -> Callable[[str, str, Any], int]:
@@ -201,52 +168,46 @@ def _guidance(where: str, key: str, value: Any) -> float:
 
 def _seed(where: str, key: str, value: Any) -> int | tuple[int, ...]:
     # torch takes more, but its generator on the CPU looks at 32 bits only, as numpy's does.
-    one = _integer(0, 2**32 - 1)
-    if isinstance(value, (list, tuple)):
-        return tuple(one(where, key, seed) for seed in value)
-    return one(where, key, value)
+    seeds = tuple(check_integer(where, key, one, 0, 2**32 - 1) for one in _listed(value))
+    return seeds if isinstance(value, (list, tuple)) else seeds[0]
 
 
 def _size(where: str, key: str, value: Any) -> tuple[int, int]:
-    sides = value
-    if isinstance(value, str):
-        sides = [int(side) if side.isdecimal() else side for side in value.lower().split("x")]
-    elif not isinstance(value, (list, tuple)):
-        sides = [value]
-    if len(sides) not in (1, 2) or not all(isinstance(side, int) and side > 0 for side in sides):
+    sides = value.lower().split("x") if isinstance(value, str) else _listed(value)
+    sides = [int(side) if str(side).isdecimal() else 0 for side in sides]
+    if len(sides) not in (1, 2) or 0 in sides:
         fail(where, key, value, "height and width in pixels", (512, 512))
     return sides[0], sides[-1]
 
 
 def _prompts(where: str, key: str, value: Any) -> tuple[str, ...]:
-    prompts = [value] if isinstance(value, str) else value
-    if not isinstance(prompts, (list, tuple)):
-        fail(where, key, value, "a text or a list of texts", ["a red apple"])
-    for prompt in prompts:
+    for prompt in _listed(value):
         if not isinstance(prompt, str) or not prompt.strip():
             fail(where, key, prompt, "a text for each image", ["a red apple"])
-    return tuple(prompt.strip() for prompt in prompts)
+    return tuple(prompt.strip() for prompt in _listed(value))
 
 
 def _negative_prompt(where: str, key: str, value: Any) -> str | tuple[str, ...]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, (list, tuple)) or not all(isinstance(one, str) for one in texts):
+    if not all(isinstance(one, str) for one in _listed(value)):
         fail(where, key, value, "a text, or one for each prompt", "blurry")
     return value if isinstance(value, str) else tuple(value)
 
 
 def _images(where: str, key: str, value: Any) -> tuple[Any, ...]:
-    images = value if isinstance(value, (list, tuple)) else [value]
-    for image in images:
+    for image in _listed(value):
         if not isinstance(image, (str, Path, Image.Image)):
             fail(where, key, image, "files or PIL images", ["image.png"])
-    return tuple(images)
+    return tuple(_listed(value))
 
 
 def _extra(where: str, key: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         fail(where, key, value, "a dict of arguments of the model's call", dict(strength=0.5))
     return dict(value)
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else [value]
 
 
 _CHECKS: dict[str, Callable[[str, str, Any], Any]] = {

@@ -4,15 +4,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...errors import ToMeError
 from ...settings import Setting
-from ..request import Request
+from ..request import INPUTS, Request
+from .media import load_image
+
+_OPTIONS = {
+    "images": "--img",
+    "masks": "--mask",
+    "controls": "--control",
+    "references": "--reference",
+}
 
 
 @dataclass
@@ -24,14 +33,12 @@ class Output:
         latents: (B, ...) float32 on the CPU: what the VAE decoded; None where it cannot be seen.
         seconds: Of the whole call, synchronized with the device.
         step_seconds: Of each step's call of the network (skipped ones too).
-        peak_memory: Bytes, on CUDA only.
     """
 
     images: list[Any]
     latents: Tensor | None
     seconds: float
     step_seconds: list[float] = field(default_factory=list)
-    peak_memory: int | None = None
 
     @property
     def network_seconds(self) -> float:
@@ -64,21 +71,19 @@ class Source(ABC):
 
     @abstractmethod
     def check(self, request: Request) -> None:
-        """Fail if the model cannot serve the request; nothing is loaded.
+        """Raise ToMeError for the first thing that the model cannot serve; nothing is loaded.
 
-        Raises:
-            ToMeError: The first thing that does not fit: an input that the class needs or does not
-                take, files or weights that are not there, a size that does not fit.
+        It is an input that the class needs or does not take, a file or weights that are not there,
+        a size that does not fit.
         """
 
     @abstractmethod
     def load(
-        self,
-        request: Request,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = None,
+        self, request: Request, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
     ) -> Runner:
         """Load the weights; what the config applies is applied to the model (``setting``).
+
+        ``dtype`` is that of the whole model. Default: None, that of the weights.
 
         Raises:
             ToMeError: The weights cannot be loaded; the model does not take the config's options.
@@ -132,3 +137,55 @@ class Runner(ABC):
             steps: Denoising steps. Default: ``self.steps``.
             on_step: Called without arguments after each step.
         """
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def check_inputs(
+    name: str, request: Request, takes: Mapping[str, str], needs: Collection[str]
+) -> None:
+    """Fail for inputs that a class does not take, that it lacks, or that cannot be read.
+
+    Args:
+        name: Of the class.
+        request: What to generate.
+        takes: Those of :data:`INPUTS` that the class takes -> name of its argument.
+        needs: Those of them that it needs, as fields of the request or in ``extra``.
+
+    Raises:
+        ToMeError: The first thing that does not fit.
+    """
+    for field_name in INPUTS:
+        given, argument = getattr(request, field_name), takes.get(field_name)
+        shown = f"{field_name} ({_OPTIONS[field_name]})"
+        if given and argument is None:
+            known = ", ".join(takes) or "text only"
+            raise ToMeError(f"{name} takes no {shown}; leave them out (it takes: {known})")
+        if not given and field_name in needs and argument not in request.extra:
+            raise ToMeError(
+                f"{name} needs {shown}, its {argument!r}: state one for all prompts, or one for "
+                "each"
+            )
+        for image in flat(given):
+            load_image(image)
+
+
+def check_size(name: str, size: tuple[int, int] | None, unit: int) -> None:
+    """Fail if a class cannot make images of a (height, width); None is its own size.
+
+    Raises:
+        ToMeError: A side is no multiple of ``unit``; states the nearest size.
+    """
+    if size is not None and any(side % unit for side in size):
+        near = "x".join(str(max(1, round(side / unit)) * unit) for side in size)
+        raise ToMeError(
+            f"size {size[0]}x{size[1]} does not fit {name}: height and width must be multiples of "
+            f"{unit}; the nearest is {near}"
+        )
+
+
+def flat(images: Sequence[Any]) -> list[Any]:
+    """Inputs in one list: an entry may be a list, such as of FastComposer's subjects."""
+    lists = [one if isinstance(one, (list, tuple)) else [one] for one in images]
+    return [image for one in lists for image in one]

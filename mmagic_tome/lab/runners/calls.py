@@ -14,7 +14,8 @@ import torch
 from ...errors import ToMeError
 from ...models.find import DENOISERS
 from ...validate import check_keys
-from ..request import INPUTS, Request
+from ..request import Request
+from .base import check_inputs, check_size
 from .media import load_image
 
 #: Components that turn latents into images; the first that a pipeline has.
@@ -81,9 +82,9 @@ class PipelineCall:
         self.guidance = float(self.default(self.guidance_name) or 0)
         self.video = any(name in self.parameters for name in _CLIPS)
         self.arguments_of = self._inputs()
-        self.needed = {
-            field for field, argument in self.arguments_of.items() if self._needs(field, argument)
-        }
+        self.needed = {*self.arguments_of}
+        if not self._starts_from_image():
+            self.needed.discard("images")
 
     def default(self, name: str | None) -> Any:
         """Default of an argument; None if it has none, or is not there."""
@@ -105,10 +106,9 @@ class PipelineCall:
         )
         return {field: name for field, name in names.items() if name in self.parameters}
 
-    def _needs(self, field: str, argument: str) -> bool:
-        if field != "images":
-            return True
-        required = self.parameters[argument].default is inspect.Parameter.empty
+    def _starts_from_image(self) -> bool:
+        image = self.parameters.get(self.arguments_of.get("images"))
+        required = image is not None and image.default is image.empty
         return required or "masks" in self.arguments_of or bool(_FROM_IMAGE.search(self.name))
 
     @property
@@ -130,29 +130,11 @@ class PipelineCall:
         return self._factor * patch
 
     def check(self, request: Request) -> None:
-        """Fail if the class cannot serve a request.
-
-        Raises:
-            ToMeError: The first thing that does not fit.
-        """
-        self._check_inputs(request)
+        """Raise ToMeError for the first thing of a request that the class cannot serve."""
+        check_inputs(self.name, request, self.arguments_of, self.needed)
         self._check_values(request)
+        check_size(self.name, request.size, self.unit)
         self._check_extra(request)
-
-    def _check_inputs(self, request: Request) -> None:
-        for field in INPUTS:
-            given = bool(getattr(request, field))
-            argument = self.arguments_of.get(field)
-            if given and argument is None:
-                takes = ", ".join(self.arguments_of) or "text only"
-                raise ToMeError(f"{self.name} takes no {field}; leave them out (it takes: {takes})")
-            if field in self.needed and not given and argument not in request.extra:
-                raise ToMeError(
-                    f"{self.name} needs {field} (its {argument!r}): state a file for all prompts, "
-                    "or one for each"
-                )
-            for image in getattr(request, field):
-                load_image(image)
 
     def _check_values(self, request: Request) -> None:
         if "num_inference_steps" not in self.parameters:
@@ -166,19 +148,9 @@ class PipelineCall:
         ):
             if getattr(request, field) is not None and argument not in self.parameters:
                 raise ToMeError(f"{self.name} takes no {field}; leave it out")
-        if request.size is None:
-            return
-        if "height" not in self.parameters and "images" not in self.arguments_of:
+        sized = "height" in self.parameters or "images" in self.arguments_of
+        if request.size is not None and not sized:
             raise ToMeError(f"{self.name} takes no size; leave it out")
-        if any(side % self.unit for side in request.size):
-            near = "x".join(
-                str(max(1, round(side / self.unit)) * self.unit) for side in request.size
-            )
-            raise ToMeError(
-                f"size {request.size[0]}x{request.size[1]} does not fit {self.name}: height and "
-                f"width must be multiples of {self.unit} (its VAE and its patches); the nearest is "
-                f"{near}"
-            )
 
     def _check_extra(self, request: Request) -> None:
         elsewhere = {name: f"the field {field!r} sets it" for name, field in _FIELDS.items()}
@@ -187,11 +159,11 @@ class PipelineCall:
         known = [name for name in self.parameters if name not in elsewhere]
         check_keys(f"the call of {self.name}", request.extra, known, elsewhere)
         given = {self.arguments_of[field] for field in self.arguments_of if getattr(request, field)}
+        given |= {*_FIELDS, *_SET, *request.extra}
         missing = [
             name
             for name, parameter in self.parameters.items()
-            if parameter.default is parameter.empty and name not in (*_FIELDS, *_SET)
-            if name not in given and name not in request.extra
+            if parameter.default is parameter.empty and name not in given
         ]
         if missing:
             raise ToMeError(
@@ -199,11 +171,7 @@ class PipelineCall:
             )
 
     def arguments(
-        self,
-        request: Request,
-        numbers: Sequence[int],
-        steps: int,
-        size: tuple[int, int],
+        self, request: Request, numbers: Sequence[int], steps: int, size: tuple[int, int]
     ) -> dict[str, Any]:
         """Keyword arguments of a call for some images of a request.
 
@@ -231,9 +199,8 @@ class PipelineCall:
                 images = [image.resize((size[1], size[0])) for image in images]
             # Some pipelines take one image, but no list of one.
             found[argument] = images[0] if len(images) == 1 else images or None
-        found = {name: value for name, value in found.items() if name in self.parameters}
-        found = {name: value for name, value in found.items() if value is not None}
-        return {**found, **request.extra}
+        known = {key: value for key, value in found.items() if key in self.parameters}
+        return {key: value for key, value in known.items() if value is not None} | request.extra
 
     def size(self, pipeline: Any, request: Request) -> tuple[int, int]:
         """Height and width in pixels for :meth:`arguments`.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -22,21 +23,18 @@ from ..files import whole_file
 _LOGGER = logging.getLogger(__name__)
 
 
-def load_image(image: str | os.PathLike | Image.Image) -> Image.Image:
-    """An image in RGB.
-
-    Args:
-        image: A file, or a PIL image.
+def load_image(image: str | os.PathLike | Image.Image, mode: str = "RGB") -> Image.Image:
+    """An image from a file or from PIL, upright, in a mode of PIL.
 
     Raises:
         ToMeError: There is no such file; it is no image.
     """
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
     try:
-        with Image.open(Path(image).expanduser()) as opened:
+        with contextlib.ExitStack() as stack:
+            if not isinstance(image, Image.Image):
+                image = stack.enter_context(Image.open(Path(image).expanduser()))
             # Cameras turn images by a flag.
-            return ImageOps.exif_transpose(opened).convert("RGB")
+            return ImageOps.exif_transpose(image).convert(mode)
     except FileNotFoundError:
         raise ToMeError(f"image {image} does not exist") from None
     except (OSError, TypeError) as error:
@@ -70,42 +68,23 @@ def save_media(
     text = {key: str(value) for key, value in (text or {}).items()}
     path = Path(path)
     if isinstance(image, Image.Image):
-        return _save_png(path.with_name(f"{path.name}.png"), image, text)
+        info = PngInfo()
+        for key, value in text.items():
+            info.add_itxt(key, value)
+        with whole_file(path.with_name(f"{path.name}.png")) as part:
+            image.save(part, format="PNG", pnginfo=info)
+        return path.with_name(f"{path.name}.png")
     frames = [frame.convert("RGB") for frame in image]
     if _writes_mp4():
-        _save_mp4(path.with_name(f"{path.name}.mp4"), frames, fps)
-    return _save_gif(path.with_name(f"{path.name}.gif"), frames, fps, text)
+        import imageio
 
-
-def _save_png(path: Path, image: Image.Image, text: Mapping[str, str]) -> Path:
-    info = PngInfo()
-    for key, value in text.items():
-        info.add_itxt(key, value)
-    with whole_file(path) as part:
-        image.save(part, format="PNG", pnginfo=info)
-    return path
-
-
-def _save_gif(path: Path, frames: list[Image.Image], fps: int, text: Mapping[str, str]) -> Path:
-    with whole_file(path) as part:
-        frames[0].save(
-            part,
-            format="GIF",
-            save_all=True,
-            append_images=frames[1:],
-            duration=round(1000 / fps),
-            loop=0,
-            comment=json.dumps(text).encode(),
-        )
-    return path
-
-
-def _save_mp4(path: Path, frames: list[Image.Image], fps: int) -> None:
-    import imageio
-
-    with whole_file(path) as part:
-        # Players want even sides; nothing else is resized.
-        imageio.mimwrite(part, list(map(np.asarray, frames)), fps=fps, macro_block_size=2)
+        with whole_file(path.with_name(f"{path.name}.mp4")) as part:
+            # Players want even sides; nothing else is resized.
+            imageio.mimwrite(part, list(map(np.asarray, frames)), fps=fps, macro_block_size=2)
+    options = dict(duration=round(1000 / fps), loop=0, comment=json.dumps(text).encode())
+    with whole_file(path.with_name(f"{path.name}.gif")) as part:
+        frames[0].save(part, format="GIF", save_all=True, append_images=frames[1:], **options)
+    return path.with_name(f"{path.name}.gif")
 
 
 @functools.cache

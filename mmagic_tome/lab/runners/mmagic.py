@@ -9,23 +9,28 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from torch import Tensor, nn
+from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
 from ...models import find_adapter
 from ...schedulers import scheduler_name
 from ..measure.clock import Clock, StepMarks
 from ..request import Request
-from .base import Output, Runner
-from .mmagic_source import MMagicSource, call_of, check_request, flat
+from .base import Output, Runner, flat
+from .media import load_image
+from .mmagic_source import MMagicSource, call_of, check_request
+from .watching import first_arguments, joined
 
 __all__ = ["MMagicRunner", "MMagicSource"]
+
+_LANCZOS = Image.Resampling.LANCZOS
+# Images of subjects, which their models resize; MMagic resizes no others.
+_OWN_SIZES = ("image_reference", "reference_subject_images")
 
 
 class MMagicRunner(Runner):
@@ -55,7 +60,10 @@ class MMagicRunner(Runner):
         self.parameters = inspect.signature(model.infer).parameters
         weights = next(model.unet.parameters())
         self.device, self.dtype = weights.device, weights.dtype
-        self.network = _step_module(model)
+        network = find_adapter(model)[1]
+        # MMagic's wrapper of a network may call it twice in a step.
+        wraps_it = any(module is network for module in model.unet.modules())
+        self.network = model.unet if wraps_it else network
         self._scheduler = getattr(model, self.call.scheduler)
         self.scheduler = scheduler_name(self._scheduler)
         self.steps = request.steps or self.parameters["num_inference_steps"].default
@@ -78,32 +86,26 @@ class MMagicRunner(Runner):
         steps: int | None = None,
         on_step: Callable[[], object] | None = None,
     ) -> Output:
-        """See :meth:`Runner.run`.
-
-        Where the class, its scheduler or the prompts allow no batch, the model is called once per
-        image: ``step_seconds`` are those of all calls in order, and ``on_step`` is called
-        ``steps`` times all the same.
-        """
+        # With one call per image there are seconds of all their steps; on_step ends all the same.
         parts = [[one] for one in numbers] if self._one_by_one(numbers) else [list(numbers)]
         calls = [(part, self._arguments(part, steps or self.steps)) for part in parts]
         together = self.call.network_calls
-        on_call = on_step and _every(together * len(parts), on_step)
-        cuda = self.device.type == "cuda"
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
+        called = itertools.count(1)
+
+        def on_call() -> None:
+            if next(called) % (together * len(parts)) == 0 and on_step is not None:
+                on_step()
+
         marks = StepMarks(self.network, self.device, on_call)
-        with _quiet(self.model), _watch_latents(self.model) as latents, marks:
+        # A NaN in latents becomes a black pixel and can no longer be told from a black one.
+        with _quiet(self.model), first_arguments(self.model, "decode_latents") as latents, marks:
             seconds, samples = Clock(self.device)(lambda: [self._infer(*call) for call in calls])
-        step_seconds = marks.seconds()
+        each = marks.seconds()
         return Output(
             images=[image for one in samples for image in (_clips(one) if self.video else one)],
-            latents=torch.cat([one.float().cpu() for one in latents]) if latents else None,
+            latents=joined(latents, len(numbers)),
             seconds=seconds,
-            step_seconds=[
-                sum(step_seconds[first : first + together])
-                for first in range(0, len(step_seconds), together)
-            ],
-            peak_memory=torch.cuda.max_memory_allocated(self.device) if cuda else None,
+            step_seconds=[sum(each[i : i + together]) for i in range(0, len(each), together)],
         )
 
     def _infer(self, numbers: Sequence[int], arguments: Mapping[str, Any]) -> Any:
@@ -132,14 +134,12 @@ class MMagicRunner(Runner):
             "show_progress": False,
         }
         for kind, name in self.call.inputs.items():
-            images = flat(request.inputs(kind, numbers))
+            mode = "L" if kind == "masks" else "RGB"
+            images = [load_image(one, mode) for one in flat(request.inputs(kind, numbers))]
+            if name not in _OWN_SIZES:
+                images = [one.resize(self.size[::-1], _LANCZOS) for one in images]
             if images:
-                # MMagic does not resize these two; the models of subjects have sizes of their own.
-                fitted = kind != "references" or name == "reference_img"
-                size = self.size[::-1] if fitted else None
-                given[name] = [
-                    _open(image, "L" if kind == "masks" else "RGB", size) for image in images
-                ]
+                given[name] = images
         for name in self.call.alone:
             given[name] = given[name][0]
         given = {name: value for name, value in given.items() if name in self.parameters}
@@ -155,68 +155,19 @@ class MMagicRunner(Runner):
         if own and (self.request.extra.get("eta") or self.scheduler != "EditDDIMScheduler"):
             return True  # one draw of noise for a whole batch
         # MMagic fails for a batch in which a text is cut.
+        texts = [self.request.prompts[one] for one in numbers]
         for name in ("tokenizer", "tokenizer_one", "tokenizer_two"):
             tokenizer = getattr(self.model, name, None)
             most = getattr(tokenizer, "model_max_length", None)
-            texts = [self.request.prompts[one] for one in numbers]
             if most and any(len(tokenizer(text).input_ids) > most for text in texts):
                 return True
         return False
-
-
-def _step_module(model: nn.Module) -> nn.Module:
-    """The module whose calls are steps: MMagic's wrapper of a network, which may call it twice."""
-    network = find_adapter(model)[1]
-    wraps_it = any(module is network for module in model.unet.modules())
-    return model.unet if wraps_it else network
-
-
-def _every(count: int, function: Callable[[], object]) -> Callable[[], None]:
-    """A function that calls another one at every ``count``-th call."""
-    calls = itertools.count(1)
-
-    def call() -> None:
-        if next(calls) % count == 0:
-            function()
-
-    return call
-
-
-def _open(image: Any, mode: str, size: tuple[int, int] | None) -> Image.Image:
-    """An image or the image of a file, upright, in a mode and (width, height) of PIL."""
-    if not isinstance(image, Image.Image):
-        image = Image.open(Path(image).expanduser())
-    image = ImageOps.exif_transpose(image).convert(mode)
-    return image if size is None else image.resize(size, Image.Resampling.LANCZOS)
 
 
 def _clips(samples: Any) -> list[list[Image.Image]]:
     """The frames of each clip of (B, 3, frames, H, W) from 0 to 1."""
     pixels = (np.asarray(samples).transpose(0, 2, 3, 4, 1) * 255).round().astype(np.uint8)
     return [[Image.fromarray(frame) for frame in clip] for clip in pixels]
-
-
-@contextlib.contextmanager
-def _watch_latents(model: nn.Module) -> Iterator[list[Tensor]]:
-    """What a model decodes, one entry per call of it.
-
-    A NaN becomes a black pixel in an image and can no longer be told from a black one.
-    """
-    decode, hidden = model.decode_latents, model.__dict__.get("decode_latents")
-    found: list[Tensor] = []
-
-    def watched(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-        found.append(latents.detach())
-        return decode(latents, *args, **kwargs)
-
-    # On the instance, where it hides the method of the class, or what hid that before.
-    model.__dict__["decode_latents"] = watched
-    try:
-        yield found
-    finally:
-        del model.__dict__["decode_latents"]
-        if hidden is not None:
-            model.__dict__["decode_latents"] = hidden
 
 
 @contextlib.contextmanager

@@ -20,8 +20,8 @@ from torch import nn
 from ...errors import ToMeError
 from ...mmagic.config_keys import read, translate_tomesd
 from ...settings import Setting
-from ..request import INPUTS, Request
-from .base import Source
+from ..request import Request
+from .base import Source, check_inputs, check_size, flat
 
 if TYPE_CHECKING:
     from .mmagic import MMagicRunner
@@ -61,12 +61,12 @@ class Call:
     scheduler: str = "test_scheduler"
 
 
+_ZEROS = "force_zeros_for_empty_prompt"
+
 #: Name of a class -> how it is called. A subclass is called as its base. All take ``latents``.
 CLASSES = {
     "StableDiffusion": Call(),
-    "StableDiffusionXL": Call(
-        only_with={"negative_prompt": ("force_zeros_for_empty_prompt", False)}
-    ),
+    "StableDiffusionXL": Call(only_with={"negative_prompt": (_ZEROS, False)}),
     "StableDiffusionInpaint": Call({"images": "image", "masks": "mask_image"}),
     "ControlStableDiffusion": Call({"controls": "control"}, guided=True),
     "ControlStableDiffusionImg2Img": Call(
@@ -93,8 +93,6 @@ CLASSES = {
     ),
 }
 
-_OPTIONS = {"images": "--img", "masks": "--mask", "controls": "--control"}
-_OPTIONS["references"] = "--reference"
 # Arguments of `infer` that a runner decides.
 _OWN = "self prompt negative_prompt height width num_inference_steps guidance_scale video_length "
 _OWN += "num_images_per_prompt num_videos_per_prompt generator latents seed show_progress "
@@ -102,11 +100,7 @@ _OWN += "return_type output_type return_dict"
 
 
 def call_of(cls: type) -> Call:
-    """How a class is called.
-
-    Raises:
-        ToMeError: It is not of MMagic's Stable Diffusion family.
-    """
+    """How a class is called; ToMeError if it is not of MMagic's Stable Diffusion family."""
     for base in getattr(cls, "__mro__", ()):
         if base.__name__ in CLASSES:
             return CLASSES[base.__name__]
@@ -116,25 +110,10 @@ def call_of(cls: type) -> Call:
     )
 
 
-def flat(images: Sequence[Any]) -> list[Any]:
-    """Inputs in one list: an entry may be a list, such as of FastComposer's subjects."""
-    lists = [one if isinstance(one, (list, tuple)) else [one] for one in images]
-    return [image for one in lists for image in one]
-
-
 def check_request(cls: type, request: Request) -> None:
-    """Fail unless a class can serve a request.
-
-    Args:
-        cls: A class of MMagic's Stable Diffusion family.
-        request: What to generate.
-
-    Raises:
-        ToMeError: The first thing that does not fit.
-    """
+    """Raise ToMeError for the first thing of a request that a class of MMagic's cannot serve."""
     name, call = cls.__name__, call_of(cls)
-    for kind in INPUTS:
-        _check_input(name, call, request, kind)
+    check_inputs(name, request, call.inputs, {*call.inputs} - {*call.optional})
     if request.frames is not None and not call.video:
         raise ToMeError(f"{name} makes images, not clips; leave frames (--frames) out")
     parameters = inspect.signature(cls.infer).parameters
@@ -144,35 +123,11 @@ def check_request(cls: type, request: Request) -> None:
             raise ToMeError(f"{name} takes no {extra!r}; it takes {', '.join(taken)}")
     if call.guided and request.guidance is not None and request.guidance <= 1:
         raise ToMeError(f"{name} needs guidance above 1, got {request.guidance:g}")
-    height, width = request.size or (8, 8)
-    if height % 8 or width % 8:
-        near = f"{max(8, round(height / 8) * 8)}x{max(8, round(width / 8) * 8)}"
-        raise ToMeError(
-            f"size {height}x{width} does not fit: write multiples of 8; the nearest is {near}"
-        )
-    if call.square and height != width:
-        raise ToMeError(f"{name} makes square images only, got size {height}x{width}")
-
-
-def _check_input(name: str, call: Call, request: Request, kind: str) -> None:
-    given, shown = getattr(request, kind), f"{kind} ({_OPTIONS[kind]})"
-    if not given:
-        if kind in call.inputs and kind not in call.optional:
-            raise ToMeError(f"{name} needs {shown}: one for all prompts, or one for each")
-        return
-    if kind not in call.inputs:
-        takes = " and ".join(call.inputs) or "prompts alone"
-        raise ToMeError(f"{name} does not take {shown}; it takes {takes}")
-    if len(given) not in (1, len(request)):
-        raise ToMeError(
-            f"{shown}: got {len(given)} for {len(request)} prompts; give one for all, or one for "
-            "each"
-        )
-    for image in flat(given):
-        if isinstance(image, (str, Path)) and not Path(image).expanduser().is_file():
-            raise ToMeError(f"{shown}: {image} is not there")
+    check_size(name, request.size, 8)
+    if call.square and request.size is not None and len({*request.size}) > 1:
+        raise ToMeError(f"{name} makes square images only, got size {request.size}")
     for number, prompt in enumerate(request.prompts if name == "FastComposer" else ()):
-        subjects = len(flat(request.inputs(kind, [number])))
+        subjects = len(flat(request.inputs("references", [number])))
         if prompt.count("img") != subjects:
             raise ToMeError(
                 "FastComposer needs a reference for each 'img' of a prompt, as in 'a man img': "
@@ -184,11 +139,10 @@ def _check_input(name: str, call: Call, request: Request, kind: str) -> None:
 
 
 def resolve_config(name: str | Path) -> Path:
-    """The file of a config.
+    """The file of a config: a path, or ``package::path``.
 
-    Args:
-        name: A path, or ``package::path``, which is looked up in ``.mim/configs`` of the package
-            (an OpenMMLab wheel) and in ``configs`` beside it (a checkout); nothing is imported.
+    The latter is looked up in ``.mim/configs`` of the package (an OpenMMLab wheel) and in
+    ``configs`` beside it (a checkout); nothing is imported.
 
     Raises:
         ToMeError: There is no such file, or it is no config.
@@ -261,9 +215,8 @@ def setting_of(config: Any) -> Setting:
 
 def _check_paths(entry: Any, key: str) -> None:
     """Fail if an entry of a config names local files or folders that are not there."""
-    if isinstance(entry, Mapping):
-        for name, value in entry.items():
-            _check_paths(value, f"{key}.{name}")
+    for name, value in entry.items() if isinstance(entry, Mapping) else ():
+        _check_paths(value, f"{key}.{name}")
     # No name on a hub starts like this.
     local = isinstance(entry, str) and entry.startswith(("/", "./", "../", "~"))
     if local and not Path(entry).expanduser().exists():
@@ -274,7 +227,7 @@ class MMagicSource(Source):
     """A config of a class of MMagic's Stable Diffusion family, and a checkpoint.
 
     Args:
-        config: mmengine's ``Config``, or what :func:`load_config` reads.
+        config: mmengine's ``Config``.
         checkpoint: File (or URL) with weights of the model or of a part of it, as MMagic's
             training writes them. Default: None, what the config has as ``load_from``, if anything.
 
@@ -286,10 +239,12 @@ class MMagicSource(Source):
     kind = "mmagic"
 
     def __init__(self, config: Any, checkpoint: str | Path | None = None) -> None:
-        written = config if isinstance(config, (str, Path)) else config.filename
-        if written is config:
-            config = load_config(config)
-        self.config, self.path = config, str(written or "")
+        self.config, self.path = config, str(config.filename or "")
+        self.checkpoint = os.path.expanduser(checkpoint or config.get("load_from") or "")
+        # mmengine downloads what is an address.
+        local = self.checkpoint and "://" not in self.checkpoint
+        if local and not Path(self.checkpoint).is_file():
+            raise ToMeError(f"checkpoint {self.checkpoint} is not there")
         self.setting = setting_of(config)
         self.model = config.get("model")
         while isinstance(self.model, dict) and self.model.get("type") == "ToMe":
@@ -302,13 +257,8 @@ class MMagicSource(Source):
         self.name = Path(config.filename or self.class_name).stem
         self.defaults = dict(config.get("infer_cfg") or {})
         self.evaluation = dict(config.get("evaluation") or {})
-        self.checkpoint = os.path.expanduser(checkpoint or config.get("load_from") or "")
-        local = self.checkpoint and "://" not in self.checkpoint
-        if local and not Path(self.checkpoint).is_file():
-            raise ToMeError(f"checkpoint {self.checkpoint} is not there")
 
     def check(self, request: Request) -> None:
-        """See :meth:`Source.check`."""
         check_request(self.cls, request)
         for name, (key, value) in self.call.only_with.items():
             if getattr(request, name) and self.model.get(key, not value) != value:
@@ -322,12 +272,8 @@ class MMagicSource(Source):
         _check_paths(self.model, "model")
 
     def load(
-        self,
-        request: Request,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = None,
+        self, request: Request, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
     ) -> MMagicRunner:
-        """See :meth:`Source.load`; ``dtype`` casts the whole model."""
         from mmagic.apis import init_model
 
         from .mmagic import MMagicRunner
@@ -335,21 +281,17 @@ class MMagicSource(Source):
         self.check(request)
         unet = self.model.get("unet") or {}
         if not self.checkpoint and unet.get("from_pretrained") is None:
-            warnings.warn(
-                f"the UNet of {self.name} has random weights: the config names none, and there is "
-                "no checkpoint",
-                stacklevel=2,
-            )
+            known = "the config names none, and there is no checkpoint"
+            warnings.warn(f"the UNet of {self.name} has random weights: {known}", stacklevel=2)
         try:
             # A copy, as MMagic takes entries out of it.
             model = init_model(copy.deepcopy(self.config), device="cpu")
-        except ToMeError:
-            raise
         except (TypeError, KeyError, ValueError, AssertionError, OSError) as error:
             # Options and types that a part does not know; weights that no hub has.
-            raise ToMeError(
-                f"cannot build {self.class_name} from the config: {type(error).__name__}: {error}"
-            ) from error
+            if isinstance(error, ToMeError):
+                raise
+            reason = f"{type(error).__name__}: {error}"
+            raise ToMeError(f"cannot build {self.class_name} from the config: {reason}") from error
         if self.checkpoint:
             _load_checkpoint(model, self.checkpoint)
         if dtype is not None:
@@ -384,8 +326,7 @@ def _load_checkpoint(model: nn.Module, name: str) -> None:
         weights = {key[7:] if key.startswith("module.") else key: weights[key] for key in weights}
         others = model.load_state_dict(weights, strict=False).unexpected_keys
     except Exception as error:  # whatever reading a file that is none can raise
-        raise ToMeError(
-            f"cannot load checkpoint {name}: {type(error).__name__}: {error}"
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ToMeError(f"cannot load checkpoint {name}: {reason}") from error
     if len(others) == len(weights):
         raise ToMeError(f"checkpoint {name} has no weight of {type(model).__name__}: {others[:1]}")

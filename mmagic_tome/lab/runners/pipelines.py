@@ -16,6 +16,7 @@ import torch
 
 from ...apply import apply_cache, apply_tome
 from ...errors import ToMeError
+from ...mmagic.config_keys import read_top_level
 from ...models import find_adapter, find_denoisers
 from ...models.find import DENOISERS
 from ...schedulers import scheduler_name
@@ -37,9 +38,8 @@ class PipelineSource(Source):
     Args:
         path: A folder, or an id on the hub.
         type: Name of the pipeline's class. Default: None, what ``model_index.json`` says.
-        setting: What is applied when it is loaded. Default: None, nothing.
-        defaults, evaluation: See :class:`Source`. Default: None, nothing.
-        name: See :class:`Source`. Default: None, the folder's name.
+        config: mmengine's ``Config`` that names it and states the setting, ``infer_cfg`` and
+            ``evaluation``. Default: None, nothing of these.
         options: Further arguments of ``from_pretrained``, such as ``torch_dtype='bfloat16'`` or
             ``variant='fp16'``. Default: None. A folder that has weights of one variant only is
             loaded from that one.
@@ -55,19 +55,19 @@ class PipelineSource(Source):
         self,
         path: str | Path,
         type: str | None = None,
-        setting: Setting | None = None,
-        defaults: Mapping[str, Any] | None = None,
-        evaluation: Mapping[str, Any] | None = None,
-        name: str | None = None,
+        config: Any = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = str(path)
         folder = Path(path).expanduser()
         self.folder = str(folder) if folder.is_dir() else self.path
-        self.name = name or Path(self.folder).name
-        self.setting = setting or Setting()
-        self.defaults = dict(defaults or {})
-        self.evaluation = dict(evaluation or {})
+        config = config or {}
+        written = config and config.filename
+        found = read_top_level(config)
+        self.setting = Setting(found.get("tome_cfg"), found.get("cache_cfg"))
+        self.name = Path(written).stem if written else Path(self.folder).name
+        self.defaults = dict(config.get("infer_cfg") or {})
+        self.evaluation = dict(config.get("evaluation") or {})
         self.options = dict(options or {})
         if isinstance(self.options.get("torch_dtype"), str):
             self.options["torch_dtype"] = _dtype(self.options["torch_dtype"])
@@ -108,7 +108,6 @@ class PipelineSource(Source):
         return configs
 
     def check(self, request: Request) -> None:
-        """See :meth:`Source.check`."""
         self._check_network()
         self.call.check(request)
 
@@ -123,27 +122,20 @@ class PipelineSource(Source):
         for part in DENOISERS:
             if part not in self.parts:
                 continue
-            cls = getattr(diffusers, self.parts[part], None)
-            if cls is None or part not in self.call.configs:
-                return
             try:
+                cls = getattr(diffusers, self.parts[part])
                 with torch.device("meta"):
-                    network = cls.from_config(self.call.configs[part])
-                find_adapter(network)
+                    find_adapter(cls.from_config(self.call.configs[part]))
                 return
-            except ToMeError as known:
-                error = known
-            except Exception:  # a class that torch's meta device cannot build: loading tells
+            except ToMeError as unknown:
+                error = unknown
+            except Exception:  # what the meta device cannot build, or no config: loading tells
                 return
         raise error
 
     def load(
-        self,
-        request: Request,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = None,
+        self, request: Request, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
     ) -> PipelineRunner:
-        """See :meth:`Source.load`."""
         self.check(request)
         options = {"variant": self._variant(), **self.options}
         if dtype is not None:
@@ -222,8 +214,7 @@ class PipelineRunner(Runner):
             found = self.request.extra.get(name, self.call.default(name))
             if found:
                 return round(found)
-        names = (fps for name, fps in _FPS.items() if self.call.name.startswith(name))
-        return next(names, 8)
+        return next((fps for name, fps in _FPS.items() if self.call.name.startswith(name)), 8)
 
     def run(
         self,
@@ -231,22 +222,17 @@ class PipelineRunner(Runner):
         steps: int | None = None,
         on_step: Callable[[], object] | None = None,
     ) -> Output:
-        """See :meth:`Runner.run`."""
-        numbers = list(numbers)
         arguments = self.call.arguments(self.request, numbers, steps or self.steps, self._size)
         told = "callback_on_step_end" in self.call.parameters
         marks = Steps(self.networks, self.device, on_step, told)
         if told:
             arguments["callback_on_step_end"] = marks.step_ended
-        on_cuda = self.device.type == "cuda"
-        if on_cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
         try:
             with quiet(self.model), decoded_latents(self.model) as decoded, marks:
                 seconds, result = Clock(self.device)(lambda: self.model(**arguments))
-        except ToMeError:
-            raise
         except ValueError as error:  # how pipelines refuse arguments
+            if isinstance(error, ToMeError):
+                raise
             raise ToMeError(f"{self.call.name}: {_one_line(error)}") from error
         images = list(result.frames if hasattr(result, "frames") else result.images)
         first = images[0][0] if self.video else images[0]
@@ -256,7 +242,6 @@ class PipelineRunner(Runner):
             latents=joined(decoded, len(numbers)),
             seconds=seconds,
             step_seconds=marks.seconds(),
-            peak_memory=torch.cuda.max_memory_allocated(self.device) if on_cuda else None,
         )
 
 
@@ -264,11 +249,7 @@ class PipelineRunner(Runner):
 
 
 def _find_file(path: str, name: str) -> Path:
-    """A file of a folder in diffusers' layout, or of an id on the hub.
-
-    Raises:
-        ToMeError: It is not there.
-    """
+    """A file of a folder in diffusers' layout, or of an id on the hub."""
     folder = Path(path)
     if folder.is_dir():
         if not (folder / name).is_file():

@@ -86,30 +86,32 @@ def quiet(pipeline: Any) -> Iterator[None]:
         pipeline.set_progress_bar_config(**before)
 
 
-@contextlib.contextmanager
-def decoded_latents(pipeline: Any) -> Iterator[list[Tensor]]:
+def decoded_latents(pipeline: Any) -> contextlib.AbstractContextManager[list[Tensor]]:
     """Yields the latents of every call of ``vae.decode``, as they come."""
-    found: list[Tensor] = []
     parts = (getattr(pipeline, name, None) for name in DECODERS)
     vae = next((part for part in parts if hasattr(part, "decode")), None)
-    if vae is None:
-        yield found
-        return
-    decode, own = vae.decode, vars(vae).get("decode")
+    return contextlib.nullcontext([]) if vae is None else first_arguments(vae, "decode")
 
-    @functools.wraps(decode)
+
+@contextlib.contextmanager
+def first_arguments(owner: Any, name: str) -> Iterator[list[Any]]:
+    """Yields the first argument of every call of a method of an object, as they come."""
+    found: list[Any] = []
+    method, own = getattr(owner, name), vars(owner).get(name)
+
+    @functools.wraps(method)
     def watched(*args: Any, **kwargs: Any) -> Any:
         found.append(args[0] if args else next(iter(kwargs.values())))
-        return decode(*args, **kwargs)
+        return method(*args, **kwargs)
 
-    vae.decode = watched
+    # On the instance, where it hides the method of the class, or what hid that before.
+    vars(owner)[name] = watched
     try:
         yield found
     finally:
-        if own is None:
-            del vae.decode
-        else:
-            vae.decode = own
+        del vars(owner)[name]
+        if own is not None:
+            vars(owner)[name] = own
 
 
 def joined(decoded: Sequence[Tensor], count: int) -> Tensor | None:

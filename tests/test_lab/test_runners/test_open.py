@@ -4,7 +4,6 @@
 from types import SimpleNamespace
 
 import pytest
-import tiny_folders
 import torch
 from mmengine.config import Config
 from PIL import Image
@@ -17,9 +16,9 @@ from mmagic_tome.settings import Setting
 QUICK = dict(prompts=["a cat"], steps=2, size=64)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_folders.pipeline_folder("sd", tmp_path_factory.mktemp("sd"))
+@pytest.fixture
+def folder(pipeline_folder):
+    return pipeline_folder("sd")
 
 
 def config_of(folder, **entries):
@@ -119,15 +118,10 @@ def test_what_is_given_comes_before_what_the_config_says():
         (dict(prompts=["a"], size=64.5), "size=64.5 must be height and width"),
         (dict(prompts=["a"], extra="x"), "extra='x' must be a dict"),
         (dict(prompts=["a"], stepz=3), "no option 'stepz': did you mean 'steps'"),
+        (dict(infer_cfg=dict(step=3)), "infer_cfg of the config has no option 'step'"),
+        (dict(infer_cfg=dict(steps="many")), "infer_cfg of the config: steps='many' must be"),
     ],
 )
 def test_values_that_cannot_be_are_refused(given, message):
     with pytest.raises(ToMeError, match=message):
         request(**given)
-
-
-def test_a_wrong_key_of_the_config_is_named():
-    with pytest.raises(ToMeError, match="infer_cfg of the config has no option 'step'"):
-        request(dict(prompts="a", step=3))
-    with pytest.raises(ToMeError, match="infer_cfg of the config: steps='many' must be"):
-        request(dict(prompts="a", steps="many"))
