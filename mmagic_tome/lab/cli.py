@@ -316,9 +316,8 @@ def _visualize(args: argparse.Namespace) -> None:
     check(source, request, method)
     if _goes_on(args, source.name, _title(source, request, device), [BASELINE, method]):
         with _results(args, source.name) as folder:
-            how = {"columns": args.columns, "blocks": args.block, "rounds": args.rounds}
-            how.update(folder=folder, device=device, dtype=DTYPES.get(args.dtype))
-            visualize(source, request, method, **how)
+            how = {"rounds": args.rounds, "device": device, "dtype": DTYPES.get(args.dtype)}
+            visualize(source, request, method, folder=folder, **how)
 
 
 def _visualize_vit(args: argparse.Namespace) -> None:
@@ -334,8 +333,7 @@ def _visualize_vit(args: argparse.Namespace) -> None:
     check(config, args.images or ())
     if _goes_on(args, name, f"{args.vit} on {device}: {len(args.images)} images", ()):
         with _results(args, name) as folder:
-            how = {"r": args.r, "columns": args.columns, "folder": folder, "device": device}
-            visualize_vit(config, args.images, **how)
+            visualize_vit(config, args.images, folder=folder, r=args.r, device=device)
 
 
 def _tune(args: argparse.Namespace) -> None:

@@ -282,9 +282,6 @@ def benchmark_options(parser: argparse.ArgumentParser) -> None:
 def visualize_options(parser: argparse.ArgumentParser) -> None:
     """Add those of ``visualize``."""
     add = adder(parser, "visualize")
-    add("--columns", N, "steps, or with --vit blocks, on a sheet (default: 4)", default=4)
-    blocks = "draw blocks with TEXT in their name; may be repeated"
-    add("--block", {**REPEATED, **TEXT}, f"{blocks} (default: up to eight)")
     add("--rounds", N, "interleaved runs that measure the blocks' time (default: 3)", default=3)
     add("--vit", FILE, "config of a vision transformer: draw its tokens of --img (default: none)")
     add("--r", N, "with --vit: tokens to remove per block (default: the config's, else 8)")

@@ -97,12 +97,6 @@ _INPUTS = {_UNET: _unet_inputs, _SD3: _sd3_inputs, _FLUX: _flux_inputs}
 
 # Only arguments that differ from the defaults of the classes: Stable Diffusion 1, a smaller Stable
 # Diffusion 3, Flux.1.
-_SD3_MEDIUM = dict(
-    num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192
-)
-_SD3_OPTIONS = dict(name=_SD3, size=1024, text=333)
-_FLUX_OPTIONS = dict(name=_FLUX, size=1024, factor=16, batch=1, text=512)
-
 DENOISERS = {
     "small": denoiser(
         "about the demo model's network",
@@ -129,15 +123,6 @@ DENOISERS = {
             cross_attention_dim=768,
         ),
     ),
-    "sd21": denoiser(
-        "Stable Diffusion 2.1",
-        dict(
-            cross_attention_dim=1024,
-            attention_head_dim=(5, 10, 20, 20),
-            use_linear_projection=True,
-        ),
-        size=768,
-    ),
     "sdxl": denoiser(
         "Stable Diffusion XL",
         dict(
@@ -154,12 +139,25 @@ DENOISERS = {
         ),
         size=1024,
     ),
-    "sd3": denoiser("Stable Diffusion 3 medium", _SD3_MEDIUM, **_SD3_OPTIONS),
-    "sd3-block": denoiser("one of its 24 blocks", {**_SD3_MEDIUM, "num_layers": 1}, **_SD3_OPTIONS),
-    "flux": denoiser("Flux.1 dev", dict(guidance_embeds=True), **_FLUX_OPTIONS),
-    "flux-block": denoiser(
-        "one of its 19 double and one of its 38 single blocks",
-        dict(guidance_embeds=True, num_layers=1, num_single_layers=1),
-        **_FLUX_OPTIONS,
+    "sd3": denoiser(
+        "Stable Diffusion 3 medium",
+        dict(
+            num_layers=24,
+            num_attention_heads=24,
+            caption_projection_dim=1536,
+            pos_embed_max_size=192,
+        ),
+        name=_SD3,
+        size=1024,
+        text=333,
+    ),
+    "flux": denoiser(
+        "Flux.1 dev",
+        dict(guidance_embeds=True),
+        name=_FLUX,
+        size=1024,
+        factor=16,
+        batch=1,
+        text=512,
     ),
 }
