@@ -34,10 +34,6 @@ _COLUMNS = 4  # blocks on a sheet, evenly spread
 def check(config: Any, images: Sequence[str]) -> list[Image.Image]:
     """Return the middle squares of images; fail if nothing can be drawn, before a model is built.
 
-    Args:
-        config: mmengine's ``Config``.
-        images: Files.
-
     Raises:
         ToMeError: The config is not of a vision transformer for images; an image cannot be read.
     """

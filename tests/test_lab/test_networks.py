@@ -44,14 +44,12 @@ def test_copies_share_weights_and_nothing_else():
 SMALL = dict(num_layers=1, joint_attention_dim=16, pooled_projection_dim=16, num_attention_heads=2)
 TINY = {
     "sd3": denoiser(
-        "tiny",
         dict(SMALL, attention_head_dim=8, caption_projection_dim=16),
         "SD3Transformer2DModel",
         size=64,
         text=5,
     ),
     "flux": denoiser(
-        "tiny",
         dict(
             SMALL,
             num_single_layers=1,
@@ -65,7 +63,7 @@ TINY = {
         batch=1,
         text=5,
     ),
-    "vit": vit("tiny", 32, 3, 2, patch=8, size=48),
+    "vit": vit(32, 3, 2, patch=8, size=48),
 }
 
 

@@ -17,7 +17,6 @@ _FLUX = "FluxTransformer2DModel"
 
 
 def denoiser(
-    about: str,
     arguments: dict[str, Any],
     name: str = _UNET,
     factor: int = 8,
@@ -27,7 +26,6 @@ def denoiser(
     """A network of diffusers.
 
     Args:
-        about: See :class:`Network`.
         arguments: Of its constructor.
         name: Of its class.
         factor: Pixels per position of the latents, per side.
@@ -47,7 +45,7 @@ def denoiser(
     # A UNet halves its sides at every level but the last; Stable Diffusion 3 has patches of 2.
     levels = len(arguments.get("block_out_channels", range(4)))
     unit = factor * {_UNET: 2 ** (levels - 1), _SD3: 2, _FLUX: 1}[name]
-    return Network(about, make, inputs, unit=unit, **options)
+    return Network(make, inputs, unit=unit, **options)
 
 
 # --- inputs of each class -------------------------------------------------------------------------
@@ -98,8 +96,7 @@ _INPUTS = {_UNET: _unet_inputs, _SD3: _sd3_inputs, _FLUX: _flux_inputs}
 # Only arguments that differ from the defaults of the classes: Stable Diffusion 1, a smaller Stable
 # Diffusion 3, Flux.1.
 DENOISERS = {
-    "small": denoiser(
-        "about the demo model's network",
+    "small": denoiser(  # about the demo model's network
         dict(
             block_out_channels=(64, 128, 192),
             down_block_types=("CrossAttnDownBlock2D",) * 3,
@@ -112,9 +109,8 @@ DENOISERS = {
         factor=4,
         text=24,
     ),
-    "sd15": denoiser("Stable Diffusion 1.5", dict(cross_attention_dim=768)),
-    "sd15-level0": denoiser(
-        "its finest level alone, where the methods differ most",
+    "sd15": denoiser(dict(cross_attention_dim=768)),
+    "sd15-level0": denoiser(  # its finest level alone, where the methods differ most
         dict(
             block_out_channels=(320,),
             down_block_types=("CrossAttnDownBlock2D",),
@@ -124,7 +120,6 @@ DENOISERS = {
         ),
     ),
     "sdxl": denoiser(
-        "Stable Diffusion XL",
         dict(
             block_out_channels=(320, 640, 1280),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -139,8 +134,7 @@ DENOISERS = {
         ),
         size=1024,
     ),
-    "sd3": denoiser(
-        "Stable Diffusion 3 medium",
+    "sd3": denoiser(  # medium
         dict(
             num_layers=24,
             num_attention_heads=24,
@@ -151,8 +145,7 @@ DENOISERS = {
         size=1024,
         text=333,
     ),
-    "flux": denoiser(
-        "Flux.1 dev",
+    "flux": denoiser(  # dev
         dict(guidance_embeds=True),
         name=_FLUX,
         size=1024,

@@ -14,7 +14,7 @@ from .base import Arguments, Network
 _SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}
 
 
-def vit(about: str, width: int, depth: int, heads: int, patch: int = 16, size: int = 224):
+def vit(width: int, depth: int, heads: int, patch: int = 16, size: int = 224):
     """A vision transformer of timm as a :class:`Network`; its batch is in images."""
 
     def make() -> nn.Module:
@@ -35,11 +35,11 @@ def vit(about: str, width: int, depth: int, heads: int, patch: int = 16, size: i
         x = noise(batch, 3, *size)
         return lambda time: ((x,), {})
 
-    return Network(about, make, inputs, size=size, batch=8, unit=patch, denoises=False)
+    return Network(make, inputs, size=size, batch=8, unit=patch, denoises=False)
 
 
 VITS = {
-    f"vit-{letter}{patch}": vit(f"ViT-{letter.upper()}/{patch}", *sizes, patch)
+    f"vit-{letter}{patch}": vit(*sizes, patch)
     for letter, sizes in _SIZES.items()
     for patch in (16, 14)
 }
