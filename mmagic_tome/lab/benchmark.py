@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import ToMeError
 from ..settings import Handles, Setting
@@ -31,6 +31,7 @@ from .environment import environment
 from .measure import Clock, Interval, interleaved, interval, peak_memory
 from .methods import BASELINE, Method, check_names
 from .networks import NETWORKS, NetworkWork, SourceWork, Work, ideal, share_weights
+from .progress import progress_bar
 from .results import RunFolder
 from .runners.base import Source
 
@@ -122,7 +123,9 @@ def benchmark(
             name = str(next(work.network.parameters()).dtype).replace("torch.", "")
             values = (list(work.size), batch, name, attention, mode, steps)
             one = _Case(folder, dict(zip(CASE, values)), work, timer)
-            with torch.inference_mode(), _attention(attention):
+            written_out = sdpa_kernel(SDPBackend.MATH)
+            how = written_out if attention == "math" else contextlib.nullcontext()
+            with torch.inference_mode(), how:
                 one.run(methods, with_ideal, memory, rounds)
     frame = summary(folder)
     if "seconds" not in frame:
@@ -150,14 +153,6 @@ def default_methods(network: str | Source) -> list[Method]:
     with contextlib.suppress(ToMeError):  # not installed
         methods.append(Method("tomesd", tomesd=0.5))
     return methods
-
-
-@contextlib.contextmanager
-def _attention(name: str) -> Iterator[None]:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    with sdpa_kernel(SDPBackend.MATH) if name == "math" else contextlib.nullcontext():
-        yield
 
 
 class _Case:
@@ -226,12 +221,12 @@ class _Case:
             network = _compiled(network)
             self.work(network)
         handles.reset_run()
-        outputs = []
-        peak = (None, None)
-        if memory:
-            peak = peak_memory(lambda: outputs.append(self.work(network)), self.timer.device)
-        else:
+        outputs: list[Tensor] = []
+
+        def work() -> None:
             outputs.append(self.work(network))
+
+        peak = peak_memory(work, self.timer.device) if memory else (work(), None)
         change = (outputs[0].float().cpu() - self.reference).pow(2).mean().sqrt()
         if not change.isfinite():
             raise ToMeError("its output has NaN or infinity")
@@ -263,13 +258,7 @@ class _Case:
             return self.timer(lambda: self.work(network))[0]
 
         calls = {name: partial(measured, *ready) for name, ready in self.ready.items()}
-        with tqdm(
-            total=len(turns) * len(calls),
-            desc=case_text(self.case),
-            leave=False,
-            dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 10.0,
-        ) as bar:
+        with progress_bar(len(turns) * len(calls), case_text(self.case), "run") as bar:
             for turn, name, seconds in interleaved(calls, turns):
                 row = {"method": name, "turn": turn, "seconds": seconds}
                 self.folder.add({"kind": "case", **self.case, **row})

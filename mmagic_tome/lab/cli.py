@@ -57,6 +57,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         if verb not in VERBS:
             raise ToMeError(f"there is no verb {verb!r}; write one of {', '.join(VERBS)}")
         args = build_parser(verb, prog).parse_args(argv[1:])
+        if verb == "tune":
+            raise ToMeError(
+                "tune is not there any more; compare settings with evaluate: --method tome:0.25 "
+                "--method cache:balanced --method steps:13 ..."
+            )
         # Deprecation notes between libraries are not this command's business.
         warnings.filterwarnings("ignore")
         _RUN[verb](args)
@@ -66,23 +71,18 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def build_parser(verb: str, prog: str | None = None) -> Parser:
     """The parser of a verb. Options that are not given are None, empty or ``NOT_GIVEN``."""
-    parents = []
-    if verb != "tune":
-        parents = [
-            options.source_options(_DEFAULTS[verb]),
-            options.request_options(),
-            options.run_options(cases=verb == "benchmark"),
-            options.method_options(),
-            options.result_options(),
-        ]
     parser = Parser(
         prog=prog or f"mmagic_tome {verb}",
         description=VERBS[verb],
         epilog=f"example: python -m mmagic_tome {verb} {_EXAMPLES.get(verb, '')}",
-        parents=parents,
         allow_abbrev=False,
     )
     if verb != "tune":
+        options.source_options(parser, _DEFAULTS[verb])
+        options.request_options(parser)
+        options.run_options(parser, cases=verb == "benchmark")
+        options.method_options(parser)
+        options.result_options(parser)
         getattr(options, f"{verb}_options")(parser)
     return parser
 
@@ -273,6 +273,8 @@ def _benchmark(args: argparse.Namespace) -> None:
     from .devices import DTYPES, check_device
     from .methods import BASELINE
     from .networks import NETWORKS
+    from .report import write_report
+    from .results import RunFolder
 
     device, network = check_device(args.device), args.config or args.default_config
     name, setting, request = network, Setting(), {}
@@ -293,8 +295,7 @@ def _benchmark(args: argparse.Namespace) -> None:
         how = {"attention": args.attention, "mode": args.mode, "clock": args.clock}
         how.update(with_ideal=not args.no_ideal, memory=not args.no_memory, request=request)
         frame = benchmark(network, methods, *cases, folder, device, **how)
-        frame.to_csv(folder / "results.csv", index=False)
-        print(f"{table(frame)}\n\nresults.csv: {folder}")
+        print(f"{table(frame)}\n\nReport: {write_report(RunFolder(folder))}")
 
 
 def _visualize(args: argparse.Namespace) -> None:
@@ -316,9 +317,8 @@ def _visualize(args: argparse.Namespace) -> None:
     check(source, request, method)
     if _goes_on(args, source.name, _title(source, request, device), [BASELINE, method]):
         with _results(args, source.name) as folder:
-            how = {"columns": args.columns, "blocks": args.block, "rounds": args.rounds}
-            how.update(folder=folder, device=device, dtype=DTYPES.get(args.dtype))
-            visualize(source, request, method, **how)
+            how = {"rounds": args.rounds, "device": device, "dtype": DTYPES.get(args.dtype)}
+            visualize(source, request, method, folder=folder, **how)
 
 
 def _visualize_vit(args: argparse.Namespace) -> None:
@@ -334,15 +334,7 @@ def _visualize_vit(args: argparse.Namespace) -> None:
     check(config, args.images or ())
     if _goes_on(args, name, f"{args.vit} on {device}: {len(args.images)} images", ()):
         with _results(args, name) as folder:
-            how = {"r": args.r, "columns": args.columns, "folder": folder, "device": device}
-            visualize_vit(config, args.images, **how)
-
-
-def _tune(args: argparse.Namespace) -> None:
-    raise ToMeError(
-        "tune is not there any more; compare settings with evaluate: --method tome:0.25 --method "
-        "cache:balanced --method steps:13 ..."
-    )
+            visualize_vit(config, args.images, folder=folder, r=args.r, device=device)
 
 
 _RUN = {
@@ -350,5 +342,4 @@ _RUN = {
     "evaluate": _evaluate,
     "benchmark": _benchmark,
     "visualize": _visualize,
-    "tune": _tune,
 }

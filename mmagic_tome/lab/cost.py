@@ -18,12 +18,13 @@ from tqdm import tqdm
 from .environment import environment
 from .measure import count_flops_of, interleaved, peak_memory
 from .methods import BASELINE, Method
+from .networks.base import Arguments
+from .networks.recorded import record_calls
 from .progress import progress_bar
 from .results import RunFolder
 from .runners.base import Output, Runner
 
 WARM_UP_STEPS = 2
-Call = tuple[tuple, dict[str, Any]]
 
 
 def measure_cost(
@@ -54,12 +55,13 @@ def measure_cost(
     if turns:
         folder.add({"kind": "environment", **environment(runner.device)})
     with progress_bar(steps, "measuring cost", show=progress) as bar:
-        calls: dict[int, list[Call]] = {}
+        calls: dict[int, list[Arguments]] = {}
         for method in once:
             bar.set_postfix_str(f"{method.name}, memory and operations")
             count = method.steps or runner.steps
             if count not in calls:
-                calls[count] = _network_calls(runner, numbers, count)
+                with BASELINE.on(runner.model):
+                    calls[count] = record_calls(runner, numbers, count)
             folder.add(*_memory_and_flops(runner, method, numbers, calls[count], bar))
         for method in methods if turns else ():
             bar.set_postfix_str(f"{method.name}, warm-up")
@@ -67,7 +69,18 @@ def measure_cost(
                 # Of step caching, that so short a run skips nothing.
                 warnings.simplefilter("ignore")
                 _run(runner, method, numbers, bar, min(WARM_UP_STEPS, runner.steps))
-        _rounds(runner, methods, turns, folder, numbers, bar)
+        rows: list[dict[str, Any]] = []
+        runs = {one.name: partial(_run, runner, one, numbers, bar, one.steps) for one in methods}
+        for turn, name, output in interleaved(
+            runs, turns, lambda turn, name: bar.set_postfix_str(f"{name}, round {turn + 1}")
+        ):
+            row = {"kind": "round", "method": name, "turn": turn, "images": len(numbers)}
+            for key in ("seconds", "network_seconds", "step_seconds"):
+                row[key] = getattr(output, key)
+            rows.append(row)
+            if len(rows) == len(methods):
+                folder.add(*rows)
+                rows.clear()
 
 
 def _missing_turns(folder: RunFolder, methods: Sequence[Method], rounds: int) -> range:
@@ -81,37 +94,6 @@ def _missing_turns(folder: RunFolder, methods: Sequence[Method], rounds: int) ->
     return range(first, first + max(0, rounds - len(complete)))
 
 
-def _rounds(
-    runner: Runner,
-    methods: Sequence[Method],
-    turns: range,
-    folder: RunFolder,
-    numbers: Sequence[int],
-    bar: tqdm,
-) -> None:
-    calls = {one.name: partial(_run, runner, one, numbers, bar, one.steps) for one in methods}
-    rows: list[dict[str, Any]] = []
-
-    def show(turn: int, name: str) -> None:
-        bar.set_postfix_str(f"{name}, round {turn + 1}")
-
-    for turn, name, output in interleaved(calls, turns, show):
-        rows.append(
-            {
-                "kind": "round",
-                "method": name,
-                "turn": turn,
-                "seconds": output.seconds,
-                "network_seconds": output.network_seconds,
-                "step_seconds": output.step_seconds,
-                "images": len(numbers),
-            }
-        )
-        if len(rows) == len(methods):
-            folder.add(*rows)
-            rows.clear()
-
-
 def _run(
     runner: Runner, method: Method, numbers: Sequence[int], bar: tqdm, steps: int | None
 ) -> Output:
@@ -120,7 +102,7 @@ def _run(
 
 
 def _memory_and_flops(
-    runner: Runner, method: Method, numbers: Sequence[int], calls: list[Call], bar: tqdm
+    runner: Runner, method: Method, numbers: Sequence[int], calls: list[Arguments], bar: tqdm
 ) -> list[dict[str, Any]]:
     """The rows of a method, each figure of a method that was applied anew: what an earlier run
     keeps between steps would be freed within the measurement, which would then come out too small.
@@ -140,30 +122,6 @@ def _memory_and_flops(
     with method.on(runner.model):
         flops, network_flops = count_flops_of(runner.network, run)
     named = {"method": method.name, "images": len(numbers)}
-    return [
-        {
-            "kind": "memory",
-            **named,
-            "run_bytes": run_bytes,
-            "network_bytes": network_bytes,
-            "operator": where,
-        },
-        {"kind": "flops", **named, "run": flops, "network": network_flops},
-    ]
-
-
-def _network_calls(runner: Runner, numbers: Sequence[int], steps: int) -> list[Call]:
-    """The arguments of the network's calls in a run of the baseline. All of them: a step cache
-    begins to keep outputs after the first ones."""
-    calls: list[Call] = []
-
-    def look(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        calls.append((args, dict(kwargs)))
-
-    hook = runner.network.register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        with BASELINE.on(runner.model):
-            runner.run(numbers, steps)
-    finally:
-        hook.remove()
-    return calls
+    memory = {"run_bytes": run_bytes, "network_bytes": network_bytes, "operator": where}
+    operations = {"run": flops, "network": network_flops}
+    return [{"kind": "memory", **named, **memory}, {"kind": "flops", **named, **operations}]

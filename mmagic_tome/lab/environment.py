@@ -49,14 +49,6 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
     return found
 
 
-def environment_text(found: dict[str, Any]) -> str:
-    """Return an :func:`environment` in two lines."""
-    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-    load = "unknown" if found["load"] is None else f"{found['load']:.1f}"
-    threads = f"{found['threads']} threads of {found['cpus']} cores"
-    return f"{found['gpu'] or found['processor']}, {threads}, load {load}\n{versions}"
-
-
 def _processor() -> str:
     """The processor's name, or its architecture where the system tells no more."""
     with suppress(OSError):

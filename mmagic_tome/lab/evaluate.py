@@ -10,28 +10,35 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from mmengine.dist import barrier, get_rank
+from PIL import Image
+from torch import nn
 
 from ..errors import ToMeError
 from ..settings import Handles
 from .cost import measure_cost
-from .images import save_image
-from .manifest import manifest_of
+from .environment import environment
+from .files import whole_file
 from .methods import BASELINE, Method, check_names
 from .metrics import available
 from .metrics.base import Metric
 from .progress import progress_bar
 from .ranks import share
 from .real import RealImages
-from .request import Request
+from .request import INPUTS, Request
 from .results import RunFolder
 from .runners.base import Output, Runner, Source
+from .runners.media import save_media
 from .scores import image_rows, measure_images, measure_sets
 from .table import table
 
@@ -109,7 +116,7 @@ def evaluate(
     numbers = request.batches()[0][:cost_batch_size]
     manifest = {
         "command": "evaluate",
-        **manifest_of(runner, methods),
+        **_manifest(runner, methods),
         "metrics": {name: _about(chosen[name], metrics or ()) for name in chosen},
         "real": None if real is None else {"images": len(real), "digest": real.digest()},
         "images_per_timed_run": len(numbers),
@@ -229,19 +236,24 @@ def _save(
     index: int,
     latents: bool,
 ) -> dict[str, Any]:
-    """Write an image of a batch; return its row."""
-    request = runner.request
-    named = {"prompt": request.prompts[number], "seed": request.seed_of(number)}
+    """Write an image or a clip of a batch, and its final latents; return its row."""
+    request, image = runner.request, output.images[index]
     own = None if output.latents is None else output.latents[index]
-    files = save_image(
-        folder,
-        method.slug,
-        number,
-        output.images[index],
-        latents=own if latents else None,
-        fps=runner.fps,
-        text={**named, "method": method.to_dict()},
-    )
+    named = {"prompt": request.prompts[number], "seed": request.seed_of(number)}
+    text = {**named, "method": method.to_dict()}
+    stem = folder.path / "images" / method.slug / f"{number:06d}"
+    files = {"file": save_media(stem, image, fps=runner.fps, text=text)}
+    more: dict[str, Any] = {}
+    if isinstance(image, (list, tuple)):
+        # GIF has 256 colours and MP4 loses detail; metrics need the pixels, below each other.
+        frames = np.concatenate([np.asarray(frame.convert("RGB")) for frame in image])
+        files["strip"] = save_media(stem, Image.fromarray(frames), text=text)
+        more["frames"] = len(image)
+    if latents and own is not None:
+        # Not in half precision: the error of rounding would be as large as that of caching.
+        files["latents"] = stem.with_suffix(".pt")
+        with whole_file(files["latents"]) as path:
+            torch.save(own.clone(), path)
     return {
         "kind": "image",
         "method": method.name,
@@ -250,7 +262,8 @@ def _save(
         "negative_prompt": (request.negatives([number]) or [None])[0],
         # NaN is black in an image. Where latents cannot be seen images are taken as they are.
         "finite": own is None or bool(torch.isfinite(own).all()),
-        **files,
+        **{key: path.relative_to(folder.path).as_posix() for key, path in files.items()},
+        **more,
     }
 
 
@@ -269,3 +282,78 @@ def _drop_without_latents(folder: RunFolder, metrics: dict[str, Metric]) -> None
     for name in [name for name, metric in metrics.items() if metric.of == "latents"]:
         _note(folder, f"metric {name} is left out: the folder has no latents of its images")
         del metrics[name]
+
+
+# --- what images depend on ------------------------------------------------------------------------
+
+
+def _manifest(runner: Runner, methods: Sequence[Method]) -> dict[str, Any]:
+    """What images depend on, to be compared when a run goes on.
+
+    The weights are those that were loaded, not the name of their file: a checkpoint that was
+    replaced is noticed, one that was moved is no difference.
+    """
+    source, request = runner.source, runner.request
+    where = environment(runner.device)
+    return {
+        "model": {
+            "class_name": type(runner.model).__name__ if source is None else source.class_name,
+            "weights": _weights(runner.model),
+            "scheduler": runner.scheduler,
+            "scheduler_config": _scheduler_config(runner.model),
+        },
+        "name": "model" if source is None else source.name,
+        "request": {
+            "images": len(request),
+            "prompts": _digest(request),
+            "steps": runner.steps,
+            "guidance": runner.guidance,
+            "size": list(runner.size),
+            "frames": request.frames,
+            "batch_size": request.batch_size,
+            "extra": json.loads(json.dumps(dict(request.extra), default=str)),
+        },
+        "device": runner.device.type,
+        "dtype": str(runner.dtype).replace("torch.", ""),
+        "environment": {key: where[key] for key in ("gpu", "processor", "threads", "versions")},
+        "methods": {method.name: method.to_dict() for method in methods},
+    }
+
+
+def _weights(model: Any) -> str:
+    """A hash of all parameters and buffers of a model or pipeline, with their names."""
+    parts = {"": model} if isinstance(model, nn.Module) else getattr(model, "components", {})
+    digest = hashlib.blake2b(digest_size=16)
+    for part, module in sorted(parts.items()):
+        if not isinstance(module, nn.Module):
+            continue
+        for name, tensor in sorted(module.state_dict().items()):
+            if isinstance(tensor, torch.Tensor):
+                digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                values = tensor.detach().cpu().contiguous().reshape(-1)
+                digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _scheduler_config(model: Any) -> dict[str, Any] | None:
+    """The scheduler's settings; MMagic's own schedulers do not tell theirs."""
+    scheduler = getattr(model, "test_scheduler", None) or getattr(model, "scheduler", None)
+    config = getattr(scheduler, "config", None)
+    if not isinstance(config, Mapping):
+        return None
+    # diffusers lists there, in any order, which settings a file did not name.
+    settings = {key: value for key, value in config.items() if key != "_use_default_values"}
+    # DPM-Solver's has an infinity, for which JSON has no word.
+    return json.loads(json.dumps(settings, default=str), parse_constant=str)
+
+
+def _digest(request: Request) -> str:
+    """A hash of prompts, negative prompts, seeds and input images."""
+    numbers = range(len(request))
+    texts = [list(request.prompts), request.negatives(numbers), [*map(request.seed_of, numbers)]]
+    digest = hashlib.blake2b(json.dumps(texts).encode(), digest_size=16)
+    for kind in INPUTS:
+        for image in getattr(request, kind):
+            is_file = isinstance(image, (str, Path))
+            digest.update(Path(image).read_bytes() if is_file else image.tobytes())
+    return digest.hexdigest()

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -143,26 +143,20 @@ class _Run:
     def rounds(self, rounds: int, bar: tqdm) -> None:
         """Run all methods on every batch, in balanced order."""
         batches = self.runner.request.batches()
-        numbers: Sequence[int] = ()
-
-        def begin(turn: int, name: str) -> None:
-            nonlocal numbers
+        for turn in range(rounds * len(batches)):
             numbers = batches[turn % len(batches)]
-
-        calls = {one.name: partial(self._call, one, lambda: numbers, bar) for one in self.methods}
-        outputs: dict[str, Output] = {}
-        for turn, name, output in interleaved(calls, range(rounds * len(batches)), begin):
-            self.seconds[name]["whole"].append(output.seconds / len(numbers))
-            self.seconds[name]["network"].append(output.network_seconds / len(numbers))
-            outputs[name] = output
-            if turn < len(batches) and len(outputs) == len(calls):
+            calls = {one.name: partial(self._call, one, numbers, bar) for one in self.methods}
+            outputs = {name: output for _, name, output in interleaved(calls, [turn])}
+            for name, output in outputs.items():
+                self.seconds[name]["whole"].append(output.seconds / len(numbers))
+                self.seconds[name]["network"].append(output.network_seconds / len(numbers))
+            if turn < len(batches):
                 for place, number in enumerate(numbers):
                     self._save(number, place, [outputs[one.name] for one in self.methods])
-                outputs.clear()
 
-    def _call(self, method: Method, numbers: Callable[[], Sequence[int]], bar: tqdm) -> Output:
+    def _call(self, method: Method, numbers: Sequence[int], bar: tqdm) -> Output:
         with method.on(self.runner.model) as handles:
-            output = self.runner.run(numbers(), method.steps, bar.update)
+            output = self.runner.run(numbers, method.steps, bar.update)
             if method is self.methods[-1]:
                 self.applied = {
                     "done": what_was_done(method, handles),

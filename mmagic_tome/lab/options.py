@@ -156,16 +156,11 @@ def adder(parser: argparse.ArgumentParser, title: str) -> Callable[..., None]:
     return add
 
 
-# --- parent parsers -------------------------------------------------------------------------------
+# --- options of all verbs -------------------------------------------------------------------------
 
 
-def source_options(default: str) -> argparse.ArgumentParser:
-    """What is run: a config with a checkpoint, or a pipeline; and where.
-
-    Args:
-        default: What is run if neither is given.
-    """
-    parser = argparse.ArgumentParser(add_help=False)
+def source_options(parser: argparse.ArgumentParser, default: str) -> None:
+    """What is run, by default a config; and where."""
     parser.set_defaults(default_config=default)
     add = adder(parser, "what is run")
     add("config", {"nargs": "?"}, f"a file, or package::path (default: {default})")
@@ -173,12 +168,10 @@ def source_options(default: str) -> argparse.ArgumentParser:
     add("--pipeline", DIR, "diffusers pipeline, a folder or id, not a config (default: none)")
     add("--cfg-options", KEY_VALUES, "changes of the config: tome_cfg.sx=4 ... (default: none)")
     add("--device", {"metavar": "DEV"}, "cpu, cuda, cuda:1, ... (default: cuda, else cpu)")
-    return parser
 
 
-def request_options() -> argparse.ArgumentParser:
+def request_options(parser: argparse.ArgumentParser) -> None:
     """What to generate: the fields of a :class:`~.request.Request` but for those below."""
-    parser = argparse.ArgumentParser(add_help=False)
     add = adder(parser, "what to generate")
     add("--prompt --text", TEXTS, "@FILE is as --prompt-file (default: the config's infer_cfg)")
     files = ".txt (a prompt per line), .json, .csv, demo, demo-held-out or imagenet"
@@ -194,16 +187,10 @@ def request_options() -> argparse.ArgumentParser:
     add("--seed", SEED, "of the first image; image i has seed N + i (default: 0)")
     extra = "arguments of the model's call: strength=0.5 ... (default: none)"
     add("--extra-parameters", KEY_VALUES, extra, dest="extra")
-    return parser
 
 
-def run_options(cases: bool = False) -> argparse.ArgumentParser:
-    """Steps, size, batch size and precision.
-
-    Args:
-        cases: Whether the last three take several values, of which each combination is a case.
-    """
-    parser = argparse.ArgumentParser(add_help=False)
+def run_options(parser: argparse.ArgumentParser, cases: bool = False) -> None:
+    """Steps, size, batch size, precision; as ``cases`` the last three take several values."""
     add = adder(parser, "how it is run")
     several = {"nargs": "+"} if cases else {}
     steps = "of one measurement (default: 1)" if cases else "(default: the model's)"
@@ -211,12 +198,10 @@ def run_options(cases: bool = False) -> argparse.ArgumentParser:
     add("--size", SIZE, "height and width in pixels (default: the model's)", **several)
     add("--batch-size", N, "images per call (default: 1)", **several)
     add("--dtype", DTYPE, "precision of the model (default: that of its config)", **several)
-    return parser
 
 
-def method_options() -> argparse.ArgumentParser:
+def method_options(parser: argparse.ArgumentParser) -> None:
     """What is applied: the config's setting, changed, and further methods."""
-    parser = argparse.ArgumentParser(add_help=False)
     add = adder(parser, "what is applied")
     add("--ratio", RATIO, "fraction of tokens to merge; 0 merges none (default: the config's)")
     names = "quality, balanced, fast, a dict, or none"
@@ -224,16 +209,13 @@ def method_options() -> argparse.ArgumentParser:
     short = "tome:0.5, cache:balanced, tomesd:0.5, deepcache:3, steps:13"
     long = "NAME={'ratio': 0.5, 'cache': 'balanced', 'steps': 20}"
     add("--method", {**REPEATED, **TEXT}, f"{short}, or {long} (default: what the config applies)")
-    return parser
 
 
-def result_options() -> argparse.ArgumentParser:
+def result_options(parser: argparse.ArgumentParser) -> None:
     """Where results go."""
-    parser = argparse.ArgumentParser(add_help=False)
     add = adder(parser, "results")
     add("--work-dir", DIR, "results go to DIR/<time> (default: work_dirs/<name of the config>)")
     add("--dry-run", FLAG, "check all that needs no weights, and print it (default: run)")
-    return parser
 
 
 # --- options of one verb --------------------------------------------------------------------------
@@ -282,9 +264,6 @@ def benchmark_options(parser: argparse.ArgumentParser) -> None:
 def visualize_options(parser: argparse.ArgumentParser) -> None:
     """Add those of ``visualize``."""
     add = adder(parser, "visualize")
-    add("--columns", N, "steps, or with --vit blocks, on a sheet (default: 4)", default=4)
-    blocks = "draw blocks with TEXT in their name; may be repeated"
-    add("--block", {**REPEATED, **TEXT}, f"{blocks} (default: up to eight)")
     add("--rounds", N, "interleaved runs that measure the blocks' time (default: 3)", default=3)
     add("--vit", FILE, "config of a vision transformer: draw its tokens of --img (default: none)")
     add("--r", N, "with --vit: tokens to remove per block (default: the config's, else 8)")

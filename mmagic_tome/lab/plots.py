@@ -78,9 +78,7 @@ class Point:
 def save(figure: Figure, path: str | Path) -> Path:
     """Write a figure, whole or not at all; the same figure gives the same bytes.
 
-    Args:
-        figure: Of this module.
-        path: With the suffix of the format, such as ``.png``.
+    The suffix of ``path`` is the format.
     """
     look = {"format": Path(path).suffix[1:], "dpi": DPI, "metadata": {"Software": None}}
     with whole_file(path) as part:
@@ -210,12 +208,7 @@ def _shared(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 @matplotlib.rc_context(STYLE)
 def bars(panels: Mapping[str, Sequence[Point]], xlabel: str) -> Figure:
-    """Draw horizontal bars with intervals, and a line at 1, the baseline's speed-up.
-
-    Args:
-        panels: Title -> points.
-        xlabel: Name and unit of x.
-    """
+    """Draw bars with intervals, a panel per title, and a line at 1, the baseline's speed-up."""
     longest = max(len(points) for points in panels.values())
     figure, all_axes = _figure(1.6 + 6.8 * len(panels), 1.4 + 0.32 * longest, len(panels))
     for axes, (title, points) in zip(all_axes, panels.items()):
@@ -263,10 +256,9 @@ def lines(
 
 
 def difference_map(base: Image.Image, other: Image.Image) -> Image.Image:
-    """Return the mean absolute difference over RGB in false colour, black where there is none.
+    """Return the mean absolute difference over RGB of two images of one size in false colour.
 
-    Args:
-        base, other: Images of one size.
+    Black where there is none; brightest from :data:`FULL_SCALE` on.
     """
     a, b = (np.asarray(image.convert("RGB")).astype(int) for image in (base, other))
     scaled = np.clip(np.abs(a - b).mean(axis=2) / FULL_SCALE, 0, 1)

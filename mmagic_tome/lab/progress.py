@@ -11,11 +11,7 @@ from tqdm import tqdm
 def progress_bar(total: int, what: str, unit: str = "step", show: bool = True) -> tqdm:
     """A bar on stderr that leaves nothing behind; few lines where stderr is a file.
 
-    Args:
-        total: Units of work.
-        what: What is being done.
-        unit: Name of a unit.
-        show: False for none, as on ranks other than 0.
+    Not shown at all unless ``show``, as on ranks other than 0.
     """
     return tqdm(
         total=total,

@@ -91,6 +91,7 @@ def _frame(folder: RunFolder) -> pd.DataFrame:
         return table(folder)
     found = summary(folder)
     found = found[found["note"].isna()].rename(columns={"peak_bytes": "memory"})
+    found = found.astype({"memory": float}).dropna(axis="columns", how="all")
     found[["speedup", "speedup_low", "speedup_high"]] = found[["median", "low", "high"]]
     return found
 

@@ -204,7 +204,8 @@ class RunFolder:
         with users_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             if not self._began:
-                _drop_torn_line(path)
+                if path.exists():  # cut what a killed process left of a row
+                    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
                 self._began = True
             with open(path, "ab") as file:
                 file.write("".join(lines).encode())
@@ -231,12 +232,6 @@ def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         except ValueError:
             raise ToMeError(f"{path}, line {number} is no JSON: {line[:40]!r}; remove it") from None
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cut what a killed process left of a row."""
-    if path.exists():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from .images import read_image, read_latents
+from ..errors import ToMeError
 from .methods import BASELINE, Method
 from .metrics import set_features
 from .metrics.base import Metric, PairedMetric, SetMetric
@@ -36,47 +38,30 @@ def measure_images(
 ) -> None:
     """Add the values of single images that a folder lacks: of paired and of text metrics.
 
-    The value of an image that is not finite is None.
-
-    Args:
-        folder: With all images.
-        methods: Whose images, the baseline's among them.
-        metrics: By name; those of sets are passed over.
-        device: Where to compute.
-        progress: Whether to show a bar.
+    The value of an image that is not finite is None. Metrics of sets are passed over.
     """
     rows = image_rows(folder)
     done = {(row["method"], row["number"], row["metric"]) for row in folder.find(kind="metric")}
+    asked = {method.name for method in methods}
     work = []
-    for method in methods:
-        baseline = method.name == BASELINE.name
-        wanted = [
+    for method, number in rows:
+        names = [
             name
             for name, metric in metrics.items()
             if not isinstance(metric, SetMetric)
-            and not (baseline and isinstance(metric, PairedMetric))
+            and not (method == BASELINE.name and isinstance(metric, PairedMetric))
+            and (method, number, name) not in done
         ]
-        for number in (number for name, number in rows if name == method.name):
-            names = [name for name in wanted if (method.name, number, name) not in done]
-            if names:
-                work.append((method.name, number, names))
+        if method in asked and names:
+            work.append((method, number, names))
     mine = share(work)
     with progress_bar(len(mine), "measuring", "image", progress) as bar:
         for method, number, names in mine:
             bar.set_postfix_str(method)
             row, base = rows[method, number], rows[BASELINE.name, number]
-            folder.add(
-                *(
-                    {
-                        "kind": "metric",
-                        "method": method,
-                        "metric": name,
-                        "number": number,
-                        "value": _value(folder, metrics[name], base, row, device),
-                    }
-                    for name in names
-                )
-            )
+            known = {"kind": "metric", "method": method, "number": number}
+            values = {name: _value(folder, metrics[name], base, row, device) for name in names}
+            folder.add(*({**known, "metric": name, "value": x} for name, x in values.items()))
             bar.update()
 
 
@@ -87,11 +72,11 @@ def _value(
     if not row["finite"] or (paired and not base["finite"]):
         return None
     if metric.of == "latents":
-        values = metric(read_latents(folder, base), read_latents(folder, row))
+        values = metric(_latents(folder, base), _latents(folder, row))
     elif paired:
-        values = metric(read_image(folder, base).to(device), read_image(folder, row).to(device))
+        values = metric(*(_pixels(folder, one).to(device) for one in (base, row)))
     else:
-        images = read_image(folder, row).to(device)
+        images = _pixels(folder, row).to(device)
         values = metric(images, [row["prompt"]] * len(images))
     # A clip has a value per frame.
     return float(values[0]) if len(values) == 1 else metric.mean(values)
@@ -112,7 +97,6 @@ def measure_sets(
     that are not finite are in no set.
 
     Args:
-        folder, methods, metrics, device, progress: See :func:`measure_images`.
         real: What the sets are compared with. Default: None, the baseline's images.
         size: (height, width) that real images are brought to.
     """
@@ -161,7 +145,7 @@ def _finite(folder: RunFolder, rows: Rows, method: str) -> Iterator[Tensor]:
     """The finite images of a method; of clips all frames."""
     for (name, _), row in rows.items():
         if name == method and row["finite"]:
-            yield read_image(folder, row)
+            yield _pixels(folder, row)
 
 
 def _features(
@@ -173,3 +157,19 @@ def _features(
         key: {layer: torch.cat([part[key][layer] for part in parts]) for layer in layers}
         for key, layers in parts[0].items()
     }
+
+
+def _pixels(folder: RunFolder, row: Mapping[str, Any]) -> Tensor:
+    """The image of a row, (1, 3, H, W) uint8; of a clip (frames, 3, H, W)."""
+    path, frames = folder.path / row.get("strip", row["file"]), row.get("frames", 1)
+    try:
+        image = Image.open(path).convert("RGB")
+    except (OSError, ValueError) as error:
+        raise ToMeError(f"cannot read {path}: {error}; start without --resume") from None
+    pixels = np.array(image).reshape(frames, image.height // frames, image.width, 3)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def _latents(folder: RunFolder, row: Mapping[str, Any]) -> Tensor:
+    """The final latents (1, ...) of a row's image."""
+    return torch.load(folder.path / row["latents"], weights_only=True)[None]

@@ -17,24 +17,15 @@ from ..errors import ToMeError
 from . import plots
 from .environment import environment
 from .infer import WARM_UP_STEPS, difference_sheet, fidelity, fidelity_text, file_stem, save_results
-from .maps import (
-    Record,
-    Recorder,
-    enlarged,
-    merge_map,
-    merged_blocks,
-    short_name,
-    spread,
-)
+from .maps import Record, Recorder, enlarged, merge_map, merged_blocks, short_name, spread
 from .measure import interleaved
 from .methods import BASELINE, Method
 from .progress import progress_bar
 from .request import Request
 from .runners import Output, Runner, Source, save_media
 
-MOST_BLOCKS = 8
-# Steps per second of a GIF.
-_FPS = 2
+# Of a sheet of merge maps; evenly spread.
+MOST_BLOCKS, MOST_STEPS = 8, 4
 
 
 def check(source: Source, request: Request, method: Method) -> None:
@@ -65,8 +56,6 @@ def visualize(
     method: Method,
     *,
     folder: str | Path,
-    columns: int = 4,
-    blocks: Sequence[str] = (),
     rounds: int = 3,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
@@ -78,12 +67,9 @@ def visualize(
         source: What is run: no model of clips.
         request: What to generate.
         method: Merges tokens.
-        folder: Where files go: per image ``.png``, ``_baseline.png``, ``_merge.png`` (a row per
-            block, a column per step), ``_merge.gif`` (all steps), ``_error.png``; and once
-            ``cost.png`` and ``results.json``.
-        columns: Steps on a sheet of merge maps, evenly spread.
-        blocks: Draw blocks with one of these texts in their name. Default: all, at most eight of
-            them, evenly spread.
+        folder: Where files go: per image ``.png``, ``_baseline.png``, ``_merge.png`` (a row for
+            each of eight blocks at most, a column for each of four steps), ``_error.png``; and
+            once ``cost.png`` and ``results.json``.
         rounds: Interleaved runs of the baseline and the method, of which times are the medians.
         device: Where to run.
         dtype: Of the whole model. Default: None, the source's.
@@ -93,13 +79,14 @@ def visualize(
         dict: What is in ``results.json``.
 
     Raises:
-        ToMeError: See :func:`check`; no block has such a name; nothing was merged.
+        ToMeError: See :func:`check`; nothing was merged.
     """
     check(source, request, method)
     folder = Path(folder)
     runner = source.load(request, device, dtype)
     with method.on(runner.model) as handles:
-        chosen = _chosen(merged_blocks(handles.tome), blocks)
+        merged = list(merged_blocks(handles.tome).items())
+        chosen = dict(merged[place] for place in spread(len(merged), MOST_BLOCKS))
     where, images = environment(runner.device), []
     steps = 2 * runner.steps * (rounds + len(request))
     with progress_bar(steps, "visualizing", show=progress) as bar:
@@ -115,7 +102,7 @@ def visualize(
             prompt = request.prompts[number]
             row = {"prompt": prompt, "seed": request.seed_of(number), **fidelity(base, output, 0)}
             stem = folder / file_stem(number, prompt)
-            images.append({**row, **_draw(stem, row, base, output, recorder.records, columns)})
+            images.append({**row, **_draw(stem, row, base, output, recorder.records)})
     # In milliseconds, over the number of the step.
     series = {
         name: {short_name(block): (range(1, len(s) + 1), 1000 * s) for block, s in found.items()}
@@ -134,20 +121,8 @@ def visualize(
     save_results(folder, result)
     print(f"Maps of {len(images)} images, cost.png and results.json: {folder}")
     for row in images:
-        print(f"  {row['merge_sheet']}  {row['merge_gif']}  {row['error_map']}")
+        print(f"  {row['merge_sheet']}  {row['error_map']}")
     return result
-
-
-def _chosen(merged: dict[str, nn.Module], wanted: Sequence[str]) -> dict[str, nn.Module]:
-    """The blocks to draw, of those in which tokens are merged."""
-    if not wanted:
-        names = list(merged)
-        return {names[place]: merged[names[place]] for place in spread(len(names), MOST_BLOCKS)}
-    chosen = {name: one for name, one in merged.items() if any(text in name for text in wanted)}
-    if not chosen:
-        known = ", ".join(merged)
-        raise ToMeError(f"no merged block has {' or '.join(wanted)} in its name; there are {known}")
-    return chosen
 
 
 def _run(
@@ -195,7 +170,6 @@ def _draw(
     base: Output,
     output: Output,
     records: list[Record],
-    columns: int,
 ) -> dict[str, str]:
     """Write all files of an image; return their names."""
     prompt, (baseline,), (image,) = row["prompt"], base.images, output.images
@@ -204,61 +178,29 @@ def _draw(
     files = {
         "file": ("", image),
         "baseline_file": ("_baseline", baseline),
-        "merge_sheet": ("_merge", merge_sheet(prompt, records, image, columns)),
-        "merge_gif": ("_merge", step_frames(prompt, records, image)),
+        "merge_sheet": ("_merge", merge_sheet(prompt, records, image)),
         "error_map": ("_error", difference_sheet(prompt, ["baseline", "merged"], [pair])),
     }
     return {
-        key: save_media(stem.with_name(stem.name + ending), drawn, _FPS, text).name
+        key: save_media(stem.with_name(stem.name + ending), drawn, text=text).name
         for key, (ending, drawn) in files.items()
     }
 
 
-def merge_sheet(
-    title: str, records: Sequence[Record], image: Image.Image, columns: int
-) -> Image.Image:
-    """Draw merge maps over an image: a row per block, a column per step.
-
-    Args:
-        title: First line.
-        records: Of a run.
-        image: PIL image.
-        columns: Steps at most, evenly spread.
-    """
+def merge_sheet(title: str, records: Sequence[Record], image: Image.Image) -> Image.Image:
+    """Draw merge maps over an image: a row per block, a column per step."""
     steps = sorted({record.step for record in records})
-    steps = [steps[place] for place in spread(len(steps), columns)]
-    maps = _Maps(records, image)
+    steps = [steps[place] for place in spread(len(steps), MOST_STEPS)]
+    found = {(record.block, record.step): record for record in records}
+    image = enlarged(image, max(record.grid for record in records))
     rows = []
-    for block in maps.blocks:
+    for block in dict.fromkeys(record.block for record in records):
         own = [record for record in records if record.block == block]
         low, high = min(one.kept for one in own), max(one.kept for one in own)
         kept = low if low == high else f"{low}-{high}"
         caption = f"{short_name(block)}: {own[0].slot.size} to {kept} tokens"
-        rows.append((caption, [maps(block, step) for step in steps]))
+        at = [found.get((block, step)) for step in steps]
+        # The image itself where nothing was merged.
+        maps = [image if one is None else merge_map(one.slot, one.grid, image) for one in at]
+        rows.append((caption, maps))
     return plots.contact_sheet(title, [f"step {step + 1}" for step in steps], rows)
-
-
-def step_frames(title: str, records: Sequence[Record], image: Image.Image) -> list[Image.Image]:
-    """Draw a frame per step, with the merge maps of all blocks side by side."""
-    maps = _Maps(records, image)
-    heads = [short_name(block) for block in maps.blocks]
-    return [
-        plots.contact_sheet(
-            title, heads, [(f"step {step + 1}", [maps(block, step) for block in maps.blocks])]
-        )
-        for step in sorted({record.step for record in records})
-    ]
-
-
-class _Maps:
-    """Merge maps of a run by block and step, all of one size."""
-
-    def __init__(self, records: Sequence[Record], image: Image.Image) -> None:
-        self.blocks = list(dict.fromkeys(record.block for record in records))
-        self.found = {(record.block, record.step): record for record in records}
-        self.image = enlarged(image, max(record.grid for record in records))
-
-    def __call__(self, block: str, step: int) -> Image.Image:
-        """The image itself where nothing was merged."""
-        record = self.found.get((block, step))
-        return self.image if record is None else merge_map(record.slot, record.grid, self.image)

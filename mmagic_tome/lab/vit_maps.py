@@ -28,16 +28,11 @@ from .progress import progress_bar
 from .runners import load_image, save_media
 
 _KEYS = ("size", "patch", "mean", "std")
-# Blocks per second of a GIF.
-_FPS = 2
+_COLUMNS = 4  # blocks on a sheet, evenly spread
 
 
 def check(config: Any, images: Sequence[str]) -> list[Image.Image]:
     """Return the middle squares of images; fail if nothing can be drawn, before a model is built.
-
-    Args:
-        config: mmengine's ``Config``.
-        images: Files.
 
     Raises:
         ToMeError: The config is not of a vision transformer for images; an image cannot be read.
@@ -62,18 +57,16 @@ def visualize_vit(
     *,
     folder: str | Path,
     r: int | None = None,
-    columns: int = 4,
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Draw which patches are merged: per image a sheet of some blocks, and a GIF of all.
+    """Draw which patches are merged: per image a sheet of four blocks.
 
     Args:
         config: mmengine's ``Config``.
         images: Files.
         folder: Where files go, with ``results.json``.
         r: Tokens to remove per block. Default: None, the config's.
-        columns: Blocks on a sheet, evenly spread.
         device: Where to run.
         progress: Whether to show a bar.
 
@@ -96,25 +89,20 @@ def visualize_vit(
         title, plain = Path(name).stem, enlarged(square, grid)
         maps = [plain if one is None else merge_map(one, grid, plain) for one in sources]
         heads = [f"block {block}: {kept}" for block, (_, kept) in enumerate(handle.tokens, 1)]
-        shown = spread(len(maps), columns)
+        shown = spread(len(maps), _COLUMNS)
         sheet = plots.contact_sheet(
             title,
             ["image", *(heads[block] for block in shown)],
             [("tokens left after each block", [plain, *(maps[block] for block in shown)])],
         )
-        frames = [
-            plots.contact_sheet(title, ["image", head], [("", [plain, one])])
-            for head, one in zip(heads, maps)
-        ]
-        stem = folder / f"{number:04d}_{title}_tokens"
-        files = {"sheet": save_media(stem, sheet).name, "gif": save_media(stem, frames, _FPS).name}
-        drawn.append({"input": str(name), "tokens": handle.stats(), **files})
+        file = save_media(folder / f"{number:04d}_{title}_tokens", sheet).name
+        drawn.append({"input": str(name), "tokens": handle.stats(), "sheet": file})
     options = {key: str(value) for key, value in handle.config.to_dict().items()}
     result = {"token_merging": options, "images": drawn}
     save_results(folder, result)
     print(f"Token maps of {len(drawn)} images and results.json: {folder}")
     for row in drawn:
-        print(f"  {row['sheet']}  {row['gif']}")
+        print(f"  {row['sheet']}")
     return result
 
 

@@ -1,10 +1,7 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """The benchmark on tiny networks."""
 
-import json
-
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from tiny import tiny_unet_config
@@ -13,7 +10,7 @@ from torch import nn
 from mmagic_tome import ToMeError
 from mmagic_tome.lab import benchmark as module
 from mmagic_tome.lab.benchmark import CASE, benchmark, default_methods, summary, table
-from mmagic_tome.lab.methods import BASELINE, Method, parse_method
+from mmagic_tome.lab.methods import Method, parse_method
 from mmagic_tome.lab.networks import NETWORKS, Work
 from mmagic_tome.lab.networks.denoisers import denoiser
 from mmagic_tome.lab.networks.vits import vit
@@ -24,9 +21,9 @@ OURS, TOMESD = parse_method("ours={'ratio': 0.5}"), Method("tomesd", tomesd=0.5)
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    unet = denoiser("tiny", tiny_unet_config(), factor=4, size=64, text=7)
+    unet = denoiser(tiny_unet_config(), factor=4, size=64, text=7)
     monkeypatch.setitem(NETWORKS, "tiny", unet)
-    monkeypatch.setitem(NETWORKS, "tiny-vit", vit("tiny", 32, 3, 2, patch=8, size=48))
+    monkeypatch.setitem(NETWORKS, "tiny-vit", vit(32, 3, 2, patch=8, size=48))
 
 
 class CountedWork:
@@ -262,10 +259,6 @@ def test_wrong_requests_are_errors_before_anything_is_built(arguments, said, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_default_methods_and_rows_as_json(tmp_path):
+def test_default_methods():
     assert [one.name for one in default_methods("sdxl")] == ["ours", "tomesd"]
     assert [one.setting.r for one in default_methods("vit-s16")] == [8]
-    benchmark("tiny", [BASELINE], rounds=1, folder=tmp_path)
-    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
-    assert [json.loads(line)["kind"] for line in lines] == ["start", "run", "case"]
-    assert isinstance(summary(RunFolder(tmp_path)), pd.DataFrame)

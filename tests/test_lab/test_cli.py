@@ -36,7 +36,6 @@ def configs(sd_folder, tmp_path_factory):
         "inpaint": (tiny_config("StableDiffusionInpaint", sd_folder), tome),
         "clips": (tiny_config("AnimateDiff", sd_folder), tome),
         "elsewhere": (tiny_config(folder="/nowhere/at/all"), tome),
-        "checkpoint": (model, dict(load_from="/nowhere/x.pth")),
         "wrong": (model, dict(infer_cfg=dict(prompt="cat"))),
         "evaluation": (
             model,
@@ -188,19 +187,12 @@ WRONG = {
     "guidance not finite": ("infer {tome} --guidance nan", "finite"),
     "seed too large": ("infer {tome} --seed 4294967296", "less than 4294967296"),
     "ratio one": ("infer {tome} --ratio 1", "less than 1"),
-    "ratio over the ceiling": ("infer {tome} --prompt cat --ratio 0.8", "0.75"),
-    "cache unknown": ("infer {tome} --prompt cat --cache faast", "'fast'"),
     "cache is no dict": ("infer {tome} --cache {{interval:3}}", "expected a name such as balanced"),
-    "method unknown": ("infer {tome} --prompt cat --method tame:0.5", "is not known"),
     "two methods": ("infer {tome} --prompt cat --method steps:3 --method steps:2", "only one"),
     "method and ratio": ("infer {tome} --prompt cat --method steps:3 --ratio 0", "into --method"),
     "option without value": ("infer {tome} --cfg-options tome_cfg.sx", "KEY=VALUE"),
     "extra without value": ("infer {tome} --extra-parameters =3", "KEY=VALUE"),
     "extra unknown": ("infer {tome} --prompt cat --extra-parameters etta=1", "no 'etta'"),
-    "unknown key of tome_cfg": (
-        "infer {tome} --prompt a --cfg-options tome_cfg.ration=1",
-        "ration",
-    ),
     "tome_cfg twice": ("infer {twice} --prompt cat", "configured twice"),
     "infer_cfg wrong": ("infer {wrong} --prompt cat", "prompt"),
     "nothing to compare": ("infer {plain} --prompt cat --compare", "nothing to compare"),
@@ -210,21 +202,9 @@ WRONG = {
     "input unknown": ("infer {tome} --prompt cat --control {tmp}/text.txt", "--control"),
     "input missing": ("infer {inpaint} --prompt cat --img no.png --mask no.png", "no.png"),
     "weights not there": ("infer {elsewhere} --prompt cat", "not there: /nowhere"),
-    "checkpoint not there": ("infer {tome} no.pth --prompt cat", "no.pth is not there"),
-    "load_from not there": ("infer {checkpoint} --prompt cat", "/nowhere/x.pth is not there"),
-    "config and pipeline": ("infer {tome} --pipeline {tmp}", "either a config or a pipeline"),
     "pipeline is none": ("infer --pipeline {tmp} --prompt cat", "model_index.json"),
     "work dir is a file": ("infer {tome} --prompt cat --work-dir {tmp}/text.txt", "cannot write"),
-    "evaluation unknown": (
-        "evaluate {evaluation} --cfg-options evaluation.metric=psnr",
-        "did you mean 'metrics'",
-    ),
-    "same name": (
-        "evaluate {tome} --prompt a --method steps:3 --method steps:3",
-        "share the folder",
-    ),
     "nothing to resume": ("evaluate {tome} --prompt a --resume --work-dir {tmp}/x", "no run in"),
-    "real is no folder": ("evaluate {tome} --prompt cat --real no", "no is not a folder"),
     "clips are not drawn": ("visualize {clips} --prompt cat", "AnimateDiff makes clips"),
     "nothing is merged": ("visualize {tome} --prompt cat --ratio 0", "nothing to draw"),
     "other steps": (
@@ -309,7 +289,7 @@ def test_evaluate_reports_and_goes_on_with_a_method_more(command, configs, tmp_p
     assert all(path.stat().st_mtime_ns == time for path, time in made.items())
 
 
-def test_benchmark_prints_a_table(command, tmp_path):
+def test_benchmark_prints_a_table_and_writes_a_report(command, tmp_path):
     code, out, err = command(
         *("benchmark", "small", "--size", "64", "--rounds", "3", "--no-memory", "--no-ideal"),
         *("--method", "tome:0.5", "--device", "cpu", "--work-dir", tmp_path),
@@ -317,7 +297,8 @@ def test_benchmark_prints_a_table(command, tmp_path):
     assert code == 0, err
     assert re.search(r"baseline .*\n.*ratio 0.5 ", out)
     (folder,) = tmp_path.iterdir()
-    assert (folder / "results.csv").is_file()
+    names = {path.name for path in folder.iterdir()}
+    assert {"table.md", "results.csv", "results.json", "report.html", "rows.jsonl"} <= names
 
 
 def test_assets_are_found_and_unknown_ones_named():

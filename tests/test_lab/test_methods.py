@@ -7,9 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from denoise import STEPS, denoise
 from tiny import tiny_inputs, tiny_unet
-from torch import nn
 
 from mmagic_tome import ToMeError, apply_cache, apply_tome, get_handle
 from mmagic_tome.lab import methods
@@ -61,19 +59,6 @@ def test_what_was_applied_before_is_removed():
     apply_tome(unet, ratio=0.25)
     with BASELINE.on(unet) as handles:
         assert not handles and get_handle(unet) is None
-
-
-def test_merging_and_caching_work_together():
-    unet, inputs = tiny_unet(), tiny_inputs()
-    method = Method.from_dict(dict(name="a", tome_cfg=dict(ratio=0.25), cache_cfg={"order": 0}))
-    baseline = denoise(unet, inputs)
-    with method.on(unet) as handles:
-        found = denoise(unet, inputs)
-        (row,) = handles.cache.stats()
-        assert row["skipped"] > 0 and row["computed"] + row["skipped"] == len(STEPS)
-        assert {site["kept"] for site in handles.tome.stats()} == {192}
-    assert method.label == "merging and caching" and not torch.equal(found, baseline)
-    assert torch.equal(denoise(unet, inputs), baseline)
 
 
 def test_deepcache_reuses_every_second_step_and_is_removed():
@@ -225,20 +210,6 @@ def test_methods_of_a_command_line(text, entry):
 def test_wrong_methods_of_a_command_line(text, said):
     with pytest.raises(ToMeError, match=said):
         parse_method(text)
-
-
-def test_tomesd_finds_the_network_in_a_wrapper():
-    class Wrapped(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.unet = tiny_unet()
-
-    model, x = Wrapped(), tiny_inputs()
-    inputs = (x["sample"], x["timestep"], x["encoder_hidden_states"])
-    baseline = model.unet(*inputs).sample
-    with Method("x", tomesd=0.5).on(model):
-        assert not torch.equal(model.unet(*inputs).sample, baseline)
-    assert torch.equal(model.unet(*inputs).sample, baseline)
 
 
 def test_fewer_steps():

@@ -10,7 +10,7 @@ import pytest
 
 from mmagic_tome.errors import ToMeError
 from mmagic_tome.lab.files import whole_file
-from mmagic_tome.lab.results import RunFolder, differences, new_folder
+from mmagic_tome.lab.results import RunFolder, new_folder
 
 MANIFEST = {"steps": 4, "size": (64, 64), "methods": {"half": {"ratio": 0.5}}}
 
@@ -26,12 +26,6 @@ def test_a_new_folder_is_named_by_the_time_and_resume_takes_the_newest(tmp_path)
     assert new_folder(tmp_path / "work", resume=True) == second
     with pytest.raises(ToMeError, match=r"no run in .* to go on with; leave out --resume"):
         new_folder(tmp_path / "other", resume=True)
-
-
-def test_a_folder_that_must_not_be_written_to_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ToMeError, match=r"cannot write to .*: Not a directory"):
-        new_folder(tmp_path / "file" / "work")
 
 
 def test_rows_are_found_by_another_process(tmp_path):
@@ -64,15 +58,6 @@ def test_what_a_killed_process_left_of_a_row_is_dropped(tmp_path):
         _ = RunFolder(tmp_path).rows
 
 
-def test_rows_of_other_ranks_are_there_after_reload(tmp_path):
-    folder = RunFolder(tmp_path)
-    folder.add({"kind": "image", "number": 0})
-    (tmp_path / "rows.1.jsonl").write_text('{"kind": "image", "number": 1}\n')
-    assert len(folder.rows) == 1
-    folder.reload()
-    assert sorted(row["number"] for row in folder.rows) == [0, 1]
-
-
 def test_going_on_needs_the_same_manifest_and_may_add_methods(tmp_path):
     folder = RunFolder(tmp_path)
     assert folder.manifest == {}
@@ -90,11 +75,6 @@ def test_going_on_needs_the_same_manifest_and_may_add_methods(tmp_path):
         with pytest.raises(ToMeError, match=said), folder.writing(other):
             pass
     assert (tmp_path / "manifest.json").read_bytes() == held
-
-
-def test_differences_name_the_key_and_both_values():
-    old, new = {"a": {"b": 1, "c": [1, 2]}, "d": "x" * 99}, {"a": {"b": 2, "c": [1, 2]}, "e": None}
-    assert differences(old, new) == ["a.b: 1, now 2", f'd: "{"x" * 56}..., now null']
 
 
 def test_two_processes_cannot_write_one_folder(tmp_path):

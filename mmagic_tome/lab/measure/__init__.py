@@ -6,16 +6,14 @@ A speed-up is always measured the same way: all methods run once per round, in a
 is stated with the interval of the sign test (:func:`interval`).
 """
 
-from .clock import CLOCKS, Clock, StepMarks, synchronize
+from .clock import Clock, StepMarks, synchronize
 from .flops import count_flops, count_flops_of
-from .interval import FEWEST_ROUNDS, LEVEL, Interval, interval, ratios
+from .interval import FEWEST_ROUNDS, Interval, interval, ratios
 from .memory import peak_memory
 from .rounds import balanced_order, interleaved
 
 __all__ = [
-    "CLOCKS",
     "FEWEST_ROUNDS",
-    "LEVEL",
     "Clock",
     "Interval",
     "StepMarks",

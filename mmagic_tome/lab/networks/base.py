@@ -29,7 +29,6 @@ class Network:
     """A network that can be built by name.
 
     Attributes:
-        about: One line for ``--help``.
         make: Builds the network where torch's default device says.
         inputs: (network, (height, width) in pixels, batch, noise) -> a function that returns the
             arguments of a call at a timestep of 1000; ``noise(*shape)`` draws Gaussian numbers.
@@ -39,7 +38,6 @@ class Network:
         denoises: Whether it runs step after step, at falling timesteps.
     """
 
-    about: str
     make: Callable[[], nn.Module]
     inputs: Callable[..., Callable[[int], Arguments]]
     size: int = 512

@@ -17,7 +17,6 @@ _FLUX = "FluxTransformer2DModel"
 
 
 def denoiser(
-    about: str,
     arguments: dict[str, Any],
     name: str = _UNET,
     factor: int = 8,
@@ -27,7 +26,6 @@ def denoiser(
     """A network of diffusers.
 
     Args:
-        about: See :class:`Network`.
         arguments: Of its constructor.
         name: Of its class.
         factor: Pixels per position of the latents, per side.
@@ -47,7 +45,7 @@ def denoiser(
     # A UNet halves its sides at every level but the last; Stable Diffusion 3 has patches of 2.
     levels = len(arguments.get("block_out_channels", range(4)))
     unit = factor * {_UNET: 2 ** (levels - 1), _SD3: 2, _FLUX: 1}[name]
-    return Network(about, make, inputs, unit=unit, **options)
+    return Network(make, inputs, unit=unit, **options)
 
 
 # --- inputs of each class -------------------------------------------------------------------------
@@ -97,15 +95,8 @@ _INPUTS = {_UNET: _unet_inputs, _SD3: _sd3_inputs, _FLUX: _flux_inputs}
 
 # Only arguments that differ from the defaults of the classes: Stable Diffusion 1, a smaller Stable
 # Diffusion 3, Flux.1.
-_SD3_MEDIUM = dict(
-    num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192
-)
-_SD3_OPTIONS = dict(name=_SD3, size=1024, text=333)
-_FLUX_OPTIONS = dict(name=_FLUX, size=1024, factor=16, batch=1, text=512)
-
 DENOISERS = {
-    "small": denoiser(
-        "about the demo model's network",
+    "small": denoiser(  # about the demo model's network
         dict(
             block_out_channels=(64, 128, 192),
             down_block_types=("CrossAttnDownBlock2D",) * 3,
@@ -118,9 +109,8 @@ DENOISERS = {
         factor=4,
         text=24,
     ),
-    "sd15": denoiser("Stable Diffusion 1.5", dict(cross_attention_dim=768)),
-    "sd15-level0": denoiser(
-        "its finest level alone, where the methods differ most",
+    "sd15": denoiser(dict(cross_attention_dim=768)),
+    "sd15-level0": denoiser(  # its finest level alone, where the methods differ most
         dict(
             block_out_channels=(320,),
             down_block_types=("CrossAttnDownBlock2D",),
@@ -129,17 +119,7 @@ DENOISERS = {
             cross_attention_dim=768,
         ),
     ),
-    "sd21": denoiser(
-        "Stable Diffusion 2.1",
-        dict(
-            cross_attention_dim=1024,
-            attention_head_dim=(5, 10, 20, 20),
-            use_linear_projection=True,
-        ),
-        size=768,
-    ),
     "sdxl": denoiser(
-        "Stable Diffusion XL",
         dict(
             block_out_channels=(320, 640, 1280),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -154,12 +134,23 @@ DENOISERS = {
         ),
         size=1024,
     ),
-    "sd3": denoiser("Stable Diffusion 3 medium", _SD3_MEDIUM, **_SD3_OPTIONS),
-    "sd3-block": denoiser("one of its 24 blocks", {**_SD3_MEDIUM, "num_layers": 1}, **_SD3_OPTIONS),
-    "flux": denoiser("Flux.1 dev", dict(guidance_embeds=True), **_FLUX_OPTIONS),
-    "flux-block": denoiser(
-        "one of its 19 double and one of its 38 single blocks",
-        dict(guidance_embeds=True, num_layers=1, num_single_layers=1),
-        **_FLUX_OPTIONS,
+    "sd3": denoiser(  # medium
+        dict(
+            num_layers=24,
+            num_attention_heads=24,
+            caption_projection_dim=1536,
+            pos_embed_max_size=192,
+        ),
+        name=_SD3,
+        size=1024,
+        text=333,
+    ),
+    "flux": denoiser(  # dev
+        dict(guidance_embeds=True),
+        name=_FLUX,
+        size=1024,
+        factor=16,
+        batch=1,
+        text=512,
     ),
 }

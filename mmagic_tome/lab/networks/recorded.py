@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ... import remove_cache, remove_tome
-from ..runners.base import Source
+from ..runners.base import Runner, Source
 from .base import Arguments, Work
 
 _LATENTS = ("hidden_states", "sample", "x")
@@ -69,15 +69,17 @@ class SourceWork:
         remove_tome(model)
         remove_cache(model)
         runner = runner_of(model, request, self.source)
-        calls = record_calls(runner, batch)
+        calls = record_calls(runner, range(batch))
         if self.steps == 1:
             return Work(runner.network, calls[:1], None, runner.size)
         scheduler = getattr(model, "test_scheduler", None) or getattr(model, "scheduler", None)
         return Work(runner.network, calls, scheduler, runner.size)
 
 
-def record_calls(runner: Any, batch: int) -> list[Arguments]:
-    """The arguments of every call of a runner's network, all with the latents of the first.
+def record_calls(
+    runner: Runner, numbers: Sequence[int], steps: int | None = None
+) -> list[Arguments]:
+    """The arguments of every call of the network in a run, all with the latents of the first.
 
     Latents of later steps belong to the baseline's outputs, and step caching checks that latents
     follow from its own; equal ones do.
@@ -95,7 +97,7 @@ def record_calls(runner: Any, batch: int) -> list[Arguments]:
 
     hook = runner.network.register_forward_pre_hook(record, with_kwargs=True)
     try:
-        runner.run(range(batch))
+        runner.run(numbers, steps)
     finally:
         hook.remove()
     return calls

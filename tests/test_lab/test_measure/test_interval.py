@@ -43,9 +43,8 @@ def test_no_effect_is_called_certain_as_seldom_as_the_coverage_says(rounds):
     assert allowed <= (0.05 if rounds > 5 else 0.0626)
 
 
-@pytest.mark.parametrize("rounds", [1, 2, 3, 4])
-def test_with_few_rounds_even_a_large_effect_is_not_certain(rounds):
-    found = interval([5.0] * rounds)
+def test_with_few_rounds_even_a_large_effect_is_not_certain():
+    found = interval([5.0] * (FEWEST_ROUNDS - 1))
     assert not found.excludes(1) and found.text() == "~5.00x (5.00-5.00)"
     assert interval([5.0] * FEWEST_ROUNDS).excludes(1)
 
