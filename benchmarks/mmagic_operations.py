@@ -102,7 +102,7 @@ def count(file):
     from mmagic_tome.evaluation.metrics.cost import count_flops
 
     config = Config.fromfile(str(file))
-    options = ToMeConfig.from_dict(config.tome_cfg)
+    options = ToMeConfig.coerce(config.tome_cfg)
     network, control, call, size = build(config.model)
     network.eval()
     interval = options.plan_interval

@@ -57,7 +57,8 @@ class NetworkPreHook(StepHook):
                 context.frames = frames
         timestep = patch.adapter.timestep(args, kwargs)
         if config.tracks_steps:
-            self.track(contexts[0], module, timestep, args, kwargs)
+            self.track(contexts[0], timestep, args, kwargs)
+            contexts[0].network = module if config.residual else None
         if not config.use_rand or timestep is None:
             return
         if not isinstance(timestep, Tensor):
@@ -67,28 +68,21 @@ class NetworkPreHook(StepHook):
         for context in contexts:
             context.step_key = key
 
-    def track(
-        self, context: TomeContext, module: nn.Module, timestep: Any, args: tuple, kwargs: dict
-    ) -> None:
+    def track(self, context: TomeContext, timestep: Any, args: tuple, kwargs: dict) -> None:
         """Find the run that this call is a step of."""
         patch, tracker = self.patch, context.tracker
-        time, shared = read_timestep(timestep)
+        (time, shared), last = read_timestep(timestep), None
         if time is not None:
             first = tracker.first_time(time)
             context.remaining, last = patch.timeline(time, first, patch.warn_once)
-        else:
-            last = None
         # With gradients, as in training, steps are unrelated; images at different timesteps are
         # steps of several runs.
         related = shared and not torch.is_grad_enabled()
         latents = latents_of(args, kwargs) if related else ()
-        run = tracker.begin(
-            Call(time, latents, context.remaining, last, conditioning_of(args, kwargs))
-        )
+        conditioning = conditioning_of(args, kwargs)
+        run = tracker.begin(Call(time, latents, context.remaining, last, conditioning))
         context.step = run.step
         context.state = run.branch.state
-        if context.config.residual:
-            context.network = module
 
 
 class NetworkPostHook(StepHook):
@@ -111,10 +105,10 @@ class NetworkPostHook(StepHook):
         if output is None:
             tracker.drop()
             return
-        state = tracker.runs[0].branch.state
+        run = tracker.runs[0]
+        state = run.branch.state
         tracker.end(output)
         if context.config.watches_output:
-            run = tracker.runs[0]
             state.guidance_map = guidance_map(run.copies, tensors_of(output), context.grid)
             if state.guidance_map is None:
                 self.patch.warn_once(

@@ -7,9 +7,12 @@ protected tokens and where a block's queries, keys and values come from.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 from torch import nn
+
+from ...errors import ToMeError
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,6 @@ class ViT:
     """A vision transformer inside a model.
 
     Attributes:
-        description (str): of its family.
         network (nn.Module): the module whose call is a forward.
         blocks (list): of :class:`ViTBlock`, in running order.
         prefix (int): protected tokens at the front: class, distillation, registers.
@@ -69,7 +71,6 @@ class ViT:
         reads_all (bool): whether what follows the blocks reads more than the protected tokens.
     """
 
-    description: str
     network: nn.Module
     blocks: list[ViTBlock]
     prefix: int
@@ -78,13 +79,54 @@ class ViT:
     injection: type | None = None
 
 
-def instances(model: nn.Module, kind: type | None) -> list[tuple[str, nn.Module]]:
-    """(path, module) of a class inside a model; empty if the class is None."""
-    if kind is None:
-        return []
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
+class Family:
+    """Vision transformers that are instances of one class.
+
+    Attributes:
+        description (str): for messages.
+        library (str): the module that defines the class; where it is not imported, there is none.
+        network (str): name of the class.
+        layers (str): path of the list of blocks.
+    """
+
+    description: str
+    library: str
+    network: str
+    layers: str
+
+    def find(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """(path, module) of every one inside a model."""
+        kind = getattr(sys.modules.get(self.library), self.network, None)
+        if kind is None:
+            return []
+        return [(name, one) for name, one in model.named_modules() if isinstance(one, kind)]
+
+    def describe(self, path: str, network: nn.Module, model: nn.Module) -> ViT:
+        """What to hook in one at ``path`` of ``model``.
+
+        Raises:
+            ToMeError: blocks or a forward of another kind.
+        """
+        raise NotImplementedError
+
+    def blocks(self, path: str, network: nn.Module) -> list[ViTBlock]:
+        """The blocks of one at ``path``."""
+        return [
+            self.block(".".join(filter(None, (path, self.layers, str(index)))), layer)
+            for index, layer in enumerate(network.get_submodule(self.layers))
+        ]
+
+    def block(self, name: str, layer: nn.Module) -> ViTBlock:
+        """The modules of the block at ``name``."""
+        raise NotImplementedError
 
 
-def join(*parts: str) -> str:
-    """A dotted path; the model itself has the empty one."""
-    return ".".join(filter(None, parts))
+def check_types(name: str, block: nn.Module, attention: object, *expected: type) -> None:
+    """Raise :class:`ToMeError` if the classes of a block and its attention are not as expected."""
+    found = (type(block), type(attention))
+    if found != expected:
+        wanted = " with ".join(kind.__name__ for kind in expected)
+        raise ToMeError(
+            f"{name} is a {' with '.join(kind.__name__ for kind in found)}; of this library only "
+            f"{wanted} can be merged"
+        )
