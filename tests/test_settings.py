@@ -45,7 +45,10 @@ def test_invalid_settings_change_nothing():
         ({"ration": 0.5}, "did you mean 'ratio'"),
         ({"cache": "faast"}, "'fast'"),
         ({"cache": {"intervall": 2}}, "did you mean 'interval'"),
-        ({"cache": {"region": "inner", "num_outer_blocks": 9}, "ratio": 0.5}, "inside the 9 outermost"),
+        (
+            {"cache": {"region": "inner", "num_outer_blocks": 9}, "ratio": 0.5},
+            "inside the 9 outermost",
+        ),
     ):
         with pytest.raises(ToMeError, match=complaint), Setting.coerce(spec).apply(unet):
             pass

@@ -134,7 +134,7 @@ def test_every_target_may_have_a_method_of_its_own(unet):
         together = run(unet)
         kept = {(row["kind"], row["kept"]) for row in handle.stats()}
         assert kept == {("attn_kv", 64), ("crossattn", 192), ("mlp", 64)}
-        config = ToMeConfig.from_dict(json.loads(json.dumps(handle.config.to_dict())))
+        config = ToMeConfig.coerce(json.loads(json.dumps(handle.config.to_dict())))
         assert config == handle.config
     # The same as three methods one at a time, each at its target.
     for target in method:
