@@ -3,10 +3,10 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-OUT ?= outputs/demo
+OUT ?= work_dirs/demo
 # A process for each core, four at most: every one of them loads torch and diffusers.
 PYTEST_ARGS ?= -n logical --maxprocesses 4
-BENCHMARK_ARGS ?= --quick
+BENCHMARK_ARGS ?= small
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
@@ -19,7 +19,7 @@ STAMP := $(VENV)/.installed-$(firstword $(shell cat $(SETUP_FILES) | cksum))
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format benchmark wheel clean
+.PHONY: help venv demo test lint format benchmark figures wheel clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,8 +38,8 @@ $(STAMP):
 	@echo "[5/5] mmagic_tome itself, editable" && $(PIP) --no-deps --no-build-isolation -e .
 	@rm -f $(VENV)/.installed-* && touch $@
 
-demo: $(STAMP) ## generate pictures dense and faster, side by side
-	$(PY) tools/infer.py configs/demo/sd-emoji_tome-balanced.py --compare --out $(OUT) --overwrite $(DEMO_ARGS)
+demo: $(STAMP) ## generate images, the baseline's and faster ones side by side
+	$(PY) tools/infer.py configs/demo/sd-emoji_tome-balanced.py --compare --work-dir $(OUT) $(DEMO_ARGS)
 
 test: lint ## lint and all tests
 	$(PY) -m pytest $(PYTEST_ARGS)
@@ -52,8 +52,11 @@ format: $(STAMP) ## mend what ruff can mend
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-benchmark: $(STAMP) ## time dense, merged, tomesd and the ideal (BENCHMARK_ARGS='...')
+benchmark: $(STAMP) ## time baseline, merging, tomesd and the ideal (BENCHMARK_ARGS='...')
 	$(PY) tools/benchmark.py $(BENCHMARK_ARGS)
+
+figures: $(STAMP) ## write all tables and plots of the pages from benchmarks/data
+	$(PY) benchmarks/figures.py
 
 wheel: $(STAMP) ## build dist/*.whl
 	rm -rf build dist

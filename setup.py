@@ -38,9 +38,10 @@ def read_readme():
 
 
 def asset_files():
-    """Return every file under ``assets/``, relative to the package."""
+    """Return every file under ``assets/`` and every template, relative to the package."""
     package = ROOT / PACKAGE
-    files = (path for path in (package / "assets").rglob("*") if path.is_file())
+    found = [*(package / "assets").rglob("*"), *package.rglob("templates/*")]
+    files = (path for path in found if path.is_file())
     return sorted(
         path.relative_to(package).as_posix() for path in files if "__pycache__" not in path.parts
     )

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """How well the next input of a denoising run follows from the run, and that of another image.
 
@@ -8,22 +9,22 @@ scheduler and guidance scale this denoises images with the demo model and fits
 - ``other``: the inputs of other images at the same step,
 - ``later``: the inputs of other images four steps later, as after a run that was stopped.
 
-    python benchmarks/run_continuity.py --out benchmarks/run_continuity_demo_cpu.json
+Writes ``data/run_continuity.json``; takes about six minutes on one core::
 
-One CPU core takes about six minutes. Prints a table in Markdown.
+    python benchmarks/run_continuity.py
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
-import mmagic_tome  # noqa: F401  (repairs imports of diffusers where they are broken)
-from mmagic_tome.apis import asset_path
+import mmagic_tome
+from mmagic_tome.lab.report import save_record
 from mmagic_tome.runs import Branch, Run
 
 SCHEDULERS = {
@@ -38,72 +39,21 @@ SCHEDULERS = {
     "DDPM": ("DDPMScheduler", {}),
 }
 PROMPTS = ["red apple", "sailboat", "cat face", "green apple"]
+STEPS, GUIDANCE = 20, (3.0, 7.5)
+Calls = list[tuple[Tensor, Tensor]]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=20, help="steps per image (default 20)")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[3.0, 7.5], metavar="SCALE")
-    parser.add_argument("--out", type=Path, help="JSON file for all residuals (default: none)")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    pipeline = load()
-    rows = []
-    for name, (class_name, options) in SCHEDULERS.items():
-        for guidance in args.guidance:
-            residuals = measure(pipeline, class_name, options, guidance, args.steps)
-            rows.append({"scheduler": name, "guidance": guidance, **residuals})
-            if not len(rows) % len(args.guidance):
-                print(f"{len(rows) // len(args.guidance)}/{len(SCHEDULERS)} {name}", flush=True)
-    print(table(rows))
-    if args.out is not None:
-        import diffusers
+def trajectory(pipeline: Any, guidance: float, number: int) -> Calls:
+    """(input, output) of every call of the network for one image."""
+    calls: Calls = []
 
-        record = {
-            "steps": args.steps,
-            "prompts": PROMPTS,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "rows": [
-                {
-                    key: _short(value) if isinstance(value, list) else value
-                    for key, value in row.items()
-                }
-                for row in rows
-            ],
-        }
-        args.out.write_text(json.dumps(record) + "\n")
+    def keep(module, args, kwargs, output):
+        calls.append((args[0].clone(), output[0].clone()))
 
-
-def _short(residuals: list[float]) -> list[float]:
-    return [float(f"{residual:.3g}") for residual in residuals]
-
-
-def load():
-    """The demo model's pipeline, in single precision."""
-    from diffusers import StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        asset_path("demo_model"), safety_checker=None, torch_dtype=torch.float32
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def trajectory(pipeline, class_name: str, options: dict, guidance: float, steps: int, number: int):
-    """[(input, output)] of the network for one image."""
-    import diffusers
-
-    scheduler = getattr(diffusers, class_name)
-    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **options)
-    calls = []
-    hook = pipeline.unet.register_forward_hook(
-        lambda module, args, kwargs, output: calls.append((args[0].clone(), output[0].clone())),
-        with_kwargs=True,
-    )
+    hook = pipeline.unet.register_forward_hook(keep, with_kwargs=True)
     pipeline(
         PROMPTS[number],
-        num_inference_steps=steps,
+        num_inference_steps=STEPS,
         guidance_scale=guidance,
         generator=torch.Generator().manual_seed(number),
         output_type="latent",
@@ -112,20 +62,16 @@ def trajectory(pipeline, class_name: str, options: dict, guidance: float, steps:
     return calls
 
 
-def measure(pipeline, class_name: str, options: dict, guidance: float, steps: int) -> dict:
-    """{'own' | 'other' | 'later': residuals} over all images and steps."""
-    images = [
-        trajectory(pipeline, class_name, options, guidance, steps, number)
-        for number in range(len(PROMPTS))
-    ]
+def residuals(images: list[Calls]) -> dict[str, list[float]]:
+    """'own', 'other' and 'later' of all images and steps."""
     found: dict[str, list[float]] = {"own": [], "other": [], "later": []}
-    for number, calls in enumerate(images):
+    for calls in images:
         run = Run(None)
         run.called, run.branches = [0], {0: Branch(None)}
         for step, (x, output) in enumerate(calls):
             if step:
                 found["own"].append(run.fit([x])[0])
-                for other in images[:number] + images[number + 1 :]:
+                for other in (one for one in images if one is not calls):
                     found["other"].append(run.fit([other[step][0]])[0])
                     if step + 4 < len(other):
                         found["later"].append(run.fit([other[step + 4][0]])[0])
@@ -134,19 +80,25 @@ def measure(pipeline, class_name: str, options: dict, guidance: float, steps: in
     return found
 
 
-def table(rows: list[dict]) -> str:
-    """Smallest, median and largest residual of every row, in Markdown."""
-    lines = [
-        "| scheduler | guidance | own next step | another image, same step | four steps later |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        cells = [
-            f"{min(row[key]):.1g} / {statistics.median(row[key]):.2g} / {max(row[key]):.2g}"
-            for key in ("own", "other", "later")
-        ]
-        lines.append(f"| {row['scheduler']} | {row['guidance']:g} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def main() -> None:
+    import diffusers  # after mmagic_tome, which may repair it
+
+    torch.set_num_threads(1)
+    folder = Path(mmagic_tome.__file__).parent / "assets/demo_model"
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+        folder, safety_checker=None, torch_dtype=torch.float32
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    rows = []
+    for name, (class_name, options) in tqdm(SCHEDULERS.items(), unit="scheduler"):
+        scheduler = getattr(diffusers, class_name)
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **options)
+        for guidance in GUIDANCE:
+            images = [trajectory(pipeline, guidance, number) for number in range(len(PROMPTS))]
+            row = {"scheduler": name, "guidance": guidance, **residuals(images)}
+            rows.append(row)
+    settings = dict(model="demo model", size="128x128", images=len(PROMPTS), steps=STEPS)
+    save_record(Path(__file__).parent / "data/run_continuity.json", settings, rows)
 
 
 if __name__ == "__main__":

@@ -1,140 +1,83 @@
+#!/usr/bin/env python
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """How well outputs of a network can be extrapolated from the steps before.
 
-Runs the baseline demo model, keeps the outputs of the whole network, of its inner levels and of
-every transformer block (what the block adds to its tokens), and compares each with the
-extrapolation of order 0, 1 or 2 from the last steps. Relative error, root mean square over all
-prompts.
+Keeps the outputs of the whole network and of its inner region in baseline runs of the demo model,
+and compares each with the polynomial of order 0, 1 or 2 through those before it: the relative error
+over all images. Writes ``data/smoothness.json``::
 
-python benchmarks/smoothness.py --steps 20 --plot docs/research/smoothness.png
+    python benchmarks/smoothness.py
 """
 
-import argparse
-import warnings
+from __future__ import annotations
+
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from mmagic_tome.apis import asset_path
-from mmagic_tome.apis.files import whole_file
+import mmagic_tome
 from mmagic_tome.cache.extrapolate import extrapolate
+from mmagic_tome.lab.report import save_record
 from mmagic_tome.models import find_adapter
 
-PROMPTS = ("rocket", "panda", "red apple", "pizza", "guitar", "octopus", "crown", "robot")
-ORDERS = (0, 1, 2)
+STEPS, GUIDANCE = 20, 3.0
+PROMPTS = ["rocket", "panda", "red apple", "pizza", "guitar", "octopus", "crown", "robot"]
+Outputs = list[tuple[float, Tensor]]
 
 
 @torch.no_grad()
-def record(steps: int, prompts: tuple[str, ...]) -> dict[str, list[tuple[float, torch.Tensor]]]:
-    """What -> [(timestep, output)] of a dense run."""
-    from diffusers import StableDiffusionPipeline
+def record() -> dict[str, Outputs]:
+    """Region -> (timestep, output) of every step."""
+    from diffusers import StableDiffusionPipeline  # after mmagic_tome, which may repair it
 
+    folder = Path(mmagic_tome.__file__).parent / "assets/demo_model"
     pipeline = StableDiffusionPipeline.from_pretrained(
-        asset_path("demo_model"), safety_checker=None, torch_dtype=torch.float32
+        folder, safety_checker=None, torch_dtype=torch.float32
     )
     adapter, network = find_adapter(pipeline)
-    seen: dict[str, list] = {"network": [], "inner levels": []}
+    seen: dict[str, Outputs] = {"network": [], "inner": []}
     now = [0.0]
 
     def start(module, args, kwargs):
         now[0] = float(adapter.timestep(args, kwargs))
 
-    def keep(name, adds=False):
+    def keep(region):
         def hook(module, args, kwargs, output):
-            y = output if isinstance(output, torch.Tensor) else output[0]
-            if adds:
-                y = y - (args[0] if args else kwargs["hidden_states"])
-            seen.setdefault(name, []).append((now[0], y.clone()))
+            y = output if isinstance(output, Tensor) else output[0]
+            seen[region].append((now[0], y.clone()))
 
         return hook
 
+    last = adapter.inner_modules(network, 1)[-1]
     network.register_forward_pre_hook(start, with_kwargs=True)
     network.register_forward_hook(keep("network"), with_kwargs=True)
-    adapter.inner_modules(network, 1)[-1].register_forward_hook(
-        keep("inner levels"), with_kwargs=True
-    )
-    for block in adapter.blocks(network):
-        name = f"block, level {block.downsample}: {block.name}"
-        block.module.register_forward_hook(keep(name, adds=True), with_kwargs=True)
-    generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
+    last.register_forward_hook(keep("inner"), with_kwargs=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
     pipeline(
-        list(prompts), num_inference_steps=steps, guidance_scale=3.0, generator=generators,
-        height=128, width=128, output_type="latent",
+        PROMPTS, height=128, width=128, num_inference_steps=STEPS, guidance_scale=GUIDANCE,
+        generator=generators, output_type="latent",
     )  # fmt: skip
     return seen
 
 
-def errors(outputs: list[tuple[float, torch.Tensor]], order: int) -> list[tuple[float, float]]:
-    """(timestep, relative error) of the extrapolation at every step, from those before it."""
-    found = []
+def errors(outputs: Outputs, order: int) -> tuple[list[float], list[float]]:
+    """Timesteps, and the relative error of the extrapolation at each."""
+    times, found = [], []
     for step in range(order + 1, len(outputs)):
         time, y = outputs[step]
-        times, values = zip(*outputs[step - 1 - order : step])
-        error = (extrapolate(times, values, time) - y).norm() / y.norm()
-        found.append((time, error.item()))
-    return found
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: 20)")
-    parser.add_argument("--prompts", type=int, default=4, help="of 8 prompts so many (default: 4)")
-    parser.add_argument("--plot", metavar="FILE", help="draw it")
-    args = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    seen = record(args.steps, PROMPTS[: args.prompts])
-    # Of the blocks of a level their mean.
-    groups: dict[str, list[list]] = {}
-    for name, outputs in seen.items():
-        groups.setdefault(name.split(":")[0], []).append([errors(outputs, o) for o in ORDERS])
-    print(f"torch {torch.__version__}, {args.steps} steps, {args.prompts} prompts")
-    print(f"{'':18}" + "".join(f"order {o:<19}" for o in ORDERS))
-    print(f"{'':18}" + "t > 700  others  last   " * len(ORDERS))
-    for name, members in groups.items():
-        cells = ""
-        for order in ORDERS:
-            points = [point for member in members for point in member[order]]
-            last = min(time for time, _ in points)
-            for chosen in (
-                [e for t, e in points if t > 700],
-                [e for t, e in points if last < t <= 700],
-                [e for t, e in points if t == last],
-            ):
-                cells += f"{sum(chosen) / len(chosen):7.3f} " if chosen else f"{'-':>7} "
-            cells += " "
-        print(f"{name:18}{cells}")
-    if args.plot:
-        draw(groups, args.plot)
-
-
-def draw(groups: dict[str, list[list]], file: str) -> None:
-    """A panel per group, a line per order."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(
-        1, len(groups), figsize=(3 * len(groups), 3), sharey=True, layout="constrained"
-    )
-    for panel, (name, members) in zip(panels, groups.items()):
-        for order in ORDERS:
-            times = [time for time, _ in members[0][order]]
-            values = [
-                sum(member[order][i][1] for member in members) / len(members)
-                for i in range(len(times))
-            ]
-            panel.plot(times, values, label=f"order {order}", marker=".")
-        panel.set(title=name, xlabel="timestep", yscale="log")
-        panel.invert_xaxis()
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("relative error of the extrapolation")
-    panels[0].legend()
-    with whole_file(file) as part:
-        figure.savefig(part, dpi=110)
-    print(f"wrote {file}")
+        before, values = zip(*outputs[step - 1 - order : step])
+        times.append(time)
+        found.append(float((extrapolate(before, values, time) - y).norm() / y.norm()))
+    return times, found
 
 
 if __name__ == "__main__":
-    main()
+    rows = []
+    for region, outputs in record().items():
+        for order in (0, 1, 2):
+            times, found = errors(outputs, order)
+            rows.append({"region": region, "order": order, "timesteps": times, "errors": found})
+    settings = dict(model="demo model", size="128x128", images=len(PROMPTS), steps=STEPS)
+    settings.update(scheduler="DDIMScheduler", guidance=GUIDANCE, dtype="float32")
+    save_record(Path(__file__).parent / "data/smoothness.json", settings, rows)

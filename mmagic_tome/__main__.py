@@ -1,68 +1,46 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""``python -m mmagic_tome COMMAND``: the commands, also from an installed wheel."""
+"""``python -m mmagic_tome VERB``: the commands, also of an installed wheel."""
 
 from __future__ import annotations
 
 import sys
-from importlib import import_module
+from collections.abc import Sequence
 
-from mmagic_tome.apis.command_line import BAD_INPUT, INTERRUPTED
+from mmagic_tome.lab.cli import VERBS
+from mmagic_tome.lab.cli import main as lab_main
 
-# Command -> (module with its ``main(argv, prog)``, what it does).
-COMMANDS = {
-    "infer": ("apis.cli", "generate images from text, with merging, step caching or neither"),
-    "evaluate": (
-        "evaluation.cli",
-        "compare dense, merged, cached and fewer steps: metrics, cost, a report",
-    ),
-    "benchmark": ("benchmark.cli", "time and memory of one forward, contenders side by side"),
-    "tune": ("tuning.cli", "find the options that reach a speed-up or a PSNR"),
-    "visualize": ("visualization.cli", "merge maps, error maps, the cost of each layer"),
+# Verb -> what it does: those of MMagic's runner.
+_RUNNER_VERBS = {
+    "test": "MMagic's tools/test.py: the test loop of a config",
+    "train": "MMagic's tools/train.py: the training of a config",
 }
-
-
-def run_command(name: str, argv: list[str] | None, prog: str) -> int:
-    """Run one of :data:`COMMANDS`; return its exit code.
-
-    Args:
-        name: of the command.
-        argv: its arguments; those of the process by default.
-        prog: name shown in help and complaints.
-    """
-    try:
-        command = import_module(f"mmagic_tome.{COMMANDS[name][0]}")
-    except KeyboardInterrupt:  # most of them import torch, which takes seconds
-        print(f"{prog}: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    return command.main(argv, prog=prog)
 
 
 def usage() -> str:
     """What ``--help`` prints."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {about}" for name, (_, about) in COMMANDS.items()]
-    return "\n".join(
-        [
-            f"usage: python -m mmagic_tome {'|'.join(COMMANDS)} [options]",
-            "",
-            *lines,
-            "",
-            "COMMAND --help explains each.",
-        ]
-    )
+    verbs = {**VERBS, **_RUNNER_VERBS}
+    lines = [f"  {name:10} {about}" for name, about in verbs.items()]
+    head = f"usage: python -m mmagic_tome {'|'.join(verbs)} [options]"
+    return "\n".join([head, "", *lines, "", "VERB --help explains the options of each."])
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a command; return its exit code (2 for an unknown one)."""
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run a verb; return its exit code (2 for an unknown one).
+
+    Args:
+        argv: The verb and its options. Default: those of the process.
+        prog: Name shown in help and errors. Default: ``mmagic_tome VERB``.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in COMMANDS:
-        return run_command(argv[0], argv[1:], f"mmagic_tome {argv[0]}")
     if argv and argv[0] in ("-h", "--help"):
         print(usage())
         return 0
-    found = f"unknown command {argv[0]!r}" if argv else "no command"
-    print(f"mmagic_tome: error: {found}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
-    return BAD_INPUT
+    if argv and argv[0] in _RUNNER_VERBS:
+        from mmagic_tome.mmagic import entry
+
+        run = getattr(entry, f"{argv[0]}_main")
+        return run(argv[1:], prog or f"mmagic_tome {argv[0]}")
+    return lab_main(argv, prog)
 
 
 if __name__ == "__main__":

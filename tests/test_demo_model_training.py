@@ -21,7 +21,7 @@ ASSETS = Path(__file__).resolve().parents[1] / "mmagic_tome" / "assets" / "demo_
 def tools():
     """The tools import each other by bare names; keep those names out of the other tests' way."""
     names = (
-        "common", "models", "tokenizer", "images", "stages", "trainer", "prepare_data",
+        "features", "common", "models", "tokenizer", "images", "stages", "trainer", "prepare_data",
         "train_vae", "train_unet", "train", "evaluate", "export",
     )  # fmt: skip
     before = {n: sys.modules.pop(n, None) for n in names}

@@ -87,7 +87,8 @@ def test_wheel_holds_what_it_should(wheel):
     assets = files_below("mmagic_tome/assets")
     weights = [name for name in assets if name.endswith(".safetensors")]
     assert len(weights) >= 3, "the demo model (unet, vae, text_encoder) is package data"
-    expected = mim | assets | {"mmagic_tome/.mim/model-index.yml", "mmagic_tome/apply.py"}
+    expected = mim | assets | files_below("mmagic_tome/lab/templates")
+    expected |= {"mmagic_tome/.mim/model-index.yml", "mmagic_tome/apply.py"}
     assert expected <= set(names)
     strays = [n for n in names if not re.match(r"mmagic_tome(/|-[\d.]+\.dist-info/)", n)]
     assert not strays
@@ -121,14 +122,15 @@ def test_demo_runs_from_the_wheel(installed, tmp_path):
     assert str(ROOT) not in where
 
     command = [installed, "-m", "mmagic_tome", "infer", "--steps", "12", "--prompt", "red apple"]
-    options = ["--compare", "--repeats", "1", "--size", "64", "--device", "cpu"]
-    printed = run(*command, *options, "--out", "images", cwd=tmp_path, OMP_NUM_THREADS="1")
+    options = ["--compare", "--rounds", "1", "--size", "64", "--device", "cpu"]
+    printed = run(*command, *options, cwd=tmp_path, OMP_NUM_THREADS="1")
     assert "step caching in" in printed and "speed-up" in printed
-    result = json.loads((tmp_path / "images" / "result.json").read_text(encoding="utf-8"))
-    assert (tmp_path / "images" / result["images"][0]["file"]).is_file()
-    assert (tmp_path / "images" / result["compare"]).is_file()
+    (folder,) = (tmp_path / "work_dirs" / "sd-emoji_tome-balanced").iterdir()
+    result = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert (folder / result["images"][0]["file"]).is_file()
+    assert (folder / result["compare"]).is_file()
     # Without a config the named setting that users are told to start with.
-    regions = result["step_caching"]["regions"]
+    regions = result["applied"]["stats"]["step caching"]
     assert [row["region"] for row in regions] == ["network", "inner"]
     assert all(row["skipped"] > 0 for row in regions)
 
@@ -152,7 +154,7 @@ print(get_config('mmagic_tome::demo/sd-emoji_tome-5e-1.py').tome_cfg.ratio)
 
 
 def test_what_a_wheel_says_is_needed_for_mmagic(wheel, installed, tmp_path):
-    script = "from mmagic_tome.apis.model_config import NEEDED; print(NEEDED)"
+    script = "from mmagic_tome.lab.runners.mmagic_source import _NEEDED; print(_NEEDED)"
     needed = run(installed, "-W", "ignore", "-c", script, cwd=tmp_path).strip()
     assert needed == "pip install 'mmagic_tome[mim]' && pip install --no-deps mmagic==1.2.0"
     with zipfile.ZipFile(wheel) as archive:

@@ -4,21 +4,12 @@
 import sys
 from pathlib import Path
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+# A checkout runs its own package, and no name in this folder hides an installed module.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from mmagic_tome.__main__ import main  # noqa: E402
 
 
-def start(command):
-    """Run a command of the package; return its exit code.
-
-    Args:
-        command: one of ``mmagic_tome.__main__.COMMANDS``, the script's name without ``.py``.
-    """
-    if (CHECKOUT / "mmagic_tome").is_dir():
-        # A checkout runs its own package, not another version that may be installed.
-        sys.path.insert(0, str(CHECKOUT))
-    try:
-        from mmagic_tome.__main__ import run_command
-    except KeyboardInterrupt:  # where MMagic is installed, this import takes seconds
-        print(f"{command}.py: interrupted", file=sys.stderr)
-        return 130
-    return run_command(command, None, f"{command}.py")
+def start(verb: str) -> None:
+    """Run a verb of ``python -m mmagic_tome`` with the arguments of the process, and exit."""
+    sys.exit(main([verb, *sys.argv[1:]], prog=f"{verb}.py"))

@@ -1,18 +1,17 @@
 # Every way to make the demo model faster, at several strengths: measured time against error.
-#   python tools/evaluate.py configs/benchmarks/frontier_demo.py --cost-rounds 3
-# With 50 steps: frontier_demo_50.py. Then, of both folders:
-#   python benchmarks/frontier.py FOLDER FOLDER --plot FILE
+#   python tools/evaluate.py configs/benchmarks/frontier_demo.py
+# With 50 steps: frontier_demo_50.py.
 # The names are those of the published tables (docs/research/frontier.md).
 _base_ = "../demo/sd-emoji.py"
 
 evaluation = dict(
-    prompt_set="demo",
+    prompts="demo",
     limit=64,
     images_per_prompt=2,
     steps=20,
     guidance=3.0,
     batch_size=8,
-    contenders=[
+    methods=[
         # Step caching with linear extrapolation.
         *[dict(name=name, tome_cfg=dict(cache=name)) for name in ("quality", "balanced", "fast")],
         dict(name="network every 2nd", tome_cfg=dict(cache=dict(region="network"))),
@@ -21,36 +20,36 @@ evaluation = dict(
             tome_cfg=dict(cache=dict(region="network", timestep_range=(0.1, 0.6))),
         ),
         # Step caching as others do it: the cached output is reused unchanged.
-        dict(name="network again, every 2nd", tome_cfg=dict(cache=dict(region="network", order=0))),
         dict(
-            name="inner levels again, every 2nd", tome_cfg=dict(cache=dict(region="inner", order=0))
+            name="network every 2nd, order 0", tome_cfg=dict(cache=dict(region="network", order=0))
         ),
+        dict(name="inner every 2nd, order 0", tome_cfg=dict(cache=dict(region="inner", order=0))),
         *[
             dict(name=f"DeepCache {k}", deepcache=dict(cache_interval=k, cache_branch_id=0))
             for k in (2, 3, 5)
         ],
         # Merging with a residual.
         dict(
-            name="ToMe 0.75, exact residual",
+            name="ToMe 0.75, residual",
             tome_cfg=dict(ratio=0.75, plan_interval=2, residual=True),
         ),
         # Merging with proportional attention.
         *[
-            dict(name=f"ToMe {r:g}, proportional", tome_cfg=dict(ratio=r, prop_attn=True))
+            dict(name=f"ToMe {r:g}, prop_attn", tome_cfg=dict(ratio=r, prop_attn=True))
             for r in (0.25, 0.5)
         ],
         dict(
-            name="keys and values 0.5, proportional",
+            name="attn_kv 0.5, prop_attn, plan_interval 4",
             tome_cfg=dict(ratio=0.5, prop_attn=True, targets="attn_kv", plan_interval=4),
         ),
         dict(
-            name="keys and values 0.5, proportional, exact residual",
+            name="attn_kv 0.5, prop_attn, residual",
             tome_cfg=dict(
                 ratio=0.5, prop_attn=True, targets="attn_kv", plan_interval=2, residual=True
             ),
         ),
         dict(
-            name="balanced and ToMe 0.5, proportional",
+            name="balanced and ToMe 0.5, prop_attn",
             tome_cfg=dict(ratio=0.5, prop_attn=True, cache="balanced"),
         ),
         # Merging alone, by every method; ToDo keeps the queries.
@@ -68,7 +67,7 @@ evaluation = dict(
         ],
         # Merges pairs, so at most half.
         *[dict(name=f"PiToMe {r:g}", tome_cfg=dict(ratio=r, method="pitome")) for r in (0.25, 0.5)],
-        dict(name="ToMe 0.5, refresh 4", tome_cfg=dict(ratio=0.5, plan_interval=4)),
+        dict(name="ToMe 0.5, plan_interval 4", tome_cfg=dict(ratio=0.5, plan_interval=4)),
         dict(name="ToMe 0.5, blocks", tome_cfg=dict(ratio=0.5, targets="block", max_downsample=4)),
         *[
             dict(
@@ -88,5 +87,5 @@ evaluation = dict(
         *[dict(name=f"tomesd {r:g}", tomesd=dict(ratio=r)) for r in (0.25, 0.5, 0.75)],
     ],
     fewer_steps=[0.9, 0.8, 0.65, 0.5, 0.4],
-    cost_rounds=9,
+    rounds=9,
 )

@@ -1,38 +1,32 @@
 # Where merging loses detail on the demo model, and what a residual recovers: one change at a time
 # from ToMe at ratio 0.5 around the finest level's self-attention. One round of cost is enough for
 # the operations of the levels.
-#   python tools/evaluate.py configs/benchmarks/merging_demo.py --cost-rounds 1
-#   python benchmarks/merging.py outputs/evaluate/merging_demo --plot FILE
+#   python tools/evaluate.py configs/benchmarks/merging_demo.py --rounds 1
 # The names are those of the published tables (docs/research/merging.md).
 _base_ = "../demo/sd-emoji.py"
 
-_targets = {
-    "feed-forward": "mlp",
-    "cross-attention": "crossattn",
-    "block": "block",
-    "stack": "stack",
-}
+_targets = ("mlp", "crossattn", "block", "stack")
 _quarters = [(0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0)]
 _plain = {
     # Where: resolution levels, blocks of the finest level in running order.
-    "level: 1": dict(ratio=dict(downsample={1: 0.5})),
-    "level: 2": dict(ratio=dict(downsample={2: 0.5}), max_downsample=2),
-    "level: 4": dict(ratio=dict(downsample={4: 0.5}), max_downsample=4),
-    "level: all": dict(ratio=0.5, max_downsample=4),
+    "downsample: 1": dict(ratio=dict(downsample={1: 0.5})),
+    "downsample: 2": dict(ratio=dict(downsample={2: 0.5}), max_downsample=2),
+    "downsample: 4": dict(ratio=dict(downsample={4: 0.5}), max_downsample=4),
+    "downsample: 1, 2, 4": dict(ratio=0.5, max_downsample=4),
     "block: down": dict(ratio=dict(depth=[0.5, 0, 0])),
     "block: up, first": dict(ratio=dict(depth=[0, 0.5, 0])),
     "block: up, second": dict(ratio=dict(depth=[0, 0, 0.5])),
     # When: a quarter of the run at a time.
     **{
-        f"noise: {low:g} to {high:g}": dict(
+        f"timestep_range: {low:g} to {high:g}": dict(
             ratio=dict(base=0.5, timestep=dict(timestep_range=(low, high)))
         )
         for low, high in _quarters
     },
     # For how many steps a plan is reused.
-    **{f"plans for: {k}": dict(ratio=0.5, plan_interval=k) for k in (2, 4, 8)},
+    **{f"plan_interval: {k}": dict(ratio=0.5, plan_interval=k) for k in (2, 4, 8)},
     # What is added at steps that reuse a plan.
-    "residual: exact": dict(ratio=0.5, plan_interval=2, residual=True),
+    "residual: plan_interval 2": dict(ratio=0.5, plan_interval=2, residual=True),
 }
 # Other rules for which tokens merge.
 _methods = {
@@ -57,36 +51,39 @@ _weighted = {
             *[(0.55, 0.25, 0), (0.4, 0.6, 0.6), (0.25, 0.75, 0.75)],
         ]
     },
-    **{f"exact every: {k}": dict(ratio=0.5, plan_interval=k, residual=True) for k in (3, 4, 8)},
-    "plans of a level for: 1": dict(ratio=0.5, share_plans=True),
-    "plans of a level for: 2": dict(ratio=0.5, plan_interval=2, share_plans=True),
+    **{
+        f"residual: plan_interval {k}": dict(ratio=0.5, plan_interval=k, residual=True)
+        for k in (3, 4, 8)
+    },
+    "share_plans: plan_interval 1": dict(ratio=0.5, share_plans=True),
+    "share_plans: plan_interval 2": dict(ratio=0.5, plan_interval=2, share_plans=True),
 }
 _others = {
-    **{f"site: {name}": dict(ratio=0.5, targets=target) for name, target in _targets.items()},
+    **{f"targets: {target}": dict(ratio=0.5, targets=target) for target in _targets},
     # The same with a residual.
     **{
-        f"site, residual exact: {name}": dict(
+        f"targets, residual: {target}": dict(
             ratio=0.5, targets=target, plan_interval=2, residual=True
         )
-        for name, target in _targets.items()
+        for target in _targets
     },
 }
 
 evaluation = dict(
-    prompt_set="demo",
+    prompts="demo",
     limit=16,
     steps=16,
     guidance=3.0,
     batch_size=8,
     metrics=["psnr", "latent_error"],
     fewer_steps=[0.8, 0.5],
-    contenders=[
+    methods=[
         *[
             dict(name=name, tome_cfg=options)
             for name, options in {**_plain, **_methods, **_others}.items()
         ],
         *[
-            dict(name=f"{name}, proportional", tome_cfg=dict(**options, prop_attn=True))
+            dict(name=f"{name}, prop_attn", tome_cfg=dict(**options, prop_attn=True))
             for name, options in {**_plain, **_methods, **_weighted}.items()
         ],
     ],

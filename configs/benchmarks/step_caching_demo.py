@@ -1,6 +1,6 @@
 # Which region of the demo model to skip at which steps, and how to extrapolate its output: one
 # change at a time (docs/research/step_caching.md).
-#   python tools/evaluate.py configs/benchmarks/step_caching_demo.py --cost-rounds 0
+#   python tools/evaluate.py configs/benchmarks/step_caching_demo.py --rounds 0
 _base_ = "../demo/sd-emoji.py"
 
 _all = (0.0, 1.0)
@@ -43,15 +43,15 @@ _without_feedback = {
 }
 
 evaluation = dict(
-    prompt_set="demo",
+    prompts="demo",
     limit=16,
     steps=20,
     guidance=3.0,
     batch_size=8,
     metrics=["psnr", "latent_error"],
-    cache=["quality", "balanced", "fast"],
     fewer_steps=[0.8, 0.65, 0.5],
-    contenders=[
+    methods=[
+        *["cache:quality", "cache:balanced", "cache:fast"],
         *[dict(name=name, tome_cfg=dict(cache=cache)) for name, cache in _tried.items()],
         *[
             dict(

@@ -41,7 +41,7 @@ model = dict(
 ratios = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 evaluation = dict(
     # Two images of each of the 1000 classes.
-    prompt_set="imagenet",
+    prompts="imagenet",
     prompt_template="A high quality photograph of a {}.",
     images_per_prompt=2,
     # The first five images of every class of the validation set, one sub-folder per class.
@@ -52,12 +52,12 @@ evaluation = dict(
     guidance=7.5,
     dtype="fp16",
     batch_size=8,
-    contenders=[
+    methods=[
         *[dict(name=f"ToMe {r:g}", tome_cfg=dict(ratio=r)) for r in ratios],
         *[dict(name=f"tomesd {r:g}", tomesd=dict(ratio=r)) for r in ratios],
     ],
     fewer_steps=[0.8, 0.65, 0.5],
     metrics=["fid", "psnr", "ssim", "ms_ssim", "lpips", "latent_error"],
-    cost_rounds=15,
+    rounds=15,
 )
 del os

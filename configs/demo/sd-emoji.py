@@ -6,7 +6,7 @@
 # would otherwise take the import below for its lazy style.
 _base_ = []
 
-from mmagic_tome.apis import asset_path  # noqa: E402
+from mmagic_tome.assets import asset_path  # noqa: E402
 
 default_scope = "mmagic"
 

@@ -66,13 +66,12 @@ def save_json(path: Path, value) -> None:
 
 def build_features() -> torch.nn.Module:
     """EfficientNet-lite0 (ImageNet): maps for the VAE's loss, 1280 numbers for retrieval."""
-    from mmagic_tome import ToMeError
-    from mmagic_tome.evaluation.metrics.efficientnet import EfficientNetLite0
+    from features import EfficientNetLite0
 
     try:
         return EfficientNetLite0()
-    except ToMeError as error:
-        raise ToolError(str(error)) from None
+    except ImportError as error:
+        raise ToolError(f"EfficientNet-lite0 needs {error.name}, which is not installed") from None
 
 
 @torch.no_grad()

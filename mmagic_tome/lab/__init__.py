@@ -9,7 +9,8 @@ measure/         clock, interleaved rounds, intervals, memory, FLOPs
 metrics/         fidelity and quality of images, by name
 results.py       the folder of a run: a manifest, rows, images
 infer.py, evaluate.py, benchmark.py, visualize.py    one file per command
+maps.py          which tokens merge, painted over images; vit_maps.py: of vision transformers
 report.py        tables, plots and the report, from the rows of a folder
-cli.py           the commands' options
+cli.py           the commands; options.py: their options
 ===============  =================================================================
 """

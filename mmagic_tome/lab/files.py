@@ -12,7 +12,10 @@ from pathlib import Path
 from ..errors import ToMeError
 
 # Errors of the system that the user can do something about.
-_USERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+_USERS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EEXIST),
+)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@
         rows.jsonl                        one row per result, appended
         rows.1.jsonl                      those of rank 1, if there are several processes
         images/<method>/000012.png        image 12 of a method
+        images/<method>/000012.pt         its final latents
 
 A process that is killed leaves whole rows and whole images. The next one, with ``--resume``, reads
 the rows and does what is missing.
@@ -31,6 +32,8 @@ from ..errors import ToMeError
 from .files import users_errors, whole_file
 
 FORMAT = 1
+# What may be added to a run; of the rest of the manifest nothing may change.
+_GROWING = ("methods", "metrics")
 _STAMP = re.compile(r"\d{8}_\d{6}(_\d+)?")
 
 
@@ -53,7 +56,9 @@ def new_folder(work_dir: str | os.PathLike, resume: bool = False) -> Path:
 
 
 def _newest(work_dir: Path) -> Path:
-    runs = [path for path in work_dir.glob("*") if _STAMP.fullmatch(path.name)]
+    # Those without a manifest are of commands that do not go on, such as infer.
+    stamped = [path for path in work_dir.glob("*") if _STAMP.fullmatch(path.name)]
+    runs = [path for path in stamped if (path / "manifest.json").exists()]
     if not runs:
         raise ToMeError(f"--resume: no run in {work_dir} to go on with; leave out --resume")
     return max(runs, key=lambda path: path.name)
@@ -76,12 +81,19 @@ class RunFolder:
 
     Rows are JSON-able dicts with a ``kind``::
 
-        {'kind': 'image', 'method', 'number', 'seed', 'prompt', 'file', ...}
-        {'kind': 'metric', 'method', 'metric', 'number': None for a set of images, 'value'}
+        {'kind': 'image', 'method', 'number', 'prompt', 'negative_prompt', 'seed', 'finite', 'file',
+         'strip' and 'frames' of a clip, 'latents'}
+        {'kind': 'metric', 'method', 'metric', 'number', 'value'}    # None: of no finite image
+        {'kind': 'metric', 'method', 'metric', 'number': None, 'value', 'others', 'against'}  # sets
+        {'kind': 'applied', 'method', 'stats', 'summary'}            # of the first batch
         {'kind': 'round', 'method', 'turn', 'seconds', 'network_seconds', 'step_seconds', 'images'}
-        {'kind': 'memory', 'method', 'run_bytes', 'network_bytes'}
-        {'kind': 'flops', 'method', 'run', 'network'}
-        {'kind': 'applied', 'method', 'stats', 'summary'}
+        {'kind': 'memory', 'method', 'run_bytes', 'network_bytes', 'operator', 'images'}
+        {'kind': 'flops', 'method', 'run', 'network', 'images'}
+        {'kind': 'environment', ...}                                 # when rounds began
+        {'kind': 'note', 'text'}
+
+    Seconds, bytes and operations are of a run of so many images; ``network`` is the part of the
+    network's calls.
 
     Args:
         path: Of :func:`new_folder`, or of an earlier run.
@@ -117,7 +129,8 @@ class RunFolder:
 
         Args:
             manifest: JSON-able. What was written of an earlier run must be the same, except
-                that ``manifest['methods']``, a dict by name, may gain methods.
+                that the dicts ``manifest['methods']`` and ``manifest['metrics']``, by name, may
+                have others.
 
         Raises:
             ToMeError: The folder holds another run (says what differs); another process writes
@@ -143,17 +156,21 @@ class RunFolder:
 
     def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
         held = self.manifest
-        new = {"format": FORMAT, "methods": {}, **json.loads(json.dumps(manifest))}
+        new = {
+            "format": FORMAT,
+            **{key: {} for key in _GROWING},
+            **json.loads(json.dumps(manifest)),
+        }
         if held:
-            both = {**held["methods"], **new["methods"]}
-            old = {name: both[name] for name in held["methods"]}
-            changed = differences(held, {**new, "methods": old})
+            both = {key: {**held[key], **new[key]} for key in _GROWING}
+            old = {key: {name: both[key][name] for name in held[key]} for key in _GROWING}
+            changed = differences(held, {**new, **old})
             if changed:
                 raise ToMeError(
                     f"{self.path} holds another run, which differs in {'; '.join(changed)}. "
                     "Ask for the same, or start without --resume"
                 )
-            new = {**held, "methods": both}
+            new = {**held, **both}
         if new != held:
             with whole_file(self.path / "manifest.json") as path:
                 path.write_text(json.dumps(new, indent=2, ensure_ascii=False), encoding="utf-8")
@@ -175,14 +192,14 @@ class RunFolder:
         """Read the rows anew when they are next asked for."""
         self._rows = None
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Append a row; it is on the disk when this returns.
+    def add(self, *rows: Mapping[str, Any]) -> None:
+        """Append rows; they are on the disk when this returns.
 
         Raises:
             ToMeError: The disk is full; the folder must not be written to.
         """
-        rows, rank = self.rows, get_rank()
-        line = json.dumps(row, ensure_ascii=False) + "\n"
+        held, rank = self.rows, get_rank()
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         path = self.path / (f"rows.{rank}.jsonl" if rank else "rows.jsonl")
         with users_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -190,10 +207,10 @@ class RunFolder:
                 _drop_torn_line(path)
                 self._began = True
             with open(path, "ab") as file:
-                file.write(line.encode())
+                file.write("".join(lines).encode())
                 file.flush()
                 os.fsync(file.fileno())
-        rows.append(json.loads(line))
+        held += map(json.loads, lines)
 
     def find(self, **keys: Any) -> list[dict[str, Any]]:
         """The rows that have these values, such as ``find(kind='metric', method='baseline')``."""

@@ -1,7 +1,7 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Token merging and step caching in the configs and runners of MMagic and mmengine.
 
-Three spellings, the same in effect::
+Three ways to write it, the same in effect::
 
     model = dict(type='ToMe', model=dict(type='StableDiffusion', ...), tome_cfg=dict(ratio=0.5))
     model = dict(type='StableDiffusion', ..., tome_cfg=dict(ratio=0.5))
@@ -13,15 +13,16 @@ and ``cache_cfg='balanced'`` in the same places.
 builder.py       ``type='ToMe'``: builds the inner model, applies, returns it
 family.py        the keys for MMagic's Stable Diffusion classes
 entry_points.py  the top-level keys for runners, ``init_model`` and inferencers
-spellings.py     reading the keys, and what happens when there are several
+config_keys.py   reading the keys, and what happens when there are several
+entry.py         MMagic's ``tools/test.py`` and ``tools/train.py``
 hooks/           hooks, loops, metrics and a data set for mmengine's runners
 compat/          MMagic 1.2.0 on current libraries
 ===============  ================================================================
 
 ``import mmagic_tome`` does not import MMagic, which takes seconds that a user of diffusers alone
-would pay for nothing: :func:`register_all` waits until something imports ``mmagic.models`` (the
-registry does, before it looks up its first name) and acts right after it, and does the same for
-what builds models. It imports nothing but the standard library.
+does not need: :func:`register_all` waits until something imports ``mmagic.models`` (the registry
+does, before it looks up its first name) and acts right after it, and does the same for what builds
+models. It imports nothing but the standard library.
 """
 
 import functools
@@ -33,8 +34,15 @@ from .compat import when_imported
 
 __all__ = ["register_all"]
 
-_registered = []
-
+# Module of another library -> (module of this package, function to call there) once it is imported.
+# With None the module registers itself: an import of ``family`` may itself have brought MMagic in,
+# and then it is half done.
+_ACTIONS = {
+    "mmagic.models": ("mmagic.family", None),
+    "mmengine.registry": ("vit.registry", "register_root"),
+    "mmpretrain.registry": ("vit.registry", "register_mmpretrain"),
+}
+# Module of another library -> function of entry_points that patches it.
 _PATCHES = {
     "mmengine.runner.runner": "patch_runner",
     "mmengine.runner._flexible_runner": "patch_flexible_runner",
@@ -44,43 +52,28 @@ _PATCHES = {
 }
 
 
+@functools.cache
 def register_all():
     """Make the package known to MMagic, mmengine and mmpretrain; again does nothing.
 
     What is not imported yet is registered when it is; nothing is imported here, and nothing
     happens where a library is not installed.
     """
-    if _registered:
-        return
-    _registered.append(True)
+    from . import hooks
+
     compat.apply()
-    # Not a name from it: when the import of ``family`` itself brought MMagic in, it is half done
-    # and registers when it gets there.
-    when_imported("mmagic.models", functools.partial(_import, "mmagic.family"))
-    for module, patch in _PATCHES.items():
-        when_imported(module, functools.partial(_patch, module, patch))
-    when_imported("mmengine.registry", functools.partial(_call, "vit.registry", "register_root"))
-    when_imported(
-        "mmpretrain.registry", functools.partial(_call, "vit.registry", "register_mmpretrain")
-    )
-    when_imported("mmengine.visualization", functools.partial(_import, "visualization.backend"))
-    when_imported("mmengine.runner.runner", functools.partial(_call, "visualization", "connect"))
+    for name, (module, function) in _ACTIONS.items():
+        when_imported(name, functools.partial(_call, module, function))
+    for name, function in _PATCHES.items():
+        when_imported(name, functools.partial(_call, "mmagic.entry_points", function, name))
     when_imported("mmengine.config.utils", _register_config_package)
-    from .hooks import register_all as register_hooks
-
-    register_hooks()
+    hooks.register_all()
 
 
-def _import(module):
-    return importlib.import_module(f"mmagic_tome.{module}")
-
-
-def _call(module, function):
-    getattr(_import(module), function)()
-
-
-def _patch(module, patch):
-    getattr(_import("mmagic.entry_points"), patch)(sys.modules[module])
+def _call(module, function, patched=None):
+    loaded = importlib.import_module(f"mmagic_tome.{module}")
+    if function is not None:
+        getattr(loaded, function)(*([] if patched is None else [sys.modules[patched]]))
 
 
 def _register_config_package():

@@ -4,7 +4,7 @@
 from torch import nn
 
 from ..errors import ToMeError
-from .spellings import apply_model_level, read, read_model_level, translate_tomesd
+from .config_keys import apply_model_level, read, read_model_level, translate_tomesd
 
 __all__ = ["build_tome"]
 
@@ -69,23 +69,21 @@ def build_tome(model, tome_cfg=None, cache_cfg=None, **others):
         )
     inner = dict(model)
     # Taken out here, so that the keys work for a model that does not know them.
-    tome_config = read(
-        "tome_cfg",
-        **{
-            "tome_cfg": tome_cfg,
-            "tome_cfg of the inner model": inner.pop("tome_cfg", None),
-            "tomesd_cfg": translate_tomesd(inner.pop("tomesd_cfg", None)),
-        },
-    )
-    cache_config = read(
-        "cache_cfg",
-        **{"cache_cfg": cache_cfg, "cache_cfg of the inner model": inner.pop("cache_cfg", None)},
-    )
+    tome_places = {
+        "tome_cfg": tome_cfg,
+        "tome_cfg of the inner model": inner.pop("tome_cfg", None),
+        "tomesd_cfg": translate_tomesd(inner.pop("tomesd_cfg", None)),
+    }
+    cache_places = {
+        "cache_cfg": cache_cfg,
+        "cache_cfg of the inner model": inner.pop("cache_cfg", None),
+    }
+    configs = read("tome_cfg", **tome_places), read("cache_cfg", **cache_places)
     for key, value in others.items():
         if inner.get(key) is None:
             inner[key] = value
     built = _registry().build(inner)
-    apply_model_level(built, tome_config, cache_config)
+    apply_model_level(built, *configs)
     return built
 
 
@@ -93,10 +91,5 @@ def _registry():
     try:
         from mmagic.registry import MODELS
     except ModuleNotFoundError as error:
-        if error.name != "mmagic":
-            raise
-        raise ImportError(
-            "building a model from a MMagic config needs MMagic: pip install mmagic==1.2.0 "
-            "(apply_tome itself works on diffusers models without it)"
-        ) from error
+        raise ImportError(f"this needs MMagic ({error}): pip install mmagic==1.2.0") from error
     return MODELS

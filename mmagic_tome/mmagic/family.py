@@ -26,7 +26,7 @@ from mmagic.registry import MODELS
 
 from ..apply import apply_tome, get_handle
 from .builder import build_tome
-from .spellings import (
+from .config_keys import (
     KEYS,
     apply_model_level,
     apply_top_level,

@@ -10,7 +10,7 @@ from mmagic_tome.errors import ToMeError
 from mmagic_tome.lab.prompts import ASSETS, Prompt, choose, read_prompts, request_fields
 from mmagic_tome.lab.request import Request
 
-TOOLS = Path(__file__).parents[2] / "tools" / "demo_model"
+CAPTIONS = Path(__file__).parents[2] / "examples" / "demo_model"
 
 
 def write(path, text):
@@ -63,7 +63,7 @@ def test_what_cannot_be_read_is_said(tmp_path):
 def test_the_built_in_sets_are_what_the_demo_model_was_trained_on_and_what_not():
     captions = {}
     for name in ("concepts", "concepts_mixed", "held_out"):
-        captions[name] = {one.text for one in read_prompts(TOOLS / f"{name}.txt")}
+        captions[name] = {one.text for one in read_prompts(CAPTIONS / f"{name}.txt")}
     demo, held_out = read_prompts("demo"), read_prompts("demo-held-out")
     assert {one.text for one in demo} == captions["concepts"]
     assert {one.text for one in held_out} < captions["held_out"]

@@ -20,6 +20,9 @@ def test_a_new_folder_is_named_by_the_time_and_resume_takes_the_newest(tmp_path)
     assert first != second
     assert first.name[:15] == second.name[:15] or first.name < second.name
     (tmp_path / "work" / "zzz_no_run").mkdir()
+    for folder in (first, second):
+        (folder / "manifest.json").write_text("{}")
+    new_folder(tmp_path / "work")  # of a command that does not go on: it has no manifest
     assert new_folder(tmp_path / "work", resume=True) == second
     with pytest.raises(ToMeError, match=r"no run in .* to go on with; leave out --resume"):
         new_folder(tmp_path / "other", resume=True)

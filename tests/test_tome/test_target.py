@@ -155,7 +155,7 @@ def test_plans_are_freed_before_the_feed_forward(unet, options, held_at_ff):
 
 def test_peak_memory_is_never_above_that_of_the_baseline():
     """To within the byte per cell that says where destinations are."""
-    from mmagic_tome.meters import peak_memory
+    from mmagic_tome.lab.measure import peak_memory
 
     unet = tiny_unet(levels=2, block_out_channels=(64, 64), norm_num_groups=8)
     inputs = tiny_inputs(size=32)

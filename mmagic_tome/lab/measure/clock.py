@@ -111,7 +111,7 @@ class StepMarks:
 
 
 class _Marking(Interceptor):
-    """Runs around a call of the module, or around the step cache that runs in its place."""
+    """Runs around a call of the module, or around what runs in its place (a cache, other marks)."""
 
     skips = True
 
@@ -120,13 +120,14 @@ class _Marking(Interceptor):
         self.marks = marks
 
     def call(self, module: nn.Module, proceed: Callable, args: tuple, kwargs: dict) -> Any:
-        others = (one for one in interceptors_of(module) if one.skips and one is not self)
-        cache = next(others, None)
+        everyone = interceptors_of(module)
+        inner = (one for one in everyone[everyone.index(self) + 1 :] if one.skips)
+        following = next(inner, None)
         start = self.marks._now()
-        if cache is None:
+        if following is None:
             output = proceed(module, *args, **kwargs)
         else:
-            output = cache.call(module, proceed, args, kwargs)
+            output = following.call(module, proceed, args, kwargs)
         self.marks._spans.append((start, self.marks._now()))
         if self.marks.on_step is not None:
             self.marks.on_step()

@@ -98,7 +98,7 @@ def _check_checkpoint(checkpoint: Any) -> None:
 
 
 def _pipeline_source(config: Any) -> Source:
-    from ...mmagic.spellings import read_top_level
+    from ...mmagic.config_keys import read_top_level
     from ...settings import Setting
     from .pipelines import PipelineSource
 

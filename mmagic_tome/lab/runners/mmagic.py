@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ...meters import step_module
+from ...models import find_adapter
 from ...schedulers import scheduler_name
 from ..measure.clock import Clock, StepMarks
 from ..request import Request
@@ -55,7 +55,7 @@ class MMagicRunner(Runner):
         self.parameters = inspect.signature(model.infer).parameters
         weights = next(model.unet.parameters())
         self.device, self.dtype = weights.device, weights.dtype
-        self.network = step_module(model)
+        self.network = _step_module(model)
         self._scheduler = getattr(model, self.call.scheduler)
         self.scheduler = scheduler_name(self._scheduler)
         self.steps = request.steps or self.parameters["num_inference_steps"].default
@@ -162,6 +162,13 @@ class MMagicRunner(Runner):
             if most and any(len(tokenizer(text).input_ids) > most for text in texts):
                 return True
         return False
+
+
+def _step_module(model: nn.Module) -> nn.Module:
+    """The module whose calls are steps: MMagic's wrapper of a network, which may call it twice."""
+    network = find_adapter(model)[1]
+    wraps_it = any(module is network for module in model.unet.modules())
+    return model.unet if wraps_it else network
 
 
 def _every(count: int, function: Callable[[], object]) -> Callable[[], None]:

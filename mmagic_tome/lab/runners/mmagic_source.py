@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ...errors import ToMeError
-from ...mmagic.spellings import read, translate_tomesd
+from ...mmagic.config_keys import read, translate_tomesd
 from ...settings import Setting
 from ..request import INPUTS, Request
 from .base import Source

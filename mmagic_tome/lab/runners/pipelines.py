@@ -155,6 +155,9 @@ class PipelineSource(Source):
                 pipeline = self.pipeline_class.from_pretrained(self.folder, **options)
         except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
             raise ToMeError(f"cannot load {self.folder}: {_one_line(error)}") from error
+        if "torch_dtype" not in options:
+            # diffusers loads weights of half precision as float32, and transformers as they are.
+            pipeline.to(find_denoisers(pipeline, warn=False)[0].network.dtype)
         pipeline.to(device)
         if self.setting.tome is not None:
             apply_tome(pipeline, self.setting.tome)

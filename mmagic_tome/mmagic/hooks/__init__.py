@@ -1,18 +1,18 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Token merging in mmengine's runners: hooks, loops, metrics and a data set of prompts.
 
-=============  ===================================================================
+=============  ==================================================================
 tome.py        ``ToMeHook``: applies, reports, changes the ratio by a schedule
-evaluate.py    ``ToMeEvalHook``: dense and merged pictures side by side, and metrics
-profile.py     ``ToMeProfileHook``: time and memory per site and step
-loops.py       ``ToMeTestLoop``, ``ToMeValLoop``: evaluation of text-to-image models
-metrics.py     ``ToMePSNR`` ... : the metrics of this package in an evaluator
-prompts.py     ``ToMePromptDataset``: prompts, and perhaps real pictures
-subject.py     the model that a runner runs
-=============  ===================================================================
+evaluate.py    ``ToMeEvalHook``: images and metrics against the baseline
+profile.py     ``ToMeProfileHook``: time of each step, block and target
+loops.py       ``ToMeTestLoop``, ``ToMeValLoop``: several methods, any metrics
+metrics.py     ``ToMeMetric``, ``ToMeSeconds``
+prompts.py     ``ToMePromptDataset``: prompts, and perhaps real images
+subject.py     the model of a runner, and generating with it
+=============  ==================================================================
 
 ``custom_imports = dict(imports=['mmagic_tome'])`` in a config registers them all. Nothing of
-mmengine is imported before somebody else imports it.
+mmengine is imported here.
 """
 
 import functools
@@ -22,31 +22,18 @@ from ..compat import when_imported
 
 __all__ = ["register_all"]
 
-# When mmengine's own are there, ours are registered beside them.
+# Module of mmengine -> what is registered once it is imported.
 _PARTS = {
     "mmengine.hooks": ("tome", "evaluate", "profile"),
     "mmengine.runner.loops": ("loops", "prompts"),
     "mmengine.evaluator": ("metrics",),
 }
-_registered = []
 
 
+@functools.cache
 def register_all():
     """Make the names above known to mmengine's registries; calling it again does nothing."""
-    if _registered:
-        return
-    _registered.append(True)
     for module, parts in _PARTS.items():
-        when_imported(module, functools.partial(_import, parts))
-    when_imported("mmagic.evaluation", _register_in_mmagic)
-
-
-def _import(parts):
-    for part in parts:
-        importlib.import_module(f"{__name__}.{part}")
-
-
-def _register_in_mmagic():
-    from .metrics import register_in_mmagic
-
-    register_in_mmagic()
+        for part in parts:
+            name = f"{__name__}.{part}"
+            when_imported(module, functools.partial(importlib.import_module, name))

@@ -1,54 +1,69 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Loops that evaluate a text-to-image model: a picture for each prompt, for every metric.
+"""Loops that generate the same prompts by several methods and judge the images.
 
-MMagic's own loops run its Stable Diffusion models with 50 steps whatever the config says, give
-FID and Inception Score a sampler without prompts, and leave out what PSNR and SSIM look for.
-These take steps, guidance and seed from the config, and hand every metric what it reads.
+MMagic's own loops run its Stable Diffusion models with 50 steps whatever the config says, pass
+samplers without prompts to FID and Inception Score, and lack what PSNR and SSIM read.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.dist import get_rank, get_world_size
 from mmengine.registry import LOOPS
 from mmengine.runner.base_loop import BaseLoop
+from PIL import Image
 from torch import Tensor
 
 from ...errors import ToMeError
+from ...lab.methods import BASELINE, Method, check_names
 from ...settings import Handles
-from .subject import model_of, request_of, undisturbed
+from .metrics import BASELINE_KEYS
+from .subject import (
+    Generated,
+    generate,
+    iteration_of,
+    model_of,
+    part_of,
+    request_of,
+    running,
+    setting_of,
+    undisturbed,
+)
 
 
-class _PictureLoop(BaseLoop):
-    """Generates a picture for each sample of a data set with prompts, and judges them.
+class _ImageLoop(BaseLoop):
+    """Generates an image, or a clip, by each method for each sample of a data set with prompts.
+
+    Methods are the baseline (nothing applied) and what the config applies, named 'merging',
+    'caching' or 'merging and caching'; or the baseline and ``methods``. Results are named by
+    method, as in ``merging/psnr``; the baseline has those that are not relative to it.
 
     Args:
-        runner: mmengine's runner, with a text-to-image model of MMagic.
-        dataloader: of samples with a ``prompt``, not shuffled; as MMagic's, or
-            ``ToMePromptDataset``. A sample may have a real picture, ``gt_img``.
-        evaluator: metrics: MMagic's, this package's (``ToMePSNR`` ...), or both.
-        steps, guidance, size, negative_prompt, seed: of generating; picture i has the seed
-            ``seed + i``, whatever the batch size and the number of devices. Default: those of
-            ``infer_cfg`` of the config, else those of :class:`mmagic_tome.apis.text2image.Request`.
-        dense: whether to make each picture of the baseline too, for paired metrics. Default:
-            True; where nothing is applied to the model there is only the one.
+        runner: mmengine's runner, with a diffusion model.
+        dataloader: Of samples with a ``prompt``, not shuffled, such as ``ToMePromptDataset``. A
+            sample may have a real image, ``gt_img``.
+        evaluator: Metrics of MMagic, of this package (``ToMeMetric``), or both.
+        methods: Dicts as of :meth:`mmagic_tome.lab.methods.Method.from_dict`, in a config without
+            ``tome_cfg`` and ``cache_cfg``. Default: none.
+        draw: For how many samples the visualizer gets a sheet of all images. Default: 16.
+        **request: Fields of :class:`mmagic_tome.lab.request.Request`, such as ``steps``,
+            ``guidance``, ``seed`` and ``controls``. Default: those of ``infer_cfg``. Image i has
+            the seed ``seed + i`` at any batch size and number of processes.
 
-    What metrics find in a sample, pictures being (3, H, W) in 0 ... 255, and BGR as MMagic's are:
-
-    - ``fake_img``, and the same as ``output.pred_img``: the picture;
-    - ``dense_img``: the picture of the baseline;
-    - ``latents`` and ``dense_latents``: (C, h, w), what they were decoded from;
-    - ``gt_img``: the real picture, if the data set has one;
-    - ``prompt``.
-
-    So MMagic's PSNR against the dense model is ``dict(type='PSNR', gt_key='dense_img')``.
+    Metrics find in a sample, images being (3, H, W), clips (frames, 3, H, W), in 0 ... 255 and BGR
+    as in MMagic: ``fake_img`` (also as ``output.pred_img``), ``baseline_img``, ``gt_img``, the
+    final latents ``latents`` and ``baseline_latents``, ``prompt``, ``seconds``, and ``warm``,
+    which is False in the first batch.
 
     Raises:
-        ToMeError: no text-to-image model, samples without a prompt, a metric that asks for more
-            pictures than there are or for a real picture where there is none.
+        ToMeError: No diffusion model; ``methods`` next to a ``tome_cfg`` or ``cache_cfg``; samples
+            without a prompt; a metric that needs other images, or more, than there are.
     """
 
     mode: str
@@ -58,166 +73,194 @@ class _PictureLoop(BaseLoop):
         runner,
         dataloader,
         evaluator,
-        steps: int | None = None,
-        guidance: float | None = None,
-        size: tuple[int, int] | None = None,
-        negative_prompt: str | None = None,
-        seed: int | None = None,
-        dense: bool = True,
+        methods: Sequence[Mapping[str, Any]] = (),
+        draw: int = 16,
+        **request: Any,
     ) -> None:
         super().__init__(runner, dataloader)
-        self.evaluator = _evaluator(runner, evaluator)
-        self.dense = dense
-        count = len(self.dataloader.dataset)
-        self.request = request_of(
-            runner,
-            [""] * count,  # filled in as samples come
-            steps=steps,
-            guidance=guidance,
-            size=size,
-            negative_prompt=negative_prompt,
-            seed=seed,
-        )
-        for metric in self.evaluator.metrics or ():
-            _check_number(metric, count)
+        self.model = model_of(runner, type(self).__name__)
+        self.methods = [Method.from_dict(method) for method in methods]
+        check_names([BASELINE, *self.methods])
+        self.draw = draw
+        # Prompts come with the samples.
+        self.request = request_of(runner, ["-"] * len(self.dataloader.dataset), **request)
+        self._evaluator = evaluator
+        self._evaluators: dict[str, Any] = {}
 
     def run(self) -> dict[str, Any]:
-        """Generate everything, judge it; returns what the metrics found."""
+        """Generate and judge everything, and call the hooks; return the results of all metrics."""
         runner, mode = self.runner, self.mode
-        model = model_of(runner, type(self).__name__, generates=True)
         runner.call_hook(f"before_{mode}")
         runner.call_hook(f"before_{mode}_epoch")
         if mode == "test":
             runner.model.eval()
-        # In between of training: its weights, modes and random numbers are not validation's.
-        with undisturbed(model) if mode == "val" else nullcontext():
-            metrics = self._evaluate(model)
+        # A validation must not disturb the training around it.
+        with undisturbed(self.model) if mode == "val" else nullcontext():
+            metrics = self.evaluate(mode, iteration_of(runner), runner.call_hook)
         runner.call_hook(f"after_{mode}_epoch", metrics=metrics)
         runner.call_hook(f"after_{mode}")
         return metrics
 
-    def _evaluate(self, model) -> dict[str, Any]:
-        """Generate all pictures, judge each as it comes and in the end all together."""
-        runner, mode = self.runner, self.mode
-        # MMagic's evaluator prepares metrics (FID looks at the real pictures) and groups them.
-        of_mmagic = hasattr(self.evaluator, "prepare_metrics")
-        if of_mmagic:
-            self.evaluator.prepare_metrics(model, self.dataloader)
-        for index, batch in enumerate(self.dataloader):
-            runner.call_hook(f"before_{mode}_iter", batch_idx=index, data_batch=batch)
-            outputs = self._generate(model, index, batch)
-            if of_mmagic:
-                # All metrics at once, not by their samplers, some of which have no prompts.
-                self.evaluator.process(outputs, batch, self.evaluator.metrics)
-            else:
-                self.evaluator.process(data_samples=outputs, data_batch=batch)
-            runner.call_hook(
-                f"after_{mode}_iter", batch_idx=index, data_batch=batch, outputs=outputs
-            )
-        size = () if of_mmagic else (len(self.dataloader.dataset),)
-        return self.evaluator.evaluate(*size)
-
     @torch.no_grad()
-    def _generate(self, model, index: int, batch: Any) -> list:
-        """Data samples of a batch, with the pictures."""
-        from mmagic.structures import DataSample
+    def evaluate(
+        self, sheets: str, step: int = 0, call_hook: Callable = lambda *_, **__: None
+    ) -> dict[str, Any]:
+        """Generate and judge everything.
 
-        from ...apis.text2image import Generator
-        from .evaluate import dense_and_merged, generate
+        Args:
+            sheets: Name of the visualizer's sheets; the number of the sample follows it.
+            step: Of the visualizer.
+            call_hook: The runner's. Default: no hooks are called.
+        """
+        if self.methods and Handles.of(self.model):
+            raise ToMeError(
+                "the config applies tome_cfg or cache_cfg and its loop has methods; write all of "
+                "them into methods, or none"
+            )
+        for index, batch in enumerate(self.dataloader):
+            call_hook(f"before_{self.mode}_iter", batch_idx=index, data_batch=batch)
+            numbers, made = self._generate(index, batch)
+            for i, number in enumerate(numbers):
+                if len(made) > 1 and number < self.draw:
+                    images = {method: one.images[i] for method, one in made.items()}
+                    image = sheet(batch["data_samples"][i].prompt, images)
+                    self.runner.visualizer.add_image(f"{sheets}_{number:03d}", image, step=step)
+            outputs = self._judge(batch, made, index > 0)
+            call_hook(f"after_{self.mode}_iter", batch_idx=index, data_batch=batch, outputs=outputs)
+        return {
+            f"{method}/{key.removeprefix('tome/')}": value
+            for method, evaluator in self._evaluators.items()
+            if evaluator.metrics
+            for key, value in evaluator.evaluate().items()
+        }
 
-        samples = batch["data_samples"]
+    def _generate(self, index: int, batch: Any) -> tuple[list[int], dict[str, Generated]]:
+        """Numbers of a batch's images, and the images by method, the baseline's first."""
+        prompts = [sample.get("prompt") for sample in batch["data_samples"]]
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise ToMeError(
+                f"{type(self).__name__} got a sample without a prompt; use "
+                "dict(type='ToMePromptDataset', prompts=[...]) or another set of prompts"
+            )
         # As mmengine's DefaultSampler deals them out; a last round that it fills up repeats.
         first = index * self.dataloader.batch_size
-        total = len(self.request.prompts)
-        numbers = [
-            ((first + i) * get_world_size() + get_rank()) % total for i in range(len(samples))
-        ]
-        for number, sample in zip(numbers, samples):
-            prompt = sample.get("prompt")
-            if not isinstance(prompt, str):
-                raise ToMeError(
-                    f"{type(self).__name__}: sample {number} has no prompt; use "
-                    "dict(type='ToMePromptDataset', prompts=[...]) or another set of prompts"
-                )
-            self.request.prompts[number] = prompt
-        handles = Handles.of(model)
-        if self.dense and handles:
-            dense, merged = dense_and_merged(model, handles, self.request, numbers)
-        else:
-            dense, merged = None, generate(Generator(model, self.request), numbers)
-        outputs = []
-        for i, sample in enumerate(samples):
-            picture = _bgr(merged.pictures[i])
-            output = DataSample(
-                fake_img=picture,
-                output=DataSample(pred_img=picture),
-                prompt=sample.get("prompt"),
-            )
-            if merged.latents is not None:
-                output.latents = merged.latents[i]
-            if dense is not None:
-                output.dense_img = _bgr(dense.pictures[i])
-                if dense.latents is not None:
-                    output.dense_latents = dense.latents[i]
-            real = sample.get("gt_img")
-            if real is not None:
-                output.gt_img = _real(real, sample)
-            self._check_keys(output)
-            outputs.append(output)
+        places = [(first + i) * get_world_size() + get_rank() for i in range(len(prompts))]
+        numbers = [place % len(self.request) for place in places]
+        request = part_of(self.request, numbers, prompts)
+        model, handles = self.model, Handles.of(self.model)
+        with handles.disabled(), running(BASELINE.name):
+            made = {BASELINE.name: generate(model, request)}
+        if handles:
+            made[Method("applied", setting_of(model)).label] = generate(model, request)
+        for method in self.methods:
+            with method.on(model) as applied, running(method.name):
+                made[method.name] = generate(model, request, method.steps)
+                for handle in applied if index == 0 else ():
+                    self.runner.logger.info(f"{method.name}: {handle.summary()}")
+        return numbers, made
+
+    def _judge(self, batch: Any, made: Mapping[str, Generated], warm: bool) -> list:
+        """Pass the samples of each method to its metrics; return the last method's samples."""
+        outputs: list = []
+        baseline = made[BASELINE.name]
+        for name, one in made.items():
+            compared = None if one is baseline else baseline
+            outputs = [
+                _output(sample, one, compared, i, warm)
+                for i, sample in enumerate(batch["data_samples"])
+            ]
+            evaluator = self._evaluator_of(name)
+            _check(evaluator.metrics, outputs[0], len(self.request))
+            # To all metrics at once, without the samplers of MMagic's evaluator.
+            evaluator.process(outputs, batch, evaluator.metrics)
         return outputs
 
-    def _check_keys(self, output) -> None:
-        for metric in self.evaluator.metrics or ():
-            key = getattr(metric, "gt_key", None)
-            if key is not None and key not in output:
-                name = type(metric).__name__
-                raise ToMeError(
-                    f"{name} compares with {key}, which the samples do not have; write "
-                    f"dict(type='{name}', gt_key='dense_img') to compare with the dense model"
-                    + ("" if key == "gt_img" else ", in a config with tome_cfg or cache_cfg")
-                )
+    def _evaluator_of(self, name: str) -> Any:
+        """The evaluator of a method, MMagic's: mmengine's cannot run its metrics."""
+        if name not in self._evaluators:
+            given = copy.deepcopy(self._evaluator)
+            given = given if isinstance(given, dict) and "metrics" in given else {"metrics": given}
+            evaluator = self.runner.build_evaluator({**given, "type": "mmagic.Evaluator"})
+            if name == BASELINE.name:
+                evaluator.metrics = [one for one in evaluator.metrics if not _is_relative(one)]
+            evaluator.prepare_metrics(self.model, self.dataloader)  # FID reads the real images
+            self._evaluators[name] = evaluator
+        return self._evaluators[name]
 
 
 @LOOPS.register_module()
-class ToMeTestLoop(_PictureLoop):
-    __doc__ = _PictureLoop.__doc__
+class ToMeTestLoop(_ImageLoop):
+    __doc__ = _ImageLoop.__doc__
     mode = "test"
 
 
 @LOOPS.register_module()
-class ToMeValLoop(_PictureLoop):
-    __doc__ = _PictureLoop.__doc__
+class ToMeValLoop(_ImageLoop):
+    __doc__ = _ImageLoop.__doc__
     mode = "val"
 
 
-def _evaluator(runner, evaluator):
-    """An evaluator of a config: MMagic's by default: mmengine's cannot run its metrics."""
-    if isinstance(evaluator, dict) and "metrics" not in evaluator:
-        evaluator = [evaluator]
-    if isinstance(evaluator, list):
-        evaluator = {"metrics": evaluator}
-    if isinstance(evaluator, dict):
-        evaluator = runner.build_evaluator({"type": "mmagic.Evaluator", **evaluator})
-    return evaluator
+def _output(sample, made: Generated, baseline: Generated | None, i: int, warm: bool):
+    """The sample that metrics read: number ``i`` of a batch, by one method."""
+    from mmagic.structures import DataSample
+
+    image = _bgr(made.images[i])
+    output = DataSample(fake_img=image, output=DataSample(pred_img=image), prompt=sample.prompt)
+    output.set_data({"seconds": made.seconds, "warm": warm})
+    if made.latents is not None:
+        output.latents = made.latents[i]
+    if baseline is not None:
+        output.baseline_img = _bgr(baseline.images[i])
+        if baseline.latents is not None:
+            output.baseline_latents = baseline.latents[i]
+    real = sample.get("gt_img")
+    if real is not None:
+        # MMagic's reader of images notes if it read another order.
+        rgb = str(sample.get("gt_channel_order") or "bgr").lower() == "rgb"
+        output.gt_img = _bgr(real) if rgb else real.float()
+    return output
 
 
-def _check_number(metric, count: int) -> None:
-    """Of MMagic's metrics: they would stop short, or never start, without a word."""
-    name = type(metric).__name__
-    wanted = getattr(metric, "fake_nums", None)
-    if wanted is None:
-        return
-    if wanted < 1:
-        raise ToMeError(f"{name} has fake_nums={wanted}, which looks at no picture; write {count}")
-    if wanted > count:
-        raise ToMeError(f"{name} wants fake_nums={wanted} pictures, and there are {count} prompts")
+def _is_relative(metric) -> bool:
+    """Whether a metric compares with the baseline."""
+    return getattr(metric, "gt_key", getattr(metric, "reference", "")) in BASELINE_KEYS
 
 
-def _bgr(picture: Tensor) -> Tensor:
-    return picture.flip(0).float()
+def _check(metrics: Sequence[Any], sample, count: int) -> None:
+    """Metrics of MMagic would fail without saying what to write, or stop short."""
+    for metric in metrics:
+        name, key = type(metric).__name__, getattr(metric, "gt_key", None)
+        if key is not None and key not in sample:
+            raise ToMeError(
+                f"{name} compares with {key}, which the samples do not have; write "
+                f"dict(type='{name}', gt_key='baseline_img') to compare with the baseline"
+            )
+        if not 1 <= getattr(metric, "fake_nums", 1) <= count:
+            raise ToMeError(
+                f"{name} has fake_nums={metric.fake_nums}, and there are {count} prompts; write "
+                f"fake_nums={count}"
+            )
 
 
-def _real(picture: Tensor, sample) -> Tensor:
-    """A real picture of the data set as BGR; MMagic's reader says if it read another order."""
-    order = sample.get("gt_channel_order") or "bgr"
-    return _bgr(picture) if str(order).lower() == "rgb" else picture.float()
+def _bgr(images: Tensor) -> Tensor:
+    """(..., 3, H, W) RGB <-> BGR."""
+    return images.flip(-3).float()
+
+
+def sheet(prompt: str, images: Mapping[str, Tensor]) -> np.ndarray:
+    """Images of one prompt, side by side over their differences to the first.
+
+    Args:
+        prompt: Title of the sheet.
+        images: Method -> (3, H, W) uint8, or (frames, 3, H, W), of which the first is shown.
+
+    Returns:
+        (height, width, 3) uint8.
+    """
+    from ...lab.plots import contact_sheet, difference_map
+
+    frames = [one if one.ndim == 3 else one[0] for one in images.values()]
+    row = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in frames]
+    differences = [difference_map(row[0], one) for one in row]
+    rows = [("", row), ("differences to the first", differences)]
+    return np.asarray(contact_sheet(prompt, list(images), rows))

@@ -1,51 +1,69 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""The model that a runner runs, and what its config says about generating with it."""
+"""The model of a runner, and how hooks and loops generate images with it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from mmengine.model import is_model_wrapper
-from torch import nn
+from mmengine.runner.base_loop import BaseLoop
+from torch import Tensor, nn
 
-from ...apis.model_config import check_text_to_image
-from ...apis.text2image import Request
 from ...errors import ToMeError
+from ...lab.methods import Method
+from ...lab.request import INPUTS, Request
+from ...lab.runners import make_request, runner_of
 from ...models import find_adapter
+from ...settings import Handles, Setting
 
-# Whether what the model does is a hook's business, and not the run's.
-_aside = ContextVar("aside", default=False)
+# Name of the method that runs; None: what is applied to the model; '': nothing to measure.
+_running: ContextVar[str | None] = ContextVar("running", default=None)
 
 
 @contextmanager
-def aside() -> Iterator[None]:
-    """Around what a hook has the model do, which the run's profile leaves out."""
-    token = _aside.set(True)
+def running(method: str) -> Iterator[None]:
+    """Around the calls of a method; ``''`` around calls that a profile leaves out, whatever methods
+    run inside of it."""
+    token = _running.set("" if _running.get() == "" else method)
     try:
         yield
     finally:
-        _aside.reset(token)
+        _running.reset(token)
 
 
-def is_aside() -> bool:
-    """Whether an :func:`aside` is under way."""
-    return _aside.get()
+def setting_of(model: nn.Module) -> Setting:
+    """What is applied to a model."""
+    handles = Handles.of(model)
+    return Setting(*(one and one.config for one in (handles.tome, handles.cache)))
 
 
-def model_of(runner, needed_by: str, generates: bool = False) -> nn.Module:
-    """The runner's model, out of a wrapper for distributed training.
+def label_of(model: nn.Module) -> str:
+    """The name of the method that runs; without one 'merging', 'caching', 'merging and caching' or,
+    also at a ratio of 0, 'baseline'."""
+    if _running.get() is not None:
+        return _running.get()
+    setting = setting_of(model)
+    if setting.tome is not None and setting.tome.merges_nothing:
+        setting = Setting(None, setting.cache)
+    return Method("applied", setting).label
+
+
+def model_of(runner, needed_by: str) -> nn.Module:
+    """The model of a runner, without a wrapper for distributed training.
 
     Args:
         runner: mmengine's runner.
-        needed_by: who asks; for the message.
-        generates: whether it must make pictures from prompts.
+        needed_by: Name of the hook or loop, for the error.
 
     Raises:
-        ToMeError: there is no diffusion model in it, or it needs more than a prompt.
+        ToMeError: It is no diffusion model.
     """
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     try:
@@ -55,21 +73,23 @@ def model_of(runner, needed_by: str, generates: bool = False) -> nn.Module:
             f"{needed_by} needs a runner with a diffusion model, such as "
             f"model=dict(type='StableDiffusion', ...): {error}"
         ) from error
-    if generates:
-        try:
-            check_text_to_image(type(model))
-        except ToMeError as error:
-            raise ToMeError(f"{needed_by}: {error}") from error
     return model
+
+
+def iteration_of(runner) -> int:
+    """Iterations of the training that is under way, otherwise 0.
+
+    ``runner.iter`` builds the training loop and its data set where there is no training.
+    """
+    return runner.iter if isinstance(runner._train_loop, BaseLoop) else 0
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """As for inference; weights, modes and random numbers bit for bit as they were afterwards.
+    """In eval mode, without gradients, and with the UNet in the dtype of the model's inference.
 
-    In eval mode, without gradients, and with the UNet in the type that the model infers with
-    (``dtype`` of MMagic's models, float16 of its DreamBooth). Not by the model's own ``eval()``,
-    which casts the UNet there and back: that would leave training weights rounded.
+    Afterwards weights, modes and random numbers are the same to the last bit. The model's own
+    ``eval()`` casts the UNet there and back, which rounds weights that are being trained.
     """
     modes = [(module, module.training) for module in model.modules()]
     parameter = next(model.parameters())
@@ -93,25 +113,51 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
-def request_of(runner, prompts: list[str], **given: Any) -> Request:
+def request_of(runner, prompts: Sequence[str], **given: Any) -> Request:
     """What to generate: ``given``, else ``infer_cfg`` of the runner's config, else defaults.
 
     Args:
         runner: mmengine's runner.
-        prompts: of the pictures.
-        **given: fields of :class:`~mmagic_tome.apis.text2image.Request`; None where not given.
+        prompts: Of the images; those of ``infer_cfg`` are for other commands.
+        **given: Fields of :class:`~mmagic_tome.lab.request.Request`; None where not given.
 
     Raises:
-        ToMeError: a value that cannot be.
+        ToMeError: An unknown field or an invalid value.
     """
-    from ...apis.command_line import check_default
+    defaults = dict((getattr(runner, "cfg", None) or {}).get("infer_cfg") or {})
+    defaults.pop("prompts", None)
+    return make_request(SimpleNamespace(defaults=defaults), prompts=list(prompts), **given)
 
-    config = dict(getattr(runner, "cfg", {}).get("infer_cfg") or {})
-    fields = {}
-    for key in ("steps", "guidance", "size", "negative_prompt", "seed"):
-        value = given.get(key)
-        if value is None:
-            value = config.get(key)
-        if value is not None:
-            fields[key] = check_default(key, value)
-    return Request(prompts=prompts, **fields)
+
+def part_of(request: Request, numbers: Sequence[int], prompts: Sequence[str]) -> Request:
+    """The request for the images ``numbers`` alone, with these prompts."""
+    return dataclasses.replace(
+        request,
+        prompts=prompts,
+        negative_prompt=request.negatives(numbers),
+        seed=[request.seed_of(number) for number in numbers],
+        **{kind: request.inputs(kind, numbers) for kind in INPUTS},
+    )
+
+
+class Generated(NamedTuple):
+    """Images, (B, 3, H, W) uint8 RGB, of clips (B, frames, 3, H, W); the final latents (B, ...), or
+    None where they cannot be seen; and the seconds of one image."""
+
+    images: Tensor
+    latents: Tensor | None
+    seconds: float
+
+
+def generate(model: nn.Module, request: Request, steps: int | None = None) -> Generated:
+    """Generate all images of a request in one batch, with whatever is applied to the model."""
+    output = runner_of(model, request).run(range(len(request)), steps)
+    return Generated(to_tensor(output.images), output.latents, output.seconds / len(request))
+
+
+def to_tensor(images: Sequence[Any]) -> Tensor:
+    """PIL images of one size -> (B, 3, H, W) uint8 RGB; lists of frames -> (B, frames, 3, H, W)."""
+    if isinstance(images[0], (list, tuple)):
+        return torch.stack([to_tensor(frames) for frames in images])
+    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()

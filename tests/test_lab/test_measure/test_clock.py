@@ -49,6 +49,15 @@ def test_marks_are_around_each_call_and_gone_afterwards():
     assert type(module) is torch.nn.Linear
 
 
+def test_two_marks_on_one_module():
+    module = torch.nn.Linear(2, 2)
+    with StepMarks(module, "cpu") as outer, StepMarks(module, "cpu") as inner:
+        module(torch.ones(1, 2))
+    module(torch.ones(1, 2))
+    # The one that came last is outermost.
+    assert 0 < outer.seconds()[0] < inner.seconds()[0] and len(inner.seconds()) == 1
+
+
 @pytest.mark.parametrize("marks_first", [False, True])
 def test_steps_that_step_caching_skips_are_marked_too(marks_first):
     unet, inputs = tiny_unet(), tiny_inputs()

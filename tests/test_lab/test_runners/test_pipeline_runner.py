@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import tiny_folders
 import torch
 from PIL import Image
 
+import mmagic_tome
 from mmagic_tome import ToMeError
 from mmagic_tome.lab.request import Request
 from mmagic_tome.lab.runners.pipelines import PipelineRunner, PipelineSource
@@ -256,3 +258,13 @@ def test_weights_that_are_missing_are_said_in_one_line(described):
     with pytest.raises(ToMeError, match="cannot load") as caught:
         source.load(request_of("sd"))
     assert "\n" not in str(caught.value)
+
+
+def test_parts_that_are_stored_in_another_precision_fit_together():
+    """transformers loads half precision as it is, diffusers as float32."""
+    folder = Path(mmagic_tome.__file__).parent / "assets" / "demo_model"
+    request = Request(prompts=("red apple",), steps=2, size=(64, 64))
+    runner = PipelineSource(folder).load(request)
+    parts = (runner.model.unet, runner.model.vae, runner.model.text_encoder)
+    assert {next(part.parameters()).dtype for part in parts} == {torch.float32}
+    assert runner.run([0]).images[0].size == (64, 64)

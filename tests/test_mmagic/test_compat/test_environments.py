@@ -123,8 +123,8 @@ def test_full_mmcv_matching_torchvision_old_numpy(tmp_path):
         try: import torchvision
         except RuntimeError: pass
         import mmcv.ops
-        from mmagic_tome.mmagic.compat import repairs
-        assert next(repairs.numpy_bool8(), None) is None
+        from mmagic_tome.mmagic.compat.patches import libraries
+        assert next(libraries.numpy_bool8(), None) is None
         assert mmcv.ops.ext.nms == 'compiled' and sys.modules['mmcv._ext'] is mmcv.ops.ext
         changed = [f'{module}.{key}' for module, attributes in before.items()
                    for key, value in attributes.items()

@@ -10,8 +10,8 @@ PROMPTS = ["a cat", "a dog", "cat", "dog"]
 
 
 @pytest.fixture(scope="session")
-def real_pictures(tmp_path_factory):
-    """A folder of four pictures of noise, 64x64."""
+def real_images(tmp_path_factory):
+    """A folder of four images of noise, 64x64."""
     folder = tmp_path_factory.mktemp("real")
     for number in range(len(PROMPTS)):
         noise = np.random.RandomState(number).randint(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -20,28 +20,28 @@ def real_pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def make_runner(sd_folder, real_pictures):
+def make_runner(sd_folder, real_images):
     """Builds a runner of a tiny Stable Diffusion; see ``make``."""
     pytest.importorskip("mmagic")
     import tiny
     from mmengine.config import Config
     from mmengine.runner import Runner
 
-    def make(mode, work_dir, images=True, metrics=None, loop=None, validate=False, **changes):
-        """A runner for ``'test'``, ``'val'`` or ``'train'`` (4 iterations, 1 picture each).
+    def make(mode, work_dir, images=None, metrics=None, loop=None, validate=False, **changes):
+        """A runner for ``'test'``, ``'val'`` or ``'train'`` (4 iterations, 1 image each).
 
         Args:
             mode (str): What is to be run.
             work_dir (Path): Of the runner.
-            images (bool): Whether there are real pictures. Default: True.
-            metrics (list, optional): Of the evaluator. Default: ``ToMePSNR``.
-            loop (dict, optional): Over what the loop is given by default.
+            images (bool, optional): Whether there are real images. Default: in training.
+            metrics (list, optional): Of the evaluator. Default: PSNR to the baseline.
+            loop (dict, optional): Arguments of the loop.
             validate (bool): Whether training validates after its 2nd iteration. Default: False.
             **changes: Keys of the config; None removes one.
         """
         dataset = dict(type="ToMePromptDataset", prompts=list(PROMPTS))
-        if images:
-            dataset["images"] = real_pictures
+        if mode == "train" if images is None else images:
+            dataset["images"] = real_images
         loader = dict(
             batch_size=2, num_workers=0, dataset=dataset,
             sampler=dict(type="DefaultSampler", shuffle=False),
@@ -69,7 +69,7 @@ def make_runner(sd_folder, real_pictures):
         evaluated = {"train": "val"}.get(mode, mode)
         if mode != "train" or validate:
             config[f"{evaluated}_dataloader"] = loader
-            config[f"{evaluated}_evaluator"] = metrics or [dict(type="ToMePSNR")]
+            config[f"{evaluated}_evaluator"] = metrics or [dict(type="ToMeMetric", metric="psnr")]
             kind = f"ToMe{evaluated.capitalize()}Loop"
             config[f"{evaluated}_cfg"] = dict(type=kind, **(loop or {}))
         config.update(changes)

@@ -8,18 +8,17 @@ from PIL import Image
 
 pytest.importorskip("mmagic")
 
-from mmagic_tome import ToMeError, get_handle
-from mmagic_tome.apis.text2image import Generator, Request
-from mmagic_tome.evaluation.generate import LatentWatch
-from mmagic_tome.evaluation.metrics import (
-    PAIRED,
-    SETS,
-    build_paired,
-    build_set,
-    relative_latent_error,
-)
+from mmagic_tome import ToMeError, apply_cache, apply_tome, get_handle
+from mmagic_tome.lab.metrics import paired, set_metric
+from mmagic_tome.lab.metrics.sets import frechet_distance
+from mmagic_tome.lab.request import Request
+from mmagic_tome.lab.runners import runner_of
+from mmagic_tome.mmagic.hooks.loops import sheet
+from mmagic_tome.mmagic.hooks.prompts import ToMePromptDataset
+from mmagic_tome.mmagic.hooks.subject import to_tensor
 
 PROMPTS = ["a cat", "a dog", "cat", "dog"]
+FRECHET = dict(type="ToMeMetric", metric="frechet_efficientnet_lite0", fewest=2)
 
 
 class Inception(torch.nn.Module):
@@ -44,147 +43,169 @@ def inception(tmp_path_factory):
 
 
 def of_mmagic(name, inception, folder, **options):
-    options.update(fake_nums=4, inception_style="StyleGAN", inception_path=inception)
+    options = {"fake_nums": 4, **options}
+    options.update(inception_style="StyleGAN", inception_path=inception)
     if name == "FID":
         options.update(real_nums=4, inception_pkl=str(folder / "real.pkl"))
     return dict(type=name, **options)
 
 
-def tensor(images):
-    arrays = np.stack([np.asarray(image) for image in images])
-    return torch.from_numpy(arrays.copy()).permute(0, 3, 1, 2)
+def generated(model, **given):
+    """The images and latents of the prompts, by a runner."""
+    request = Request(PROMPTS, **{**dict(steps=3, guidance=3.0, size=(64, 64), seed=11), **given})
+    with torch.no_grad():
+        output = runner_of(model, request).run(range(4))
+    return to_tensor(output.images), output.latents
 
 
-def test_metrics_of_both_in_one_evaluator(make_runner, tmp_path, inception, real_pictures):
+def test_metrics_of_both_in_one_evaluator(make_runner, tmp_path, inception, real_images):
     metrics = [
-        dict(type="PSNR", gt_key="dense_img"),
-        dict(type="SSIM", gt_key="dense_img"),
+        dict(type="PSNR", gt_key="baseline_img"),
         dict(type="PSNR", prefix="to_real"),
         of_mmagic("FID", inception, tmp_path),
         of_mmagic("IS", inception, tmp_path, splits=2),
-        dict(type="ToMePSNR"),
-        dict(type="ToMeSSIM"),
-        dict(type="ToMeLatentError"),
-        dict(type="ToMeMaxError"),
-        dict(type="ToMeEfficientNetFrechet", min_samples=2),
-        dict(type="ToMeEfficientNetFrechet", min_samples=2, against="dense"),
+        *(dict(type="ToMeMetric", metric=name) for name in ("psnr", "ssim", "latent_error")),
+        dict(FRECHET, against="real", prefix="real"),
+        FRECHET,
+        dict(type="ToMeSeconds"),
     ]
-    runner = make_runner("test", tmp_path, metrics=metrics, loop=dict(seed=11, steps=3))
+    loop = dict(seed=11, steps=3)
+    runner = make_runner("test", tmp_path, images=True, metrics=metrics, loop=loop)
     found = runner.test()
 
     # The same by hand.
     model = runner.model
-    handle = get_handle(model)
-    request = Request(PROMPTS, steps=3, guidance=3.0, size=(64, 64), seed=11)
-    with LatentWatch(model) as watch:
-        merged = tensor(Generator(model, request).run(range(4))[0])
-        latents = watch.latents
-        handle.ratio = 0
-        dense = tensor(Generator(model, request).run(range(4))[0])
-        error = relative_latent_error(watch.latents, latents)
-    real = tensor([Image.open(f"{real_pictures}/{i}.png") for i in range(4)])
-
-    psnr = build_paired("psnr")(dense, merged)
-    assert found["PSNR"] == pytest.approx(float(psnr.mean()), rel=1e-4)
-    assert found["tome/psnr"] == pytest.approx(build_paired("psnr").mean(psnr), rel=1e-4)
-    assert found["tome/latent_error"] == pytest.approx(float(error.mean()), rel=1e-3)
-    largest = int((dense.int() - merged.int()).abs().max())
-    assert found["tome/max_error"] == pytest.approx(largest, abs=1)
-    ssim = build_paired("ssim")(dense, merged)
-    assert found["tome/ssim"] == pytest.approx(float(ssim.mean()), rel=1e-4)
-    assert found["SSIM"] == pytest.approx(float(ssim.mean()), abs=0.02)
-    to_real = build_paired("psnr")(real, merged).mean()
-    assert found["to_real/PSNR"] == pytest.approx(float(to_real), rel=1e-4)
+    merged, latents = generated(model)
+    get_handle(model).remove()
+    baseline, expected = generated(model)
+    real = to_tensor([Image.open(f"{real_images}/{i}.png") for i in range(4)])
+    psnr = paired("psnr")
+    assert found["merging/psnr"] == pytest.approx(psnr.mean(psnr(baseline, merged)), rel=1e-4)
+    assert found["merging/PSNR"] == pytest.approx(float(psnr(baseline, merged).mean()), rel=1e-4)
+    assert found["merging/ssim"] == pytest.approx(
+        float(paired("ssim")(baseline, merged).mean()), rel=1e-4
+    )
+    error = torch.linalg.vector_norm((latents - expected).flatten(1), dim=1)
+    error /= torch.linalg.vector_norm(expected.flatten(1), dim=1)
+    assert found["merging/latent_error"] == pytest.approx(float(error.mean()), rel=1e-3)
 
     network = torch.jit.load(inception)
-    x, y = (network(images, return_features=True).double() for images in (merged, real))
-    from mmagic_tome.evaluation.metrics.distances import frechet_distance_of_sets
+    frechet = set_metric("frechet_efficientnet_lite0", fewest=2)
+    features = {id(x): frechet.features_of(x) for x in (merged, baseline, real)}
+    for name, images in (("merging", merged), ("baseline", baseline)):
+        to_real = float(psnr(real, images).mean())
+        assert found[f"{name}/to_real/PSNR"] == pytest.approx(to_real, rel=1e-4)
+        x, y = (network(one, return_features=True).double() for one in (images, real))
+        assert found[f"{name}/fid"] == pytest.approx(frechet_distance(x, y), rel=1e-2)
+        assert 1 <= found[f"{name}/is"] <= 10
+        (value,) = frechet.compute(features[id(real)], features[id(images)]).values()
+        assert found[f"{name}/real/{frechet.name}"] == pytest.approx(value, rel=1e-2)
+        assert found[f"{name}/seconds"] > 0
+    (value,) = frechet.compute(features[id(baseline)], features[id(merged)]).values()
+    assert found[f"merging/{frechet.name}"] == pytest.approx(value, rel=1e-2)
+    relative = {key for key in found if key.startswith("baseline/")}
+    assert not relative & {f"baseline/{name}" for name in ("psnr", "PSNR", "ssim", frechet.name)}
 
-    assert found["fid"] == pytest.approx(frechet_distance_of_sets(x, y), rel=1e-2)
-    assert found["fid"] > 0
-    assert 1 <= found["is"] <= 10
 
-    frechet = build_set("frechet_efficientnet_lite0", min_samples=2)
-    features = [frechet.features(images) for images in (merged, real, dense)]
-    with pytest.warns(UserWarning, match="strongly biased"):
-        for name, other in (("", features[1]), ("_to_dense", features[2])):
-            expected = frechet.compute(features[0], other)[frechet.name]
-            assert found[f"tome/{frechet.name}{name}"] == pytest.approx(expected, rel=1e-2)
+def test_several_methods(make_runner, tmp_path):
+    metrics = [dict(type="ToMeMetric", metric="psnr"), dict(type="ToMeSeconds")]
+    methods = [
+        dict(name="merged", tome_cfg=dict(ratio=0.5)),
+        dict(name="cached", cache_cfg=dict(region="network")),
+        dict(name="short", steps=3),
+    ]
+    options = dict(metrics=metrics, loop=dict(methods=methods, steps=6, draw=3))
+    runner = make_runner("test", tmp_path, tome_cfg=None, **options)
+    found = runner.test()
+    assert set(found) == {"baseline/seconds"} | {
+        f"{name}/{key}" for name in ("merged", "cached", "short") for key in ("psnr", "seconds")
+    }
+    model, psnr = runner.model, paired("psnr")
+    assert get_handle(model, "tome") is None and get_handle(model, "cache") is None
+    baseline, _ = generated(model, steps=6, seed=0)
+    short, _ = generated(model, steps=3, seed=0)
+    with apply_tome(model, ratio=0.5):
+        merged, _ = generated(model, steps=6, seed=0)
+    with apply_cache(model, region="network"):
+        cached, _ = generated(model, steps=6, seed=0)
+    for name, images in (("merged", merged), ("cached", cached), ("short", short)):
+        expected = psnr.mean(psnr(baseline, images))
+        assert found[f"{name}/psnr"] == pytest.approx(expected, rel=1e-3), name
+    log = next(tmp_path.rglob("*.log")).read_text()
+    assert "merged: token merging in UNet2D" in log and "cached: step caching in UNet2D" in log
+    files = sorted(tmp_path.rglob("vis_image/test_*.png"))
+    assert len(files) == 3
+    drawn = np.asarray(Image.open(files[0]).convert("RGB")).astype(int)
+    images = dict(baseline=baseline, merged=merged, cached=cached, short=short)
+    expected = sheet(PROMPTS[0], {name: one[0] for name, one in images.items()})
+    assert np.abs(drawn - expected).mean() < 1
+
+
+def test_a_sheet_shows_images_over_their_differences():
+    red, blue = (torch.zeros(3, 256, 256, dtype=torch.uint8) for _ in range(2))
+    red[0], blue[2] = 200, 200
+    drawn = sheet("two colours", dict(baseline=red, merged=blue, again=red))
+    # The same size as images that need not be enlarged.
+    found = [(drawn == color).all(-1).sum() for color in ((200, 0, 0), (0, 0, 200), (0, 0, 4))]
+    assert found[0] == 2 * 256**2 and found[1] == 256**2, "each image as it is"
+    clips = [torch.stack([image, red]) for image in (red, blue, red)]
+    names = ("baseline", "merged", "again")
+    assert np.array_equal(sheet("two colours", dict(zip(names, clips))), drawn)
 
 
 def test_numbers_depend_neither_on_batches_nor_on_the_global_generator(make_runner, tmp_path):
     found = []
     for batch in (2, 3):
-        runner = make_runner("val", tmp_path / str(batch), images=False)
+        runner = make_runner("val", tmp_path / str(batch))
         runner._val_dataloader["batch_size"] = batch
         torch.manual_seed(batch)
-        found.append(runner.val()["tome/psnr"])
+        found.append(runner.val()["merging/psnr"])
+        assert get_handle(runner.model).ratio == 0.5
     # To what the arithmetic of another batch size changes.
     assert found[0] == pytest.approx(found[1], rel=1e-3)
-    runner = make_runner("val", tmp_path / "seed", images=False, loop=dict(seed=50))
-    assert runner.val()["tome/psnr"] != pytest.approx(found[0], rel=1e-3)
+    runner = make_runner("val", tmp_path / "seed", loop=dict(seed=50))
+    assert runner.val()["merging/psnr"] != pytest.approx(found[0], rel=1e-3)
 
 
-def test_the_loop_leaves_the_ratio_as_it_was(make_runner, tmp_path):
-    runner = make_runner("test", tmp_path, images=False)
-    runner.test()
-    assert get_handle(runner.model).ratio == 0.5
-
-
-def test_without_merging_there_are_no_pairs(make_runner, tmp_path):
-    runner = make_runner("test", tmp_path, images=False, tome_cfg=None)
-    with pytest.raises(ToMeError, match="compares with the dense picture"):
-        runner.test()
-
-
-def test_no_real_pictures_for_a_metric_that_wants_them(make_runner, tmp_path):
-    for metric, message in (
-        (dict(type="PSNR"), "gt_key='dense_img'"),
-        (dict(type="ToMeEfficientNetFrechet", min_samples=2), "against='dense'"),
+def test_what_a_metric_or_a_loop_needs(make_runner, tmp_path, inception):
+    inception_score = of_mmagic("IS", inception, tmp_path, fake_nums=5)
+    methods = [dict(name="merged", tome_cfg=dict(ratio=0.5))]
+    for options, message in (
+        (dict(metrics=[dict(type="PSNR")]), "gt_key='baseline_img'"),
+        (dict(metrics=[dict(FRECHET, against="real")]), "ToMePromptDataset\\(images=FOLDER\\)"),
+        (
+            dict(metrics=[inception_score]),
+            "fake_nums=5, and there are 4 prompts; write fake_nums=4",
+        ),
+        (dict(metrics=[dict(FRECHET, against="nothing")]), "write 'baseline' or 'real'"),
+        (dict(metrics=[dict(type="ToMeMetric", metric="psnrr")]), "unknown metric 'psnrr'"),
+        (dict(loop=dict(methods=methods)), "write all of them into methods, or none"),
+        (dict(loop=dict(step=3)), "step"),
+        (dict(infer_cfg=dict(guidance=-1)), "guidance"),
     ):
-        runner = make_runner("test", tmp_path, images=False, metrics=[metric])
+        runner = make_runner("test", tmp_path, **options)
         with pytest.raises(ToMeError, match=message):
             runner.test()
 
 
-def test_more_pictures_wanted_than_prompts(make_runner, tmp_path, inception):
-    for number, message in ((5, "wants fake_nums=5 pictures, and there are 4"), (-1, "write 4")):
-        metric = dict(of_mmagic("IS", inception, tmp_path), fake_nums=number)
-        runner = make_runner("test", tmp_path, images=False, metrics=[metric])
-        with pytest.raises(ToMeError, match=message):
-            runner.test()
-
-
-def test_data_of_prompts(real_pictures, tmp_path):
-    from mmagic_tome.mmagic.hooks.prompts import ToMePromptDataset
-
-    data = ToMePromptDataset(PROMPTS, images=real_pictures, size=(32, 48))
+def test_data_of_prompts(real_images, tmp_path):
+    data = ToMePromptDataset(PROMPTS, images=real_images, size=(32, 48))
     assert len(data) == 4
     sample = data[1]["data_samples"]
-    assert sample.prompt == "a dog"
-    assert sample.gt_img.shape == (3, 32, 48)
-    whole = ToMePromptDataset(PROMPTS, images=real_pictures)[1]["data_samples"].gt_img
-    first = Image.open(f"{real_pictures}/1.png").getpixel((0, 0))
+    assert sample.prompt == "a dog" and sample.gt_img.shape == (3, 32, 48)
+    whole = ToMePromptDataset(PROMPTS, images=real_images)[1]["data_samples"].gt_img
+    first = Image.open(f"{real_images}/1.png").getpixel((0, 0))
     assert tuple(whole[:, 0, 0].tolist()) == first[::-1], "BGR"
-    with pytest.raises(ToMeError, match="4 pictures for 1 prompts"):
-        ToMePromptDataset(["cat"], images=real_pictures)
-    with pytest.raises(ToMeError, match="no folder"):
-        ToMePromptDataset(["cat"], images=tmp_path / "none")
-    with pytest.raises(ToMeError, match="write a list"):
-        ToMePromptDataset("cat")
-    (tmp_path / "1.png").write_text("no picture")
-    with pytest.raises(ToMeError, match="cannot be read"):
+    (tmp_path / "prompts.txt").write_text("# two\ncat\ndog\n")
+    assert ToMePromptDataset(str(tmp_path / "prompts.txt")).prompts == ["cat", "dog"]
+    (tmp_path / "1.png").write_text("no image")
+    for arguments, message in (
+        ((["cat"], real_images), "4 images for 1 prompts"),
+        ((["cat"], tmp_path / "none"), "no folder"),
+        (("cat",), "no .txt, .json or .csv file"),
+        (([],), "at least one"),
+    ):
+        with pytest.raises(ToMeError, match=message):
+            ToMePromptDataset(*arguments)
+    with pytest.raises(ToMeError, match="cannot read image"):
         ToMePromptDataset(["cat"], images=tmp_path)[0]
-
-
-def test_every_metric_is_registered_in_both_registries():
-    from mmagic.registry import METRICS as MMAGIC
-    from mmengine.registry import METRICS
-
-    names = {f"ToMe{cls.__name__}" for cls in (*PAIRED.values(), *SETS.values())}
-    import mmagic.evaluation  # noqa: F401
-
-    assert names <= set(METRICS.module_dict)
-    assert names <= set(MMAGIC.module_dict)
-    with pytest.raises(ToMeError, match="against='nothing'"):
-        METRICS.build(dict(type="ToMeEfficientNetFrechet", against="nothing"))

@@ -17,11 +17,9 @@ from mmagic_tome.mmagic.hooks.evaluate import ToMeEvalHook
 
 PROMPTS = ["a cat", "a dog", "cat", "dog", "a red cat"]  # an odd number: the last round repeats
 METRICS = [
-    dict(type="ToMePSNR"),
-    dict(type="ToMeSSIM"),
-    dict(type="ToMeLatentError"),
-    dict(type="PSNR", gt_key="dense_img"),  # MMagic's
-    dict(type="ToMeEfficientNetFrechet", min_samples=2, against="dense"),
+    *(dict(type="ToMeMetric", metric=name) for name in ("psnr", "ssim", "latent_error")),
+    dict(type="PSNR", gt_key="baseline_img"),  # MMagic's
+    dict(type="ToMeMetric", metric="frechet_efficientnet_lite0", fewest=2),
 ]
 HOOKS = [
     dict(type="ToMeHook"),
@@ -31,7 +29,7 @@ HOOKS = [
 
 
 def rank(number, port, config, found):
-    """What a process does that torchrun started; tests/test_evaluation has torchrun itself."""
+    """What a process does that torchrun started."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2")
     os.environ.update(RANK=str(number), LOCAL_RANK=str(number))
     torch.cuda.set_device = lambda device: None  # mmengine takes the rank's GPU; there is none
@@ -45,14 +43,12 @@ def rank(number, port, config, found):
 def test_two_ranks_find_what_one_process_finds(make_runner, tmp_path):
     pytest.importorskip("efficientnet_lite_pytorch")
     loader = dict(
-        batch_size=1,  # of other batches the lowest bits of pictures differ
+        batch_size=1,  # of other batches the lowest bits of images differ
         num_workers=0,
         sampler=dict(type="DefaultSampler", shuffle=False),
         dataset=dict(type="ToMePromptDataset", prompts=PROMPTS),
     )
-    alone = make_runner(
-        "test", tmp_path / "one", images=False, metrics=METRICS, test_dataloader=loader
-    )
+    alone = make_runner("test", tmp_path / "one", metrics=METRICS, test_dataloader=loader)
     expected = alone.test()
     config = alone.cfg.copy()
     config.update(
@@ -73,12 +69,12 @@ def test_two_ranks_find_what_one_process_finds(make_runner, tmp_path):
     for child, output in zip(ranks, outputs):
         assert forked.status(child, output) == 0, output.read_text()[-3000:]
     assert json.loads(found.read_text()) == pytest.approx(expected, rel=1e-6)
-    # The hooks: once, by the first process.
+    # The hooks: one line, one file and one sheet, by the first process.
     log = next((tmp_path / "two").rglob("*.log")).read_text()
-    merging = "ratio 0.5, cells 2x2, random destinations"
-    assert log.count(f"dense and merged ({merging}), 1 prompts, test") == 1
-    assert (tmp_path / "two" / "tome_profile_test.json").is_file()
+    assert log.count("against the baseline over 1 prompts: PSNR") == 1
+    assert len(list((tmp_path / "two").rglob("profile.json"))) == 1
     assert len(list((tmp_path / "two").rglob("tome_test_000*.png"))) == 1
+    assert len(list((tmp_path / "two").rglob("vis_image/test_00*.png"))) == 3  # its part of five
     torch.manual_seed(0)
     means = ToMeEvalHook(["cat"]).evaluate(alone, "test", 0)
     assert f"PSNR {means['psnr']:.2f} dB" in log

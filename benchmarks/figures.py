@@ -1,0 +1,345 @@
+#!/usr/bin/env python
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Writes every table and plot of measured values in the pages, from the files in ``data/``.
+
+A page has a pair of markers where a figure belongs::
+
+    <!-- figure: NAME --><!-- /figure -->
+
+Files in ``data/`` are the ``results.json`` of a run's folder, or of a script beside this one; they
+hold the command that measured them. To measure again, run it and copy the file here; then
+``make figures``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mmagic_tome.lab import plots
+from mmagic_tome.lab.measure import Interval, interval, ratios
+from mmagic_tome.lab.report import markdown, replace_table
+
+PAGES = ("*.md", "docs/**/*.md", "benchmarks/*.md", "configs/*/README.md")
+MARKER = re.compile(r"<!-- figure: (\S+) -->")
+PRESETS = ("quality", "balanced", "fast")
+PSNR = "PSNR to the baseline images (dB)"
+Row = dict[str, Any]
+
+
+class Data:
+    """A file of ``data/``, for a figure in a page."""
+
+    def __init__(self, page: Path, name: str) -> None:
+        self.page = page
+        self.root = next(one for one in page.parents if (one / "benchmarks/data").is_dir())
+        self.path = self.root / f"benchmarks/data/{name}.json"
+        self.record = json.loads(self.path.read_text(encoding="utf-8"))
+        self.rows: list[Row] = self.record["rows"]
+
+    def __getitem__(self, method: str) -> Row:
+        return {row["method"]: row for row in self.rows}[method]
+
+    def speedup(self, row: Row) -> Interval:
+        """How many times as fast as the baseline."""
+        return interval(ratios(self["baseline"]["round_seconds"], row["round_seconds"]))
+
+    def link(self, path: Path, text: str) -> str:
+        """A link from the page."""
+        return f"[{text}]({Path(os.path.relpath(path, self.page.parent)).as_posix()})"
+
+    def source(self) -> str:
+        """What was measured, how, where, when; and a link to the file."""
+        settings, where = self.record["settings"], self.record["environment"]
+        said = [str(settings[key]) for key in ("model", "size", "dtype") if key in settings]
+        for key in ("images", "steps"):
+            if settings.get(key, 1) > 1:
+                said.append(f"{settings[key]} {key}")
+        if "guidance" in settings:
+            said.append(f"{settings['scheduler']}, guidance {settings['guidance']:g}")
+        batch = settings.get("images_per_timed_run", settings.get("batch_size"))
+        said += [f"batch {batch}"] if batch else []
+        if any("round_seconds" in row for row in self.rows):
+            seconds = self["baseline"]["round_seconds"]
+            said.append(f"{len(seconds)} rounds in {settings.get('order', 'balanced')} order")
+            said.append(f"intervals of {interval(seconds).coverage:.0%}")
+            said += ["CPU seconds"] if settings.get("clock") == "cpu" else []
+        versions = where["versions"]
+        said.append(f"{where['gpu'] or where['processor']}, threads: {where['threads']}")
+        said += [f"{key} {versions[key]}" for key in ("torch", "diffusers")]
+        said.append(self.record["date"])
+        return f"<sub>{', '.join(said)}. {self.link(self.path, 'Data and command')}.</sub>"
+
+    def table(self, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+        """A table without the columns that are empty, and where it comes from."""
+        full = [place for place in range(len(heads)) if any(line[place] for line in cells)]
+        lines = [[line[place] for place in full] for line in cells]
+        return f"{markdown([heads[place] for place in full], lines)}\n\n{self.source()}"
+
+    def plot(self, name: str, figure: plots.Figure, says: str) -> str:
+        """Write a plot; return what shows it in the page."""
+        path = plots.save(figure, self.root / f"docs/images/{name}.png")
+        return f"!{self.link(path, says)}"
+
+
+def _seconds(data: Data, row: Row) -> str:
+    values = row["round_seconds"]
+    return f"{statistics.median(values):.3g} ({min(values):.3g} - {max(values):.3g})"
+
+
+# Head of a column -> its cell; a cell of which a value is missing is empty.
+COLUMNS: dict[str, Callable[[Data, Row], str]] = {
+    "s, median (min - max)": _seconds,
+    "times as fast": lambda data, row: data.speedup(row).text(),
+    "operations": lambda data, row: f"{row['flops'] / data['baseline']['flops']:.3f}",
+    "PSNR, dB": lambda data, row: f"{row['psnr']:.1f}",
+    "SSIM": lambda data, row: f"{row['ssim']:.4f}",
+    "latent error": lambda data, row: f"{row['latent_error']:.2g}",
+    "feature distance": lambda data, row: f"{row['efficientnet_lite0_distance']:.2g}",
+    "peak memory, MiB": lambda data, row: f"{row['memory'] / 2**20:.1f}",
+    "plan": lambda data, row: f"{row['plan']:.3g}",
+    "merge": lambda data, row: f"{row['merge']:.2g}",
+    "unmerge": lambda data, row: f"{row['unmerge']:.2g}",
+}
+
+
+def listed(page: Path, name: str, pick: str = "", by_speed: bool = False) -> str:
+    """Every method with whatever was measured.
+
+    Args:
+        page: Where the table goes.
+        name: Of the data.
+        pick: Regular expression of whole names. Default: all.
+        by_speed: Sort by speed-up.
+    """
+    data = Data(page, name)
+    rows = [row for row in data.rows if re.fullmatch(pick or ".*", row["method"])]
+    if by_speed:
+        rows.sort(key=lambda row: data.speedup(row).median)
+
+    def cell(function: Callable[[Data, Row], str], row: Row) -> str:
+        try:
+            return function(data, row)
+        except KeyError:
+            return ""
+
+    cells = [[row["method"], *(cell(one, row) for one in COLUMNS.values())] for row in rows]
+    return data.table(["", *COLUMNS], cells)
+
+
+def presets(page: Path, steps: str, fewer: str) -> str:
+    """The named settings, each with the number of fewer steps that is nearest in time."""
+    both = [Data(page, f"demo_{number}_steps") for number in (20, 50)]
+    cells = []
+    for name in PRESETS:
+        line = [f"`{name}`"]
+        for data in both:
+            row, speed = data[name], data.speedup(data[name])
+            others = [one for one in data.rows if one["kind"] == "fewer steps"]
+            near = min(others, key=lambda one: abs(data.speedup(one).median - speed.median))
+            line.append(f"{speed.text()}, **{row['psnr']:.1f} dB**")
+            number = steps.format(near["method"].split()[0])
+            line.append(f"{number}: {data.speedup(near).text()}, {near['psnr']:.1f} dB")
+        cells.append(line)
+    return both[0].table(["", steps.format(20), fewer, steps.format(50), fewer], cells)
+
+
+def pareto(page: Path, name: str, steps: Sequence[int], named: str) -> str:
+    """PSNR against speed-up on the demo model; names that match ``named`` are written."""
+    panels = {}
+    for data in (Data(page, f"demo_{number}_steps") for number in steps):
+        points = []
+        for row in data.rows[1:]:
+            speed = data.speedup(row)
+            label = None if re.fullmatch(named, row["method"]) else ""
+            place = (speed.median, row["psnr"], speed.low, speed.high)
+            points.append(plots.Point(row["method"], row["kind"], *place, label))
+        panels[f"demo model, {data.record['settings']['steps']} steps"] = points
+    return data.plot(name, plots.fidelity(panels, PSNR), "Fidelity against speed-up")
+
+
+def speedups(page: Path, name: str, methods: Sequence[str], last: str) -> str:
+    """Speed-ups within a sentence."""
+    data = Data(page, name)
+    said = [data.speedup(data[method]).text() for method in methods]
+    return ", ".join(said[:-1]) + last + said[-1]
+
+
+def with_weights(page: Path, name: str, group: str = "") -> str:
+    """Methods called ``GROUP: WHAT``, each beside itself with ``, prop_attn``."""
+    data, end = Data(page, name), ", prop_attn"
+    start = f"{group}: " if group else ""
+    found: dict[str, dict[bool, Row]] = {}
+    for row in data.rows:
+        plain = row["method"].removesuffix(end)
+        if plain.startswith(start) and (start or ": " not in plain) and "psnr" in row:
+            found.setdefault(plain[len(start) :], {})[plain != row["method"]] = row
+    heads = [group, "operations", *["PSNR, dB", "latent error"] * 2]
+    heads[4:] = ["PSNR, dB, `prop_attn`", "latent error, `prop_attn`"]
+    cells = []
+    for what, both in found.items():
+        line = [what, ""]
+        for weighted in (False, True):
+            row = both.get(weighted)
+            line += [
+                COLUMNS[head](data, row) if row else "" for head in ("PSNR, dB", "latent error")
+            ]
+            if row and group == "ratios":
+                line[1] = COLUMNS["operations"](data, row)
+        cells.append(line)
+    return data.table(heads, cells)
+
+
+def schedulers(page: Path) -> str:
+    """PSNR of the named settings with other schedulers, in brackets without error feedback."""
+    names = ["step_caching", *(f"scheduler_{one}" for one in ("euler", "dpm", "pndm"))]
+    cells = []
+    for data in (Data(page, name) for name in [*names, "scheduler_ancestral"]):
+        psnr = {row["method"]: row.get("psnr") for row in data.rows}
+        fewer = " / ".join(f"{psnr[f'{steps} steps']:.1f}" for steps in (16, 13, 10))
+        both = [(psnr[name], psnr[f"{name}, error feedback 0"]) for name in PRESETS]
+        line = [f"{value:.1f} ({plain:.1f})" for value, plain in both]
+        cells.append([data.record["settings"]["scheduler"], fewer, *line])
+    return data.table(["", "16 / 13 / 10 steps", *PRESETS], cells)
+
+
+def smoothness(page: Path) -> str:
+    """Error of extrapolating an output, by timestep."""
+    data = Data(page, "smoothness")
+    panels: dict[str, dict[str, Any]] = {}
+    for row in data.rows:
+        series = panels.setdefault(row["region"], {})
+        series[f"order {row['order']}"] = (row["timesteps"], row["errors"])
+    figure = plots.lines(panels, "timestep", "relative error", log=True)
+    return data.plot("smoothness", figure, "Relative error of extrapolated outputs by timestep")
+
+
+def continuity(page: Path) -> str:
+    """Residuals of the fit that tells runs apart: smallest, median, largest."""
+    data = Data(page, "run_continuity")
+    cells = []
+    for row in data.rows:
+        cells.append([f"{row['scheduler']}, guidance {row['guidance']:g}"])
+        for values in (row["own"], row["other"], row["later"]):
+            middle = statistics.median(values)
+            cells[-1].append(f"{min(values):.1g} / {middle:.2g} / {max(values):.2g}")
+    heads = ["", "own next step", "another image, same step", "another image, four steps later"]
+    return data.table(heads, cells)
+
+
+def operations(page: Path) -> str:
+    """Operations of one step, of the configs beside the page."""
+    data = Data(page, "operations")
+    cells = []
+    for row in data.rows:
+        if row["folder"] == page.parent.name:
+            both = [f"{row[key] / 1e12:.2f}" for key in ("baseline", "merged")]
+            cells.append([row["config"], row["image"], *both])
+            cells[-1].append(f"{row['baseline'] / row['merged']:.2f}")
+    heads = ["config", "image", "baseline, TFLOP", "merged, TFLOP", "baseline / merged"]
+    return data.table(heads, cells)
+
+
+def vit_correlation(page: Path) -> str:
+    """That of a saliency map at r = 13 with the baseline's, within a sentence."""
+    return f"{Data(page, 'vit_quality')['r=13']['correlation']:.3f}"
+
+
+def vit_quality(page: Path, size: int) -> str:
+    """Agreement of a vision transformer's answers with the baseline's."""
+    data = Data(page, "vit_quality")
+    cells = []
+    for row in (row for row in data.rows if row["size"] == size):
+        line = [row["method"], f"{row['correlation']:.4f}", f"{row['worst']:.4f}"]
+        labels = [str(row[key]) if key in row else "" for key in ("right", "changed")]
+        cells.append([*line, f"{row['iou']:.3f}", *labels])
+    heads = ["", "correlation", "worst", "IoU", "neighbours right", "votes changed"]
+    return data.table(heads, cells)
+
+
+def matching_sentence(page: Path) -> str:
+    """Milliseconds of ToMe and of tomesd within a sentence."""
+    data = Data(page, "matching")
+    ours, theirs = data["tome"], data["tomesd 0.1.3"]
+    both = [one["merge"] + one["unmerge"] for one in (ours, theirs)]
+    return (
+        f"merging and unmerging take {both[0]:.1f} ms of CPU time (tomesd: {both[1]:.0f}), the "
+        f"matching {ours['plan']:.0f} (tomesd: {theirs['plan']:.0f})"
+    )
+
+
+_GROUPS = ("downsample", "block", "timestep_range", "targets", "targets, residual", "method")
+_GROUPS += ("ratios", "plan_interval", "share_plans", "residual")
+_SHORT = (
+    r"baseline|quality|balanced|fast|ToMe 0.5(, prop_attn)?|tomesd 0.5|DeepCache 2|1[036] steps"
+)
+FIGURES: Mapping[str, Callable[[Path], str]] = {
+    "presets": partial(presets, steps="{} steps", fewer="fewer steps"),
+    "presets-zh": partial(presets, steps="{} 步", fewer="减少步数"),
+    "pareto": partial(pareto, name="pareto", steps=[20], named=_SHORT + "|DeepCache .|.* steps"),
+    "pareto-both": partial(
+        pareto, name="pareto_both", steps=[20, 50], named=r"(?!ToFu|ToMA|SiTo|import|prune|CA-).*"
+    ),
+    "sd15-presets": partial(speedups, name="sd15_20_steps", methods=PRESETS, last=" and "),
+    "sd15-presets-zh": partial(speedups, name="sd15_20_steps", methods=PRESETS, last=", "),
+    "sd15-tomesd": partial(speedups, name="sd15_20_steps", methods=["tomesd"], last=""),
+    "demo-short": partial(listed, name="demo_20_steps", pick=_SHORT, by_speed=True),
+    "demo-20": partial(listed, name="demo_20_steps", by_speed=True),
+    "demo-50": partial(listed, name="demo_50_steps", by_speed=True),
+    "sd15-level0": partial(listed, name="sd15_level0"),
+    "sd15-level0-1-thread": partial(listed, name="sd15_level0_1_thread"),
+    "sd15-forward": partial(listed, name="sd15_forward", pick="(?!ideal ).*", by_speed=True),
+    "sd15-20-steps": partial(listed, name="sd15_20_steps"),
+    "sdxl": partial(listed, name="sdxl"),
+    "plans": partial(listed, name="sd15_level0_plans"),
+    "plans-ratio-75": partial(listed, name="sd15_level0_plans_ratio_75"),
+    "plans-1024": partial(listed, name="sd15_level0_plans_1024"),
+    "matching": partial(listed, name="matching"),
+    "matching-sentence": matching_sentence,
+    "prop-attn": partial(with_weights, name="prop_attn"),
+    "step-caching": partial(listed, name="step_caching"),
+    "schedulers": schedulers,
+    "smoothness": smoothness,
+    "run-continuity": continuity,
+    "operations": operations,
+    "vit-correlation": vit_correlation,
+    "vit-quality-224": partial(vit_quality, size=224),
+    "vit-quality-518": partial(vit_quality, size=518),
+    **{
+        f"merging-{group.replace(',', '').replace(' ', '-')}": partial(
+            with_weights, name="merging", group=group
+        )
+        for group in _GROUPS
+    },
+}
+
+
+def write(root: Path) -> list[Path]:
+    """Write all figures into the pages below a folder.
+
+    Returns:
+        The pages that have any.
+    """
+    pages = []
+    for page in sorted(page for pattern in PAGES for page in root.glob(pattern)):
+        names = MARKER.findall(page.read_text(encoding="utf-8"))
+        for name in names:
+            if name not in FIGURES:
+                raise SystemExit(f"{page}: there is no figure {name}; known: {', '.join(FIGURES)}")
+            replace_table(page, name, FIGURES[name](page))
+        pages += [page] if names else []
+    return pages
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1])
+    for path in write(parser.parse_args().root):
+        print(path)

@@ -1,0 +1,5 @@
+# Stable Diffusion v1.5 with half of the tokens merged, against its baseline:
+#   python tools/test.py THIS_FILE
+_base_ = ["./stable-diffusion_ddim_tome-5e-1.py", "../_base_/tome_eval.py"]
+
+globals().update(_base_.tome_eval)

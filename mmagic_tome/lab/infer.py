@@ -1,0 +1,314 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Generates images or clips; with ``compare`` also the baseline's, and measures both."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import ToMeError
+from ..settings import Handles
+from . import plots
+from .environment import environment
+from .files import whole_file
+from .measure import FEWEST_ROUNDS, interleaved, interval, ratios
+from .methods import BASELINE, Method
+from .progress import progress_bar
+from .request import Request
+from .runners import Output, Runner, Source, frame_strip, save_media
+
+ROWS_OF_SHEET = 16
+WARM_UP_STEPS = 2
+
+
+def check(source: Source, request: Request, method: Method, compare: bool = False) -> None:
+    """Fail if :func:`infer` cannot work; nothing is loaded.
+
+    Raises:
+        ToMeError: The model cannot serve the request; there is nothing to compare.
+    """
+    source.check(request)
+    if compare and method.kind == "baseline":
+        raise ToMeError(
+            "nothing to compare: neither tokens are merged nor steps skipped; pass --cache "
+            "balanced or --ratio 0.5, or add cache_cfg='balanced' to the config"
+        )
+
+
+def infer(
+    source: Source,
+    request: Request,
+    method: Method | None = None,
+    *,
+    compare: bool = False,
+    rounds: int | None = None,
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Generate images or clips, write them with a ``results.json``, and print a report.
+
+    Args:
+        source: What is run.
+        request: What to generate.
+        method: What is applied. Default: None, what the config applies.
+        compare: Also run the baseline, in interleaved rounds; measure the speed-up, and how close
+            images and latents are to the baseline's; write ``compare.png``.
+        rounds: How often everything is run. Default: None, once; with ``compare`` as often as it
+            takes for five pairs of runs, with which a speed-up can be certain.
+        folder: Where files go.
+        device: Where to run.
+        dtype: Of the whole model. Default: None, the source's.
+        progress: Whether to show a bar.
+
+    Returns:
+        dict: What is in ``results.json``.
+
+    Raises:
+        ToMeError: See :func:`check`; the model cannot be loaded, or the method not be applied.
+        KeyboardInterrupt: Its message tells what is complete.
+    """
+    method = method or Method(source.setting.description, source.setting)
+    check(source, request, method, compare)
+    runner = source.load(request, device, dtype)
+    methods = [BASELINE, method] if compare else [method]
+    if rounds is None:
+        rounds = math.ceil(FEWEST_ROUNDS / len(request.batches())) if compare else 1
+    run = _Run(runner, methods, Path(folder))
+    per_round = sum(one.steps or runner.steps for one in methods) * len(request.batches())
+    warm_up = min(WARM_UP_STEPS, runner.steps) * len(methods) if compare else 0
+    with progress_bar(per_round * rounds + warm_up, "generating", show=progress) as bar:
+        try:
+            if compare:
+                run.warm_up(bar)
+            run.rounds(rounds, bar)
+        except KeyboardInterrupt:
+            there = f"; {len(run.images)} of {len(request)} are complete in {folder}"
+            raise KeyboardInterrupt(there if run.images else "") from None
+    result = run.result()
+    save_results(run.folder, result)
+    print(report(result, run.folder))
+    return result
+
+
+class _Run:
+    """Runs methods in rounds, and writes the images of the first round.
+
+    Args:
+        runner: Of the model.
+        methods: The method; or the baseline and the method.
+        folder: Where files go.
+    """
+
+    def __init__(self, runner: Runner, methods: Sequence[Method], folder: Path) -> None:
+        self.runner, self.methods, self.folder = runner, methods, folder
+        # Per image, of each run: of the whole call, and of the network alone.
+        self.seconds = {method.name: {"whole": [], "network": []} for method in methods}
+        self.images: list[dict[str, Any]] = []
+        self.rows: list[tuple[str, list[Image.Image]]] = []
+        self.applied: dict[str, Any] = {}
+        self.settings = {
+            "source": runner.source.path,
+            "model": runner.source.class_name,
+            "steps": runner.steps,
+            "guidance": runner.guidance,
+            "size": "{}x{}".format(*runner.size),
+            "scheduler": runner.scheduler,
+            "dtype": str(runner.dtype).replace("torch.", ""),
+            "device": str(runner.device),
+        }
+        self.environment = environment(runner.device)
+
+    def warm_up(self, bar: tqdm) -> None:
+        """Run every method for two steps: a first run is slow."""
+        for method in self.methods:
+            with method.on(self.runner.model):
+                numbers = self.runner.request.batches()[0]
+                self.runner.run(numbers, min(WARM_UP_STEPS, self.runner.steps), bar.update)
+
+    def rounds(self, rounds: int, bar: tqdm) -> None:
+        """Run all methods on every batch, in balanced order."""
+        batches = self.runner.request.batches()
+        numbers: Sequence[int] = ()
+
+        def begin(turn: int, name: str) -> None:
+            nonlocal numbers
+            numbers = batches[turn % len(batches)]
+
+        calls = {one.name: partial(self._call, one, lambda: numbers, bar) for one in self.methods}
+        outputs: dict[str, Output] = {}
+        for turn, name, output in interleaved(calls, range(rounds * len(batches)), begin):
+            self.seconds[name]["whole"].append(output.seconds / len(numbers))
+            self.seconds[name]["network"].append(output.network_seconds / len(numbers))
+            outputs[name] = output
+            if turn < len(batches) and len(outputs) == len(calls):
+                for place, number in enumerate(numbers):
+                    self._save(number, place, [outputs[one.name] for one in self.methods])
+                outputs.clear()
+
+    def _call(self, method: Method, numbers: Callable[[], Sequence[int]], bar: tqdm) -> Output:
+        with method.on(self.runner.model) as handles:
+            output = self.runner.run(numbers(), method.steps, bar.update)
+            if method is self.methods[-1]:
+                self.applied = {
+                    "done": what_was_done(method, handles),
+                    "stats": {handle.technique: handle.stats() for handle in handles},
+                    "summary": [handle.summary() for handle in handles],
+                }
+        return output
+
+    def _save(self, number: int, place: int, outputs: Sequence[Output]) -> None:
+        """Write an image of each method, with what it takes to make it again."""
+        request, prompt = self.runner.request, self.runner.request.prompts[number]
+        row: dict[str, Any] = {"prompt": prompt, "seed": request.seed_of(number)}
+        text = {
+            **self.settings,
+            **row,
+            "negative_prompt": (request.negatives([number]) or [""])[0],
+            "versions": json.dumps(self.environment["versions"]),
+        }
+        images = [output.images[place] for output in outputs]
+        for method, image in zip(self.methods, images):
+            applied = method is self.methods[-1]
+            path = self.folder / f"{file_stem(number, prompt)}{'' if applied else '_baseline'}"
+            text["method"] = json.dumps(method.to_dict())
+            file = save_media(path, image, self.runner.fps, text)
+            row["file" if applied else "baseline_file"] = file.name
+        if len(images) > 1:
+            row.update(fidelity(*outputs, place))
+            if number < ROWS_OF_SHEET:
+                caption = f"{prompt}  (seed {row['seed']}, {fidelity_text(row)})"
+                self.rows.append((caption, [frame_strip(image) for image in images]))
+        self.images.append(row)
+
+    def result(self) -> dict[str, Any]:
+        """What is in ``results.json``; the sheet is drawn."""
+        method = self.methods[-1]
+        result: dict[str, Any] = {
+            "settings": self.settings,
+            "method": method.to_dict(),
+            "applied": self.applied,
+            "seconds_per_image": self.seconds,
+            "images": self.images,
+            "environment": self.environment,
+        }
+        if len(self.methods) == 1:
+            return result
+        base, other = (self.seconds[one.name] for one in self.methods)
+        for key, part in (("speedup", "whole"), ("network_speedup", "network")):
+            found = interval(ratios(base[part], other[part]))
+            text = f"{found}{'' if found.excludes(1) else ', within noise'}"
+            result[key] = {**asdict(found), "text": text}
+        heads = [
+            f"baseline\n{statistics.median(base['whole']):.2f} s per image",
+            f"{self.applied['done']}: {result['speedup']['text']}\n"
+            f"{statistics.median(other['whole']):.2f} s per image",
+        ]
+        title = "{model}, {steps} steps, {size}, {device} {dtype}".format(**self.settings)
+        sheet = difference_sheet(title, heads, self.rows)
+        result["compare"] = save_media(self.folder / "compare", sheet).name
+        return result
+
+
+# --- words and figures ----------------------------------------------------------------------------
+
+
+def what_was_done(method: Method, handles: Handles) -> str:
+    """'merged', 'cached' or both, by what happened in a run; the label of other methods."""
+    if method.kind != "ours":
+        return method.label
+    tome, cache = handles.tome, handles.cache
+    merged = tome is not None and any(row["calls"] > row["unmerged_calls"] for row in tome.stats())
+    cached = cache is not None and any(row["skipped"] for row in cache.stats())
+    return " and ".join(["merged"] * merged + ["cached"] * cached) or "nothing merged or skipped"
+
+
+def fidelity(base: Output, other: Output, place: int) -> dict[str, float | None]:
+    """How close an image, and its latents, are to the baseline's.
+
+    Returns:
+        dict: ``psnr`` in dB, None if the images are identical (JSON has no infinity);
+        ``latent_error``, relative, None if latents are not known.
+    """
+    from .metrics import paired
+
+    psnr = paired("psnr")
+    value = psnr.mean(psnr(*(_pixels(one.images[place]) for one in (base, other))))
+    error = None
+    if base.latents is not None and other.latents is not None:
+        both = (one.latents[place : place + 1] for one in (base, other))
+        error = float(paired("latent_error")(*both))
+    return {"psnr": value if math.isfinite(value) else None, "latent_error": error}
+
+
+def _pixels(image: Any) -> Tensor:
+    """(1, 3, H, W) uint8 of an image; (frames, 3, H, W) of a clip."""
+    frames = image if isinstance(image, (list, tuple)) else [image]
+    pixels = np.stack([np.asarray(frame.convert("RGB")) for frame in frames])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def fidelity_text(row: Mapping[str, Any]) -> str:
+    """:func:`fidelity` in words."""
+    text = "identical" if row["psnr"] is None else f"PSNR {row['psnr']:.1f} dB"
+    error = row["latent_error"]
+    return text if error is None else f"{text}, latent error {error:.3f}"
+
+
+def difference_sheet(
+    title: str, heads: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]]
+) -> Image.Image:
+    """Draw pairs of images and their difference, see :func:`~.plots.contact_sheet`."""
+    heads = [*heads, f"difference\nbrightest: {plots.FULL_SCALE} of 255 and more"]
+    rows = [(caption, [*pair, plots.difference_map(*pair)]) for caption, pair in rows]
+    return plots.contact_sheet(title, heads, rows)
+
+
+def save_results(folder: Path, result: Mapping[str, Any]) -> None:
+    """Write ``results.json``."""
+    with whole_file(folder / "results.json") as path:
+        path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def file_stem(number: int, prompt: str) -> str:
+    """A file name for an image: its number and the start of its prompt."""
+    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].rstrip("-")
+    return f"{number:04d}_{slug}" if slug else f"{number:04d}"
+
+
+def report(result: Mapping[str, Any], folder: Path) -> str:
+    """Where files are, what was applied, and how long it took, as text to print."""
+    images, applied = result["images"], result["applied"]
+    lines = [f"{len(images)} generated, with results.json: {folder}"]
+    for row in images[:ROWS_OF_SHEET]:
+        close = f"  {fidelity_text(row)}" if "psnr" in row else ""
+        lines.append(f"  {row['file']}{close}  {row['prompt']}")
+    if len(images) > ROWS_OF_SHEET:
+        lines.append(f"  ... and {len(images) - ROWS_OF_SHEET} more")
+    if "compare" in result:
+        lines.append(f"Side by side: {folder / result['compare']}")
+    lines += ["", f"In the last run: {applied['done']}", *applied["summary"], ""]
+    lines.append(f"Seconds per image, {result['settings']['steps']} steps [network alone]:")
+    for name, one in result["seconds_per_image"].items():
+        whole, network = statistics.median(one["whole"]), statistics.median(one["network"])
+        lines.append(f"  {name}: {whole:.2f} [{network:.2f}]")
+    if "speedup" not in result:
+        return "\n".join([*lines, "  without a warm-up; --compare measures the speed-up"])
+    speedup, network = result["speedup"], result["network_speedup"]["text"]
+    lines.append(f"  speed-up: {speedup['text']} [{network}]")
+    lines.append(f"  medians of {speedup['count']} interleaved pairs of runs, after a warm-up")
+    return "\n".join(lines)

@@ -1,0 +1,184 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""What merging does in a run: which tokens it merges, what blocks cost."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from ..handle import ToMeHandle
+from ..patch import find_patch
+from ..tome.state import TomePatch
+from .measure import StepMarks
+
+# Pixels per token at least: borders would hide smaller ones.
+_TOKEN = 6
+# Of 255 levels: borders on brighter colours are grey, on others white.
+_BRIGHT, _GREY = 190, 150.0
+
+
+@dataclass(frozen=True)
+class Record:
+    """The merge plan of one block at one step.
+
+    Attributes:
+        step: From 0.
+        block: Dotted path of the block.
+        grid: (height, width) in tokens.
+        slot: (N,) int32, the merged token that holds each token, in rows of the grid; of the last
+            image in the network's batch, which with guidance is the one with the prompt.
+    """
+
+    step: int
+    block: str
+    grid: tuple[int, int]
+    slot: np.ndarray
+
+    @property
+    def kept(self) -> int:
+        """Number of tokens after merging."""
+        return int(self.slot.max()) + 1
+
+
+def merged_blocks(handle: ToMeHandle) -> dict[str, nn.Module]:
+    """The blocks in which tokens are merged, by dotted path, in running order."""
+    found = {}
+    for name, network in handle.networks.items():
+        patch = find_patch(network, TomePatch)
+        merged = {block.name for block in patch.blocks}
+        for block in patch.adapter.blocks(network):
+            if block.name in merged:
+                found[f"{name}.{block.name}" if name else block.name] = block.module
+    return found
+
+
+class Recorder:
+    """Records merge plans and times of blocks in one run, inside a with statement.
+
+    Pass :meth:`next_step` to the run as ``on_step``. Compiled networks cannot be recorded.
+
+    Args:
+        blocks: Some of :func:`merged_blocks`.
+        device: Where they are.
+        plans: Whether to record merge plans, which takes time inside the blocks.
+
+    Attributes:
+        records: One :class:`Record` per block and step at which it merged, in running order; of
+            a block whose targets have different plans, the plan of the first.
+    """
+
+    def __init__(
+        self, blocks: dict[str, nn.Module], device: torch.device, plans: bool = True
+    ) -> None:
+        self.blocks, self.plans = blocks, plans
+        self.records: list[Record] = []
+        self._step = 0
+        self._steps: dict[str, list[int]] = {name: [] for name in blocks}
+        self._marks = {
+            name: StepMarks(block, device, partial(self._called, name))
+            for name, block in blocks.items()
+        }
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Recorder:
+        for name, block in self.blocks.items():
+            self._stack.enter_context(self._marks[name])
+            if self.plans:
+                # After merging's own hook, which has made the plan by then.
+                hook = block.register_forward_pre_hook(partial(self._note, name))
+                self._stack.callback(hook.remove)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def next_step(self) -> None:
+        """What is recorded belongs to the next step from now on."""
+        self._step += 1
+
+    def _called(self, name: str) -> None:
+        self._steps[name].append(self._step)
+
+    def _note(self, name: str, block: nn.Module, args: tuple) -> None:
+        hooks = block._forward_pre_hooks.values()
+        patches = (getattr(hook, "patch", None) for hook in hooks)
+        patch = next((one for one in patches if isinstance(one, TomePatch)), None)
+        plan = None if patch is None else patch.context.plan
+        slots = None if plan is None else plan.slot
+        if slots is not None and plan.num_slots < slots.shape[1]:
+            slot = slots[-1].detach().to("cpu", torch.int32).numpy()
+            self.records.append(Record(self._step, name, tuple(patch.context.grid), slot))
+
+    def seconds(self, steps: int) -> dict[str, np.ndarray]:
+        """(steps,) seconds of each block, with what merging takes in it; 0 where skipped."""
+        found = {name: np.zeros(steps) for name in self.blocks}
+        for name, marks in self._marks.items():
+            np.add.at(found[name], self._steps[name], marks.seconds())
+        return found
+
+
+# --- painting -------------------------------------------------------------------------------------
+
+
+def enlarged(image: Image.Image, grid: tuple[int, int]) -> Image.Image:
+    """An image in RGB, enlarged by a whole factor until a token of a grid has six pixels a side."""
+    factor = max(1, -(-_TOKEN * grid[0] // image.height), -(-_TOKEN * grid[1] // image.width))
+    size = (image.width * factor, image.height * factor)
+    return image.convert("RGB").resize(size, Image.Resampling.NEAREST)
+
+
+def merge_map(slot: np.ndarray, grid: tuple[int, int], image: Image.Image) -> Image.Image:
+    """Paint groups of merged tokens over an image, in their mean colour and with a border.
+
+    A token that is alone shows the image as it is.
+
+    Args:
+        slot: (height * width,) the merged token that holds each token, in rows of the grid.
+        grid: (height, width) in tokens.
+        image: PIL image that the grid covers; see :func:`enlarged`.
+
+    Returns:
+        PIL image in RGB, as large.
+
+    Source: "Token Merging: Your ViT But Faster" (arXiv 2210.09461), figure 4.
+    """
+    pixels = np.asarray(image.convert("RGB"), np.float64)
+    rows = np.arange(image.height) * grid[0] // image.height
+    columns = np.arange(image.width) * grid[1] // image.width
+    labels = slot.reshape(grid)[rows[:, None], columns]
+    merged = (np.bincount(slot) > 1)[labels]
+    painted = np.where(merged[..., None], _mean_colours(pixels, labels), pixels)
+    # Left of or above another group, if one of the two is merged.
+    border = np.zeros(labels.shape, bool)
+    border[:, :-1] |= (labels[:, :-1] != labels[:, 1:]) & (merged[:, :-1] | merged[:, 1:])
+    border[:-1] |= (labels[:-1] != labels[1:]) & (merged[:-1] | merged[1:])
+    bright = painted.mean(axis=2, keepdims=True) > _BRIGHT
+    painted[border] = np.where(bright, _GREY, 255.0)[border]
+    return Image.fromarray(painted.round().astype(np.uint8))
+
+
+def _mean_colours(pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(H, W, 3): the mean over all pixels with the same label."""
+    flat = labels.reshape(-1)
+    count = np.bincount(flat).clip(1)
+    sums = [np.bincount(flat, channel.reshape(-1)) for channel in np.moveaxis(pixels, 2, 0)]
+    return np.stack([total / count for total in sums], axis=1)[labels]
+
+
+def short_name(block: str) -> str:
+    """``down_blocks.0.attentions.1.transformer_blocks.0`` -> ``down 0.1.0``."""
+    words = block.replace("_blocks", "").replace("_block", "").split(".")
+    first = next((place for place, word in enumerate(words) if word.isdigit()), len(words))
+    names = [word for word in words[:first] if word != "attentions"]
+    return " ".join([*names, ".".join(word for word in words if word.isdigit())])
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most ``most`` of the numbers below ``count``: the first, the last, and evenly between."""
+    return sorted(set(np.linspace(0, count - 1, min(most, count)).round().astype(int).tolist()))

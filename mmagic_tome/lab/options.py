@@ -1,0 +1,290 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Options of the commands, their values and exit codes; imports nothing slow."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import errno
+import math
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import ToMeError
+
+INTERRUPTED, BAD_INPUT = 130, 2
+#: Of an option whose value may be None.
+NOT_GIVEN = object()
+
+
+def exit_code(run: Callable[[], object], prog: str) -> int:
+    """Run a command; return 0, 2 for bad input or 130 if interrupted.
+
+    What went wrong is one line on stderr. A bug keeps its traceback.
+
+    Args:
+        run: The command, without arguments.
+        prog: Name shown in front of errors.
+    """
+    try:
+        run()
+    except SystemExit as error:  # of --help
+        return int(error.code or 0)
+    except ToMeError as error:
+        text = " ".join(str(error).split())
+        text = text if len(text) <= 400 else text[:397] + "..."
+        print(f"{prog}: error: {text}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt as error:
+        print(f"{prog}: interrupted{error}", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Nobody reads the output any more; Python would complain when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"{prog}: error: {error.strerror}", file=sys.stderr)
+        return BAD_INPUT
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, as all others are."""
+
+    def error(self, message: str) -> None:
+        """Raise :class:`ToMeError`."""
+        raise ToMeError(f"{message} (see --help)")
+
+
+class KeyValues(argparse.Action):
+    """KEY=VALUE ..., read by mmengine's ``DictAction``, whose import takes a second."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        """Add the pairs to the dict in ``namespace``."""
+        for text in values:
+            if "=" not in text[1:]:
+                parser.error(f"{option_string} takes KEY=VALUE, got {text!r}")
+        from mmengine.config import DictAction
+
+        try:
+            DictAction(self.option_strings, self.dest)(parser, namespace, values, option_string)
+        except AssertionError as error:
+            parser.error(f"{option_string}: {error}")
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+def number(
+    kind: type, low: float | None = None, below: float | None = None
+) -> Callable[[str], Any]:
+    """An ``argparse`` type: a finite number of at least ``low`` and below ``below``.
+
+    Args:
+        kind: ``int`` or ``float``.
+        low, below: Bounds. Default: None, none.
+    """
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            wanted = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}") from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
+        if low is not None and value < low:
+            raise argparse.ArgumentTypeError(f"expected at least {low}, got {text}")
+        if below is not None and value >= below:
+            raise argparse.ArgumentTypeError(f"expected less than {below}, got {text}")
+        return value
+
+    return parse
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``(height, width)`` in pixels from ``'256'`` or ``'256x384'``."""
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"expected N or HxW in pixels, got {text!r}")
+    return int(parts[0]), int(parts[-1])
+
+
+def parse_cache(text: str) -> Any:
+    """A ``cache_cfg`` from a name, or a dict or list in Python's spelling; None from 'none'."""
+    if text.lower() == "none":
+        return None
+    if not text.lstrip().startswith(("{", "[", "(")):
+        return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        wanted = "expected a name such as balanced, or a dict such as {'interval': 3}"
+        raise argparse.ArgumentTypeError(f"{wanted}, got {text!r}") from None
+
+
+# Kinds of options.
+TEXT, FILE, DIR = ({"metavar": name} for name in ("TEXT", "FILE", "DIR"))
+TEXTS = {"nargs": "+", "action": "extend", "default": [], "metavar": "TEXT"}
+FILES = {"nargs": "+", "metavar": "FILE"}
+REPEATED = {"action": "append", "default": []}
+N = {"type": number(int, low=1), "metavar": "N"}
+ZERO_OR_MORE = {"type": number(int, low=0), "metavar": "N"}
+WEIGHT = {"type": number(float, low=0), "metavar": "W"}
+RATIO = {"type": number(float, low=0, below=1), "metavar": "R"}
+SIZE = {"type": parse_size, "metavar": "N|HxW"}
+# torch's generator on the CPU and numpy's look at 32 bits only.
+SEED = {"type": number(int, low=0, below=2**32), "metavar": "N"}
+CACHE = {"type": parse_cache, "metavar": "NAME|DICT", "default": NOT_GIVEN}
+DTYPE = {"choices": ("fp32", "fp16", "bf16")}
+FLAG = {"action": "store_true"}
+RESUME = "go on with the newest run in --work-dir (default: begin a new one)"
+KEY_VALUES = {"nargs": "+", "action": KeyValues, "default": {}, "metavar": "KEY=VALUE"}
+
+
+def adder(parser: argparse.ArgumentParser, title: str) -> Callable[..., None]:
+    """A function that adds options to a group: ``add('--name', KIND, 'help', **changes)``."""
+    group = parser.add_argument_group(title)
+
+    def add(names: str, kind: dict[str, Any], about: str, **changes: Any) -> None:
+        group.add_argument(*names.split(), help=about, **{**kind, **changes})
+
+    return add
+
+
+# --- parent parsers -------------------------------------------------------------------------------
+
+
+def source_options(default: str) -> argparse.ArgumentParser:
+    """What is run: a config with a checkpoint, or a pipeline; and where.
+
+    Args:
+        default: What is run if neither is given.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.set_defaults(default_config=default)
+    add = adder(parser, "what is run")
+    add("config", {"nargs": "?"}, f"a file, or package::path (default: {default})")
+    add("checkpoint", {"nargs": "?"}, "weights of a MMagic model (default: config's load_from)")
+    add("--pipeline", DIR, "diffusers pipeline, a folder or id, not a config (default: none)")
+    add("--cfg-options", KEY_VALUES, "changes of the config: tome_cfg.sx=4 ... (default: none)")
+    add("--device", {"metavar": "DEV"}, "cpu, cuda, cuda:1, ... (default: cuda, else cpu)")
+    return parser
+
+
+def request_options() -> argparse.ArgumentParser:
+    """What to generate: the fields of a :class:`~.request.Request` but for those below."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add = adder(parser, "what to generate")
+    add("--prompt --text", TEXTS, "@FILE is as --prompt-file (default: the config's infer_cfg)")
+    files = ".txt (a prompt per line), .json, .csv, demo, demo-held-out or imagenet"
+    add("--prompt-file", {**REPEATED, **FILE}, f"{files}; may be repeated (default: none)")
+    add("--negative-prompt", TEXT, "what images should not show (default: nothing)")
+    each = "one for all, or one per prompt (default: none)"
+    add("--img", FILES, f"image to start from or to inpaint, {each}", dest="images")
+    add("--mask", FILES, f"where to inpaint (white), {each}", dest="masks")
+    add("--control", FILES, f"control image of a ControlNet, {each}", dest="controls")
+    add("--reference", FILES, f"image of the subject, {each}", dest="references")
+    add("--frames", N, "frames of a clip (default: the model's)")
+    add("--guidance", WEIGHT, "classifier-free guidance; 1 is none (default: the model's)")
+    add("--seed", SEED, "of the first image; image i has seed N + i (default: 0)")
+    extra = "arguments of the model's call: strength=0.5 ... (default: none)"
+    add("--extra-parameters", KEY_VALUES, extra, dest="extra")
+    return parser
+
+
+def run_options(cases: bool = False) -> argparse.ArgumentParser:
+    """Steps, size, batch size and precision.
+
+    Args:
+        cases: Whether the last three take several values, of which each combination is a case.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    add = adder(parser, "how it is run")
+    several = {"nargs": "+"} if cases else {}
+    steps = "of one measurement (default: 1)" if cases else "(default: the model's)"
+    add("--steps", N, f"denoising steps {steps}")
+    add("--size", SIZE, "height and width in pixels (default: the model's)", **several)
+    add("--batch-size", N, "images per call (default: 1)", **several)
+    add("--dtype", DTYPE, "precision of the model (default: that of its config)", **several)
+    return parser
+
+
+def method_options() -> argparse.ArgumentParser:
+    """What is applied: the config's setting, changed, and further methods."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add = adder(parser, "what is applied")
+    add("--ratio", RATIO, "fraction of tokens to merge; 0 merges none (default: the config's)")
+    names = "quality, balanced, fast, a dict, or none"
+    add("--cache", CACHE, f"step caching: {names} (default: the config's)")
+    short = "tome:0.5, cache:balanced, tomesd:0.5, deepcache:3, steps:13"
+    long = "NAME={'ratio': 0.5, 'cache': 'balanced', 'steps': 20}"
+    add("--method", {**REPEATED, **TEXT}, f"{short}, or {long} (default: what the config applies)")
+    return parser
+
+
+def result_options() -> argparse.ArgumentParser:
+    """Where results go."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add = adder(parser, "results")
+    add("--work-dir", DIR, "results go to DIR/<time> (default: work_dirs/<name of the config>)")
+    add("--dry-run", FLAG, "check all that needs no weights, and print it (default: run)")
+    return parser
+
+
+# --- options of one verb --------------------------------------------------------------------------
+
+
+def infer_options(parser: argparse.ArgumentParser) -> None:
+    """Add those of ``infer``."""
+    add = adder(parser, "infer")
+    add("--compare", FLAG, "run the baseline too: speed-up, fidelity, a sheet (default: do not)")
+    add("--rounds", N, "interleaved rounds (default: 1; with --compare for five pairs of runs)")
+
+
+def evaluate_options(parser: argparse.ArgumentParser) -> None:
+    """Add those of ``evaluate``."""
+    add = adder(parser, "evaluate (more, such as split, in the config's evaluation)")
+    add("--limit", N, "so many of the prompts, evenly spread (default: all)")
+    numbers = {"nargs": "+", **WEIGHT, "metavar": "N"}
+    add("--fewer-steps", numbers, "baseline with N steps, or a share (default: 0.8 0.65 0.5)")
+    add("--only", {"nargs": "+", **TEXT}, "names of methods, with * and ? (default: all)")
+    add("--metrics", {"nargs": "+", **TEXT}, "by name (default: those that need no download)")
+    add("--real", DIR, "real images for FID and others (default: the baseline's images)")
+    add("--rounds", ZERO_OR_MORE, "interleaved rounds that measure cost; 0: none (default: 9)")
+    add("--resume", FLAG, RESUME)
+    ranks = "torchrun --nproc-per-node N tools/evaluate.py ... --launcher pytorch"
+    launchers = {"choices": ("none", "pytorch", "slurm", "mpi"), "default": "none"}
+    add("--launcher", launchers, f"what started the processes: {ranks} (default: none)")
+    # torchrun of some versions adds it to every command.
+    add("--local-rank --local_rank", {"type": int}, argparse.SUPPRESS)
+
+
+def benchmark_options(parser: argparse.ArgumentParser) -> None:
+    """Add those of ``benchmark``."""
+    add = adder(parser, "benchmark")
+    add("--rounds", N, "interleaved rounds (default: 7)", default=7)
+    attention = {"choices": ("default", "math"), "default": "default"}
+    add("--attention", attention, "math writes out all scores (default: the network's own)")
+    mode = {"choices": ("eager", "compiled"), "default": "eager"}
+    add("--mode", mode, "compiled: torch.compile (default: eager)")
+    clock = {"choices": ("wall", "cpu"), "default": "wall"}
+    add("--clock", clock, "cpu: for a CPU that other programs use (default: wall)")
+    add("--no-ideal", FLAG, "without the ideal of each method (default: with it)")
+    add("--no-memory", FLAG, "without peak memory (default: with it)")
+    add("--resume", FLAG, RESUME)
+
+
+def visualize_options(parser: argparse.ArgumentParser) -> None:
+    """Add those of ``visualize``."""
+    add = adder(parser, "visualize")
+    add("--columns", N, "steps, or with --vit blocks, on a sheet (default: 4)", default=4)
+    blocks = "draw blocks with TEXT in their name; may be repeated"
+    add("--block", {**REPEATED, **TEXT}, f"{blocks} (default: up to eight)")
+    add("--rounds", N, "interleaved runs that measure the blocks' time (default: 3)", default=3)
+    add("--vit", FILE, "config of a vision transformer: draw its tokens of --img (default: none)")
+    add("--r", N, "with --vit: tokens to remove per block (default: the config's, else 8)")

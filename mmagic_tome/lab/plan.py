@@ -1,0 +1,202 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""What an evaluation is of: what is given, else the config's ``evaluation``, else the defaults.
+
+::
+
+    evaluation = dict(
+        prompts='demo',  # or a file, relative to the config, or a list
+        limit=50,
+        methods=['tome:0.5', dict(name='both', tome_cfg=dict(ratio=0.5, cache='balanced'))],
+        fewer_steps=[0.8, 0.5],
+        metrics=['psnr', dict(name='lpips', net='alex')],
+    )
+"""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ToMeError
+from ..validate import check_choice, check_integer, check_keys, did_you_mean
+from .devices import DTYPES
+from .methods import BASELINE, Method, check_names, fewer_steps, parse_method
+from .prompts import SPLITS, choose, read_prompts, request_fields
+from .real import RealImages
+from .request import Request
+from .runners import make_request
+from .runners.base import Source
+
+DEFAULT_RATIOS = (0.25, 0.5, 0.75)
+# Shares of the steps. Half of them is about what ratio 0.5 promises at best.
+DEFAULT_FEWER_STEPS = (0.8, 0.65, 0.5)
+_PROMPTS = ("prompts", "limit", "split", "prompt_template", "images_per_prompt")
+_METHODS = ("methods", "ratios", "fewer_steps", "only")
+_OTHERS = ("metrics", "real", "real_per_class", "rounds", "cost_batch_size", "dtype")
+_REQUEST = tuple(field.name for field in fields(Request) if field.name != "prompts")
+KEYS = (*_PROMPTS, *_METHODS, *_OTHERS, *_REQUEST)
+_LISTS = ("methods", "ratios", "fewer_steps", "only", "metrics")
+_COUNTS = ("limit", "images_per_prompt", "real_per_class", "cost_batch_size")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Arguments of :func:`~.evaluate.evaluate`.
+
+    Attributes:
+        request, methods, metrics, rounds, real, cost_batch_size: See there.
+        dtype: Of the model; None for that of the source.
+    """
+
+    request: Request
+    methods: list[Method]
+    metrics: list[Any] | None
+    rounds: int
+    real: RealImages | None
+    cost_batch_size: int | None
+    dtype: torch.dtype | None
+
+
+def plan_of(source: Source, **given: Any) -> Plan:
+    """What to evaluate.
+
+    Args:
+        source: Its ``evaluation`` and ``defaults`` say what is not given.
+        **given: Of :data:`KEYS`; None and empty lists are as if not given.
+
+            - ``prompts``: a file, a built-in set or a list (see :func:`~.prompts.read_prompts`);
+              ``limit``, ``split`` (``'choose'`` or ``'judge'``), ``prompt_template`` with ``{}``,
+              ``images_per_prompt``.
+            - ``methods``: :class:`Method`, dicts for :meth:`Method.from_dict`, or texts for
+              :func:`~.methods.parse_method`; ``ratios``: the config's token merging with other
+              ratios. Either one given replaces both of the config. Default: what the config
+              applies, else ratios 0.25, 0.5 and 0.75.
+            - ``fewer_steps``: shares or numbers of steps. Default: 0.8, 0.65 and 0.5, if the number
+              of steps is stated.
+            - ``only``: names of the methods to keep, with ``*`` and ``?``.
+            - ``metrics``: names, ``NAME={...}`` with options, or dicts.
+            - ``real``: a folder; ``real_per_class``; ``rounds``; ``cost_batch_size``;
+              ``dtype``: ``'fp32'``, ``'fp16'`` or ``'bf16'``.
+            - fields of a :class:`Request`.
+
+    Raises:
+        ToMeError: An unknown key, a value out of range, no prompts.
+    """
+    stated = dict(source.evaluation)
+    check_keys("evaluation of the config", stated, KEYS)
+    check_keys("evaluate", given, KEYS)
+    given = {key: value for key, value in given.items() if value is not None and value != []}
+    if "methods" in given or "ratios" in given:
+        stated.pop("methods", None), stated.pop("ratios", None)
+    for key in ("prompts", "real"):
+        if key in stated:
+            stated[key] = _beside(stated[key], source.path)
+    values = {**stated, **given}
+    for key in _LISTS:
+        if key in values and not isinstance(values[key], (list, tuple)):
+            raise ToMeError(f"evaluate: {key} must be a list, got {values[key]!r}")
+    for key in _COUNTS:
+        if values.get(key) is not None:
+            check_integer("evaluate: ", key, values[key], 1)
+    if values.get("split") is not None:
+        check_choice("evaluate: ", "split", values["split"], SPLITS)
+
+    request = _request(source, values)
+    metrics, real, dtype = (values.get(key) for key in ("metrics", "real", "dtype"))
+    return Plan(
+        request=request,
+        methods=_methods(source, values, request.steps),
+        metrics=None if metrics is None else [_metric(entry) for entry in metrics],
+        rounds=check_integer("evaluate: ", "rounds", values.get("rounds", 9), 0),
+        real=None if real is None else RealImages(real, values.get("real_per_class")),
+        cost_batch_size=values.get("cost_batch_size"),
+        dtype=None if dtype is None else DTYPES[check_choice("evaluate: ", "dtype", dtype, DTYPES)],
+    )
+
+
+def _beside(path: Any, config: str) -> Any:
+    """A path of a config, which is relative to the config's folder if something is there."""
+    beside = Path(config).parent / path if isinstance(path, str) else None
+    return str(beside) if beside is not None and beside.exists() else path
+
+
+def _request(source: Source, values: Mapping[str, Any]) -> Request:
+    given = {key: values.get(key) for key in _REQUEST}
+    usual = {**source.defaults, **{key: one for key, one in given.items() if one is not None}}
+    prompts = values.get("prompts", source.defaults.get("prompts"))
+    if prompts is None:
+        raise ToMeError("no prompts: pass a file, or one of the sets demo and demo-held-out")
+    for key in ("seed", "negative_prompt"):
+        if isinstance(usual.get(key), (list, tuple)):
+            raise ToMeError(f"evaluate: {key} is one for all; write others into the prompt file")
+    given.update(
+        request_fields(
+            choose(read_prompts(prompts), values.get("limit"), values.get("split")),
+            usual.get("seed", 0),
+            usual.get("negative_prompt"),
+            values.get("prompt_template"),
+            values.get("images_per_prompt", 1),
+        )
+    )
+    return make_request(source, **given)
+
+
+def _methods(source: Source, values: Mapping[str, Any], steps: int | None) -> list[Method]:
+    own = source.setting
+    tome = own.to_dict()
+    ratios = list(values.get("ratios", ()))
+    found = [_method(entry) for entry in values.get("methods", ())]
+    if not found and not ratios:
+        if own.baseline:
+            ratios = list(DEFAULT_RATIOS)
+        else:
+            found = [Method(own.description, own)]
+    found += [
+        Method.from_dict({"name": f"ratio {ratio:g}", "tome_cfg": {**tome, "ratio": ratio}})
+        for ratio in ratios
+    ]
+    fewer = values.get("fewer_steps")
+    if fewer is None:
+        stated = any(method.kind == "fewer steps" for method in found)
+        fewer = () if stated or steps is None else DEFAULT_FEWER_STEPS
+    if fewer and steps is None:
+        raise ToMeError("evaluate: fewer_steps than how many? state steps too")
+    found += fewer_steps(fewer, steps or 0)
+    check_names([BASELINE, *found])
+    return _only(values.get("only"), found)
+
+
+def _method(entry: Any) -> Method:
+    if isinstance(entry, Method):
+        return entry
+    return parse_method(entry) if isinstance(entry, str) else Method.from_dict(entry)
+
+
+def _only(wanted: Sequence[str] | None, found: list[Method]) -> list[Method]:
+    if wanted is None:
+        return found
+    names = [method.name for method in found]
+    for name in wanted:
+        if not fnmatch.filter(names, name):
+            hint = did_you_mean(name, names)
+            raise ToMeError(f"only: no method is called {name!r}: {hint}there are {names}")
+    return [one for one in found if any(fnmatch.fnmatchcase(one.name, name) for name in wanted)]
+
+
+def _metric(entry: Any) -> Any:
+    """``'fid'``, ``"fid={'weights': ...}"`` or a dict."""
+    if not isinstance(entry, str) or "=" not in entry:
+        return entry
+    name, _, text = entry.partition("=")
+    try:
+        return {"name": name, **ast.literal_eval(text)}
+    except (ValueError, SyntaxError, TypeError):
+        raise ToMeError(
+            f"metric {entry!r}: write its name, or NAME=\"{{'option': value}}\""
+        ) from None

@@ -1,0 +1,318 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""All plots, in one style: fidelity against speed-up, bars, lines, contact sheets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
+from PIL import Image
+
+from .files import whole_file
+
+# Colours that colour-blind readers tell apart (Okabe and Ito), and shapes for print.
+KINDS = {
+    "baseline": ("#000000", "D"),
+    "caching": ("#009e73", "o"),
+    "merging": ("#0072b2", "s"),
+    "merging and caching": ("#56b4e9", "P"),
+    "fewer steps": ("#d55e00", "^"),
+    "DeepCache": ("#cc79a7", "v"),
+    "tomesd": ("#7f7f7f", "X"),
+}
+OTHER = ("#b8860b", "*")
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "text.parse_math": False,  # names and prompts may have dollar signs
+}
+DPI = 150
+FULL_SCALE = 64  # levels of 255: differences this large and larger are brightest
+CELL, MARGIN, LINE = 256, 16, 24  # of a sheet, in pixels
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method in :func:`fidelity` or :func:`bars`.
+
+    Args:
+        name: Of the method.
+        kind: One of :data:`KINDS`; anything else looks like no other.
+        x: Speed-up, or the length of the bar.
+        y: Fidelity; unused in bars.
+        low, high: Interval of ``x``. Default: none.
+        label: Text beside the point. Default: None, the name; ``''`` for none.
+    """
+
+    name: str
+    kind: str
+    x: float
+    y: float = math.nan
+    low: float | None = None
+    high: float | None = None
+    label: str | None = None
+
+    def look(self) -> dict[str, Any]:
+        """What all plots draw alike: colour, entry in the legend, interval."""
+        look = {"color": KINDS.get(self.kind, OTHER)[0], "label": self.kind, "alpha": 0.9}
+        if self.low is not None and self.high is not None:
+            look["xerr"] = [[max(0, self.x - self.low)], [max(0, self.high - self.x)]]
+        return look
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Write a figure, whole or not at all; the same figure gives the same bytes.
+
+    Args:
+        figure: Of this module.
+        path: With the suffix of the format, such as ``.png``.
+    """
+    look = {"format": Path(path).suffix[1:], "dpi": DPI, "metadata": {"Software": None}}
+    with whole_file(path) as part:
+        figure.savefig(part, **look)
+    return Path(path)
+
+
+def _figure(width: float, height: float, panels: int) -> tuple[Figure, list[Any]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(1, panels, squeeze=False, sharey=True)[0])
+
+
+def _legend(figure: Figure) -> None:
+    """Below the axes, where it covers no point; each name once."""
+    found = {}
+    for axes in figure.axes:
+        found |= {name: handle for handle, name in zip(*axes.get_legend_handles_labels())}
+    if len(found) > 1:
+        columns = min(5, len(found))
+        figure.legend(found.values(), found, loc="outside lower center", ncols=columns)
+
+
+def pareto_front(points: Sequence[Point], higher_is_better: bool = True) -> list[Point]:
+    """Return the points that no other one dominates in x and y, by rising x."""
+    sign = 1 if higher_is_better else -1
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (-p.x, -sign * p.y)):
+        if not front or sign * point.y > sign * front[-1].y:
+            front.append(point)
+    return front[::-1]
+
+
+@matplotlib.rc_context(STYLE)
+def fidelity(
+    panels: Mapping[str, Sequence[Point]], ylabel: str, higher_is_better: bool = True
+) -> Figure:
+    """Draw fidelity against speed-up; what the Pareto front dominates is shaded.
+
+    Args:
+        panels: Title -> points. Those without a finite y, such as the PSNR of equal images, are
+            left out.
+        ylabel: Name and unit of the fidelity.
+        higher_is_better: False turns the axis round, so that better is always up.
+    """
+    figure, all_axes = _figure(1.6 + 6.8 * len(panels), 5.4, len(panels))
+    drawn = [[point for point in points if math.isfinite(point.y)] for points in panels.values()]
+    for axes, title, points in zip(all_axes, panels, drawn):
+        axes.set(title=title, xlabel="times as fast as the baseline")
+        axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
+        for point in points:
+            shape = KINDS.get(point.kind, OTHER)[1]
+            axes.errorbar(point.x, point.y, fmt=shape, markersize=7, elinewidth=1, **point.look())
+        axes.margins(0.1)
+    for axes, points in zip(all_axes, drawn):
+        limits = axes.axis()
+        front = pareto_front(points, higher_is_better)
+        xs = [limits[0], *(point.x for point in front)]
+        ys = [point.y for point in (*front[:1], *front)]
+        look = dict(step="pre", color=KINDS["caching"][0], linewidth=0, zorder=0)
+        if front:
+            axes.fill_between(xs, ys, limits[2 if higher_is_better else 3], alpha=0.1, **look)
+        axes.axis(limits)
+    if not higher_is_better:
+        all_axes[0].invert_yaxis()
+    all_axes[0].set_ylabel(ylabel)
+    where = dict(xy=(1, 1.01), xycoords="axes fraction", ha="right", va="bottom")
+    all_axes[-1].annotate("higher and further right is better", color="#555555", **where)
+    _legend(figure)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # labels go inside the axes, which stay where they are
+    for axes, points in zip(all_axes, drawn):
+        place_labels(axes, points)
+    return figure
+
+
+def place_labels(axes: Any, points: Sequence[Point]) -> np.ndarray:
+    """Write the label of each point where it covers least.
+
+    Args:
+        axes: With everything else drawn on them.
+        points: What to name.
+
+    Returns:
+        (n, 4): left, bottom, right and top of each label, in pixels.
+    """
+    pixel = axes.figure.dpi / 72
+    if not points:
+        return np.empty((0, 4))
+    ends = [(p.x, p.x) if p.low is None else (p.low, p.high) for p in points]
+    spots, low, high = (
+        axes.transData.transform([(x, point.y) for x, point in zip(xs, points)])
+        for xs in ([point.x for point in points], *zip(*ends))
+    )
+    marks, lines = np.hstack([spots - 5 * pixel, spots + 5 * pixel]), np.hstack([low - 2, high + 2])
+    taken = np.vstack([marks, lines])
+    angles, far = np.meshgrid(np.arange(0, 2 * np.pi, np.pi / 8), np.arange(6, 70, 4) * pixel)
+    directions = np.stack([np.cos(angles), np.sin(angles)], -1).reshape(-1, 2)
+    far = far.reshape(-1, 1)
+    # From the right edge inwards: those have the fewest places to choose from.
+    for point, spot in sorted(zip(points, spots), key=lambda pair: -pair[1][0]):
+        text = point.name if point.label is None else point.label
+        if not text:
+            continue
+        line = {"arrowstyle": "-", "alpha": 0.5, "linewidth": 0.7}
+        style = {"textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 9}
+        note = axes.annotate(text, (point.x, point.y), (0, 0), arrowprops=line, **style)
+        note.arrow_patch.set_visible(False)  # not part of the label's size
+        size = np.array(note.get_window_extent().size)
+        centres = spot + directions * (far + size / 2)
+        boxes = np.hstack([centres - size / 2, centres + size / 2])
+        outside = size.prod() - _shared(boxes, axes.get_window_extent().extents[None])
+        cost = _shared(boxes, taken).sum(1) + 10 * outside[:, 0] + far[:, 0]
+        best = int(cost.argmin())
+        note.set_position((centres[best] - spot) / pixel)
+        note.arrow_patch.set_visible(bool(far[best] > 12 * pixel))
+        taken = np.vstack([taken, boxes[best]])
+    return taken[2 * len(points) :]
+
+
+def _shared(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """(n, m): the area that each of n boxes shares with each of m others."""
+    low = np.maximum(boxes[:, None, :2], others[:, :2])
+    high = np.minimum(boxes[:, None, 2:], others[:, 2:])
+    return np.prod(np.clip(high - low, 0, None), axis=2)
+
+
+@matplotlib.rc_context(STYLE)
+def bars(panels: Mapping[str, Sequence[Point]], xlabel: str) -> Figure:
+    """Draw horizontal bars with intervals, and a line at 1, the baseline's speed-up.
+
+    Args:
+        panels: Title -> points.
+        xlabel: Name and unit of x.
+    """
+    longest = max(len(points) for points in panels.values())
+    figure, all_axes = _figure(1.6 + 6.8 * len(panels), 1.4 + 0.32 * longest, len(panels))
+    for axes, (title, points) in zip(all_axes, panels.items()):
+        for place, point in enumerate(points):
+            axes.barh(place, point.x, 0.7, error_kw={"elinewidth": 1}, **point.look())
+        axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
+        axes.set(title=title, xlabel=xlabel)
+        axes.set_yticks(range(len(points)), [point.name for point in points])
+        axes.grid(axis="y", visible=False)
+    all_axes[0].invert_yaxis()
+    _legend(figure)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def lines(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
+    xlabel: str,
+    ylabel: str,
+    log: bool = False,
+) -> Figure:
+    """Draw one line per series, such as an error or a time by step.
+
+    Args:
+        panels: Title -> name of the series -> (x, y).
+        xlabel, ylabel: Names and units. Where x falls, as timesteps do, the axis falls too.
+        log: Draw y on a logarithmic scale.
+    """
+    figure, all_axes = _figure(2.4 + 2.8 * len(panels), 3.6, len(panels))
+    names = list(dict.fromkeys(name for series in panels.values() for name in series))
+    colours = [colour for colour, _ in KINDS.values()]
+    for axes, (title, series) in zip(all_axes, panels.items()):
+        for name, (x, y) in series.items():
+            colour = colours[(names.index(name) + 1) % len(colours)]
+            axes.plot(x, y, marker=".", linewidth=1.4, color=colour, label=name)
+        axes.set(title=title, xlabel=xlabel, yscale="log" if log else "linear")
+        if log:  # as plain numbers
+            axes.yaxis.set_major_formatter(LogFormatter())
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        if x[-1] < x[0]:
+            axes.invert_xaxis()
+    all_axes[0].set_ylabel(ylabel)
+    _legend(figure)
+    return figure
+
+
+def difference_map(base: Image.Image, other: Image.Image) -> Image.Image:
+    """Return the mean absolute difference over RGB in false colour, black where there is none.
+
+    Args:
+        base, other: Images of one size.
+    """
+    a, b = (np.asarray(image.convert("RGB")).astype(int) for image in (base, other))
+    scaled = np.clip(np.abs(a - b).mean(axis=2) / FULL_SCALE, 0, 1)
+    colours = matplotlib.colormaps["inferno"](scaled)[..., :3]
+    return Image.fromarray((255 * colours).round().astype(np.uint8))
+
+
+@matplotlib.rc_context(STYLE)
+def contact_sheet(
+    title: str, heads: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]]
+) -> Image.Image:
+    """Draw images side by side, one row per prompt, pixel by pixel.
+
+    Args:
+        title: First line of the sheet.
+        heads: Text over each column, up to two lines, such as a method and its time.
+        rows: Caption, and an image for each head; all images have one size. Small ones are
+            enlarged by a whole factor.
+
+    Returns:
+        An RGB image.
+    """
+    factor = max(1, -(-CELL // rows[0][1][0].width))
+    width, height = (factor * side for side in rows[0][1][0].size)
+    room = len(heads) * (width + MARGIN) - MARGIN
+    whole, total = room + 2 * MARGIN, 2 * MARGIN + 3 * LINE + len(rows) * (height + LINE + MARGIN)
+    figure = Figure(figsize=(whole / 100, total / 100), dpi=100)
+    canvas = FigureCanvasAgg(figure)
+
+    def write(text: str, x: int, y: int, room: int) -> None:
+        note = figure.text(x / whole, 1 - y / total, text, va="top", fontsize=11)
+        while text and (width := note.get_window_extent().width) > room:
+            text = text[: min(len(text) - 1, int(len(text) * room / width))]
+            note.set_text(text.rstrip() + "…")
+
+    columns = [MARGIN + place * (width + MARGIN) for place in range(len(heads))]
+    write(title, MARGIN, MARGIN, room)
+    for x, head in zip(columns, heads):
+        for line, text in enumerate(head.split("\n"), 1):
+            write(text, x, MARGIN + line * LINE, width)
+    top = MARGIN + 3 * LINE
+    for caption, images in rows:
+        for x, image in zip(columns, images):
+            pixels = np.asarray(image.convert("RGB")).repeat(factor, 0).repeat(factor, 1)
+            figure.figimage(pixels, x, total - top - height)
+        write(" ".join(caption.split()), MARGIN, top + height + 4, room)
+        top += height + LINE + MARGIN
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())

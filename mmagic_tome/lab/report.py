@@ -1,0 +1,315 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""What a reader gets of a run: a table, plots, a page with images; all from the folder's rows."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader
+from PIL import Image
+
+from ..errors import ToMeError
+from . import plots
+from .benchmark import CASE, summary
+from .environment import environment
+from .files import whole_file
+from .measure import Interval
+from .metrics.base import Metric
+from .results import RunFolder
+from .table import table
+
+# Of the page: its largest images, and how much of them mail and browsers take.
+LARGEST_SIDE, MOST_IMAGES, MOST_BYTES = 512, 12, 12_000_000
+
+
+def write_report(folder: RunFolder) -> Path:
+    """Write ``table.md``, ``results.csv``, ``results.json``, plots and ``report.html``.
+
+    Args:
+        folder: Of a run, as far as it is.
+
+    Returns:
+        The page. It needs no other file and no network.
+    """
+    frame, manifest = _frame(folder), folder.manifest
+    metrics = {
+        name: Metric(name, about["label"], None, about["unit"], about["higher_is_better"])
+        for name, about in manifest.get("metrics", {}).items()
+    }
+    columns = _columns(frame, metrics)
+    cells = [[column[place] for column in columns.values()] for place in range(len(frame))]
+    settings, notes = _settings(manifest, frame), [row["text"] for row in folder.find(kind="note")]
+    about = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
+    command = _command()
+
+    frame.to_csv(folder.path / "results.csv", index=False)
+    save_record(folder.path / "results.json", settings, _rows(folder, frame), manifest)
+    texts = markdown(list(columns), [[text for text, _ in line] for line in cells])
+    lines = [about, "", texts, "", *(f"- {note}" for note in notes), f"- `{command}`", ""]
+    with whole_file(folder.path / "table.md") as path:
+        path.write_text("\n".join(lines), encoding="utf-8")
+    drawn = [plots.save(*pair) for pair in _draw(folder, frame, metrics)]
+
+    images = _images(folder, metrics)
+    where = dict(manifest.get("environment") or environment())
+    versions = ", ".join(f"{name} {number}" for name, number in where.pop("versions").items())
+    template = Environment(loader=PackageLoader(__package__), autoescape=True)
+    html = template.get_template("report.html.j2").render(
+        title=f"{settings.get('model', folder.path.name)}: methods compared",
+        about=about,
+        heads=list(columns),
+        rows=cells,
+        notes=notes,
+        plots={path.stem: data_uri(path) for path in drawn},
+        images=images,
+        shown=dict.fromkeys(name for image in images for name in image["methods"]),
+        environment={**where, "versions": versions, "date": time.strftime("%Y-%m-%d")},
+        command=command,
+    )
+    with whole_file(folder.path / "report.html") as path:
+        path.write_text(html, encoding="utf-8")
+    return folder.path / "report.html"
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def _frame(folder: RunFolder) -> pd.DataFrame:
+    """The table of an evaluation; that of a benchmark with the same columns, case by case."""
+    if not folder.has(kind="case"):
+        return table(folder)
+    found = summary(folder)
+    found = found[found["note"].isna()].rename(columns={"peak_bytes": "memory"})
+    found[["speedup", "speedup_low", "speedup_high"]] = found[["median", "low", "high"]]
+    return found
+
+
+def _columns(frame: pd.DataFrame, metrics: Mapping[str, Metric]) -> dict[str, list[tuple]]:
+    """Head -> (text, value to sort by) of each method; only of what was measured."""
+    found = {"method": [(name, name) for name in frame["method"]]}
+    if "case" in frame and frame["case"].nunique() > 1:
+        found["case"] = [(case, case) for case in frame["case"]]
+    if "speedup" in frame:
+        ends = ["speedup", "speedup_low", "speedup_high", "rounds"]
+        intervals = [
+            Interval(median, low, high, math.nan, count)
+            for median, low, high, count in frame[ends].itertuples(index=False)
+        ]
+        found["times as fast"] = [_cell(one.median, one.text()) for one in intervals]
+    of = "" if "case" in frame else " / image"
+    shown = {f"s{of}": ("seconds", "{:.4g}".format)}
+    for name, metric in metrics.items():
+        arrow = "↑" if metric.higher_is_better else "↓"
+        shown[f"{metric.label} {arrow}"] = (name, metric.text)
+        if name in ("psnr", "latent_error"):  # a mean hides the images that came out badly
+            shown[f"{metric.label}, worst 5 % {arrow}"] = (f"{name}_p5", metric.text)
+            shown[f"{metric.label}, worst {arrow}"] = (f"{name}_worst", metric.text)
+    shown[f"memory{of}, MiB"] = ("memory", lambda value: f"{value / 2**20:.1f}")
+    shown[f"TFLOP{of}"] = ("flops", lambda value: f"{value / 1e12:.4g}")
+    for head, (key, text) in shown.items():
+        if key in frame:
+            found[head] = [_cell(value, text(value)) for value in frame[key]]
+    return found
+
+
+def _cell(value: float, text: str) -> tuple[str, Any]:
+    if math.isnan(value):
+        return "", ""
+    return text, value if math.isfinite(value) else "Infinity"  # as the page's script has it
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown: the first column to the left, the others to the right."""
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def replace_table(page: str | Path, name: str, text: str) -> None:
+    """Put a text between the markers of a Markdown page and change nothing else of it.
+
+    Args:
+        page: The file; has ``<!-- figure: NAME -->...<!-- /figure -->`` once.
+        name: Of the figure.
+        text: Tables and images are put on lines of their own, other text within its line.
+
+    Raises:
+        ToMeError: The page does not have the markers once.
+    """
+    page = Path(page)
+    old = page.read_text(encoding="utf-8")
+    begin, end = f"<!-- figure: {name} -->", "<!-- /figure -->"
+    before, found, rest = old.partition(begin)
+    between, ended, after = rest.partition(end)
+    if not found or not ended or begin in rest or "<!-- figure:" in between:
+        raise ToMeError(f"{page} needs {begin} and, behind it, {end}, once")
+    new = f"\n{text}\n" if "\n" in text or text.startswith("!") else text
+    if new != between:
+        with whole_file(page) as path:
+            path.write_text(before + begin + new + end + after, encoding="utf-8")
+
+
+# --- records --------------------------------------------------------------------------------------
+
+
+def save_record(
+    path: str | Path,
+    settings: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    manifest: Mapping[str, Any] | None = None,
+) -> None:
+    """Write measured values with the command, the date, the machine and the versions.
+
+    Args:
+        path: A JSON file; each row is a line.
+        settings: What was measured.
+        rows: JSON-able; infinities and NaN become null.
+        manifest: Of a run's folder, which knows the machine. Default: None, this machine.
+    """
+    where = (manifest or {}).get("environment") or environment()
+    record = {
+        "command": _command(),
+        "date": time.strftime("%Y-%m-%d"),
+        "environment": {key: where[key] for key in ("processor", "gpu", "threads", "versions")},
+        "settings": dict(settings),
+        "rows": "ROWS",
+    }
+    # JSON has no word for infinities and NaN; six digits are more than is measured.
+    clean = {
+        "parse_constant": lambda word: None,
+        "parse_float": lambda text: float(f"{float(text):.6g}"),
+    }
+    lines = [json.dumps(json.loads(json.dumps(row), **clean), ensure_ascii=False) for row in rows]
+    lines = ",\n".join(f"  {line}" for line in lines)
+    text = json.dumps(record, indent=1, ensure_ascii=False).replace('"ROWS"', f"[\n{lines}\n ]")
+    with whole_file(path) as part:
+        part.write_text(text + "\n", encoding="utf-8")
+
+
+def _rows(folder: RunFolder, frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The table's rows, with the seconds of all rounds, per image."""
+    found = []
+    for row in json.loads(frame.to_json(orient="records")):
+        row["kind"] = _kind(folder, row["method"])
+        keys = {key: row[key] for key in ("method", *CASE) if key in row}
+        rounds = folder.find(kind="case" if "case" in row else "round", **keys)
+        rounds = sorted(rounds, key=lambda one: one["turn"])
+        row["round_seconds"] = [one["seconds"] / one.get("images", 1) for one in rounds]
+        found.append({key: value for key, value in row.items() if value not in (None, [])})
+    return found
+
+
+def _kind(folder: RunFolder, name: str) -> str:
+    """What a method looks like in plots: one of ``plots.KINDS``, or its label."""
+    method = folder.manifest["methods"].get(name, {"kind": name, "label": name})
+    return method["kind"] if method["kind"] == "fewer steps" else method["label"]
+
+
+def _settings(manifest: Mapping[str, Any], frame: pd.DataFrame) -> dict[str, Any]:
+    request = manifest.get("request", {})
+    found = {"model": manifest.get("name") or manifest.get("network"), **request}
+    found |= {key: manifest.get(key) for key in ("dtype", "clock", "images_per_timed_run")}
+    found["scheduler"] = manifest.get("model", {}).get("scheduler")
+    if "case" in frame and frame["case"].nunique() == 1:
+        found |= {key: frame[key].iloc[0] for key in CASE}
+        found["batch_size"] = found.pop("batch")
+    found["size"] = "x".join(map(str, found.get("size") or ()))
+    found = json.loads(json.dumps(found, default=int))  # pandas has numbers of its own
+    return {key: value for key, value in found.items() if value and key != "prompts"}
+
+
+def _command() -> str:
+    """The command line without the folder of its results, which says nothing to others."""
+    words = ["python", *sys.argv]
+    if words[1].endswith("__main__.py"):
+        words[1:2] = ["-m", __package__.partition(".")[0]]
+    return re.sub(r" --resume| --work-dir[ =]\S+", "", shlex.join(words))
+
+
+# --- plots and images -----------------------------------------------------------------------------
+
+
+def _draw(folder: RunFolder, frame: pd.DataFrame, metrics: Mapping[str, Metric]) -> list[tuple]:
+    """(Figure, path): each metric against speed-up; without metrics the speed-ups."""
+    found = []
+    timed = frame[frame["speedup"].notna()] if "speedup" in frame else frame[:0]
+    if not len(timed):
+        return found
+    cases = timed.groupby("case", sort=False) if "case" in timed else [("", timed)]
+    for name in [name for name in metrics if name in frame] or ["speedup"]:
+        keys = ["method", "speedup", name, "speedup_low", "speedup_high"]
+        panels = {
+            case: [
+                plots.Point(method, _kind(folder, method), *values)
+                for method, *values in rows[keys].itertuples(index=False)
+            ]
+            for case, rows in cases
+        }
+        if name == "speedup":
+            figure = plots.bars(panels, "times as fast as the baseline")
+        else:
+            metric = metrics[name]
+            label = f"{metric.label} ({metric.unit})" if metric.unit else metric.label
+            figure = plots.fidelity(panels, label, metric.higher_is_better)
+        found.append((figure, folder.path / f"{name}.png"))
+    return found
+
+
+def _images(folder: RunFolder, metrics: Mapping[str, Metric]) -> list[dict[str, Any]]:
+    """What the page's script shows: prompts evenly spread, until it is too much."""
+    images = {(row["method"], row["number"]): row for row in folder.find(kind="image")}
+    said: dict[tuple[str, int], list[str]] = {}
+    for row in folder.find(kind="metric"):
+        if row["metric"] in metrics and row["number"] is not None and row["value"] is not None:
+            metric = metrics[row["metric"]]
+            values = said.setdefault((row["method"], row["number"]), [])
+            values.append(f"{metric.label} {metric.text(row['value'])}")
+    numbers = [number for method, number in images if method == "baseline"]
+    found: list[dict[str, Any]] = []
+    used = 0
+    for number in numbers[:: max(1, len(numbers) // MOST_IMAGES)][:MOST_IMAGES]:
+        others = {
+            method: {
+                "image": data_uri(folder.path / row["file"], LARGEST_SIDE),
+                "values": said.get((method, number), []),
+            }
+            for (method, of), row in images.items()
+            if of == number
+        }
+        used += sum(len(one["image"]) for one in others.values())
+        if found and used > MOST_BYTES:
+            break
+        row = images["baseline", number]
+        base = others.pop("baseline")["image"]
+        entry = {"prompt": row["prompt"], "seed": row["seed"], "baseline": base}
+        found.append({**entry, "methods": others})
+    return found
+
+
+def data_uri(path: Path, largest: int | None = None) -> str:
+    """Return an image file as a ``data:`` URI.
+
+    Args:
+        path: PNG or GIF.
+        largest: Pixels a side; a PNG of more than half of that becomes a JPEG. Default: None, the
+            file as it is.
+    """
+    data, kind = path.read_bytes(), path.suffix[1:]
+    image = Image.open(path)
+    if largest and kind == "png" and max(image.size) > largest // 2:
+        image.thumbnail((largest, largest))
+        file, kind = io.BytesIO(), "jpeg"
+        image.convert("RGB").save(file, "JPEG", quality=88)
+        data = file.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,80 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""What a patch is, and what several of them need."""
+
+import contextlib
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+import types
+
+PATCHES = []
+
+
+def patch_of(module, lasting=False):
+    """Declare a patch of the import of a module.
+
+    Args:
+        module (str): The module whose import (or use) shows the symptom.
+        lasting (bool): Whether the patch changes something that is used after the
+            import as well. Only such a patch makes sense for a module that was
+            imported before this package. Default: False.
+    """
+
+    def declare(function):
+        function.module = module
+        function.lasting = lasting
+        function.symptom = " ".join(function.__doc__.split("\n\n")[0].split())
+        PATCHES.append(function)
+        return function
+
+    return declare
+
+
+def is_installed(name):
+    """Whether a module can be found, without importing it (its parents are)."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+@contextlib.contextmanager
+def substituted(name, module):
+    """``sys.modules[name]`` is ``module`` inside the context, and as before after it."""
+    missing = object()
+    before = sys.modules.get(name, missing)
+    sys.modules[name] = module
+    try:
+        yield
+    finally:
+        if before is missing:
+            sys.modules.pop(name, None)
+        else:
+            sys.modules[name] = before
+
+
+class Absent(types.ModuleType):
+    """Stands in for a module that is not there; its names say so where they are used."""
+
+    def __init__(self, name, remedy):
+        super().__init__(name)
+        self.remedy = remedy
+
+    def __getattr__(self, name):
+        if name.startswith("__"):  # what the import system asks for
+            raise AttributeError(name)
+        return Missing(f"{self.__name__}.{name} is used here, but {self.remedy}")
+
+
+class Missing:
+    def __init__(self, message):
+        self.message = message
+
+    def __call__(self, *args, **kwargs):
+        raise ImportError(self.message)
+
+    def __getattr__(self, name):  # a class method, such as from_pretrained
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self

@@ -1,0 +1,144 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""MMagic's ``tools/test.py`` and ``tools/train.py``, with this package imported before MMagic.
+
+MMagic's scripts import MMagic before they read a config, so ``custom_imports`` comes too late for
+the patches in ``compat/``: with current libraries the import itself fails. The functions here
+import this package first and then run the scripts of the installed MMagic, with its options::
+
+    python -m mmagic_tome test CONFIG [CHECKPOINT] [--work-dir ...] [--out ...] [--cfg-options ...]
+    python -m mmagic_tome train CONFIG [--work-dir ...] [--resume] [--amp] [--auto-scale-lr] ...
+
+A script is loaded as a module and its ``main()`` called, instead of being run as ``__main__``,
+so that its parser can be corrected where it is too strict or does nothing:
+
+- CHECKPOINT may be left out: pretrained parts of a config (``from_pretrained``) are weights too.
+  Without it ``load_from`` of the config counts.
+- CONFIG may be ``mmagic_tome::demo/sd-emoji_eval.py``, or such a path in another package.
+- Before anything is built, a missing file or a config without a test (or training) is an error.
+- ``--amp`` works for an ``optim_wrapper`` with one optimizer and no ``type``, as that of
+  DreamBooth; MMagic raises AssertionError or AttributeError.
+- ``--auto-scale-lr`` takes effect; MMagic parses it and ignores it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from ..errors import ToMeError
+
+# What a config must have, by script, and what to write where it has not.
+_NEEDED = {
+    "test": (
+        ("test_dataloader", "test_cfg", "test_evaluator"),
+        "inherit from configs/_base_/tome_eval.py, as configs/demo/sd-emoji_eval.py does",
+    ),
+    "train": (
+        ("train_dataloader", "train_cfg", "optim_wrapper"),
+        "inherit from a training config, such as configs/dreambooth/dreambooth_tome-5e-1.py",
+    ),
+}
+
+
+def test_main(argv: Sequence[str] | None = None, prog: str = "test.py") -> int:
+    """Run MMagic's ``tools/test.py``.
+
+    Args:
+        argv: The arguments. Default: those of the process.
+        prog: Name shown in help and errors.
+
+    Returns:
+        The exit code: 0, or 2 after a one-line error about the input.
+    """
+    return _run("test", argv, prog)
+
+
+def train_main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
+    """Run MMagic's ``tools/train.py``; see :func:`test_main`."""
+    return _run("train", argv, prog)
+
+
+# Not tests, should pytest collect a module that imports them.
+test_main.__test__ = False
+
+
+def _run(name: str, argv: Sequence[str] | None, prog: str) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+
+    class Parser(argparse.ArgumentParser):
+        """The script's parser, corrected."""
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**{**options, "prog": prog})
+
+        def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+            if names == ("checkpoint",):
+                options = {**options, "nargs": "?", "help": "checkpoint file; default: load_from"}
+            return super().add_argument(*names, **options)
+
+        def parse_args(self) -> argparse.Namespace:
+            return _completed(name, super().parse_intermixed_args(argv))
+
+    try:
+        script = _load(name)
+        script.argparse = SimpleNamespace(ArgumentParser=Parser)
+        script.main()
+    except ToMeError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _load(name: str) -> ModuleType:
+    """The script of the installed MMagic as a module."""
+    package = importlib.util.find_spec("mmagic")
+    if package is None:
+        raise ToMeError("MMagic is not installed: pip install mmagic==1.2.0")
+    file = Path(package.submodule_search_locations[0], ".mim", "tools", f"{name}.py")
+    if not file.is_file():  # MMagic's checkout on PYTHONPATH
+        file = Path(package.submodule_search_locations[0]).parent / "tools" / f"{name}.py"
+    if not file.is_file():
+        raise ToMeError(f"this MMagic has no tools/{name}.py; pip install mmagic==1.2.0")
+    spec = importlib.util.spec_from_file_location(f"mmagic_tools_{name}", file)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+def _completed(name: str, args: argparse.Namespace) -> argparse.Namespace:
+    """Checked arguments, in the form in which the script handles them."""
+    from ..lab.runners.mmagic_source import load_config
+
+    config = load_config(args.config)
+    args.config = config.filename
+    options = args.cfg_options or {}
+    config.merge_from_dict(options)
+    keys, remedy = _NEEDED[name]
+    missing = [key for key in keys if config.get(key) is None]
+    if missing:
+        raise ToMeError(f"{args.config} has no {', '.join(missing)}; {remedy}")
+    checkpoint = getattr(args, "checkpoint", None) or config.get("load_from")
+    if checkpoint and "://" not in checkpoint and not os.path.isfile(checkpoint):
+        raise ToMeError(f"there is no checkpoint {checkpoint}")
+    if name == "test":
+        args.checkpoint = checkpoint
+        return args
+    if args.amp and "optimizer" in config.optim_wrapper:
+        options["optim_wrapper.type"] = "AmpOptimWrapper"
+        options.setdefault("optim_wrapper.loss_scale", "dynamic")
+        args.amp = False
+    if args.auto_scale_lr:
+        if "base_batch_size" not in (config.get("auto_scale_lr") or {}):
+            raise ToMeError(
+                "--auto-scale-lr needs the batch size that the learning rate is for; write "
+                "auto_scale_lr=dict(base_batch_size=16) into the config"
+            )
+        options["auto_scale_lr.enable"] = True
+    args.cfg_options = options or None
+    return args

@@ -1,0 +1,89 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Every figure of the pages is that of the committed data."""
+
+import importlib.util
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def figures():
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "benchmarks/figures.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def copy(figures, tmp_path):
+    """The pages and the data alone: no plot is there before it is drawn."""
+    for pattern in (*figures.PAGES, "benchmarks/data/*.json"):
+        for path in ROOT.glob(pattern):
+            there = tmp_path / path.relative_to(ROOT)
+            there.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, there)
+    return tmp_path
+
+
+def test_writing_all_figures_changes_nothing(figures, copy):
+    pages = figures.write(copy)
+    assert {"README.md", "README_zh-CN.md"} <= {page.name for page in pages}
+    for page in pages:
+        committed = ROOT / page.relative_to(copy)
+        assert page.read_text() == committed.read_text(), f"{committed}: run make figures"
+    drawn = sorted(copy.rglob("*.png"))
+    assert drawn
+    for path in drawn:
+        committed = ROOT / path.relative_to(copy)
+        one, two = (np.asarray(Image.open(file)).astype(int) for file in (path, committed))
+        assert np.abs(one - two).max() <= 1, f"{committed}: run make figures"
+
+
+def test_every_figure_is_shown_and_every_file_of_data_is_used(figures, copy, monkeypatch):
+    used = set()
+    opened = figures.Data.__init__
+
+    def note(data, page, name):
+        used.add(name)
+        opened(data, page, name)
+
+    monkeypatch.setattr(figures.Data, "__init__", note)
+    pages = figures.write(copy)
+    shown = {name for page in pages for name in figures.MARKER.findall(page.read_text())}
+    shown.discard("NAME")
+    assert shown == set(figures.FIGURES)
+    assert used == {path.stem for path in (ROOT / "benchmarks/data").iterdir()}
+
+
+def test_other_data_changes_the_pages(figures, copy):
+    path = copy / "benchmarks/data/sdxl.json"
+    record = json.loads(path.read_text())
+    blocks = next(row for row in record["rows"] if row["method"] == "blocks")
+    base = next(row for row in record["rows"] if row["method"] == "baseline")
+    blocks["round_seconds"] = [seconds / 7 for seconds in base["round_seconds"]]
+    path.write_text(json.dumps(record))
+    figures.write(copy)
+    assert "~7.00x (7.00-7.00)" in (copy / "benchmarks/README.md").read_text()
+    page = copy / "README.md"
+    page.write_text(page.read_text() + "<!-- figure: nothing --><!-- /figure -->")
+    with pytest.raises(SystemExit, match="there is no figure nothing"):
+        figures.write(copy)
+
+
+def test_every_file_of_data_says_how_it_was_measured():
+    for path in (ROOT / "benchmarks/data").iterdir():
+        record = json.loads(path.read_text())
+        assert {"command", "date", "environment", "settings", "rows"} == set(record), path
+        assert re.fullmatch(r"20\d\d-\d\d-\d\d", record["date"]) and record["command"]
+        assert {"processor", "gpu", "threads", "versions"} == set(record["environment"])
+        assert "torch" in record["environment"]["versions"]
+        timed = [len(row["round_seconds"]) for row in record["rows"] if "round_seconds" in row]
+        assert len(set(timed)) <= 1, "every method ran in every round"

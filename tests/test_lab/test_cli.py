@@ -1,0 +1,327 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""The entrance of all commands: help, exit codes, what is found wrong before weights are loaded."""
+
+import errno
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tiny import tiny_config, write_config
+
+from mmagic_tome import ToMeError
+from mmagic_tome.__main__ import main
+from mmagic_tome.assets import asset_path
+from mmagic_tome.lab.cli import VERBS, build_parser
+from mmagic_tome.lab.options import exit_code
+
+pytest.importorskip("mmagic", reason="most of these models are MMagic's")
+ROOT = Path(__file__).resolve().parents[2]
+RUNNING = [verb for verb in VERBS if verb != "tune"]
+
+
+@pytest.fixture(scope="module")
+def configs(sd_folder, tmp_path_factory):
+    """Config files by name, each with something of its own."""
+    folder = tmp_path_factory.mktemp("configs")
+    model = tiny_config(folder=sd_folder)
+    tome = dict(tome_cfg=dict(ratio=0.5))
+    entries = {
+        "plain": (model, {}),
+        "tome": (model, tome),
+        "twice": ({**model, "tome_cfg": dict(ratio=0.3)}, tome),
+        "inpaint": (tiny_config("StableDiffusionInpaint", sd_folder), tome),
+        "clips": (tiny_config("AnimateDiff", sd_folder), tome),
+        "elsewhere": (tiny_config(folder="/nowhere/at/all"), tome),
+        "checkpoint": (model, dict(load_from="/nowhere/x.pth")),
+        "wrong": (model, dict(infer_cfg=dict(prompt="cat"))),
+        "evaluation": (
+            model,
+            dict(
+                evaluation=dict(
+                    prompts=["cat", "dog"],
+                    images_per_prompt=1,
+                    steps=4,
+                    size=64,
+                    methods=[dict(name="half", tome_cfg=dict(ratio=0.5))],
+                    fewer_steps=[0.5],
+                    metrics=["psnr"],
+                    rounds=0,
+                )
+            ),
+        ),
+        "no_model": (None, {}),
+    }
+    return {
+        name: write_config(folder / f"{name}.py", model, **more)
+        for name, (model, more) in entries.items()
+    }
+
+
+# --- help and exit codes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_tool_helps_from_anywhere_without_importing_torch(verb, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", ROOT / "tools" / f"{verb}.py", "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: {verb}.py")
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "mmagic_tome.lab.cli" in imported
+    assert not imported & {"torch", "mmengine", "mmagic", "diffusers", "numpy"}
+
+
+@pytest.mark.parametrize("verb", RUNNING)
+def test_help_explains_every_option_with_its_default(verb):
+    hidden = ("help", "local_rank")
+    actions = [one for one in build_parser(verb)._actions if one.dest not in hidden]
+    assert len(actions) > 20
+    assert [one.dest for one in actions if "(default: " not in (one.help or "")] == []
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_errors_are_one_line_under_the_name_of_the_verb(command, verb):
+    code, out, err = command(verb, "--nonsense")
+    assert code == 2 and not out and err.count("\n") == 1
+    assert err.startswith(f"mmagic_tome {verb}: error: ")
+
+
+def test_verbs_are_listed_and_unknown_ones_refused(command):
+    code, out, _ = command("--help")
+    assert code == 0 and all(f"  {verb} " in out for verb in (*VERBS, "test", "train"))
+    for words in ([], ["paint"]):
+        code, _, err = command(*words)
+        assert code == 2 and "write one of infer, evaluate, benchmark, visualize" in err
+
+
+def test_tune_says_what_to_use_instead(command):
+    code, out, err = command("tune")
+    assert code == 2 and not out and "evaluate: --method" in err
+
+
+def test_test_and_train_go_to_mmagics_runner(monkeypatch):
+    calls = []
+    entry = SimpleNamespace(
+        test_main=lambda argv, prog: calls.append(("test", argv, prog)) or 0,
+        train_main=lambda argv, prog: calls.append(("train", argv, prog)) or 3,
+    )
+    monkeypatch.setitem(sys.modules, "mmagic_tome.mmagic.entry", entry)
+    monkeypatch.setattr(sys.modules["mmagic_tome.mmagic"], "entry", entry, raising=False)
+    assert main(["test", "a.py", "--out", "x"]) == 0 and main(["train", "b.py"], "train.py") == 3
+    assert calls == [
+        ("test", ["a.py", "--out", "x"], "mmagic_tome test"),
+        ("train", ["b.py"], "train.py"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ToMeError("no\n  such thing"), 2, "tool: error: no such thing\n"),
+        (ToMeError("x" * 500), 2, f"tool: error: {'x' * 397}...\n"),
+        (OSError(errno.ENOSPC, "No space left"), 2, "tool: error: No space left\n"),
+        (KeyboardInterrupt(), 130, "tool: interrupted\n"),
+        (KeyboardInterrupt("; 1 of 2 done"), 130, "tool: interrupted; 1 of 2 done\n"),
+        (SystemExit(0), 0, ""),
+    ],
+)
+def test_exit_codes(error, code, said, capsys):
+    def run():
+        raise error
+
+    assert exit_code(run, "tool") == code
+    assert capsys.readouterr() == ("", said)
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        exit_code(lambda: 1 / 0, "tool")
+
+
+def test_a_reader_that_is_gone_gets_no_traceback():
+    code = (
+        "import sys\n"
+        "from mmagic_tome.lab.options import exit_code\n"
+        "def run():\n"
+        "    for _ in range(100_000): print('x')\n"
+        "sys.exit(exit_code(run, 'tool'))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert (process.wait(), process.stderr.read()) == (1, "")
+
+
+# --- what is found wrong before anything is loaded ------------------------------------------------
+
+WRONG = {
+    "missing config": ("infer nowhere.py", "nowhere.py does not exist"),
+    "config is a folder": ("infer {tmp}", "is a folder"),
+    "config is no config": ("infer {tmp}/text.txt", "is not a .py"),
+    "broken config": ("infer {tmp}/broken.py --prompt cat", "SyntaxError"),
+    "config without a model": ("infer {no_model} --prompt cat", "no model=dict"),
+    "no such package": ("infer nopackage::demo/x.py", "no package 'nopackage'"),
+    "no such packaged config": ("infer mmagic_tome::demo/x.py", "does not exist"),
+    "config after prompts": ("infer --prompt cat {tome}", "put it first"),
+    "no prompts": ("infer {tome}", "no prompt"),
+    "prompt file missing": ("infer {tome} --prompt-file no.txt", "no.txt"),
+    "@file missing": ("infer {tome} --prompt @no.txt", "no.txt"),
+    "prompt file empty": ("infer {tome} --prompt-file {tmp}/empty.txt", "holds no prompts"),
+    "size is no number": ("infer {tome} --size big", "N or HxW"),
+    "size does not fit": ("infer {tome} --prompt cat --size 64x60", "nearest is 64x64"),
+    "no steps": ("infer {tome} --steps 0", "at least 1"),
+    "steps is no number": ("infer {tome} --steps ten", "whole number"),
+    "guidance not finite": ("infer {tome} --guidance nan", "finite"),
+    "seed too large": ("infer {tome} --seed 4294967296", "less than 4294967296"),
+    "ratio one": ("infer {tome} --ratio 1", "less than 1"),
+    "ratio over the ceiling": ("infer {tome} --prompt cat --ratio 0.8", "0.75"),
+    "cache unknown": ("infer {tome} --prompt cat --cache faast", "'fast'"),
+    "cache is no dict": ("infer {tome} --cache {{interval:3}}", "expected a name such as balanced"),
+    "method unknown": ("infer {tome} --prompt cat --method tame:0.5", "is not known"),
+    "two methods": ("infer {tome} --prompt cat --method steps:3 --method steps:2", "only one"),
+    "method and ratio": ("infer {tome} --prompt cat --method steps:3 --ratio 0", "into --method"),
+    "option without value": ("infer {tome} --cfg-options tome_cfg.sx", "KEY=VALUE"),
+    "extra without value": ("infer {tome} --extra-parameters =3", "KEY=VALUE"),
+    "extra unknown": ("infer {tome} --prompt cat --extra-parameters etta=1", "no 'etta'"),
+    "unknown key of tome_cfg": (
+        "infer {tome} --prompt a --cfg-options tome_cfg.ration=1",
+        "ration",
+    ),
+    "tome_cfg twice": ("infer {twice} --prompt cat", "configured twice"),
+    "infer_cfg wrong": ("infer {wrong} --prompt cat", "prompt"),
+    "nothing to compare": ("infer {plain} --prompt cat --compare", "nothing to compare"),
+    "device unknown": ("infer {tome} --prompt cat --device abacus", "abacus"),
+    "dtype unknown": ("infer {tome} --dtype fp8", "fp8"),
+    "no input": ("infer {inpaint} --prompt cat", "--img"),
+    "input unknown": ("infer {tome} --prompt cat --control {tmp}/text.txt", "--control"),
+    "input missing": ("infer {inpaint} --prompt cat --img no.png --mask no.png", "no.png"),
+    "weights not there": ("infer {elsewhere} --prompt cat", "not there: /nowhere"),
+    "checkpoint not there": ("infer {tome} no.pth --prompt cat", "no.pth is not there"),
+    "load_from not there": ("infer {checkpoint} --prompt cat", "/nowhere/x.pth is not there"),
+    "config and pipeline": ("infer {tome} --pipeline {tmp}", "either a config or a pipeline"),
+    "pipeline is none": ("infer --pipeline {tmp} --prompt cat", "model_index.json"),
+    "work dir is a file": ("infer {tome} --prompt cat --work-dir {tmp}/text.txt", "cannot write"),
+    "evaluation unknown": (
+        "evaluate {evaluation} --cfg-options evaluation.metric=psnr",
+        "did you mean 'metrics'",
+    ),
+    "same name": (
+        "evaluate {tome} --prompt a --method steps:3 --method steps:3",
+        "share the folder",
+    ),
+    "nothing to resume": ("evaluate {tome} --prompt a --resume --work-dir {tmp}/x", "no run in"),
+    "real is no folder": ("evaluate {tome} --prompt cat --real no", "no is not a folder"),
+    "clips are not drawn": ("visualize {clips} --prompt cat", "AnimateDiff makes clips"),
+    "nothing is merged": ("visualize {tome} --prompt cat --ratio 0", "nothing to draw"),
+    "other steps": (
+        "visualize {tome} --prompt cat --method a={{'ratio':.5,'steps':3}}",
+        "leave steps",
+    ),
+    "r of no ViT": ("visualize {tome} --prompt cat --r 3", "--r is for vision transformers"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_bad_input_is_one_line_and_code_2(
+    case, command, configs, no_loading, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("a prompt\n")
+    (tmp_path / "empty.txt").write_text("\n# nothing\n")
+    (tmp_path / "broken.py").write_text("model = dict(\n")
+    before = sorted(tmp_path.rglob("*"))
+    words, expected = WRONG[case]
+    code, out, err = command(*words.format(tmp=tmp_path, **configs).split())
+    assert code == 2 and err.count("\n") == 1 and err.startswith("mmagic_tome ")
+    assert expected in err
+    assert "Traceback" not in out + err
+    assert sorted(tmp_path.rglob("*")) == before, "a failed call leaves nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "infer {tome} --prompt cat dog --size 64 --steps 3 --compare",
+            ["StableDiffusion of ", ": 2 images, 64x64, steps 3\n", "  baseline\n", "(merging)"],
+        ),
+        (
+            "infer {clips} --prompt cat --frames 4 --cache fast",
+            ["AnimateDiff of ", ": 1 clip, the model's size, frames 4", "(merging and caching)"],
+        ),
+        ("infer --pipeline {sd3} --prompt cat", ["StableDiffusion3Pipeline of ", "work_dirs/sd3/"]),
+        ("infer --pipeline {wan} --prompt cat --ratio 0.5", ["WanPipeline of ", "1 clip, "]),
+        (
+            "evaluate {evaluation}",
+            ["2 images, 64x64, steps 4", "  half (merging)\n", "  2 steps\n", "/evaluation/<time>"],
+        ),
+        (
+            "evaluate {evaluation} --limit 1 --method tomesd:0.5 --work-dir here",
+            ["1 image, ", "  tomesd 0.5 (tomesd)\n", "here/<time>"],
+        ),
+        ("visualize --pipeline {sd3} --prompt cat", ["  baseline\n  ratio=0.5 (merging)\n"]),
+        ("infer --prompt cat", ["sd-emoji_tome-balanced.py on", "(caching)"]),
+    ],
+)
+def test_a_dry_run_says_what_would_be_run(
+    words, said, command, configs, pipeline_folder, no_loading, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    folders = {name: pipeline_folder(name) for name in ("sd3", "wan")}
+    code, out, err = command(
+        *words.format(**configs, **folders).split(), "--dry-run", "--device", "cpu"
+    )
+    assert code == 0, err
+    for text in (*said, "nothing was run"):
+        assert text in out
+    assert not list(tmp_path.iterdir())
+
+
+# --- the verbs that others test, through the entrance ---------------------------------------------
+
+
+def test_evaluate_reports_and_goes_on_with_a_method_more(command, configs, tmp_path):
+    words = ["evaluate", configs["evaluation"], "--device", "cpu", "--work-dir", tmp_path]
+    code, out, err = command(*words)
+    assert code == 0, err
+    (folder,) = tmp_path.iterdir()
+    assert "half" in out and str(folder / "report.html") in out
+    made = {path: path.stat().st_mtime_ns for path in folder.glob("images/*/*.png")}
+    assert len(made) == 3 * 2
+    code, out, err = command(*words, "--method", "cache:fast", "--resume")
+    assert code == 0, err
+    assert list(tmp_path.iterdir()) == [folder] and "fast" in out
+    assert len(list(folder.glob("images/*/*.png"))) == 4 * 2
+    assert all(path.stat().st_mtime_ns == time for path, time in made.items())
+
+
+def test_benchmark_prints_a_table(command, tmp_path):
+    code, out, err = command(
+        *("benchmark", "small", "--size", "64", "--rounds", "3", "--no-memory", "--no-ideal"),
+        *("--method", "tome:0.5", "--device", "cpu", "--work-dir", tmp_path),
+    )
+    assert code == 0, err
+    assert re.search(r"baseline .*\n.*ratio 0.5 ", out)
+    (folder,) = tmp_path.iterdir()
+    assert (folder / "results.csv").is_file()
+
+
+def test_assets_are_found_and_unknown_ones_named():
+    assert os.path.isfile(os.path.join(asset_path("demo_model"), "model_index.json"))
+    for name in ("model", "../lab", ""):
+        with pytest.raises(ToMeError, match=r"there are: .*'demo_model'"):
+            asset_path(name)

@@ -1,0 +1,478 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Evaluating methods: what the figures are, after a kill, on two ranks, and when added to."""
+
+import json
+import os
+import signal
+
+import forked
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_config, write_config
+from tiny_folders import pipeline_folder
+from toy_runner import ToyRunner, ToySource, toy_request
+
+from mmagic_tome.errors import ToMeError
+from mmagic_tome.lab import evaluate as module
+from mmagic_tome.lab.cost import measure_cost
+from mmagic_tome.lab.evaluate import evaluate
+from mmagic_tome.lab.methods import Method, parse_method
+from mmagic_tome.lab.ranks import share, start_ranks
+from mmagic_tome.lab.real import RealImages
+from mmagic_tome.lab.results import RunFolder
+from mmagic_tome.lab.runners import open_source
+from mmagic_tome.lab.table import table
+
+HALF = Method.from_dict(dict(name="half", tome_cfg=dict(ratio=0.5)))
+CACHED = Method.from_dict(dict(name="Cached!", cache_cfg=dict(region="network")))
+FEWER = Method("3 steps", steps=3)
+METHODS = [HALF, CACHED, FEWER]
+METRICS = ["psnr", "ssim", "latent_error"]
+
+
+def run(folder, methods=METHODS, metrics=METRICS, rounds=0, source=None, **options):
+    """Evaluate; return the table."""
+    request = options.pop("request", None) or toy_request()
+    source = source or ToySource()
+    return evaluate(source, request, methods, metrics, rounds, folder, progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of an evaluation with rounds."""
+    folder = RunFolder(tmp_path_factory.mktemp("finished"))
+    run(folder, rounds=2)
+    return folder
+
+
+def images(folder):
+    """Path -> pixels of all images."""
+    paths = sorted((folder.path / "images").rglob("*.png"))
+    return {
+        path.relative_to(folder.path).as_posix(): np.asarray(Image.open(path)) for path in paths
+    }
+
+
+def results(folder, *kinds):
+    """The rows in an order of their own, which does not depend on who wrote them when."""
+    rows = [row for row in folder.rows if row["kind"] in (kinds or ("image", "metric", "applied"))]
+    return sorted(json.dumps(row, sort_keys=True) for row in rows)
+
+
+def same(one, other):
+    """Whether two folders have the same images and values."""
+    first, second = images(one), images(other)
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(first[path], second[path]) for path in first)
+    assert results(one) == results(other)
+    return True
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def test_metrics_are_those_of_the_files(finished):
+    """A second way to the same numbers: numpy over the files that were written."""
+    found = table(finished).set_index("method")
+    for name, slug in [("half", "half"), ("Cached!", "cached"), ("3 steps", "3-steps")]:
+        errors, relative = [], []
+        for number in range(5):
+            stems = [finished.path / "images" / one / f"{number:06d}" for one in ("baseline", slug)]
+            base, other = (np.asarray(Image.open(f"{stem}.png")).astype(float) for stem in stems)
+            errors.append(np.square(base - other).mean())
+            base, other = (torch.load(f"{stem}.pt", weights_only=True) for stem in stems)
+            relative.append(float((other - base).norm() / base.norm()))
+        row = found.loc[name]
+        assert row["psnr"] == pytest.approx(10 * np.log10(255**2 / np.mean(errors)))
+        assert row["psnr_worst"] == pytest.approx(10 * np.log10(255**2 / np.max(errors)))
+        assert row["latent_error"] == pytest.approx(np.mean(relative), rel=1e-5)
+        assert row["latent_error_worst"] == pytest.approx(max(relative), rel=1e-5)
+    assert np.isnan(found.loc["baseline", "psnr"])
+
+
+def test_the_table_is_what_a_hand_computes_from_rows(finished):
+    folder = finished
+    found = table(folder).set_index("method")
+    assert list(found.index) == ["baseline", "half", "Cached!", "3 steps"]
+    assert list(found["images"]) == [5] * 4
+    seconds = {
+        name: [row["seconds"] for row in folder.find(kind="round", method=name)]
+        for name in found.index
+    }
+    for name in found.index:
+        factors = np.array(seconds["baseline"]) / np.array(seconds[name])
+        assert found.loc[name, "speedup"] == pytest.approx(np.median(factors))
+        assert found.loc[name, "speedup_low"] == factors.min()
+        # Two images in a run.
+        assert found.loc[name, "seconds"] == pytest.approx(np.median(seconds[name]) / 2)
+        assert found.loc[name, "rounds"] == 2
+        (flops,) = folder.find(kind="flops", method=name)
+        assert found.loc[name, "flops"] == flops["run"] / 2
+    assert found.loc["3 steps", "flops"] == found.loc["baseline", "flops"] / 2
+    assert found.loc["half", "flops"] < found.loc["baseline", "flops"]
+    (applied,) = folder.find(kind="applied", method="Cached!")
+    (calls,) = applied["stats"]["step caching"]
+    assert calls["skipped"] > 0 and calls["computed"] + calls["skipped"] == 6
+    left = calls["computed"] / 6
+    assert found.loc["Cached!", "flops"] == pytest.approx(
+        found.loc["baseline", "flops"] * left, rel=0.01
+    )
+    # But for the timesteps themselves.
+    memory = found["memory"]
+    assert memory["3 steps"] == pytest.approx(memory["baseline"], rel=1e-4)
+
+
+def test_nothing_is_certain_from_two_rounds(finished):
+    certain = table(finished).set_index("method")["certain"]
+    assert certain["baseline"] is None or np.isnan(certain["baseline"])
+    assert not certain["3 steps"]
+
+
+def test_a_round_has_its_steps_and_its_order_is_balanced(finished):
+    rows = finished.find(kind="round")
+    by_turn = [[row["method"] for row in rows if row["turn"] == turn] for turn in range(2)]
+    assert set(by_turn[0]) == set(by_turn[1]) and by_turn[0] != by_turn[1]
+    for row in rows:
+        assert len(row["step_seconds"]) == (3 if row["method"] == "3 steps" else 6)
+        assert row["network_seconds"] == pytest.approx(sum(row["step_seconds"]))
+        assert row["network_seconds"] < row["seconds"]
+
+
+def test_the_manifest_and_rows_say_what_was_run(finished):
+    manifest = finished.manifest
+    assert manifest["request"]["batch_size"] == manifest["images_per_timed_run"] == 2
+    assert manifest["environment"]["threads"] == torch.get_num_threads()
+    assert (manifest["device"], manifest["dtype"]) == ("cpu", "float32")
+    assert manifest["methods"]["half"]["tome_cfg"]["ratio"] == 0.5
+    (applied,) = finished.find(kind="applied", method="half")
+    assert applied["stats"]["token merging"][0]["calls"] == 6
+    assert "ratio 0.5" in applied["summary"]
+    (row,) = finished.find(kind="image", method="Cached!", number=3)
+    with Image.open(finished.path / row["file"]) as image:
+        assert image.text["prompt"] == row["prompt"] == "a fish"
+        assert image.text["seed"] == str(row["seed"]) == "3"
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def test_memory_of_a_caching_method_is_that_of_a_fresh_process(finished, tmp_path):
+    def alone():
+        folder = RunFolder(tmp_path / "run")
+        measure_cost(ToyRunner(ToySource(), toy_request()), [CACHED], 0, folder, progress=False)
+
+    child = forked.start(alone, tmp_path / "output")
+    assert forked.status(child, tmp_path / "output") == 0
+    (fresh,) = RunFolder(tmp_path / "run").find(kind="memory")
+    (after_others,) = finished.find(kind="memory", method="Cached!")
+    assert fresh == after_others
+    (base,) = finished.find(kind="memory", method="baseline")
+    # It keeps outputs from step to step, which the baseline does not.
+    kept = after_others["run_bytes"] - base["run_bytes"]
+    assert kept > 2 * 2 * 4 * 16 * 16 * 4  # two outputs of two images, in float32
+    assert after_others["network_bytes"] - base["network_bytes"] == pytest.approx(kept, rel=0.1)
+
+
+# --- going on -------------------------------------------------------------------------------------
+
+
+def test_killed_at_every_row_it_ends_with_the_same_images_and_values(finished, tmp_path):
+    add, folder = RunFolder.add, RunFolder(tmp_path / "run")
+    total = len(finished.find(kind="image")) + len(METHODS) + 1
+    killed = 0
+    for attempt in range(99):
+
+        def work(attempt=attempt):
+            seen = []
+
+            def dying(self, *rows):
+                seen.append(rows)
+                if len(seen) == 3:
+                    # In the middle of a row, or between the image and its row.
+                    if attempt % 2:
+                        with open(self.path / "rows.jsonl", "ab") as file:
+                            file.write(json.dumps(rows[0]).encode()[:-7])
+                    os.kill(os.getpid(), signal.SIGKILL)
+                add(self, *rows)
+
+            RunFolder.add = dying
+            run(folder)
+
+        output = tmp_path / "output"
+        if forked.status(forked.start(work, output), output) == 0:
+            break
+        killed += 1
+    assert killed > total / 3
+    assert same(RunFolder(folder.path), finished)
+
+
+def test_a_half_done_batch_is_run_as_a_whole(finished, tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    run(folder, [HALF])
+    lines = (tmp_path / "rows.jsonl").read_bytes().splitlines(keepends=True)
+    lost = [line for line in lines if b'"image", "method": "half", "number": 3' in line]
+    (tmp_path / "rows.jsonl").write_bytes(b"".join(line for line in lines if line not in lost))
+    (tmp_path / "images" / "half" / "000000.png").unlink()
+    loaded = []
+    load = ToySource.load
+    monkeypatch.setattr(
+        ToySource, "load", lambda *args, **kw: loaded.append(load(*args, **kw)) or loaded[-1]
+    )
+    run(RunFolder(tmp_path), [HALF])
+    assert loaded[0].runs == [((0, 1), 6), ((2, 3), 6)]
+    assert len(lost) == 1
+    kept = {path: pixels for path, pixels in images(finished).items() if "/half/" in path}
+    assert all(np.array_equal(images(folder)[path], kept[path]) for path in kept)
+
+
+def test_methods_metrics_and_rounds_are_added(tmp_path):
+    def go_on(methods, metrics, rounds):
+        request = toy_request(prompts=["a cat", "a dog"], steps=2)
+        found = run(RunFolder(tmp_path), methods, metrics, rounds, request=request)
+        return found.set_index("method")
+
+    first = go_on([HALF], ["psnr"], 1)
+    made = len(RunFolder(tmp_path).rows)
+    assert go_on([HALF], ["psnr"], 1).equals(first)
+    assert len(RunFolder(tmp_path).rows) == made
+    found = go_on([HALF, Method("1 step", steps=1)], ["psnr", "ssim", "latent_error"], 2)
+    # All methods have to take turns: the first round, without the new one, is no round of all.
+    assert list(found["rounds"]) == [3, 3, 2]
+    assert found.loc["half", "psnr"] == first.loc["half", "psnr"]
+    assert found.loc["half", "ssim"] < 1
+    # The first images were made without their latents.
+    assert "latent_error" not in found
+    (note,) = RunFolder(tmp_path).find(kind="note")
+    assert (
+        note["text"] == "metric latent_error is left out: the folder has no latents of its images"
+    )
+
+
+def test_another_request_is_an_error_that_names_it(finished):
+    before = len(RunFolder(finished.path).rows)
+    for options, said in [
+        (dict(request=toy_request(steps=5)), "request.steps: 6, now 5"),
+        (dict(request=toy_request(seed=1)), "request.prompts"),
+        (dict(request=toy_request(batch_size=1)), "request.batch_size: 2, now 1"),
+        (dict(methods=[Method("half", steps=2)]), "methods.half"),
+        (dict(cost_batch_size=1), "images_per_timed_run: 2, now 1"),
+    ]:
+        with pytest.raises(ToMeError, match=said):
+            run(RunFolder(finished.path), **options)
+    assert len(RunFolder(finished.path).rows) == before
+
+
+# --- ranks ----------------------------------------------------------------------------------------
+
+
+def test_two_ranks_make_the_rows_of_one(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", forked.free_port())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    folder = RunFolder(tmp_path / "run")
+
+    def rank(number):
+        def work():
+            os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(number)
+            assert start_ranks("pytorch", "cpu") == torch.device("cpu")
+            run(folder, rounds=int(number == 0))
+            torch.distributed.destroy_process_group()
+
+        return work
+
+    outputs = [tmp_path / f"output{number}" for number in range(2)]
+    children = [forked.start(rank(number), outputs[number]) for number in range(2)]
+    for child, output in zip(children, outputs):
+        assert forked.status(child, output) == 0, output.read_text()
+    assert same(folder, finished)
+    assert len((folder.path / "rows.1.jsonl").read_bytes()) > 1000
+    assert len(folder.find(kind="round")) == 4
+
+
+def test_launchers_say_what_they_need(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert start_ranks("none", "cpu") == torch.device("cpu")
+    with pytest.raises(ToMeError, match="pytorch: this process was not started by it"):
+        start_ranks("pytorch", "cpu")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    with pytest.raises(ToMeError, match="slurm is for GPUs"):
+        start_ranks("slurm", "cpu")
+    assert share(range(3)) == [0, 1, 2]
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def opened(kind, sd_folder, path):
+    """A pipeline's folder, or a config of a MMagic model, opened."""
+    if kind == "diffusers":
+        return open_source(pipeline=pipeline_folder("sd", path))
+    pytest.importorskip("mmagic.apis")
+    return open_source(write_config(path / "tiny.py", tiny_config(folder=sd_folder)))
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "mmagic"])
+def test_models_are_evaluated_with_every_kind_of_method(kind, sd_folder, tmp_path):
+    methods = [parse_method("tomesd:0.5"), parse_method("deepcache:2"), HALF, CACHED]
+    request = toy_request(steps=4, prompts=["cat", "dog", "a cat"], guidance=3.0, size=(64, 64))
+    folder = RunFolder(tmp_path / "run")
+    found = run(
+        folder, methods, rounds=1, request=request, source=opened(kind, sd_folder, tmp_path)
+    )
+    found = found.set_index("method")
+    assert found["psnr"].notna().sum() == found["latent_error"].gt(0).sum() == 4
+    assert (found["flops"][1:] < found.loc["baseline", "flops"]).all()
+    assert (found["network_flops"] < found["flops"]).all()
+    assert (found["network_memory"] <= found["memory"]).all()
+    # The same again, read anew, is the same run.
+    made = len(folder.rows)
+    run(folder, methods, rounds=1, request=request, source=opened(kind, sd_folder, tmp_path))
+    assert len(RunFolder(folder.path).rows) == made
+    assert folder.manifest["model"]["scheduler"] in ("DDIMScheduler", "EditDDIMScheduler")
+
+
+# --- metrics --------------------------------------------------------------------------------------
+
+
+def test_a_metric_that_cannot_be_computed_is_noted_or_an_error(tmp_path):
+    with pytest.raises(ToMeError, match="MS-SSIM needs at least 176 pixels a side"):
+        run(tmp_path / "asked", [HALF], ["psnr", "ms_ssim"])
+    assert not (tmp_path / "asked").exists()
+    with pytest.raises(ToMeError, match="unknown metric 'pnsr'"):
+        run(tmp_path / "asked", [HALF], ["pnsr"])
+    folder = RunFolder(tmp_path / "default")
+    found = run(folder, [HALF], None)
+    assert {"psnr", "ssim", "latent_error"} <= set(found) and "ms_ssim" not in found
+    assert any(
+        "ms_ssim is left out: MS-SSIM needs" in row["text"] for row in folder.find(kind="note")
+    )
+
+
+def test_images_that_are_not_finite_are_in_no_mean(finished, tmp_path):
+    folder = RunFolder(tmp_path)
+    found = run(folder, [HALF], ["psnr"], source=ToySource(bad=[3])).set_index("method")
+    assert list(found["images"]) == [4, 4]
+    assert folder.has(kind="note", text="1 of 5 images of half are not finite")
+    values = [
+        row["value"]
+        for row in finished.find(kind="metric", method="half", metric="psnr")
+        if row["number"] != 3
+    ]
+    errors = 10 ** (-np.array(values) / 10)
+    assert found.loc["half", "psnr"] == pytest.approx(-10 * np.log10(errors.mean()))
+
+
+def test_clips_are_judged_by_their_frames_without_loss(tmp_path):
+    folder = RunFolder(tmp_path)
+    found = run(folder, [HALF], ["psnr"], source=ToySource(video=True)).set_index("method")
+    (row,) = folder.find(kind="image", method="half", number=0)
+    assert row["file"].endswith(".gif") and row["frames"] == 3
+    single = run(tmp_path / "image", [HALF], ["psnr"]).set_index("method")
+    # Each frame is the image, shifted round: it has the image's error.
+    assert found.loc["half", "psnr"] == pytest.approx(single.loc["half", "psnr"])
+
+
+class Colours:
+    """In place of an Inception network: counts how often it sees an image."""
+
+    seen = 0
+
+    def extract(self, image):
+        Colours.seen += 1
+        return {"colour": image.double().mean(dim=(2, 3))}
+
+
+@pytest.fixture
+def colour_metrics(monkeypatch):
+    """Two metrics of sets that share features; returns what counts them."""
+    from mmagic_tome.lab.metrics.base import Extractor, SetMetric
+
+    extractor = Extractor("colours", Colours().extract)
+    Colours.seen = 0
+
+    def distance(other, base):
+        return {"distance": float((other["colour"].mean(0) - base["colour"].mean(0)).norm())}
+
+    def spread(other):
+        return {"spread": float(other["colour"].std(0).mean()), "n": len(other["colour"])}
+
+    built = {
+        "distance": SetMetric("distance", "distance", distance, extractor=extractor),
+        "spread": SetMetric("spread", "spread", spread, extractor=extractor, needs_base=False),
+    }
+    monkeypatch.setattr(module, "available", lambda names, *_: ({n: built[n] for n in names}, {}))
+    return Colours
+
+
+def test_sets_share_features_made_once_per_image(colour_metrics, tmp_path):
+    folder = RunFolder(tmp_path)
+    found = run(folder, [HALF, FEWER], ["distance", "spread"]).set_index("method")
+    # Three methods of five images, and the baseline's once more as what is compared with.
+    assert colour_metrics.seen == 20
+    means = {}
+    for row in folder.find(kind="image"):
+        pixels = np.asarray(Image.open(folder.path / row["file"])).astype(float)
+        means.setdefault(row["method"], []).append(pixels.mean(axis=(0, 1)))
+    difference = np.mean(means["half"], axis=0) - np.mean(means["baseline"], axis=0)
+    assert found.loc["half", "distance"] == pytest.approx(np.linalg.norm(difference), rel=1e-5)
+    assert np.isnan(found.loc["baseline", "distance"])
+    assert list(found["n"]) == [5] * 3
+    run(RunFolder(tmp_path), [HALF, FEWER], ["distance", "spread"])
+    assert colour_metrics.seen == 20
+
+
+def test_real_images_are_compared_with_all_methods(colour_metrics, tmp_path):
+    for number, size in enumerate([(90, 60), (64, 64), (40, 100)]):
+        pixels = np.zeros((*size, 3), np.uint8)
+        pixels[:, size[1] // 2 :] = (10, 20, 30)  # half of any centred part
+        path = tmp_path / "real" / f"class{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    real = RealImages(tmp_path / "real")
+    assert len(real) == 3 and len(RealImages(tmp_path / "real", per_class=1)) == 2
+    folder = RunFolder(tmp_path / "run")
+    found = run(folder, [HALF], ["distance"], real=real).set_index("method")
+    mean = np.mean(
+        [
+            np.asarray(Image.open(folder.path / row["file"])).mean(axis=(0, 1))
+            for row in folder.find(kind="image", method="baseline")
+        ],
+        axis=0,
+    )
+    distance = np.linalg.norm(mean - [5, 10, 15])
+    assert found.loc["baseline", "distance"] == pytest.approx(distance, rel=0.01)
+    assert folder.manifest["real"]["images"] == 3
+    with pytest.raises(ToMeError, match=r"real\.images: 3, now 2"):
+        run(RunFolder(folder.path), [HALF], ["distance"], real=RealImages(tmp_path / "real", 1))
+    for path, per_class, said in [
+        ("nowhere", None, "is not a folder"),
+        ("real", 2, "class1 has 1 images, and real_per_class=2"),
+        ("run/images/none", None, "is not a folder"),
+    ]:
+        with pytest.raises(ToMeError, match=said):
+            RealImages(tmp_path / path, per_class)
+
+
+# --- certainty ------------------------------------------------------------------------------------
+
+
+def test_without_a_difference_certainty_is_rare(tmp_path):
+    """Many methods that are as fast as the baseline; the probability is 0, 1 / 16 and 0.039."""
+    draw, methods = np.random.default_rng(0), 400
+    for rounds, most in [(3, 0), (5, 0.09), (9, 0.06)]:
+        folder = RunFolder(tmp_path / str(rounds))
+        names = ["baseline", *(f"same {number}" for number in range(methods))]
+        with folder.writing({"methods": {name: {"label": name} for name in names}}):
+            for turn in range(rounds):
+                # The baseline's noise would be one for all: without it, independent trials.
+                noise = [1, *draw.lognormal(0, 0.1, methods)]
+                folder.add(*(_round(name, turn, x) for name, x in zip(names, noise)))
+        certain = table(folder)["certain"][1:]
+        assert certain.mean() <= most
+
+
+def _round(method, turn, seconds):
+    times = {"seconds": float(seconds), "network_seconds": float(seconds)}
+    return {"kind": "round", "method": method, "turn": turn, "images": 1, **times}
