@@ -18,16 +18,10 @@ P = TypeVar("P", bound=Patch)
 
 @dataclass
 class Part(Generic[P]):
-    """One network with one patch.
+    """One network with one patch."""
 
-    Attributes:
-        name (str): '' or the beginning of its names, such as 'transformer_2.'.
-        network (weakref): of the network: a handle keeps no model alive.
-        patch (Patch): what is applied.
-    """
-
-    name: str
-    network: Any
+    name: str  # '' or the beginning of its names, such as 'transformer_2.'
+    network: Any  # weak reference to it: a handle keeps no model alive
     patch: P
 
     @property

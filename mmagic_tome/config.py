@@ -291,13 +291,6 @@ class ToMeConfig(Options):
         one; :meth:`coerce` is the inverse."""
         return plain(super().to_dict())
 
-    def to_record(self) -> dict[str, Any]:
-        """As :meth:`to_dict`, for what is only read: a function by name, so all goes into JSON."""
-        options = self.to_dict()
-        if callable(self.ratio):
-            options["ratio"] = getattr(self.ratio, "__name__", type(self.ratio).__name__)
-        return options
-
 
 def _of_user(kind: str | None) -> str | None:
     """Self-attention is one target to a user, whether its queries merge too or not."""

@@ -27,21 +27,13 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where and when a ratio is asked for.
+    """Where and when a ratio is asked for."""
 
-    Attributes:
-        target (str): kind of target, see ``ToMeConfig.targets``.
-        downsample (int): how many times coarser the grid is than the network's input.
-        depth (int): number of the block among those that are merged, in running order.
-        num_blocks (int): how many there are.
-        timestep (float | None): share of the run's schedule that remains, 1 at its start, 0 at
-            its end; None where it is not known.
-    """
-
-    target: str
-    downsample: int
-    depth: int = 0
-    num_blocks: int = 1
+    target: str  #: kind of target, see ``ToMeConfig.targets``
+    downsample: int  #: how many times coarser the grid is than the network's input
+    depth: int = 0  #: number of the block among those that are merged, in running order
+    num_blocks: int = 1  #: how many there are
+    #: Share of the run's schedule that remains, 1 at its start, 0 at its end; None where unknown.
     timestep: float | None = None
 
 

@@ -44,15 +44,6 @@ def test_json_returns_an_equal_config(options):
         assert config.replace(controlnet=True).controlnet_config == config.replace(controlnet=False)
 
 
-def test_a_function_has_a_name_in_records():
-    def falling(place):
-        return 0.5 if place.timestep > 0.5 else 0.25
-
-    config = ToMeConfig(ratio=falling)
-    assert config.to_dict()["ratio"] is falling
-    assert json.loads(json.dumps(config.to_record()))["ratio"] == "falling"
-
-
 def test_coerce_and_replace():
     assert ToMeConfig.coerce() == ToMeConfig()
     assert ToMeConfig.coerce({"ratio": 0.4}, ratio=0.3).ratio == 0.3

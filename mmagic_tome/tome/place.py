@@ -152,7 +152,7 @@ def _check_ratio(blocks: list[Block], config: ToMeConfig) -> None:
     levels = ", ".join(map(str, sorted({place.downsample for place in places})))
     targets = ", ".join(dict.fromkeys(place.target for place in places))
     raise ToMeError(
-        f"ratio={config.to_record()['ratio']!r} names no ratio for what is merged here: downsample "
+        f"ratio={config.to_dict()['ratio']!r} names no ratio for what is merged here: downsample "
         f"{levels}, targets {targets}. Name one of these, or choose others with max_downsample and "
         "targets"
     )

@@ -16,17 +16,7 @@ from .schedules import removed_for_speedup
 
 
 class ViTContext(Context):
-    """State of the forward under way, updated from block to block.
-
-    Attributes:
-        removed (list): tokens to remove per block; empty outside of a forward.
-        size (Tensor | None): (B, N) float, number of patches in each token; None before the first
-            merge.
-        source (Tensor | None): (B, N0) int64, the token that contains each token of the input.
-        metric (Tensor | None): (B, N, C), similarity features of the current block.
-        match (Match | None): of the current block.
-        tokens (list): (before, after) of every finished block.
-    """
+    """State of the forward under way, updated from block to block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,11 +24,17 @@ class ViTContext(Context):
 
     def begin(self, removed: list[int]) -> None:
         """Reset to the state before the first block."""
+        #: Tokens to remove per block; empty outside of a forward.
         self.removed = removed
+        #: (B, N) float, number of patches in each token; None before the first merge.
         self.size: Tensor | None = None
+        #: (B, N0) int64, the token that contains each token of the input.
         self.source: Tensor | None = None
+        #: (B, N, C), similarity features of the current block.
         self.metric: Tensor | None = None
+        #: Of the current block.
         self.match: Match | None = None
+        #: (before, after) of every finished block.
         self.tokens: list[tuple[int, int]] = []
 
     def start(self) -> None:

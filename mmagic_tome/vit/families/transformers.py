@@ -13,38 +13,24 @@ from .base import Family, Heads, ViT, ViTBlock
 
 @dataclass(frozen=True)
 class TransformersViT(Family):
-    """A family of the transformers library, by the names of its modules.
-
-    Attributes:
-        folder (str): of ``transformers.models``.
-        network (str): class whose call is a forward.
-        layers (str): path of the list of blocks. The following paths are within a block.
-        first, norm (str): norms of attention and feed-forward.
-        attention, output, last (str): see :class:`~.base.ViTBlock`. Default of ``output``:
-            ``attention``.
-        linear (str): first linear layer of the feed-forward.
-        projections (tuple): queries, keys and values, within ``attention``.
-        prefix (int): protected tokens without registers.
-        reads_all (bool): whether what follows always reads more than the protected tokens.
-        reads_all_in (tuple): classes with a head that does.
-        takes_mask (bool): whether the attention has an argument for a mask.
-    """
+    """A family of the transformers library, by the names of its modules; paths below ``layers`` are
+    within a block."""
 
     description: str
-    folder: str
-    network: str
+    folder: str  # of transformers.models
+    network: str  # class whose call is a forward
     layers: str = "layers"
-    first: str = "layernorm_before"
+    first: str = "layernorm_before"  # for these four see ViTBlock
     norm: str = "layernorm_after"
     attention: str = "attention"
-    output: str = ""
+    output: str = ""  # '' is the attention
     last: str = "mlp"
-    linear: str = "mlp.fc1"
-    projections: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj")
-    prefix: int = 0
-    reads_all: bool = False
-    reads_all_in: tuple[str, ...] = ()
-    takes_mask: bool = True
+    linear: str = "mlp.fc1"  # first linear layer of the feed-forward
+    projections: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj")  # within the attention
+    prefix: int = 0  # protected tokens without registers
+    reads_all: bool = False  # whether what follows always reads more than the protected tokens
+    reads_all_in: tuple[str, ...] = ()  # classes with a head that does
+    takes_mask: bool = True  # whether the attention has an argument for a mask
 
     @property
     def library(self) -> str:
