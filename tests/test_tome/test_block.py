@@ -140,22 +140,23 @@ def test_a_new_run_never_sees_an_old_plan(unet, time, changes):
         assert plans_per_block(handle) == [2]
 
 
-def test_a_failed_call_and_reset_run_end_the_run(unet):
-    for end in ("fail", "reset"):
-        with apply_tome(unet, plan_interval=5) as handle:
-            loop = denoising(unet, INPUTS)
-            next(loop)
-            latent = next(loop).latent
-            assert plans_per_block(handle) == [1]
-            if end == "reset":
-                handle.reset_run()
-            else:
-                broken = unet.mid_block.register_forward_pre_hook(lambda *_: 1 / 0)
-                with pytest.raises(ZeroDivisionError):
-                    next(loop)
-                broken.remove()
-            call(unet, 600, sample=latent)
-            assert plans_per_block(handle) == [2]
+@pytest.mark.parametrize(("end", "made"), [(None, 1), ("fail", 2), ("reset", 2)])
+def test_a_failed_call_and_reset_run_end_the_run(unet, end, made):
+    with apply_tome(unet, plan_interval=5) as handle:
+        loop = denoising(unet, INPUTS)
+        next(loop)
+        step = next(loop)
+        assert plans_per_block(handle) == [1]
+        if end == "reset":
+            handle.reset_run()
+        elif end == "fail":
+            broken = unet.mid_block.register_forward_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                next(loop)
+            broken.remove()
+            assert not find_patch(unet, TomePatch).context.tracker.runs
+        call(unet, 700, sample=1.02 * step.latent - 0.1 * step.output)
+        assert plans_per_block(handle) == [made]
 
 
 def test_training_keeps_nothing(unet):

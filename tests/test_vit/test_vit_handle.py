@@ -159,21 +159,6 @@ def test_disabled_is_of_one_thread(name):
         assert torch.equal(there.result(), baseline)
 
 
-def test_threads_do_not_mix():
-    model = tiny_timm(dynamic_img_size=True)
-    apply_tome_vit(model, r=4)
-    images = [torch.randn(1, 3, side, side) for side in (24, 32)]
-    expected = [model(x) for x in images]
-
-    @torch.no_grad()
-    def outputs(x):
-        return [model(x) for _ in range(20)]
-
-    with ThreadPoolExecutor(2) as threads:
-        for found, one in zip(threads.map(outputs, images), expected):
-            assert all(torch.equal(output, one) for output in found)
-
-
 def test_target_speedup_counts_operations():
     model, arguments = build("vit"), inputs("vit")
     handle = apply_tome_vit(model, target_speedup=1.5)
