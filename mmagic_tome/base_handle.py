@@ -127,18 +127,18 @@ class Handle(Generic[P]):
         title = f"{self.technique} in {networks or 'a model that is gone'}: {self.description}"
         if not self.active:
             return f"{title} (removed)"
-        has_run, header, rows = self._table()
-        if not has_run:
+        rows = self._rows()
+        if not any(row.get("tokens") or row.get("computed") for row in rows):
             title += " (not run yet)"
-        lines = [header]
-        lines += [tuple("-" if cell is None else str(cell) for cell in row) for row in rows]
+        lines = [list(rows[0])]
+        lines += [["-" if cell is None else str(cell) for cell in row.values()] for row in rows]
         widths = [max(map(len, column)) for column in zip(*lines)]
-        lines.insert(1, tuple("-" * width for width in widths))
+        lines.insert(1, ["-" * width for width in widths])
         return "\n".join([title, *(_aligned(line, widths) for line in lines)])
 
-    def _table(self) -> tuple[bool, tuple[str, ...], list[tuple]]:
-        """Whether anything ran; the header and the rows of :meth:`summary`, None for unknown."""
-        raise NotImplementedError
+    def _rows(self) -> list[dict[str, Any]]:
+        """The rows of :meth:`summary`, None for what is unknown."""
+        return self.stats()
 
     @property
     def _class_names(self) -> list[str]:
@@ -163,7 +163,7 @@ class Handle(Generic[P]):
         return f"{type(self).__name__}({networks}, {self.description}{removed})"
 
 
-def _aligned(cells: tuple[str, ...], widths: list[int]) -> str:
+def _aligned(cells: list[str], widths: list[int]) -> str:
     """A line of a table: first column to the left, numbers to the right."""
     rest = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:]))
     return "  ".join([cells[0].ljust(widths[0]), *rest]).rstrip()

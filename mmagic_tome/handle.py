@@ -88,15 +88,14 @@ class ToMeHandle(Handle[TomePatch]):
             for target in part.patch.targets
         ]
 
-    def _table(self) -> tuple[bool, tuple[str, ...], list[tuple]]:
+    def _rows(self) -> list[dict[str, Any]]:
         rows = []
         for row in self.stats():
             tokens, kept = row["tokens"], row["kept"]
-            share = None if tokens is None else f"{1 - kept / tokens:.0%}"
-            counts = (row["downsample"], tokens, kept, share)
-            rows.append((row["target"], *counts, row["calls"], row["plans"]))
-        header = ("target", "downsample", "tokens", "kept", "removed", "calls", "plans")
-        return any(row[2] is not None for row in rows), header, rows
+            row["removed"] = None if tokens is None else f"{1 - kept / tokens:.0%}"
+            shown = ("target", "downsample", "tokens", "kept", "removed", "calls", "plans")
+            rows.append({key: row[key] for key in shown})
+        return rows
 
 
 class CacheHandle(Handle[CachePatch]):
@@ -135,7 +134,3 @@ class CacheHandle(Handle[CachePatch]):
             for part in self._parts
             for name, region in part.patch.regions.items()
         ]
-
-    def _table(self) -> tuple[bool, tuple[str, ...], list[tuple]]:
-        rows = [tuple(row.values()) for row in self.stats()]
-        return any(sum(row[1:]) for row in rows), ("region", "computed", "skipped"), rows

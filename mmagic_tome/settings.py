@@ -59,15 +59,10 @@ class Handles:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is applied to a model.
+    """What is applied to a model."""
 
-    Attributes:
-        tome: options of token merging; None merges nothing.
-        cache: the step caches; None skips nothing.
-    """
-
-    tome: ToMeConfig | None = None
-    cache: tuple[StepCacheConfig, ...] | None = None
+    tome: ToMeConfig | None = None  #: options of token merging; None merges nothing
+    cache: tuple[StepCacheConfig, ...] | None = None  #: the step caches; None skips nothing
 
     @classmethod
     def coerce(cls, spec: Any) -> Setting:
@@ -114,13 +109,8 @@ class Setting:
 
     @contextlib.contextmanager
     def apply(self, model: object) -> Iterator[Handles]:
-        """Apply both to a model; on exit it is what it was.
-
-        Args:
-            model: whatever ``apply_tome`` takes, vision transformers aside.
-
-        Yields:
-            Handles: with ``tome`` and ``cache``, None where that is not applied.
+        """Apply both to whatever ``apply_tome`` takes, vision transformers aside; on exit the model
+        is what it was.
 
         Raises:
             ToMeError: the model has nothing to merge or to skip; nothing is changed then.

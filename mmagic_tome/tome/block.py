@@ -19,12 +19,7 @@ from .state import BlockState, TomeContext, TomePatch
 
 
 class BlockPreHook(StepHook):
-    """Make the plans that the targets of a block share.
-
-    Args:
-        patch (TomePatch): of the network.
-        block (BlockState): the block.
-    """
+    """Make the plans that the targets of a block share."""
 
     def __init__(self, patch: TomePatch, block: BlockState) -> None:
         super().__init__(patch)
@@ -52,12 +47,7 @@ class BlockPreHook(StepHook):
         context.plans = plans
 
     def plans(self, context: TomeContext, tokens: Tensor) -> dict[str, Any]:
-        """Plans by kind of target.
-
-        Args:
-            context (TomeContext): of the call.
-            tokens (Tensor): (B, N, C), or a (B, C, h, w) image of them.
-        """
+        """Plans by kind of target, from (B, N, C) tokens or a (B, C, h, w) image of them."""
         block, config = self.block, context.config
         metric = self.image_tokens(context, tokens)
         if config.one_plan:

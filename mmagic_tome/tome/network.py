@@ -147,21 +147,18 @@ class RunSignals(Interceptor):
 def guidance_map(
     copies: int | None, outputs: list[Tensor], grid: tuple[int, int] | None
 ) -> Tensor | None:
-    """How far the text moves the prediction at every place.
+    """(B / 2, h, w), how far the text moves the prediction at every place; None without guidance.
 
     Args:
         copies: 2 if the halves of the batch are the same images without and with the text.
-        outputs: of the network: (B, C, h, w), or (B, h * w, C) for packed tokens.
-        grid: (h, w) of packed tokens.
-
-    Returns:
-        Tensor | None: (B / 2, h, w); None without guidance.
+        outputs: of the network: (B, C, h, w), or (B, h * w, C) for tokens of a grid (h, w).
     """
     if copies != 2 or len(outputs) != 1:
         return None
     empty, text = outputs[0].detach().chunk(2)
-    if empty.dim() == 4:
-        return (text - empty).abs().mean(1)
-    if empty.dim() == 3 and grid is not None and empty.shape[1] == grid[0] * grid[1]:
-        return (text - empty).abs().mean(2).unflatten(1, grid)
+    moved = (text - empty).abs()
+    if moved.dim() == 4:
+        return moved.mean(1)
+    if moved.dim() == 3 and grid is not None and moved.shape[1] == grid[0] * grid[1]:
+        return moved.mean(2).unflatten(1, grid)
     return None

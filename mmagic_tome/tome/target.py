@@ -19,12 +19,7 @@ from .state import Target, TomePatch
 
 
 class TargetHook(Hook):
-    """Base class of the hooks around a target.
-
-    Args:
-        patch (TomePatch): of the network.
-        target (Target): the target.
-    """
+    """Base class of the hooks around a target."""
 
     def __init__(self, patch: TomePatch, target: Target) -> None:
         super().__init__(patch)

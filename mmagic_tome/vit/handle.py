@@ -101,7 +101,3 @@ class ViTHandle(Handle[ViTPatch]):
             f"{amount}, {'' if config.prop_attn else 'no '}proportional attention, "
             f"{config.distance} similarity of {config.metric}"
         )
-
-    def _table(self) -> tuple[bool, tuple[str, ...], list[tuple]]:
-        rows = [tuple(row.values()) for row in self.stats()]
-        return self.tokens is not None, ("block", "tokens", "kept"), rows
