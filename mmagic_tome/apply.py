@@ -7,6 +7,7 @@ adapter names; step caching intercepts the calls of the network and of its inner
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from .cache.skip import CachePatch, inner_modules
 from .config import ToMeConfig
 from .errors import ToMeError
 from .graphs import prepare_compiler
-from .handle import CacheHandle, Handle, ToMeHandle
+from .handle import CacheHandle, ToMeHandle
 from .models import Denoiser, find_controlnets, find_denoisers
 from .patch import find_patch, remove
 from .schedulers import warn_of_oscillation
@@ -70,7 +71,7 @@ def apply_tome(
     if not isinstance(found, list):
         from .vit.apply import apply_options
 
-        return apply_options(found, {**_options_of(config), **options})
+        return apply_options(found, config, **options)
     config = ToMeConfig.coerce(config, **options)
     chosen = _with_blocks(found, config)
     own = config.controlnet_config
@@ -81,12 +82,12 @@ def apply_tome(
     prepare_compiler()
     replaced = _replaced(model, [one.network for _, one, _ in chosen], TomePatch)
     denoising = {one.network for one in found}
-    parts = []
+    patched = []
     for config, one, blocks in chosen:
         patch = place(config, one.adapter, one.network, blocks, model)
         patch.with_denoiser = one.network not in denoising
-        parts.append((_prefix(one.name), one.network, patch))
-    return ToMeHandle(parts, replaced)
+        patched.append((one, patch))
+    return ToMeHandle(_parts(patched), replaced)
 
 
 def apply_cache(
@@ -136,15 +137,15 @@ def apply_cache(
     warn_of_oscillation(model, configs)
     prepare_compiler()
     replaced = _replaced(model, [one.network for _, one in chosen], CachePatch)
-    parts = []
+    patched: list[tuple[Denoiser, CachePatch]] = []
     for own, one in chosen:
         # ControlNets come after the network that they are called for.
-        leader = None if one in found else parts[0][2]
+        leader = None if one in found else patched[0][1]
         patch = CachePatch(own, one.adapter, model, leader)
         patch.with_denoiser = one not in found
         patch.place(one.network)
-        parts.append((_prefix(one.name), one.network, patch))
-    return CacheHandle(parts, replaced)
+        patched.append((one, patch))
+    return CacheHandle(_parts(patched), replaced)
 
 
 def remove_tome(model: object) -> bool:
@@ -156,19 +157,12 @@ def remove_tome(model: object) -> bool:
     Returns:
         bool: whether there was anything to remove.
     """
-    return _removed(get_handle(model, "tome"))
+    return _removed(model, "tome")
 
 
 def remove_cache(model: object) -> bool:
-    """Undo :func:`apply_cache`; the model is bit for bit what it was.
-
-    Args:
-        model: whatever :func:`apply_cache` takes.
-
-    Returns:
-        bool: whether there was anything to remove.
-    """
-    return _removed(get_handle(model, "cache"))
+    """Undo :func:`apply_cache`; as :func:`remove_tome`."""
+    return _removed(model, "cache")
 
 
 def get_handle(
@@ -194,13 +188,12 @@ def get_handle(
 
         return None if technique == "cache" else get_vit_handle(found)
     for name, kind, handle in (("tome", TomePatch, ToMeHandle), ("cache", CachePatch, CacheHandle)):
-        if technique not in (None, name):
-            continue
-        every = [*found, *_together(model, kind)]
-        parts = [(_prefix(one.name), one.network, find_patch(one.network, kind)) for one in every]
-        parts = [part for part in parts if part[2] is not None]
-        if parts:
-            return handle(parts)
+        if technique in (None, name):
+            every = [*found, *_together(model, kind)]
+            patches = [find_patch(one.network, kind) for one in every]
+            parts = _parts([pair for pair in zip(every, patches) if pair[1] is not None])
+            if parts:
+                return handle(parts)
     return None
 
 
@@ -213,26 +206,10 @@ def _denoisers_or_vit(
     except ToMeError:
         from .vit.families import find_vit
 
-        try:
+        with contextlib.suppress(ToMeError):
             find_vit(model)
-        except ToMeError:
-            pass
-        else:
             return model
         raise
-
-
-def _options_of(config: Any) -> Mapping[str, Any]:
-    """Options of a vision transformer out of what was passed as ``config``."""
-    if config is None or isinstance(config, Mapping):
-        return config or {}
-    to_dict = getattr(config, "to_dict", None)
-    if to_dict is None or isinstance(config, ToMeConfig):
-        raise ToMeError(
-            "the options of a vision transformer are a dict such as dict(r=8), got "
-            f"{type(config).__name__}"
-        )
-    return to_dict()
 
 
 def _with_blocks(found: list[Denoiser], config: ToMeConfig) -> list[tuple]:
@@ -261,8 +238,9 @@ def _controlnets(model: object) -> list[Denoiser]:
     return found
 
 
-def _prefix(name: str) -> str:
-    return f"{name}." if name else ""
+def _parts(patched: list[tuple[Denoiser, Any]]) -> list[tuple]:
+    """(beginning of names, network, patch), as handles take them."""
+    return [(f"{one.name}." if one.name else "", one.network, patch) for one, patch in patched]
 
 
 def _together(model: object, kind: type) -> list[Denoiser]:
@@ -278,17 +256,13 @@ def _replaced(
 
     Also out of ControlNets that no longer take part.
     """
-    replaced = []
     together = [one.network for one in _together(model, kind)]
-    for network in dict.fromkeys([*networks, *together]):
-        patch = find_patch(network, kind)
-        if patch is not None:
-            replaced.append((network, remove(network, patch)))
-    return replaced
+    found = {one: find_patch(one, kind) for one in (*networks, *together)}
+    return [(one, remove(one, patch)) for one, patch in found.items() if patch is not None]
 
 
-def _removed(handle: Handle | ViTHandle | None) -> bool:
-    if handle is None:
-        return False
-    handle.remove()
-    return True
+def _removed(model: object, technique: str) -> bool:
+    handle = get_handle(model, technique)
+    if handle is not None:
+        handle.remove()
+    return handle is not None

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from .errors import ToMeError
 from .methods import build_method
-from .schedules import RatioSchedule
+from .schedules import SELF_ATTENTION, TARGETS, RatioSchedule
 from .validate import (
+    Options,
     check_bool,
     check_integer,
     check_keys,
@@ -21,18 +22,13 @@ from .validate import (
     plain,
 )
 
-#: Where tokens can be merged, in the order in which a block runs them.
-TARGETS = ("attn", "attn_kv", "crossattn", "mlp", "block", "stack")
 _MAX_CELL = 16
 _LEVELS = tuple(2**i for i in range(8))
 
 
-@dataclass(frozen=True)
-class ToMeConfig:
-    """Options of token merging.
-
-    Instances are immutable, hashable and valid: whatever can be found wrong without a model is
-    found here. Keyword arguments only.
+@dataclass(frozen=True, init=False)
+class ToMeConfig(Options):
+    """Options of token merging: immutable, hashable, valid as far as can be said without a model.
 
     Args:
         ratio (float | dict | callable): share of the tokens to remove at every target, in
@@ -76,7 +72,7 @@ class ToMeConfig:
             Default False.
 
     Raises:
-        ToMeError: an unknown option, a wrong type or range; says what is allowed and what to write.
+        ToMeError: an unknown option, a wrong type or range.
 
     Source of the options: arXiv 2303.17604, sections 4 and 5.
     """
@@ -97,16 +93,31 @@ class ToMeConfig:
     controlnet: Any = False
     across_frames: bool = False
 
-    def __init__(self, *positional: Any, **options: Any) -> None:
-        # Written out so that a mistyped name gets the same error as in a dict.
-        if positional:
-            raise ToMeError(
-                "token merging options are passed by name; write for example "
-                f"ToMeConfig(ratio={positional[0]!r})"
-            )
-        check_keys("token merging", options, _option_names(), _MOVED)
-        for field in fields(self):
-            self._set(field.name, frozen(options.get(field.name, field.default)))
+    _what = "token merging"
+    _example = "dict(ratio=0.5)"
+    _note = ". A named setting is a step cache: call apply_cache"
+    # Names that belong elsewhere -> what to write.
+    _elsewhere: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            ("r", "target_speedup"),
+            "that is for vision transformers; for diffusion models write ratio=0.5",
+        ),
+        "timestep_range": "write ratio=dict(base=0.5, timestep=dict(timestep_range=(0.3, 1)))",
+        **dict.fromkeys(
+            ("preset", "reuse", "cache", "tolerance", "interval", "region"),
+            "step caching has options of its own; write cache_cfg='balanced', or call apply_cache",
+        ),
+        **dict.fromkeys(
+            ("merge_attn", "merge_crossattn", "merge_mlp", "sites"),
+            "write targets, such as targets=['attn', 'mlp']",
+        ),
+        "refresh": "write plan_interval",
+        "proportional": "write prop_attn",
+    }
+
+    def _check(self) -> None:
+        for name, value in super().to_dict().items():
+            self._set(name, frozen(value))
         for name in ("use_rand", "exact_matching", "prop_attn", "share_plans", "residual"):
             check_bool("", name, getattr(self, name))
         check_bool("", "across_frames", self.across_frames)
@@ -127,11 +138,6 @@ class ToMeConfig:
         self._derive()
         self._check_controlnet()
 
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-
-    # --- checks -----------------------------------------------------------------------------------
-
     def _build_methods(self) -> None:
         # Building a method checks its options; a method is stateless, so one serves all.
         spec = self.method
@@ -142,9 +148,7 @@ class ToMeConfig:
             check_keys("method by target", spec, TARGETS)
         #: The methods that ``method`` names; as a rule one.
         self._set("methods", tuple(map(build_method, named.values())))
-        # Self-attention is one target to a user, whether its queries merge too or not.
-        at = {"attn" if name == "attn_kv" else name: i for i, name in enumerate(named)}
-        self._set("_method_at", at)
+        self._set("_method_at", {_of_user(name): i for i, name in enumerate(named)})
 
     def _check_ratio(self) -> None:
         ratio, cells = self.ratio, 1 - 1 / (self.sx * self.sy)
@@ -153,25 +157,17 @@ class ToMeConfig:
         self._set("ceiling", ceiling)
         if not (isinstance(ratio, Mapping) or callable(ratio)):
             if not is_number(ratio) or ratio < 0:
-                fail(
-                    "",
-                    "ratio",
-                    ratio,
-                    f"a number in [0, {ceiling:g}]",
-                    0 if is_number(ratio) else 0.5,
-                )
-            if ratio > ceiling + 1e-9 and ceiling < cells:
-                raise ToMeError(
-                    f"ratio={ratio!r} is above the ceiling {ceiling:g} of method={self.method!r}; "
-                    f"write ratio={ceiling:g}, or another method"
-                )
+                allowed = f"a number in [0, {ceiling:g}]"
+                fail("", "ratio", ratio, allowed, 0 if is_number(ratio) else 0.5)
             if ratio > ceiling + 1e-9:
-                wider = next((n for n in range(2, _MAX_CELL + 1) if 1 - 1 / n**2 >= ratio), None)
-                or_wider = f", or wider cells (sx={wider}, sy={wider})" if wider else ""
+                why, other = f"of method={self.method!r}", ", or another method"
+                if ceiling == cells:
+                    why = f"of sx={self.sx}, sy={self.sy}, since one token of every cell stays"
+                    wider = [n for n in range(2, _MAX_CELL + 1) if 1 - 1 / n**2 >= ratio][:1]
+                    other = "".join(f", or wider cells (sx={n}, sy={n})" for n in wider)
                 raise ToMeError(
-                    f"ratio={ratio!r} is above the ceiling 1 - 1 / (sx * sy) = {ceiling:g} for "
-                    f"sx={self.sx}, sy={self.sy}: one token of every cell must stay; write "
-                    f"ratio={ceiling:g}{or_wider}"
+                    f"ratio={ratio!r} is above the ceiling {ceiling:g} {why}; write "
+                    f"ratio={ceiling:g}{other}"
                 )
         #: ``ratio`` as a function of place and remaining share of the run.
         self._set("ratio_schedule", RatioSchedule(ratio, ceiling))
@@ -186,7 +182,7 @@ class ToMeConfig:
         given = self.targets
         targets = (given,) if isinstance(given, str) else given
         if not isinstance(targets, tuple) or not targets:
-            fail("", "targets", plain(given), f"a list of {', '.join(TARGETS)}", ["attn"])
+            targets = (None,)
         for target in targets:
             if target not in TARGETS:
                 close = nearest(target, TARGETS) or "attn"
@@ -197,7 +193,7 @@ class ToMeConfig:
                 f"targets={list(targets)!r}: {whole[0]!r} merges around everything inside it; "
                 f"write targets={whole[:1]!r}, or leave it out"
             )
-        if {"attn", "attn_kv"} <= set(targets):
+        if set(SELF_ATTENTION) <= set(targets):
             raise ToMeError("targets: 'attn' includes the keys and values of 'attn_kv'; write one")
         # In the order in which a block runs them.
         self._set("targets", tuple(target for target in TARGETS if target in targets))
@@ -207,40 +203,31 @@ class ToMeConfig:
         if not isinstance(interval, tuple):
             self._set("plan_interval", check_integer("", "plan_interval", interval, 1))
             return
-        steps = [one for one in interval if type(one) is int and one >= 0]
-        if not steps or len(steps) < len(interval):
-            fail(
-                "",
-                "plan_interval",
-                plain(interval),
-                "a number of steps or a list of step numbers (0 is the first)",
-                [0, 8, 11, 13, 20],
-            )
-        self._set("plan_interval", tuple(sorted(set(steps))))
+        if not interval or not all(type(one) is int and one >= 0 for one in interval):
+            allowed = "a number of steps or a list of step numbers (0 is the first)"
+            fail("", "plan_interval", plain(interval), allowed, [0, 8, 11, 13, 20])
+        self._set("plan_interval", tuple(sorted(set(interval))))
 
     def _check_together(self) -> None:
-        keeps_queries = self.methods[self._method_at.get("attn", 0)].keeps_queries
-        if None not in self._method_at and "attn" not in self._method_at:
-            keeps_queries = False
+        at = self._method_at
+        keeps_queries = "attn" in at or None in at
+        keeps_queries = keeps_queries and self.methods[at.get("attn", 0)].keeps_queries
         #: Kinds of target to merge at; a method that keeps queries merges keys and values.
         kinds = tuple(
             "attn_kv" if target == "attn" and keeps_queries else target for target in self.targets
         )
         self._set("kinds", kinds)
-        if None not in self._method_at:
-            merged = {"attn" if kind == "attn_kv" else kind for kind in kinds}
-            if merged != set(self._method_at):
-                named = list(self._method_at)
-                raise ToMeError(
-                    f"method names methods for {', '.join(named)}, and targets are "
-                    f"{', '.join(self.targets)}; write targets={named!r}, or one method for all"
-                )
+        if None not in at and set(map(_of_user, kinds)) != set(at):
+            raise ToMeError(
+                f"method names methods for {', '.join(at)}, and targets are "
+                f"{', '.join(self.targets)}; write targets={list(at)!r}, or one method for all"
+            )
         if self.residual and self.plan_interval == 1:
             raise ToMeError(
                 "residual=True is added at steps that reuse a plan, and there are none; write "
                 "plan_interval=2"
             )
-        if self.prop_attn and not {"attn", "attn_kv"} & set(kinds):
+        if self.prop_attn and not set(SELF_ATTENTION) & set(kinds):
             raise ToMeError(
                 f"prop_attn=True weighs keys of self-attention, and targets are "
                 f"{', '.join(kinds)}; write targets=['attn'], or prop_attn=False"
@@ -253,17 +240,17 @@ class ToMeConfig:
                 )
 
     def _check_controlnet(self) -> None:
-        own = self.controlnet
+        own, config = self.controlnet, None
         if not isinstance(own, (bool, Mapping)):
             fail("", "controlnet", own, "True, False or a dict of options for it", True)
-        config = None
         if own is not False:
-            if own is not True and "controlnet" in own:
+            changes = {} if own is True else own
+            if "controlnet" in changes:
                 raise ToMeError(
                     "controlnet: a dict of its options has no 'controlnet'; leave it out"
                 )
             try:
-                config = self.replace(**{**({} if own is True else own), "controlnet": False})
+                config = self.replace(**{**changes, "controlnet": False})
             except ToMeError as error:
                 raise ToMeError(f"controlnet: {error}") from error
         #: The options of the ControlNet; None where it is not merged.
@@ -271,37 +258,23 @@ class ToMeConfig:
 
     def _derive(self) -> None:
         """What follows from the options: computed once, read at every call of a network."""
-        methods = self.methods
+        methods, schedule = self.methods, self.ratio_schedule
         #: Whether a method looks at what the network predicted last.
         self._set("watches_output", any(method.watches_output for method in methods))
         #: Whether plans are reused.
         self._set("keeps_plans", self.plan_interval != 1)
         #: Whether anything depends on the place of a step in its denoising run.
-        self._set(
-            "tracks_steps",
-            self.keeps_plans
-            or self.ratio_schedule.needs_timestep
-            or self.watches_output
-            or any(method.tracks_steps for method in methods),
-        )
+        by_step = self.keeps_plans or schedule.needs_timestep or self.watches_output
+        self._set("tracks_steps", by_step or any(method.tracks_steps for method in methods))
         #: Whether nothing is ever merged.
-        self._set("merges_nothing", self.ratio_schedule.zero)
+        self._set("merges_nothing", schedule.zero)
         #: Whether every target of a block has the same plan, made anew at each step.
-        self._set(
-            "one_plan",
-            self.ratio_schedule.constant
-            and not self.keeps_plans
-            and not self.share_plans
-            and len(methods) == 1,
-        )
-
-    # --- what hooks ask ---------------------------------------------------------------------------
+        reused = self.keeps_plans or self.share_plans
+        self._set("one_plan", schedule.constant and not reused and len(methods) == 1)
 
     def method_at(self, kind: str) -> int:
         """Which of ``methods`` a kind of target has."""
-        if len(self.methods) == 1:
-            return 0
-        return self._method_at["attn" if kind == "attn_kv" else kind]
+        return 0 if len(self.methods) == 1 else self._method_at[_of_user(kind)]
 
     def plan_is_due(self, last: int, step: int) -> bool:
         """Whether a plan that was computed at step ``last`` (-1: never) is due at ``step``; also
@@ -313,82 +286,12 @@ class ToMeConfig:
             return any(last < one <= step for one in interval)
         return step // interval > last // interval
 
-    # --- conversions ------------------------------------------------------------------------------
-
-    def replace(self, **changes: Any) -> ToMeConfig:
-        """A changed, validated copy.
-
-        Raises:
-            ToMeError: as the constructor.
-        """
-        return type(self)(**{**{name: getattr(self, name) for name in _option_names()}, **changes})
-
     def to_dict(self) -> dict[str, Any]:
-        """Plain dict of all options; inverse of :meth:`from_dict`, also by way of JSON, unless the
-        ratio is a function, which stays one."""
-        return {name: plain(getattr(self, name)) for name in _option_names()}
-
-    def to_record(self) -> dict[str, Any]:
-        """As :meth:`to_dict`, for what is only read: a function by name, so all goes into JSON."""
-        options = self.to_dict()
-        if callable(self.ratio):
-            options["ratio"] = getattr(self.ratio, "__name__", type(self.ratio).__name__)
-        return options
-
-    @classmethod
-    def from_dict(cls, options: Mapping[str, Any]) -> ToMeConfig:
-        """Config from a mapping (a dict, a mmengine ``ConfigDict`` ...); missing keys default.
-
-        Raises:
-            ToMeError: not a mapping, unknown keys, or invalid values.
-        """
-        if not isinstance(options, Mapping):
-            raise ToMeError(
-                "token merging options must be a dict such as dict(ratio=0.5) or a ToMeConfig, "
-                f"got {options!r}"
-            )
-        return cls(**options)
-
-    @classmethod
-    def coerce(
-        cls, config: ToMeConfig | Mapping[str, Any] | None = None, **changes: Any
-    ) -> ToMeConfig:
-        """Config from whatever a user passes: None, a mapping or a config; keywords win.
-
-        Raises:
-            ToMeError: as :meth:`from_dict`.
-        """
-        if isinstance(config, cls):
-            return config.replace(**changes) if changes else config
-        return cls.from_dict({**({} if config is None else cls._mapping(config)), **changes})
-
-    @staticmethod
-    def _mapping(config: Any) -> Mapping[str, Any]:
-        if not isinstance(config, Mapping):
-            raise ToMeError(
-                "token merging options must be a dict such as dict(ratio=0.5) or a ToMeConfig, "
-                f"got {config!r}. A named setting is a step cache: call apply_cache"
-            )
-        return config
+        """Plain dict of all options, as JSON has them unless the ratio is a function, which stays
+        one; :meth:`coerce` is the inverse."""
+        return plain(super().to_dict())
 
 
-def _option_names() -> list[str]:
-    return [field.name for field in fields(ToMeConfig)]
-
-
-# Names that belong elsewhere -> what to write, for error messages.
-_MOVED = {
-    "r": "that is for vision transformers; for diffusion models write ratio=0.5",
-    "target_speedup": "that is for vision transformers; for diffusion models write ratio=0.5",
-    "timestep_range": "write ratio=dict(base=0.5, timestep=dict(timestep_range=(0.3, 1)))",
-    **dict.fromkeys(
-        ("preset", "reuse", "cache", "tolerance", "interval", "region"),
-        "step caching has options of its own; write cache_cfg='balanced', or call apply_cache",
-    ),
-    **dict.fromkeys(
-        ("merge_attn", "merge_crossattn", "merge_mlp", "sites"),
-        "write targets, such as targets=['attn', 'mlp']",
-    ),
-    "refresh": "write plan_interval",
-    "proportional": "write prop_attn",
-}
+def _of_user(kind: str | None) -> str | None:
+    """Self-attention is one target to a user, whether its queries merge too or not."""
+    return "attn" if kind == "attn_kv" else kind

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 
 class ToMeError(ValueError):
-    """A request that token merging cannot honour.
+    """A request that cannot be honoured: a wrong option, nothing to merge, sizes that do not fit.
 
-    Raised for bad configuration values, models without anything to merge and
-    sizes that do not fit. The message always says what was found and what to
-    write instead. A :class:`ValueError`, so callers that guard against bad
-    values in general need not know this package.
+    The message says what was found and what to write instead. A :class:`ValueError`, so callers
+    that guard against wrong values in general need not know this package.
     """

@@ -6,39 +6,34 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from .errors import ToMeError
 from .timeline import in_range
-from .validate import check_choice, check_keys, check_number, check_range, frozen
+from .validate import check_choice, check_keys, check_number, check_range, frozen, is_integer
 
-# Kind -> the keys that mean something to it, besides 'kind' and 'timestep_range'.
+#: Where tokens can be merged, in the order in which a block runs them.
+TARGETS = ("attn", "attn_kv", "crossattn", "mlp", "block", "stack")
+SELF_ATTENTION = ("attn", "attn_kv")
+
+# Kind of a factor by timestep -> the keys that mean something to it, besides 'timestep_range'.
 _KINDS = {
     "constant": (),
     "linear": ("start", "end"),
     "cosine": ("start", "end"),
     "piecewise": ("points",),
 }
-_TARGETS = ("attn", "attn_kv", "crossattn", "mlp", "block", "stack")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where and when a ratio is asked for.
+    """Where and when a ratio is asked for."""
 
-    Attributes:
-        target (str): kind of target: 'attn', 'crossattn', 'mlp', 'block', 'stack'.
-        downsample (int): how many times coarser the grid is than the network's input.
-        depth (int): number of the block among those that are merged, in running order.
-        num_blocks (int): how many there are.
-        timestep (float | None): share of the run's schedule that remains, 1 at its start, 0 at
-            its end; None where it is not known.
-    """
-
-    target: str
-    downsample: int
-    depth: int = 0
-    num_blocks: int = 1
+    target: str  #: kind of target, see ``ToMeConfig.targets``
+    downsample: int  #: how many times coarser the grid is than the network's input
+    depth: int = 0  #: number of the block among those that are merged, in running order
+    num_blocks: int = 1  #: how many there are
+    #: Share of the run's schedule that remains, 1 at its start, 0 at its end; None where unknown.
     timestep: float | None = None
 
 
@@ -70,6 +65,11 @@ class RatioSchedule:
         ToMeError: anything else, a number outside [0, ceiling], an unknown key, level or target,
             a key of ``timestep`` that its kind does not use.
 
+    Attributes:
+        constant (bool): whether it is one number everywhere and always.
+        zero (bool): whether that is 0, so nothing is ever merged.
+        needs_timestep (bool): whether the remaining share of the run must be known.
+
     Example:
         >>> spec = dict(downsample={1: 0.6, 2: 0.3}, timestep=dict(timestep_range=(0.3, 1)))
         >>> RatioSchedule(spec, 0.75)(Place("attn", downsample=2, timestep=0.8))
@@ -77,27 +77,20 @@ class RatioSchedule:
     """
 
     def __init__(self, spec: Any, ceiling: float) -> None:
-        spec = frozen(spec)
-        self.spec = spec
+        self.spec = spec = frozen(spec)
         self.ceiling = ceiling
-        #: Whether it is one number everywhere and always.
-        self.constant = not (isinstance(spec, Mapping) or callable(spec))
-        #: Whether it is the number 0: nothing is ever merged.
+        by_place = isinstance(spec, Mapping)
+        self.constant = not (by_place or callable(spec))
         self.zero = self.constant and spec == 0
-        #: Whether the remaining share of the run must be known.
-        self.needs_timestep = callable(spec) or (
-            isinstance(spec, Mapping) and spec.get("timestep") is not None
-        )
-        if isinstance(spec, Mapping):
+        self.needs_timestep = spec.get("timestep") is not None if by_place else callable(spec)
+        if by_place:
             self._check_spec(spec)
         elif self.constant:
             _check_ratio("ratio", spec, ceiling)
 
     def _check_spec(self, spec: Mapping[str, Any]) -> None:
         check_keys("ratio", spec, ("base", "downsample", "depth", "target", "timestep"))
-        numbers = [*_values(spec.get("downsample")), *_values(spec.get("target"))]
-        numbers += list(_sequence("ratio['depth']", spec.get("depth", ())))
-        numbers += [spec["base"]] if "base" in spec else []
+        numbers = _numbers(spec)
         if not numbers:
             raise ToMeError(
                 f"ratio={dict(spec)!r} names no ratio; write for example dict(base=0.5) or "
@@ -106,19 +99,14 @@ class RatioSchedule:
         for number in numbers:
             _check_ratio("ratio", number, self.ceiling)
         _check_levels("ratio['downsample']", spec.get("downsample"))
-        check_keys("ratio['target']", spec.get("target") or (), _TARGETS)
+        check_keys("ratio['target']", spec.get("target") or (), TARGETS)
         _check_timestep(spec.get("timestep"))
 
     def misses(self, places: Iterable[Place]) -> bool:
         """Whether a dict names ratios above 0, but none for any of these places at any timestep:
         then it merges nothing, which nobody meant."""
-        spec = self.spec
-        if not isinstance(spec, Mapping):
-            return False
-        named = [spec.get("base", 0), *_values(spec.get("downsample"))]
-        if not any([*named, *_values(spec.get("target")), *spec.get("depth", ())]):
-            return False
-        return not any(self._without_timestep(place) for place in places)
+        named = isinstance(self.spec, Mapping) and any(_numbers(self.spec))
+        return named and not any(self._without_timestep(place) for place in places)
 
     def __call__(self, place: Place) -> float:
         """The ratio at a place, in [0, ceiling].
@@ -144,8 +132,10 @@ class RatioSchedule:
         spec = self.spec
         value = spec.get("base", 0.0)
         value = (spec.get("downsample") or {}).get(place.downsample, value)
-        if spec.get("depth"):
-            value = _spread(spec["depth"], place.depth, place.num_blocks)
+        depths = spec.get("depth")
+        if depths:
+            at = place.depth * (len(depths) - 1) / max(place.num_blocks - 1, 1)
+            value = _interpolate(list(enumerate(depths)), at)
         targets = spec.get("target") or {}
         # Self-attention is one target to a user, whether its queries merge too or not.
         if place.target == "attn_kv":
@@ -159,11 +149,11 @@ def timestep_factor(spec: Mapping[str, Any] | None, remaining: float | None) -> 
         return 1.0
     if not in_range(remaining, spec.get("timestep_range", (0.0, 1.0))):
         return 0.0
-    kind = spec.get("kind", "piecewise" if "points" in spec else "constant")
+    kind = _kind(spec)
     if kind == "constant":
         return 1.0
     if kind == "piecewise":
-        return _interpolate(sorted(tuple(point) for point in spec["points"]), remaining)
+        return _interpolate(sorted(spec["points"]), remaining)
     start, end = spec.get("start", 1.0), spec.get("end", 0.0)
     share = min(max(remaining, 0.0), 1.0)
     if kind == "cosine":
@@ -172,7 +162,11 @@ def timestep_factor(spec: Mapping[str, Any] | None, remaining: float | None) -> 
     return end + (start - end) * share
 
 
-def _interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
+def _kind(timestep: Mapping[str, Any]) -> Any:
+    return timestep.get("kind", "piecewise" if "points" in timestep else "constant")
+
+
+def _interpolate(points: Sequence[Sequence[float]], x: float) -> float:
     if x <= points[0][0]:
         return points[0][1]
     for (x0, y0), (x1, y1) in zip(points, points[1:]):
@@ -181,26 +175,21 @@ def _interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
     return points[-1][1]
 
 
-def _spread(values: Sequence[float], depth: int, num_blocks: int) -> float:
-    if len(values) == 1 or num_blocks == 1:
-        return values[0]
-    at = depth * (len(values) - 1) / (num_blocks - 1)
-    return _interpolate(list(enumerate(values)), at)
-
-
-def _values(table: Any) -> list[Any]:
-    if table is None:
-        return []
-    if not isinstance(table, Mapping):
-        raise ToMeError(f"ratio: {table!r} must be a dict such as {{1: 0.5}} or dict(attn=0.5)")
-    return list(table.values())
+def _numbers(spec: Mapping[str, Any]) -> list[Any]:
+    """All ratios that a dict names."""
+    numbers = [spec["base"]] if "base" in spec else []
+    for name in ("downsample", "target"):
+        table = spec.get(name)
+        if table is not None and not isinstance(table, Mapping):
+            _fail_dict("ratio", table, "{1: 0.5} or dict(attn=0.5)")
+        numbers += (table or {}).values()
+    return [*numbers, *_sequence("ratio['depth']", spec.get("depth", ()))]
 
 
 def _check_levels(name: str, table: Mapping[Any, Any] | None) -> None:
     """Downsample factors are powers of two."""
     for level in table or ():
-        whole = isinstance(level, int) and not isinstance(level, bool) and level > 0
-        if not whole or level & (level - 1):
+        if not is_integer(level) or level <= 0 or level & (level - 1):
             raise ToMeError(
                 f"{name} has no level {level!r}: levels are how many times coarser a grid is than "
                 "the network's input; write 1, 2, 4 or 8"
@@ -208,7 +197,7 @@ def _check_levels(name: str, table: Mapping[Any, Any] | None) -> None:
 
 
 def _sequence(key: str, value: Any) -> Sequence[Any]:
-    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+    if not isinstance(value, tuple):
         raise ToMeError(f"{key}={value!r} must be a list of numbers such as [0.6, 0.3]")
     return value
 
@@ -218,47 +207,45 @@ def _check_ratio(key: str, value: Any, ceiling: float) -> float:
     return check_number("", key, value, 0, ceiling + 1e-9, default=0.5)
 
 
-def _check_timestep(spec: Any, name: str = "ratio['timestep']") -> None:
-    if spec is None:
+def _fail_dict(name: str, value: Any, example: str) -> NoReturn:
+    raise ToMeError(f"{name}: {value!r} must be a dict such as {example}")
+
+
+def _check_timestep(spec: Any, name: str = "ratio['timestep']", level: bool = False) -> None:
+    """Check a dict for ``timestep``, or that of one level."""
+    if spec is None and not level:
         return
-    if not isinstance(spec, Mapping):
-        raise ToMeError(f"{name}={spec!r} must be a dict such as dict(kind='linear')")
+    example = "dict(timestep_range=(0.5, 1))"
+    if not isinstance(spec, Mapping) or (level and "downsample" in spec):
+        _fail_dict(name, spec, example)
     if "downsample" in spec:
         check_keys(f"{name} with 'downsample'", spec, ("downsample",))
-        levels = spec["downsample"]
+        name, levels = f"{name}['downsample']", spec["downsample"]
         if not isinstance(levels, Mapping) or not levels:
-            raise ToMeError(
-                f"{name}['downsample']={levels!r} must be a dict such as "
-                "{1: dict(timestep_range=(0.5, 1))}"
-            )
-        _check_levels(f"{name}['downsample']", levels)
-        for level, one in levels.items():
-            its = f"{name}['downsample'][{level!r}]"
-            if not isinstance(one, Mapping) or "downsample" in one:
-                raise ToMeError(
-                    f"{its}: {one!r} must be a dict such as dict(timestep_range=(0.5, 1))"
-                )
-            _check_timestep(one, its)
+            _fail_dict(name, levels, f"{{1: {example}}}")
+        _check_levels(name, levels)
+        for factor, one in levels.items():
+            _check_timestep(one, f"{name}[{factor!r}]", level=True)
         return
     check_keys(name, spec, ("kind", "start", "end", "points", "timestep_range"))
-    kind = spec.get("kind", "piecewise" if "points" in spec else "constant")
-    check_choice(f"{name}: ", "kind", kind, _KINDS, "linear")
+    name, kind = f"{name}: ", _kind(spec)
+    check_choice(name, "kind", kind, _KINDS, "linear")
     for key in ("start", "end", "points"):
         if key in spec and key not in _KINDS[kind]:
             meant = "piecewise" if key == "points" else "linear"
             raise ToMeError(
-                f"{name}: kind={kind!r} does not use {key!r}; write kind={meant!r} or leave it out"
+                f"{name}kind={kind!r} does not use {key!r}; write kind={meant!r} or leave it out"
             )
     for key in ("start", "end"):
         if key in spec:
-            check_number(f"{name}: ", key, spec[key], 0, 1, default=1)
+            check_number(name, key, spec[key], 0, 1, default=1)
     pairs = spec.get("points", ())
     if kind == "piecewise" and not pairs:
-        raise ToMeError(f"{name}: kind='piecewise' needs points=[(remaining share, factor), ...]")
-    for pair in _sequence(f"{name}: points", pairs):
-        if len(_sequence(f"{name}: points", pair)) != 2:
-            raise ToMeError(f"{name}: {pair!r} must be a pair of numbers")
+        raise ToMeError(f"{name}kind='piecewise' needs points=[(remaining share, factor), ...]")
+    for pair in _sequence(f"{name}points", pairs):
+        if len(_sequence(f"{name}points", pair)) != 2:
+            raise ToMeError(f"{name}{pair!r} must be a pair of numbers")
         for number in pair:
-            check_number(f"{name}: ", "a number in points", number, 0, 1)
+            check_number(name, "a number in points", number, 0, 1)
     if "timestep_range" in spec:
-        check_range(f"{name}: ", "timestep_range", spec["timestep_range"], (0.5, 1))
+        check_range(name, "timestep_range", spec["timestep_range"], (0.5, 1))

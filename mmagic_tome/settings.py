@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .apply import apply_cache, apply_tome, get_handle
-from .cache import PRESETS, StepCacheConfig, coerce_cache, to_plain
+from .cache import StepCacheConfig, coerce_cache, to_plain
 from .config import ToMeConfig
 from .errors import ToMeError
 from .handle import CacheHandle, ToMeHandle
@@ -33,8 +33,7 @@ class Handles:
         return ", ".join(handle.description for handle in self)
 
     def __bool__(self) -> bool:
-        """Whether anything is applied."""
-        return any(True for _ in self)
+        return self.tome is not None or self.cache is not None
 
     def __iter__(self) -> Iterator[ToMeHandle | CacheHandle]:
         return iter([handle for handle in (self.tome, self.cache) if handle is not None])
@@ -60,15 +59,10 @@ class Handles:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is applied to a model.
+    """What is applied to a model."""
 
-    Attributes:
-        tome: options of token merging; None merges nothing.
-        cache: the step caches; None skips nothing.
-    """
-
-    tome: ToMeConfig | None = None
-    cache: tuple[StepCacheConfig, ...] | None = None
+    tome: ToMeConfig | None = None  #: options of token merging; None merges nothing
+    cache: tuple[StepCacheConfig, ...] | None = None  #: the step caches; None skips nothing
 
     @classmethod
     def coerce(cls, spec: Any) -> Setting:
@@ -87,51 +81,25 @@ class Setting:
         """
         if isinstance(spec, cls):
             return spec
-        if spec is None:
-            return cls()
         if isinstance(spec, ToMeConfig):
             return cls(tome=spec)
-        if not isinstance(spec, Mapping):
+        if spec is not None and not isinstance(spec, Mapping):
             raise ToMeError(
                 f"a setting must be a dict such as dict(ratio=0.5, cache='balanced'), got {spec!r}"
             )
-        return cls().replace(**spec)
+        return cls().replace(**(spec or {}))
 
     @property
     def baseline(self) -> bool:
         """Whether it leaves the model as it is."""
-        return self.tome is None and self.cache is None
-
-    @property
-    def description(self) -> str:
-        """What is done, in a few words: options that are not the default."""
-        words = []
-        if self.tome is not None:
-            usual = ToMeConfig().to_dict()
-            words += [
-                f"{name}={value!r}"
-                for name, value in self.tome.to_record().items()
-                if name == "ratio" or value != usual[name]
-            ]
-        if self.cache is not None:
-            name = next((name for name, one in PRESETS.items() if one == self.cache), None)
-            words.append(f"cache={name or to_plain(self.cache)!r}")
-        return ", ".join(words) or "baseline"
+        return self == Setting()
 
     def replace(self, **changes: Any) -> Setting:
-        """A changed, validated copy.
-
-        Args:
-            **changes: options of token merging; or ``cache``, None for no step caching.
-
-        Raises:
-            ToMeError: invalid options.
-        """
-        cache = self.cache
-        if "cache" in changes:
-            cache = changes.pop("cache")
-            cache = None if cache is None else coerce_cache(cache)
-        return type(self)(ToMeConfig.coerce(self.tome, **changes) if changes else self.tome, cache)
+        """A changed, validated copy: options of token merging, or ``cache``, None for no step
+        caching."""
+        cache = changes.pop("cache", self.cache)
+        tome = ToMeConfig.coerce(self.tome, **changes) if changes else self.tome
+        return type(self)(tome, None if cache is None else coerce_cache(cache))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict of all options, as JSON has them unless the ratio is a function;
@@ -141,13 +109,8 @@ class Setting:
 
     @contextlib.contextmanager
     def apply(self, model: object) -> Iterator[Handles]:
-        """Apply both to a model; on exit it is what it was.
-
-        Args:
-            model: whatever ``apply_tome`` takes, vision transformers aside.
-
-        Yields:
-            Handles: with ``tome`` and ``cache``, None where that is not applied.
+        """Apply both to whatever ``apply_tome`` takes, vision transformers aside; on exit the model
+        is what it was.
 
         Raises:
             ToMeError: the model has nothing to merge or to skip; nothing is changed then.

@@ -1,7 +1,9 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """The one way to check what a user wrote: every error says what was found and what to write.
 
-``where`` in all functions is what a message begins with, such as ``"method 'toma': "``.
+In all functions ``where`` is the beginning of the message, such as ``"method 'toma': "``, and
+``default`` is what to suggest where nothing close to the value is allowed. The ``check_*``
+functions return the value, and raise :class:`ToMeError` for a wrong one.
 """
 
 from __future__ import annotations
@@ -10,9 +12,12 @@ import difflib
 import math
 import numbers
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from dataclasses import fields
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from .errors import ToMeError
+
+T = TypeVar("T", bound="Options")
 
 
 def fail(where: str, key: str, value: Any, allowed: str, instead: Any) -> NoReturn:
@@ -21,11 +26,7 @@ def fail(where: str, key: str, value: Any, allowed: str, instead: Any) -> NoRetu
 
 
 def check_bool(where: str, key: str, value: Any) -> bool:
-    """Return ``value`` if it is True or False.
-
-    Raises:
-        ToMeError: anything else.
-    """
+    """True or False."""
     if not isinstance(value, bool):
         instead = bool(value) if isinstance(value, (int, float, str)) else False
         fail(where, key, value, "True or False", instead)
@@ -35,17 +36,11 @@ def check_bool(where: str, key: str, value: Any) -> bool:
 def check_integer(
     where: str, key: str, value: Any, low: int, high: int | None = None, default: int | None = None
 ) -> int:
-    """Return ``value`` as an int in [low, high].
+    """An int in [low, high], default no upper bound; numpy integers are, booleans are not.
 
-    Args:
-        high: None for no upper bound.
-        default: what to suggest for a value that is no number. Default: ``low``.
-
-    Raises:
-        ToMeError: anything else; numpy integers are integers, booleans are not.
+    ``default`` is ``low``.
     """
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or value < low or (high is not None and value > high):
+    if not is_integer(value) or value < low or (high is not None and value > high):
         allowed = f"at least {low}" if high is None else f"in [{low}, {high}]"
         instead = low if default is None else default
         if is_number(value):
@@ -64,14 +59,9 @@ def check_number(
     default: float | None = None,
     open_low: bool = False,
 ) -> float:
-    """Return ``value``, a finite number in [low, high]; ``high`` may be infinite.
+    """A finite number in [low, high], with ``open_low`` in (low, high]; ``high`` may be infinite.
 
-    Args:
-        default: what to suggest for a value that is no number. Default: ``low``.
-        open_low: exclude ``low`` itself. Default False.
-
-    Raises:
-        ToMeError: anything else.
+    ``default`` is ``low``.
     """
     default = low if default is None else default
     finite = is_number(value)
@@ -87,19 +77,11 @@ def check_number(
 
 
 def check_range(where: str, key: str, value: Any, example: tuple[float, float]) -> tuple:
-    """Return ``value`` as a pair (low, high) of numbers with 0 <= low < high <= 1.
-
-    Raises:
-        ToMeError: anything else.
-    """
+    """A pair (low, high) of numbers with 0 <= low < high <= 1."""
     pair = value if isinstance(value, Sequence) and not isinstance(value, str) else ()
-    if (
-        len(pair) != 2
-        or not all(is_number(number) and 0 <= number <= 1 for number in pair)
-        or not pair[0] < pair[1]
-    ):
-        swapped = len(pair) == 2 and all(map(is_number, pair)) and 0 <= pair[1] < pair[0] <= 1
-        instead = (pair[1], pair[0]) if swapped else example
+    found = len(pair) == 2 and all(is_number(number) and 0 <= number <= 1 for number in pair)
+    if not found or pair[0] >= pair[1]:
+        instead = (pair[1], pair[0]) if found and pair[0] > pair[1] else example
         allowed = "(low, high) with 0 <= low < high <= 1, where 1 is the start of a run"
         fail(where, key, value, allowed, instead)
     return float(pair[0]), float(pair[1])
@@ -108,14 +90,7 @@ def check_range(where: str, key: str, value: Any, example: tuple[float, float]) 
 def check_choice(
     where: str, key: str, value: Any, known: Collection[str], default: str | None = None
 ) -> str:
-    """Return ``value`` if it is one of ``known``.
-
-    Args:
-        default: what to suggest where no known name is similar. Default: the first.
-
-    Raises:
-        ToMeError: anything else.
-    """
+    """One of ``known``; ``default`` is the first."""
     if not isinstance(value, str) or value not in known:
         instead = nearest(value, known) or default or next(iter(known))
         fail(where, key, value, f"one of {', '.join(known)}", instead)
@@ -146,18 +121,23 @@ def check_keys(
 
 
 def did_you_mean(wrong: Any, known: Iterable[str]) -> str:
-    """Return ``"did you mean 'x'? "`` for a message; empty if no known name is similar."""
+    """``"did you mean 'x'? "`` for a message; empty if no known name is similar."""
     close = nearest(wrong, known)
     return "" if close is None else f"did you mean {close!r}? "
 
 
 def nearest(wrong: Any, known: Iterable[str]) -> str | None:
-    """Return the known name that is most similar to a wrong one; None if none is."""
+    """The known name that is most similar to a wrong one; None if none is."""
     return next(iter(difflib.get_close_matches(str(wrong), list(known), n=1)), None)
 
 
+def is_integer(value: Any) -> bool:
+    """Whether ``value`` is an integer, numpy's included; booleans are not."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def is_number(value: Any) -> bool:
-    """Return whether ``value`` is a finite real number; booleans are not."""
+    """Whether ``value`` is a finite real number; booleans are not."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return False
     try:
@@ -167,16 +147,15 @@ def is_number(value: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """Return ``value`` as JSON would return it: Python numbers for numpy's, lists for tuples."""
+    """``value`` as JSON would return it: Python numbers for numpy's, lists for tuples."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, numbers.Integral):
+    if is_integer(value):
         return int(value)
-    return float(value) if isinstance(value, numbers.Real) else value
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return float(value) if real else value
 
 
 class FrozenDict(dict):
@@ -196,7 +175,7 @@ class FrozenDict(dict):
 
 
 def frozen(value: Any) -> Any:
-    """Return ``value`` immutable: dicts frozen, tuples for lists, Python numbers for numpy's."""
+    """``value`` immutable: frozen dicts, tuples for lists, Python numbers for numpy's."""
     if isinstance(value, Mapping):
         return FrozenDict({_key(key): frozen(item) for key, item in value.items()})
     if isinstance(value, (list, tuple)):
@@ -207,3 +186,64 @@ def frozen(value: Any) -> Any:
 def _key(key: Any) -> Any:
     # JSON has resolution levels as strings.
     return int(key) if isinstance(key, str) and key.isdecimal() else plain(key)
+
+
+class Options:
+    """Base class of options: by keyword, immutable, valid.
+
+    Subclasses are ``@dataclass(frozen=True, init=False)`` and check their values in ``_check``.
+
+    Raises:
+        ToMeError: an unknown option or a wrong value, in all ways to make one.
+    """
+
+    _what = ""  # has these options, for messages
+    _example = ""  # of a dict of them
+    _note = ""  # on what is no dict
+    _elsewhere: ClassVar[Mapping[str, str]] = {}  # options of something else -> what to write
+
+    def __init__(self, *positional: Any, **options: Any) -> None:
+        if positional:
+            raise ToMeError(
+                f"options of {self._what} are passed by name, got {positional[0]!r}; write for "
+                f"example {type(self).__name__}{self._example.removeprefix('dict')}"
+            )
+        check_keys(self._what, options, self.names(), self._elsewhere)
+        for field in fields(self):  # type: ignore[arg-type]
+            self._set(field.name, options.get(field.name, field.default))
+        self._check()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check(self) -> None:
+        raise NotImplementedError
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The names of all options."""
+        return [field.name for field in fields(cls)]  # type: ignore[arg-type]
+
+    @classmethod
+    def coerce(cls: type[T], config: Any = None, **changes: Any) -> T:
+        """From whatever a user passes: None, a mapping of options, or an instance; keywords win."""
+        if isinstance(config, cls):
+            return config.replace(**changes) if changes else config
+        if config is not None and not isinstance(config, Mapping):
+            raise ToMeError(
+                f"options of {cls._what} must be a dict such as {cls._example} or a "
+                f"{cls.__name__}, got {config!r}{cls._note}"
+            )
+        return cls(**cls._overridden(config or {}, changes))
+
+    def replace(self: T, **changes: Any) -> T:
+        """A changed, validated copy."""
+        return type(self)(**self._overridden(self.to_dict(), changes))
+
+    @staticmethod
+    def _overridden(options: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+        return {**options, **changes}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict of all options; :meth:`coerce` is the inverse."""
+        return {name: getattr(self, name) for name in self.names()}

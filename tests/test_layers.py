@@ -1,7 +1,7 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Imports point down only, and importing the package imports no library."""
 
-import json
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -9,22 +9,6 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mmagic_tome"
-CORE = (
-    *(
-        "__init__",
-        "apply",
-        "config",
-        "errors",
-        "graphs",
-        "handle",
-        "latents",
-        "patch",
-        "runs",
-        "schedulers",
-    ),
-    *("schedules", "timeline", "validate", "cache", "merging", "methods", "models", "tome", "vit"),
-    "mmagic",
-)
 
 # Layer -> the modules of the package that it may import, itself aside.
 LAYERS = {
@@ -36,6 +20,7 @@ LAYERS = {
     "runs": ("latents",),
     "validate": ("errors",),
     "patch": ("graphs",),
+    "base_handle": ("patch", "graphs"),
     "methods": ("merging", "errors", "validate"),
     "models": ("merging", "errors", "validate"),
     "schedules": ("errors", "timeline", "validate"),
@@ -44,131 +29,94 @@ LAYERS = {
 }
 LAYERS["tome"] = (*("config", *LAYERS["config"], "models", "patch", "graphs", "latents", "runs"),)
 LAYERS["schedulers"] = ("cache", *LAYERS["cache"])
-LAYERS["handle"] = ("tome", *LAYERS["tome"], "cache")
-LAYERS["vit"] = ("merging", "errors", "validate", "patch", "graphs")
+LAYERS["handle"] = ("tome", *LAYERS["tome"], "cache", "base_handle")
+LAYERS["vit"] = ("merging", "errors", "validate", "base_handle", "patch", "graphs")
 LAYERS["apply"] = ("handle", *LAYERS["handle"], "schedulers", "vit")
 
-# One process imports torch once and forks for every layer: the package without its __init__, and
-# what may not be imported.
-_SCRIPT = """
-import importlib, json, os, pkgutil, sys, traceback, types
-
-path, jobs = sys.argv[1], json.loads(sys.argv[2])
+LIBRARIES = {"diffusers", "mmagic", "mmengine", "timm", "transformers", "numpy"}
 
 
-class Blocked:
-    def __init__(self, layer, allowed, blocked):
-        self.layer, self.allowed, self.blocked = layer, allowed, blocked
-
-    def find_spec(self, name, path=None, target=None):
-        parts = name.split(".")
-        above = parts[0] == "mmagic_tome" and len(parts) > 1 and parts[1] not in self.allowed
-        if above or parts[0] in self.blocked:
-            raise ModuleNotFoundError(f"{self.layer} imports {name}", name=name)
+def files_of(layer):
+    file = PACKAGE / f"{layer}.py"
+    return [file] if file.exists() else sorted((PACKAGE / layer).rglob("*.py"))
 
 
-def check(layer, allowed, blocked):
-    package = types.ModuleType("mmagic_tome")
-    package.__path__ = [path]
-    sys.modules["mmagic_tome"] = package
-    sys.meta_path.insert(0, Blocked(layer, allowed, blocked))
-    module = importlib.import_module(f"mmagic_tome.{layer}")
-    for info in pkgutil.walk_packages(getattr(module, "__path__", []), f"mmagic_tome.{layer}."):
-        importlib.import_module(info.name)
-
-
-results = []
-for layer, allowed, blocked in jobs:
-    if "torch" not in blocked and "numpy" not in blocked:
-        import torch
-    reading, writing = os.pipe()
-    if not os.fork():
-        message = ""
-        try:
-            check(layer, allowed, blocked)
-        except BaseException:
-            message = traceback.format_exc()
-        os.write(writing, message[-4000:].encode())
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as stream:
-        results.append(stream.read())
-    os.wait()
-print(json.dumps(results))
-"""
-
-
-def imports(*jobs):
-    """What goes wrong when layers are imported, one message per (layer, allowed, blocked)."""
-    # Those that may not see numpy or torch come before somebody imports them.
-    order = sorted(range(len(jobs)), key=lambda i: not {"numpy", "torch"} & set(jobs[i][2]))
-    command = [sys.executable, "-c", _SCRIPT, str(PACKAGE)]
-    done = subprocess.run(
-        [*command, json.dumps([jobs[i] for i in order])], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = dict(zip(order, json.loads(done.stdout)))
-    return [found[i] for i in range(len(jobs))]
-
-
-@pytest.fixture(scope="module")
-def messages():
-    jobs = []
-    for layer, below in LAYERS.items():
-        blocked = ["diffusers", "mmagic", "mmengine"]
-        if layer in ("merging", "validate", "errors"):
-            blocked.append("numpy" if layer == "merging" else "torch")
-        jobs.append((layer, (layer, *below), blocked))
-    return dict(zip(LAYERS, imports(*jobs)))
+def imports_of(file):
+    """What a file imports when it is imported: modules of the package, names of libraries."""
+    own, libraries = set(), set()
+    parents = file.relative_to(PACKAGE).parent.parts
+    waiting = list(ast.parse(file.read_text("utf-8")).body)
+    for node in waiting:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            path = parents[: len(parents) - node.level + 1] + tuple((node.module or "").split("."))
+            names = [path[0]] if path[0] else [alias.name for alias in node.names]
+            own.update(names)
+        elif isinstance(node, ast.ImportFrom):
+            libraries.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Import):
+            libraries.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, (ast.If, ast.Try, ast.With, ast.ClassDef)):
+            typing = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+            waiting += [*([] if typing else node.body), *getattr(node, "orelse", ())]
+    return own, libraries
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_a_layer_imports_without_those_above(messages, layer):
-    assert messages[layer] == ""
+def test_a_layer_imports_none_above_and_no_library(layer):
+    assert files_of(layer)
+    forbidden = LIBRARIES | ({"torch"} if layer in ("errors", "validate") else set())
+    for file in files_of(layer):
+        own, libraries = imports_of(file)
+        assert own <= {layer, *LAYERS[layer]}, file
+        assert not libraries & forbidden, file
 
 
-def test_an_import_of_a_layer_above_fails():
+def test_what_a_file_imports(tmp_path, monkeypatch):
     """The check itself."""
-    allowed = [one for one in ("tome", *LAYERS["tome"]) if one != "runs"]
-    above, library = imports(("tome", allowed, []), ("merging", ("merging",), ["torch"]))
-    assert "tome imports mmagic_tome.runs" in above
-    assert "merging imports torch" in library
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    file = tmp_path / "tome" / "block.py"
+    file.parent.mkdir()
+    file.write_text(
+        "from typing import TYPE_CHECKING\nfrom .state import x\nfrom ..runs import Call\n"
+        "from .. import patch as patches\nfrom ..merging.joint import y\n"
+        "if TYPE_CHECKING:\n    from ..vit import z\nelse:\n    import numpy.linalg\n"
+        "def later():\n    from ..apply import a\n"
+    )
+    own = {"tome", "runs", "patch", "merging"}
+    assert imports_of(file) == (own, {"typing", "numpy"})
 
 
 def test_no_file_of_the_core_is_long():
-    files = [path for name in CORE for path in [PACKAGE / f"{name}.py"] if path.exists()]
-    files += [path for name in CORE for path in (PACKAGE / name).rglob("*.py")]
+    names = ("cache", "merging", "methods", "models", "tome", "vit", "mmagic")
+    files = [*PACKAGE.glob("*.py"), *(f for name in names for f in (PACKAGE / name).rglob("*.py"))]
     assert len(files) > 60
     long = {path.name: len(path.read_text("utf-8").splitlines()) for path in files}
     assert not {name: lines for name, lines in long.items() if lines > 400}
 
 
-def test_importing_the_package_imports_no_library():
-    """Where no MMagic is there to be repaired; of the environment's libraries none is loaded."""
-    script = """
-import importlib.util, sys
+# Without MMagic there is nothing to repair, and torch comes with the first name that is used.
+_ALONE = """
+import importlib.util
 find_spec = importlib.util.find_spec
 hidden = ("mmengine", "mmagic", "mmpretrain", "torchvision")
 importlib.util.find_spec = lambda name, *more: None if name in hidden else find_spec(name, *more)
-import mmagic_tome
-libraries = ("torch", "numpy", "diffusers", "transformers", "mmengine", "mmagic")
-print(*[name for name in libraries if name in sys.modules])
-assert mmagic_tome.__version__ and "apply_tome" in dir(mmagic_tome)
-assert set(mmagic_tome.__all__) <= set(dir(mmagic_tome))
-mmagic_tome.apply_tome
-print("torch" in sys.modules, "diffusers" in sys.modules)
 """
-    command = [sys.executable, "-c", script]
+_IMPORT = """
+import sys, mmagic_tome
+print(*sys.modules)
+assert mmagic_tome.__version__ and set(mmagic_tome.__all__) <= set(dir(mmagic_tome))
+mmagic_tome.apply_tome, mmagic_tome.vit
+assert "torch" in sys.modules and not {"diffusers", "timm", "transformers"} & set(sys.modules)
+"""
+
+
+@pytest.mark.parametrize("before", [_ALONE, ""], ids=["alone", "beside MMagic"])
+def test_importing_the_package_imports_no_library(before):
+    command = [sys.executable, "-c", before + _IMPORT]
     done = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["", "True False"]
-
-
-def test_importing_the_package_beside_mmagic_imports_no_torch():
-    script = "import sys, mmagic_tome; print({'torch', 'numpy', 'diffusers'} & set(sys.modules))"
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent)
-    assert done.stdout.strip() == "set()", done.stderr
+    libraries = {"torch", "numpy", "diffusers", *(("mmengine", "mmagic") if before else ())}
+    assert not libraries & set(done.stdout.split())
 
 
 def test_every_public_name_is_there():

@@ -5,11 +5,12 @@ import copy
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_inputs, tiny_unet
+from tiny import run, tiny_inputs, tiny_unet
 from tiny_transformers import TRANSFORMERS
 
 from mmagic_tome import ToMeError, apply_tome, get_handle, remove_tome
@@ -18,6 +19,7 @@ from mmagic_tome.tome.state import TomePatch
 
 EVERYTHING = dict(ratio=0.5, max_downsample=8, targets=["attn", "crossattn", "mlp"])
 PIXART = TRANSFORMERS["PixArt-alpha, PixArt-sigma"]
+TARGET = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(9))
 
 
 @pytest.fixture
@@ -30,20 +32,20 @@ def deep():
     return tiny_unet(levels=3)
 
 
-@torch.no_grad()
-def run(network, **changes):
-    return network(**{**tiny_inputs(), **changes}, return_dict=False)[0]
+def double(inputs):
+    """Inputs in float64."""
+    floating = {k for k, v in inputs.items() if torch.is_tensor(v) and v.is_floating_point()}
+    return {k: v.double() if k in floating else v for k, v in inputs.items()}
 
 
 def train(network, steps, rate=1e-2):
     """Losses of learning one image with what wants gradients; new noise levels at every step."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, lr=rate)
-    target = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(9))
     losses = []
     for step in range(steps):
         inputs = {**tiny_inputs(), "timestep": torch.tensor(500 + step)}
-        loss = (network(**inputs).sample - target).square().mean()
+        loss = (network(**inputs).sample - TARGET).square().mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -56,7 +58,7 @@ def test_gradcheck_of_the_whole_unet_in_float64(targets):
     """Numeric gradients along random directions, of the sample and of a weight in a block."""
     network = tiny_unet(levels=1).double()
     apply_tome(network, ratio=0.5, targets=targets)
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in tiny_inputs(size=4).items()}
+    inputs = double(tiny_inputs(size=4))
     sample = inputs.pop("sample")
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k.weight"
     weight = network.get_parameter(name)
@@ -73,11 +75,7 @@ def test_gradcheck_of_the_whole_unet_in_float64(targets):
 def test_gradcheck_of_a_transformer_in_float64():
     network = PIXART.build().double()
     apply_tome(network, ratio=0.5, targets=["attn", "mlp"])
-    inputs = PIXART.inputs((3, 4), batch=1)
-    inputs = {
-        k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-        for k, v in inputs.items()
-    }
+    inputs = double(PIXART.inputs((3, 4), batch=1))
     latent = inputs.pop("hidden_states").requires_grad_()
     assert torch.autograd.gradcheck(
         lambda x: network(x, **inputs, return_dict=False)[0], (latent,), fast_mode=True
@@ -110,8 +108,7 @@ def test_all_weights_learn_and_the_dense_network_has_learned_as_well(unet):
     assert merged[-1] < 0.6 * merged[0]
     assert merged[-1] == pytest.approx(without[-1], rel=0.3)
     remove_tome(unet)
-    target = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(9))
-    assert (run(unet.eval()) - target).square().mean() < 0.8 * merged[0]
+    assert (run(unet.eval()) - TARGET).square().mean() < 0.8 * merged[0]
 
 
 def test_averages_of_weights(unet):
@@ -165,53 +162,30 @@ def test_checkpoints_of_mmengine_know_nothing_of_merging(unet, tmp_path):
 # --- gradients and checkpointing ------------------------------------------------------------------
 
 
-def test_gradients_reach_every_parameter(deep):
+def test_gradient_checkpointing_gives_the_same_gradients_to_every_parameter(deep):
+    """Also where the network has gone on to another step and size when its blocks run again."""
     apply_tome(deep, **EVERYTHING)
-    deep(**tiny_inputs()).sample.square().mean().backward()
-    missing = [n for n, p in deep.named_parameters() if p.grad is None or not p.grad.any()]
-    assert not missing
-
-
-def assert_checkpointing_keeps_gradients(deep, loss):
-    """Gradients of ``loss()`` with gradient checkpointing on equal those with it off."""
     deep.train()
-
-    def gradients():
-        deep.zero_grad()
-        loss().backward()
-        return [p.grad.clone() for p in deep.parameters()]
-
-    expected = gradients()
-    deep.enable_gradient_checkpointing()
-    for a, b in zip(gradients(), expected):
-        torch.testing.assert_close(a, b)
-
-
-def test_gradient_checkpointing_gives_the_same_gradients(deep):
-    apply_tome(deep, **EVERYTHING)
-    assert_checkpointing_keeps_gradients(deep, lambda: deep(**tiny_inputs()).sample.square().mean())
-
-
-def test_checkpointing_with_several_forwards_before_the_backward(deep):
-    # The blocks are called again when the network has gone on to another step and size.
-    apply_tome(deep, **EVERYTHING)
     calls = [
         dict(timestep=torch.tensor(900)),
         dict(timestep=torch.tensor(100)),
         tiny_inputs(size=8),
     ]
 
-    def loss():
+    def gradients(calls):
+        deep.zero_grad()
         losses = [deep(**{**tiny_inputs(), **call}).sample.square().mean() for call in calls]
         run(deep)  # a validation in between
-        return sum(losses)
+        sum(losses).backward()
+        return [p.grad.clone() for p in deep.parameters()]
 
-    assert_checkpointing_keeps_gradients(deep, loss)
+    expected = [gradients(calls[:1]), gradients(calls)]
+    assert all(gradient.any() for gradient in expected[0])
+    deep.enable_gradient_checkpointing()
+    torch.testing.assert_close([gradients(calls[:1]), gradients(calls)], expected)
 
 
 def test_reentrant_checkpointing_is_refused(deep):
-    from functools import partial
-
     from torch.utils.checkpoint import checkpoint
 
     apply_tome(deep, ratio=0.5)
@@ -238,16 +212,15 @@ def test_saved_plans_live_as_long_as_the_graph(deep):
 # --- two processes --------------------------------------------------------------------------------
 
 _WORKER = """
-import os, sys
+import sys
 import torch, torch.distributed as dist
 torch.set_num_threads(1)
 rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group(
-    "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
-)
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 import mmagic_tome
 from mmagic_tome import apply_tome, get_handle
-from tiny import tiny_inputs, tiny_unet
+from test_training import steps
+from tiny import tiny_unet
 from torch.nn.parallel import DistributedDataParallel
 for order in ("before", "after"):
     network = tiny_unet(levels=1).train()
@@ -259,16 +232,22 @@ for order in ("before", "after"):
     ddp = DistributedDataParallel(network)
     if order == "after":
         apply_tome(ddp, ratio=0.5, targets=["attn", "mlp"])
-    optimiser = torch.optim.SGD(ddp.parameters(), lr=1e-2)
-    for step in range(2):
-        optimiser.zero_grad()
-        inputs = {**tiny_inputs(seed=10 * step + rank), "timestep": torch.tensor(500 - rank)}
-        ddp(**inputs).sample.square().mean().backward()
-        optimiser.step()
+    steps(ddp, [rank])
     rows = {(row["kept"], row["calls"]) for row in get_handle(ddp).stats()}
     torch.save((rows, ddp.module.state_dict()), f"{folder}/{order}{rank}.pt")
 dist.destroy_process_group()
 """
+
+
+def steps(network, ranks):
+    """Two steps of training with the data of some ranks."""
+    optimiser = torch.optim.SGD(network.parameters(), lr=1e-2)
+    for step in range(2):
+        optimiser.zero_grad()
+        for rank in ranks:
+            inputs = {**tiny_inputs(seed=10 * step + rank), "timestep": torch.tensor(500 - rank)}
+            (network(**inputs).sample.square().mean() / len(ranks)).backward()
+        optimiser.step()
 
 
 @pytest.mark.slow
@@ -281,35 +260,21 @@ def test_distributed_data_parallel_on_two_processes(tmp_path):
         OMP_NUM_THREADS="1",
         GLOO_SOCKET_IFNAME="lo",
     )
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", _WORKER, str(rank), str(tmp_path)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    said = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    commands = [[sys.executable, "-c", _WORKER, str(rank), str(tmp_path)] for rank in range(2)]
+    workers = [subprocess.Popen(command, env=environment, **said) for command in commands]
     try:
         for worker in workers:
-            said, _ = worker.communicate(timeout=300)
-            assert worker.returncode == 0, said[-3000:]
+            output, _ = worker.communicate(timeout=300)
+            assert worker.returncode == 0, output[-3000:]
     finally:
         for worker in workers:
             worker.kill()
 
     alone = tiny_unet(levels=1).train()
     apply_tome(alone, ratio=0.5, targets=["attn", "mlp"])
-    optimiser = torch.optim.SGD(alone.parameters(), lr=1e-2)
-    for step in range(2):
-        optimiser.zero_grad()
-        for rank in range(2):
-            inputs = {**tiny_inputs(seed=10 * step + rank), "timestep": torch.tensor(500 - rank)}
-            (alone(**inputs).sample.square().mean() / 2).backward()
-        optimiser.step()
+    steps(alone, [0, 1])
     for name in ("before0", "before1", "after0", "after1"):
         rows, weights = torch.load(tmp_path / f"{name}.pt")
         assert rows == {(128, 2)}
-        for key, weight in alone.state_dict().items():
-            torch.testing.assert_close(weights[key], weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(weights, dict(alone.state_dict()), rtol=1e-4, atol=1e-5)

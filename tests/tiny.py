@@ -1,14 +1,13 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Models small enough for tests, made on the fly, and MMagic configs of them.
+"""Models small enough for tests, made on the fly, MMagic configs of them, and calls of a UNet.
 
-Their weights are random everywhere. Freshly built networks have layers that start
-at zero (the last convolution of MMagic's ``DenoisingUnet``, for one), and behind such
-a layer a test would compare zeros with zeros.
-
-Everything comes from one folder in diffusers layout, :func:`tiny_sd_folder`, so that
-the ordinary ``from_pretrained`` paths are the ones that are tested.
+Weights are random everywhere: behind a layer that starts at zero, as the last convolution of
+MMagic's ``DenoisingUnet`` does, a test would compare zeros with zeros. Everything comes from one
+folder in diffusers layout, :func:`tiny_sd_folder`, by the ordinary ``from_pretrained``.
 """
 
+import copy
+import functools
 import json
 from pathlib import Path
 
@@ -19,18 +18,25 @@ QUICK = {"num_inference_steps": 2, "height": 64, "width": 64, "show_progress": F
 
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 _WIDTH = 16  # of the text encoder
+_SCHEDULE = dict(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000
+)
+_VAE = dict(
+    in_channels=3,
+    out_channels=3,
+    latent_channels=4,
+    block_out_channels=[8] * 4,
+    norm_num_groups=8,
+    down_block_types=["DownEncoderBlock2D"] * 4,
+    up_block_types=["UpDecoderBlock2D"] * 4,
+    layers_per_block=1,
+    sample_size=64,
+)
 
 
 def randomise(module, seed=0):
-    """Give every parameter a random value, of a size that keeps activations in range.
-
-    Args:
-        module (nn.Module): Changed in place.
-        seed (int): Of a generator of its own; the global one is untouched. Default: 0.
-
-    Returns:
-        nn.Module: ``module``, in eval mode.
-    """
+    """Give every parameter a random value, of a size that keeps activations in range; returns the
+    module, in eval mode. The global generator is untouched."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -45,25 +51,29 @@ def randomise(module, seed=0):
     return module.eval()
 
 
-# --- diffusers ------------------------------------------------------------------------------------
+# --- a UNet and its calls -------------------------------------------------------------------------
 
 
 def tiny_unet(levels=2, seed=0, **changes):
     """A ``UNet2DConditionModel`` with attention on every level and random weights.
 
-    Args:
-        levels (int): Number of levels: 2 or 3, say. Default: 2.
-        seed (int): Of the weights. Default: 0.
-        **changes: Arguments of ``UNet2DConditionModel``, over those of
-            :func:`tiny_unet_config`.
+    ``unet(x, t, encoder_hidden_states=text)`` takes x of shape (B, 4, h, w) and text of shape
+    (B, L, 16).
 
-    Returns:
-        UNet2DConditionModel: In eval mode. ``unet(x, t, encoder_hidden_states=text)``
-        takes x of shape (B, 4, h, w) and text of shape (B, L, 16).
+    Args:
+        levels (int): 2 or 3, say.
+        **changes: arguments of ``UNet2DConditionModel``, over those of :func:`tiny_unet_config`.
     """
+    if not changes:
+        return copy.deepcopy(_unet(levels, seed))
     from diffusers import UNet2DConditionModel
 
     return randomise(UNet2DConditionModel(**{**tiny_unet_config(levels), **changes}), seed)
+
+
+@functools.cache
+def _unet(levels, seed):
+    return tiny_unet(levels, seed, sample_size=16)
 
 
 def tiny_unet_config(levels=2):
@@ -86,10 +96,8 @@ def tiny_inputs(batch=2, size=16, seed=0, width=_WIDTH):
     """Keyword arguments for a call of :func:`tiny_unet`: sample, timestep, text.
 
     Args:
-        batch (int): Batch size. Default: 2.
-        size (int | tuple): Latent size, one number or (height, width). Default: 16.
-        seed (int): Default: 0.
-        width (int): Width of the text. Default: 16.
+        size (int | tuple): latent size, one number or (height, width).
+        width (int): of the text.
     """
     generator = torch.Generator().manual_seed(seed)
     height, width_ = (size, size) if isinstance(size, int) else size
@@ -100,45 +108,43 @@ def tiny_inputs(batch=2, size=16, seed=0, width=_WIDTH):
     )
 
 
+@torch.no_grad()
+def run(network, **changes):
+    """What a network returns for :func:`tiny_inputs`, with changes of these."""
+    return network(**{**tiny_inputs(), **changes}).sample
+
+
+def error(a, b):
+    """Root mean square of a - b, relative to that of b."""
+    return ((a - b).square().mean() / b.square().mean()).sqrt().item()
+
+
+def hooks_of(module):
+    """All hooks in a module."""
+    tables = [(m._forward_hooks, m._forward_pre_hooks) for m in module.modules()]
+    return [hook for pair in tables for table in pair for hook in table.values()]
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
 def tiny_sd_folder(folder, vocabulary=1024, levels=2):
-    """Write a random Stable Diffusion in diffusers layout.
+    """Write a random Stable Diffusion in diffusers layout; returns the folder.
 
     Sub-folders ``unet``, ``vae`` (factor 8), ``text_encoder``, ``text_encoder_2`` (with
     projection), ``tokenizer``, ``tokenizer_2``, ``scheduler`` and ``clip`` (for FastComposer).
 
     Args:
-        folder (str | Path): Created if it does not exist.
-        vocabulary (int): Size of the vocabulary; ViCo needs CLIP's 49408. Default: 1024.
-        levels (int): Of the UNet. Default: 2.
-
-    Returns:
-        str: The folder.
+        vocabulary (int): its size; ViCo needs CLIP's 49408.
     """
-    from diffusers import AutoencoderKL, DDIMScheduler
-    from transformers import (
-        CLIPConfig,
-        CLIPModel,
-        CLIPTextConfig,
-        CLIPTextModel,
-        CLIPTextModelWithProjection,
-    )
+    import diffusers
+    import transformers
 
     folder = Path(folder)
     for name in ("tokenizer", "tokenizer_2"):
         _write_tokenizer(folder / name, vocabulary)
     tiny_unet(levels).save_pretrained(folder / "unet")
-    vae = AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=4,
-        block_out_channels=(8, 8, 8, 8),
-        norm_num_groups=8,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        sample_size=64,
-    )
-    randomise(vae).save_pretrained(folder / "vae")
+    randomise(diffusers.AutoencoderKL(**_VAE)).save_pretrained(folder / "vae")
     text = dict(
         vocab_size=vocabulary,
         hidden_size=_WIDTH,
@@ -151,9 +157,12 @@ def tiny_sd_folder(folder, vocabulary=1024, levels=2):
         eos_token_id=vocabulary - 1,
         pad_token_id=vocabulary - 1,
     )
-    config = CLIPTextConfig(**text)
-    randomise(CLIPTextModel(config)).save_pretrained(folder / "text_encoder")
-    randomise(CLIPTextModelWithProjection(config)).save_pretrained(folder / "text_encoder_2")
+    config = transformers.CLIPTextConfig(**text)
+    for name, kind in (
+        ("text_encoder", transformers.CLIPTextModel),
+        ("text_encoder_2", transformers.CLIPTextModelWithProjection),
+    ):
+        randomise(kind(config)).save_pretrained(folder / name)
     vision = dict(
         hidden_size=_WIDTH,
         intermediate_size=32,
@@ -162,52 +171,33 @@ def tiny_sd_folder(folder, vocabulary=1024, levels=2):
         image_size=32,
         patch_size=16,
     )
-    clip = CLIPConfig(text_config=text, vision_config=vision, projection_dim=_WIDTH)
-    randomise(CLIPModel(clip)).save_pretrained(folder / "clip")
-    DDIMScheduler(**_SCHEDULE, clip_sample=False).save_pretrained(folder / "scheduler")
+    clip = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=_WIDTH)
+    randomise(transformers.CLIPModel(clip)).save_pretrained(folder / "clip")
+    scheduler = diffusers.DDIMScheduler(**_SCHEDULE, clip_sample=False)
+    scheduler.save_pretrained(folder / "scheduler")
     return str(folder)
 
 
 def tiny_pipeline(folder):
     """The diffusers pipeline of :func:`tiny_sd_folder`, without a safety checker."""
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
-    )
+    import diffusers
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    pipeline = StableDiffusionPipeline(
-        unet=UNet2DConditionModel.from_pretrained(folder, subfolder="unet"),
-        vae=AutoencoderKL.from_pretrained(folder, subfolder="vae"),
-        text_encoder=CLIPTextModel.from_pretrained(folder, subfolder="text_encoder"),
-        tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
-        scheduler=DDIMScheduler.from_pretrained(folder, subfolder="scheduler"),
+    kinds = dict(
+        unet=diffusers.UNet2DConditionModel,
+        vae=diffusers.AutoencoderKL,
+        text_encoder=CLIPTextModel,
+        tokenizer=CLIPTokenizer,
+        scheduler=diffusers.DDIMScheduler,
+    )
+    pipeline = diffusers.StableDiffusionPipeline(
+        **{name: kind.from_pretrained(folder, subfolder=name) for name, kind in kinds.items()},
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def tiny_xl_parts(folder):
-    """What ``StableDiffusionXLPipeline`` is made of, from a folder with everything of
-    :func:`tiny_sd_folder` and a UNet of SDXL's."""
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-    kinds = dict(
-        unet=UNet2DConditionModel,
-        vae=AutoencoderKL,
-        text_encoder=CLIPTextModel,
-        text_encoder_2=CLIPTextModelWithProjection,
-        tokenizer=CLIPTokenizer,
-        tokenizer_2=CLIPTokenizer,
-        scheduler=DDIMScheduler,
-    )
-    return {name: kind.from_pretrained(folder, subfolder=name) for name, kind in kinds.items()}
 
 
 def _write_tokenizer(folder, vocabulary):
@@ -239,10 +229,6 @@ def _write_tokenizer(folder, vocabulary):
 
 # --- MMagic ---------------------------------------------------------------------------------------
 
-_SCHEDULE = dict(
-    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000
-)
-
 # MMagic's own UNet (unet_type='stable').
 NATIVE_UNET = dict(
     type="DenoisingUnet",
@@ -260,37 +246,19 @@ NATIVE_UNET = dict(
     output_cfg=dict(var="fixed"),
 )
 
-NATIVE_VAE = dict(
-    type="EditAutoencoderKL",
-    act_fn="silu",
-    block_out_channels=[8] * 4,
-    norm_num_groups=8,
-    down_block_types=["DownEncoderBlock2D"] * 4,
-    up_block_types=["UpDecoderBlock2D"] * 4,
-    in_channels=3,
-    latent_channels=4,
-    layers_per_block=1,
-    out_channels=3,
-    sample_size=64,
-)
-
-# The number of Transformer2DModel in tiny_unet(levels=2): 2 down, 1 in the middle, 4 up.
-_TRANSFORMERS = 7
+NATIVE_VAE = dict(type="EditAutoencoderKL", act_fn="silu", **_VAE)
 
 
 def tiny_config(kind="StableDiffusion", folder="", **changes):
-    """The ``model=`` of a MMagic config.
+    """The ``model=`` of a MMagic config, new at every call.
 
     Args:
-        kind (str): A class of MMagic's Stable Diffusion family, ``'StableDiffusion'`` with a
+        kind (str): a class of MMagic's Stable Diffusion family, ``'StableDiffusion'`` with a
             diffusers UNet; or ``'native'`` for ``StableDiffusion`` with the networks that
             MMagic has of its own (weights: :func:`tiny_model` makes them random). Only the
             latter can be pickled: MMagic's wrappers of diffusers' classes cannot.
-        folder (str): What :func:`tiny_sd_folder` wrote.
-        **changes: Keys to add or replace; None removes one.
-
-    Returns:
-        dict: New at every call.
+        folder (str): what :func:`tiny_sd_folder` wrote.
+        **changes: keys to add or replace; None removes one.
     """
     folder = str(folder)
     scheduler = dict(type="EditDDIMScheduler", variance_type="learned_range", **_SCHEDULE)
@@ -305,7 +273,7 @@ def tiny_config(kind="StableDiffusion", folder="", **changes):
         test_scheduler=dict(scheduler),
         enable_xformers=False,
     )
-    config.update(_KINDS.get(kind, lambda folder: {})(folder))
+    config.update(_changes_of_kinds(folder).get(kind, {}))
     config.update(changes)
     return {key: value for key, value in config.items() if value is not None}
 
@@ -329,71 +297,14 @@ def _text_encoder(folder, subfolder):
     )
 
 
-def _diffusers_ddim():
-    return dict(type="DDIMScheduler", clip_sample=False, **_SCHEDULE)
-
-
-def _unet(**changes):
-    return dict(type="UNet2DConditionModel", **{**tiny_unet_config(), **changes})
-
-
-def _native(folder):
-    return dict(type="StableDiffusion", unet=dict(NATIVE_UNET), vae=dict(NATIVE_VAE))
-
-
-def _inpaint(folder):
-    return dict(unet=_unet(in_channels=9))
-
-
-def _control(folder):
-    controlnet = tiny_unet_config()
-    for key in ("sample_size", "out_channels", "up_block_types"):
-        del controlnet[key]
-    controlnet["conditioning_embedding_out_channels"] = (8, 8, 16, 16)
-    return dict(controlnet=dict(type="ControlNetModel", **controlnet))
-
-
-def _xl(folder):
-    return dict(
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_one=_text_encoder(folder, "text_encoder"),
-        tokenizer_one=folder,
-        text_encoder_two=_text_encoder(folder, "text_encoder_2"),
-        tokenizer_two=folder,
-        unet=_unet(
-            cross_attention_dim=2 * _WIDTH,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=_WIDTH + 6 * 8,
-            # As in SDXL itself, the finest level has no attention.
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        ),
-    )
-
-
-def _dreambooth(folder):
-    return dict(dtype="fp32")
-
-
-def _textual_inversion(folder):
-    return dict(placeholder_token="<x>", initialize_token="cat")
-
-
-def _vico(folder):
-    return dict(
-        dtype="fp32",
-        data_preprocessor=dict(type="DataPreprocessor", data_keys=None),
-        image_cross_layers=[int(i % 2) for i in range(_TRANSFORMERS)],
-        placeholder="S*",
-        initialize_token="dog",
-        scheduler=_diffusers_ddim(),
-        test_scheduler=_diffusers_ddim(),
-    )
-
-
-def _fastcomposer(folder):
+def _changes_of_kinds(folder):
+    """Class of MMagic's family -> what its config has besides or in place of Stable Diffusion's."""
+    unet = dict(type="UNet2DConditionModel", **tiny_unet_config())
+    controlnet = dict(type="ControlNetModel", conditioning_embedding_out_channels=(8, 8, 16, 16))
+    without = ("sample_size", "out_channels", "up_block_types")
+    controlnet |= {k: value for k, value in tiny_unet_config().items() if k not in without}
+    ddim = dict(type="DDIMScheduler", clip_sample=False, **_SCHEDULE)
+    with_ddim = dict(scheduler=ddim, test_scheduler=dict(ddim))
     pretrained = dict(
         finetuned_model_path="",
         enable_xformers_memory_efficient_attention=None,
@@ -411,16 +322,16 @@ def _fastcomposer(folder):
         no_object_augmentation=True,
         object_resolution=32,
     )
-    return dict(
-        dtype="fp32",
-        pretrained_cfg=pretrained,
-        scheduler=_diffusers_ddim(),
-        test_scheduler=_diffusers_ddim(),
+    xl_unet = dict(
+        cross_attention_dim=2 * _WIDTH,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=_WIDTH + 6 * 8,
+        # As in SDXL itself, the finest level has no attention.
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )
-
-
-def _animatediff(folder):
-    unet = dict(
+    motion = dict(
         type="UNet3DConditionMotionModel",
         sample_size=8,
         in_channels=4,
@@ -449,25 +360,33 @@ def _animatediff(folder):
             temporal_attention_dim_div=1,
         ),
     )
-    return dict(
-        unet=unet,
-        enable_xformers=None,
-        scheduler=_diffusers_ddim(),
-        test_scheduler=_diffusers_ddim(),
-    )
-
-
-_KINDS = {
-    "native": _native,
-    "StableDiffusionInpaint": _inpaint,
-    "ControlStableDiffusion": _control,
-    "StableDiffusionXL": _xl,
-    "DreamBooth": _dreambooth,
-    "TextualInversion": _textual_inversion,
-    "ViCo": _vico,
-    "FastComposer": _fastcomposer,
-    "AnimateDiff": _animatediff,
-}
+    return {
+        "native": dict(type="StableDiffusion", unet=dict(NATIVE_UNET), vae=dict(NATIVE_VAE)),
+        "StableDiffusionInpaint": dict(unet={**unet, "in_channels": 9}),
+        "ControlStableDiffusion": dict(controlnet=controlnet),
+        "StableDiffusionXL": dict(
+            text_encoder=None,
+            tokenizer=None,
+            text_encoder_one=_text_encoder(folder, "text_encoder"),
+            tokenizer_one=folder,
+            text_encoder_two=_text_encoder(folder, "text_encoder_2"),
+            tokenizer_two=folder,
+            unet={**unet, **xl_unet},
+        ),
+        "DreamBooth": dict(dtype="fp32"),
+        "TextualInversion": dict(placeholder_token="<x>", initialize_token="cat"),
+        "ViCo": dict(
+            dtype="fp32",
+            data_preprocessor=dict(type="DataPreprocessor", data_keys=None),
+            # Of the transformers in tiny_unet(levels=2): 2 down, 1 in the middle, 4 up.
+            image_cross_layers=[int(i % 2) for i in range(7)],
+            placeholder="S*",
+            initialize_token="dog",
+            **with_ddim,
+        ),
+        "FastComposer": dict(dtype="fp32", pretrained_cfg=pretrained, **with_ddim),
+        "AnimateDiff": dict(unet=motion, enable_xformers=None, **with_ddim),
+    }
 
 
 def write_config(path, model, **entries):

@@ -19,12 +19,7 @@ from .state import BlockState, TomeContext, TomePatch
 
 
 class BlockPreHook(StepHook):
-    """Make the plans that the targets of a block share.
-
-    Args:
-        patch (TomePatch): of the network.
-        block (BlockState): the block.
-    """
+    """Make the plans that the targets of a block share."""
 
     def __init__(self, patch: TomePatch, block: BlockState) -> None:
         super().__init__(patch)
@@ -34,62 +29,62 @@ class BlockPreHook(StepHook):
         patch, block = self.patch, self.block
         context = patch.context
         context.plans = {}
-        if context.running:
-            if context.config is None:
-                return
-        elif patch.config.merges_nothing or context.disabled:
+        config = context.config if context.running else patch.config
+        if config is None:
+            return
+        if not context.running and (config.merges_nothing or context.disabled):
             return
         tokens = args[0] if args else kwargs["hidden_states"]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            config = context.config if context.running else patch.config
-            made_for, plans, before = block.saved.get(tokens, (None, None, None))
-            if made_for is not config:
-                plans = self.plans(context, tokens)
-                block.saved[tokens] = (config, plans, context.num_before)
-            else:
-                context.num_before = before
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            context.plans = self.plans(context, tokens)
+            return
+        made_for, plans, before = block.saved.get(tokens, (None, None, None))
+        if made_for is config:
+            context.num_before = before
         else:
             plans = self.plans(context, tokens)
+            block.saved[tokens] = (config, plans, context.num_before)
         context.plans = plans
 
     def plans(self, context: TomeContext, tokens: Tensor) -> dict[str, Any]:
-        """Plans by kind of target.
-
-        Args:
-            context (TomeContext): of the call.
-            tokens (Tensor): (B, N, C), or a (B, C, h, w) image of them.
-        """
+        """Plans by kind of target, from (B, N, C) tokens or a (B, C, h, w) image of them."""
         block, config = self.block, context.config
         metric = self.image_tokens(context, tokens)
         if config.one_plan:
             plan = self.compute(context, metric, config.ratio, config.methods[0])
             return dict.fromkeys(block.kinds, plan)
-        state, step = context.state, context.step
+        made: dict[tuple, Any] = {}
         ratios = {}
         for kind in block.kinds:
             place = Place(kind, block.downsample, block.depth, block.num_blocks, context.remaining)
             ratios[kind] = config.ratio_schedule(place)
         if config.keeps_plans:
-            # When a schedule first becomes non-zero there is no earlier plan to reuse.
-            begins = any(
-                ratios[kind] > 0 for kind in block.kinds if (block.name, kind) in state.unmerged
-            )
-            due = config.plan_is_due(state.computed_at.get(block.name, -1), step)
-            context.computes = begins or due
-            if context.computes:
-                state.computed_at[block.name] = step
+            return self.kept_plans(context, metric, ratios)
+        return {
+            kind: self.shared(context, metric, ratio, config.method_at(kind), made)
+            for kind, ratio in ratios.items()
+        }
+
+    def kept_plans(
+        self, context: TomeContext, metric: Tensor, ratios: dict[str, float]
+    ) -> dict[str, Any]:
+        """Plans by kind of target, those of an earlier step where they are reused."""
+        block, config, state = self.block, context.config, context.state
+        # When a schedule first becomes non-zero there is no earlier plan to reuse.
+        begins = any(ratio > 0 and (block.name, k) in state.unmerged for k, ratio in ratios.items())
+        due = config.plan_is_due(state.computed_at.get(block.name, -1), context.step)
+        context.computes = begins or due
+        if context.computes:
+            state.computed_at[block.name] = context.step
         plans, made = {}, {}
         for kind, ratio in ratios.items():
             owner = (block.name, kind)
             # Also where a plan would still be reused: a schedule ends at the step it names.
-            if ratio > 0 and config.keeps_plans and not context.computes and owner in state.plans:
-                plans[kind] = state.plans[owner]
-            else:
-                plans[kind] = self.shared(context, metric, ratio, config.method_at(kind), made)
-                if config.keeps_plans:
-                    state.plans[owner] = plans[kind]
-            if config.keeps_plans:
-                (state.unmerged.discard if ratio > 0 else state.unmerged.add)(owner)
+            if ratio <= 0 or context.computes or owner not in state.plans:
+                number = config.method_at(kind)
+                state.plans[owner] = self.shared(context, metric, ratio, number, made)
+            plans[kind] = state.plans[owner]
+            (state.unmerged.discard if ratio > 0 else state.unmerged.add)(owner)
         return plans
 
     def image_tokens(self, context: TomeContext, tokens: Tensor) -> Tensor:
@@ -110,16 +105,15 @@ class BlockPreHook(StepHook):
             tokens = tokens.flatten(2).transpose(1, 2)
         if context.frames > 1:
             tokens = as_clips(tokens, context.frames)
-        count = tokens.shape[1]
-        if count == height * width:
+        text = tokens.shape[1] - height * width
+        if text == 0:
             return tokens
-        if block.joint and count > height * width:
-            text = count - height * width
+        if block.joint and text > 0:
             before = text if context.num_before is None else context.num_before
             return split_sequence(tokens.detach(), text, before)[1]
         raise ToMeError(
-            f"{block.name} was given {count} tokens for a grid of {height}x{width}; token merging "
-            "needs one token per grid place"
+            f"{block.name} was given {tokens.shape[1]} tokens for a grid of {height}x{width}; "
+            "token merging needs one token per grid place"
         )
 
     def shared(

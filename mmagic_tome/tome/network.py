@@ -57,7 +57,8 @@ class NetworkPreHook(StepHook):
                 context.frames = frames
         timestep = patch.adapter.timestep(args, kwargs)
         if config.tracks_steps:
-            self.track(contexts[0], module, timestep, args, kwargs)
+            self.track(contexts[0], timestep, args, kwargs)
+            contexts[0].network = module if config.residual else None
         if not config.use_rand or timestep is None:
             return
         if not isinstance(timestep, Tensor):
@@ -67,28 +68,21 @@ class NetworkPreHook(StepHook):
         for context in contexts:
             context.step_key = key
 
-    def track(
-        self, context: TomeContext, module: nn.Module, timestep: Any, args: tuple, kwargs: dict
-    ) -> None:
+    def track(self, context: TomeContext, timestep: Any, args: tuple, kwargs: dict) -> None:
         """Find the run that this call is a step of."""
         patch, tracker = self.patch, context.tracker
-        time, shared = read_timestep(timestep)
+        (time, shared), last = read_timestep(timestep), None
         if time is not None:
             first = tracker.first_time(time)
             context.remaining, last = patch.timeline(time, first, patch.warn_once)
-        else:
-            last = None
         # With gradients, as in training, steps are unrelated; images at different timesteps are
         # steps of several runs.
         related = shared and not torch.is_grad_enabled()
         latents = latents_of(args, kwargs) if related else ()
-        run = tracker.begin(
-            Call(time, latents, context.remaining, last, conditioning_of(args, kwargs))
-        )
+        conditioning = conditioning_of(args, kwargs)
+        run = tracker.begin(Call(time, latents, context.remaining, last, conditioning))
         context.step = run.step
         context.state = run.branch.state
-        if context.config.residual:
-            context.network = module
 
 
 class NetworkPostHook(StepHook):
@@ -111,10 +105,10 @@ class NetworkPostHook(StepHook):
         if output is None:
             tracker.drop()
             return
-        state = tracker.runs[0].branch.state
+        run = tracker.runs[0]
+        state = run.branch.state
         tracker.end(output)
         if context.config.watches_output:
-            run = tracker.runs[0]
             state.guidance_map = guidance_map(run.copies, tensors_of(output), context.grid)
             if state.guidance_map is None:
                 self.patch.warn_once(
@@ -153,21 +147,18 @@ class RunSignals(Interceptor):
 def guidance_map(
     copies: int | None, outputs: list[Tensor], grid: tuple[int, int] | None
 ) -> Tensor | None:
-    """How far the text moves the prediction at every place.
+    """(B / 2, h, w), how far the text moves the prediction at every place; None without guidance.
 
     Args:
         copies: 2 if the halves of the batch are the same images without and with the text.
-        outputs: of the network: (B, C, h, w), or (B, h * w, C) for packed tokens.
-        grid: (h, w) of packed tokens.
-
-    Returns:
-        Tensor | None: (B / 2, h, w); None without guidance.
+        outputs: of the network: (B, C, h, w), or (B, h * w, C) for tokens of a grid (h, w).
     """
     if copies != 2 or len(outputs) != 1:
         return None
     empty, text = outputs[0].detach().chunk(2)
-    if empty.dim() == 4:
-        return (text - empty).abs().mean(1)
-    if empty.dim() == 3 and grid is not None and empty.shape[1] == grid[0] * grid[1]:
-        return (text - empty).abs().mean(2).unflatten(1, grid)
+    moved = (text - empty).abs()
+    if moved.dim() == 4:
+        return moved.mean(1)
+    if moved.dim() == 3 and grid is not None and moved.shape[1] == grid[0] * grid[1]:
+        return moved.mean(2).unflatten(1, grid)
     return None

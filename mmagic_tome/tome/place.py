@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from ..config import ToMeConfig
 from ..errors import ToMeError
 from ..models import Block, ModelAdapter
 from ..patch import intercept, interceptors_of, register
-from ..schedules import Place
+from ..schedules import SELF_ATTENTION, Place
 from .block import BlockPreHook
 from .network import GridPreHook, NetworkPostHook, NetworkPreHook, RunSignals
 from .state import BlockState, Target, TomePatch
@@ -37,26 +38,38 @@ def place(
     paths = {id(module): path for path, module in network.named_modules(remove_duplicate=False)}
     register(network, NetworkPreHook(patch))
     register(network, NetworkPostHook(patch))
-    levels = sorted({block.downsample for block in blocks})
+    of_level = [block.downsample for block in blocks]
     grids = set()
     for depth, block in enumerate(blocks):
         if block.grid_module not in grids:
             grids.add(block.grid_module)
             register(block.grid_module, GridPreHook(patch))
         kinds = tuple(kind for kind in config.kinds if kind in block.targets)
-        joint = "block" in block.joint_sequence
-        merged = BlockState(block.name, kinds, block.downsample, depth, len(blocks), joint)
-        merged.level = levels.index(block.downsample)
-        merged.row = sum(one.downsample == block.downsample for one in patch.blocks)
-        merged.rows = sum(one.downsample == block.downsample for one in blocks)
+        merged = BlockState(
+            block.name,
+            kinds,
+            block.downsample,
+            depth,
+            len(blocks),
+            joint="block" in block.joint_sequence,
+            level=sorted(set(of_level)).index(block.downsample),
+            row=of_level[:depth].count(block.downsample),
+            rows=of_level.count(block.downsample),
+        )
         patch.blocks.append(merged)
         register(block.module, BlockPreHook(patch, merged))
-        for name, kind, modules in _targets_in_running_order(block, kinds):
-            target = Target(name, kind, merged, block)
-            target.paths = tuple(paths[id(module)] for module in modules)
-            target.shared = tuple(paths[id(one)] for one in block.shared_input.get(kind, ()))
-            if config.prop_attn and kind in ("attn", "attn_kv"):
-                target.bias = block.mask_argument
+        for name, kind, modules in _targets_of(block, kinds):
+            target = Target(
+                name,
+                kind,
+                merged,
+                paths=tuple(paths[id(module)] for module in modules),
+                shared=tuple(paths[id(one)] for one in block.shared_input.get(kind, ())),
+                joint=kind in block.joint_sequence,
+                context_argument=block.context_argument,
+                output_index=block.output_index.get(kind, 0),
+                bias=block.mask_argument if config.prop_attn and kind in SELF_ATTENTION else None,
+            )
             patch.targets.append(target)
             for path, hook in target_hooks(patch, target):
                 register(network.get_submodule(path), hook)
@@ -73,29 +86,26 @@ def blocks_to_merge(adapter: ModelAdapter, network: nn.Module, config: ToMeConfi
     """
     name = type(network).__name__
     every = _with_all_targets(adapter.blocks(network), config.kinds)
-    blocks = [block for block in every if any(kind in block.targets for kind in config.kinds)]
+    blocks = [block for block in every if not block.targets.keys().isdisjoint(config.kinds)]
     if not blocks:
-        known = dict.fromkeys(kind for block in every for kind in block.targets)
-        there = (
-            f"its blocks have {', '.join(known)}"
-            if known
-            else f"none of its modules is a block as in {adapter.description}. For blocks of your "
-            "own write a model adapter: docs/adding_a_model.md"
-        )
+        known = ", ".join(dict.fromkeys(kind for block in every for kind in block.targets))
+        there = f"its blocks have {known}"
+        if not known:
+            there = (
+                f"none of its modules is a block as in {adapter.description}. For blocks of your "
+                "own write a model adapter: docs/adding_a_model.md"
+            )
         raise ToMeError(
             f"{name} has no transformer block with a target {' or '.join(config.kinds)}, so there "
             f"is nothing to merge: {there}"
         )
-    counts: dict[int, int] = {}
-    for block in blocks:
-        counts[block.downsample] = counts.get(block.downsample, 0) + 1
+    counts = Counter(block.downsample for block in blocks)
     finest = min(counts)
     limit = finest if config.max_downsample == "auto" else config.max_downsample
     chosen = [block for block in blocks if block.downsample <= limit]
     if not chosen:
         levels = ", ".join(
-            f"{level} ({count} block{'s' if count > 1 else ''})"
-            for level, count in sorted(counts.items())
+            f"{level} ({count} block{'s' * (count > 1)})" for level, count in sorted(counts.items())
         )
         raise ToMeError(
             f"max_downsample={limit} leaves nothing to merge in this {name}: it has transformer "
@@ -117,7 +127,7 @@ def _check_block(block: Block, config: ToMeConfig) -> None:
     for kind in config.kinds:
         if kind in block.refused:
             raise ToMeError(f"{block.name} cannot be merged at {kind!r}: {block.refused[kind]}")
-        if config.prop_attn and kind in ("attn", "attn_kv") and block.mask_argument is None:
+        if config.prop_attn and kind in SELF_ATTENTION and block.mask_argument is None:
             raise ToMeError(
                 f"prop_attn=True: self-attention of {block.name} takes no mask to weigh keys by; "
                 "write prop_attn=False"
@@ -142,23 +152,20 @@ def _check_ratio(blocks: list[Block], config: ToMeConfig) -> None:
     levels = ", ".join(map(str, sorted({place.downsample for place in places})))
     targets = ", ".join(dict.fromkeys(place.target for place in places))
     raise ToMeError(
-        f"ratio={config.to_record()['ratio']!r} names no ratio for what is merged here: downsample "
+        f"ratio={config.to_dict()['ratio']!r} names no ratio for what is merged here: downsample "
         f"{levels}, targets {targets}. Name one of these, or choose others with max_downsample and "
         "targets"
     )
 
 
-def _targets_in_running_order(
-    block: Block, kinds: tuple[str, ...]
-) -> Iterator[tuple[str, str, list[nn.Module]]]:
-    """(name, kind, modules) of every target of a block, second attentions included."""
+def _targets_of(block: Block, kinds: tuple[str, ...]) -> Iterator[tuple[str, str, Any]]:
+    """(name, kind, modules) of the targets of a block, in running order."""
     for kind, modules in block.targets.items():
-        if kind not in kinds:
-            continue
-        modules = list(modules) if isinstance(modules, (list, tuple)) else [modules]
-        yield f"{block.name}.{kind}", kind, modules
-        if kind in block.second_attention:
-            yield f"{block.name}.{kind}_2", kind, [block.second_attention[kind]]
+        if kind in kinds:
+            modules = modules if isinstance(modules, (list, tuple)) else [modules]
+            yield f"{block.name}.{kind}", kind, modules
+            if kind in block.second_attention:
+                yield f"{block.name}.{kind}_2", kind, [block.second_attention[kind]]
 
 
 def _with_all_targets(blocks: list[Block], kinds: tuple[str, ...]) -> list[Block]:
@@ -175,16 +182,15 @@ def _with_all_targets(blocks: list[Block], kinds: tuple[str, ...]) -> list[Block
             replace(members[0], targets={"stack": [block.module for block in members]})
             for members in stacks.values()
         ]
-    return [replace(block, targets=_all_targets(block)) for block in blocks]
-
-
-def _all_targets(block: Block) -> dict[str, Any]:
-    targets: dict[str, Any] = {}
-    for kind, modules in block.targets.items():
-        targets[kind] = modules
-        if kind == "attn":
-            targets["attn_kv"] = modules
-    return {**targets, "block": block.module}
+    every = []
+    for block in blocks:
+        targets: dict[str, Any] = {}
+        for kind, modules in block.targets.items():
+            targets[kind] = modules
+            if kind == "attn":
+                targets["attn_kv"] = modules
+        every.append(replace(block, targets={**targets, "block": block.module}))
+    return every
 
 
 def follow_signals(network: nn.Module, patch: TomePatch) -> None:

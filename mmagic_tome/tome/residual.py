@@ -18,41 +18,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..merging.joint import JointPlan
 from .network import StepHook
-from .state import TomeContext
-from .target import (
-    TargetHook,
-    check_call,
-    merged_call,
-    with_tokens,
-)
+from .target import TargetHook, with_tokens
 
 
-class ResidualPreHook(TargetHook, StepHook):
+class ResidualPreHook(StepHook, TargetHook):
     """Run unmerged where a plan is computed; merge in between."""
 
     def run(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        patch, target = self.patch, self.target
-        context = patch.context
+        context, target = self.patch.context, self.target
         x = args[0] if args else kwargs["hidden_states"]
         plan = context.plans.get(target.kind)
         if plan is not None and target.joint:
-            plan = JointPlan(plan, x.shape[1] - plan.num_tokens, context.num_before)
+            plan = self.joint(plan, x, plan.num_tokens)
         known = target.name in context.state.residuals and not context.computes
         # With gradients, as in training, steps are unrelated: merged without a residual.
         if plan is None or not (known or torch.is_grad_enabled()):
             target.record(context, x, None)
             context.pending[target.name] = ("baseline", plan, x, args, kwargs)
             return None
-        check_call(patch, target, plan, x, kwargs)
         target.record(context, x, plan)
-        args, kwargs, merged = merged_call(patch, target, plan, x, args, kwargs)
+        args, kwargs, merged = self.merge(plan, x, args, kwargs)
         context.pending[target.name] = ("merged", plan, x, merged)
         return args, kwargs
 
 
-class ResidualPostHook(TargetHook, StepHook):
+class ResidualPostHook(StepHook, TargetHook):
     """Note the residual, or add it."""
 
     after = True
@@ -64,19 +55,17 @@ class ResidualPostHook(TargetHook, StepHook):
         if target.last:
             context.plans = {}
         how, plan, x, *rest = context.pending.pop(target.name)
-        out = target.tokens_of(output)
-        if how == "baseline":
-            if plan is not None:
-                lost = out - self.merged_output(context, plan, x, *rest)
-                context.state.residuals[target.name] = lost
-            else:
-                # Nothing was merged, so there is no residual to add.
-                context.state.residuals.pop(target.name, None)
-            return None
-        y = self.unmerged(plan, x, rest[0], out)
-        if not torch.is_grad_enabled():
-            y = y + context.state.residuals[target.name]
-        return target.replaced(output, y)
+        residuals, out = context.state.residuals, target.tokens_of(output)
+        if how == "merged":
+            y = self.unmerged(plan, x, *rest, out)
+            if not torch.is_grad_enabled():
+                y = y + residuals[target.name]
+            return target.replaced(output, y)
+        # Where nothing was merged there is no residual to add.
+        residuals.pop(target.name, None)
+        if plan is not None:
+            residuals[target.name] = out - self.merged_output(plan, x, *rest)
+        return None
 
     def unmerged(self, plan: Any, x: Tensor, merged: Tensor | None, out: Tensor) -> Tensor:
         """What a merged run gives all tokens."""
@@ -86,13 +75,10 @@ class ResidualPostHook(TargetHook, StepHook):
             return x + plan.unmerge(out - merged)
         return plan.unmerge(out)
 
-    def merged_output(
-        self, context: TomeContext, plan: Any, x: Tensor, args: tuple, kwargs: dict[str, Any]
-    ) -> Tensor:
+    def merged_output(self, plan: Any, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """The target once more, on merged tokens, past the hooks that are in the middle of it."""
-        patch, target = self.patch, self.target
-        check_call(patch, target, plan, x, kwargs)
-        args, kwargs, merged = merged_call(patch, target, plan, x, args, kwargs)
+        context, target = self.patch.context, self.target
+        args, kwargs, merged = self.merge(plan, x, args, kwargs)
         pending, plans = dict(context.pending), context.plans
         y: Any = None
         for number, path in enumerate(target.paths):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,24 +27,21 @@ from ..runs import RunTracker
 from ..timeline import Timeline
 
 
+@dataclass
 class StepState:
-    """What merging keeps between the steps of a run.
+    """What merging keeps between the steps of a run."""
 
-    Attributes:
-        plans (dict): (block, kind) -> the plan that is reused.
-        unmerged (set): (block, kind) that the ratio's schedule leaves alone at present.
-        computed_at (dict): block -> the step at which it last computed its plans.
-        residuals (dict): target -> what merging lost there at that step.
-        guidance_map (Tensor | None): (B / 2, h, w), how far the text moved the last step's
-            prediction at every place; for methods that watch the output.
-    """
-
-    def __init__(self) -> None:
-        self.plans: dict[Hashable, Any] = {}
-        self.unmerged: set[Hashable] = set()
-        self.computed_at: dict[str, int] = {}
-        self.residuals: dict[str, Tensor] = {}
-        self.guidance_map: Tensor | None = None
+    #: (block, kind) -> the plan that is reused.
+    plans: dict[Hashable, Any] = field(default_factory=dict)
+    #: (block, kind) that the ratio's schedule leaves alone at present.
+    unmerged: set[Hashable] = field(default_factory=set)
+    #: Block -> the step at which it last computed its plans.
+    computed_at: dict[str, int] = field(default_factory=dict)
+    #: Target -> what merging lost there at that step.
+    residuals: dict[str, Tensor] = field(default_factory=dict)
+    #: (B / 2, h, w), how far the text moved the last step's prediction at every place; for methods
+    #: that watch the output.
+    guidance_map: Tensor | None = None
 
 
 # Where steps are not tracked; nobody writes into it.
@@ -51,28 +49,7 @@ _NOTHING_KEPT = StepState()
 
 
 class TomeContext(Context):
-    """What the hooks know during one call of the network.
-
-    Attributes:
-        config (ToMeConfig | None): the options in force for this call; None: merge nothing.
-        step_key (Tensor | None): key of the random destinations, from the timestep.
-        step (int): number of the step in its run, 0 where steps are not tracked.
-        remaining (float | None): share of the run that remains, where the options depend on it.
-        state (StepState): of the branch that is called.
-        grid (tuple | None): (height, width) in tokens; of all frames of a clip, below each other,
-            where they are merged together.
-        num_before (int | list | None): text tokens in front of the image's, see
-            ``ModelAdapter.num_text_tokens_before``.
-        frames (int): of a clip, where they are merged together; otherwise 1.
-        layouts (dict): (downsample, height, width, device) -> :class:`GridLayout`.
-        plans (dict): kind of target -> plan or None, of the block that runs. One place for all
-            blocks, since they do not nest: so the hooks of all blocks are the same code to a
-            compiler.
-        shared (dict): what a plan depends on -> the plan, of levels that share theirs.
-        computes (bool): whether the block that runs computes its plans at this step.
-        pending (dict): target -> what its pre-hook leaves for its post-hook.
-        network (nn.Module | None): the network that runs, where targets run a second time.
-    """
+    """What the hooks know during one call of the network."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,19 +58,35 @@ class TomeContext(Context):
 
     def clear(self) -> None:
         """Forget the call."""
+        #: The options in force for this call; None: merge nothing.
         self.config: ToMeConfig | None = None
+        #: Key of the random destinations, from the timestep.
         self.step_key: Tensor | None = None
+        #: Number of the step in its run, 0 where steps are not tracked.
         self.step = 0
+        #: Share of the run that remains, where the options depend on it.
         self.remaining: float | None = None
+        #: Of the branch that is called.
         self.state = _NOTHING_KEPT
+        #: (height, width) in tokens; of all frames of a clip, below each other, where they are
+        #: merged together.
         self.grid: tuple[int, int] | None = None
+        #: Text tokens in front of the image's, see ``ModelAdapter.num_text_tokens_before``.
         self.num_before: int | list[int] | None = None
+        #: Of a clip, where they are merged together; otherwise 1.
         self.frames = 1
+        #: (downsample, height, width, device) -> all layouts of a level.
         self.layouts: dict[tuple, GridLayout] = {}
+        #: Kind of target -> plan or None, of the block that runs. One place for all blocks, since
+        #: they do not nest: so the hooks of all blocks are the same code to a compiler.
         self.plans: dict[str, Any] = {}
+        #: What a plan depends on -> the plan, of levels that share theirs.
         self.shared: dict[tuple, Any] = {}
+        #: Whether the block that runs computes its plans at this step.
         self.computes = True
+        #: Target -> what its pre-hook leaves for its post-hook.
         self.pending: dict[str, Any] = {}
+        #: The network that runs, where targets run a second time.
         self.network: nn.Module | None = None
 
     def forget_run(self) -> None:
@@ -105,41 +98,24 @@ class TomeContext(Context):
         return next(iter(self.plans.values()), None)
 
 
+@dataclass(eq=False)
 class BlockState:
-    """A block, its place among the others, and plans that a backward may need.
+    """A block, its place among the others, and plans that a backward may need."""
 
-    Args:
-        name (str): dotted path.
-        kinds (tuple): kinds of target that are merged in it.
-        downsample (int): how many times coarser its grid is than the network's input.
-        depth, num_blocks (int): its number among the merged blocks, and how many there are.
-        joint (bool): whether it is called with text and image tokens in one sequence.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        kinds: tuple[str, ...],
-        downsample: int,
-        depth: int,
-        num_blocks: int,
-        joint: bool,
-    ) -> None:
-        self.name = name
-        self.kinds = kinds
-        self.downsample = downsample
-        self.depth = depth
-        self.num_blocks = num_blocks
-        self.joint = joint
-        # Its level's number among the merged ones, the finest being 0; its own number in its level,
-        # and how many blocks that has.
-        self.level = self.row = 0
-        self.rows = 1
-        self.plans = 0
-        # Input tensor -> (config, plans, text before), for as long as the tensor lives: gradient
-        # checkpointing calls the block again during the backward with the same tensor, when
-        # its network has long gone on, perhaps to another step and size.
-        self.saved = WeakTensorKeyDictionary()
+    name: str  # dotted path
+    kinds: tuple[str, ...]  # of target that are merged in it
+    downsample: int  # how many times coarser its grid is than the network's input
+    depth: int  # its number among the merged blocks
+    num_blocks: int  # how many of those there are
+    joint: bool  # whether it is called with text and image tokens in one sequence
+    level: int  # its level's number among the merged ones, the finest being 0
+    row: int  # its number among the blocks of its level
+    rows: int  # how many of those there are
+    plans: int = 0  # made for it
+    #: Input tensor -> (config, plans, text before), for as long as the tensor lives: gradient
+    #: checkpointing calls the block again during the backward with the same tensor, when its
+    #: network has long gone on, perhaps to another step and size.
+    saved: Any = field(default_factory=WeakTensorKeyDictionary)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "saved"}
@@ -149,39 +125,28 @@ class BlockState:
         self.saved = WeakTensorKeyDictionary()
 
 
+@dataclass(eq=False)
 class Target:
-    """A module (or several that run one after the other) around which tokens are merged.
+    """A module (or several that run one after the other) around which tokens are merged."""
 
-    Attributes:
-        name (str): dotted path of its block, and its kind.
-        kind (str): see ``ToMeConfig.targets``.
-        block (BlockState): the block that it is part of.
-        paths (tuple): dotted paths of its modules: the first one's input is merged, the last one's
-            output unmerged; ``shared``: of further modules that receive the same input.
-        whole (bool): a block or stack, whose output is its input plus a change.
-        joint (bool): whether it is called with text and image tokens in one sequence.
-        bias (str | None): argument of its attention for log(size) of the keys; None: not given.
-        last (bool): whether it is the last target of its block.
-        tokens, kept (int | None): tokens of the image at the last call, and after merging.
-        calls, unmerged_calls (int): how often it ran, and ran on all tokens.
-    """
+    name: str  # dotted path of its block, and its kind
+    kind: str  # see ToMeConfig.targets
+    block: BlockState  # that it is part of
+    paths: tuple[str, ...]  # of its modules: into the first merged, out of the last unmerged
+    shared: tuple[str, ...]  # of further modules that receive the same input
+    joint: bool  # whether it is called with text and image tokens in one sequence
+    context_argument: str  # of its attention, for the tokens of keys and values
+    output_index: int  # of the image's tokens in what it returns
+    bias: str | None  # argument of its attention for log(size) of the keys; None: not given
+    last: bool = False  # of its block
+    tokens: int | None = None  # of the image, at the last call
+    kept: int | None = None  # of these, after merging
+    calls: int = 0
+    unmerged_calls: int = 0  # calls on all tokens
 
-    def __init__(self, name: str, kind: str, block: BlockState, description: Any) -> None:
-        self.name = name
-        self.kind = kind
-        self.block = block
-        self.paths: tuple[str, ...] = ()
-        self.shared: tuple[str, ...] = ()
-        self.whole = kind in ("block", "stack")
-        self.joint = kind in description.joint_sequence
-        self.context_argument = description.context_argument
-        self.output_index = description.output_index.get(kind, 0)
-        self.bias: str | None = None
-        self.last = False
-        self.tokens: int | None = None
-        self.kept: int | None = None
-        self.calls = 0
-        self.unmerged_calls = 0
+    def __post_init__(self) -> None:
+        #: A block or stack, whose output is its input plus a change.
+        self.whole = self.kind in ("block", "stack")
 
     def record(self, context: TomeContext, x: Tensor, plan: Any) -> None:
         """Note a call on tokens ``x``, in tokens of the image."""
@@ -234,6 +199,14 @@ class TomePatch(Patch):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_places": None}
 
+    def reset_stats(self) -> None:
+        """Set the counters of targets and blocks back to zero."""
+        for target in self.targets:
+            target.tokens = target.kept = None
+            target.calls = target.unmerged_calls = 0
+        for block in self.blocks:
+            block.plans = 0
+
     def contexts_of_call(self) -> tuple[TomeContext, ...]:
         """The contexts of the call under way, by the options that it began with: another thread
         may have assigned others since."""
@@ -247,21 +220,14 @@ class TomePatch(Patch):
         key = (block.downsample, height, width, device)
         layouts = context.layouts.get(key)
         if layouts is None:
+            cells = (height, width, config.sx, config.sy)
             if config.use_rand:
                 # A layout per block of the level: every block decorrelates its choice from the
                 # others' at no more launches than one layout takes.
-                layouts = random_layout(
-                    height,
-                    width,
-                    config.sx,
-                    config.sy,
-                    seed=config.seed,
-                    step=context.step_key,
-                    count=block.rows,
-                    device=device,
-                )
+                seeds = {"seed": config.seed, "step": context.step_key, "count": block.rows}
+                layouts = random_layout(*cells, **seeds, device=device)
             else:
-                layouts = regular_layout(height, width, config.sx, config.sy, device)
+                layouts = regular_layout(*cells, device)
             context.layouts[key] = layouts
         return layouts.select(block.row if config.use_rand else 0)
 

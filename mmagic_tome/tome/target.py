@@ -19,33 +19,84 @@ from .state import Target, TomePatch
 
 
 class TargetHook(Hook):
-    """Base class of the hooks around a target.
-
-    Args:
-        patch (TomePatch): of the network.
-        target (Target): the target.
-    """
+    """Base class of the hooks around a target."""
 
     def __init__(self, patch: TomePatch, target: Target) -> None:
         super().__init__(patch)
         self.target = target
 
+    def joint(self, plan: Any, x: Tensor, of_image: int) -> JointPlan:
+        """The plan for a sequence of which so many tokens are the image's, the others text."""
+        return JointPlan(plan, x.shape[1] - of_image, self.patch.context.num_before)
+
+    def merge(self, plan: Any, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple:
+        """(args, kwargs) of a call on merged tokens, and these tokens.
+
+        Raises:
+            ToMeError: the call cannot be merged; says what to write instead.
+        """
+        target = self.target
+        self._check_call(plan, x, kwargs)
+        if target.bias is not None:
+            # softmax then counts a merged key as often as it stands for tokens. Inverses of soft
+            # merging may have sizes below 0; nothing else comes near to this.
+            size = plan.size.float().clamp_min(1e-3).log().to(x.dtype)
+            kwargs = {**kwargs, target.bias: size[:, None]}
+        merged = plan.merge(x)
+        if target.kind == "attn_kv":
+            return args, {**kwargs, target.context_argument: merged}, None
+        args, kwargs = with_tokens(merged, args, kwargs)
+        return *self.patch.adapter.adapt(target.name, plan, args, kwargs), merged
+
+    def _check_call(self, plan: Any, x: Tensor, kwargs: dict[str, Any]) -> None:
+        target = self.target
+        name, kind = target.name, target.kind
+        if x.shape[1] != plan.num_tokens or x.shape[0] != plan.batch:
+            raise ToMeError(
+                f"{name} was given {tuple(x.shape[:2])} (batch, tokens) but its block has "
+                f"({plan.batch}, {plan.num_tokens}): chunked feed-forward cannot be merged; call "
+                "disable_forward_chunking() or leave 'mlp' out of targets"
+            )
+        masked = kwargs.get("attention_mask") is not None and not self.patch.adapter.takes_masks
+        if masked and kind != "mlp":
+            memory = kwargs.get("encoder_hidden_states")
+            of_image = memory is None or memory.shape[1] == plan.num_tokens
+            if target.whole or (kind != "crossattn" and of_image):
+                raise ToMeError(
+                    f"{name} was given an attention_mask over image tokens, which has no meaning "
+                    "for merged tokens; call the model without it or leave this target out"
+                )
+        if kind == "attn_kv" and kwargs.get(target.context_argument) is not None:
+            raise ToMeError(
+                f"{name} takes keys and values from other tokens (only_cross_attention, "
+                "attention_injection), which the image's plan cannot merge; write targets=['attn']"
+            )
+        if kind == "crossattn" or target.whole:
+            more = kwargs.get("cross_attention_kwargs") or {}
+            if kwargs.get("ip_adapter_masks", more.get("ip_adapter_masks")) is not None:
+                raise ToMeError(
+                    f"{name} was given ip_adapter_masks, which cover the token grid and do not fit "
+                    "merged tokens; merge self-attention only"
+                )
+
 
 class TargetPreHook(TargetHook):
-    """Merge what goes into the first module of a target."""
+    """Merge what goes into the first module of a target; for a block or stack, keep it for the
+    change that comes out."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         context, target = self.patch.context, self.target
         x = args[0] if args else kwargs["hidden_states"]
         plan = context.plans.get(target.kind)
-        if plan is None:
-            target.record(context, x, None)
-            return None
-        if target.joint:
-            plan = JointPlan(plan, x.shape[1] - plan.num_tokens, context.num_before)
+        if plan is not None and target.joint:
+            plan = self.joint(plan, x, plan.num_tokens)
         target.record(context, x, plan)
-        check_call(self.patch, target, plan, x, kwargs)
-        return merged_call(self.patch, target, plan, x, args, kwargs)[:2]
+        if plan is None:
+            return None
+        args, kwargs, merged = self.merge(plan, x, args, kwargs)
+        if target.whole:
+            context.pending[target.name] = (plan, x, merged)
+        return args, kwargs
 
 
 class TargetPostHook(TargetHook):
@@ -63,27 +114,14 @@ class TargetPostHook(TargetHook):
             return None
         y = target.tokens_of(output)
         if target.joint:
-            plan = JointPlan(plan, y.shape[1] - plan.num_slots, context.num_before)
+            plan = self.joint(plan, y, plan.num_slots)
         return target.replaced(output, plan.unmerge(y))
 
 
-class WholePreHook(TargetHook, StepHook):
-    """Merge what goes into a block or stack, and keep it for the change that comes out."""
+class WholePreHook(StepHook, TargetPreHook):
+    """:class:`TargetPreHook` of a block or stack."""
 
-    def run(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        context, target = self.patch.context, self.target
-        x = args[0] if args else kwargs["hidden_states"]
-        plan = context.plans.get(target.kind)
-        if plan is None:
-            target.record(context, x, None)
-            return None
-        if target.joint:
-            plan = JointPlan(plan, x.shape[1] - plan.num_tokens, context.num_before)
-        target.record(context, x, plan)
-        check_call(self.patch, target, plan, x, kwargs)
-        args, kwargs, merged = merged_call(self.patch, target, plan, x, args, kwargs)
-        context.pending[target.name] = (plan, x, merged)
-        return args, kwargs
+    run = TargetPreHook.__call__
 
 
 class WholePostHook(TargetHook, StepHook):
@@ -105,13 +143,12 @@ class SharedInputPreHook(TargetHook):
     """Merge the same tokens for a further module of a target; counted where the target begins."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        context, target = self.patch.context, self.target
-        plan = context.plans.get(target.kind)
+        x = args[0] if args else kwargs["hidden_states"]
+        plan = self.patch.context.plans.get(self.target.kind)
         if plan is None:
             return None
-        x = args[0] if args else kwargs["hidden_states"]
-        if target.joint:
-            plan = JointPlan(plan, x.shape[1] - plan.num_tokens, context.num_before)
+        if self.target.joint:
+            plan = self.joint(plan, x, plan.num_tokens)
         return with_tokens(plan.merge(x), args, kwargs)
 
 
@@ -131,68 +168,6 @@ def target_hooks(patch: TomePatch, target: Target) -> list[tuple[str, TargetHook
     ]
 
 
-def merged_call(
-    patch: TomePatch, target: Target, plan: Any, x: Tensor, args: tuple, kwargs: dict[str, Any]
-) -> tuple[tuple, dict[str, Any], Tensor | None]:
-    """Arguments of a module on merged tokens, and these tokens."""
-    if target.bias is not None:
-        # softmax then counts a merged key as often as it stands for tokens. Inverses of soft
-        # merging may have sizes below 0; nothing else comes near to this.
-        size = plan.size.float().clamp_min(1e-3).log().to(x.dtype)
-        kwargs = {**kwargs, target.bias: size[:, None]}
-    merged = plan.merge(x)
-    if target.kind == "attn_kv":
-        return args, {**kwargs, target.context_argument: merged}, None
-    if args:
-        args = (merged, *args[1:])
-    else:
-        kwargs = {**kwargs, "hidden_states": merged}
-    args, kwargs = patch.adapter.adapt(target.name, plan, args, kwargs)
-    return args, kwargs, merged
-
-
 def with_tokens(x: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Arguments of a module with other tokens."""
-    if args:
-        return (x, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": x}
-
-
-def check_call(
-    patch: TomePatch, target: Target, plan: Any, x: Tensor, kwargs: dict[str, Any]
-) -> None:
-    """Refuse uses of a block that cannot be merged.
-
-    Raises:
-        ToMeError: says what to write instead.
-    """
-    name, kind = target.name, target.kind
-    if x.shape[1] != plan.num_tokens or x.shape[0] != plan.batch:
-        raise ToMeError(
-            f"{name} was given {tuple(x.shape[:2])} (batch, tokens) but its block has "
-            f"({plan.batch}, {plan.num_tokens}): chunked feed-forward cannot be merged; call "
-            "disable_forward_chunking() or leave 'mlp' out of targets"
-        )
-    if kind != "mlp" and kwargs.get("attention_mask") is not None and not patch.adapter.takes_masks:
-        context = kwargs.get("encoder_hidden_states")
-        if target.whole or (
-            kind != "crossattn" and (context is None or context.shape[1] == plan.num_tokens)
-        ):
-            raise ToMeError(
-                f"{name} was given an attention_mask over image tokens, which has no meaning for "
-                "merged tokens; call the model without it or leave this target out"
-            )
-    if kind == "attn_kv" and kwargs.get(target.context_argument) is not None:
-        raise ToMeError(
-            f"{name} takes keys and values from other tokens (only_cross_attention, "
-            "attention_injection), which the image's plan cannot merge; write targets=['attn']"
-        )
-    if kind == "crossattn" or target.whole:
-        masks = kwargs.get("ip_adapter_masks")
-        if masks is None:
-            masks = (kwargs.get("cross_attention_kwargs") or {}).get("ip_adapter_masks")
-        if masks is not None:
-            raise ToMeError(
-                f"{name} was given ip_adapter_masks, which cover the token grid and do not fit "
-                "merged tokens; merge self-attention only"
-            )
+    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})

@@ -3,45 +3,21 @@
 
 from __future__ import annotations
 
-import weakref
-from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..base_handle import Handle
 from ..errors import ToMeError
-from ..patch import find_patch
 from . import hooks
-from .config import ViTConfig
 from .patch import ViTPatch
 from .schedules import removed_per_block
 
 
-class ViTHandle:
+class ViTHandle(Handle[ViTPatch]):
     """Inspects, changes and removes the token merging of one model; does not keep it alive."""
 
-    def __init__(
-        self, network: nn.Module, patch: ViTPatch, replaced: list[tuple[str, Any]] | None = None
-    ) -> None:
-        self._network = weakref.ref(network)
-        self._patch = patch
-        self._replaced = replaced or []
-
-    @property
-    def network(self) -> nn.Module | None:
-        """The vision transformer; None once it is gone."""
-        return self._network()
-
-    @property
-    def config(self) -> ViTConfig:
-        """The options in force."""
-        return self._patch.config
-
-    @property
-    def active(self) -> bool:
-        """False once this merging was removed or replaced by another."""
-        network = self.network
-        return network is not None and find_patch(network, ViTPatch) is self._patch
+    _remove, _restore = staticmethod(hooks.remove), staticmethod(hooks.restore)
 
     @property
     def r(self) -> Any:
@@ -69,7 +45,8 @@ class ViTHandle:
 
     @property
     def tokens(self) -> list[tuple[int, int]] | None:
-        """(before, after) merging of every block in the last forward; None before the first."""
+        """(before, after) merging of every block in the last forward; None before the first. Like
+        :attr:`size` and :attr:`source` it ignores forwards while :meth:`disabled`."""
         return self._patch.tokens
 
     @property
@@ -99,24 +76,7 @@ class ViTHandle:
         """
         if self.source is None:
             raise ToMeError("apply with trace_source=True and run the model first")
-        return y.gather(1, self.source[..., None].expand(-1, -1, y.shape[-1]))
-
-    def remove(self) -> None:
-        """Remove token merging from the model; a second call does nothing."""
-        if self.active:
-            hooks.remove(self.network, self._patch)
-
-    def disabled(self) -> AbstractContextManager[None]:
-        """Context manager: the baseline model in this thread, bit for bit; hooks stay in place.
-        Forwards in it leave :attr:`tokens`, :attr:`size` and :attr:`source` as they are."""
-        return self._patch.disabled()
-
-    def reset_stats(self) -> None:
-        """Forget :attr:`tokens`, :attr:`size` and :attr:`source`."""
-        self._patch.reset_stats()
-
-    def reset_run(self) -> None:
-        """Do nothing: forwards of a vision transformer are unrelated, and nothing is kept."""
+        return hooks.unmerged(y, self.source)
 
     def stats(self) -> list[dict[str, Any]]:
         """One dict per block: ``block`` (dotted path), ``tokens`` and ``kept`` (their counts before
@@ -141,31 +101,3 @@ class ViTHandle:
             f"{amount}, {'' if config.prop_attn else 'no '}proportional attention, "
             f"{config.distance} similarity of {config.metric}"
         )
-
-    def summary(self) -> str:
-        """A table to print: tokens of every block in the last forward."""
-        text = f"token merging in {self._where}: {self.description}"
-        if not self.active:
-            return f"{text} (removed)"
-        if self.tokens is None:
-            return f"{text} (not run yet)"
-        rows = [f"{row['block']}  {row['tokens']} -> {row['kept']}" for row in self.stats()]
-        return "\n".join([text, *rows])
-
-    @property
-    def _where(self) -> str:
-        network = self.network
-        return "a model that is gone" if network is None else type(network).__name__
-
-    def __enter__(self) -> ViTHandle:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        # If another merging replaced this one, that one decides what is restored.
-        if self.active:
-            self.remove()
-            hooks.restore(self.network, self._replaced)
-
-    def __repr__(self) -> str:
-        removed = "" if self.active else ", removed"
-        return f"ViTHandle({self._where}, r={self.r!r}{removed})"

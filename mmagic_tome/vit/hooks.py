@@ -25,7 +25,7 @@ from .. import patch as patches
 from ..errors import ToMeError
 from ..merging.sequence import match_tokens
 from ..patch import Hook
-from .families import Heads, ViT, ViTBlock
+from .families import Heads, ViT
 from .interface import ConfigProxy
 from .patch import ViTPatch
 
@@ -35,35 +35,32 @@ def register(vit: ViT, patch: ViTPatch) -> None:
     patches.register(vit.network, NetworkPreHook(patch))
     patches.register(vit.network, NetworkPostHook(patch))
     for index, block in enumerate(vit.blocks):
-        _register_block(vit, block, index, patch)
-
-
-def _register_block(vit: ViT, block: ViTBlock, index: int, patch: ViTPatch) -> None:
-    attention = AttentionPreHook(patch, index, vit.mask, vit.injection)
-    merge = MergePreHook(patch, index)
-    paths = {module: path for path, module in block.module.named_modules()}
-    inner = {paths[block.attention]: attention, paths[block.norm]: merge}
-    patches.register(block.module, BlockPreHook(patch, index, inner))
-    patches.register(block.module, BlockPostHook(patch, index))
-    patches.register(block.first, FirstPreHook(patch, index))
-    patches.register(block.attention, attention)
-    attention.inject(block.attention)
-    metric = patch.config.metric
-    if metric in block.sources:
-        module, heads = block.sources[metric]
-        patches.register(module, HeadsPostHook(patch, heads))
-    elif metric == "attention":
-        patches.register(block.output, OutputPostHook(patch))
-    patches.register(block.norm, merge)
-    patches.register(block.last, UnmergePostHook(patch))
+        attention = AttentionPreHook(patch, index, vit.mask, vit.injection)
+        merge = MergePreHook(patch, index)
+        paths = {module: path for path, module in block.module.named_modules()}
+        inner = {paths[block.attention]: attention, paths[block.norm]: merge}
+        patches.register(block.module, BlockPreHook(patch, index, inner))
+        patches.register(block.module, BlockPostHook(patch, index))
+        patches.register(block.first, FirstPreHook(patch, index))
+        patches.register(block.attention, attention)
+        if vit.injection is not None:
+            vit.injection.inject(block.attention, attention)
+        metric = patch.config.metric
+        if metric in block.sources:
+            module, heads = block.sources[metric]
+            patches.register(module, HeadsPostHook(patch, heads))
+        elif metric == "attention":
+            patches.register(block.output, OutputPostHook(patch))
+        patches.register(block.norm, merge)
+        patches.register(block.last, UnmergePostHook(patch))
 
 
 def remove(network: nn.Module, patch: ViTPatch) -> list[tuple[str, Any]]:
     """Take a patch out of a network, exactly; return what :func:`restore` needs."""
     removed = patches.remove(network, patch)
     for path, hook in removed:
-        if isinstance(hook, AttentionPreHook):
-            hook.eject(network.get_submodule(path))
+        if getattr(hook, "injection", None) is not None:
+            hook.injection.eject(network.get_submodule(path))
     return removed
 
 
@@ -71,8 +68,8 @@ def restore(network: nn.Module, removed: list[tuple[str, Any]]) -> None:
     """Undo :func:`remove`."""
     patches.restore(network, removed)
     for path, hook in removed:
-        if isinstance(hook, AttentionPreHook):
-            hook.inject(network.get_submodule(path))
+        if getattr(hook, "injection", None) is not None:
+            hook.injection.inject(network.get_submodule(path), hook)
 
 
 class NetworkPreHook(Hook):
@@ -98,7 +95,15 @@ class NetworkPostHook(Hook):
         self.patch.context.stop()
 
 
-class BlockPreHook(Hook):
+class BlockHook(Hook):
+    """Base class of hooks that need the number of their block."""
+
+    def __init__(self, patch: ViTPatch, index: int) -> None:
+        super().__init__(patch)
+        self.index = index
+
+
+class BlockPreHook(BlockHook):
     """Start of a block.
 
     Args:
@@ -106,8 +111,7 @@ class BlockPreHook(Hook):
     """
 
     def __init__(self, patch: ViTPatch, index: int, inner: dict[str, Hook]) -> None:
-        super().__init__(patch)
-        self.index = index
+        super().__init__(patch, index)
         self.inner = inner
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -129,13 +133,9 @@ class BlockPreHook(Hook):
             patches.keep_last(module.get_submodule(path), hook)
 
 
-class FirstPreHook(Hook):
+class FirstPreHook(BlockHook):
     """On a block's first norm, whose input is the block's: gradient checkpointing may run a block's
     forward again without the block's own hooks."""
-
-    def __init__(self, patch: ViTPatch, index: int) -> None:
-        super().__init__(patch)
-        self.index = index
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if _recomputes():
@@ -159,7 +159,7 @@ def _enter(patch: ViTPatch, index: int, x: Tensor) -> None:
         context.begin(patch.removed_for(x.shape[1]))
 
 
-class AttentionPreHook(Hook):
+class AttentionPreHook(BlockHook):
     """Proportional attention: softmax(Q K^T / sqrt(d) + log s), s the sizes of the key tokens.
 
     A token of size s receives the attention of s tokens. The bias is an additive mask, so that the
@@ -173,26 +173,15 @@ class AttentionPreHook(Hook):
     def __init__(
         self, patch: ViTPatch, index: int, mask: str | None, injection: type | None
     ) -> None:
-        super().__init__(patch)
-        self.index = index
+        super().__init__(patch, index)
         self.mask = mask
         self.injection = injection
-
-    def inject(self, module: nn.Module) -> None:
-        """Put the stand-in of :attr:`injection` into the attention, if there is one."""
-        if self.injection is not None:
-            self.injection.inject(module, self)
-
-    def eject(self, module: nn.Module) -> None:
-        """Undo :meth:`inject`."""
-        if self.injection is not None:
-            self.injection.eject(module)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         merging = any(self.patch.context.removed)
         config = getattr(module, "config", None)
         if isinstance(config, ConfigProxy):
-            config = config.config
+            config = config.own
         implementation = getattr(config, "_attn_implementation", None)
         takes_bias = implementation in (None, "eager", "sdpa")
         if merging and self.patch.config.prop_attn and not takes_bias:
@@ -256,12 +245,8 @@ class OutputPostHook(Hook):
         self.patch.context.metric = output.detach()
 
 
-class MergePreHook(Hook):
+class MergePreHook(BlockHook):
     """Match, and merge the input of the feed-forward."""
-
-    def __init__(self, patch: ViTPatch, index: int) -> None:
-        super().__init__(patch)
-        self.index = index
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         patch, context = self.patch, self.patch.context
@@ -296,14 +281,10 @@ class UnmergePostHook(Hook):
         return None if match is None else match.plan.unmerge(output)
 
 
-class BlockPostHook(Hook):
+class BlockPostHook(BlockHook):
     """Merge the output of the block and update the sizes."""
 
     after = True
-
-    def __init__(self, patch: ViTPatch, index: int) -> None:
-        super().__init__(patch)
-        self.index = index
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor):
         patch, context = self.patch, self.patch.context
@@ -320,15 +301,16 @@ class BlockPostHook(Hook):
         context.tokens = [*context.tokens, (before, after)]
         if self.index == len(patch.blocks) - 1:
             if not context.disabled and not _recomputes():
-                patch.tokens, patch.size, patch.source = (
-                    context.tokens,
-                    context.size,
-                    context.source,
-                )
+                patch.tokens, patch.size = context.tokens, context.size
+                patch.source = context.source
             if patch.unmerges and context.source is not None:
-                index = context.source[..., None].expand(-1, -1, output.shape[-1])
-                return output.gather(1, index)
+                return unmerged(output, context.source)
         return None if match is None else output
+
+
+def unmerged(y: Tensor, source: Tensor) -> Tensor:
+    """(B, M, C) values of tokens -> (B, N, C), a copy for every patch; source is (B, N)."""
+    return y.gather(1, source[..., None].expand(-1, -1, y.shape[-1]))
 
 
 def _recomputes() -> bool:

@@ -19,70 +19,63 @@ from torch import Tensor, nn
 NAME = "mmagic_tome_proportional"
 
 
-class ConfigProxy:
-    """The ``config`` of a merged attention module: the model's own except for one name.
+class Injection:
+    """Takes the place of an attribute of a merged attention module.
 
     Attributes:
-        config: the model's own.
+        own: what the attribute was.
         hook: whose ``bias(x)`` returns the bias of the forward under way.
     """
 
-    _attn_implementation = NAME
+    attribute = ""
 
-    def __init__(self, config: Any, hook: Any) -> None:
-        self.config = config
+    def __init__(self, own: Any, hook: Any) -> None:
+        self.own = own
         self.hook = hook
 
     @classmethod
     def inject(cls, module: nn.Module, hook: Any) -> None:
-        """Put a proxy in place of a module's config."""
-        register_implementation()
-        module.config = cls(module.config, hook)
+        """Put one in place of a module's attribute."""
+        setattr(module, cls.attribute, cls(getattr(module, cls.attribute), hook))
 
     @classmethod
     def eject(cls, module: nn.Module) -> None:
         """Undo :meth:`inject`."""
-        if isinstance(module.config, cls):
-            module.config = module.config.config
+        injected = getattr(module, cls.attribute)
+        if isinstance(injected, cls):
+            setattr(module, cls.attribute, injected.own)
+
+
+class ConfigProxy(Injection):
+    """The ``config`` of a merged attention module: the model's own except for one name."""
+
+    attribute = "config"
+    _attn_implementation = NAME
+
+    def __init__(self, own: Any, hook: Any) -> None:
+        register_implementation()
+        super().__init__(own, hook)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "config" not in self.__dict__:
+        if name.startswith("__") or "own" not in self.__dict__:
             raise AttributeError(name)
-        return getattr(self.config, name)
+        return getattr(self.own, name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         register_implementation()  # unpickling may come before any apply_tome_vit
         self.__dict__.update(state)
 
 
-class BiasedAttention:
-    """``scaled_dot_product_attention`` of a module with the bias of proportional attention.
+class BiasedAttention(Injection):
+    """``scaled_dot_product_attention`` of a module with the bias of proportional attention."""
 
-    Attributes:
-        attention: the module's own function.
-        hook: whose ``bias(x)`` returns the bias of the forward under way.
-    """
-
-    def __init__(self, attention: Any, hook: Any) -> None:
-        self.attention = attention
-        self.hook = hook
-
-    @classmethod
-    def inject(cls, module: nn.Module, hook: Any) -> None:
-        """Put a biased attention in place of a module's own."""
-        module.scaled_dot_product_attention = cls(module.scaled_dot_product_attention, hook)
-
-    @classmethod
-    def eject(cls, module: nn.Module) -> None:
-        """Undo :meth:`inject`."""
-        if isinstance(module.scaled_dot_product_attention, cls):
-            module.scaled_dot_product_attention = module.scaled_dot_product_attention.attention
+    attribute = "scaled_dot_product_attention"
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
         bias = self.hook.bias(query)
         if bias is not None:
             kwargs["attn_mask"] = bias
-        return self.attention(query, key, value, **kwargs)
+        return self.own(query, key, value, **kwargs)
 
 
 def register_implementation() -> None:
@@ -105,7 +98,7 @@ def proportional_attention(
 
     proxy = module.config
     eager = sys.modules[type(module).__module__].eager_attention_forward
-    attention = ALL_ATTENTION_FUNCTIONS.get_interface(proxy.config._attn_implementation, eager)
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(proxy.own._attn_implementation, eager)
     bias = proxy.hook.bias(query)
     if bias is not None:
         attention_mask = bias if attention_mask is None else attention_mask + bias

@@ -11,21 +11,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..merging.sequence import Match
 from ..patch import Context, Patch
 from .config import ViTConfig
+from .families import ViT
 from .schedules import removed_for_speedup
 
 
 class ViTContext(Context):
-    """State of the forward under way, updated from block to block.
-
-    Attributes:
-        removed (list): tokens to remove per block; empty outside of a forward.
-        size (Tensor | None): (B, N) float, number of patches in each token; None before the first
-            merge.
-        source (Tensor | None): (B, N0) int64, the token that contains each token of the input.
-        metric (Tensor | None): (B, N, C), similarity features of the current block.
-        match (Match | None): of the current block.
-        tokens (list): (before, after) of every finished block.
-    """
+    """State of the forward under way, updated from block to block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,11 +24,17 @@ class ViTContext(Context):
 
     def begin(self, removed: list[int]) -> None:
         """Reset to the state before the first block."""
+        #: Tokens to remove per block; empty outside of a forward.
         self.removed = removed
+        #: (B, N) float, number of patches in each token; None before the first merge.
         self.size: Tensor | None = None
+        #: (B, N0) int64, the token that contains each token of the input.
         self.source: Tensor | None = None
+        #: (B, N, C), similarity features of the current block.
         self.metric: Tensor | None = None
+        #: Of the current block.
         self.match: Match | None = None
+        #: (before, after) of every finished block.
         self.tokens: list[tuple[int, int]] = []
 
     def start(self) -> None:
@@ -56,37 +53,28 @@ class ViTPatch(Patch):
         config (ViTConfig): the options; assign another to change them between forwards.
         removed (list | None): tokens to remove per block; None: ``target_speedup`` chooses them
             for the number of tokens of each forward.
-        prefix (int): number of protected tokens.
-        blocks (list): dotted paths of the blocks.
-        width (int): channels.
-        hidden (int): channels inside the feed-forward.
-        unmerges (bool): whether the last block's output is unmerged.
+        vit (ViT): what the hooks are registered on.
 
     Attributes:
+        prefix (int): number of protected tokens.
+        blocks (list): dotted paths of the blocks.
+        width, hidden (int): channels, also inside the feed-forward.
+        unmerges (bool): whether the last block's output is unmerged.
         size, source, tokens: of the last forward with merging enabled, see
             :class:`~.handle.ViTHandle`.
     """
 
     context_type = ViTContext
 
-    def __init__(
-        self,
-        config: ViTConfig,
-        removed: list[int] | None,
-        prefix: int,
-        blocks: list[str],
-        width: int,
-        hidden: int,
-        unmerges: bool,
-    ) -> None:
+    def __init__(self, config: ViTConfig, removed: list[int] | None, vit: ViT) -> None:
         super().__init__()
         self.config = config
         self.removed = removed
-        self.prefix = prefix
-        self.blocks = blocks
-        self.width = width
-        self.hidden = hidden
-        self.unmerges = unmerges
+        self.prefix = vit.prefix
+        self.blocks = [block.name for block in vit.blocks]
+        self.width = vit.blocks[0].norm.normalized_shape[-1]
+        self.hidden = vit.blocks[0].hidden
+        self.unmerges = vit.reads_all if config.unmerge is None else config.unmerge
 
     def _fresh(self) -> None:
         super()._fresh()
@@ -94,10 +82,8 @@ class ViTPatch(Patch):
         self.reset_stats()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        for name in ("_inputs", "size", "source", "tokens"):
-            del state[name]
-        return state
+        of_forward = ("_inputs", "size", "source", "tokens")
+        return {k: v for k, v in super().__getstate__().items() if k not in of_forward}
 
     def reset_stats(self) -> None:
         """Forget the results of the last forward."""
@@ -122,10 +108,8 @@ class ViTPatch(Patch):
             return [0] * blocks
         if self.removed is not None:
             return self.removed
-        r = removed_for_speedup(
-            self.config.target_speedup, blocks, tokens, self.prefix, self.width, self.hidden
-        )
-        return [r] * blocks
+        sizes = (blocks, tokens, self.prefix, self.width, self.hidden)
+        return [removed_for_speedup(self.config.target_speedup, *sizes)] * blocks
 
     def remember(self, x: Tensor) -> None:
         """Keep this thread's state for as long as ``x``, the input of a block, lives.

@@ -21,6 +21,7 @@ Without mmpretrain, in mmengine's root registry::
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -78,10 +79,7 @@ def timm_model(name: str, pretrained: bool = False, **options: Any) -> nn.Module
         pretrained (bool): download its weights. Default False: random ones.
         **options: of ``timm.create_model``.
     """
-    try:
-        import timm
-    except ImportError as error:
-        raise ToMeError("type='TimmModel' needs timm: pip install timm") from error
+    timm = _library("timm", "TimmModel")
     return timm.create_model(name, pretrained=pretrained, **options).eval()
 
 
@@ -93,15 +91,18 @@ def transformers_model(model: str, config: str, **options: Any) -> nn.Module:
         config (str): name of its config's class, such as 'VideoMAEConfig'.
         **options: of the config.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        message = "type='TransformersModel' needs transformers: pip install transformers"
-        raise ToMeError(message) from error
+    transformers = _library("transformers", "TransformersModel")
     for name in (model, config):
         if not hasattr(transformers, name):
             raise ToMeError(f"transformers {transformers.__version__} has no {name!r}")
     return getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
+
+
+def _library(name: str, kind: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ToMeError(f"type={kind!r} needs {name}: pip install {name}") from error
 
 
 def register_root() -> None:

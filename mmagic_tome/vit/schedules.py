@@ -7,12 +7,11 @@ Source: "Token Merging: Your ViT But Faster" (Bolya et al., ICLR 2023, arXiv 221
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
 from ..errors import ToMeError
-from ..validate import is_number
+from ..validate import is_integer, is_number
 
 
 def removed_per_block(r: Any, blocks: int) -> list[int]:
@@ -90,19 +89,14 @@ def relative_cost(counts: Sequence[tuple[int, int]], width: int, hidden: int) ->
         hidden (int): H, channels inside the feed-forward.
     """
     return float(
-        sum(
-            4 * before * width**2 + 2 * before**2 * width + 2 * after * width * hidden
-            for before, after in counts
-        )
+        sum(4 * n * width**2 + 2 * n**2 * width + 2 * m * width * hidden for n, m in counts)
     )
 
 
 def removed_for_speedup(
     target: float, blocks: int, tokens: int, prefix: int, width: int, hidden: int
 ) -> int:
-    """The smallest constant r whose multiply-adds are at most 1 / target of the baseline's.
-
-    Counts multiply-adds of the blocks' matrix products; merging and everything else are excluded.
+    """The smallest constant r whose :func:`relative_cost` is at most 1 / target of the baseline's.
 
     Raises:
         ToMeError: no r reaches the target.
@@ -123,12 +117,9 @@ def removed_for_speedup(
         )
     while low < high:
         middle = (low + high) // 2
-        if reached(middle) >= target:
-            high = middle
-        else:
-            low = middle + 1
+        low, high = (low, middle) if reached(middle) >= target else (middle + 1, high)
     return low
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 0
+    return is_integer(value) and value >= 0

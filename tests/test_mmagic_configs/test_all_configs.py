@@ -134,7 +134,7 @@ def check(config, build):
 @pytest.mark.parametrize("name", slow_unless(QUICK, CONFIGS))
 def test_our_configs(name, hub, build):
     config = ours(name, hub)
-    expected = ToMeConfig.from_dict(config.tome_cfg)
+    expected = ToMeConfig.coerce(config.tome_cfg)
     share = check(config, build)
     if expected.controlnet:
         assert set(share) == {expected.ratio, expected.controlnet_config.ratio}

@@ -137,7 +137,7 @@ def test_checkpoints_and_averages(name, hub, build, tmp_path):
             parameter.mul_(0.5)
     average.update_parameters(model)
     copied = average.module
-    assert copied.tome_handle.config == ToMeConfig.from_dict(config.tome_cfg)
+    assert copied.tome_handle.config == ToMeConfig.coerce(config.tome_cfg)
     load_checkpoint(copied, file, strict=True)
     assert_the_same(mmagic_hub.infer(copied, **given), merged)
     assert remove_tome(copied)

@@ -4,9 +4,14 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 
+import pytest
 import torch
 from torch import nn
+
+pytest.importorskip("transformers")
+pytest.importorskip("timm")
 
 LAYERS, WIDTH, HEADS = 4, 32, 2
 _SIZE = dict(
@@ -18,137 +23,38 @@ _SIZE = dict(
 _IMAGE = dict(**_SIZE, image_size=24, patch_size=4)
 
 
-def _vit():
-    from transformers import ViTConfig, ViTForImageClassification
+def _transformers(model, **options):
+    import transformers
 
-    return ViTForImageClassification(ViTConfig(**_IMAGE, num_labels=5))
-
-
-def _deit():
-    from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
-
-    return DeiTForImageClassificationWithTeacher(DeiTConfig(**_IMAGE, num_labels=5))
-
-
-def _clip():
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    return CLIPVisionModelWithProjection(CLIPVisionConfig(**_IMAGE, projection_dim=7))
-
-
-def _siglip():
-    from transformers import SiglipVisionConfig, SiglipVisionModel
-
-    return SiglipVisionModel(SiglipVisionConfig(**_IMAGE))
-
-
-def _dinov2():
-    from transformers import Dinov2Config, Dinov2ForImageClassification
-
-    return Dinov2ForImageClassification(Dinov2Config(**_IMAGE, mlp_ratio=2, num_labels=5))
-
-
-def _dinov2_swiglu():
-    from transformers import Dinov2Config, Dinov2Model
-
-    return Dinov2Model(Dinov2Config(**_IMAGE, mlp_ratio=2, use_swiglu_ffn=True))
-
-
-def _dinov2_registers():
-    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
-
-    config = Dinov2WithRegistersConfig(**_IMAGE, mlp_ratio=2, num_register_tokens=3)
-    return Dinov2WithRegistersModel(config)
-
-
-def _videomae():
-    from transformers import VideoMAEConfig, VideoMAEForVideoClassification
-
-    config = VideoMAEConfig(
-        **_SIZE, image_size=16, patch_size=4, num_frames=4, tubelet_size=2, num_labels=5
-    )
-    return VideoMAEForVideoClassification(config)
-
-
-def _ast():
-    from transformers import ASTConfig, ASTForAudioClassification
-
-    config = ASTConfig(
-        **_SIZE,
-        patch_size=4,
-        frequency_stride=4,
-        time_stride=4,
-        max_length=24,
-        num_mel_bins=24,
-        num_labels=5,
-    )
-    return ASTForAudioClassification(config)
+    config = getattr(transformers, re.split("Model|For", model)[0] + "Config")
+    return getattr(transformers, model)(config(**{**_IMAGE, "num_labels": 5, **options}))
 
 
 def _whisper():
-    from transformers import WhisperConfig, WhisperModel
-
-    config = WhisperConfig(
-        vocab_size=50,
-        num_mel_bins=8,
-        d_model=WIDTH,
-        encoder_layers=LAYERS,
-        encoder_attention_heads=HEADS,
-        decoder_layers=2,
-        decoder_attention_heads=HEADS,
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=48,
-        max_source_positions=36,
-        max_target_positions=16,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=1,
-    )
-    return WhisperModel(config)
+    encoder = dict(encoder_layers=LAYERS, encoder_attention_heads=HEADS, encoder_ffn_dim=48)
+    decoder = dict(decoder_layers=2, decoder_attention_heads=HEADS, decoder_ffn_dim=48)
+    sizes = dict(d_model=WIDTH, num_mel_bins=8, max_source_positions=36, max_target_positions=16)
+    tokens = dict(vocab_size=50, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    start = dict(decoder_start_token_id=1)
+    return _transformers("WhisperModel", **encoder, **decoder, **sizes, **tokens, **start)
 
 
-def _timm(**options):
+def tiny_timm(distilled=False, **options):
+    from timm.models.deit import VisionTransformerDistilled
     from timm.models.vision_transformer import VisionTransformer
 
-    return VisionTransformer(
-        img_size=24,
-        patch_size=4,
-        embed_dim=WIDTH,
-        depth=LAYERS,
-        num_heads=HEADS,
-        mlp_ratio=1.5,
-        num_classes=5,
-        **options,
-    )
+    torch.manual_seed(0)
+    sizes = dict(img_size=24, patch_size=4, embed_dim=WIDTH, depth=LAYERS, num_heads=HEADS)
+    kind = VisionTransformerDistilled if distilled else VisionTransformer
+    return kind(**sizes, mlp_ratio=1.5, num_classes=5, **options).eval()
 
 
-def _timm_distilled():
-    from timm.models.deit import VisionTransformerDistilled
-
-    return VisionTransformerDistilled(
-        img_size=24,
-        patch_size=4,
-        embed_dim=WIDTH,
-        depth=LAYERS,
-        num_heads=HEADS,
-        num_classes=5,
-    )
-
-
-def _mmpretrain(kind="VisionTransformer", **options):
+def _mmpretrain(kind="VisionTransformer", head="VisionTransformerClsHead", **options):
     import mmpretrain.models as library
 
     arch = dict(embed_dims=WIDTH, num_layers=LAYERS, num_heads=HEADS, feedforward_channels=48)
     backbone = dict(type=kind, arch=arch, img_size=24, patch_size=4, **options)
-    distilled = kind != "VisionTransformer"
-    head = dict(
-        type="DeiTClsHead" if distilled else "VisionTransformerClsHead",
-        num_classes=5,
-        in_channels=WIDTH,
-    )
-    if options.get("out_type") == "avg_featmap":
-        head["type"] = "LinearClsHead"
+    head = dict(type=head, num_classes=5, in_channels=WIDTH)
     model = library.build_classifier(dict(type="ImageClassifier", backbone=backbone, head=head))
     for module in model.modules():
         if hasattr(module, "drop_prob"):  # numbers of numpy, which dynamo cannot branch on
@@ -156,32 +62,48 @@ def _mmpretrain(kind="VisionTransformer", **options):
     return model
 
 
+_MLP = dict(mlp_ratio=2)
+_CLIP_OF_IMAGES = dict(image_size=16, num_frames=4, tubelet_size=2)
+_SPECTROGRAM = dict(frequency_stride=4, time_stride=4, max_length=24, num_mel_bins=24)
+_CLASS = "ForImageClassification"
+_OPTIONS = dict(qk_norm=True, init_values=0.3, reg_tokens=2, global_pool="avg")
+
 #: name -> (model, protected tokens, whether the output is unmerged by default)
 FAMILIES = {
-    "vit": (_vit, 1, False),
-    "deit": (_deit, 2, False),
-    "clip": (_clip, 1, False),
-    "siglip": (_siglip, 0, True),
-    "dinov2": (_dinov2, 1, True),
-    "dinov2-swiglu": (_dinov2_swiglu, 1, False),
-    "dinov2-registers": (_dinov2_registers, 4, False),
-    "videomae": (_videomae, 0, True),
-    "ast": (_ast, 2, False),
-    "whisper": (_whisper, 0, True),
-    "timm": (lambda: _timm(), 1, False),
-    "timm-options": (
-        lambda: _timm(qk_norm=True, init_values=0.3, reg_tokens=2, global_pool="avg"),
-        3,
+    "vit": (lambda: _transformers("ViT" + _CLASS), 1, False),
+    "deit": (lambda: _transformers(f"DeiT{_CLASS}WithTeacher"), 2, False),
+    "clip": (lambda: _transformers("CLIPVisionModelWithProjection", projection_dim=7), 1, False),
+    "siglip": (lambda: _transformers("SiglipVisionModel"), 0, True),
+    "dinov2": (lambda: _transformers("Dinov2" + _CLASS, **_MLP), 1, True),
+    "dinov2-swiglu": (lambda: _transformers("Dinov2Model", use_swiglu_ffn=True, **_MLP), 1, False),
+    "dinov2-registers": (
+        lambda: _transformers("Dinov2WithRegistersModel", num_register_tokens=3, **_MLP),
+        4,
+        False,
+    ),
+    "videomae": (
+        lambda: _transformers("VideoMAEForVideoClassification", **_CLIP_OF_IMAGES),
+        0,
         True,
     ),
-    "timm-distilled": (_timm_distilled, 2, False),
+    "ast": (lambda: _transformers("ASTForAudioClassification", **_SPECTROGRAM), 2, False),
+    "whisper": (_whisper, 0, True),
+    "timm": (tiny_timm, 1, False),
+    "timm-options": (lambda: tiny_timm(**_OPTIONS), 3, True),
+    "timm-distilled": (lambda: tiny_timm(distilled=True), 2, False),
 }
 if importlib.util.find_spec("mmpretrain") is not None:
+    _POOLED = dict(head="LinearClsHead", out_type="avg_featmap")
+    _DISTILLED = ("DistilledVisionTransformer", "DeiTClsHead")
     FAMILIES |= {
         "mmpretrain": (lambda: _mmpretrain(layer_scale_init_value=0.3), 1, False),
-        "mmpretrain-pooled": (lambda: _mmpretrain(out_type="avg_featmap"), 1, True),
-        "mmpretrain-distilled": (lambda: _mmpretrain("DistilledVisionTransformer"), 2, False),
+        "mmpretrain-pooled": (lambda: _mmpretrain(**_POOLED), 1, True),
+        "mmpretrain-distilled": (lambda: _mmpretrain(*_DISTILLED), 2, False),
     }
+
+NAMES = sorted(FAMILIES)
+#: One of every way to give a bias to the attention.
+BIASES = [name for name in ("vit", "timm", "videomae", "mmpretrain") if name in FAMILIES]
 
 
 def build(name: str, attention: str | None = None) -> nn.Module:
@@ -192,21 +114,17 @@ def build(name: str, attention: str | None = None) -> nn.Module:
         for key, parameter in model.named_parameters():
             if parameter.dim() > 1 or "token" in key:
                 parameter.normal_(std=0.25)
-    if attention is not None:
-        if name.startswith("timm"):
-            for module in model.modules():
-                if hasattr(module, "fused_attn"):
-                    module.fused_attn = attention == "sdpa"
-        elif name.startswith("mmpretrain"):
-            if attention == "eager":
-                from mmpretrain.models.utils import attention as library
+    if attention is None:
+        return model
+    if not name.startswith(("timm", "mmpretrain")):
+        model.set_attn_implementation(attention)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = attention == "sdpa"
+        if attention == "eager" and hasattr(module, "scaled_dot_product_attention"):
+            from mmpretrain.models.utils import attention as library
 
-                for module in model.modules():
-                    if hasattr(module, "scaled_dot_product_attention"):
-                        eager = library.scaled_dot_product_attention_pyimpl
-                        module.scaled_dot_product_attention = eager
-        else:
-            model.set_attn_implementation(attention)
+            module.scaled_dot_product_attention = library.scaled_dot_product_attention_pyimpl
     return model
 
 
@@ -220,20 +138,16 @@ def inputs(name: str, redundant: bool = False, batch: int = 2, seed: int = 1) ->
     if name == "whisper":
         x = randn(batch, 8, 1).expand(-1, -1, 72) if redundant else randn(batch, 8, 72)
         return {"input_features": x.contiguous(), "decoder_input_ids": torch.ones(batch, 3).long()}
+    # A patch, and how often it is repeated along each axis.
+    patch, times = (3, 4, 4), (1, 6, 6)
     if name == "ast":
-        x = randn(batch, 4, 4).repeat(1, 6, 6) if redundant else randn(batch, 24, 24)
-        return {"input_values": x}
-    if name == "videomae":
-        x = (
-            randn(batch, 1, 3, 4, 4).repeat(1, 4, 1, 4, 4)
-            if redundant
-            else randn(batch, 4, 3, 16, 16)
-        )
-        return {"pixel_values": x}
-    x = randn(batch, 3, 4, 4).repeat(1, 1, 6, 6) if redundant else randn(batch, 3, 24, 24)
-    if name.startswith("mmpretrain"):
-        return {"inputs": x}
-    return {"x" if name.startswith("timm") else "pixel_values": x}
+        patch, times = (4, 4), (6, 6)
+    elif name == "videomae":
+        patch, times = (1, 3, 4, 4), (4, 1, 4, 4)
+    whole = [size * count for size, count in zip(patch, times)]
+    x = randn(batch, *patch).repeat(1, *times) if redundant else randn(batch, *whole)
+    keys = {"ast": "input_values", "timm": "x", "mmpretrain": "inputs"}
+    return {keys.get(name.partition("-")[0], "pixel_values"): x}
 
 
 def forget_positions(model: nn.Module) -> None:

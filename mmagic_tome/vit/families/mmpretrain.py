@@ -9,26 +9,18 @@ from torch import nn
 
 from ...errors import ToMeError
 from ..interface import BiasedAttention
-from .base import Heads, ViT, ViTBlock, instances, join
-
-_MODULE = "mmpretrain.models.backbones.vision_transformer"
+from .base import Family, Heads, ViT, ViTBlock, check_types
 
 
-class MMPretrainViT:
+class MMPretrainViT(Family):
     """VisionTransformer of mmpretrain and the subclasses that keep its forward."""
 
     description = "mmpretrain VisionTransformer"
-
-    def find(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """(path, module) of every one inside a model."""
-        return instances(model, getattr(sys.modules.get(_MODULE), "VisionTransformer", None))
+    library = "mmpretrain.models.backbones.vision_transformer"
+    network = "VisionTransformer"
+    layers = "layers"
 
     def describe(self, path: str, network: nn.Module, model: nn.Module) -> ViT:
-        """The modules to hook.
-
-        Raises:
-            ToMeError: another forward, other blocks, or an output that reads inner blocks.
-        """
         backbones = sys.modules["mmpretrain.models.backbones"]
         distilled = backbones.DistilledVisionTransformer.forward
         if type(network).forward not in (backbones.VisionTransformer.forward, distilled):
@@ -36,10 +28,7 @@ class MMPretrainViT:
                 f"{type(network).__name__} of mmpretrain has a forward of its own; of its vision "
                 "transformers VisionTransformer and DistilledVisionTransformer can be merged"
             )
-        blocks = [
-            _block(join(path, "layers", str(index)), layer)
-            for index, layer in enumerate(network.layers)
-        ]
+        blocks = self.blocks(path, network)
         reads_all = type(network).forward is not distilled and network.out_type != "cls_token"
         if reads_all and list(network.out_indices) != [len(blocks) - 1]:
             raise ToMeError(
@@ -48,7 +37,6 @@ class MMPretrainViT:
                 "or out_type='cls_token'"
             )
         return ViT(
-            description=self.description,
             network=network,
             blocks=blocks,
             prefix=network.num_extra_tokens,
@@ -56,32 +44,25 @@ class MMPretrainViT:
             injection=BiasedAttention,
         )
 
-
-def _block(name: str, layer: nn.Module) -> ViTBlock:
-    library, utils = sys.modules[_MODULE], sys.modules["mmpretrain.models.utils"]
-    attention = getattr(layer, "attn", None)
-    if (
-        type(layer) is not library.TransformerEncoderLayer
-        or type(attention) is not utils.MultiheadAttention
-    ):
-        raise ToMeError(
-            f"{name} is a {type(layer).__name__} with {type(attention).__name__}; of mmpretrain "
-            "only TransformerEncoderLayer with MultiheadAttention can be merged"
+    def block(self, name: str, layer: nn.Module) -> ViTBlock:
+        library, utils = sys.modules[self.library], sys.modules["mmpretrain.models.utils"]
+        attention = getattr(layer, "attn", None)
+        expected = (library.TransformerEncoderLayer, utils.MultiheadAttention)
+        check_types(name, layer, attention, *expected)
+        gated = hasattr(layer.ffn, "w12")
+        return ViTBlock(
+            name=name,
+            module=layer,
+            first=layer.ln1,
+            attention=attention,
+            output=attention,
+            norm=layer.ln2,
+            # Its output is added to the input of the feed-forward.
+            last=layer.ffn.dropout_layer,
+            sources={
+                kind: (attention.qkv, Heads(attention.head_dims, part, 3))
+                for part, kind in enumerate(("queries", "keys", "values"))
+            },
+            # A gated feed-forward has three projections.
+            hidden=layer.ffn.w3.in_features * 3 // 2 if gated else layer.ffn.feedforward_channels,
         )
-    gated = hasattr(layer.ffn, "w12")
-    return ViTBlock(
-        name=name,
-        module=layer,
-        first=layer.ln1,
-        attention=attention,
-        output=attention,
-        norm=layer.ln2,
-        # Its output is added to the input of the feed-forward.
-        last=layer.ffn.dropout_layer,
-        sources={
-            kind: (attention.qkv, Heads(attention.head_dims, part, 3))
-            for part, kind in enumerate(("queries", "keys", "values"))
-        },
-        # A gated feed-forward has three projections.
-        hidden=layer.ffn.w3.in_features * 3 // 2 if gated else layer.ffn.feedforward_channels,
-    )

@@ -3,75 +3,59 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 from torch import nn
 
 from ..interface import ConfigProxy
-from .base import Heads, ViT, ViTBlock, instances, join
+from .base import Family, Heads, ViT, ViTBlock
 
 
 @dataclass(frozen=True)
-class TransformersViT:
-    """A family of the transformers library, by the names of its modules.
-
-    Attributes:
-        module (str): below ``transformers.models``.
-        network (str): class whose call is a forward.
-        layers (str): path of the list of blocks. The following paths are within a block.
-        first, norm (str): norms of attention and feed-forward.
-        attention, output, last (str): see :class:`~.base.ViTBlock`. Default of ``output``:
-            ``attention``.
-        linear (str): first linear layer of the feed-forward.
-        projections (tuple): queries, keys and values, within ``attention``.
-        prefix (int): protected tokens without registers.
-        reads_all (bool): whether what follows always reads more than the protected tokens.
-        reads_all_in (tuple): classes with a head that does.
-        takes_mask (bool): whether the attention has an argument for a mask.
-    """
+class TransformersViT(Family):
+    """A family of the transformers library, by the names of its modules; paths below ``layers`` are
+    within a block."""
 
     description: str
-    module: str
-    network: str
+    folder: str  # of transformers.models
+    network: str  # class whose call is a forward
     layers: str = "layers"
-    first: str = "layernorm_before"
+    first: str = "layernorm_before"  # for these four see ViTBlock
     norm: str = "layernorm_after"
     attention: str = "attention"
-    output: str = ""
+    output: str = ""  # '' is the attention
     last: str = "mlp"
-    linear: str = "mlp.fc1"
-    projections: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj")
-    prefix: int = 0
-    reads_all: bool = False
-    reads_all_in: tuple[str, ...] = ()
-    takes_mask: bool = True
+    linear: str = "mlp.fc1"  # first linear layer of the feed-forward
+    projections: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj")  # within the attention
+    prefix: int = 0  # protected tokens without registers
+    reads_all: bool = False  # whether what follows always reads more than the protected tokens
+    reads_all_in: tuple[str, ...] = ()  # classes with a head that does
+    takes_mask: bool = True  # whether the attention has an argument for a mask
 
-    def find(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """(path, module) of every one inside a model."""
-        library = sys.modules.get(f"transformers.models.{self.module}")
-        return instances(model, getattr(library, self.network, None))
+    @property
+    def library(self) -> str:
+        """See :class:`Family`."""
+        return f"transformers.models.{self.folder}.modeling_{self.folder}"
 
     def describe(self, path: str, network: nn.Module, model: nn.Module) -> ViT:
-        """The modules to hook."""
         classes = {type(module).__name__ for module in model.modules()}
         return ViT(
-            description=self.description,
             network=network,
-            blocks=[
-                self._block(join(path, self.layers, str(index)), layer)
-                for index, layer in enumerate(network.get_submodule(self.layers))
-            ],
+            blocks=self.blocks(path, network),
             prefix=self.prefix + getattr(network.config, "num_register_tokens", 0),
             reads_all=self.reads_all or not classes.isdisjoint(self.reads_all_in),
             mask="attention_mask" if self.takes_mask else None,
             injection=None if self.takes_mask else ConfigProxy,
         )
 
-    def _block(self, name: str, layer: nn.Module) -> ViTBlock:
+    def block(self, name: str, layer: nn.Module) -> ViTBlock:
         attention = layer.get_submodule(self.attention)
         dim = getattr(attention, "head_dim", None) or attention.attention_head_size
         gate = getattr(getattr(layer, "mlp", None), "gate_proj", None)
+        if gate is None:
+            hidden = layer.get_submodule(self.linear).out_features
+        else:  # three projections
+            hidden = gate.out_features * 3 // 2
         return ViTBlock(
             name=name,
             module=layer,
@@ -84,75 +68,58 @@ class TransformersViT:
                 kind: (attention.get_submodule(name), Heads(dim))
                 for kind, name in zip(("queries", "keys", "values"), self.projections)
             },
-            # A gated feed-forward has three projections.
-            hidden=(
-                layer.get_submodule(self.linear).out_features
-                if gate is None
-                else gate.out_features * 3 // 2
-            ),
+            hidden=hidden,
         )
 
 
+_CLIP = {
+    "layers": "encoder.layers",
+    "first": "layer_norm1",
+    "norm": "layer_norm2",
+    "attention": "self_attn",
+}
+_DINO = {"layers": "encoder.layer", "first": "norm1", "norm": "norm2", "prefix": 1}
+
 TRANSFORMERS = (
     TransformersViT(
-        description="transformers ViT",
-        module="vit.modeling_vit",
-        network="ViTModel",
-        prefix=1,
-        reads_all_in=("ViTForMaskedImageModeling",),
+        "transformers ViT", "vit", "ViTModel", prefix=1, reads_all_in=("ViTForMaskedImageModeling",)
     ),
     TransformersViT(
-        description="transformers DeiT",
-        module="deit.modeling_deit",
-        network="DeiTModel",
+        "transformers DeiT",
+        "deit",
+        "DeiTModel",
         prefix=2,
         reads_all_in=("DeiTForMaskedImageModeling",),
     ),
     TransformersViT(
-        description="transformers CLIPVisionModel",
-        module="clip.modeling_clip",
-        network="CLIPVisionModel",
-        layers="encoder.layers",
-        first="layer_norm1",
-        norm="layer_norm2",
-        attention="self_attn",
+        "transformers CLIPVisionModel",
+        "clip",
+        "CLIPVisionModel",
+        **_CLIP,
         prefix=1,
         reads_all_in=("CLIPForImageClassification",),
     ),
     TransformersViT(
-        description="transformers SiglipVisionModel",
-        module="siglip.modeling_siglip",
-        network="SiglipVisionModel",
-        layers="encoder.layers",
-        first="layer_norm1",
-        norm="layer_norm2",
-        attention="self_attn",
-        reads_all=True,
+        "transformers SiglipVisionModel", "siglip", "SiglipVisionModel", **_CLIP, reads_all=True
     ),
     TransformersViT(
-        description="transformers DINOv2",
-        module="dinov2.modeling_dinov2",
-        network="Dinov2Model",
-        layers="encoder.layer",
-        first="norm1",
-        norm="norm2",
-        prefix=1,
+        "transformers DINOv2",
+        "dinov2",
+        "Dinov2Model",
+        **_DINO,
         reads_all_in=("Dinov2ForImageClassification", "FocusViT"),
     ),
     TransformersViT(
-        description="transformers DINOv2 with registers",
-        module="dinov2_with_registers.modeling_dinov2_with_registers",
-        network="Dinov2WithRegistersModel",
-        layers="encoder.layer",
-        first="norm1",
-        norm="norm2",
-        prefix=1,
+        "transformers DINOv2 with registers",
+        "dinov2_with_registers",
+        "Dinov2WithRegistersModel",
+        **_DINO,
         reads_all_in=("Dinov2WithRegistersForImageClassification",),
     ),
     TransformersViT(
-        description="transformers VideoMAE",
-        module="videomae.modeling_videomae",
-        network="VideoMAEModel",
+        "transformers VideoMAE",
+        "videomae",
+        "VideoMAEModel",
         layers="encoder.layer",
         attention="attention.attention",
         output="attention",
@@ -162,16 +129,11 @@ TRANSFORMERS = (
         reads_all=True,
         takes_mask=False,
     ),
+    TransformersViT("transformers AST", "audio_spectrogram_transformer", "ASTModel", prefix=2),
     TransformersViT(
-        description="transformers AST",
-        module="audio_spectrogram_transformer.modeling_audio_spectrogram_transformer",
-        network="ASTModel",
-        prefix=2,
-    ),
-    TransformersViT(
-        description="transformers Whisper encoder",
-        module="whisper.modeling_whisper",
-        network="WhisperEncoder",
+        "transformers Whisper encoder",
+        "whisper",
+        "WhisperEncoder",
         first="self_attn_layer_norm",
         norm="final_layer_norm",
         attention="self_attn",
