@@ -121,14 +121,17 @@ class Run:
             input that its last output explains.
         """
         x, copies = self.sample(latents), self.copies or 1
-        columns = [(None, one) for one in (self.input, self.previous) if one is not None]
+        names, columns = [None], [self.input]
+        if self.previous is not None:
+            names, columns = [None, None], [self.input, self.previous]
         for name, branch in self.branches.items():
             for age, output in enumerate(reversed(branch.outputs)):
-                # A guided sampler combines what was predicted for all copies of an image.
-                parts = [part.repeat(copies, 1) for part in output.chunk(copies)]
-                columns += [(name if age == 0 else None, part) for part in parts]
+                for part in output.chunk(copies):
+                    names.append(name if age == 0 else None)
+                    # A guided sampler combines what was predicted for all copies of an image.
+                    columns.append(part.repeat(copies, 1))
         wide = torch.float64 if x.device.type in ("cpu", "cuda") else torch.float32
-        rows = torch.stack([*(column for _, column in columns), x], dim=-1).to(wide)
+        rows = torch.stack([*columns, x], dim=-1).to(wide)
         # The only values that leave the device.
         products = torch.einsum("bnk,bnl->bkl", rows, rows).cpu().double()
         if not products.isfinite().all():
@@ -144,7 +147,7 @@ class Run:
         gram = total / length / length[:, None]
         weight = torch.linalg.pinv(gram[:-1, :-1], hermitian=True, rtol=1e-10) @ gram[:-1, -1]
         shares = dict.fromkeys(self.branches, 0.0)
-        for (name, _), factor in zip(columns, weight):
+        for name, factor in zip(names, weight):
             if name is not None:
                 shares[name] += float(abs(factor))
         weight = torch.cat([weight * length[-1] / length[:-1], weight.new_tensor([-1.0])])
@@ -279,9 +282,12 @@ class RunTracker:
 
     def _repeats(self, run: Run, call: Call) -> bool:
         """Whether a later run reaches this step now: a repeated seed repeats its inputs."""
-        later = (one for one in self._mates(call) if one.tick > run.tick and one.time > call.time)
-        fits = (self._fit(one, call.latents) for one in later if one.input is not None)
-        return any(residual <= bound for residual, bound, _ in fits)
+        for one in self._mates(call):
+            if one.tick > run.tick and one.time > call.time and one.input is not None:
+                residual, bound, _ = self._fit(one, call.latents)
+                if residual <= bound:
+                    return True
+        return False
 
     def _continued(self, call: Call) -> Run | None:
         """A run whose next step this is."""

@@ -180,20 +180,23 @@ def test_one_graph_of_what_is_decided_by_the_step_is_refused_with_the_reason(opt
 # --- applying and removing ------------------------------------------------------------------------
 
 
-def test_apply_and_remove_after_compiling(small):
-    baseline = run(small)
-    model, _ = compiled(small)
-    assert torch.equal(run(model), baseline)
-    handle = apply_tome(model, ratio=0.5)
-    merged = run(small)
-    assert not torch.equal(merged, baseline)
-    assert torch.equal(run(model), merged)
-    handle.remove()
-    assert torch.equal(run(model), baseline)
-    handle = apply_tome(model, ratio=0.5)
-    assert torch.equal(run(model), merged)
-    handle.ratio = 0
-    assert torch.equal(run(model), baseline)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [dict(ratio=0.5), dict(cache="fast")], ids=str)
+def test_apply_and_remove_after_compiling(options):
+    network, inputs, steps = tiny_unet(levels=2), tiny_inputs(), (900, 800, 700, 600)
+    baseline = denoise(network, inputs, steps)
+    model, _ = compiled(network, fullgraph="ratio" in options)
+    assert torch.equal(denoise(model, inputs, steps), baseline)
+    for _ in range(2):
+        handle = apply(model, **options)
+        expected = denoise(network, inputs, steps)
+        assert not torch.equal(expected, baseline)
+        assert torch.equal(denoise(model, inputs, steps), expected)
+        handle.remove()
+        assert torch.equal(denoise(model, inputs, steps), baseline)
+    if "ratio" in options:
+        apply_tome(model, ratio=0.5).ratio = 0
+        assert torch.equal(denoise(model, inputs, steps), baseline)
 
 
 def test_a_compiled_baseline_copy_does_not_serve_the_merged_one(small):
@@ -203,19 +206,3 @@ def test_a_compiled_baseline_copy_does_not_serve_the_merged_one(small):
     for which in (0, 1, 0):
         model, _ = compiled([small, clone][which])
         assert torch.equal(run(model), expected[which])
-
-
-@pytest.mark.slow
-def test_caching_and_removing_after_compiling():
-    network, inputs, steps = tiny_unet(levels=2), tiny_inputs(), (900, 800, 700, 600)
-    baseline = denoise(network, inputs, steps)
-    model, _ = compiled(network, fullgraph=False)
-    assert torch.equal(denoise(model, inputs, steps), baseline)
-    handle = apply_cache(model, [dict(region="network"), dict(region="inner")])
-    expected = denoise(network, inputs, steps)
-    assert not torch.equal(expected, baseline)
-    handle.reset_stats()
-    assert torch.equal(denoise(model, inputs, steps), expected)
-    assert handle.stats()[0]["skipped"] == 1
-    handle.remove()
-    assert torch.equal(denoise(model, inputs, steps), baseline)

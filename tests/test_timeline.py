@@ -80,9 +80,9 @@ def test_the_model_is_not_kept_and_its_scheduler_is():
     pipeline = Pipeline([900.0, 100.0])
     timeline = Timeline(pipeline, 1000.0)
     assert at(timeline, 900.0) == (0.5, False)
-    twin = copy.deepcopy(timeline)
+    copied, twin = copy.deepcopy([pipeline, timeline])
     assert at(twin, 900.0) == (0.5, False)
-    assert twin.scheduler() is not pipeline.scheduler
+    assert twin.scheduler() is copied.scheduler is not pipeline.scheduler
     alive = weakref.ref(pipeline)
     del pipeline
     assert alive() is None

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..graphs import eager_only
 
@@ -105,13 +104,17 @@ class OutputHistory:
 
 def placeholder(output: Any) -> Any:
     """An output with tensors that have shape, type and device, but no memory: of stride 0."""
-    return tree_map_only(Tensor, lambda x: x.new_zeros(()).expand(x.shape), output)
+    return _map(lambda x: x.new_zeros(()).expand(x.shape), output)
 
 
 def undefined_like(placeholder: Any) -> Any:
     """An output with tensors of undefined values, which callers may write into."""
-    like = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
-    return tree_map_only(Tensor, like, placeholder)
+    contiguous = torch.contiguous_format
+    return _map(lambda x: torch.empty_like(x, memory_format=contiguous), placeholder)
+
+
+def _map(function: Callable[[Tensor], Tensor], output: Any) -> Any:
+    return tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, output)
 
 
 def _shapes(tensors: Sequence[Tensor]) -> list[tuple]:

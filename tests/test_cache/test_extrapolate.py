@@ -93,20 +93,6 @@ def test_two_outputs_at_one_timestep_count_once():
     assert one.times == [3.0, 2.0] and one.outputs[-1][0].tolist() == [0.0]
 
 
-@pytest.mark.parametrize("order", [0, 1])
-def test_error_feedback(order):
-    """The truth at skipped steps is on the line between the computed neighbours."""
-    one = history(order, 0.5, t5=0.0, t4=1.0)
-    guesses = [one.extrapolate(time).item() for time in (3.0, 2.0)]
-    assert guesses == [[1.0, 1.0], [2.0, 3.0]][order]
-    # From 1 at 4 to 10 at 1: 4 and 7.
-    expected = 10 + 0.5 * (4 - guesses[0]) + 0.5 * (7 - guesses[1])
-    assert one.record(1.0, torch.tensor([10.0])).item() == pytest.approx(expected)
-    # What was computed is kept, not what was returned; and nothing is added twice.
-    assert one.outputs[-1][0].item() == 10.0
-    assert one.record(0.0, torch.tensor([9.0])).item() == 9.0
-
-
 def test_placeholders_have_no_memory():
     small = placeholder((torch.ones(2, 3, dtype=torch.float16), [torch.zeros(400)], None))
     assert small[0].untyped_storage().nbytes() <= 4 >= small[1][0].untyped_storage().nbytes()

@@ -3,18 +3,14 @@
 
 import random
 import threading
-import warnings
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
+from diffusers import DDIMScheduler
 from edge_pipelines import KEEPERS, SETTINGS, generate, relative, sd15_pipeline, skips
 from tiny import tiny_unet
-from tiny_pipelines import PIPELINES, random_image
 
 from mmagic_tome import apply_cache, apply_tome
-from mmagic_tome.cache.skip import CachePatch
-from mmagic_tome.patch import find_patch
 
 each = pytest.mark.parametrize("name", KEEPERS)
 
@@ -200,43 +196,6 @@ def test_calls_on_one_latent_are_extrapolated_apart(texts, late):
     assert sum(own) == len(own) if texts == 2 else sum(own) > 0.9 * len(own)
     calls = 10 * texts + 10 * len(every[late])
     assert skips(handle)["network"] >= 0.45 * calls - texts
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_pndm_keeps_one_run(setting):
-    """The scheduler of Stable Diffusion 1.5's files evaluates its second timestep twice."""
-    case, pipeline = sd15_pipeline(scheduler=("PNDMScheduler", dict(skip_prk_steps=True)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        handle = apply_cache(pipeline, setting)
-    found = set()
-
-    def watch(pipeline, step, time, kwargs):
-        tracker = find_patch(pipeline.unet, CachePatch).context.tracker
-        found.add((len(tracker.runs), len(tracker.runs[0].branches)))
-        return kwargs
-
-    generate(case, pipeline, callback_on_step_end=watch)
-    assert found == {(1, 1)}
-    assert sum(skips(handle).values()) >= 7
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_a_stopped_pipeline_then_image_to_image(setting):
-    def stop(pipeline, step, time, kwargs):
-        if step == 11:
-            raise InterruptedError
-        return kwargs
-
-    case, pipeline = sd15_pipeline()
-    other = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
-    other.set_progress_bar_config(disable=True)
-    options = dict(strength=0.4, image=random_image())
-    apply_cache(pipeline, setting)
-    expected = generate(PIPELINES["image to image"], other, **options)
-    with pytest.raises(InterruptedError):
-        generate(case, pipeline, callback_on_step_end=stop)
-    assert torch.equal(generate(PIPELINES["image to image"], other, **options), expected)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

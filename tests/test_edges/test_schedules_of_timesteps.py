@@ -19,15 +19,10 @@ from mmagic_tome import apply_cache, apply_tome
 def edm(unet):
     """A network and a scheduler as Stable Video Diffusion has it: called with ln(sigma) / 4."""
     scheduler = EulerDiscreteScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
         prediction_type="v_prediction",
-        timestep_spacing="leading",
         timestep_type="continuous",
         sigma_min=0.002,
         sigma_max=700.0,
-        steps_offset=1,
         use_karras_sigmas=True,
     )
     scheduler.set_timesteps(20)

@@ -1,17 +1,15 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Next to diffusers' own caches, copies of pipelines, and callers that change their mind."""
-
-import copy
+"""Next to diffusers' own caches, and callers that change their mind."""
 
 import diffusers
 import pytest
 import torch
 from denoise import inputs_at
-from edge_pipelines import SKIPS, TIMES, generate, sd15_pipeline, skips
+from edge_pipelines import TIMES
 from tiny import tiny_inputs, tiny_unet
 from tiny_transformers import TRANSFORMERS
 
-from mmagic_tome import apply_cache, get_handle
+from mmagic_tome import apply_cache
 
 
 @torch.no_grad()
@@ -40,25 +38,3 @@ def test_the_form_of_the_output_is_that_of_the_call():
         output = network(**inputs_at(inputs, time), return_dict=not as_tuple)
         assert isinstance(output, tuple) == as_tuple
         inputs["sample"] = inputs["sample"] - 0.05 * output[0]
-
-
-def test_a_copied_pipeline_keeps_its_windows():
-    case, pipeline = sd15_pipeline(
-        scheduler=("EulerDiscreteScheduler", dict(use_karras_sigmas=True))
-    )
-    apply_cache(pipeline, "balanced")
-    twin = copy.deepcopy(pipeline)
-    twin.set_progress_bar_config(disable=True)
-    image = generate(case, pipeline)
-    assert torch.equal(generate(case, twin), image)
-    assert skips(get_handle(twin)) == SKIPS["balanced"]
-
-
-def test_a_pipeline_out_of_the_parts_of_another():
-    case, pipeline = sd15_pipeline()
-    handle = apply_cache(pipeline, "balanced")
-    other = type(pipeline)(**pipeline.components, requires_safety_checker=False)
-    other.set_progress_bar_config(disable=True)
-    del pipeline
-    generate(case, other)
-    assert skips(handle) == SKIPS["balanced"]
