@@ -61,14 +61,11 @@ class Patch:
 
     Nothing here refers to a module, or is kept when a model is copied or pickled in the middle of a
     run.
-
-    Attributes:
-        context_type (type): the :class:`Context` of each thread.
-        with_denoiser (bool): on a ControlNet, whether it was applied together with the denoiser of
-            its model, and is replaced and removed together with that.
     """
 
     context_type: type[Context] = Context
+    # On a ControlNet: whether it was applied together with the denoiser of its model, and is
+    # replaced and removed together with that.
     with_denoiser = False
 
     def __init__(self) -> None:
@@ -96,11 +93,8 @@ class Patch:
         return context
 
     def contexts(self, shared: bool) -> tuple[Any, ...]:
-        """This thread's context and that of modules which are compiled on their own.
-
-        Args:
-            shared: whether compiled code uses this thread's context, see :meth:`lead_compiled`.
-        """
+        """This thread's context, and that of modules which are compiled on their own unless it is
+        the same one (``shared``, see :meth:`lead_compiled`)."""
         if torch.compiler.is_compiling():
             return (self._compiled,)
         return (self.context,) if shared else (self.context, self._compiled)

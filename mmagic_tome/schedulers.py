@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .cache import StepCacheConfig
+from typing import Any
 
 # They extrapolate with a cubic through the last four outputs (Adams-Bashforth, weights 55, -59, 37,
 # -9 over 24): what alternates from step to step comes out (55 + 59 + 37 + 9) / 24 = 6.7 times as
@@ -26,7 +23,7 @@ def scheduler_name(scheduler: Any) -> str:
     return getattr(scheduler, "_scheduler_name", type(scheduler).__name__)
 
 
-def warn_of_oscillation(model: object, configs: Sequence[StepCacheConfig]) -> None:
+def warn_of_oscillation(model: object, configs: Sequence[Any]) -> None:
     """Warn if a model's scheduler amplifies the oscillation that error feedback introduces.
 
     ``docs/research/step_caching.md`` has the figures.

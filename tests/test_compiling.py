@@ -144,6 +144,9 @@ def test_steps_differ_and_no_step_of_a_second_run_is_compiled_again(title):
     first = len(graphs)
     torch.testing.assert_close(denoise(model, inputs), expected, **close)
     assert 0 < first == len(graphs)
+    # What finds runs would be compiled again as these come and go.
+    traces = [str(node.stack_trace) for graph in graphs for node in graph.graph.nodes]
+    assert any("unet_2d" in one for one in traces) and not any("runs.py" in one for one in traces)
 
 
 @pytest.mark.slow

@@ -234,28 +234,18 @@ def test_the_first_timestep_of_the_run_that_seems_to_go_on(tracker):
 # --- what calls contain ---------------------------------------------------------------------------
 
 
-def test_latents_and_text_among_the_arguments():
+def test_what_calls_contain():
     x, text = image(), torch.zeros(1, 7, 16)
     assert latents_of((x, 7), dict(encoder_hidden_states=text)) == (x,)
     for name in ("sample", "hidden_states", "x"):
         assert latents_of((), {"encoder_hidden_states": text, name: x})[0] is x
     assert latents_of((), dict(timestep=7, noisy=x))[0] is x
-    assert len(latents_of(([x, x], 7), {})) == 2
-    assert latents_of((), {}) == () and latents_of((7, x), {}) == ()
+    assert len(latents_of(([x, x], 7), {})) == 2 and latents_of((7, x), {}) == latents_of((), {})
     assert conditioning_of((x,), dict(encoder_hidden_states=text)) is text
     assert conditioning_of((x, torch.tensor([7]), text), {}) is text
-    assert conditioning_of((x, 7), {}) is None
-
-
-def test_the_prediction_in_an_output():
-    x = image()
     for output in (x, (x,), (x, None), dict(sample=x), ((x, 3),)):
         assert tensors_of(output)[0] is x and len(tensors_of(output)) == 1
-    assert len(tensors_of(([x, x],))) == 2
-    assert tensors_of(None) == [] and tensors_of(()) == []
-
-
-def test_timesteps_as_numbers():
+    assert len(tensors_of(([x, x],))) == 2 and tensors_of(None) == tensors_of(()) == []
     for timestep in (7, 7.0, torch.tensor(7), torch.tensor([7, 7])):
         assert read_timestep(timestep) == (7.0, True)
     assert read_timestep(torch.tensor([7, 5])) == (7.0, False)

@@ -34,26 +34,21 @@ class RegionState:
         self.placeholders: dict[int, Any] = {}  # number of another module -> of its output
         self.in_a_row = 0  # steps that were skipped since it was computed
 
-    def num_known(self, time: float) -> int:
-        """How many outputs there are to extrapolate from."""
-        times = self.history.times
-        # No line leads through two outputs at one timestep.
-        return 0 if times and times[-1] == time else len(times)
-
-    def may_skip(self, remaining: float | None, last: bool, known: int) -> bool:
+    def may_skip(self, time: float, remaining: float | None, last: bool) -> bool:
         """Whether to skip the region at the next step; noted.
 
         Args:
+            time: timestep of the step.
             remaining: share of the run that remains; None if unknown.
             last: whether it is the run's last step.
-            known: how many outputs there are to extrapolate from.
         """
-        config = self.config
+        config, times = self.config, self.history.times
         skip = (
             remaining is not None
             and in_range(remaining, config.timestep_range)
             and not last
-            and known > config.order
+            and len(times) > config.order
+            and times[-1] != time  # no line leads through two outputs at one timestep
             and self.in_a_row < config.interval - 1
         )
         self.in_a_row = self.in_a_row + 1 if skip else 0
@@ -61,12 +56,12 @@ class RegionState:
 
 
 def next_skips(
-    states: Mapping[str, RegionState], remaining: float | None, last: bool, known: Mapping[str, int]
+    states: Mapping[str, RegionState], time: float, remaining: float | None, last: bool
 ) -> set[str]:
     """The regions to skip at the next step; arguments as of :meth:`RegionState.may_skip`."""
     skips: set[str] = set()
     for region, state in states.items():
-        if state.may_skip(remaining, last, known[region]):
+        if state.may_skip(time, remaining, last):
             skips.add(region)
             if region == "network":
                 break  # the inner region is part of it
@@ -81,13 +76,12 @@ def skips_of_run(configs: Sequence[StepCacheConfig], num_steps: int) -> list[set
         num_steps: steps of the scheduler.
     """
     states = {config.region: RegionState(config) for config in configs}
-    known = dict.fromkeys(states, 0)
     steps = []
     for left in reversed(range(num_steps)):
-        skips = next_skips(states, left / num_steps, left == 0, known)
-        for region in states if "network" not in skips else ():
-            known[region] += region not in skips
-        steps.append(skips)
+        steps.append(next_skips(states, left, left / num_steps, left == 0))
+        for region, state in states.items():
+            if not steps[-1] & {region, "network"}:
+                state.history.times.append(left)
     return steps
 
 
@@ -245,8 +239,7 @@ class NetworkCall(Interceptor):
         context.state = run.branch.state
         if not context.state:
             context.state.update({config.region: RegionState(config) for config in patch.configs})
-        known = {region: state.num_known(time) for region, state in context.state.items()}
-        context.skipped = next_skips(context.state, remaining, run.last, known)
+        context.skipped = next_skips(context.state, time, remaining, run.last)
         context.run_skips += len(context.skipped)
         return run
 
@@ -317,11 +310,7 @@ def _tell_diffusers(cls: type) -> None:
 
 
 def inner_modules(config: StepCacheConfig, adapter: Any, network: nn.Module) -> list[nn.Module]:
-    """The modules of the inner region, in running order.
-
-    Raises:
-        ToMeError: the network has none inside ``config.num_outer_blocks``.
-    """
+    """The modules of the inner region, in running order; a :class:`ToMeError` if there are none."""
     modules = adapter.inner_modules(network, config.num_outer_blocks)
     if not modules:
         raise ToMeError(

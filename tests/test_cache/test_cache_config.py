@@ -20,19 +20,14 @@ def test_defaults():
     assert coerce_cache() == PRESETS["balanced"]
 
 
-def test_immutable_hashable_and_picklable():
+def test_copies_are_checked_and_pickles_work():
     config = StepCacheConfig("inner", timestep_range=[0.1, 0.5])
-    with pytest.raises(AttributeError):
-        config.interval = 3
-    assert {config: 1}[config.replace()] == 1
-    assert pickle.loads(pickle.dumps(config)) == config
-    assert config.replace(interval=3).interval == 3 and config.interval == 2
-    for changes, message in (
-        (dict(intervall=3), "did you mean 'interval'"),
-        (dict(interval=1), "interval=1"),
-    ):
-        with pytest.raises(ToMeError, match=message):
-            config.replace(**changes)
+    assert pickle.loads(pickle.dumps(config)) == config == config.replace()
+    assert config.replace(interval=3) == StepCacheConfig("inner", 3, (0.1, 0.5))
+    with pytest.raises(ToMeError, match="did you mean 'interval'"):
+        config.replace(intervall=3)
+    with pytest.raises(ToMeError, match="interval=1"):
+        config.replace(interval=1)
 
 
 @pytest.mark.parametrize("name", PRESETS)

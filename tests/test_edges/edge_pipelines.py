@@ -3,6 +3,7 @@
 
 from functools import partial
 
+import diffusers
 import torch
 from tiny import tiny_unet
 from tiny_pipelines import PIPELINES
@@ -38,20 +39,15 @@ def sd15_unet(seed=0, **changes):
 
 
 def sd15_pipeline(title="Stable Diffusion 1.x", scheduler=None, **unet):
-    """A pipeline of :data:`tiny_pipelines.PIPELINES` around such a UNet.
-
-    ``scheduler`` is the name of another class in diffusers, or (name, options).
-    """
+    """A pipeline of :data:`tiny_pipelines.PIPELINES` around such a UNet; ``scheduler`` is the name
+    of another class in diffusers, or (name, options)."""
     case = PIPELINES[title]
     pipeline = case.pipeline()
     pipeline.unet = sd15_unet(**unet)
     if scheduler is not None:
-        import diffusers
-
         name, options = (scheduler, {}) if isinstance(scheduler, str) else scheduler
-        pipeline.scheduler = getattr(diffusers, name).from_config(
-            pipeline.scheduler.config, **options
-        )
+        kind, config = getattr(diffusers, name), pipeline.scheduler.config
+        pipeline.scheduler = kind.from_config(config, **options)
     case.prepare(pipeline)
     return case, pipeline
 

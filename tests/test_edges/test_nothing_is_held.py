@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 from denoise import denoise, denoising, inputs_at
-from edge_pipelines import KEEPERS, SETTINGS, TIMES, generate, sd15_pipeline, sd15_unet, skips
+from edge_pipelines import KEEPERS, SETTINGS, TIMES, generate, sd15_pipeline, sd15_unet
 from tiny import tiny_inputs, tiny_unet
 
 from mmagic_tome import apply_cache, apply_tome, get_handle
@@ -58,7 +58,7 @@ def tensors_kept(value, depth=8):
 
 
 @each
-def test_caches_end_with_the_run_of_a_pipeline(apply):
+def test_caches_end_with_the_run(apply):
     case, pipeline = sd15_pipeline()
     apply(pipeline)
     during = []
@@ -70,14 +70,9 @@ def test_caches_end_with_the_run_of_a_pipeline(apply):
     generate(case, pipeline, callback_on_step_end=watch)
     assert max(during) > 0 or apply in (APPLY["merging"], APPLY["block"])
     assert tensors_kept(pipeline.unet) == 0
-
-
-@each
-def test_caches_end_with_the_last_step_without_a_pipeline(apply):
-    network = tiny_unet()
-    apply(network)
+    # Without a pipeline at the last step: only samples of the last latents, to tell the next run.
+    apply(network := tiny_unet())
     denoise(network, tiny_inputs(), TIMES)
-    # Only samples of the last latents, to tell the next run.
     assert tensors_kept(network) <= 6
 
 
@@ -150,6 +145,11 @@ def test_copies_in_the_middle_of_a_run_are_independent(apply):
         handle.remove()
         assert torch.equal(denoise(one, inputs, times), baseline)
     assert get_handle(network).active
+    list(denoising(network, inputs, times[:3]))
+    get_handle(network).reset_stats()
+    assert tensors_kept(network) > 0 or apply in (APPLY["merging"], APPLY["block"])
+    get_handle(network).reset_run()
+    assert tensors_kept(network) == 0
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
@@ -167,19 +167,6 @@ def test_callers_may_write_into_what_they_get(region, order):
             if write:
                 output.zero_()
     assert torch.equal(*torch.stack(found).chunk(2))
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_reset_run_frees_and_reset_stats_keeps(setting):
-    network = tiny_unet()
-    handle = apply_cache(network, setting)
-    list(denoising(network, tiny_inputs(), TIMES[:3]))
-    kept = tensors_kept(network)
-    assert kept > 0
-    handle.reset_stats()
-    assert tensors_kept(network) == kept and set(skips(handle).values()) == {0}
-    handle.reset_run()
-    assert tensors_kept(network) == 0
 
 
 def test_training_keeps_the_plans_of_one_step():

@@ -2,7 +2,7 @@
 """Nothing of one image ever reaches another, however the calls of runs follow each other."""
 
 import random
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -202,14 +202,10 @@ def test_calls_on_one_latent_are_extrapolated_apart(texts, late):
 def test_two_threads(setting):
     network = tiny_unet()
     handle = apply_cache(network, setting)
-    images = [Image(network, seed) for seed in range(2)]
-    threads = [threading.Thread(target=image.finish) for image in images]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for seed, image in enumerate(images):
-        assert equal(image.outputs, alone(setting, seed))
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda seed: Image(network, seed).finish(), range(2)))
+    for seed, outputs in enumerate(found):
+        assert equal(outputs, alone(setting, seed))
     assert sum(skips(handle).values()) > 0
 
 

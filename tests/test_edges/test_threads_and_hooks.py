@@ -103,20 +103,3 @@ def test_hooks_of_users_see_unmerged_tokens(targets, when):
     run(network)
     assert seen == [256, 256]
     assert handle.stats()[0]["kept"] == 128
-
-
-def test_nothing_that_finds_runs_is_compiled():
-    """It would be compiled again as runs come and go, and break at every number it reads."""
-    torch._dynamo.reset()
-    files = set()
-
-    def backend(graph, inputs):
-        files.update(str(node.stack_trace) for node in graph.graph.nodes)
-        return graph.forward
-
-    network = tiny_unet(levels=1)
-    handle = apply_cache(network, region="network", timestep_range=(0, 1))
-    denoise(torch.compile(network, backend=backend), tiny_inputs(), TIMES[:12:2])
-    assert handle.stats()[0]["skipped"] == 2
-    assert any("unet_2d_condition" in one for one in files)
-    assert not any("runs.py" in one for one in files)
