@@ -1,9 +1,9 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """What torch's compiler must know of patched networks, and what it must leave alone.
 
-What is kept between steps is decided in Python, by the number and the timestep of the step: inside
-a graph every step would be another constant and so another graph. Such code is kept out
-(:class:`eager_only`); what lies between, whole blocks or networks, is compiled as usual.
+State kept between steps is decided in Python: inside a graph every step would be another constant,
+and so another graph. Such code is kept out (:class:`eager_only`); what lies between, whole blocks
+or networks, is compiled as usual.
 """
 
 from __future__ import annotations
@@ -29,11 +29,8 @@ _waiting: list[tuple[type, str, eager_only]] = []
 
 
 class eager_only:
-    """Decorator of a method that never becomes part of a compiled graph.
-
-    Args:
-        inner (bool): whether modules that it calls may be compiled on their own. Default False.
-    """
+    """Decorator of a method that never becomes part of a compiled graph; ``inner``: modules that it
+    calls may be compiled on their own."""
 
     def __init__(self, inner: bool = False) -> None:
         self.inner = inner
@@ -50,8 +47,8 @@ class eager_only:
 def prepare_compiler() -> None:
     """Make compiled graphs depend on hooks; to be called before hooks are registered.
 
-    By default dynamo assumes that hooks never change and that two models of one class have the
-    same ones: a graph compiled for the unpatched model would silently serve the patched one.
+    By default dynamo assumes that hooks never change and that two models of one class have the same
+    ones: a graph of the unpatched model would silently serve the patched one.
     """
     import torch._dynamo.config as dynamo
 

@@ -43,16 +43,11 @@ def conditioning_of(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
 
 def tensors_of(output: Any) -> list[Tensor]:
     """The prediction in what a network returned: its first tensor, or a list of tensors."""
-    while not isinstance(output, Tensor):
-        if isinstance(output, (list, tuple)) and output and isinstance(output[0], Tensor):
-            return list(output) if isinstance(output, list) else [output[0]]
-        if isinstance(output, Mapping):
-            output = next(iter(output.values()), None)
-        elif isinstance(output, (list, tuple)) and output:
-            output = output[0]
-        else:
-            return []
-    return [output]
+    while isinstance(output, (Mapping, list, tuple)) and output:
+        if isinstance(output, list) and isinstance(output[0], Tensor):
+            return list(output)
+        output = next(iter(output.values() if isinstance(output, Mapping) else output))
+    return [output] if isinstance(output, Tensor) else []
 
 
 def cropped(x: Tensor, other: Tensor | None) -> Tensor:

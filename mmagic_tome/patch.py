@@ -1,15 +1,9 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""What every technique needs to change a model and to change it back.
+"""What every technique needs to change a model and to change it back: patches, hooks, interception.
 
-=====================  =============================================================
-:class:`Patch`         what one technique has on one network; hooks hold it, it holds no module
-:class:`Context`       what belongs to one thread's call of that network
-:func:`intercept`      run code in place of a module's call, so that the call can be skipped
-=====================  =============================================================
-
-Hooks find their patch, and a patch finds its hooks by looking through the network. So there is no
-reference from a patch to a module: a network is freed as soon as nobody uses it, one of its blocks
-can be copied or pickled alone, and a copy of the network is patched independently.
+Hooks hold their :class:`Patch`; a patch holds no module, and finds its hooks by looking through the
+network. So a network is freed as soon as nobody uses it, one of its blocks can be copied or pickled
+alone, and a copy of the network is patched independently.
 """
 
 from __future__ import annotations
@@ -29,21 +23,23 @@ from .graphs import prepare_compiler
 
 # Instance attribute of an intercepted module: its interceptors.
 _INTERCEPTORS = "_mmagic_tome_interceptors"
+# Where torch keeps the hooks of a module.
+_HOOK_TABLES = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
 
 
 class Context:
-    """What belongs to the call of a network that is under way in one thread.
-
-    Attributes:
-        running (bool): whether the network's own call is under way.
-        disabled (int): how many ``handle.disabled()`` this thread is in.
-        stale (bool): state kept between steps must be dropped before the next call.
-    """
+    """What belongs to the call of a network that is under way in one thread."""
 
     def __init__(self) -> None:
-        self.running = False
-        self.disabled = 0
-        self.stale = False
+        self.running = False  # whether the network's own call is under way
+        self.disabled = 0  # how many handle.disabled() this thread is in
+        self.stale = False  # state kept between steps must be dropped before the next call
 
     def forget_run(self) -> None:
         """Drop what is kept between steps."""
@@ -61,17 +57,15 @@ class Context:
 
 
 class Patch:
-    """What one technique has placed on one network.
+    """What one technique has placed on one network: subclasses keep options and statistics.
 
-    Subclasses set ``context_type`` and keep options and statistics. Nothing here refers to a
-    module or is kept when a model is copied or pickled in the middle of a run.
-
-    Attributes:
-        with_denoiser (bool): on a ControlNet, whether it was applied together with the denoiser of
-            its model, and is replaced and removed together with that.
+    Nothing here refers to a module, or is kept when a model is copied or pickled in the middle of a
+    run.
     """
 
     context_type: type[Context] = Context
+    # On a ControlNet: whether it was applied together with the denoiser of its model, and is
+    # replaced and removed together with that.
     with_denoiser = False
 
     def __init__(self) -> None:
@@ -99,11 +93,8 @@ class Patch:
         return context
 
     def contexts(self, shared: bool) -> tuple[Any, ...]:
-        """This thread's context and that of modules which are compiled on their own.
-
-        Args:
-            shared: whether compiled code uses this thread's context, see :meth:`lead_compiled`.
-        """
+        """This thread's context, and that of modules which are compiled on their own unless it is
+        the same one (``shared``, see :meth:`lead_compiled`)."""
         if torch.compiler.is_compiling():
             return (self._compiled,)
         return (self.context,) if shared else (self.context, self._compiled)
@@ -126,9 +117,8 @@ class Patch:
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Nothing is done in this thread's calls while entered."""
-        contexts = [self.context]
-        if self._compiled not in self._contexts:  # else it is a thread's, see lead_compiled
-            contexts.append(self._compiled)
+        # What compiled code uses may be a thread's, see lead_compiled.
+        contexts = [self.context, *({self._compiled} - set(self._contexts))]
         for context in contexts:
             context.disabled += 1
             context.forget_run()
@@ -146,10 +136,8 @@ class Patch:
             warnings.warn(message, stacklevel=2)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        for name in ("_threads", "_contexts", "_compiled"):
-            del state[name]
-        return state
+        local = ("_threads", "_contexts", "_compiled")
+        return {name: value for name, value in self.__dict__.items() if name not in local}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -158,16 +146,10 @@ class Patch:
 
 
 class Hook:
-    """Base class of hooks: one that belongs to a patch.
+    """Base class of hooks: one that belongs to a patch, which all hooks of a network share."""
 
-    Attributes:
-        patch (Patch): what the hooks of a network share.
-        after (bool): runs after the module. Default False: before it.
-        always (bool): runs after the module also when that raised. Default False.
-    """
-
-    after = False
-    always = False
+    after = False  # runs after the module
+    always = False  # also when that raised
 
     def __init__(self, patch: Any) -> None:
         self.patch = patch
@@ -194,9 +176,8 @@ def register(module: nn.Module, hook: Hook) -> None:
 
 def keep_last(module: nn.Module, hook: Hook) -> None:
     """Let a pre-hook run after those that were registered later, see :func:`register`."""
-    hooks = module._forward_pre_hooks
-    if len(hooks) > 1 and next(reversed(hooks.values())) is not hook:
-        hooks.move_to_end(next(key for key, value in hooks.items() if value is hook))
+    if hook.id in module._forward_pre_hooks:
+        module._forward_pre_hooks.move_to_end(hook.id)
 
 
 def hooks_of(module: nn.Module, patch: Patch) -> list[Hook]:
@@ -208,16 +189,9 @@ def hooks_of(module: nn.Module, patch: Patch) -> list[Hook]:
 def unregister(module: nn.Module, patch: Patch) -> list[Hook]:
     """Take the hooks of a patch off one module; return them."""
     removed = hooks_of(module, patch)
-    for hooks, others in (
-        (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
-        (
-            module._forward_hooks,
-            (module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
-        ),
-    ):
-        for key in [key for key, hook in hooks.items() if hook in removed]:
-            for table in (hooks, *others):
-                table.pop(key, None)
+    for hook in removed:
+        for table in _HOOK_TABLES:
+            getattr(module, table).pop(hook.id, None)
     return removed
 
 
@@ -250,27 +224,18 @@ def restore(network: nn.Module, removed: list[tuple[str, Any]]) -> None:
 
 def find_patch(network: nn.Module, kind: type[Patch]) -> Any:
     """The patch of a kind that a network carries; None if it carries none."""
-    for hook in network._forward_pre_hooks.values():
-        if isinstance(getattr(hook, "patch", None), kind):
-            return hook.patch
-    for interceptor in interceptors_of(network):
-        if isinstance(interceptor.patch, kind):
-            return interceptor.patch
-    return None
+    holders = (*network._forward_pre_hooks.values(), *interceptors_of(network))
+    patches = (getattr(one, "patch", None) for one in holders)
+    return next((patch for patch in patches if isinstance(patch, kind)), None)
 
 
 # --- interception ---------------------------------------------------------------------------------
 
 
 class Interceptor:
-    """Code that runs in place of a module's call, or learns of what a pipeline says of its run.
+    """Code of a patch that runs in place of a module's call, or learns what a pipeline says."""
 
-    Attributes:
-        patch (Patch): what it belongs to.
-        skips (bool): whether :meth:`call` is to be used: that of a module's first such one.
-    """
-
-    skips = False
+    skips = False  # whether call() is to be used: that of a module's first such one
 
     def __init__(self, patch: Any) -> None:
         self.patch = patch
@@ -289,9 +254,9 @@ class Interceptor:
 def intercept(module: nn.Module, interceptor: Interceptor, first: bool = False) -> None:
     """Let an interceptor run in place of a module's call; ``first``: in place of others there.
 
-    The module's class becomes a subclass of itself with the same name, as ``fully_shard`` and
-    ``parametrize`` of torch do. Unlike a ``forward`` that is replaced on the instance this goes
-    along with whatever else replaces ``forward`` (offloading, adapters), in any order; copies and
+    The module's class becomes a subclass of itself with the same name, as with ``fully_shard`` and
+    ``parametrize`` of torch. Unlike a ``forward`` that is replaced on the instance this goes along
+    with whatever else replaces ``forward`` (offloading, adapters), in any order; copies and
     ``DataParallel`` replicas run their own weights.
     """
     cls = type(module)
@@ -334,56 +299,49 @@ def _intercepting(base: type) -> type:
                 return interceptor.call(self, proceed, args, kwargs)
         return proceed(self, *args, **kwargs)
 
-    # A call is intercepted once. torch.compile(module) holds the __call__ of the class of then,
-    # which goes on to _call_impl; module.compile() replaces _call_impl.
-    def __call__(self, *args, **kwargs):
-        if self._compiled_call_impl is None:
-            return plain_call(self, *args, **kwargs)
-        return intercepted(self, plain_call, args, kwargs)
+    class Intercepted(base):
+        __module__, __qualname__, __doc__ = base.__module__, base.__qualname__, base.__doc__
+        _intercepted_class = base
 
-    def _call_impl(self, *args, **kwargs):
-        if self._compiled_call_impl is None:
-            return intercepted(self, plain_impl, args, kwargs)
-        return plain_impl(self, *args, **kwargs)
+        # A call is intercepted once. torch.compile(module) holds the __call__ of the class of then,
+        # which goes on to _call_impl; module.compile() replaces _call_impl.
+        def __call__(self, *args, **kwargs):
+            if self._compiled_call_impl is None:
+                return plain_call(self, *args, **kwargs)
+            return intercepted(self, plain_call, args, kwargs)
 
-    def _reset_stateful_cache(self, *args, **kwargs):
+        def _call_impl(self, *args, **kwargs):
+            if self._compiled_call_impl is None:
+                return intercepted(self, plain_impl, args, kwargs)
+            return plain_impl(self, *args, **kwargs)
+
         # What diffusers' pipelines call on every component when they are done.
-        for interceptor in interceptors_of(self):
-            interceptor.end_run()
-        own = getattr(super(cls, self), "_reset_stateful_cache", None)
-        return None if own is None else own(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def cache_context(self, name, *args, **kwargs):
-        # With which diffusers' pipelines name the guidance branch of a call.
-        for interceptor in interceptors_of(self):
-            interceptor.set_branch(name)
-        try:
-            with super(cls, self).cache_context(name, *args, **kwargs):
-                yield
-        finally:
+        def _reset_stateful_cache(self, *args, **kwargs):
             for interceptor in interceptors_of(self):
-                interceptor.set_branch(None)
+                interceptor.end_run()
+            own = getattr(super(), "_reset_stateful_cache", None)
+            return None if own is None else own(*args, **kwargs)
 
-    def __reduce_ex__(self, protocol):
+        if hasattr(base, "cache_context"):
+            # With which diffusers' pipelines name the guidance branch of a call.
+            @contextlib.contextmanager
+            def cache_context(self, name, *args, **kwargs):
+                for interceptor in interceptors_of(self):
+                    interceptor.set_branch(name)
+                try:
+                    with super().cache_context(name, *args, **kwargs):
+                        yield
+                finally:
+                    for interceptor in interceptors_of(self):
+                        interceptor.set_branch(None)
+
         # By its own class: the subclass has no name to be found under.
-        return _rebuild, (base,), self.__dict__
+        def __reduce_ex__(self, protocol):
+            return _rebuild, (base,), self.__dict__
 
-    members: dict[str, Any] = {
-        "__call__": __call__,
-        "_call_impl": _call_impl,
-        "__reduce_ex__": __reduce_ex__,
-        "_reset_stateful_cache": _reset_stateful_cache,
-        "_intercepted_class": base,
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-    }
-    if hasattr(base, "cache_context"):
-        members["cache_context"] = cache_context
-    cls = type(base)(base.__name__, (base,), members)
-    _classes[base] = cls
-    return cls
+    Intercepted.__name__ = base.__name__
+    _classes[base] = Intercepted
+    return Intercepted
 
 
 def _rebuild(base: type) -> nn.Module:

@@ -1,12 +1,10 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Denoising runs: where one begins, whether a call continues it, where it ends.
 
-State kept between steps belongs to a run. What a pipeline says is believed: diffusers' pipelines
-end a run (``_reset_stateful_cache``) and name guidance branches (``cache_context``). Otherwise a
-call continues a run only if its input follows from that run. A sampler computes the next latent as
-a linear combination of the last latent and the last outputs, so a least-squares fit of the new
-input on these leaves a small residual: at most 0.03 of its length with deterministic samplers,
-about its own length for another image (``docs/architecture.md`` has the measurements).
+What a pipeline says is believed: diffusers' pipelines end a run (``_reset_stateful_cache``) and
+name guidance branches (``cache_context``). Otherwise a call continues a run only if its input
+follows from that run: a sampler computes the next latent as a linear combination of the last
+latents and outputs, so a least-squares fit leaves a small residual (``docs/architecture.md``).
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,24 +40,15 @@ _MAX_BRANCHES = 16
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a network, as far as runs are concerned.
+    """One call of a network, as far as runs are concerned."""
 
-    Attributes:
-        time (float | None): its timestep, which falls along a run; None if unknown.
-        latents (tuple): the tensors to denoise; empty if unknown.
-        remaining (float | None): share of the run's schedule that remains, 1 at its start, 0 at
-            its end; None if unknown.
-        last (bool | None): whether it is the last step; None if the schedule is unknown.
-        conditioning (Tensor | None): what tells the branches of guidance apart, such as the text.
-        form (Hashable): what else must stay the same, such as the form of the output.
-    """
-
-    time: float | None
-    latents: tuple[Tensor, ...]
+    time: float | None  # its timestep, which falls along a run; None if unknown
+    latents: tuple[Tensor, ...]  # the tensors to denoise; empty if unknown
+    # Share of the run's schedule that remains, 1 at its start, 0 at its end; None if unknown.
     remaining: float | None = None
-    last: bool | None = None
-    conditioning: Tensor | None = None
-    form: Hashable = None
+    last: bool | None = None  # whether it is the last step; None if the schedule is unknown
+    conditioning: Tensor | None = None  # what tells branches of guidance apart, such as the text
+    form: Hashable = None  # what else must stay the same, such as the form of the output
 
     @property
     def key(self) -> Hashable:
@@ -70,53 +59,38 @@ class Call:
         return self.form, shapes
 
 
+@dataclass(eq=False)
 class Branch:
-    """One call per step of a run: the whole batch, or one of the halves of guidance.
+    """One call per step of a run: the whole batch, or one of the halves of guidance."""
 
-    Attributes:
-        state: what the technique keeps for it.
-        outputs (list): (B, n) samples of its last two outputs, the newest last.
-        conditioning (Tensor | None): (B, n), a sample of what its last call was given.
-    """
-
-    def __init__(self, state: Any, conditioning: Tensor | None = None) -> None:
-        self.state = state
-        self.conditioning = conditioning
-        self.outputs: list[Tensor] = []
+    state: Any  # what the technique keeps for it
+    conditioning: Tensor | None = None  # (B, n), a sample of what its last call was given
+    # (B, n) samples of its last two outputs, the newest last.
+    outputs: list[Tensor] = field(default_factory=list)
 
 
+@dataclass(eq=False)
 class Run:
-    """One denoising run.
+    """One denoising run."""
 
-    Attributes:
-        step (int): number of its present step, from 0.
-        time, first_time (float | None): timestep of its present and its first step.
-        remaining (float | None): see :class:`Call`.
-        last (bool): whether the present step is the last, as far as can be told.
-        copies (int | None): into how many equal parts the batch falls, 2 with classifier-free
-            guidance; None before the first call ended.
-        branches (dict): name, or number within the step -> :class:`Branch`.
-        called (list): the branches that were called at the present step, in order.
-        tick, step_tick (int): number of the tracker's call at which it, and its present step, was
-            called.
-    """
-
-    def __init__(self, key: Hashable) -> None:
-        self.key = key
-        self.step = 0
-        self.time: float | None = None
-        self.first_time: float | None = None
-        self.remaining: float | None = None
-        self.last = False
-        self.copies: int | None = None
-        self.branches: dict[Hashable, Branch] = {}
-        self.called: list[Hashable] = []
-        self.tick = self.step_tick = 0
-        # (B, n) samples of this step's and the last step's input.
-        self.input: Tensor | None = None
-        self.previous: Tensor | None = None
-        self._others: list[Tensor] | None = None  # of the shapes that inputs are cropped to
-        self._worst: float | None = None
+    key: Hashable  # see Call
+    first_time: float | None = None  # timestep of its first step,
+    time: float | None = None  # and of its present one
+    step: int = 0  # number of the present step
+    remaining: float | None = None  # see Call
+    last: bool = False  # whether the present step is the last, as far as can be told
+    # Into how many equal parts the batch falls, 2 with classifier-free guidance; None at first.
+    copies: int | None = None
+    # Name, or number within the step -> branch; and those called at the present step, in order.
+    branches: dict[Hashable, Branch] = field(default_factory=dict)
+    called: list[Hashable] = field(default_factory=list)
+    # Number of the tracker's call at which it was called last, and at which this step began.
+    tick: int = 0
+    step_tick: int = 0
+    input: Tensor | None = None  # (B, n), a sample of this step's input,
+    previous: Tensor | None = None  # and of the last step's
+    shapes: list[Tensor] | None = None  # of stride 0, with the shapes that inputs are cropped to
+    worst: float = 0.0  # the largest residual so far
 
     @property
     def branch(self) -> Branch:
@@ -126,16 +100,14 @@ class Run:
     @property
     def bound(self) -> float:
         """Largest residual of a call that continues this run."""
-        knows_outputs = any(branch.outputs for branch in self.branches.values())
-        if self._worst is None or not knows_outputs:
-            return MAX_RESIDUAL
-        return min(MAX_RESIDUAL, max(_SMALLEST, _TOLERANCE * self._worst))
+        known = self.step > 0 and any(branch.outputs for branch in self.branches.values())
+        return min(MAX_RESIDUAL, max(_SMALLEST, _TOLERANCE * self.worst)) if known else MAX_RESIDUAL
 
     def sample(self, latents: Sequence[Tensor]) -> Tensor:
         """(B, n) float32: some elements of every image of an input, without the channels that the
         network does not predict (the mask of inpainting)."""
-        others = self._others or [None] * len(latents)
-        return sampled([cropped(x, other) for x, other in zip(latents, others)])
+        shapes = self.shapes or [None] * len(latents)
+        return sampled([cropped(x, shape) for x, shape in zip(latents, shapes)])
 
     def same_input(self, latents: Sequence[Tensor]) -> bool:
         """Whether the call at the present step had this input."""
@@ -148,16 +120,16 @@ class Run:
             tuple: the largest relative residual of an image, and for every branch the share of the
             input that its last output explains.
         """
-        x = self.sample(latents)
+        x, copies = self.sample(latents), self.copies or 1
         names, columns = [None], [self.input]
         if self.previous is not None:
             names, columns = [None, None], [self.input, self.previous]
         for name, branch in self.branches.items():
             for age, output in enumerate(reversed(branch.outputs)):
-                for part in output.chunk(self.copies or 1):
+                for part in output.chunk(copies):
                     names.append(name if age == 0 else None)
                     # A guided sampler combines what was predicted for all copies of an image.
-                    columns.append(part.repeat(self.copies or 1, 1))
+                    columns.append(part.repeat(copies, 1))
         wide = torch.float64 if x.device.type in ("cpu", "cuda") else torch.float32
         rows = torch.stack([*columns, x], dim=-1).to(wide)
         # The only values that leave the device.
@@ -184,43 +156,33 @@ class Run:
         return float((residual / own).max().sqrt()), shares
 
     def next_step(self, residual: float, shares: dict[Hashable, float]) -> Run | None:
-        """Go on to the next step.
-
-        Returns:
-            Run | None: what was called at the last step with the same input and has no part in the
-            next one: another image with the same seed, which goes on on its own.
-        """
+        """Go on to the next step; return what was called at the last one with the same input and
+        has no part in the next: another image with the same seed, now a run of its own."""
         named = any(isinstance(key, str) for key in self.called)
         kept = [key for key in self.called if named or shares.get(key, 1.0) >= _NEGLIGIBLE]
         kept = kept or self.called
-        other = self._split([key for key in self.called if key not in kept])
+        other = None
+        left = [self.branches[key] for key in self.called if key not in kept]
+        if left:
+            other = copy.copy(self)
+            other.branches = dict(enumerate(left))
+            other.called = list(other.branches)
         # A branch that was not called at the last step has ended.
         branches = [self.branches[key] for key in kept]
         self.branches = dict(zip(kept if named else range(len(branches)), branches))
         self.step += 1
-        self._worst = max(residual, self._worst or 0.0)
+        self.worst = max(residual, self.worst)
         self.called = []
         self.previous, self.input = self.input, None
-        return other
-
-    def _split(self, keys: Sequence[Hashable]) -> Run | None:
-        """A run of its own out of some branches."""
-        if not keys:
-            return None
-        other = copy.copy(self)
-        other.branches = {number: self.branches[key] for number, key in enumerate(keys)}
-        other.called = list(other.branches)
         return other
 
     def remember(self, latents: Sequence[Tensor], output: Any) -> None:
         """Note input and output of the call that ended."""
         outputs = tensors_of(output)
-        if len(outputs) != len(latents) or any(
-            y.dim() != x.dim() for x, y in zip(latents, outputs)
-        ):
+        if [y.dim() for y in outputs] != [x.dim() for x in latents]:
             outputs = []  # a ControlNet: inputs are compared with inputs alone
-        if self._others is None:
-            self._others = [x.new_empty(()).expand(x.shape) for x in outputs or latents]
+        if self.shapes is None:
+            self.shapes = [x.new_empty(()).expand(x.shape) for x in outputs or latents]
         if self.input is None:
             self.input = self.sample(latents)
         if self.copies is None:
@@ -236,27 +198,25 @@ class RunTracker:
 
     Args:
         new_state: () -> what a technique keeps for every :class:`Branch`.
-        leader: of the network that this one (a ControlNet) is called for with the same latents: its
-            outputs are what the next latent follows from. Default None.
-
-    Attributes:
-        runs (list): the newest first.
-        branch_name (str | None): what the pipeline calls the guidance branch of the next call.
     """
 
-    def __init__(self, new_state: Callable[[], Any], leader: RunTracker | None = None) -> None:
+    def __init__(self, new_state: Callable[[], Any]) -> None:
         self.new_state = new_state
-        self.leader = leader
+        # That of the network that this one (a ControlNet) is called for with the same latents: its
+        # outputs are what the next latent follows from.
+        self.leader: RunTracker | None = None
+        # What the pipeline calls the guidance branch of the next call.
         self.branch_name: str | None = None
-        self.runs: list[Run] = []
+        self.runs: list[Run] = []  # the newest first
         self._tick = 0
         self._latents: tuple[Tensor, ...] = ()
 
-    def first_time(self, time: float) -> float:
+    def first_time(self, time: float | None) -> float | None:
         """First timestep of the run that a call at ``time`` seems to continue."""
-        run = self.runs[0] if self.runs else None
-        goes_on = run is not None and run.time is not None and time <= run.time
-        return run.first_time if goes_on else time
+        for run in self.runs[:1]:
+            if None not in (time, run.time) and time <= run.time:
+                return run.first_time
+        return time
 
     def clear(self) -> None:
         """Forget all runs."""
@@ -343,11 +303,11 @@ class RunTracker:
             if residual <= bound:
                 candidates.append((residual, run, shares))
         candidates.sort(key=lambda one: one[0])
-        if not candidates or (
-            len(candidates) > 1 and _CLEARLY * candidates[0][0] > candidates[1][0]
-        ):
+        if not candidates:
             return None
         residual, run, shares = candidates[0]
+        if len(candidates) > 1 and _CLEARLY * residual > candidates[1][0]:
+            return None
         # Whoever was not called during this run's whole last step is not going on.
         self.runs = [one for one in self.runs if one.tick >= run.step_tick]
         other = run.next_step(residual, shares)
@@ -367,16 +327,14 @@ class RunTracker:
         return residual, run.bound, shares
 
     def _started(self, call: Call) -> Run:
-        run = Run(call.key)
-        run.first_time = call.time
+        run = Run(call.key, call.time)
         self._enter(run, call)
         run.step_tick = self._tick
         # Views of one image start at the same timestep; of anything else only a few are kept.
         # Nothing continues a run of which nothing is known.
         known = [one for one in self.runs if one.key is not None]
-        others = [one for one in known if one.time != call.time]
-        kept = {id(one) for one in others[:_MAX_OTHERS]}
-        known = [one for one in known if one.time == call.time or id(one) in kept]
+        for one in [one for one in known if one.time != call.time][_MAX_OTHERS:]:
+            known.remove(one)
         self.runs = known[: _MAX_RUNS - 1]
         return run
 

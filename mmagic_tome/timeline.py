@@ -1,20 +1,21 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """How much of a run's schedule remains at a timestep: the one meaning of every window.
 
-1 is the start of the schedule (pure noise), 0 its last step. With a scheduler at hand that is
-counted in its steps, so a window covers the same share of a run with every scheduler, flow shift
-and parametrisation of the timestep; a run that starts later (image-to-image) starts lower.
-Without one it is read off the timestep.
+1 is the start of the schedule (pure noise), 0 its last step. It is counted in the scheduler's
+steps, so a window covers the same share of a run with every scheduler, flow shift and
+parametrisation of the timestep; image-to-image starts lower. Without a scheduler it is read off the
+timestep.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from .schedulers import scheduler_of
 
 # Bounds of sigma that EDM and Stable Video Diffusion train with (arXiv 2206.00364, table 1, rounded
 # to those of the published scheduler configs), and their exponent.
@@ -34,15 +35,16 @@ class Timeline:
 
     def __init__(self, model: object, scale: float | None) -> None:
         self.scale = scale
-        self._scheduler = _scheduler_of(model)
-        self._model: Callable[[], Any] | None = None
-        with contextlib.suppress(TypeError):  # an object of a user's own without weak references
-            self._model = weakref.ref(model)
+        self._scheduler = scheduler_of(model)
+        try:
+            self._model: Callable[[], Any] = weakref.ref(model)
+        except TypeError:  # None, or an object of a user's own without weak references
+            self._model = lambda: None
         self._timesteps: tuple[Any, list[float]] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy belongs to another pipeline, or to none.
-        return {"scale": self.scale, "_scheduler": None, "_model": None, "_timesteps": None}
+    def __reduce__(self) -> tuple:
+        # A pickle belongs to another pipeline, or to none.
+        return Timeline, (None, self.scale)
 
     def __deepcopy__(self, memo: dict) -> Timeline:
         # As part of a pipeline it goes on with the copy of the scheduler.
@@ -52,9 +54,9 @@ class Timeline:
 
     def scheduler(self) -> Any:
         """The scheduler that the model has now, or had last; None if it never had one."""
-        model = None if self._model is None else self._model()
+        model = self._model()
         if model is not None:
-            self._scheduler = _scheduler_of(model)
+            self._scheduler = scheduler_of(model)
         return self._scheduler
 
     def __call__(
@@ -138,8 +140,3 @@ def in_range(remaining: float, window: Sequence[float]) -> bool:
     """Whether a remaining share of a run is in [low, high); a high of 1 includes the start."""
     low, high = window
     return low <= remaining and (remaining < high or high >= 1)
-
-
-def _scheduler_of(model: object) -> Any:
-    """The scheduler of a pipeline, or the one that a MMagic model generates with."""
-    return getattr(model, "test_scheduler", None) or getattr(model, "scheduler", None)

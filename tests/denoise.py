@@ -20,7 +20,7 @@ class Step(NamedTuple):
 
 @torch.no_grad()
 def denoising(network, inputs, steps=STEPS):
-    """Denoise step by step.
+    """Denoise step by step; yields a :class:`Step` after each call.
 
     Args:
         network (nn.Module): called once per step, by keywords.
@@ -28,9 +28,6 @@ def denoising(network, inputs, steps=STEPS):
             keyword arguments, for networks that take it in another form. The latent in them is
             that of the first step.
         steps (sequence): timesteps.
-
-    Yields:
-        Step: after each call.
     """
     latent = None
     for time in steps:
@@ -48,12 +45,7 @@ def denoise(network, inputs, steps=STEPS):
 
 @torch.no_grad()
 def outputs_at(network, inputs, steps):
-    """What a network returns for the latents of other steps, stacked.
-
-    Args:
-        network, inputs: as for :func:`denoising`.
-        steps (sequence of Step): of a run.
-    """
+    """What a network returns for the latents of ``steps``, each a :class:`Step`; stacked."""
     return torch.stack([network(**inputs_at(inputs, s.time, s.latent))[0] for s in steps])
 
 

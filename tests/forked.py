@@ -1,8 +1,6 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Work in a process of its own that starts as a copy of this one: real, but without imports.
-
-A new Python takes up to ten seconds to import MMagic. A forked one has it already.
-"""
+"""Work in a process of its own that starts as a copy of this one: a new Python would take up to ten
+seconds to import MMagic."""
 
 import os
 import signal
@@ -16,15 +14,12 @@ import pytest
 
 
 def start(work, output):
-    """Run ``work()`` in a forked process.
+    """Run ``work()`` in a forked process; return its id, for :func:`status`.
 
     Args:
-        work (callable): Called without arguments.
-        output (Path): A file for what the process prints, and the traceback if it fails.
-
-    Returns:
-        int: The id of the process, for :func:`status`. Its exit code is what ``work()`` returned
-        if that is a whole number, else 0, or 1 after an exception.
+        work (callable): what it returns is the exit code if it is a whole number, else 0; 1 after
+            an exception.
+        output (Path): file for what the process prints, and the traceback if it fails.
     """
     if not hasattr(os, "fork"):
         pytest.skip("no fork on this system")
@@ -62,20 +57,15 @@ def status(child, output, seconds=300):
 
 
 def free_port():
-    """Return a port of this machine that nobody listens at, as a string."""
+    """A port of this machine that nobody listens at, as a string."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return str(free.getsockname()[1])
 
 
 def kill_at(name, monkeypatch, count=1):
-    """Let this process kill itself in the middle of writing a file.
-
-    Args:
-        name (str): End of the path of the file, which is written whole under another name then.
-        monkeypatch: Pytest's.
-        count (int): Which time. Default: 1, the first.
-    """
+    """Let this process kill itself in the middle of writing a file whose path ends with ``name``,
+    for the ``count``-th time; it is written whole under another name then."""
     replace = os.replace
     seen = []
 

@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Graphs of a merged network: how many, for which shapes, and exported ones."""
+"""Graphs of a patched network: how many, for which shapes, and exported ones."""
 
 import copy
 import io
@@ -15,244 +15,197 @@ from mmagic_tome import apply_cache, apply_tome
 from mmagic_tome.cache import PRESETS
 
 PIXART = TRANSFORMERS["PixArt-alpha, PixArt-sigma"]
-EVERYTHING = dict(max_downsample=8, targets=["attn", "crossattn", "mlp"])
-
-
-def unet():
-    return tiny_unet(levels=1), [tiny_inputs(size=size) for size in ((16, 16), (12, 20))]
-
-
-def transformer():
-    inputs = [PIXART.inputs(grid) for grid in ((8, 8), (6, 10))]
-    return PIXART.build(), inputs
+TARGETS = dict(ratio=0.5, targets=["attn", "mlp"])
+EVERYWHERE = dict(max_downsample=8, targets=["attn", "crossattn", "mlp"])
+STACKS = dict(max_downsample=8, targets="stack", share_plans=True)
+close = dict(rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
-def run(network, inputs=None):
+def run(network, inputs=None, time=500):
     inputs = tiny_inputs() if inputs is None else inputs
+    inputs = {**inputs, "timestep": torch.full_like(inputs["timestep"], time)}
     return network(**inputs, return_dict=False)[0]
 
 
-def _tensors(output):
-    """A ControlNet returns a list, one tensor per level."""
-    return [output] if isinstance(output, torch.Tensor) else list(output)
-
-
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def fresh():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("build", [unet, transformer])
-def test_at_most_two_graphs_per_shape_and_the_same_image(build, fresh):
-    network, shapes = build()
-    baseline = run(network, shapes[0])
-    handle = apply_tome(network, ratio=0.5, targets=["attn", "mlp"])
+@pytest.fixture
+def small():
+    """One level: tracing is what takes the time."""
+    return tiny_unet(levels=1)
+
+
+def compiled(network, fullgraph=True):
+    """(compiled network, its graphs)."""
     graphs = []
 
     def count(graph, example_inputs):
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(network, fullgraph=True, backend=count)
+    return torch.compile(network, fullgraph=fullgraph, backend=count), graphs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("build", "shapes", "options"),
+    [
+        (lambda: tiny_unet(levels=1), [tiny_inputs(size=n) for n in (16, (12, 20))], TARGETS),
+        (PIXART.build, [PIXART.inputs(grid) for grid in ((8, 8), (6, 10))], TARGETS),
+        (lambda: tiny_unet(levels=3), [tiny_inputs()], EVERYWHERE),
+        (lambda: tiny_unet(levels=3), [tiny_inputs()], STACKS),
+    ],
+    ids=["unet", "transformer", "everywhere", "stacks"],
+)
+def test_at_most_two_graphs_per_shape_and_the_same_image(build, shapes, options):
+    network = build()
+    baseline = run(network, shapes[0])
+    handle = apply_tome(network, **options)
+    model, graphs = compiled(network)
     for number, inputs in enumerate(shapes, start=1):
-        for step in (0, 100):
-            current = {**inputs, "timestep": inputs["timestep"] - step}
-            expected = run(network, current)
-            torch.testing.assert_close(run(compiled, current), expected, rtol=1e-4, atol=1e-5)
-        assert len(graphs) <= 2 * number
-        tokens = handle.stats()[0]["tokens"]
-        assert {row["kept"] for row in handle.stats()} == {tokens // 2}
-    assert not torch.allclose(run(compiled, shapes[0]), baseline, atol=1e-2)
-    assert 1 <= len(graphs) <= 2 * len(shapes)
+        for time in (500, 499, 400, 500):
+            expected = run(network, inputs, time)
+            torch.testing.assert_close(run(model, inputs, time), expected, **close)
+        assert 1 <= len(graphs) <= 2 * number
+        assert all(row["kept"] == row["tokens"] // 2 for row in handle.stats())
+    assert not torch.allclose(run(model, shapes[0]), baseline, atol=1e-2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("title", list(NETWORKS)[1:])
-def test_other_unets_are_one_graph(title, fresh):
+def test_other_unets_are_one_graph(title):
     """Those of Stable Diffusion are above."""
-    network, inputs = NETWORKS[title].build(), NETWORKS[title].inputs()
-    baseline = run(network, inputs)
+
+    def tensors():
+        output = run(model, inputs)  # a ControlNet returns a list, one tensor per level
+        return [output] if isinstance(output, torch.Tensor) else list(output)
+
+    model = network = NETWORKS[title].build()
+    inputs = NETWORKS[title].inputs()
+    baseline = tensors()
     apply_tome(network, ratio=0.5)
-    expected = run(network, inputs)
+    expected = tensors()
     assert NETWORKS[title].compiles == "the whole network"
-    found = run(torch.compile(network, fullgraph=True, backend="eager"), inputs)
-    torch.testing.assert_close(_tensors(found), _tensors(expected))
+    model = torch.compile(network, fullgraph=True, backend="eager")
+    torch.testing.assert_close(tensors(), expected)
     # The last tensor is behind all blocks.
-    assert not torch.allclose(_tensors(found)[-1], _tensors(baseline)[-1], atol=1e-3)
+    assert not torch.allclose(expected[-1], baseline[-1], atol=1e-3)
 
 
 @pytest.mark.slow
-def test_an_exported_network_merges_at_every_timestep():
-    network, (inputs, *_) = unet()
-    baseline = run(network, inputs)
-    apply_tome(network, ratio=0.5, targets=["attn", "mlp"])
+def test_an_exported_network_merges_at_every_timestep(small):
+    baseline = run(small)
+    apply_tome(small, **TARGETS)
+    inputs = {**tiny_inputs(), "return_dict": False}
     with torch.no_grad():
-        program = torch.export.export(network, (), {**inputs, "return_dict": False}, strict=False)
+        program = torch.export.export(small, (), inputs, strict=False)
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
     loaded = torch.export.load(file).module()
-    with torch.no_grad():
-        for step in (0, 100):
-            current = {**inputs, "timestep": inputs["timestep"] - step}
-            exported = loaded(**current, return_dict=False)[0]
-            torch.testing.assert_close(exported, run(network, current))
-    assert not torch.allclose(run(network, inputs), baseline, atol=1e-2)
+    for time in (500, 400):
+        torch.testing.assert_close(run(loaded, time=time), run(small, time=time))
+    assert not torch.allclose(run(small), baseline, atol=1e-2)
 
 
 # --- state kept between steps ---------------------------------------------------------------------
 
 STEPS = {
     "balanced, merged as well": dict(cache="balanced", ratio=0.5),
-    "plan_interval": dict(ratio=0.5, plan_interval=2, targets=["attn", "mlp"]),
+    "plan_interval": dict(**TARGETS, plan_interval=2),
     "residual": dict(ratio=0.5, plan_interval=2, residual=True),
     "residual of blocks": dict(targets="block", plan_interval=2, residual=True),
     "ratio by timestep": dict(ratio=dict(base=0.5, timestep=dict(timestep_range=(0.3, 0.8)))),
 }
 
 
+def apply(network, cache=None, **options):
+    """The handle of what is applied last."""
+    handle = apply_cache(network, cache) if cache else None
+    return apply_tome(network, **options) if options else handle
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("title", STEPS)
-def test_steps_differ_and_no_step_of_a_second_run_is_compiled_again(title, fresh):
+def test_steps_differ_and_no_step_of_a_second_run_is_compiled_again(title):
     network, inputs = tiny_unet(levels=2), tiny_inputs()
     baseline = denoise(network, inputs)
-    options = dict(STEPS[title])
-    if "cache" in options:
-        apply_cache(network, options.pop("cache"))
-    if options:
-        apply_tome(network, **options)
+    apply(network, **STEPS[title])
     expected = denoise(network, inputs)
-    graphs = []
-
-    def count(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(network, backend=count)
-    torch.testing.assert_close(denoise(compiled, inputs), expected, rtol=1e-4, atol=1e-5)
-    first = len(graphs)
-    torch.testing.assert_close(denoise(compiled, inputs), expected, rtol=1e-4, atol=1e-5)
-    assert first == len(graphs)
-    assert first > 0
     assert not torch.allclose(expected, baseline, atol=1e-3)
+    model, graphs = compiled(network, fullgraph=False)
+    torch.testing.assert_close(denoise(model, inputs), expected, **close)
+    first = len(graphs)
+    torch.testing.assert_close(denoise(model, inputs), expected, **close)
+    assert 0 < first == len(graphs)
+    # What finds runs would be compiled again as these come and go.
+    traces = [str(node.stack_trace) for graph in graphs for node in graph.graph.nodes]
+    assert any("unet_2d" in one for one in traces) and not any("runs.py" in one for one in traces)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PRESETS)
-def test_caches_around_blocks_that_are_compiled_without_a_break(name, fresh):
+@pytest.mark.parametrize(
+    ("options", "fullgraph", "check"),
+    [
+        *((dict(cache=name), True, lambda row: row["skipped"] > 0) for name in PRESETS),
+        (STEPS["plan_interval"], False, lambda row: row["plans"] == 2 * 5),
+        (STEPS["residual"], False, lambda row: row["plans"] == 2 * 5),
+        (TARGETS, True, lambda row: row["kept"] == 128),
+    ],
+    ids=str,
+)
+def test_around_blocks_that_are_compiled_on_their_own(options, fullgraph, check):
     network, inputs = tiny_unet(levels=2), tiny_inputs()
-    handle = apply_cache(network, name)
+    handle = apply(network, **options)
     expected = denoise(network, inputs)
-    network.compile_repeated_blocks(fullgraph=True, backend="eager")
-    handle.reset_stats()
+    network.compile_repeated_blocks(fullgraph=fullgraph, backend="eager")
+    if "cache" in options:
+        handle.reset_stats()
     torch.testing.assert_close(denoise(network, inputs), expected)
-    assert all(row["skipped"] for row in handle.stats())
+    assert all(map(check, handle.stats()))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [dict(plan_interval=2), dict(plan_interval=2, residual=True)])
-def test_merging_by_step_around_blocks_that_are_compiled(options, fresh):
-    network, inputs = tiny_unet(levels=1), tiny_inputs()
-    handle = apply_tome(network, **options)
-    expected = denoise(network, inputs)
-    network.compile_repeated_blocks(backend="eager")
-    torch.testing.assert_close(denoise(network, inputs), expected)
-    assert {row["plans"] for row in handle.stats()} == {2 * 5}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("apply", [lambda n: apply_tome(n, plan_interval=2), apply_cache])
-def test_one_graph_of_what_is_decided_by_the_step_is_refused_with_the_reason(apply, fresh):
-    network, inputs = tiny_unet(levels=2), tiny_inputs()
-    apply(network)
+@pytest.mark.parametrize("options", [dict(plan_interval=2), dict(cache="balanced")], ids=str)
+def test_one_graph_of_what_is_decided_by_the_step_is_refused_with_the_reason(options):
+    network = tiny_unet(levels=2)
+    apply(network, **options)
     with pytest.raises(Exception, match="write fullgraph=False"):
-        run(torch.compile(network, fullgraph=True, backend="eager"), inputs)
+        run(torch.compile(network, fullgraph=True, backend="eager"))
 
 
 # --- applying and removing ------------------------------------------------------------------------
 
 
-@pytest.fixture
-def compiler(fresh):
-    return lambda model: torch.compile(model, fullgraph=True, backend="eager")
-
-
-@pytest.fixture
-def small():
-    """One level: tracing is what takes the time in the tests below."""
-    return tiny_unet(levels=1)
-
-
-def test_apply_and_remove_after_compiling(small, compiler):
-    unet = small
-    baseline = run(unet)
-    compiled = compiler(unet)
-    assert torch.equal(run(compiled), baseline)
-    handle = apply_tome(compiled, ratio=0.5)
-    merged = run(unet)
-    assert not torch.equal(merged, baseline)
-    assert torch.equal(run(compiled), merged)
-    handle.remove()
-    assert torch.equal(run(compiled), baseline)
-    handle = apply_tome(compiled, ratio=0.5)
-    assert torch.equal(run(compiled), merged)
-    handle.ratio = 0
-    assert torch.equal(run(compiled), baseline)
-
-
-def test_a_compiled_baseline_copy_does_not_serve_the_merged_one(small, compiler):
-    unet = small
-    clone = copy.deepcopy(unet)
-    baseline = run(unet)
-    apply_tome(clone, ratio=0.5)
-    merged = run(clone)
-    assert torch.equal(run(compiler(unet)), baseline)
-    assert torch.equal(run(compiler(clone)), merged)
-    assert torch.equal(run(compiler(unet)), baseline)
-
-
-def test_blocks_compiled_on_their_own(small, compiler):
-    unet = small
-    apply_tome(unet, **EVERYTHING)
-    expected = run(unet)
-    unet.compile_repeated_blocks(fullgraph=True, backend="eager")
-    assert torch.equal(run(unet), expected)
-
-
-@pytest.mark.parametrize("options", [{}, dict(targets="stack", share_plans=True)])
-def test_one_graph_without_breaks(options, fresh):
-    unet = tiny_unet(levels=3)
-    handle = apply_tome(unet, **{**EVERYTHING, **options})
-    expected = run(unet)
-    graphs = []
-
-    def count(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(unet, fullgraph=True, backend=count)
-    for step in (500, 499, 498, 500):
-        out = run(compiled, {**tiny_inputs(), "timestep": torch.tensor(step)})
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-    assert len(graphs) <= 2
-    assert {row["kept"] for row in handle.stats()} == {128, 32, 8}
-
-
 @pytest.mark.slow
-def test_caching_and_removing_after_compiling(fresh):
-    unet, inputs, steps = tiny_unet(levels=2), tiny_inputs(), (900, 800, 700, 600)
-    baseline = denoise(unet, inputs, steps)
-    compiled = torch.compile(unet, backend="eager")
-    assert torch.equal(denoise(compiled, inputs, steps), baseline)
-    handle = apply_cache(compiled, [dict(region="network"), dict(region="inner")])
-    expected = denoise(unet, inputs, steps)
-    assert not torch.equal(expected, baseline)
-    handle.reset_stats()
-    assert torch.equal(denoise(compiled, inputs, steps), expected)
-    assert handle.stats()[0]["skipped"] == 1
-    handle.remove()
-    assert torch.equal(denoise(compiled, inputs, steps), baseline)
+@pytest.mark.parametrize("options", [dict(ratio=0.5), dict(cache="fast")], ids=str)
+def test_apply_and_remove_after_compiling(options):
+    network, inputs, steps = tiny_unet(levels=2), tiny_inputs(), (900, 800, 700, 600)
+    baseline = denoise(network, inputs, steps)
+    model, _ = compiled(network, fullgraph="ratio" in options)
+    assert torch.equal(denoise(model, inputs, steps), baseline)
+    for _ in range(2):
+        handle = apply(model, **options)
+        expected = denoise(network, inputs, steps)
+        assert not torch.equal(expected, baseline)
+        assert torch.equal(denoise(model, inputs, steps), expected)
+        handle.remove()
+        assert torch.equal(denoise(model, inputs, steps), baseline)
+    if "ratio" in options:
+        apply_tome(model, ratio=0.5).ratio = 0
+        assert torch.equal(denoise(model, inputs, steps), baseline)
+
+
+def test_a_compiled_baseline_copy_does_not_serve_the_merged_one(small):
+    clone = copy.deepcopy(small)
+    apply_tome(clone, ratio=0.5)
+    expected = [run(small), run(clone)]
+    for which in (0, 1, 0):
+        model, _ = compiled([small, clone][which])
+        assert torch.equal(run(model), expected[which])

@@ -2,48 +2,44 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from mmagic_tome import graphs
 from mmagic_tome.graphs import eager_only, prepare_compiler
 
 
-def test_a_method_is_its_plain_self_until_the_compiler_is_prepared(monkeypatch):
+@pytest.mark.parametrize("takes_reason", [True, False], ids=["torch 2.8", "torch before 2.8"])
+def test_a_method_is_its_plain_self_until_the_compiler_is_prepared(takes_reason, monkeypatch):
+    disable, seen = torch.compiler.disable, []
+
+    def with_reason(fn=None, recursive=True, *, reason=None):
+        seen.append((recursive, reason))
+        return disable(fn, recursive)
+
+    def without(fn=None, recursive=True):
+        return with_reason(fn, recursive)
+
     monkeypatch.setattr(graphs, "_waiting", [])
+    monkeypatch.setattr(torch.compiler, "disable", with_reason if takes_reason else without)
 
     class Hook:
         @eager_only()
         def decide(self, step):
             return 2 * step
 
+        @eager_only(inner=True)
+        def run(self): ...
+
     plain = Hook.__dict__["decide"]
     assert Hook().decide(3) == 6
     prepare_compiler()
     assert Hook.__dict__["decide"] is not plain
     assert Hook().decide(3) == 6
-    assert graphs._waiting == []
-
-
-def test_torch_that_takes_no_reason(monkeypatch):
-    """That of before 2.8."""
-    monkeypatch.setattr(graphs, "_waiting", [])
-    seen = []
-
-    def disable(fn=None, recursive=True):
-        seen.append(recursive)
-        return fn
-
-    monkeypatch.setattr(torch.compiler, "disable", disable)
-
-    class Hook:
-        @eager_only()
-        def decide(self): ...
-
-        @eager_only(inner=True)
-        def run(self): ...
-
+    assert [recursive for recursive, _ in seen] == [False, True]  # the last one first
+    assert all(("fullgraph" in (reason or "")) == takes_reason for _, reason in seen)
     prepare_compiler()
-    assert sorted(seen) == [False, True]
+    assert len(seen) == 2
 
 
 def test_importing_the_package_does_not_import_the_compiler():

@@ -5,7 +5,7 @@ import diffusers
 import pytest
 import torch
 
-from mmagic_tome.latents import latents_of, read_timestep, tensors_of
+from mmagic_tome.latents import conditioning_of, latents_of, read_timestep, tensors_of
 from mmagic_tome.runs import MAX_RESIDUAL, Call, RunTracker
 
 TIMES = (900, 700, 500, 300, 100)
@@ -38,6 +38,16 @@ def call(tracker, x, time, text=0.0, **known):
     return run, output
 
 
+def denoise(tracker, x, times=TIMES):
+    """The latents of a run, and the one after it; checks that it is one run."""
+    latents = [x]
+    for step, time in enumerate(times):
+        run, output = call(tracker, latents[-1], time)
+        assert run.step == step
+        latents.append(1.02 * latents[-1] - 0.1 * output)
+    return latents
+
+
 @pytest.fixture
 def tracker():
     return RunTracker(State)
@@ -45,104 +55,79 @@ def tracker():
 
 # --- one image ------------------------------------------------------------------------------------
 
-SCHEDULERS = {
-    "DDIMScheduler": {},
-    "PNDMScheduler": dict(skip_prk_steps=True),
-    "EulerDiscreteScheduler": {},
-    "LMSDiscreteScheduler": {},
-    "DPMSolverMultistepScheduler": {},
-    "UniPCMultistepScheduler": {},
-    "DEISMultistepScheduler": {},
-    "HeunDiscreteScheduler": {},
-    "EulerAncestralDiscreteScheduler": {},
-    "FlowMatchEulerDiscreteScheduler": {},
-}
 
-
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DDIMScheduler",
+        "PNDMScheduler",
+        "EulerDiscreteScheduler",
+        "LMSDiscreteScheduler",
+        "DPMSolverMultistepScheduler",
+        "UniPCMultistepScheduler",
+        "DEISMultistepScheduler",
+        "HeunDiscreteScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "FlowMatchEulerDiscreteScheduler",
+    ],
+)
 def test_all_steps_of_a_sampler_are_one_run(tracker, name):
-    scheduler = getattr(diffusers, name)(**SCHEDULERS[name])
-    generator = torch.Generator().manual_seed(1)
-    noisy = dict(generator=generator) if "Ancestral" in name else {}
-    for seed in range(2):
+    options = dict(skip_prk_steps=True) if name == "PNDMScheduler" else {}
+    scheduler = getattr(diffusers, name)(**options)
+    noisy = dict(generator=torch.Generator().manual_seed(1)) if "Ancestral" in name else {}
+    for seed in range(2):  # the second image is another run
         scheduler.set_timesteps(12)
         sample = image(seed) * getattr(scheduler, "init_noise_sigma", 1.0)
-        runs, steps = [], []
+        runs, steps = set(), []
         for time in scheduler.timesteps:
             scale = getattr(scheduler, "scale_model_input", lambda x, _: x)
             run, output = call(tracker, scale(sample, time), float(time))
-            runs.append(run)
+            runs.add(run)
             steps.append(run.step)
             sample = scheduler.step(output, time, sample, **noisy).prev_sample
-        assert {id(run) for run in runs} == {id(runs[0])}, "the second image is another run"
-        assert steps == list(range(len(steps)))
+        assert len(runs) == 1 and steps == list(range(len(steps)))
         assert run.first_time == float(scheduler.timesteps[0])
 
 
-def test_an_input_that_does_not_change_goes_on(tracker):
-    runs = [call(tracker, image(), time)[0] for time in TIMES]
-    assert {id(run) for run in runs} == {id(runs[0])} and runs[0].step == 4
-
-
-@pytest.mark.parametrize("time", [700, 899, 100])
-def test_another_image_is_another_run_at_any_timestep(tracker, time):
-    first, _ = call(tracker, image(0), 900)
-    second, _ = call(tracker, image(1), time)
-    assert second is not first and second.step == 0 and second.first_time == time
-
-
-def test_one_other_image_in_a_batch_is_another_run(tracker):
-    x = image(batch=3)
-    first, output = call(tracker, x, 900)
-    x = 1.02 * x - 0.1 * output
-    x[1] = image(7)[0]
-    assert call(tracker, x, 700)[0] is not first
+@pytest.mark.parametrize(
+    ("x", "time"),
+    [
+        # Another image, at any timestep.
+        *((image(1), time) for time in (700, 899, 100)),
+        (torch.cat([image(batch=2)[:1], image(7)]), 700),  # one of a batch
+        # Another shape or type.
+        (image(size=4), 700),
+        (image(batch=3), 700),
+        (image().double(), 700),
+        (image(channels=8), 700),
+        (image() * float("nan"), 700),
+        (image(), 901),  # a timestep never rises
+        (image(), None),
+    ],
+)
+def test_what_begins_another_run(tracker, x, time):
+    first, _ = call(tracker, image(batch=2) if len(x) == 2 else image(), 900)
+    run, _ = call(tracker, x, time)
+    assert run is not first and run.step == 0 and run.first_time == time
 
 
 def test_a_run_that_fits_well_is_held_to_it(tracker):
     """What an ancestral sampler may do at its first step is another image for DDIM at its third."""
     for exact_steps in (0, 2):
         tracker.clear()
-        x = image()
-        for time in (900, 800, 700)[: exact_steps + 1]:
-            run, output = call(tracker, x, time)
-            x = 1.02 * x - 0.1 * output
+        *_, x = denoise(tracker, image(), (900, 800, 700)[: exact_steps + 1])
+        run = tracker.runs[0]
         noisy = 0.8 * x + 0.25 * image(3)
         assert 0.1 < run.fit((noisy,))[0] < MAX_RESIDUAL
         assert (call(tracker, noisy, 600)[0] is run) == (exact_steps == 0)
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
-        image(size=4),
-        image(batch=2),
-        image().double(),
-        image(channels=8),
-    ],
-)
-def test_another_shape_or_type_is_another_run(tracker, changed):
-    first, _ = call(tracker, image(), 900)
-    assert call(tracker, changed, 700)[0] is not first
-
-
-def test_a_timestep_never_rises_within_a_run(tracker):
-    first, _ = call(tracker, image(), 700)
-    assert call(tracker, image(), 900)[0] is not first
-
-
-def test_what_is_not_finite_is_another_run(tracker):
-    first, _ = call(tracker, image(), 900)
-    assert call(tracker, image() * float("nan"), 700)[0] is not first
-
-
-@pytest.mark.parametrize("unknown", [dict(time=None), dict(latents=())])
-def test_nothing_goes_on_where_nothing_is_known(tracker, unknown):
-    runs = []
-    for time in (900, 700):
-        runs.append(tracker.begin(Call(**{"time": time, "latents": (image(),), **unknown})))
-        tracker.end(network(image()))
-    assert runs[0] is not runs[1] and runs[1].step == 0
+def test_nothing_goes_on_where_nothing_is_known(tracker):
+    for unknown in (dict(time=None), dict(latents=())):
+        for time in (900, 700, 500):
+            run = tracker.begin(Call(**{"time": time, "latents": (image(),), **unknown}))
+            tracker.end(network(image()))
+            assert run.step == 0 and tracker.runs == [run]
 
 
 def test_channels_that_are_not_predicted_do_not_count(tracker):
@@ -154,55 +139,37 @@ def test_channels_that_are_not_predicted_do_not_count(tracker):
     assert call(tracker, torch.cat([image(1), given], 1), 600)[0] is not first
 
 
-def test_lists_of_images_go_on(tracker):
-    """Z-Image takes and returns a list."""
-    xs = [image(i)[0] for i in range(2)]
-    for step, time in enumerate((900, 800, 700)):
-        run = tracker.begin(Call(time, tuple(xs)))
-        assert run.step == step
-        outputs = [network(x[None])[0] for x in xs]
-        tracker.end((outputs,))
-        xs = [1.02 * x - 0.1 * y for x, y in zip(xs, outputs)]
-
-
-def test_a_controlnet_goes_on_by_its_inputs_alone(tracker):
-    x = image()
-    for step, time in enumerate((900, 800, 700)):
-        run = tracker.begin(Call(time, (x,)))
-        assert run.step == step
-        tracker.end(((image(size=2), image(size=4)), image(size=1)))
-        x = 1.02 * x - 0.1 * network(x)
-    assert call(tracker, image(1), 600)[0] is not run
+def test_a_controlnet_goes_on_by_its_inputs_or_by_its_leader(tracker):
+    follower = RunTracker(State)
+    for leader in (None, tracker):
+        follower.leader = leader
+        x = image()
+        for step, time in enumerate(TIMES):
+            run = follower.begin(Call(time, (x,)))
+            assert run.step == step
+            follower.end(([image(size=2), image(size=4)], image(size=1)))
+            # At small steps the input alone fits too; at large ones it needs the outputs.
+            _, output = call(tracker, x, time)
+            x = 1.02 * x - (1.0 if leader else 0.1) * output
+        follower.begin(Call(50, (image(1),)))
+        assert follower.runs[0] is not run
+        follower.clear(), tracker.clear()
 
 
 # --- guidance -------------------------------------------------------------------------------------
-
-
-def test_two_calls_per_step_are_two_branches(tracker):
-    for seed in range(2):
-        x, states = image(seed), {}
-        for step, time in enumerate(TIMES):
-            outputs = []
-            for branch, text in enumerate((0.5, -0.5)):
-                run, output = call(tracker, x, time, text)
-                assert run.step == step and run.called[-1] == branch
-                assert states.setdefault(branch, run.branch.state) is run.branch.state
-                outputs.append(output)
-            x = 1.02 * x - 0.1 * (3 * outputs[0] - 2 * outputs[1])
-        assert states[0] is not states[1]
 
 
 def test_branches_by_name_in_any_order(tracker):
     x, states = image(), {}
     for step, time in enumerate(TIMES):
         outputs = {}
-        for name in ("cond", "uncond") if step % 2 else ("uncond", "cond"):
-            tracker.branch_name = name
-            run, outputs[name] = call(tracker, x, time, dict(cond=0.5, uncond=-0.5)[name])
+        for text in (0.5, -0.5) if step % 2 else (-0.5, 0.5):
+            tracker.branch_name = f"{text}"
+            run, outputs[text] = call(tracker, x, time, text)
             assert run.step == step
-            assert states.setdefault(name, run.branch.state) is run.branch.state
-        x = 1.02 * x - 0.1 * (3 * outputs["cond"] - 2 * outputs["uncond"])
-    assert states["cond"] is not states["uncond"]
+            assert states.setdefault(text, run.branch.state) is run.branch.state
+        x = 1.02 * x - 0.1 * (3 * outputs[0.5] - 2 * outputs[-0.5])
+    assert states[0.5] is not states[-0.5]
 
 
 def test_both_halves_of_guidance_in_one_batch(tracker):
@@ -217,30 +184,7 @@ def test_both_halves_of_guidance_in_one_batch(tracker):
     assert run.bound < 0.1, "guided steps fit as well as others"
 
 
-def test_a_call_that_the_image_does_not_depend_on_is_no_branch(tracker):
-    """A run that stopped after its first step, and the same image once more."""
-    _, output = call(tracker, image(), 900, text=2.0)
-    run, output = call(tracker, image(), 900)
-    x = image()
-    for time in TIMES[1:]:
-        x = 1.02 * x - 0.1 * output
-        run, output = call(tracker, x, time)
-    assert len(run.branches) == 1
-
-
 # --- several runs ---------------------------------------------------------------------------------
-
-
-def test_interleaved_images_are_runs_of_their_own(tracker):
-    """Views of a panorama: every step calls the network once for each."""
-    xs = [image(i) for i in range(5)]
-    runs = {}
-    for step, time in enumerate(TIMES):
-        for i, x in enumerate(xs):
-            run, output = call(tracker, x, time)
-            assert runs.setdefault(i, run) is run and run.step == step
-            xs[i] = 1.02 * x - 0.1 * output
-    assert len({id(run) for run in runs.values()}) == len(tracker.runs) == 5
 
 
 def test_runs_that_stopped_are_let_go(tracker):
@@ -264,56 +208,19 @@ def test_a_run_that_goes_on_ends_those_that_did_not(tracker):
         assert again is run and len(tracker.runs) == runs
 
 
-def test_a_failed_call_ends_its_run(tracker):
-    x = image()
-    first, output = call(tracker, x, 900)
-    tracker.begin(Call(800, (1.02 * x - 0.1 * output,)))
-    tracker.drop()
-    assert not tracker.runs
-    assert call(tracker, x, 700)[0] is not first
-
-
-def test_cleared(tracker):
-    first, _ = call(tracker, image(), 900)
-    tracker.clear()
-    assert call(tracker, image(), 800)[0] is not first
-
-
 # --- the last step --------------------------------------------------------------------------------
 
 
-def test_the_last_step_as_the_scheduler_says(tracker):
-    seen = []
-    for time, last in zip(TIMES, [False] * 4 + [True]):
-        run, _ = call(tracker, image(), time, last=last)
-        seen.append(run.last)
-    assert seen == [False] * 4 + [True]
-
-
-@pytest.mark.parametrize(
-    ("times", "last"),
-    [
+def test_the_last_step_by_the_stride(tracker):
+    for times, last in (
         (TIMES, 4),
         (range(981, 0, -20), 49),  # DDIM's
         (range(999, 0, -125), 7),
-        ((0.999, 0.66, 0.33), 2),
-    ],
-)
-def test_the_last_step_by_the_stride(tracker, times, last):
-    seen = []
-    for time in times:
-        remaining = time / (1 if time < 1 else 1000)
-        seen.append(call(tracker, image(), time, remaining=remaining)[0].last)
-    assert seen.index(True) == last
-
-
-def test_nothing_is_kept_after_the_last_step(tracker):
-    run, _ = call(tracker, image(), 900)
-    state = run.branch.state
-    call(tracker, image(), 800)
-    assert run.branch.state is state
-    call(tracker, image(), 700, last=True)
-    assert run.branch.state is not state
+        ((999, 660, 330), 2),
+    ):
+        tracker.clear()
+        runs = (call(tracker, image(), time, remaining=time / 1000)[0] for time in times)
+        assert [run.last for run in runs].index(True) == last
 
 
 def test_the_first_timestep_of_the_run_that_seems_to_go_on(tracker):
@@ -321,57 +228,25 @@ def test_the_first_timestep_of_the_run_that_seems_to_go_on(tracker):
     call(tracker, image(), 900)
     call(tracker, image(), 800)
     assert tracker.first_time(700) == tracker.first_time(800) == 900
-    assert tracker.first_time(950) == 950
+    assert tracker.first_time(950) == 950 and tracker.first_time(None) is None
 
 
 # --- what calls contain ---------------------------------------------------------------------------
 
 
-def test_the_latents_among_the_arguments():
+def test_what_calls_contain():
     x, text = image(), torch.zeros(1, 7, 16)
     assert latents_of((x, 7), dict(encoder_hidden_states=text)) == (x,)
     for name in ("sample", "hidden_states", "x"):
         assert latents_of((), {"encoder_hidden_states": text, name: x})[0] is x
     assert latents_of((), dict(timestep=7, noisy=x))[0] is x
-    assert len(latents_of(([x, x], 7), {})) == 2
-    assert latents_of((), {}) == () and latents_of((7, x), {}) == ()
-
-
-def test_the_prediction_in_an_output():
-    x = image()
-
-    class Output(dict):
-        pass
-
-    for output in (x, (x,), (x, None), Output(sample=x), ((x, 3),)):
+    assert len(latents_of(([x, x], 7), {})) == 2 and latents_of((7, x), {}) == latents_of((), {})
+    assert conditioning_of((x,), dict(encoder_hidden_states=text)) is text
+    assert conditioning_of((x, torch.tensor([7]), text), {}) is text
+    for output in (x, (x,), (x, None), dict(sample=x), ((x, 3),)):
         assert tensors_of(output)[0] is x and len(tensors_of(output)) == 1
-    assert len(tensors_of(([x, x],))) == 2
-    assert tensors_of(None) == [] and tensors_of(()) == []
-
-
-@pytest.mark.parametrize("timestep", [7, 7.0, torch.tensor(7), torch.tensor([7, 7])])
-def test_timesteps_as_numbers(timestep):
-    assert read_timestep(timestep) == (7.0, True)
-
-
-def test_images_at_different_timesteps():
+    assert len(tensors_of(([x, x],))) == 2 and tensors_of(None) == tensors_of(()) == []
+    for timestep in (7, 7.0, torch.tensor(7), torch.tensor([7, 7])):
+        assert read_timestep(timestep) == (7.0, True)
     assert read_timestep(torch.tensor([7, 5])) == (7.0, False)
     assert read_timestep(None) == (None, True)
-
-
-def test_runs_of_which_nothing_is_known_are_not_kept(tracker):
-    for _ in range(5):
-        tracker.begin(Call(500.0, ()))
-        tracker.end(None)
-    assert len(tracker.runs) == 1
-
-
-def test_a_list_of_images_of_several_sizes(tracker):
-    images = (torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 4), torch.randn(4, 1, 4, 12))
-    runs = []
-    for time in TIMES:
-        runs.append(tracker.begin(Call(float(time), images)))
-        outputs = [torch.tanh(x.flip(-1)) for x in images]
-        tracker.end(outputs)
-        images = tuple(x - 0.1 * y for x, y in zip(images, outputs))
-    assert all(run is runs[0] for run in runs)

@@ -13,78 +13,76 @@ from mmagic_tome.timeline import Timeline, in_range
 
 
 class Pipeline:
-    def __init__(self, **parts):
-        vars(self).update(parts)
+    def __init__(self, timesteps=None):
+        self.scheduler = scheduler(timesteps)
 
 
-def silent(topic, message):
-    raise AssertionError(message)
+def scheduler(timesteps):
+    return None if timesteps is None else SimpleNamespace(timesteps=torch.tensor(timesteps))
 
 
-def at(timeline, time, first=None, warn=silent):
+def at(timeline, time, first=None, topics=None):
+    """What remains, and whether it is the last step; ``topics``: those that are warned of."""
+
+    def warn(topic, message):
+        assert topics is not None, message
+        topics.append(topic)
+
     return timeline(time, time if first is None else first, warn)
 
 
 # --- by the scheduler -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"]
-)
-def test_the_share_of_steps_that_remain(name):
-    """The same with every scheduler, whatever its timesteps are."""
-    scheduler = getattr(diffusers, name)()
-    scheduler.set_timesteps(10)
-    pipeline = Pipeline(scheduler=scheduler)
+def test_the_last_of_two_evaluations_at_a_timestep_is_the_last_step():
+    """Heun's list names every timestep but the first twice."""
+    pipeline = Pipeline()
+    pipeline.scheduler = diffusers.HeunDiscreteScheduler()
+    pipeline.scheduler.set_timesteps(20)
     timeline = Timeline(pipeline, 1000.0)
-    found = [at(timeline, float(time)) for time in scheduler.timesteps]
-    assert [remaining for remaining, _ in found] == pytest.approx([(9 - i) / 10 for i in range(10)])
-    assert [last for _, last in found] == [False] * 9 + [True]
+    first, *_, last = pipeline.scheduler.timesteps.tolist()
+    assert at(timeline, last, first) == (0.0, True)
+    assert at(timeline, first)[1] is False
 
 
-def test_image_to_image_begins_lower():
-    pipeline = Pipeline(scheduler=SimpleNamespace(timesteps=torch.arange(900.0, 0, -100)))
-    assert at(Timeline(pipeline, 1000.0), 300.0) == (2 / 9, False)
-
-
-def test_a_shift_of_the_timesteps_changes_nothing():
-    shifted = SimpleNamespace(timesteps=torch.tensor([999.0, 990, 950, 800]))
-    pipeline = Pipeline(scheduler=shifted)
-    assert at(Timeline(pipeline, 1000.0), 950.0)[0] == 0.25
-
-
-def test_timesteps_that_pipelines_divide_and_round():
-    pipeline = Pipeline(scheduler=SimpleNamespace(timesteps=torch.arange(900.0, 0, -100)))
-    assert at(Timeline(pipeline, 1.0), 0.3)[0] == 2 / 9
-    rounded = float(torch.tensor(0.3, dtype=torch.bfloat16))
-    assert rounded != 0.3 and at(Timeline(pipeline, 1.0), rounded)[0] == 2 / 9
+@pytest.mark.parametrize(
+    ("timesteps", "scale", "time", "expected"),
+    [
+        ([900.0, 600.0, 300.0], 1000, 300.0, (0, True)),
+        ([999.0, 990.0, 950.0, 800.0], 1000, 950.0, (0.25, False)),  # shifted
+        # Pipelines that divide, and round to half precision.
+        ([900.0, 600.0, 300.0, 10.0], 1, 0.3, (0.25, False)),
+        ([900.0, 600.0, 300.0, 10.0], 1, float(torch.tensor(0.3).bfloat16()), (0.25, False)),
+        ([1000.0, 1.0], 1, 1.0, (0.5, False)),
+        ([1000.0, 1.0], 1000, 1.0, (0, True)),
+        # Not on the list: read off.
+        ([900.0, 100.0], 1000, 500.0, (0.5, None)),
+    ],
+)
+def test_places_on_the_list(timesteps, scale, time, expected):
+    assert at(Timeline(Pipeline(timesteps), float(scale)), time) == expected
 
 
 def test_the_scheduler_is_looked_up_at_every_call():
-    pipeline = Pipeline(scheduler=None)
+    pipeline = Pipeline()
     timeline = Timeline(pipeline, 1000.0)
     assert at(timeline, 500.0) == (0.5, None)
-    pipeline.scheduler = SimpleNamespace(timesteps=torch.tensor([500.0, 100.0]))
+    pipeline.scheduler = scheduler([500.0, 100.0])
     assert at(timeline, 500.0) == (0.5, False)
     pipeline.scheduler.timesteps = torch.tensor([900.0, 500.0])
     assert at(timeline, 500.0) == (0.0, True)
     # MMagic generates with this one.
-    pipeline.test_scheduler = SimpleNamespace(timesteps=torch.tensor([900.0, 700.0, 500.0, 1.0]))
+    pipeline.test_scheduler = scheduler([900.0, 700.0, 500.0, 1.0])
     assert at(timeline, 500.0) == (0.25, False)
 
 
-def test_a_timestep_that_is_not_on_the_list_is_read_off():
-    pipeline = Pipeline(scheduler=SimpleNamespace(timesteps=torch.tensor([900.0, 100.0])))
-    assert at(Timeline(pipeline, 1000.0), 500.0) == (0.5, None)
-
-
 def test_the_model_is_not_kept_and_its_scheduler_is():
-    pipeline = Pipeline(scheduler=SimpleNamespace(timesteps=torch.tensor([900.0, 100.0])))
+    pipeline = Pipeline([900.0, 100.0])
     timeline = Timeline(pipeline, 1000.0)
     assert at(timeline, 900.0) == (0.5, False)
-    twin = copy.deepcopy(timeline)
+    copied, twin = copy.deepcopy([pipeline, timeline])
     assert at(twin, 900.0) == (0.5, False)
-    assert twin.scheduler() is not pipeline.scheduler
+    assert twin.scheduler() is copied.scheduler is not pipeline.scheduler
     alive = weakref.ref(pipeline)
     del pipeline
     assert alive() is None
@@ -103,42 +101,24 @@ def test_the_share_of_the_scale(scale):
         assert at(timeline, share * scale, scale) == (pytest.approx(share), None)
     assert at(timeline, 1.005 * scale, scale)[0] == 1.0
     assert at(timeline, None) == (None, None)
-
-
-@pytest.mark.parametrize("time", [1500.0, -5.0])
-def test_what_lies_outside_of_the_scale_is_unknown(time):
-    topics = []
-    found = at(Timeline(None, 1000.0), time, warn=lambda topic, _: topics.append(topic))
-    assert found == (None, None) and topics == ["timestep"]
+    for outside in (1.5 * scale, -0.005 * scale):
+        assert at(timeline, outside, topics=(topics := [])) == (None, None)
+        assert topics == ["timestep"]
 
 
 def test_logarithms_of_sigma():
     """As Stable Video Diffusion is called: Karras' schedule from the run's first sigma."""
-    timeline = Timeline(None, None)
     low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
     sigmas = [(high + i / 8 * (low - high)) ** 7 for i in range(9)]
     times = [math.log(sigma) / 4 for sigma in sigmas]
-    found = [at(timeline, time, times[0])[0] for time in times]
+    found = [at(Timeline(None, None), time, times[0])[0] for time in times]
     assert found == pytest.approx([1 - i / 8 for i in range(9)])
+    # An EDM sampler around another network.
+    assert at(Timeline(None, 1000.0), times[0], topics=(topics := [])) == (1.0, None)
+    assert topics == ["timestep"]
 
 
-def test_an_edm_sampler_around_another_network_is_told():
-    topics = []
-    first = math.log(80) / 4
-    remaining, _ = at(Timeline(None, 1000.0), first, warn=lambda topic, _: topics.append(topic))
-    assert remaining == 1.0 and topics == ["timestep"]
-
-
-@pytest.mark.parametrize(
-    ("remaining", "window", "expected"),
-    [
-        (0.5, (0.5, 0.7), True),
-        (0.7, (0.5, 0.7), False),
-        (0.0, (0.0, 0.7), True),
-        (1.0, (0.5, 1.0), True),
-        (1.0, (0.5, 0.99), False),
-        (0.4, (0.5, 1.0), False),
-    ],
-)
-def test_windows_are_half_open_and_one_includes_the_start(remaining, window, expected):
-    assert in_range(remaining, window) == expected
+def test_windows_are_half_open_and_one_includes_the_start():
+    inside = [in_range(share, (0.5, 0.7)) for share in (0.4, 0.5, 0.6, 0.7, 1.0)]
+    assert inside == [False, True, True, False, False]
+    assert in_range(1.0, (0.5, 1.0)) and not in_range(1.0, (0.5, 0.99))

@@ -1,12 +1,6 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Step caching: at some steps part of the network is skipped and its output extrapolated.
 
-==================  ===============================================================
-config.py           what a user can ask for, and named settings
-extrapolate.py      outputs of past steps and what follows from them: functions of tensors
-skip.py             the call that may be skipped
-==================  ===============================================================
-
 A network's output changes smoothly along a denoising run. Linear multistep solvers use that for
 differential equations (Adams and Bashforth); DeepCache (arXiv 2312.00858) reuses the features of a
 UNet's inner levels, TaylorSeer (arXiv 2503.06923) extrapolates those of a transformer.

@@ -62,25 +62,20 @@ class StepCacheConfig:
     error_feedback: float = 0.0
     num_outer_blocks: int = 1
 
-    def __init__(self, *positional: Any, **options: Any) -> None:
-        # Written out so that a mistyped name gets the same error as in a dict.
-        names = [field.name for field in fields(self)]
-        if len(positional) > len(names):
-            raise ToMeError(f"{_WHERE}at most {len(names)} options, got {len(positional)}")
-        options = {**dict(zip(names, positional)), **options}
-        check_keys("a step cache", options, names, _ELSEWHERE)
-        for field in fields(self):
-            object.__setattr__(self, field.name, options.get(field.name, field.default))
+    def __new__(cls, *positional: Any, **options: Any) -> StepCacheConfig:
+        # Before dataclass's own __init__, which would raise a TypeError without a suggestion.
+        check_keys("a step cache", options, [field.name for field in fields(cls)], _ELSEWHERE)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        check_choice(_WHERE, "region", self.region, REGIONS)
+        window = check_range(_WHERE, "timestep_range", self.timestep_range, (0.1, 0.65))
+        fraction = check_number(_WHERE, "error_feedback", self.error_feedback, 0, 1, default=0.5)
         checked = {
-            "region": check_choice(_WHERE, "region", self.region, REGIONS),
             "interval": check_integer(_WHERE, "interval", self.interval, 2),
-            "timestep_range": check_range(
-                _WHERE, "timestep_range", self.timestep_range, (0.1, 0.65)
-            ),
+            "timestep_range": window,
             "order": check_integer(_WHERE, "order", self.order, 0, 2, default=1),
-            "error_feedback": float(
-                check_number(_WHERE, "error_feedback", self.error_feedback, 0, 1, default=0.5)
-            ),
+            "error_feedback": float(fraction),
             "num_outer_blocks": check_integer(_WHERE, "num_outer_blocks", self.num_outer_blocks, 1),
         }
         for name, value in checked.items():
@@ -88,7 +83,6 @@ class StepCacheConfig:
 
     def replace(self, **changes: Any) -> StepCacheConfig:
         """A changed, validated copy."""
-        check_keys("a step cache", changes, [field.name for field in fields(self)])
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,9 +122,7 @@ def coerce_cache(config: CacheSpec = None, **options: Any) -> tuple[StepCacheCon
         ToMeError: anything else.
     """
     if config is None:
-        if not options:
-            return PRESETS["balanced"]
-        return (StepCacheConfig(**options),)
+        return (StepCacheConfig(**options),) if options else PRESETS["balanced"]
     if isinstance(config, str):
         if config not in PRESETS:
             close = nearest(config, PRESETS) or "balanced"
@@ -139,14 +131,15 @@ def coerce_cache(config: CacheSpec = None, **options: Any) -> tuple[StepCacheCon
                 f"{', '.join(PRESETS)}), or a dict such as dict(region='inner', interval=2)"
             )
         configs = PRESETS[config]
-    elif isinstance(config, (StepCacheConfig, Mapping)):
-        configs = (_one(config),)
-    elif isinstance(config, (list, tuple)) and config:
-        configs = tuple(map(_one, config))
     else:
-        raise ToMeError(
-            f"cache_cfg={config!r} is no step cache: write a name ({', '.join(PRESETS)}), a dict "
-            "such as dict(region='inner', interval=2), or a list of dicts"
+        given = config if isinstance(config, (list, tuple)) else [config]
+        if not given or not all(isinstance(one, (StepCacheConfig, Mapping)) for one in given):
+            raise ToMeError(
+                f"cache_cfg={config!r} is no step cache: write a name ({', '.join(PRESETS)}), a "
+                "dict such as dict(region='inner', interval=2), or a list of dicts"
+            )
+        configs = tuple(
+            StepCacheConfig(**one) if isinstance(one, Mapping) else one for one in given
         )
     if options:
         if len(configs) > 1:
@@ -160,16 +153,6 @@ def coerce_cache(config: CacheSpec = None, **options: Any) -> tuple[StepCacheCon
     if len(set(regions)) < len(regions):
         raise ToMeError(f"cache_cfg has the region {regions[0]!r} twice; keep one")
     return tuple(sorted(configs, key=lambda one: REGIONS.index(one.region)))
-
-
-def _one(config: Any) -> StepCacheConfig:
-    if isinstance(config, StepCacheConfig):
-        return config
-    if not isinstance(config, Mapping):
-        raise ToMeError(
-            f"cache_cfg: {config!r} is no step cache; write a dict such as dict(region='inner')"
-        )
-    return StepCacheConfig(**config)
 
 
 def to_plain(configs: tuple[StepCacheConfig, ...]) -> list[dict[str, Any]]:

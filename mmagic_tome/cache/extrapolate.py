@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import prod
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ _TENSOR = object()  # the place of a tensor among the leaves of an output
 
 
 def extrapolate(times: Sequence[float], outputs: Sequence[Tensor], time: float) -> Tensor:
-    """Value at ``time`` of the polynomial through outputs of one tensor at some times.
+    """A new tensor: the value at ``time`` of the polynomial through outputs at some times.
 
     ::
 
@@ -26,12 +26,9 @@ def extrapolate(times: Sequence[float], outputs: Sequence[Tensor], time: float) 
         order 2   the parabola through three
 
     Args:
-        times: timesteps, all different; one more than the order of the polynomial.
+        times: timesteps, all different; one more than the order.
         outputs: tensors of one shape.
         time: where to evaluate; between two of ``times`` it is an interpolation.
-
-    Returns:
-        Tensor: a new tensor: the caller may change it in place.
     """
     if len(times) == 1:
         return outputs[0].clone()
@@ -42,34 +39,14 @@ def extrapolate(times: Sequence[float], outputs: Sequence[Tensor], time: float) 
     for i, output in enumerate(outputs):
         # Lagrange: 1 at the output's own time, 0 at the others.
         others = [*times[:i], *times[i + 1 :]]
-        weight = prod((time - other) / (times[i] - other) for other in others)
+        weight = math.prod((time - other) / (times[i] - other) for other in others)
         total = output * weight if total is None else total.add_(output, alpha=weight)
     return total
 
 
-def feed_back(
-    output: Tensor, guesses: Sequence[Tensor], truths: Sequence[Tensor], fraction: float
-) -> Tensor:
-    """An output plus a fraction of what skipped steps before it got wrong.
-
-    Args:
-        output: of the present step.
-        guesses: what was used at the skipped steps.
-        truths: what these outputs should have been, by interpolation.
-        fraction: in [0, 1].
-    """
-    for guess, truth in zip(guesses, truths):
-        output = output + fraction * (truth - guess)
-    return output
-
-
 class OutputHistory:
-    """The last outputs of a region in one run: copies, in whatever structure they came.
-
-    Args:
-        order (int): of extrapolation.
-        error_feedback (float): see :class:`~.config.StepCacheConfig`.
-    """
+    """The last outputs of a region in one run: copies, in whatever structure they came; ``order``
+    and ``error_feedback`` as in :class:`~.config.StepCacheConfig`."""
 
     def __init__(self, order: int, error_feedback: float) -> None:
         self.order = order
@@ -80,10 +57,6 @@ class OutputHistory:
         self.guesses: list[tuple[float, list[Tensor]]] = []
         self._leaves: list[Any] = []
         self._structure: Any = None
-
-    def __len__(self) -> int:
-        """How many outputs are known."""
-        return len(self.times)
 
     @eager_only()
     def record(self, time: float, output: Any) -> Any:
@@ -105,16 +78,11 @@ class OutputHistory:
         guesses, self.guesses = self.guesses, []
         if not guesses or len(self.times) < 2:
             return output
-        times, neighbours = self.times[-2:], self.outputs[-2:]
-        mended = [
-            feed_back(
-                tensor,
-                [guess[i] for _, guess in guesses],
-                [extrapolate(times, [one[i] for one in neighbours], at) for at, _ in guesses],
-                self.error_feedback,
-            )
-            for i, tensor in enumerate(tensors)
-        ]
+        mended = list(tensors)
+        for at, guess in guesses:
+            for i, neighbours in enumerate(zip(*self.outputs[-2:])):
+                truth = extrapolate(self.times[-2:], neighbours, at)
+                mended[i] = mended[i] + self.error_feedback * (truth - guess[i])
         return self._in_structure(mended)
 
     @eager_only()
@@ -134,23 +102,19 @@ class OutputHistory:
         return tree_unflatten(leaves, self._structure)
 
 
-class Placeholder:
-    """Shapes of an output that nobody reads while its region is skipped."""
+def placeholder(output: Any) -> Any:
+    """An output with tensors that have shape, type and device, but no memory: of stride 0."""
+    return _map(lambda x: x.new_zeros(()).expand(x.shape), output)
 
-    def __init__(self, output: Any) -> None:
-        # Stride 0: a shape, a type and a device without memory.
-        self._shapes = tree_map(
-            lambda x: x.new_zeros(()).expand(x.shape) if isinstance(x, Tensor) else x, output
-        )
 
-    def make(self) -> Any:
-        """Tensors of these shapes with undefined values; callers may write into them."""
-        return tree_map(
-            lambda x: (
-                torch.empty(x.shape, dtype=x.dtype, device=x.device) if isinstance(x, Tensor) else x
-            ),
-            self._shapes,
-        )
+def undefined_like(placeholder: Any) -> Any:
+    """An output with tensors of undefined values, which callers may write into."""
+    contiguous = torch.contiguous_format
+    return _map(lambda x: torch.empty_like(x, memory_format=contiguous), placeholder)
+
+
+def _map(function: Callable[[Tensor], Tensor], output: Any) -> Any:
+    return tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, output)
 
 
 def _shapes(tensors: Sequence[Tensor]) -> list[tuple]:

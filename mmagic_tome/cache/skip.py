@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,54 +19,53 @@ from ..patch import Context, Interceptor, Patch, intercept
 from ..runs import Call, Run, RunTracker
 from ..timeline import Timeline, in_range
 from .config import StepCacheConfig
-from .extrapolate import OutputHistory, Placeholder
+from .extrapolate import OutputHistory, placeholder, undefined_like
 
 # Calls in a row that begin a run of their own before a warning says so.
 _LONE_CALLS = 8
 
 
-class Region:
-    """One region of one network, and its statistics.
-
-    Attributes:
-        config (StepCacheConfig): when it is skipped.
-        computed, skipped (int): calls at which it was computed, and at which it was skipped.
-    """
+class RegionState:
+    """What one guidance branch of one run keeps of a region."""
 
     def __init__(self, config: StepCacheConfig) -> None:
         self.config = config
-        self.computed = 0
-        self.skipped = 0
+        self.history = OutputHistory(config.order, config.error_feedback)  # of its last module
+        self.placeholders: dict[int, Any] = {}  # number of another module -> of its output
+        self.in_a_row = 0  # steps that were skipped since it was computed
 
-
-class SkipRule:
-    """Whether to skip a region at each step of a run.
-
-    Args:
-        config (StepCacheConfig): of the region.
-    """
-
-    def __init__(self, config: StepCacheConfig) -> None:
-        self.config = config
-        self.in_a_row = 0
-
-    def __call__(self, remaining: float | None, last: bool, known: int) -> bool:
-        """Decide for the next step.
+    def may_skip(self, time: float, remaining: float | None, last: bool) -> bool:
+        """Whether to skip the region at the next step; noted.
 
         Args:
+            time: timestep of the step.
             remaining: share of the run that remains; None if unknown.
             last: whether it is the run's last step.
-            known: how many outputs there are to extrapolate from.
         """
+        config, times = self.config, self.history.times
         skip = (
             remaining is not None
-            and in_range(remaining, self.config.timestep_range)
+            and in_range(remaining, config.timestep_range)
             and not last
-            and known > self.config.order
-            and self.in_a_row < self.config.interval - 1
+            and len(times) > config.order
+            and times[-1] != time  # no line leads through two outputs at one timestep
+            and self.in_a_row < config.interval - 1
         )
         self.in_a_row = self.in_a_row + 1 if skip else 0
         return skip
+
+
+def next_skips(
+    states: Mapping[str, RegionState], time: float, remaining: float | None, last: bool
+) -> set[str]:
+    """The regions to skip at the next step; arguments as of :meth:`RegionState.may_skip`."""
+    skips: set[str] = set()
+    for region, state in states.items():
+        if state.may_skip(time, remaining, last):
+            skips.add(region)
+            if region == "network":
+                break  # the inner region is part of it
+    return skips
 
 
 def skips_of_run(configs: Sequence[StepCacheConfig], num_steps: int) -> list[set[str]]:
@@ -75,70 +75,39 @@ def skips_of_run(configs: Sequence[StepCacheConfig], num_steps: int) -> list[set
         configs: step caches, the larger region first.
         num_steps: steps of the scheduler.
     """
-    rules = {config.region: SkipRule(config) for config in configs}
-    known = dict.fromkeys(rules, 0)
+    states = {config.region: RegionState(config) for config in configs}
     steps = []
-    for step in range(num_steps):
-        remaining = (num_steps - 1 - step) / num_steps
-        skipped: set[str] = set()
-        for region, rule in rules.items():
-            if rule(remaining, step == num_steps - 1, known[region]):
-                skipped.add(region)
-            else:
-                known[region] += 1
-            if "network" in skipped:
-                break  # the inner region is part of it
-        steps.append(skipped)
+    for left in reversed(range(num_steps)):
+        steps.append(next_skips(states, left, left / num_steps, left == 0))
+        for region, state in states.items():
+            if not steps[-1] & {region, "network"}:
+                state.history.times.append(left)
     return steps
 
 
-class RegionState:
-    """What one guidance branch of one run keeps of a region.
+@dataclass
+class RegionStats:
+    """At how many calls a region was computed, and at how many it was skipped."""
 
-    Attributes:
-        rule (SkipRule): when it is skipped.
-        history (OutputHistory): of its last module.
-        placeholders (dict): number of another module -> shapes of its output.
-    """
-
-    def __init__(self, config: StepCacheConfig) -> None:
-        self.rule = SkipRule(config)
-        self.history = OutputHistory(config.order, config.error_feedback)
-        self.placeholders: dict[int, Placeholder] = {}
-
-    def may_skip(self, run: Run) -> bool:
-        """Whether to skip the region at the present step; noted."""
-        # No line leads through two outputs at one timestep.
-        repeated = bool(self.history.times) and run.time == self.history.times[-1]
-        known = 0 if repeated else len(self.history)
-        return self.rule(run.remaining, run.last, known)
+    computed: int = 0
+    skipped: int = 0
 
 
 class CacheContext(Context):
-    """What is known while a network with step caching is called in one thread.
-
-    Attributes:
-        time (float): timestep of the call.
-        state (dict): region -> :class:`RegionState`, of the branch that is called; empty where
-            nothing is kept.
-        skipped (set): regions that are skipped in this call.
-        tracker (RunTracker): the thread's runs.
-    """
+    """What is known while a network with step caching is called in one thread."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.time = 0.0
+        self.tracker = RunTracker(dict)
+        self.time: float | None = 0.0  # timestep of the call
+        # Region -> what is kept for the branch that is called; empty where nothing is.
         self.state: dict[str, RegionState] = {}
-        self.skipped: set[str] = set()
-        self.tracker: RunTracker | None = None
-        # Calls in a row that began a run, for the warning that none is ever continued.
-        self.lone_calls = 0
-        # Steps skipped in the run, for the warning that there were none.
-        self.run_skips = 0
+        self.skipped: set[str] = set()  # regions that are skipped in this call
+        self.lone_calls = 0  # in a row that began a run
+        self.run_skips = 0  # regions skipped in the run so far
 
     def forget_run(self) -> None:
-        if self.tracker is not None:
-            self.tracker.clear()
+        self.tracker.clear()
 
     def stop(self) -> None:
         super().stop()
@@ -168,29 +137,31 @@ class CachePatch(Patch):
         self.leader = leader
         self.configs = tuple(configs)
         self.adapter = adapter
-        self.regions = {config.region: Region(config) for config in configs}
+        self.regions = {config.region: RegionStats() for config in configs}
         self.timeline = Timeline(model, adapter.timestep_scale)
-
-    def new_state(self) -> dict[str, RegionState]:
-        """What a guidance branch of a run keeps."""
-        return {config.region: RegionState(config) for config in self.configs}
-
-    def tracker(self, context: CacheContext) -> RunTracker:
-        """The runs of this thread."""
-        if context.tracker is None:
-            leader = None if self.leader is None else self.leader.tracker(self.leader.context)
-            context.tracker = RunTracker(self.new_state, leader)
-        return context.tracker
 
     def place(self, network: nn.Module) -> None:
         """Intercept the calls of the network, and those of its inner modules if these may be
         skipped."""
         intercept(network, NetworkCall(self))
-        if "inner" in self.regions:
-            modules = inner_modules(self.regions["inner"].config, self.adapter, network)
-            for index, module in enumerate(modules):
-                intercept(module, InnerCall(self, index, index == len(modules) - 1))
-                _tell_diffusers(type(module))
+        for config in self.configs:
+            if config.region == "inner":
+                modules = inner_modules(config, self.adapter, network)
+                for index, module in enumerate(modules):
+                    intercept(module, InnerCall(self, index, index == len(modules) - 1))
+                    _tell_diffusers(type(module))
+
+    @eager_only(inner=True)
+    def output(self, region: str, proceed: Callable, args: tuple, kwargs: dict) -> Any:
+        """The output of a region at this step: ``proceed(*args, **kwargs)``, or extrapolated."""
+        context, stats = self.context, self.regions[region]
+        history = context.state[region].history
+        if region in context.skipped:
+            stats.skipped += 1
+            return history.extrapolate(context.time)
+        output = proceed(*args, **kwargs)
+        stats.computed += 1
+        return history.record(context.time, output)
 
 
 class NetworkCall(Interceptor):
@@ -202,7 +173,7 @@ class NetworkCall(Interceptor):
         self.patch.context.forget_run()
 
     def set_branch(self, name: str | None) -> None:
-        self.patch.tracker(self.patch.context).branch_name = name
+        self.patch.context.tracker.branch_name = name
 
     @eager_only(inner=True)
     def call(self, module: nn.Module, proceed: Callable, args: tuple, kwargs: dict) -> Any:
@@ -222,9 +193,12 @@ class NetworkCall(Interceptor):
         # waited for, and a context that stays "running" would never skip again.
         try:
             run = self.begin(context, args, kwargs)
-            output = self.output(context, module, proceed, args, kwargs)
+            if "network" in context.state:
+                output = patch.output("network", proceed, (module, *args), kwargs)
+            else:
+                output = proceed(module, *args, **kwargs)
         except BaseException:
-            patch.tracker(context).drop()
+            context.tracker.drop()
             raise
         finally:
             context.stop()
@@ -236,7 +210,9 @@ class NetworkCall(Interceptor):
         """Find the run of this call and decide which regions to skip."""
         patch: CachePatch = self.patch
         context.start()
-        tracker = patch.tracker(context)
+        tracker = context.tracker
+        if patch.leader is not None:
+            tracker.leader = patch.leader.context.tracker
         timestep = patch.adapter.timestep(args, kwargs)
         time, shared = read_timestep(timestep)
         if not shared:
@@ -246,15 +222,11 @@ class NetworkCall(Interceptor):
                 "denoise them in step, or call the network for each of them",
             )
             time = None
-        remaining, last = None, None
-        if time is not None:
-            remaining, last = patch.timeline(time, tracker.first_time(time), patch.warn_once)
+        remaining, last = patch.timeline(time, tracker.first_time(time), patch.warn_once)
         latents, conditioning = latents_of(args, kwargs), conditioning_of(args, kwargs)
         form = kwargs.get("return_dict")
         run = tracker.begin(Call(time, latents, remaining, last, conditioning, form))
         self.watch(context, run, time)
-        if run.step == 0 and len(run.called) == 1:
-            context.run_skips = 0
         if remaining is None and shared:
             patch.warn_once(
                 "unknown",
@@ -262,23 +234,23 @@ class NetworkCall(Interceptor):
                 f"timestep {timestep!r}; apply it to the pipeline instead of the network",
             )
         context.time = time
-        # Without a timestep no call continues another: nothing needs to be kept.
-        context.state = {} if time is None else run.branch.state
-        for region in patch.regions:
-            if region in context.state and context.state[region].may_skip(run):
-                context.skipped.add(region)
-                context.run_skips += 1
-                if region == "network":
-                    break  # the inner region is part of it
+        if time is None:  # no call continues another: nothing needs to be kept
+            return run
+        context.state = run.branch.state
+        if not context.state:
+            context.state.update({config.region: RegionState(config) for config in patch.configs})
+        context.skipped = next_skips(context.state, time, remaining, run.last)
+        context.run_skips += len(context.skipped)
         return run
 
     def watch(self, context: CacheContext, run: Run, time: float | None) -> None:
-        """Warn if call after call begins a run of its own."""
-        begins = run.step == 0 and len(run.called) == 1
-        if not begins:
+        """Count from the run's beginning; warn if call after call begins a run of its own."""
+        if run.step > 0 or len(run.called) > 1:
             context.lone_calls = 0
-        elif time is not None and time != context.time:  # views of one image begin together
-            context.lone_calls += 1
+            return
+        context.run_skips = 0
+        # Views of one image begin together.
+        context.lone_calls += time is not None and time != context.time
         if context.lone_calls == _LONE_CALLS:
             self.patch.warn_once(
                 "unrelated",
@@ -286,21 +258,6 @@ class NetworkCall(Interceptor):
                 "one before. Rising timesteps (inversion), noise that is added at every step "
                 "and unrelated inputs cannot be extrapolated",
             )
-
-    def output(
-        self, context: CacheContext, module: nn.Module, proceed: Callable, args: tuple, kwargs: dict
-    ) -> Any:
-        """The network's output at this step, computed or extrapolated."""
-        region = self.patch.regions.get("network")
-        if region is None or "network" not in context.state:
-            return proceed(module, *args, **kwargs)
-        history = context.state["network"].history
-        if "network" in context.skipped:
-            region.skipped += 1
-            return history.extrapolate(context.time)
-        output = proceed(module, *args, **kwargs)
-        region.computed += 1
-        return history.record(context.time, output)
 
     @eager_only()
     def finish(self, context: CacheContext, run: Run, output: Any) -> None:
@@ -317,13 +274,8 @@ class NetworkCall(Interceptor):
 
 
 class InnerCall(Interceptor):
-    """The call of one module of the inner region.
-
-    Args:
-        patch (CachePatch): of the network.
-        index (int): number of the module, in running order.
-        is_last (bool): whether its output is that of the region.
-    """
+    """The call of module number ``index`` of the inner region, in running order; the output of the
+    last is that of the region."""
 
     skips = True
 
@@ -338,18 +290,13 @@ class InnerCall(Interceptor):
         state = context.state.get("inner")
         if state is None or not context.running:
             return proceed(module, *args, **kwargs)
-        region = self.patch.regions["inner"]
+        if self.is_last:
+            return self.patch.output("inner", proceed, (module, *args), kwargs)
         if "inner" in context.skipped:
-            if not self.is_last:
-                return state.placeholders[self.index].make()
-            region.skipped += 1
-            return state.history.extrapolate(context.time)
+            return undefined_like(state.placeholders[self.index])
         output = proceed(module, *args, **kwargs)
-        if not self.is_last:
-            state.placeholders[self.index] = Placeholder(output)
-            return output
-        region.computed += 1
-        return state.history.record(context.time, output)
+        state.placeholders[self.index] = placeholder(output)
+        return output
 
 
 def _tell_diffusers(cls: type) -> None:
@@ -363,11 +310,7 @@ def _tell_diffusers(cls: type) -> None:
 
 
 def inner_modules(config: StepCacheConfig, adapter: Any, network: nn.Module) -> list[nn.Module]:
-    """The modules of the inner region, in running order.
-
-    Raises:
-        ToMeError: the network has none inside ``config.num_outer_blocks``.
-    """
+    """The modules of the inner region, in running order; a :class:`ToMeError` if there are none."""
     modules = adapter.inner_modules(network, config.num_outer_blocks)
     if not modules:
         raise ToMeError(

@@ -1,20 +1,29 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Pipelines around a UNet with Stable Diffusion 1.5's block types, and what tests ask of them."""
 
-from dataclasses import replace
+from functools import partial
 
-import tiny_transformers
+import diffusers
 import torch
 from tiny import tiny_unet
 from tiny_pipelines import PIPELINES
 
+from mmagic_tome import apply_cache, apply_tome
+
 STEPS = 20
+TIMES = range(951, 0, -50)  # of STEPS
 SETTINGS = ("quality", "balanced", "fast")
 # Of 20 steps, how often each setting skips the network and its inner region.
 SKIPS = {
     "quality": {"inner": 7},
     "balanced": {"network": 6, "inner": 3},
     "fast": {"network": 9, "inner": 3},
+}
+# What keeps state between steps: name -> network -> handle.
+KEEPERS = {
+    **{name: partial(apply_cache, config=name) for name in SETTINGS},
+    "plan_interval": partial(apply_tome, ratio=0.5, plan_interval=4),
+    "residual": partial(apply_tome, ratio=0.5, plan_interval=4, residual=True),
 }
 
 
@@ -30,12 +39,15 @@ def sd15_unet(seed=0, **changes):
 
 
 def sd15_pipeline(title="Stable Diffusion 1.x", scheduler=None, **unet):
-    """A pipeline of :data:`tiny_pipelines.PIPELINES` around such a UNet."""
+    """A pipeline of :data:`tiny_pipelines.PIPELINES` around such a UNet; ``scheduler`` is the name
+    of another class in diffusers, or (name, options)."""
     case = PIPELINES[title]
     pipeline = case.pipeline()
     pipeline.unet = sd15_unet(**unet)
     if scheduler is not None:
-        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+        name, options = (scheduler, {}) if isinstance(scheduler, str) else scheduler
+        kind, config = getattr(diffusers, name), pipeline.scheduler.config
+        pipeline.scheduler = kind.from_config(config, **options)
     case.prepare(pipeline)
     return case, pipeline
 
@@ -55,9 +67,3 @@ def skips(handle):
 def relative(a, b):
     """Relative distance of two tensors."""
     return float((a - b).norm() / b.norm())
-
-
-def deeper(title):
-    """A family of :data:`tiny_transformers.TRANSFORMERS` with enough blocks for an inner region."""
-    family = tiny_transformers.TRANSFORMERS[title]
-    return replace(family, options={**family.options, family.depth: 4})

@@ -1,144 +1,105 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Where nothing can be skipped or merged, a warning says so once."""
+"""Where nothing can be skipped, a warning says so once; otherwise nothing is said."""
 
+import contextlib
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
-from edge_pipelines import generate, sd15_pipeline, skips
+from denoise import denoise
+from edge_pipelines import SKIPS, TIMES, generate, sd15_pipeline, skips
 from tiny import tiny_inputs, tiny_unet
+from warned import silent, warns_once
 
-from mmagic_tome import apply_cache, apply_tome
+from mmagic_tome import apply_cache
+from mmagic_tome.cache.skip import CachePatch
+from mmagic_tome.patch import find_patch
 
 
-def warned(caught, words):
-    return sum(words in str(one.message) for one in caught)
+def denoise_at(network, times):
+    """Denoise at timesteps of any form."""
+    denoise(network, lambda time: {**tiny_inputs(), "timestep": time}, times)
 
 
-def test_gradients():
+def with_gradients(network):
+    for _ in TIMES:
+        network(**tiny_inputs()).sample.sum().backward()
+    assert network.conv_in.weight.grad is not None
+
+
+def different_timesteps(network):
+    """As a server that fills its batch with whatever waits; the first must not speak for all."""
+    denoise_at(network, [torch.tensor([time, max(time - 600, 1)]) for time in TIMES])
+
+
+def unknown_timesteps(network):
+    patch = find_patch(network, CachePatch)
+    adapter, patch.adapter = patch.adapter, SimpleNamespace(timestep=lambda *_: None)
+    denoise(network, tiny_inputs(), TIMES)
+    patch.adapter = adapter
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (with_gradients, "nothing while gradients are enabled"),
+        (different_timesteps, "different timesteps"),
+        (unknown_timesteps, "not known how much of the run remains"),
+        (lambda network: denoise_at(network, [5000.0] * 3), "were expected"),
+        (lambda network: denoise_at(network, [-40.0] * 3), "were expected"),
+        # As in DDIM inversion: every call begins a run.
+        (lambda network: denoise_at(network, TIMES[::-1]), "did not follow from the one before"),
+    ],
+)
+def test_what_cannot_be_skipped_is_said_once(call, words):
     network = tiny_unet()
     handle = apply_cache(network, "fast")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for time in (951, 901, 851, 801):
-            network(**{**tiny_inputs(), "timestep": torch.tensor(time)})
-    assert warned(caught, "gradients") == 1
-    assert skips(handle)["network"] == 0
+    with warns_once(words):
+        for _ in range(2):
+            call(network)
+    assert set(skips(handle).values()) == {0}
+    # And whatever can be skipped afterwards is.
+    denoise(network, tiny_inputs(seed=1), TIMES)
+    assert skips(handle) == SKIPS["fast"]
 
 
-def test_few_steps():
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [(3, "skipped nothing in a run of 3 steps"), (1, "skipped nothing in a run of 1 step:")],
+)
+def test_too_few_steps(steps, words):
     case, pipeline = sd15_pipeline()
     handle = apply_cache(pipeline, "balanced")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warns_once(words):
         for _ in range(2):
-            generate(case, pipeline, num_inference_steps=3)
-    assert warned(caught, "skipped nothing in a run of 3 steps") == 1
-    assert sum(skips(handle).values()) == 0
+            generate(case, pipeline, num_inference_steps=steps)
+    assert set(skips(handle).values()) == {0}
+    apply_cache(pipeline, "balanced")
+    with silent():
+        generate(case, pipeline)
 
 
-def test_one_step():
-    case, pipeline = sd15_pipeline()
-    apply_cache(pipeline, "fast")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            generate(case, pipeline, num_inference_steps=1)
-    assert warned(caught, "skipped nothing in a run of 1 step") == 1
-
-
-def test_no_timestep():
-    network = tiny_unet()
-    handle = apply_cache(network, "fast")
-    handle._parts[0].patch.adapter = type(
-        "NoTimestep", (type(handle._parts[0].patch.adapter),), {"timestep": lambda *_: None}
-    )()
-    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
-        warnings.simplefilter("always")
-        for _ in range(3):
-            network(**tiny_inputs())
-    assert warned(caught, "skips nothing") == 1
-    assert skips(handle)["network"] == 0
-
-
-def test_skipping_says_nothing():
-    case, pipeline = sd15_pipeline()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        apply_cache(pipeline, "balanced")
-        for _ in range(2):
-            generate(case, pipeline)
-
-
-def test_importance_without_guidance():
-    network = tiny_unet()
-    apply_tome(network, ratio=0.5, method="importance")
-    inputs = tiny_inputs()
-    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
-        warnings.simplefilter("always")
-        for time in (951, 901):
-            network(**{**inputs, "timestep": torch.tensor(time)})
-    assert warned(caught, "importance") == 1
-
-
-@pytest.mark.parametrize("scheduler", ["PNDMScheduler", "IPNDMScheduler"])
-def test_a_scheduler_that_amplifies_oscillation(scheduler):
-    import diffusers
-
-    _, pipeline = sd15_pipeline()
-    pipeline.scheduler = getattr(diffusers, scheduler)()
-    with pytest.warns(UserWarning, match="amplifies step-to-step oscillation"):
-        apply_cache(pipeline, "balanced")
-
-
-def test_images_at_different_timesteps():
-    """As a server that fills its batch with whatever waits; the first must not speak for all."""
-    network = tiny_unet()
-    handle = apply_cache(network, region="network", timestep_range=(0, 1))
-    inputs = tiny_inputs()
-    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
-        warnings.simplefilter("always")
-        for time in range(951, 0, -100):
-            both = torch.tensor([time, max(time - 600, 1)])
-            output = network(**{**inputs, "timestep": both}).sample
-            inputs["sample"] = inputs["sample"] - 0.05 * output
-    assert warned(caught, "different timesteps") == 1
-    assert len(caught) == 1
-    assert skips(handle)["network"] == 0
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, UserWarning])
-def test_skipping_goes_on_after_an_error_in_front_of_the_network(error):
-    network = tiny_unet()
-    handle = apply_cache(network, "fast")
-    time = torch.tensor(5000.0)  # warns
+@pytest.mark.parametrize("error", [KeyboardInterrupt, UserWarning, ZeroDivisionError])
+def test_skipping_goes_on_after_an_error(error):
+    """In front of the network, or inside of it."""
 
     class Interrupted(torch.Tensor):
         def tolist(self):
             raise KeyboardInterrupt
 
-    if error is KeyboardInterrupt:
-        time = time.as_subclass(Interrupted)
-    with warnings.catch_warnings(), torch.no_grad(), pytest.raises(error):
-        warnings.simplefilter("error")
-        network(**{**tiny_inputs(), "timestep": time})
-    inputs = tiny_inputs()
-    with torch.no_grad():
-        for time in range(951, 0, -50):
-            output = network(**{**inputs, "timestep": torch.tensor(time)}).sample
-            inputs["sample"] = inputs["sample"] - 0.05 * output
-    assert skips(handle) == {"network": 9, "inner": 3}
-
-
-def test_timesteps_that_rise():
-    """As in DDIM inversion: every call begins a run."""
     network = tiny_unet()
     handle = apply_cache(network, "fast")
-    inputs = tiny_inputs()
-    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
-        warnings.simplefilter("always")
-        for time in range(1, 1000, 50):
-            output = network(**{**inputs, "timestep": torch.tensor(time)}).sample
-            inputs["sample"] = inputs["sample"] + 0.05 * output
-    assert warned(caught, "did not follow from the one before") == 1
-    assert skips(handle)["network"] == 0
+    expected = denoise(network, tiny_inputs(), TIMES)
+    times, hook = [951, 901], contextlib.nullcontext()
+    if error is ZeroDivisionError:
+        hook = network.mid_block.register_forward_pre_hook(lambda *_: 1 / 0)
+    else:
+        time = torch.tensor(5000.0)  # warns
+        times.append(time.as_subclass(Interrupted) if error is KeyboardInterrupt else time)
+    with warnings.catch_warnings(), pytest.raises(error), hook:
+        warnings.simplefilter("error")
+        denoise_at(network, times)
+    handle.reset_stats()
+    assert torch.equal(denoise(network, tiny_inputs(), TIMES), expected)
+    assert skips(handle) == SKIPS["fast"]
