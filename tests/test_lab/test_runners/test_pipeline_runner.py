@@ -14,6 +14,7 @@ from PIL import Image
 import mmagic_tome
 from mmagic_tome import ToMeError
 from mmagic_tome.lab.request import Request
+from mmagic_tome.lab.runners.calls import PipelineCall
 from mmagic_tome.lab.runners.pipelines import PipelineRunner, PipelineSource
 
 PROMPTS = ("a cat", "dog")
@@ -235,3 +236,10 @@ def test_parts_that_are_stored_in_another_precision_fit_together():
     parts = (runner.model.unet, runner.model.vae, runner.model.text_encoder)
     assert {next(part.parameters()).dtype for part in parts} == {torch.float32}
     assert runner.run([0]).images[0].size == (64, 64)
+
+
+def test_an_image_may_be_optional():
+    from diffusers import FluxKontextPipeline
+
+    call = PipelineCall(FluxKontextPipeline, {})
+    assert call.arguments_of == dict(images="image") and not call.needed
