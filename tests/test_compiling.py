@@ -158,7 +158,7 @@ def test_steps_differ_and_no_step_of_a_second_run_is_compiled_again(title):
         (STEPS["residual"], False, lambda row: row["plans"] == 2 * 5),
         (TARGETS, True, lambda row: row["kept"] == 128),
     ],
-    ids=str,
+    ids=[*PRESETS, "plan_interval", "residual", "targets"],
 )
 def test_around_blocks_that_are_compiled_on_their_own(options, fullgraph, check):
     network, inputs = tiny_unet(levels=2), tiny_inputs()
