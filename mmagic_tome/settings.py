@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .apply import apply_cache, apply_tome, get_handle
-from .cache import StepCacheConfig, coerce_cache, to_plain
+from .cache import PRESETS, StepCacheConfig, coerce_cache, to_plain
 from .config import ToMeConfig
 from .errors import ToMeError
 from .handle import CacheHandle, ToMeHandle
@@ -93,6 +93,22 @@ class Setting:
     def baseline(self) -> bool:
         """Whether it leaves the model as it is."""
         return self == Setting()
+
+    @property
+    def description(self) -> str:
+        """What is done, in a few words: options that are not the default."""
+        words = []
+        if self.tome is not None:
+            usual = ToMeConfig().to_dict()
+            words += [
+                f"{name}={getattr(value, '__name__', repr(value))}"
+                for name, value in self.tome.to_dict().items()
+                if name == "ratio" or value != usual[name]
+            ]
+        if self.cache is not None:
+            name = next((name for name, one in PRESETS.items() if one == self.cache), None)
+            words.append(f"cache={name or to_plain(self.cache)!r}")
+        return ", ".join(words) or "baseline"
 
     def replace(self, **changes: Any) -> Setting:
         """A changed, validated copy: options of token merging, or ``cache``, None for no step
