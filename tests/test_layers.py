@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "mmagic_tome"
 LAYERS = {
     "errors": (),
     "merging": (),
-    "timeline": (),
+    "timeline": ("schedulers",),
     "graphs": (),
     "latents": (),
     "runs": ("latents",),
@@ -28,7 +28,7 @@ LAYERS = {
     "cache": ("errors", "validate", "graphs", "latents", "patch", "runs", "timeline"),
 }
 LAYERS["tome"] = (*("config", *LAYERS["config"], "models", "patch", "graphs", "latents", "runs"),)
-LAYERS["schedulers"] = ("cache", *LAYERS["cache"])
+LAYERS["schedulers"] = ()
 LAYERS["handle"] = ("tome", *LAYERS["tome"], "cache", "base_handle")
 LAYERS["vit"] = ("merging", "errors", "validate", "base_handle", "patch", "graphs")
 LAYERS["apply"] = ("handle", *LAYERS["handle"], "schedulers", "vit")

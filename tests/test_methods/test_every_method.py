@@ -118,7 +118,10 @@ def test_batch_order_does_not_matter(spec, grid, ratio, seed, order, swapped):
     assert (plan is None) == (other is None)
     if plan is not None:
         result = plan.unmerge(plan.merge(x))
-        torch.testing.assert_close(other.unmerge(other.merge(x[entries])), result[entries])
+        # A pseudo-inverse enlarges what another order of a sum changes.
+        slack = dict(rtol=1e-3, atol=1e-3) if "pinv" in name_of(spec) else {}
+        back = other.unmerge(other.merge(x[entries]))
+        torch.testing.assert_close(back, result[entries], **slack)
 
 
 def spread_out(grid):
