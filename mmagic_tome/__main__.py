@@ -40,6 +40,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
         run = getattr(entry, f"{argv[0]}_main")
         return run(argv[1:], prog or f"mmagic_tome {argv[0]}")
+    if not argv or argv[0] not in VERBS:
+        wrong = f"there is no verb {argv[0]!r}" if argv else "state a verb"
+        known = ", ".join(verb for verb in (*VERBS, *_RUNNER_VERBS) if verb != "tune")
+        print(f"{prog or 'mmagic_tome'}: error: {wrong}; write one of {known}", file=sys.stderr)
+        return 2
     return lab_main(argv, prog)
 
 

@@ -91,20 +91,13 @@ def benchmark(
     """
     methods = default_methods(network) if methods is None else methods
     methods = [BASELINE, *(method for method in methods if method.kind != "baseline")]
-    check_names(methods)
-    for method in methods:
-        if method.steps is not None:
-            raise ToMeError(
-                f"method {method.name!r} has steps of its own, whose images differ; use evaluate"
-            )
-        if method.slug.startswith("ideal"):
-            raise ToMeError(f"{method.name!r} is the name of what the benchmark adds; rename it")
+    check_methods(methods)
     for what, value, known in (("attention", attention, ATTENTIONS), ("mode", mode, MODES)):
         if value not in known:
             raise ToMeError(f"{what}={value!r} must be one of {', '.join(known)}")
     timer = Clock(device, clock)
     if isinstance(network, str):
-        work_of = NetworkWork(network, _entry(network), timer.device, steps, sizes, batches)
+        work_of = NetworkWork(network, check_network(network), timer.device, steps, sizes, batches)
     else:
         work_of = SourceWork(network, timer.device, steps, sizes, batches, request)
     found = environment(device)
@@ -133,7 +126,28 @@ def benchmark(
     return frame
 
 
-def _entry(name: str) -> Any:
+def check_methods(methods: Sequence[Method]) -> None:
+    """Fail if :func:`benchmark` cannot compare these methods; nothing is loaded.
+
+    Raises:
+        ToMeError: Two of one name, one with steps of its own, one that is named as the ideal is.
+    """
+    check_names(methods)
+    for method in methods:
+        if method.steps is not None:
+            raise ToMeError(
+                f"method {method.name!r} has steps of its own, whose images differ; use evaluate"
+            )
+        if method.slug.startswith("ideal"):
+            raise ToMeError(f"{method.name!r} is the name of what the benchmark adds; rename it")
+
+
+def check_network(name: str) -> Any:
+    """The entry of :data:`~.networks.NETWORKS`.
+
+    Raises:
+        ToMeError: There is none.
+    """
     if name not in NETWORKS:
         raise ToMeError(
             f"there is no network {name!r}; write one of {', '.join(NETWORKS)}, a config's path or "
@@ -147,7 +161,7 @@ def default_methods(network: str | Source) -> list[Method]:
     transformer ours with r=8."""
     if not isinstance(network, str) and not network.setting.baseline:
         return [Method("ours", network.setting)]
-    if isinstance(network, str) and not _entry(network).denoises:
+    if isinstance(network, str) and not check_network(network).denoises:
         return [Method.from_dict({"name": "ours", "tome_cfg": {"r": 8}})]
     methods = [Method("ours", Setting.coerce({"ratio": 0.5}))]
     with contextlib.suppress(ToMeError):  # not installed
@@ -355,5 +369,5 @@ def table(frame: pd.DataFrame) -> str:
         parts.append(
             f"{case}\n{ran.to_string(index=False, na_rep='-', float_format='{:.4g}'.format)}"
         )
-        parts += [f"{one.method}: {one.note}" for one in rows.itertuples() if one.note]
+        parts += [f"{one.method}: {one.note}" for one in rows.dropna(subset="note").itertuples()]
     return "\n".join(parts)

@@ -163,6 +163,10 @@ def _results(args: argparse.Namespace, name: str) -> Iterator[Path]:
     folder = new_folder(work_dir, getattr(args, "resume", False))
     try:
         yield folder
+    except KeyboardInterrupt:
+        if not (hasattr(args, "resume") and (folder / "manifest.json").exists()):
+            raise
+        raise KeyboardInterrupt(f"; --resume goes on with {folder}") from None
     finally:
         with contextlib.suppress(OSError):
             folder.rmdir()
@@ -269,7 +273,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _benchmark(args: argparse.Namespace) -> None:
     from ..settings import Setting
-    from .benchmark import benchmark, default_methods, table
+    from .benchmark import benchmark, check_methods, check_network, default_methods, table
     from .devices import DTYPES, check_device
     from .methods import BASELINE
     from .networks import NETWORKS
@@ -278,6 +282,8 @@ def _benchmark(args: argparse.Namespace) -> None:
 
     device, network = check_device(args.device), args.config or args.default_config
     name, setting, request = network, Setting(), {}
+    if args.pipeline is None and not Path(network).suffix:
+        check_network(network)
     if args.pipeline is not None or network not in NETWORKS:
         network = _source(args)
         name, setting, request = network.name, network.setting, _given(args)
@@ -285,7 +291,10 @@ def _benchmark(args: argparse.Namespace) -> None:
             del request[key]
         if args.prompt or args.prompt_file:
             request["prompts"] = [prompt.text for prompt in _prompts(args)]
+    else:
+        _check_unused(args, network)
     methods = _methods(args, setting) or default_methods(network)
+    check_methods(methods)
     title = f"{name} on {device}: {args.steps or 1} steps, {args.rounds} rounds"
     if not _goes_on(args, name, title, [BASELINE, *methods]):
         return
@@ -296,6 +305,26 @@ def _benchmark(args: argparse.Namespace) -> None:
         how.update(with_ideal=not args.no_ideal, memory=not args.no_memory, request=request)
         frame = benchmark(network, methods, *cases, folder, device, **how)
         print(f"{table(frame)}\n\nReport: {write_report(RunFolder(folder))}")
+
+
+def _check_unused(args: argparse.Namespace, network: str) -> None:
+    """Options of a model that a network with random weights has no use for are errors.
+
+    Raises:
+        ToMeError: The first of them.
+    """
+    of_models = [field.name for field in fields(Request)]
+    of_models = [name for name in of_models if name not in ("steps", "size", "batch_size")]
+    flags = {"checkpoint": "CHECKPOINT", "prompts": "--prompt", "extra": "--extra-parameters"}
+    flags.update(images="--img", masks="--mask", controls="--control", references="--reference")
+    given = {**vars(args), "prompts": args.prompt or args.prompt_file}
+    for name in ("checkpoint", "cfg_options", *of_models):
+        if given[name] not in (None, [], {}, ()):
+            flag = flags.get(name, "--" + name.replace("_", "-"))
+            raise ToMeError(
+                f"{flag} has no meaning for {network}, a network with random weights; leave it "
+                "out, or state a config or --pipeline"
+            )
 
 
 def _visualize(args: argparse.Namespace) -> None:

@@ -207,9 +207,11 @@ class _Run:
             found = interval(ratios(base[part], other[part]))
             text = f"{found}{'' if found.excludes(1) else ', within noise'}"
             result[key] = {**asdict(found), "text": text}
+        # Over a small image there is no room for more, and ~ says the same.
+        speedup = result["speedup"]["text"].removesuffix(", within noise")
         heads = [
             f"baseline\n{statistics.median(base['whole']):.2f} s per image",
-            f"{self.applied['done']}: {result['speedup']['text']}\n"
+            f"{self.applied['done']}: {speedup}\n"
             f"{statistics.median(other['whole']):.2f} s per image",
         ]
         title = "{model}, {steps} steps, {size}, {device} {dtype}".format(**self.settings)
@@ -304,5 +306,6 @@ def report(result: Mapping[str, Any], folder: Path) -> str:
         return "\n".join([*lines, "  without a warm-up; --compare measures the speed-up"])
     speedup, network = result["speedup"], result["network_speedup"]["text"]
     lines.append(f"  speed-up: {speedup['text']} [{network}]")
-    lines.append(f"  medians of {speedup['count']} interleaved pairs of runs, after a warm-up")
+    pairs = "one pair" if speedup["count"] == 1 else f"{speedup['count']} interleaved pairs"
+    lines.append(f"  medians of {pairs} of runs, after a warm-up")
     return "\n".join(lines)

@@ -27,6 +27,7 @@ from ..errors import ToMeError
 from ..validate import check_choice, check_integer, check_keys, did_you_mean
 from .devices import DTYPES
 from .methods import BASELINE, Method, check_names, fewer_steps, parse_method
+from .metrics import check_metric
 from .prompts import SPLITS, choose, read_prompts, request_fields
 from .real import RealImages
 from .request import Request
@@ -191,12 +192,13 @@ def _only(wanted: Sequence[str] | None, found: list[Method]) -> list[Method]:
 
 def _metric(entry: Any) -> Any:
     """``'fid'``, ``"fid={'weights': ...}"`` or a dict."""
-    if not isinstance(entry, str) or "=" not in entry:
-        return entry
-    name, _, text = entry.partition("=")
-    try:
-        return {"name": name, **ast.literal_eval(text)}
-    except (ValueError, SyntaxError, TypeError):
-        raise ToMeError(
-            f"metric {entry!r}: write its name, or NAME=\"{{'option': value}}\""
-        ) from None
+    if isinstance(entry, str) and "=" in entry:
+        name, _, text = entry.partition("=")
+        try:
+            entry = {"name": name, **ast.literal_eval(text)}
+        except (ValueError, SyntaxError, TypeError):
+            raise ToMeError(
+                f"metric {entry!r}: write its name, or NAME=\"{{'option': value}}\""
+            ) from None
+    check_metric(entry)
+    return entry

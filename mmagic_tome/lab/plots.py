@@ -248,6 +248,8 @@ def lines(
         if log:  # as plain numbers
             axes.yaxis.set_major_formatter(LogFormatter())
             axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        if all(float(one).is_integer() for one in x):  # there is no step 1.5
+            axes.xaxis.get_major_locator().set_params(integer=True)
         if x[-1] < x[0]:
             axes.invert_xaxis()
     all_axes[0].set_ylabel(ylabel)

@@ -66,13 +66,17 @@ def _newest(work_dir: Path) -> Path:
 
 def _make(work_dir: Path) -> Path:
     stamp = time.strftime("%Y%m%d_%H%M%S")
-    with users_errors(work_dir):
+    try:
         work_dir.mkdir(parents=True, exist_ok=True)
         path, number = work_dir / stamp, 0
         while path.exists():  # of a run that began within the same second
             number += 1
             path = work_dir / f"{stamp}_{number}"
         path.mkdir()
+    except OSError as error:  # whichever: nothing is there yet that a bug could be in
+        raise ToMeError(
+            f"cannot write to {work_dir}: {error.strerror}; choose another --work-dir"
+        ) from error
     return path
 
 

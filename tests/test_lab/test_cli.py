@@ -4,6 +4,7 @@
 import errno
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,22 @@ def test_help_explains_every_option_with_its_default(verb):
     assert [one.dest for one in actions if "(default: " not in (one.help or "")] == []
 
 
+def test_commands_of_the_pages_have_options_that_there_are():
+    pages = [*ROOT.glob("*.md")]
+    for folder in ("benchmarks", "configs", "docs", "examples"):
+        pages += (ROOT / folder).rglob("*.md")
+    commands = re.compile(r"(?:tools/(\w+)\.py|-m mmagic_tome (\w+))([^\n`]*)")
+    found = 0
+    for page in pages:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for tool, module, words in commands.findall(text):
+            verb = tool or module
+            if verb in RUNNING and "--help" not in words:
+                build_parser(verb, f"{page}: {verb}{words}").parse_args(shlex.split(words, True))
+                found += 1
+    assert found > 20
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_errors_are_one_line_under_the_name_of_the_verb(command, verb):
     code, out, err = command(verb, "--nonsense")
@@ -98,7 +115,8 @@ def test_verbs_are_listed_and_unknown_ones_refused(command):
     assert code == 0 and all(f"  {verb} " in out for verb in (*VERBS, "test", "train"))
     for words in ([], ["paint"]):
         code, _, err = command(*words)
-        assert code == 2 and "write one of infer, evaluate, benchmark, visualize" in err
+        assert code == 2 and err.count("\n") == 1
+        assert "write one of infer, evaluate, benchmark, visualize, test, train\n" in err
 
 
 def test_tune_says_what_to_use_instead(command):
@@ -204,6 +222,20 @@ WRONG = {
     "weights not there": ("infer {elsewhere} --prompt cat", "not there: /nowhere"),
     "pipeline is none": ("infer --pipeline {tmp} --prompt cat", "model_index.json"),
     "work dir is a file": ("infer {tome} --prompt cat --work-dir {tmp}/text.txt", "cannot write"),
+    "work dir cannot be made": (
+        "infer {tome} --prompt cat --work-dir /proc/no",
+        "cannot write to /proc/no",
+    ),
+    "metric unknown": (
+        "evaluate {tome} --prompt cat --metrics psnr snr --dry-run",
+        "did you mean 'psnr'",
+    ),
+    "network unknown": ("benchmark sd16 --dry-run", "write one of small, sd15"),
+    "unused checkpoint": ("benchmark small x.pth --dry-run", "CHECKPOINT has no meaning"),
+    "unused prompts": ("benchmark small --prompt-file demo --dry-run", "--prompt has no"),
+    "unused images": ("benchmark small --img x.png --dry-run", "--img has no meaning"),
+    "unused options": ("benchmark small --cfg-options a.b=1", "--cfg-options has no"),
+    "steps of its own": ("benchmark small --method steps:3 --dry-run", "use evaluate"),
     "nothing to resume": ("evaluate {tome} --prompt a --resume --work-dir {tmp}/x", "no run in"),
     "clips are not drawn": ("visualize {clips} --prompt cat", "AnimateDiff makes clips"),
     "nothing is merged": ("visualize {tome} --prompt cat --ratio 0", "nothing to draw"),
@@ -269,6 +301,17 @@ def test_a_dry_run_says_what_would_be_run(
     for text in (*said, "nothing was run"):
         assert text in out
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_run_says_how_it_goes_on(command, configs, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmagic_tome.lab.evaluate._make_images", interrupt)
+    words = ["evaluate", configs["evaluation"], "--device", "cpu", "--work-dir", tmp_path]
+    code, _, err = command(*words)
+    (folder,) = tmp_path.iterdir()
+    assert code == 130 and err.endswith(f"interrupted; --resume goes on with {folder}\n")
 
 
 # --- the verbs that others test, through the entrance ---------------------------------------------

@@ -82,9 +82,7 @@ def available(
     """
     metrics, missing = {}, {}
     for entry in names:
-        options = {"name": entry} if isinstance(entry, str) else dict(entry)
-        name = options.pop("name", None)
-        _function(NAMES, name, options)
+        name, options = check_metric(entry)
         if name in metrics or name in missing:
             raise ToMeError(f"metric {name!r} is named twice")
         try:
@@ -94,6 +92,18 @@ def available(
         except ToMeError as error:
             missing[name] = str(error)
     return metrics, missing
+
+
+def check_metric(entry: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name and the options of a metric as :func:`available` takes it; nothing is loaded.
+
+    Raises:
+        ToMeError: A name or option that no metric has.
+    """
+    options = {"name": entry} if isinstance(entry, str) else dict(entry)
+    name = options.pop("name", None)
+    _function(NAMES, name, options)
+    return name, options
 
 
 def set_features(
