@@ -4,6 +4,7 @@
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 from pathlib import Path
@@ -86,6 +87,7 @@ class Browser:
 
     def _next(self):
         while b"\0" not in self.received:
+            assert select.select([self.back], [], [], 300)[0], "the browser does not answer"
             data = os.read(self.back, 1 << 20)
             assert data, "the browser ended"
             self.received += data
