@@ -61,7 +61,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class KeyValues(argparse.Action):
-    """KEY=VALUE ..., read by mmengine's ``DictAction``, whose import takes a second."""
+    """KEY=VALUE ..., read by mmengine's ``DictAction``, whose import takes a second.
+
+    It makes ``'redapple'`` of ``'red apple'``, so values with spaces are read here.
+    """
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         """Add the pairs to the dict in ``namespace``."""
@@ -70,10 +73,27 @@ class KeyValues(argparse.Action):
                 parser.error(f"{option_string} takes KEY=VALUE, got {text!r}")
         from mmengine.config import DictAction
 
-        try:
-            DictAction(self.option_strings, self.dest)(parser, namespace, values, option_string)
-        except AssertionError as error:
-            parser.error(f"{option_string}: {error}")
+        action = DictAction(self.option_strings, self.dest)
+        for text in values:
+            key, _, value = text.partition("=")
+            try:
+                if " " not in value or (found := _spaced(value)) is NOT_GIVEN:
+                    action(parser, namespace, [text], option_string)
+                else:
+                    setattr(
+                        namespace, self.dest, {**(vars(namespace)[self.dest] or {}), key: found}
+                    )
+            except AssertionError as error:
+                parser.error(f"{option_string}: {error}")
+
+
+def _spaced(value: str) -> Any:
+    """A value with spaces in it: what it is in Python, else a text; ``NOT_GIVEN`` of other lists,
+    such as ``[a, b]``."""
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return NOT_GIVEN if value.startswith(("(", "[")) else value
 
 
 # --- values ---------------------------------------------------------------------------------------

@@ -15,6 +15,9 @@ so that its parser can be corrected where it is too strict or does nothing:
   Without it ``load_from`` of the config counts.
 - CONFIG may be ``mmagic_tome::demo/sd-emoji_eval.py``, or such a path in another package.
 - Before anything is built, a missing file or a config without a test (or training) is an error.
+- ``--work-dir`` and ``--out`` are checked then too; MMagic finds out after the test that it cannot
+  write such a file.
+- ``--cfg-options`` keeps the spaces of texts.
 - ``--amp`` works for an ``optim_wrapper`` with one optimizer and no ``type``, as that of
   DreamBooth; MMagic raises AssertionError or AttributeError.
 - ``--auto-scale-lr`` takes effect; MMagic parses it and ignores it.
@@ -32,6 +35,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from ..errors import ToMeError
+from ..lab.options import KeyValues
 
 # What a config must have, by script, and what to write where it has not.
 _NEEDED = {
@@ -80,6 +84,8 @@ def _run(name: str, argv: Sequence[str] | None, prog: str) -> int:
         def add_argument(self, *names: str, **options: Any) -> argparse.Action:
             if names == ("checkpoint",):
                 options = {**options, "nargs": "?", "help": "checkpoint file; default: load_from"}
+            elif names == ("--cfg-options",):
+                options = {**options, "action": KeyValues, "help": "changes of the config"}
             return super().add_argument(*names, **options)
 
         def parse_args(self) -> argparse.Namespace:
@@ -126,7 +132,13 @@ def _completed(name: str, args: argparse.Namespace) -> argparse.Namespace:
     checkpoint = getattr(args, "checkpoint", None) or config.get("load_from")
     if checkpoint and "://" not in checkpoint and not os.path.isfile(checkpoint):
         raise ToMeError(f"there is no checkpoint {checkpoint}")
+    if args.work_dir and os.path.exists(args.work_dir) and not os.path.isdir(args.work_dir):
+        raise ToMeError(f"--work-dir {args.work_dir} is a file; write a folder")
     if name == "test":
+        if args.out and not args.out.endswith((".json", ".yaml", ".yml", ".pkl", ".pickle")):
+            raise ToMeError(
+                f"--out {args.out} is no kind of file that is known; write metrics.json"
+            )
         args.checkpoint = checkpoint
         return args
     if args.amp and "optimizer" in config.optim_wrapper:

@@ -103,6 +103,25 @@ def test_commands_of_the_pages_have_options_that_there_are():
     assert found > 20
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("red apple", "red apple"),
+        ("ugly, bad", "ugly, bad"),
+        ("['red apple', 'cat']", ["red apple", "cat"]),
+        ("{'a b': 1}", {"a b": 1}),
+        ("[a, b]", ["a", "b"]),
+        ("(1, 2)", (1, 2)),
+        ("1,2", [1, 2]),
+        ("0.5", 0.5),
+        ("None", None),
+    ],
+)
+def test_values_keep_their_spaces(text, value):
+    args = build_parser("infer").parse_args(["--extra-parameters", "first=1", f"key={text}"])
+    assert args.extra == {"first": 1, "key": value}
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_errors_are_one_line_under_the_name_of_the_verb(command, verb):
     code, out, err = command(verb, "--nonsense")

@@ -137,6 +137,16 @@ def test_arguments_in_any_order(completed, tmp_path):
     assert completed("test", "mmagic_tome::demo/sd-emoji_eval.py").config.endswith("_eval.py")
 
 
+def test_options_of_the_config_keep_their_spaces(completed):
+    prompts = "test_dataloader.dataset.prompts=['red apple', 'sailboat']"
+    args = completed("test", EVAL, "--cfg-options", prompts, "a.b=1,2", "infer_cfg.steps=4")
+    assert args.cfg_options == {
+        "test_dataloader.dataset.prompts": ["red apple", "sailboat"],
+        "a.b": [1, 2],
+        "infer_cfg.steps": 4,
+    }
+
+
 def test_mixed_precision_of_one_optimizer(completed):
     for name in ("dreambooth", "textual_inversion", "vico"):
         (config,) = (ROOT / "configs" / name).glob(f"{name}_tome-5e-1.py")
@@ -150,6 +160,8 @@ def test_mixed_precision_of_one_optimizer(completed):
         ("test", ["nowhere.py"], "config nowhere.py does not exist"),
         ("test", [EVAL, "nowhere.pth"], "there is no checkpoint nowhere.pth"),
         ("test", [EVAL, "--cfg-options", "load_from=no.pth"], "there is no checkpoint no.pth"),
+        ("test", [EVAL, "--out", "metrics.txt"], "write metrics.json"),
+        ("test", [EVAL, "--work-dir", EVAL], "is a file; write a folder"),
         ("test", [EVAL.replace("_eval", "")], "inherit from configs/_base_/tome_eval.py"),
         ("train", [EVAL], "has no train_dataloader, train_cfg, optim_wrapper"),
         (
