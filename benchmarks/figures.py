@@ -30,6 +30,11 @@ from mmagic_tome.lab.report import markdown, replace_table
 PAGES = ("*.md", "docs/**/*.md", "benchmarks/*.md", "configs/*/README.md")
 MARKER = re.compile(r"<!-- figure: (\S+) -->")
 PRESETS = ("quality", "balanced", "fast")
+# Networks of the benchmark, in full.
+NETWORKS = {
+    "sd15": "Stable Diffusion 1.5, random weights",
+    "sd15-level0": "finest level of Stable Diffusion 1.5, random weights",
+}
 PSNR = "PSNR to the baseline images (dB)"
 Row = dict[str, Any]
 
@@ -59,6 +64,7 @@ class Data:
         """What was measured, how, where, when; and a link to the file."""
         settings, where = self.record["settings"], self.record["environment"]
         said = [str(settings[key]) for key in ("model", "size", "dtype") if key in settings]
+        said[0] = NETWORKS.get(said[0], said[0])
         for key in ("images", "steps"):
             if settings.get(key, 1) > 1:
                 said.append(f"{settings[key]} {key}")
