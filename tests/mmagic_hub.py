@@ -167,32 +167,25 @@ def shrink(config, hub):
     return config
 
 
-def arguments(config):
-    """What a call of ``infer`` needs for a model of this config: one 64x64 image, two steps.
+def arguments(model):
+    """Keyword arguments for ``infer``, of one 64x64 image in two steps.
 
     Args:
-        config (Config): As MMagic has it, shrunk or not.
-
-    Returns:
-        dict: Keyword arguments.
+        model (dict): The ``model`` of a config.
     """
-    model = config.model
     image, mask = an_image(), Image.fromarray((np.eye(64) * 255).astype(np.uint8))
-    given = dict(prompt="a cat", **tiny.QUICK)
-    given.update(
-        {
-            "StableDiffusionInpaint": dict(image=image, mask_image=mask),
-            "ControlStableDiffusion": dict(control=image),
-            "ControlStableDiffusionImg2Img": dict(
-                control=image, latent_image=image, reference_img=image
-            ),
-            "TextualInversion": dict(prompt=f"a {model.get('placeholder_token')}"),
-            "ViCo": dict(prompt=f"a {model.get('placeholder')}", image_reference=image),
-            "FastComposer": dict(prompt="a cat img", reference_subject_images=[image]),
-            "AnimateDiff": dict(video_length=2),
-        }.get(model.type, {})
-    )
-    return given
+    of_kinds = {
+        "StableDiffusionInpaint": dict(image=image, mask_image=mask),
+        "ControlStableDiffusion": dict(control=image),
+        "ControlStableDiffusionImg2Img": dict(
+            control=image, latent_image=image, reference_img=image
+        ),
+        "TextualInversion": dict(prompt=f"a {model.get('placeholder_token')}"),
+        "ViCo": dict(prompt=f"a {model.get('placeholder')}", image_reference=image),
+        "FastComposer": dict(prompt="a cat img", reference_subject_images=[image]),
+        "AnimateDiff": dict(video_length=2),
+    }
+    return {"prompt": "a cat", **tiny.QUICK, **of_kinds.get(model["type"], {})}
 
 
 def an_image(size=64):

@@ -48,9 +48,8 @@ def test_eval_config(name, hub, tmp_path):
     assert 0 < found["merging/psnr"] < 60 and 0 < found["merging/latent_error"] < 2
     assert all(math.isfinite(value) for value in found.values())
     log = next(tmp_path.rglob("*.log")).read_text()
-    assert "token merging in" in log and "profile: median" in log
+    assert "token merging in" in log
     assert len(list(tmp_path.rglob("vis_image/test_*.png"))) == 2
-    assert len(list(tmp_path.rglob("profile.json"))) == 1
 
 
 def test_every_family_has_one():

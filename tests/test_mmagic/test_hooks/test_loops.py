@@ -114,7 +114,7 @@ def test_several_methods(make_runner, tmp_path):
         dict(name="cached", cache_cfg=dict(region="network")),
         dict(name="short", steps=3),
     ]
-    options = dict(metrics=metrics, loop=dict(methods=methods, steps=6, draw=3))
+    options = dict(metrics=metrics, loop=dict(methods=methods, steps=6))
     runner = make_runner("test", tmp_path, tome_cfg=None, **options)
     found = runner.test()
     assert set(found) == {"baseline/seconds"} | {
@@ -134,7 +134,7 @@ def test_several_methods(make_runner, tmp_path):
     log = next(tmp_path.rglob("*.log")).read_text()
     assert "merged: token merging in UNet2D" in log and "cached: step caching in UNet2D" in log
     files = sorted(tmp_path.rglob("vis_image/test_*.png"))
-    assert len(files) == 3
+    assert len(files) == 4
     drawn = np.asarray(Image.open(files[0]).convert("RGB")).astype(int)
     images = dict(baseline=baseline, merged=merged, cached=cached, short=short)
     expected = sheet(PROMPTS[0], {name: one[0] for name, one in images.items()})
@@ -167,16 +167,11 @@ def test_numbers_depend_neither_on_batches_nor_on_the_global_generator(make_runn
     assert runner.val()["merging/psnr"] != pytest.approx(found[0], rel=1e-3)
 
 
-def test_what_a_metric_or_a_loop_needs(make_runner, tmp_path, inception):
-    inception_score = of_mmagic("IS", inception, tmp_path, fake_nums=5)
+def test_what_a_metric_or_a_loop_needs(make_runner, tmp_path):
     methods = [dict(name="merged", tome_cfg=dict(ratio=0.5))]
     for options, message in (
         (dict(metrics=[dict(type="PSNR")]), "gt_key='baseline_img'"),
         (dict(metrics=[dict(FRECHET, against="real")]), "ToMePromptDataset\\(images=FOLDER\\)"),
-        (
-            dict(metrics=[inception_score]),
-            "fake_nums=5, and there are 4 prompts; write fake_nums=4",
-        ),
         (dict(metrics=[dict(FRECHET, against="nothing")]), "write 'baseline' or 'real'"),
         (dict(metrics=[dict(type="ToMeMetric", metric="psnrr")]), "unknown metric 'psnrr'"),
         (dict(loop=dict(methods=methods)), "write all of them into methods, or none"),
@@ -189,13 +184,12 @@ def test_what_a_metric_or_a_loop_needs(make_runner, tmp_path, inception):
 
 
 def test_data_of_prompts(real_images, tmp_path):
-    data = ToMePromptDataset(PROMPTS, images=real_images, size=(32, 48))
+    data = ToMePromptDataset(PROMPTS, images=real_images)
     assert len(data) == 4
     sample = data[1]["data_samples"]
-    assert sample.prompt == "a dog" and sample.gt_img.shape == (3, 32, 48)
-    whole = ToMePromptDataset(PROMPTS, images=real_images)[1]["data_samples"].gt_img
+    assert sample.prompt == "a dog" and sample.gt_img.shape == (3, 64, 64)
     first = Image.open(f"{real_images}/1.png").getpixel((0, 0))
-    assert tuple(whole[:, 0, 0].tolist()) == first[::-1], "BGR"
+    assert tuple(sample.gt_img[:, 0, 0].tolist()) == first[::-1], "BGR"
     (tmp_path / "prompts.txt").write_text("# two\ncat\ndog\n")
     assert ToMePromptDataset(str(tmp_path / "prompts.txt")).prompts == ["cat", "dog"]
     (tmp_path / "1.png").write_text("no image")
