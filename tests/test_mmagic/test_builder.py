@@ -31,38 +31,24 @@ def built(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("given", "config"),
+    ("technique", "given", "config"),
     [
-        (dict(ratio=0.25), ToMeConfig(ratio=0.25)),
-        (ConfigDict(ratio=0.25), ToMeConfig(ratio=0.25)),
-        (ToMeConfig(ratio=0.25), ToMeConfig(ratio=0.25)),
-        ({}, ToMeConfig()),
-        (None, None),
+        ("tome", ConfigDict(ratio=0.25), ToMeConfig(ratio=0.25)),
+        ("tome", ToMeConfig(ratio=0.25), ToMeConfig(ratio=0.25)),
+        ("tome", {}, ToMeConfig()),
+        ("tome", None, None),
+        ("cache", "balanced", PRESETS["balanced"]),
+        ("cache", ConfigDict(interval=3), (StepCacheConfig(interval=3),)),
+        ("cache", [dict(order=0)], (StepCacheConfig(order=0),)),
+        ("cache", None, None),
     ],
 )
-def test_token_merging(given, config, built):
-    handle = get_handle(build_tome(ConfigDict(INNER), tome_cfg=given))
+def test_kinds_of_values(technique, given, config, built):
+    model = build_tome(ConfigDict(INNER), **{f"{technique}_cfg": given})
     assert built == [INNER]
+    handle = get_handle(model, technique)
     assert (handle and handle.config) == config
-
-
-@pytest.mark.parametrize(
-    ("given", "configs"),
-    [
-        ("balanced", PRESETS["balanced"]),
-        (ConfigDict(interval=3), (StepCacheConfig(interval=3),)),
-        (StepCacheConfig(order=0), (StepCacheConfig(order=0),)),
-        (
-            [dict(region="inner"), dict(order=2)],
-            (StepCacheConfig(order=2), StepCacheConfig(region="inner")),
-        ),
-    ],
-)
-def test_step_caching(given, configs, built):
-    model = build_tome(INNER, cache_cfg=given)
-    assert get_handle(model, "cache").config == configs
-    assert get_handle(model, "tome") is None
-    assert type(model.unet).__name__ == "UNet2DConditionModel"
+    assert get_handle(model, "cache" if technique == "tome" else "tome") is None
 
 
 def test_keys_that_others_put_outermost_go_inside(built):

@@ -16,7 +16,7 @@ import tiny
 from mmagic.registry import MODELS
 from mmengine.model import BaseModel
 
-from mmagic_tome import StepCacheConfig, ToMeConfig, ToMeError, apply_tome, remove_tome
+from mmagic_tome import ToMeConfig, ToMeError, apply_tome, remove_tome
 from mmagic_tome.cache import PRESETS
 
 FAMILY = (
@@ -62,48 +62,6 @@ def test_every_name_is_still_mmagics_own_class(name):
         assert "tokenizer" in inspect.signature(cls).parameters
 
 
-@pytest.mark.parametrize("kind", [*FAMILY, "native"])
-def test_both_techniques(kind, clip_folder):
-    """Alone, together, at ratio 0 and removed; of five steps the second and the fourth skip."""
-    baseline = tiny.tiny_model(kind, clip_folder)
-    cache = dict(timestep_range=(0, 1), order=0)
-    keys = dict(tome_cfg=dict(ratio=0.5), cache_cfg=cache)
-    model = tiny.tiny_model(kind, clip_folder, **keys)
-    assert type(model) is MODELS.get("StableDiffusion" if kind == "native" else kind)
-    assert list(model.state_dict()) == list(baseline.state_dict())
-    merging, caching = model.tome_handle, model.cache_handle
-    assert merging.config == ToMeConfig(ratio=0.5)
-    assert caching.config == (StepCacheConfig(**cache),)
-
-    def image(of=model):
-        return infer(kind, of, num_inference_steps=5)
-
-    both = image()
-    assert np.isfinite(both).all()
-    np.testing.assert_array_equal(image(), both)  # however often
-    rows = {row["region"]: (row["computed"], row["skipped"]) for row in caching.stats()}
-    calls = sum(rows["network"])
-    assert rows["network"] == (calls * 3 // 5, calls * 2 // 5)
-    assert ("controlnet.network" in rows) == (kind == "ControlStableDiffusion")
-    assert all(row["kept"] == row["tokens"] / 2 for row in merging.stats())
-    merging.ratio = 0
-    cached = image()
-    assert np.abs(both - cached).max() > 1e-3
-    merging.ratio = 0.5
-    with caching.disabled():
-        merged = image()
-    merging.remove()
-    assert model.tome_handle is None and model.cache_handle.active
-    np.testing.assert_array_equal(image(), cached)
-    caching.remove()
-    assert model.cache_handle is None
-    expected = image(baseline)
-    np.testing.assert_array_equal(image(), expected)
-    assert min(np.abs(one - expected).max() for one in (cached, merged)) > 1e-3
-    with pytest.raises(ToMeError, match=r"step caching is configured twice.*keep one"):
-        model.cfg = dict(cache_cfg="fast")
-
-
 @pytest.mark.parametrize("target", ["attn_kv", "block"])
 @pytest.mark.parametrize("kind", [*FAMILY, "native"])
 def test_targets_and_residual(kind, target, clip_folder):
@@ -122,11 +80,11 @@ def test_targets_and_residual(kind, target, clip_folder):
     assert np.abs(merged - infer(kind, model)).mean() < 0.1 * np.abs(merged).mean()
 
 
-@pytest.mark.parametrize("target", ["crossattn", "block"])
-def test_vico_reads_the_cross_attention_of_all_tokens(target, clip_folder):
+def test_vico_reads_the_cross_attention_of_all_tokens(clip_folder):
     model = tiny.tiny_model("ViCo", clip_folder)
-    with pytest.raises(ToMeError, match="ViCo reads the cross-attention"):
-        apply_tome(model, targets=[target])
+    for target in ("crossattn", "block"):
+        with pytest.raises(ToMeError, match="ViCo reads the cross-attention"):
+            apply_tome(model, targets=[target])
     apply_tome(model, targets=["attn", "mlp"])
 
 
@@ -166,24 +124,12 @@ def test_bad_values_show_before_the_model_is_built(kind, monkeypatch):
         MODELS.get(kind)(cache_cfg="fst")
 
 
-def _through_pickle(model):
-    return pickle.loads(pickle.dumps(model))
-
-
-@pytest.mark.parametrize(
-    ("kind", "duplicate"),
-    [
-        ("StableDiffusion", copy.deepcopy),
-        ("ViCo", copy.deepcopy),
-        ("FastComposer", copy.deepcopy),
-        ("native", _through_pickle),
-    ],
-)
-def test_duplicates_are_independent(kind, duplicate, clip_folder):
+@pytest.mark.parametrize("kind", ["StableDiffusion", "ViCo", "FastComposer", "native"])
+def test_duplicates_are_independent(kind, clip_folder):
     keys = dict(tome_cfg=dict(ratio=0.5), cache_cfg=dict(order=0))
     model = tiny.tiny_model(kind, clip_folder, **keys)
     expected = infer(kind, model)
-    other = duplicate(model)
+    other = pickle.loads(pickle.dumps(model)) if kind == "native" else copy.deepcopy(model)
     # Its weights lie elsewhere in memory: rounding may differ, by one of 256 levels.
     np.testing.assert_allclose(infer(kind, other), expected, rtol=0, atol=1)
     other.tome_handle.remove()
@@ -197,7 +143,7 @@ def test_duplicates_are_independent(kind, duplicate, clip_folder):
 def test_assigning_cfg(sd_folder):
     model = tiny.tiny_model("StableDiffusion", sd_folder)
     assert not hasattr(model, "cfg")
-    for without in (None, {}, dict(tome_cfg=None), dict(cache_cfg=None)):
+    for without in (None, {}, dict(tome_cfg=None, cache_cfg=None)):
         model.cfg = without
         assert model.cfg is without
         assert model.tome_handle is None and model.cache_handle is None
@@ -230,19 +176,13 @@ class HasADefault(mmagic.models.StableDiffusion):
         super().__init__(*args, tome_cfg=tome_cfg or dict(ratio=0.125), **kwargs)
 
 
-class KeepsIt(mmagic.models.StableDiffusion):
-    def __init__(self, *args, tome_cfg=None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.options = tome_cfg
-
-
 class SetsCfg(mmagic.models.StableDiffusion):
     def __init__(self, *args, **kwargs):
         self.cfg = dict(tome_cfg=dict(ratio=0.25))  # before there is a UNet
         super().__init__(*args, **kwargs)
 
 
-OWN = (PassesOn, ReplacesTheUnet, HasADefault, KeepsIt, SetsCfg)
+OWN = (PassesOn, ReplacesTheUnet, HasADefault, SetsCfg)
 
 
 @pytest.mark.parametrize("own", OWN)
@@ -261,9 +201,6 @@ def test_a_class_of_ones_own(own, sd_folder):
         model.cfg = dict(tome_cfg=dict(ratio=0.5))
     model = build(cache_cfg="quality")
     assert model.cache_handle.config == PRESETS["quality"]
+    with pytest.raises(ToMeError, match=r"step caching is configured twice.*keep one"):
+        model.cfg = dict(cache_cfg="fast")
     assert (model.tome_handle and model.tome_handle.ratio) == default
-
-
-def test_max_downsample_1_on_sdxl_says_which_levels_there_are(sd_folder):
-    with pytest.raises(ToMeError, match="max_downsample"):
-        tiny.tiny_model("StableDiffusionXL", sd_folder, tome_cfg=dict(max_downsample=1))

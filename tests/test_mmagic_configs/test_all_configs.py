@@ -31,14 +31,6 @@ CONFIGS = sorted(
     for file in OURS.glob(f"{name}/*.py")
     if not file.stem.endswith("_eval")  # see test_eval_configs.py
 )
-# The others take part in the slow run.
-QUICK = (
-    "animatediff/animatediff_ToonYou_tome-75e-2_across-frames.py",
-    "controlnet/controlnet-animation_tome-5e-1.py",
-    "controlnet/controlnet-canny_tome-5e-1_both.py",
-    "dreambooth/dreambooth-lora_tome-5e-1.py",
-    "stable_diffusion_xl/stable-diffusion_xl_ddim_tome-5e-1.py",
-)
 FAMILY = {
     "AnimateDiff",
     "ControlStableDiffusion",
@@ -52,10 +44,6 @@ FAMILY = {
     "ViCo",
 }
 ANIMATION = "controlnet/controlnet-animation_tome-5e-1.py"
-
-
-def slow_unless(quick, names):
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def ours(name, hub):
@@ -133,7 +121,7 @@ def check(model, image):
     return {1 - row["kept"] / row["tokens"] for row in rows}
 
 
-@pytest.mark.parametrize("name", slow_unless(QUICK, CONFIGS))
+@pytest.mark.parametrize("name", CONFIGS)
 def test_our_configs(name, hub, build):
     """With step caching, which is removed first; then alone."""
     config = ours(name, hub)
@@ -193,13 +181,12 @@ def test_no_class_and_no_config_is_left_out():
     }
     assert with_one <= set(mmagic_hub.mmagic_configs()) and len(with_one) > 10
     assert {Config.fromfile(str(OURS / name)).model.type for name in CONFIGS} == FAMILY
-    assert set(QUICK) < set(CONFIGS)
 
 
 # --- MMagicInferencer -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", slow_unless(list(INFERENCER)[:2], INFERENCER))
+@pytest.mark.parametrize("name", INFERENCER)
 def test_mmagic_inferencer(name, hub, monkeypatch, tmp_path):
     from mmagic.apis import MMagicInferencer
     from mmagic.apis.inferencers.text2image_inferencer import Text2ImageInferencer

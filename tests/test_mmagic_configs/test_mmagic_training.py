@@ -13,7 +13,7 @@ import mmagic_hub
 from mmagic.structures import DataSample
 from mmengine import Config
 from mmengine.model import ExponentialMovingAverage
-from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.optim import OptimWrapper
 from mmengine.runner import load_checkpoint, save_checkpoint
 
 from mmagic_tome import ToMeConfig, get_handle, remove_tome
@@ -63,20 +63,6 @@ def test_dreambooth_lora_learns(hub, build):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     (baseline,) = losses(model, OptimWrapper(optimizer), some_data(), steps=1)
     assert baseline < found[0]
-
-
-def test_controlnet_learns_through_a_merged_unet(hub, build):
-    model = build(shrunk(CONTROL, hub)).train()
-    optimizer = torch.optim.AdamW(model.controlnet.parameters(), lr=1e-3)
-    wrapper = OptimWrapperDict(controlnet=OptimWrapper(optimizer))
-    image = some_data()["inputs"][0]
-    model.data_preprocessor.data_keys = None
-    inputs = dict(source=image[None], target=image[None])
-    found = losses(model, wrapper, dict(some_data(), inputs=inputs), steps=4)
-    assert found[-1] < found[0]
-    names = [row["target"] for row in model.tome_handle.stats() if row["calls"] == 4]
-    assert any(name.startswith("controlnet.") for name in names)
-    assert any(name.startswith("up_blocks.") for name in names)
 
 
 def assert_the_same(image, expected):
@@ -136,63 +122,30 @@ def test_checkpoints_and_averages(name, hub, build, tmp_path):
         assert get_handle(model.controlnet) is not None
 
 
-@pytest.mark.slow
-def test_a_runner_trains_averages_and_resumes(hub, tmp_path):
+def test_a_runner_trains_and_averages(hub, tmp_path):
     """mmengine's Runner with CheckpointHook and EMAHook."""
-    from mmengine.hooks import Hook
     from mmengine.runner import Runner
 
     (tmp_path / "imgs").mkdir()
     mmagic_hub.an_image().save(tmp_path / "imgs" / "0.png")
-
-    def runner(iterations, **others):
-        config = shrunk(LORA, hub)
-        data = config.train_dataloader
-        data.update(num_workers=0, persistent_workers=False)
-        data.dataset.data_root = str(tmp_path)
-        data.dataset.pipeline[1].scale = (64, 64)
-        config.update(
-            work_dir=str(tmp_path),
-            experiment_name=f"lora_{iterations}",
-            log_level="ERROR",
-            train_cfg=dict(by_epoch=False, max_iters=iterations),
-            custom_hooks=[dict(type="EMAHook", begin_iter=0)],
-            **others,
-        )
-        config.default_hooks.checkpoint.interval = 1
-        return Runner.from_cfg(config)
-
-    first = runner(2)
-    first.train()
-    assert (tmp_path / "iter_2.pth").exists()
-    assert all(row["calls"] == 2 for row in first.model.tome_handle.stats())
-    (ema,) = [hook.ema_model for hook in first.hooks if type(hook).__name__ == "EMAHook"]
-    assert ema.module.tome_handle.config == first.model.tome_handle.config
+    config = shrunk(LORA, hub)
+    data = config.train_dataloader
+    data.update(num_workers=0, persistent_workers=False)
+    data.dataset.data_root = str(tmp_path)
+    data.dataset.pipeline[1].scale = (64, 64)
+    config.update(
+        work_dir=str(tmp_path),
+        experiment_name="lora",
+        log_level="ERROR",
+        train_cfg=dict(by_epoch=False, max_iters=2),
+        custom_hooks=[dict(type="EMAHook", begin_iter=0)],
+    )
+    runner = Runner.from_cfg(config)
+    runner.train()
+    assert all(row["calls"] == 2 for row in runner.model.tome_handle.stats())
+    (ema,) = [hook.ema_model for hook in runner.hooks if type(hook).__name__ == "EMAHook"]
+    assert ema.module.tome_handle.config == runner.model.tome_handle.config
     saved = torch.load(tmp_path / "iter_2.pth")
-    assert "ema_state_dict" in saved
-    assert list(saved["state_dict"]) == list(first.model.state_dict())
-    # It stores the average as the model's weights.
-    baseline = runner(1).model
-    remove_tome(baseline)
-    baseline.load_state_dict(saved["state_dict"])
-    for name, parameter in ema.module.named_parameters():
-        assert torch.equal(parameter, baseline.get_parameter(name))
-
-    # Another runner goes on from there, merged as well.
-    begun = {}
-
-    class Begin(Hook):
-        def before_train_iter(self, runner, batch_idx, data_batch=None):
-            weights = {name: p.detach().clone() for name, p in runner.model.named_parameters()}
-            assert begun.setdefault(runner.iter, weights) is weights, "no iteration twice"
-
-    again = runner(3, load_from=str(tmp_path / "iter_2.pth"), resume=True)
-    again.register_hook(Begin())
-    again.train()
-    assert list(begun) == [2] and (tmp_path / "iter_3.pth").exists()
-    for name, parameter in first.model.named_parameters():
-        assert torch.equal(parameter, begun[2][name]), name
-    for row in again.model.tome_handle.stats():
-        assert row["kept"] == row["tokens"] / 2 and row["calls"] == 1
-    moments = again.optim_wrapper.state_dict()["state"]
-    assert {int(moment["step"]) for moment in moments.values()} == {3}
+    assert list(saved["state_dict"]) == list(runner.model.state_dict())
+    for name, parameter in ema.module.named_parameters():  # it stores the average as the weights
+        assert torch.equal(parameter, saved["state_dict"][name])

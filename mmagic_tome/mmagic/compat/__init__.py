@@ -42,7 +42,7 @@ def apply():
         if patch.__name__ in _STATUS:
             continue
         _STATUS[patch.__name__] = "waiting"
-        if patch.module not in sys.modules:
+        if sys.modules.get(patch.module) is None:  # None blocks an import
             around_import(patch.module, functools.partial(_applying, patch))
         elif patch.lasting:
             with _applying(patch):

@@ -83,15 +83,6 @@ def test_callbacks_wait_again_after_a_failed_import(module_file):
     assert name not in _IMPORT_HOOK.waiting
 
 
-def test_a_missing_module_is_missing():
-    around_import("tome_hook_nowhere", contextlib.nullcontext)
-    try:
-        with pytest.raises(ModuleNotFoundError):
-            importlib.import_module("tome_hook_nowhere")
-    finally:
-        _IMPORT_HOOK.pop("tome_hook_nowhere")
-
-
 def test_an_action_after_an_import_or_now_and_the_hook_leaves(module_file, monkeypatch):
     monkeypatch.setattr(_IMPORT_HOOK, "waiting", {})
     monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if f is not _IMPORT_HOOK])

@@ -141,18 +141,6 @@ def test_several_methods(make_runner, tmp_path):
     assert np.abs(drawn - expected).mean() < 1
 
 
-def test_a_sheet_shows_images_over_their_differences():
-    red, blue = (torch.zeros(3, 256, 256, dtype=torch.uint8) for _ in range(2))
-    red[0], blue[2] = 200, 200
-    drawn = sheet("two colours", dict(baseline=red, merged=blue, again=red))
-    # The same size as images that need not be enlarged.
-    found = [(drawn == color).all(-1).sum() for color in ((200, 0, 0), (0, 0, 200), (0, 0, 4))]
-    assert found[0] == 2 * 256**2 and found[1] == 256**2, "each image as it is"
-    clips = [torch.stack([image, red]) for image in (red, blue, red)]
-    names = ("baseline", "merged", "again")
-    assert np.array_equal(sheet("two colours", dict(zip(names, clips))), drawn)
-
-
 def test_numbers_depend_neither_on_batches_nor_on_the_global_generator(make_runner, tmp_path):
     found = []
     for batch in (2, 3):
