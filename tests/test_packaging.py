@@ -1,13 +1,13 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """The wheel: what is in it, and that it works on its own, away from the checkout."""
 
+import functools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -57,18 +57,11 @@ def wheel(source, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """Python of a new environment with the wheel, and this one's other packages."""
+    """Runs this Python, with the wheel in place of the checkout."""
     folder = tmp_path_factory.mktemp("environment")
-    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
-    python = folder / "bin" / "python"
-    site = run(
-        *[python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], cwd=folder
-    ).strip()
-    # A path in a .pth is searched, but .pth files in that path are not read: the
-    # editable installation of the checkout, if there is one, stays out.
-    Path(site, "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", wheel, cwd=folder)
-    return python
+    options = ["--no-deps", "--target", folder]
+    run(sys.executable, "-m", "pip", "install", *options, wheel, cwd=folder)
+    return functools.partial(run, sys.executable, PYTHONPATH=str(folder))
 
 
 def test_wheel_holds_what_it_should(wheel):
@@ -113,12 +106,12 @@ def test_source_distribution_builds_the_same_wheel(source, wheel, tmp_path):
 
 
 def test_demo_runs_from_the_wheel(installed, tmp_path):
-    where = run(installed, "-c", "import mmagic_tome; print(mmagic_tome.__file__)", cwd=tmp_path)
+    where = installed("-c", "import mmagic_tome; print(mmagic_tome.__file__)", cwd=tmp_path)
     assert str(ROOT) not in where
 
-    command = [installed, "-m", "mmagic_tome", "infer", "--steps", "12", "--prompt", "red apple"]
+    command = ["-m", "mmagic_tome", "infer", "--steps", "12", "--prompt", "red apple"]
     options = ["--compare", "--rounds", "1", "--size", "64", "--device", "cpu"]
-    printed = run(*command, *options, cwd=tmp_path, OMP_NUM_THREADS="1")
+    printed = installed(*command, *options, cwd=tmp_path, OMP_NUM_THREADS="1")
     assert "step caching in" in printed and "speed-up" in printed
     (folder,) = (tmp_path / "work_dirs" / "sd-emoji_tome-balanced").iterdir()
     result = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -142,9 +135,9 @@ config = Config.fromfile('mine.py')
 print(config.tome_cfg.ratio, config.model.type, config.model.unet.from_pretrained)
 print(get_config('mmagic_tome::demo/sd-emoji_tome-5e-1.py').tome_cfg.ratio)
 """
-    printed = run(installed, "-W", "ignore", "-c", script, cwd=tmp_path).splitlines()
+    printed = installed("-W", "ignore", "-c", script, cwd=tmp_path).splitlines()
     ratio, kind, weights = printed[-2].split(" ", 2)
     assert (ratio, kind, printed[-1]) == ("0.25", "StableDiffusion", "0.5")
     assert Path(weights, "unet", "config.json").is_file() and str(ROOT) not in weights
     tool = Path(weights).parents[1] / ".mim" / "tools" / "infer.py"
-    assert "usage: infer.py" in run(installed, tool, "--help", cwd=tmp_path)
+    assert "usage: infer.py" in installed(tool, "--help", cwd=tmp_path)

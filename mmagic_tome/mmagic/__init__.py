@@ -19,10 +19,9 @@ hooks/           a hook, loops, metrics and a data set for mmengine's Runner
 compat/          MMagic 1.2.0 on current libraries
 ===============  ================================================================
 
-``import mmagic_tome`` does not import MMagic, which takes seconds that a user of diffusers alone
-does not need: :func:`register_all` waits until something imports ``mmagic.models`` (the registry
-does, before it looks up its first name) and acts right after it, and does the same for what builds
-models. It imports nothing but the standard library.
+``import mmagic_tome`` does not import MMagic, which takes seconds: :func:`register_all` waits until
+something imports ``mmagic.models`` (the registry does, before it looks up its first name) and acts
+right after it. It imports nothing but the standard library.
 """
 
 import functools

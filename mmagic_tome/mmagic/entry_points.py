@@ -2,10 +2,9 @@
 """Top-level ``tome_cfg`` and ``cache_cfg`` where a model is built from a part of a config.
 
 mmengine's Runner, MMagic's ``init_model`` and its inferencers read the whole config; the model
-receives only a part of it. A hook would have to be named in every config, and in a runner it would
-come after the model was wrapped for distributed training. So each is patched around its build, for
-models of any kind: what cannot be merged raises, and a mistake shows before minutes of loading
-weights. A config without the keys passes through unchanged.
+receives only a part of it. A hook in a runner would come after the model was wrapped for
+distributed training. So each is patched around its build, for models of any kind: what cannot be
+merged raises, and a mistake shows before minutes of loading weights.
 """
 
 import functools

@@ -97,16 +97,3 @@ def test_attention_along_frames_inside_a_block_needs_all_places(sd_folder):
         assert (run(unet, given) - baseline).abs().max() > 1e-3
         assert {row["kept"] for row in handle.stats()} == {FRAMES * 32}
     assert torch.equal(run(unet, given), baseline)
-
-
-def test_the_merge_map_of_a_clip_shows_its_frames_below_each_other():
-    from mmagic_tome.lab.maps import Recorder, merged_blocks
-
-    unet, given = motion_unet(), motion_inputs()
-    # As many slots as two of three frames have tokens: more than one frame has.
-    handle = apply_tome(unet, ratio=0.3, across_frames=True)
-    with Recorder(merged_blocks(handle), torch.device("cpu")) as recorder:
-        run(unet, given)
-    assert recorder.records
-    for record in recorder.records:
-        assert record.grid == (FRAMES * 8, 8) and record.slot.shape == (FRAMES * 64,)

@@ -35,12 +35,6 @@ class Both(torch.nn.Module):
         return self.unet(**given).sample
 
 
-class Several(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.nets = torch.nn.ModuleList([tiny_controlnet(seed=1), tiny_controlnet(seed=2)])
-
-
 def kept(handle):
     """Beginning of a target's name -> tokens it kept of 64."""
     return {
@@ -113,7 +107,9 @@ def test_replacing_and_putting_back():
 
 
 def test_several_controlnets():
-    model = Both(Several())
+    several = torch.nn.Module()
+    several.nets = torch.nn.ModuleList([tiny_controlnet(seed=1), tiny_controlnet(seed=2)])
+    model = Both(several)
     baseline = model()
     handle = apply_tome(model, ratio=0.5, controlnet=True)
     model()

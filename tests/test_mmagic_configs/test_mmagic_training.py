@@ -120,32 +120,3 @@ def test_checkpoints_and_averages(name, hub, build, tmp_path):
     if hasattr(model, "controlnet"):
         assert get_handle(copied.controlnet) is None
         assert get_handle(model.controlnet) is not None
-
-
-def test_a_runner_trains_and_averages(hub, tmp_path):
-    """mmengine's Runner with CheckpointHook and EMAHook."""
-    from mmengine.runner import Runner
-
-    (tmp_path / "imgs").mkdir()
-    mmagic_hub.an_image().save(tmp_path / "imgs" / "0.png")
-    config = shrunk(LORA, hub)
-    data = config.train_dataloader
-    data.update(num_workers=0, persistent_workers=False)
-    data.dataset.data_root = str(tmp_path)
-    data.dataset.pipeline[1].scale = (64, 64)
-    config.update(
-        work_dir=str(tmp_path),
-        experiment_name="lora",
-        log_level="ERROR",
-        train_cfg=dict(by_epoch=False, max_iters=2),
-        custom_hooks=[dict(type="EMAHook", begin_iter=0)],
-    )
-    runner = Runner.from_cfg(config)
-    runner.train()
-    assert all(row["calls"] == 2 for row in runner.model.tome_handle.stats())
-    (ema,) = [hook.ema_model for hook in runner.hooks if type(hook).__name__ == "EMAHook"]
-    assert ema.module.tome_handle.config == runner.model.tome_handle.config
-    saved = torch.load(tmp_path / "iter_2.pth")
-    assert list(saved["state_dict"]) == list(runner.model.state_dict())
-    for name, parameter in ema.module.named_parameters():  # it stores the average as the weights
-        assert torch.equal(parameter, saved["state_dict"][name])

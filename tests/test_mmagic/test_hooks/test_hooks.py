@@ -125,8 +125,6 @@ def test_the_ratio_is_linear_between_points():
         [(0, 0.5)],
         dict(points=[(0, 0.5)], per="iter"),
         dict(by="epoch", points=[(0, 0.5)]),
-        dict(by="iter"),
-        dict(points=[0.5]),
         dict(points=[(0, "half")]),
         dict(points=[(5, 0.1), (5, 0.2)]),
         dict(points=[(-1, 0.1)]),
