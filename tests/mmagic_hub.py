@@ -66,16 +66,10 @@ def mmagic_folder():
 
 
 def write_hub(folder):
-    """Write tiny Stable Diffusions in diffusers layout.
+    """Write tiny Stable Diffusions in diffusers layout into a folder (Path); return it.
 
-    Sub-folders ``sd`` (with ``controlnet`` beside the others, and everything of
-    :func:`tiny.tiny_sd_folder`), ``inpaint``, ``xl``, and the file ``motion.ckpt``.
-
-    Args:
-        folder (Path): Exists.
-
-    Returns:
-        Path: ``folder``.
+    Sub-folders ``sd`` (everything of :func:`tiny.tiny_sd_folder`), ``inpaint``, ``xl``,
+    ``controlnet``, and the file ``motion.ckpt``.
     """
     from diffusers import ControlNetModel
 
@@ -125,15 +119,8 @@ def _link(folder, name):
 
 
 def shrink(config, hub):
-    """Replace, in a config of MMagic's, every name on a hub by a folder of :func:`write_hub`.
-
-    Args:
-        config (Config): Changed in place.
-        hub (Path): What :func:`write_hub` wrote.
-
-    Returns:
-        Config: ``config``.
-    """
+    """Replace, in a config of MMagic's, every name on a hub by a folder of :func:`write_hub`;
+    return the config."""
     model = config.model
     folder = {"StableDiffusionInpaint": "inpaint", "StableDiffusionXL": "xl"}
     weights = str(hub / folder.get(model.type, "sd"))

@@ -214,24 +214,6 @@ def test_every_kind_of_model(kind, builder, write):
     assert get_handle(model, "cache").config == PRESETS["fast"]
 
 
-def test_runner_applies_to_a_model_object(tmp_path):
-    from mmengine.model import BaseModel
-    from mmengine.runner import Runner
-
-    class Plain(BaseModel):
-        def __init__(self):
-            super().__init__()
-            self.unet = tiny.tiny_unet()
-
-        def forward(self, *args, **kwargs):
-            return None
-
-    cfg = dict(tome_cfg=dict(ratio=0.25), cache_cfg=None)
-    name = f"test_{next(_COUNT)}"
-    model = Runner(Plain(), str(tmp_path), cfg=cfg, log_level="ERROR", experiment_name=name).model
-    assert get_handle(model, "tome").ratio == 0.25 and get_handle(model, "cache") is None
-
-
 def test_runner_data_preprocessor_goes_to_the_inner_model(write):
     """mmengine puts a top-level data_preprocessor into the outermost model config."""
     text = PLACES["wrapper"] + "data_preprocessor = dict(type='DataPreprocessor', mean=7)\n"

@@ -4,6 +4,7 @@
 The layout of the networks is the real one, the widths are tiny and the weights random.
 """
 
+import math
 import re
 from pathlib import Path
 
@@ -19,18 +20,18 @@ from mmagic.registry import MODELS
 from mmagic_hub import INFERENCER
 from mmengine import Config
 from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
 from PIL import Image
 
 from mmagic_tome import ToMeConfig, ToMeError, apply_cache, apply_tome, get_handle, remove_cache
 from mmagic_tome.patch import interceptors_of
 
 OURS = Path(__file__).resolve().parents[2] / "configs"
-CONFIGS = sorted(
-    str(file.relative_to(OURS))
-    for name in mmagic_hub.FOLDERS
-    for file in OURS.glob(f"{name}/*.py")
-    if not file.stem.endswith("_eval")  # see test_eval_configs.py
+LISTED = sorted(
+    str(file.relative_to(OURS)) for name in mmagic_hub.FOLDERS for file in OURS.glob(f"{name}/*.py")
 )
+CONFIGS = [name for name in LISTED if not name.endswith("_eval.py")]
+EVALUATIONS = [name for name in LISTED if name.endswith("_eval.py")]
 FAMILY = {
     "AnimateDiff",
     "ControlStableDiffusion",
@@ -161,6 +162,32 @@ def test_attention_injection_joins_the_keys_of_a_reference(hub, build):
         mmagic_hub.infer(model, **given)
 
 
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_evaluations(name, hub, tmp_path):
+    config = mmagic_hub.shrink(Config.fromfile(str(OURS / name)), hub)
+    image = str(tmp_path / "image.png")
+    mmagic_hub.an_image().save(image)
+    given = config.get("infer_cfg") or {}
+    inputs = {key: [image] for key in given if key in ("controls", "references")}
+    config.infer_cfg = dict(given, steps=2, size=(64, 64), **inputs)
+    if config.model.type == "AnimateDiff":
+        config.infer_cfg.frames = 2
+    config.test_dataloader.dataset.prompts = config.test_dataloader.dataset.prompts[:2]
+    config.work_dir = str(tmp_path / "work")
+    config.experiment_name = Path(name).stem
+    runner = Runner.from_cfg(config)
+    tiny.randomise(runner.model)
+    found = runner.test()
+    relative = ("psnr", "ssim", "latent_error")
+    names = {f"merging/{key}" for key in (*relative, "seconds")}
+    assert set(found) == {"baseline/seconds", *names}
+    assert 0 < found["merging/psnr"] < 60 and 0 < found["merging/latent_error"] < 2
+    assert all(math.isfinite(value) for value in found.values())
+    log = next(tmp_path.rglob("*.log")).read_text()
+    assert "token merging in" in log
+    assert len(list(tmp_path.rglob("vis_image/test_*.png"))) == 2
+
+
 def test_no_class_and_no_config_is_left_out():
     """The walks above cover the family, and every class has a config of ours."""
     root = mmagic_hub.mmagic_folder()
@@ -172,6 +199,8 @@ def test_no_class_and_no_config_is_left_out():
     }
     assert with_one <= set(mmagic_hub.mmagic_configs()) and len(with_one) > 10
     assert {Config.fromfile(str(OURS / name)).model.type for name in CONFIGS} == FAMILY
+    evaluated = {name.partition("/")[0] for name in EVALUATIONS}
+    assert evaluated == {*mmagic_hub.FOLDERS} - {"controlnet_animation"}
 
 
 # --- MMagicInferencer -----------------------------------------------------------------------------

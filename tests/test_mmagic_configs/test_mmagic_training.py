@@ -27,42 +27,27 @@ def shrunk(name, hub):
     return mmagic_hub.shrink(Config.fromfile(str(OURS / name)), hub)
 
 
-def some_data():
-    """A batch of one image, as MMagic's data loaders give it."""
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randint(0, 256, (3, 64, 64), generator=generator, dtype=torch.uint8)
-    return dict(inputs=[image], data_samples=[DataSample(prompt="a cat")])
-
-
-def losses(model, wrapper, data, steps):
-    """Of this many steps on the same image with the same noise."""
-    found = []
-    for _ in range(steps):
-        torch.manual_seed(0)
-        log = model.train_step(data, wrapper)
-        found.append(float(log["loss"]))
-    return found
-
-
 def test_dreambooth_lora_learns(hub, build):
-    config = shrunk(LORA, hub)
-    model = build(config).train()
+    model = build(shrunk(LORA, hub)).train()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained and all("lora" in name for name in trained)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-    found = losses(model, OptimWrapper(optimizer), some_data(), steps=6)
+    # A batch of one image, as MMagic's data loaders give it.
+    image = torch.from_numpy(np.asarray(mmagic_hub.an_image())).permute(2, 0, 1)
+    data = dict(inputs=[image], data_samples=[DataSample(prompt="a cat")])
+
+    def loss():
+        torch.manual_seed(0)
+        return float(model.train_step(data, OptimWrapper(optimizer))["loss"])
+
+    found = [loss() for _ in range(6)]
     assert found[-1] < 0.98 * found[0]
     assert all(later < earlier for earlier, later in zip(found, found[1:]))
     for row in model.tome_handle.stats():
         assert row["kept"] == row["tokens"] / 2 and row["calls"] == 6
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == trained
-    # What was learned with merged tokens is there without merging as well.
-    remove_tome(model)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    (baseline,) = losses(model, OptimWrapper(optimizer), some_data(), steps=1)
-    assert baseline < found[0]
 
 
 def assert_the_same(image, expected):

@@ -210,9 +210,3 @@ def test_a_failing_patch_warns_and_does_not_stop_the_import(monkeypatch):
     with pytest.warns(RuntimeWarning, match=says), compat._applying(broken):
         ran.append(True)
     assert ran and compat._STATUS["broken"] == "failed: RuntimeError: oops"
-
-
-def test_apply_is_idempotent():
-    before, finders = dict(compat._STATUS), list(sys.meta_path)
-    compat.apply()
-    assert before == compat._STATUS and sys.meta_path == finders

@@ -1,12 +1,19 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""MMagic's metrics and ours in one evaluator, on a Stable Diffusion of MMagic."""
+"""The loops, with MMagic's metrics and ours, in one process and in two."""
 
+import json
+import os
+
+import forked
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 pytest.importorskip("mmagic")
+
+from mmengine.config import Config
+from mmengine.runner import Runner
 
 from mmagic_tome import ToMeError, apply_cache, apply_tome, get_handle
 from mmagic_tome.lab.metrics import paired, set_metric
@@ -186,3 +193,54 @@ def test_data_of_prompts(real_images, tmp_path):
             ToMePromptDataset(*arguments)
     with pytest.raises(ToMeError, match="cannot read image"):
         ToMePromptDataset(["cat"], images=tmp_path)[0]
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+def rank(number, port, config, found):
+    """What a process does that torchrun started."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2")
+    os.environ.update(RANK=str(number), LOCAL_RANK=str(number))
+    torch.cuda.set_device = lambda device: None  # mmengine takes the rank's GPU; there is none
+    runner = Runner.from_cfg(Config.fromfile(config))
+    assert type(runner.model).__name__ == "MMDistributedDataParallel" and runner.world_size == 2
+    values = runner.test()
+    if runner.rank == 0:
+        found.write_text(json.dumps(values, default=float))
+
+
+def test_two_ranks_find_what_one_process_finds(make_runner, tmp_path):
+    metrics = [dict(type="ToMeMetric", metric=name) for name in ("psnr", "latent_error")]
+    metrics += [dict(type="PSNR", gt_key="baseline_img"), FRECHET]
+    loader = dict(
+        batch_size=1,  # of other batches the lowest bits of images differ
+        num_workers=0,
+        sampler=dict(type="DefaultSampler", shuffle=False),
+        # An odd number: the last round repeats.
+        dataset=dict(type="ToMePromptDataset", prompts=[*PROMPTS, "a red cat"]),
+    )
+    alone = make_runner("test", tmp_path / "one", metrics=metrics, test_dataloader=loader)
+    expected = alone.test()
+    config = alone.cfg.copy()
+    config.update(
+        launcher="pytorch",
+        work_dir=str(tmp_path / "two"),
+        experiment_name="two_ranks",
+        env_cfg=dict(dist_cfg=dict(backend="gloo")),
+        model_wrapper_cfg=dict(type="MMDistributedDataParallel", device_ids=None),
+        custom_hooks=[dict(type="ToMeHook")],
+    )
+    config.dump(str(tmp_path / "config.py"))
+    found, port = tmp_path / "found.json", forked.free_port()
+    outputs = [tmp_path / f"output{number}.txt" for number in (0, 1)]
+    ranks = [
+        forked.start(lambda n=n: rank(n, port, tmp_path / "config.py", found), outputs[n])
+        for n in (0, 1)
+    ]
+    for child, output in zip(ranks, outputs):
+        assert forked.status(child, output) == 0, output.read_text()[-3000:]
+    assert json.loads(found.read_text()) == pytest.approx(expected, rel=1e-6)
+    # The first process: its log, and the sheets of its part of five prompts.
+    assert "token merging in" in next((tmp_path / "two").rglob("*.log")).read_text()
+    assert len(list((tmp_path / "two").rglob("vis_image/test_00*.png"))) == 3
