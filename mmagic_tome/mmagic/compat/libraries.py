@@ -95,33 +95,6 @@ def diffusers_paint_by_example():
     yield from _stand_in(gone.__name__, lambda: gone)
 
 
-@patch_of("mmagic.models.archs")
-def diffusers_broken_names():
-    """one pipeline is broken and none works: "Failed to import diffusers.pipelines...".
-
-    MMagic registers everything that diffusers has, and so fails with the first thing that cannot be
-    imported. The names that fail are None while MMagic looks at them, and as they were afterwards.
-    """
-    import diffusers
-
-    broken = []
-    for package in (diffusers.models, diffusers.pipelines):
-        for name in dir(package):
-            try:
-                getattr(package, name)  # imports it, as MMagic is about to do
-            except Exception:
-                broken.append((package, name))
-    if not broken:
-        return
-    for package, name in broken:
-        setattr(package, name, None)
-    try:
-        yield
-    finally:
-        for package, name in broken:
-            delattr(package, name)
-
-
 @patch_of("mmagic.models", lasting=True)
 def transformers_text_model():
     """transformers >= 5: "'CLIPTextModel' object has no attribute 'text_model'".

@@ -65,36 +65,6 @@ def test_compiled_operators_of_torchvision(loads, monkeypatch, tmp_path):
     assert [schema.partition("(")[0] for schema in declared] == ([] if loads else ["nms", "qnms"])
 
 
-class LazyPackage(types.ModuleType):
-    """Like diffusers': a name is imported when it is asked for."""
-
-    def __dir__(self):
-        return ["Good", "Broken"]
-
-    def __getattr__(self, name):
-        if name == "Good":
-            return object
-        raise RuntimeError(f"Failed to import {self.__name__}.{name}")
-
-
-def test_diffusers_with_a_broken_pipeline(monkeypatch):
-    import diffusers
-
-    pipelines = LazyPackage("diffusers.pipelines")
-    monkeypatch.setattr(diffusers, "pipelines", pipelines)
-    monkeypatch.setattr(diffusers, "models", LazyPackage("diffusers.models"))
-    patch = libraries.diffusers_broken_names()
-    next(patch)
-    assert pipelines.Good is object and pipelines.Broken is None
-    next(patch, None)
-    with pytest.raises(RuntimeError, match=r"Failed to import diffusers.pipelines.Broken"):
-        _ = pipelines.Broken
-    whole = types.SimpleNamespace(Good=object)
-    monkeypatch.setattr(diffusers, "pipelines", whole)
-    monkeypatch.setattr(diffusers, "models", whole)
-    assert finds_nothing(libraries.diffusers_broken_names)
-
-
 # --- checkpoints of mmengine ----------------------------------------------------------------------
 
 
