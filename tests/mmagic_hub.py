@@ -66,16 +66,10 @@ def mmagic_folder():
 
 
 def write_hub(folder):
-    """Write tiny Stable Diffusions in diffusers layout.
+    """Write tiny Stable Diffusions in diffusers layout into a folder (Path); return it.
 
-    Sub-folders ``sd`` (with ``controlnet`` beside the others, and everything of
-    :func:`tiny.tiny_sd_folder`), ``inpaint``, ``xl``, and the file ``motion.ckpt``.
-
-    Args:
-        folder (Path): Exists.
-
-    Returns:
-        Path: ``folder``.
+    Sub-folders ``sd`` (everything of :func:`tiny.tiny_sd_folder`), ``inpaint``, ``xl``,
+    ``controlnet``, and the file ``motion.ckpt``.
     """
     from diffusers import ControlNetModel
 
@@ -125,15 +119,8 @@ def _link(folder, name):
 
 
 def shrink(config, hub):
-    """Replace, in a config of MMagic's, every name on a hub by a folder of :func:`write_hub`.
-
-    Args:
-        config (Config): Changed in place.
-        hub (Path): What :func:`write_hub` wrote.
-
-    Returns:
-        Config: ``config``.
-    """
+    """Replace, in a config of MMagic's, every name on a hub by a folder of :func:`write_hub`;
+    return the config."""
     model = config.model
     folder = {"StableDiffusionInpaint": "inpaint", "StableDiffusionXL": "xl"}
     weights = str(hub / folder.get(model.type, "sd"))
@@ -167,32 +154,25 @@ def shrink(config, hub):
     return config
 
 
-def arguments(config):
-    """What a call of ``infer`` needs for a model of this config: one 64x64 image, two steps.
+def arguments(model):
+    """Keyword arguments for ``infer``, of one 64x64 image in two steps.
 
     Args:
-        config (Config): As MMagic has it, shrunk or not.
-
-    Returns:
-        dict: Keyword arguments.
+        model (dict): The ``model`` of a config.
     """
-    model = config.model
     image, mask = an_image(), Image.fromarray((np.eye(64) * 255).astype(np.uint8))
-    given = dict(prompt="a cat", **tiny.QUICK)
-    given.update(
-        {
-            "StableDiffusionInpaint": dict(image=image, mask_image=mask),
-            "ControlStableDiffusion": dict(control=image),
-            "ControlStableDiffusionImg2Img": dict(
-                control=image, latent_image=image, reference_img=image
-            ),
-            "TextualInversion": dict(prompt=f"a {model.get('placeholder_token')}"),
-            "ViCo": dict(prompt=f"a {model.get('placeholder')}", image_reference=image),
-            "FastComposer": dict(prompt="a cat img", reference_subject_images=[image]),
-            "AnimateDiff": dict(video_length=2),
-        }.get(model.type, {})
-    )
-    return given
+    of_kinds = {
+        "StableDiffusionInpaint": dict(image=image, mask_image=mask),
+        "ControlStableDiffusion": dict(control=image),
+        "ControlStableDiffusionImg2Img": dict(
+            control=image, latent_image=image, reference_img=image
+        ),
+        "TextualInversion": dict(prompt=f"a {model.get('placeholder_token')}"),
+        "ViCo": dict(prompt=f"a {model.get('placeholder')}", image_reference=image),
+        "FastComposer": dict(prompt="a cat img", reference_subject_images=[image]),
+        "AnimateDiff": dict(video_length=2),
+    }
+    return {"prompt": "a cat", **tiny.QUICK, **of_kinds.get(model["type"], {})}
 
 
 def an_image(size=64):

@@ -28,8 +28,8 @@ tome_eval = dict(
         dict(type="ToMeMetric", metric="latent_error"),
         dict(type="ToMeSeconds"),
     ],
-    # Tables of what is merged and skipped, and of the time of each target.
-    custom_hooks=[dict(type="ToMeHook"), dict(type="ToMeProfileHook")],
+    # Tables of what is merged and skipped.
+    custom_hooks=[dict(type="ToMeHook")],
     # Images go to work_dirs/<config>/<time>/vis_data/vis_image.
     # For TensorBoard: --cfg-options "visualizer.vis_backends=[{'type':'TensorboardVisBackend'}]"
     visualizer=dict(type="Visualizer", vis_backends=[dict(type="LocalVisBackend")]),

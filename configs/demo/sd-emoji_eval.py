@@ -12,4 +12,4 @@ test_cfg.methods = [
     dict(name="cached", cache_cfg="balanced"),
 ]
 # The loop itself applies the methods and says what they did.
-custom_hooks = [dict(type="ToMeProfileHook")]
+custom_hooks = []

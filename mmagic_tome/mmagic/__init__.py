@@ -15,14 +15,13 @@ family.py        the keys for MMagic's Stable Diffusion classes
 entry_points.py  the top-level keys for runners, ``init_model`` and inferencers
 config_keys.py   reading the keys, and what happens when there are several
 entry.py         MMagic's ``tools/test.py`` and ``tools/train.py``
-hooks/           hooks, loops, metrics and a data set for mmengine's runners
+hooks/           a hook, loops, metrics and a data set for mmengine's Runner
 compat/          MMagic 1.2.0 on current libraries
 ===============  ================================================================
 
-``import mmagic_tome`` does not import MMagic, which takes seconds that a user of diffusers alone
-does not need: :func:`register_all` waits until something imports ``mmagic.models`` (the registry
-does, before it looks up its first name) and acts right after it, and does the same for what builds
-models. It imports nothing but the standard library.
+``import mmagic_tome`` does not import MMagic, which takes seconds: :func:`register_all` waits until
+something imports ``mmagic.models`` (the registry does, before it looks up its first name) and acts
+right after it. It imports nothing but the standard library.
 """
 
 import functools
@@ -32,24 +31,26 @@ import sys
 from . import compat
 from .compat import when_imported
 
-__all__ = ["register_all"]
+__all__ = ["register_all", "register_config_package"]
 
-# Module of another library -> (module of this package, function to call there) once it is imported.
-# With None the module registers itself: an import of ``family`` may itself have brought MMagic in,
-# and then it is half done.
-_ACTIONS = {
-    "mmagic.models": ("mmagic.family", None),
-    "mmengine.registry": ("vit.registry", "register_root"),
-    "mmpretrain.registry": ("vit.registry", "register_mmpretrain"),
-}
-# Module of another library -> function of entry_points that patches it.
-_PATCHES = {
-    "mmengine.runner.runner": "patch_runner",
-    "mmengine.runner._flexible_runner": "patch_flexible_runner",
-    "mmagic.apis.inferencers.base_mmagic_inferencer": "patch_inferencer",
-    "mmagic.apis.inferencers.controlnet_animation_inferencer": "patch_animation_inferencer",
-    "mmagic.apis.inferencers.inference_functions": "patch_init_model",
-}
+_INFERENCERS = "mmagic.apis.inferencers"
+
+# Module of another library, module of this package that is imported right after it, function of
+# that module to call then; with None its import registers it.
+_ACTIONS = (
+    ("mmagic.models", "mmagic.family", None),
+    ("mmengine.hooks", "mmagic.hooks.tome", None),
+    ("mmengine.runner.loops", "mmagic.hooks.loops", None),
+    ("mmengine.runner.loops", "mmagic.hooks.prompts", None),
+    ("mmengine.evaluator", "mmagic.hooks.metrics", None),
+    ("mmengine.runner.runner", "mmagic.entry_points", "patch_runner"),
+    (f"{_INFERENCERS}.base_mmagic_inferencer", "mmagic.entry_points", "patch_inferencer"),
+    (f"{_INFERENCERS}.controlnet_animation_inferencer", "mmagic.entry_points", "patch_animation"),
+    (f"{_INFERENCERS}.inference_functions", "mmagic.entry_points", "patch_init_model"),
+    ("mmengine.registry", "vit.registry", "register_root"),
+    ("mmpretrain.registry", "vit.registry", "register_mmpretrain"),
+    ("mmengine.config.utils", "mmagic", "register_config_package"),
+)
 
 
 @functools.cache
@@ -59,24 +60,18 @@ def register_all():
     What is not imported yet is registered when it is; nothing is imported here, and nothing
     happens where a library is not installed.
     """
-    from . import hooks
-
     compat.apply()
-    for name, (module, function) in _ACTIONS.items():
-        when_imported(name, functools.partial(_call, module, function))
-    for name, function in _PATCHES.items():
-        when_imported(name, functools.partial(_call, "mmagic.entry_points", function, name))
-    when_imported("mmengine.config.utils", _register_config_package)
-    hooks.register_all()
+    for library, module, function in _ACTIONS:
+        when_imported(library, functools.partial(_act, module, function))
 
 
-def _call(module, function, patched=None):
+def _act(module, function):
     loaded = importlib.import_module(f"mmagic_tome.{module}")
     if function is not None:
-        getattr(loaded, function)(*([] if patched is None else [sys.modules[patched]]))
+        getattr(loaded, function)()
 
 
-def _register_config_package():
+def register_config_package():
     """Let mmengine resolve ``mmagic_tome::...`` in ``_base_`` and ``get_config``.
 
     mmengine keeps a closed table of the packages it takes configs from. The table is meant to map

@@ -4,7 +4,7 @@
 from torch import nn
 
 from ..errors import ToMeError
-from .config_keys import apply_model_level, read, read_model_level, translate_tomesd
+from .config_keys import apply_keys, read_keys
 
 __all__ = ["build_tome"]
 
@@ -43,15 +43,16 @@ def build_tome(model, tome_cfg=None, cache_cfg=None, **others):
         nn.Module: The inner model.
 
     Raises:
-        ToMeError: Before anything is built, for an invalid value, an unknown key, or
-            another ``tome_cfg`` or ``cache_cfg`` in the inner config; afterwards if there
-            is nothing to merge or skip in the model.
-        ImportError: MMagic is not installed.
+        ToMeError: Before anything is built, for an invalid value or an unknown key; afterwards
+            for another ``tome_cfg`` or ``cache_cfg`` in the inner config, or if there is nothing
+            to merge or skip in the model.
     """
     if tome_cfg is None and cache_cfg is None and any(key in others for key in _FOR_VITS):
+        from mmagic.registry import MODELS
+
         from ..vit.registry import merging_builder
 
-        return merging_builder(_registry())(model, **others)
+        return merging_builder(MODELS)(model, **others)
     for key in others:
         if key not in _FOR_THE_MODEL:
             raise ToMeError(
@@ -59,37 +60,19 @@ def build_tome(model, tome_cfg=None, cache_cfg=None, **others):
                 "tome_cfg=dict(...), those of step caching into cache_cfg, those of the model into "
                 "model=dict(...)"
             )
-    if isinstance(model, nn.Module):
-        apply_model_level(model, *read_model_level(tome_cfg, cache_cfg))
-        return model
-    if not isinstance(model, dict) or "type" not in model:
-        raise ToMeError(
-            "type='ToMe' needs the model to build, as in "
-            f"model=dict(type='ToMe', model=dict(type='StableDiffusion', ...)); got {model!r}"
-        )
-    inner = dict(model)
-    # Taken out here, so that the keys work for a model that does not know them.
-    tome_places = {
-        "tome_cfg": tome_cfg,
-        "tome_cfg of the inner model": inner.pop("tome_cfg", None),
-        "tomesd_cfg": translate_tomesd(inner.pop("tomesd_cfg", None)),
-    }
-    cache_places = {
-        "cache_cfg": cache_cfg,
-        "cache_cfg of the inner model": inner.pop("cache_cfg", None),
-    }
-    configs = read("tome_cfg", **tome_places), read("cache_cfg", **cache_places)
-    for key, value in others.items():
-        if inner.get(key) is None:
-            inner[key] = value
-    built = _registry().build(inner)
-    apply_model_level(built, *configs)
-    return built
-
-
-def _registry():
-    try:
+    configs = read_keys({"tome_cfg": tome_cfg, "cache_cfg": cache_cfg})
+    if not isinstance(model, nn.Module):
+        if not isinstance(model, dict) or "type" not in model:
+            raise ToMeError(
+                "type='ToMe' needs the model to build, as in "
+                f"model=dict(type='ToMe', model=dict(type='StableDiffusion', ...)); got {model!r}"
+            )
         from mmagic.registry import MODELS
-    except ModuleNotFoundError as error:
-        raise ImportError(f"this needs MMagic ({error}): pip install mmagic==1.2.0") from error
-    return MODELS
+
+        inner = dict(model)
+        for key, value in others.items():
+            if inner.get(key) is None:
+                inner[key] = value
+        model = MODELS.build(inner)
+    apply_keys(model, configs)
+    return model

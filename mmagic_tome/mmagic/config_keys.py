@@ -6,15 +6,7 @@ from ..cache import coerce_cache, to_plain
 from ..config import ToMeConfig
 from ..errors import ToMeError
 
-__all__ = [
-    "KEYS",
-    "apply_model_level",
-    "apply_top_level",
-    "read",
-    "read_model_level",
-    "read_top_level",
-    "translate_tomesd",
-]
+__all__ = ["KEYS", "apply_keys", "read", "read_keys", "translate_tomesd"]
 
 #: Config key -> (what reads its value, what applies it, what shows it).
 KEYS = {
@@ -77,49 +69,47 @@ def translate_tomesd(options):
     return {**options, "targets": targets}
 
 
-def read_model_level(tome_cfg=None, cache_cfg=None, tomesd_cfg=None):
-    """Both values that a model's own config names: (ToMeConfig | None, step caches | None)."""
-    translated = translate_tomesd(tomesd_cfg)
-    return (
-        read("tome_cfg", tome_cfg=tome_cfg, tomesd_cfg=translated),
-        read("cache_cfg", cache_cfg=cache_cfg),
-    )
-
-
-def apply_model_level(model, tome_config, cache_config):
-    """Apply what the model's own config said; None leaves the model untouched."""
-    for key, config in (("tome_cfg", tome_config), ("cache_cfg", cache_config)):
-        if config is not None:
-            KEYS[key][1](model, config)
-            # Past nn.Module.__setattr__: plain data.
-            model.__dict__.setdefault(_RECORD, {})[key] = config
-
-
-def apply_top_level(model, cfg):
-    """Apply the keys of a whole config, where it has them.
+def read_keys(options):
+    """The values of the keys in one place.
 
     Args:
-        model (nn.Module): The model that was built from it.
-        cfg (mmengine.Config | dict | None): The whole config.
+        options (mmengine.Config | dict | None): A whole config, or options of a model; what is
+            no mapping has no keys.
+
+    Returns:
+        dict[str, ToMeConfig | tuple[StepCacheConfig]]: Of the keys that are there.
+    """
+    get = getattr(options, "get", lambda key: None)  # mmengine.Config is not a Mapping
+    translated = translate_tomesd(get("tomesd_cfg"))
+    found = {
+        "tome_cfg": read("tome_cfg", tome_cfg=get("tome_cfg"), tomesd_cfg=translated),
+        "cache_cfg": read("cache_cfg", cache_cfg=get("cache_cfg")),
+    }
+    return {key: config for key, config in found.items() if config is not None}
+
+
+def apply_keys(model, configs, top_level=False):
+    """Apply what :func:`read_keys` returned.
+
+    Args:
+        model (nn.Module): The model that the config describes.
+        configs (dict): Of its own config, or of the top level.
+        top_level (bool): Whether they are of the top level, where a later config replaces an
+            earlier one. Default: False.
 
     Raises:
-        ToMeError: An invalid value; another one in the model's own config.
+        ToMeError: The model's own config has said something else.
     """
-    for key, config in read_top_level(cfg).items():
-        own = model.__dict__.get(_RECORD, {}).get(key)
-        if own is None:
-            KEYS[key][1](model, config)
+    own = model.__dict__.get(_RECORD, {})
+    place = "at the top level" if top_level else "of type='ToMe'"
+    for key, config in configs.items():
+        if key in own:
+            _must_agree(key, f"{key} of the model", own[key], f"{key} {place}", config)
         else:
-            _must_agree(key, f"{key} of the model", own, f"{key} at the top level", config)
-
-
-def read_top_level(cfg):
-    """Key -> its value, of those that a whole config has."""
-    get = getattr(cfg, "get", None)  # mmengine.Config is not a Mapping
-    if get is None:
-        return {}
-    found = {key: read(key, **{key: get(key)}) for key in KEYS}
-    return {key: config for key, config in found.items() if config is not None}
+            KEYS[key][1](model, config)
+    if configs and not top_level:
+        # Past nn.Module.__setattr__: plain data.
+        model.__dict__[_RECORD] = {**configs, **own}
 
 
 def _must_agree(key, first, config, second, other):

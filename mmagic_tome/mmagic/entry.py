@@ -8,15 +8,13 @@ import this package first and then run the scripts of the installed MMagic, with
     python -m mmagic_tome test CONFIG [CHECKPOINT] [--work-dir ...] [--out ...] [--cfg-options ...]
     python -m mmagic_tome train CONFIG [--work-dir ...] [--resume] [--amp] [--auto-scale-lr] ...
 
-A script is loaded as a module and its ``main()`` called, instead of being run as ``__main__``,
-so that its parser can be corrected where it is too strict or does nothing:
+A script is loaded as a module and its ``main()`` called, so that its parser can be corrected:
 
 - CHECKPOINT may be left out: pretrained parts of a config (``from_pretrained``) are weights too.
   Without it ``load_from`` of the config counts.
 - CONFIG may be ``mmagic_tome::demo/sd-emoji_eval.py``, or such a path in another package.
-- Before anything is built, a missing file or a config without a test (or training) is an error.
-- ``--work-dir`` and ``--out`` are checked then too; MMagic finds out after the test that it cannot
-  write such a file.
+- Before anything is built, a missing file, a config without a test (or training), or an ``--out``
+  that MMagic could not write after the test is an error.
 - ``--cfg-options`` keeps the spaces of texts.
 - ``--amp`` works for an ``optim_wrapper`` with one optimizer and no ``type``, as that of
   DreamBooth; MMagic raises AssertionError or AttributeError.
@@ -51,14 +49,11 @@ _NEEDED = {
 
 
 def test_main(argv: Sequence[str] | None = None, prog: str = "test.py") -> int:
-    """Run MMagic's ``tools/test.py``.
+    """Run MMagic's ``tools/test.py``; return the exit code: 0, or 2 after a one-line error.
 
     Args:
         argv: The arguments. Default: those of the process.
         prog: Name shown in help and errors.
-
-    Returns:
-        The exit code: 0, or 2 after a one-line error about the input.
     """
     return _run("test", argv, prog)
 
@@ -66,10 +61,6 @@ def test_main(argv: Sequence[str] | None = None, prog: str = "test.py") -> int:
 def train_main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
     """Run MMagic's ``tools/train.py``; see :func:`test_main`."""
     return _run("train", argv, prog)
-
-
-# Not tests, should pytest collect a module that imports them.
-test_main.__test__ = False
 
 
 def _run(name: str, argv: Sequence[str] | None, prog: str) -> int:
@@ -106,11 +97,10 @@ def _load(name: str) -> ModuleType:
     package = importlib.util.find_spec("mmagic")
     if package is None:
         raise ToMeError("MMagic is not installed: pip install mmagic==1.2.0")
-    file = Path(package.submodule_search_locations[0], ".mim", "tools", f"{name}.py")
+    folder = Path(package.submodule_search_locations[0])
+    file = folder / ".mim" / "tools" / f"{name}.py"
     if not file.is_file():  # MMagic's checkout on PYTHONPATH
-        file = Path(package.submodule_search_locations[0]).parent / "tools" / f"{name}.py"
-    if not file.is_file():
-        raise ToMeError(f"this MMagic has no tools/{name}.py; pip install mmagic==1.2.0")
+        file = folder.parent / "tools" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"mmagic_tools_{name}", file)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
@@ -132,8 +122,6 @@ def _completed(name: str, args: argparse.Namespace) -> argparse.Namespace:
     checkpoint = getattr(args, "checkpoint", None) or config.get("load_from")
     if checkpoint and "://" not in checkpoint and not os.path.isfile(checkpoint):
         raise ToMeError(f"there is no checkpoint {checkpoint}")
-    if args.work_dir and os.path.exists(args.work_dir) and not os.path.isdir(args.work_dir):
-        raise ToMeError(f"--work-dir {args.work_dir} is a file; write a folder")
     if name == "test":
         if args.out and not args.out.endswith((".json", ".yaml", ".yml", ".pkl", ".pickle")):
             raise ToMeError(
@@ -146,11 +134,6 @@ def _completed(name: str, args: argparse.Namespace) -> argparse.Namespace:
         options.setdefault("optim_wrapper.loss_scale", "dynamic")
         args.amp = False
     if args.auto_scale_lr:
-        if "base_batch_size" not in (config.get("auto_scale_lr") or {}):
-            raise ToMeError(
-                "--auto-scale-lr needs the batch size that the learning rate is for; write "
-                "auto_scale_lr=dict(base_batch_size=16) into the config"
-            )
         options["auto_scale_lr.enable"] = True
     args.cfg_options = options or None
     return args

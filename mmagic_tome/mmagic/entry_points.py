@@ -1,56 +1,39 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Top-level ``tome_cfg`` and ``cache_cfg`` where a model is built from a part of a config.
 
-mmengine's runners, MMagic's ``init_model`` and its inferencers read the whole config; the model
-receives only a part of it. A hook would have to be named in every config, and in a runner it would
-come after the model was wrapped for distributed training. So each is patched around its build, for
-models of any kind: what cannot be merged raises, and a mistake shows before minutes of loading
-weights. A config without the keys passes through unchanged.
+mmengine's Runner, MMagic's ``init_model`` and its inferencers read the whole config; the model
+receives only a part of it. A hook in a runner would come after the model was wrapped for
+distributed training. So each is patched around its build, for models of any kind: what cannot be
+merged raises, and a mistake shows before minutes of loading weights.
 """
 
 import functools
 import sys
 
-from .config_keys import apply_top_level, read_top_level
+from .config_keys import apply_keys, read_keys
 
-__all__ = [
-    "patch_animation_inferencer",
-    "patch_flexible_runner",
-    "patch_inferencer",
-    "patch_init_model",
-    "patch_runner",
-]
+__all__ = ["patch_animation", "patch_inferencer", "patch_init_model", "patch_runner"]
 
 
-def patch_runner(module):
+def patch_runner():
     """``Runner.build_model``, which is on every path: ``from_cfg``, the constructor, a model given
     as an object."""
-    _patch(module.Runner, "build_model", lambda self, *_, **__: self.cfg)
+    from mmengine.runner.runner import Runner
+
+    _patch(Runner, "build_model", lambda self, *_, **__: self.cfg)
 
 
-def patch_flexible_runner(module):
-    """``FlexibleRunner``, which leaves building, later, to its strategy."""
-    init = module.FlexibleRunner.__init__
-    if hasattr(init, "applies_keys"):
-        return
-
-    @functools.wraps(init)
-    def __init__(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        read_top_level(self.cfg)
-        _patch(self.strategy, "build_model", lambda *_, **__: self.cfg)
-
-    __init__.applies_keys = True
-    module.FlexibleRunner.__init__ = __init__
-
-
-def patch_inferencer(module):
+def patch_inferencer():
     """MMagic's inferencers."""
-    _patch(module.BaseMMagicInferencer, "_init_model", lambda self, cfg, *_, **__: cfg)
+    from mmagic.apis.inferencers.base_mmagic_inferencer import BaseMMagicInferencer
+
+    _patch(BaseMMagicInferencer, "_init_model", lambda self, cfg, *_, **__: cfg)
 
 
-def patch_animation_inferencer(module):
+def patch_animation():
     """The inferencer of ControlNet animation, which reads its config and keeps only the model."""
+    from mmagic.apis.inferencers import controlnet_animation_inferencer as module
+
     _patch(
         module.ControlnetAnimationInferencer,
         "__init__",
@@ -59,12 +42,13 @@ def patch_animation_inferencer(module):
     )
 
 
-def patch_init_model(module):
+def patch_init_model():
     """MMagic's ``init_model``.
 
     An ``init_model`` that was imported by name earlier is not patched; it works for the Stable
     Diffusion family, whose models apply the config that it assigns to ``cfg`` (see ``family.py``).
     """
+    from mmagic.apis.inferencers import inference_functions as module
 
     def config_of(config, *_, **__):
         return module.Config.fromfile(config) if isinstance(config, str) else config
@@ -75,7 +59,7 @@ def patch_init_model(module):
 
 
 def _patch(owner, name, config_of, model_of=lambda result, *_: result):
-    """Let a function that builds a model apply the keys of a config; again does nothing.
+    """Let a function that builds a model apply the keys of a config.
 
     Args:
         owner (object): What the function is an attribute of.
@@ -85,16 +69,12 @@ def _patch(owner, name, config_of, model_of=lambda result, *_: result):
             model. Default: the result.
     """
     function = getattr(owner, name)
-    if hasattr(function, "applies_keys"):
-        return
 
     @functools.wraps(function)
     def build_and_apply(*args, **kwargs):
-        config = config_of(*args, **kwargs)
-        read_top_level(config)  # a mistake shows before anything is built
+        configs = read_keys(config_of(*args, **kwargs))  # mistakes show before anything is built
         result = function(*args, **kwargs)
-        apply_top_level(model_of(result, *args), config)
+        apply_keys(model_of(result, *args), configs, top_level=True)
         return result
 
-    build_and_apply.applies_keys = True
     setattr(owner, name, build_and_apply)

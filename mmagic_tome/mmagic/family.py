@@ -26,31 +26,16 @@ from mmagic.registry import MODELS
 
 from ..apply import apply_tome, get_handle
 from .builder import build_tome
-from .config_keys import (
-    KEYS,
-    apply_model_level,
-    apply_top_level,
-    read_model_level,
-    translate_tomesd,
-)
+from .config_keys import KEYS, apply_keys, read_keys, translate_tomesd
 
-__all__ = ["ROOTS", "patch"]
-
-# The others of the family inherit from StableDiffusion.
-ROOTS = ("StableDiffusion", "StableDiffusionXL", "AnimateDiff")
+__all__ = ["patch"]
 
 # In the ``__dict__`` of a model while its ``__init__`` runs; what it was given so far.
 _BUILDING = "_tome_building"
 
 
 def patch(root):
-    """Give a class and its subclasses, also those to come, what is listed above.
-
-    Args:
-        root (type): A subclass of :class:`torch.nn.Module`. Patching it again does nothing.
-    """
-    if hasattr(root, "tome_handle"):
-        return
+    """Give a class of modules and its subclasses, also those to come, what is listed above."""
 
     def __init_subclass__(cls, **kwargs):
         super(root, cls).__init_subclass__(**kwargs)
@@ -89,7 +74,7 @@ def _wrap_init(cls):
         given = {key: kwargs.get(key) for key in KEYS}
         outermost = _BUILDING not in self.__dict__
         if outermost:
-            read_model_level(**given, tomesd_cfg=kwargs.get("tomesd_cfg"))
+            read_keys(kwargs)
             self.__dict__[_BUILDING] = {}
         for key in KEYS:
             # It may have a default for it, or an opinion, before it hands it to its base.
@@ -106,9 +91,8 @@ def _wrap_init(cls):
 
 def _complete(model, given):
     # A positional ``tomesd_cfg`` shows only now.
-    tomesd_cfg = getattr(model, "tomesd_cfg", None)
-    apply_model_level(model, *read_model_level(**given, tomesd_cfg=tomesd_cfg))
-    apply_top_level(model, model.__dict__.get("cfg"))
+    apply_keys(model, read_keys({**given, "tomesd_cfg": getattr(model, "tomesd_cfg", None)}))
+    apply_keys(model, read_keys(model.__dict__.get("cfg")), top_level=True)
 
 
 def _set_tomesd(self):
@@ -130,10 +114,9 @@ def _get_cfg(self):
 def _set_cfg(self, cfg):
     self.__dict__["cfg"] = cfg
     if _BUILDING not in self.__dict__:
-        apply_top_level(self, cfg)
+        apply_keys(self, read_keys(cfg), top_level=True)
 
 
-for _name in ROOTS:
-    if hasattr(models, _name):  # all are in MMagic 1.2; an earlier one may lack some
-        patch(getattr(models, _name))
+for _root in (models.StableDiffusion, models.StableDiffusionXL, models.AnimateDiff):
+    patch(_root)  # the others of the family inherit from StableDiffusion
 MODELS.register_module(name="ToMe", module=build_tome, force=True)

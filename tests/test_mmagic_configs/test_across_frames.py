@@ -31,26 +31,6 @@ def test_the_plan_is_that_of_a_clip():
     assert torch.equal(as_clips(x, 2)[1, 3:], x[3])
 
 
-def test_what_stands_still_is_computed_once():
-    """Where all frames are alike, merging across them loses far less than frame by frame."""
-    from mmagic_tome import ToMeConfig
-    from mmagic_tome.merging import random_layout
-    from mmagic_tome.methods import PlanRequest
-
-    frame = torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(0))
-    frames = frame.expand(4, -1, -1)
-    method = ToMeConfig().methods[0]
-
-    def lost(x, height):
-        fields = dict.fromkeys(PlanRequest.__dataclass_fields__)
-        fields.update(height=height, width=8, sx=2, sy=2, exact=True)
-        fields["layout"] = lambda: random_layout(height, 8, 2, 2, seed=0).select(0)
-        plan = method.plan(x, 0.5, PlanRequest(**fields))
-        return (plan.unmerge(plan.merge(x)) - x).pow(2).mean()
-
-    assert lost(as_clips(frames, 4), 32) < 0.2 * lost(frames, 8)
-
-
 @pytest.mark.parametrize(
     "targets", [["attn"], ["crossattn", "mlp"], ["block"]], ids=lambda targets: "+".join(targets)
 )
@@ -80,16 +60,6 @@ def test_diffusers_motion_unet(targets):
     assert torch.equal(run(unet, given), baseline)
 
 
-def test_it_is_another_thing_than_frame_by_frame():
-    unet, given = motion_unet(), motion_inputs()
-    with apply_tome(unet, ratio=0.5, targets=["mlp"]) as handle:
-        apart = run(unet, given)
-        assert {row["tokens"] for row in handle.stats()} == {64}
-    with apply_tome(unet, ratio=0.5, targets=["mlp"], across_frames=True):
-        together = run(unet, given)
-    assert (apart - together).abs().max() > 1e-3
-
-
 @pytest.mark.parametrize("residual", [False, True], ids=["plans alone", "residual"])
 def test_plans_and_residuals_that_serve_several_steps(residual):
     unet, given = motion_unet(), motion_inputs()
@@ -102,22 +72,6 @@ def test_plans_and_residuals_that_serve_several_steps(residual):
     error = [(step.output - one).abs().mean() for step, one in zip(steps, baseline)]
     assert torch.equal(steps[0].output, baseline[0]) == residual
     assert 0 < error[1] < (0.1 if residual else 0.5) * baseline[1].abs().mean()
-
-
-def test_gradients_also_under_checkpointing():
-    unet, given = motion_unet(), motion_inputs()
-    apply_tome(unet, ratio=0.5, targets=["attn", "mlp"], across_frames=True)
-
-    def gradient():
-        unet.zero_grad()
-        unet(**given).sample.square().mean().backward()
-        return unet.conv_in.weight.grad.clone()
-
-    plain = gradient()
-    unet.train()
-    unet.enable_gradient_checkpointing()
-    torch.testing.assert_close(gradient(), plain)
-    assert plain.abs().sum() > 0
 
 
 def test_what_has_no_frames_says_so():
@@ -143,16 +97,3 @@ def test_attention_along_frames_inside_a_block_needs_all_places(sd_folder):
         assert (run(unet, given) - baseline).abs().max() > 1e-3
         assert {row["kept"] for row in handle.stats()} == {FRAMES * 32}
     assert torch.equal(run(unet, given), baseline)
-
-
-def test_the_merge_map_of_a_clip_shows_its_frames_below_each_other():
-    from mmagic_tome.lab.maps import Recorder, merged_blocks
-
-    unet, given = motion_unet(), motion_inputs()
-    # As many slots as two of three frames have tokens: more than one frame has.
-    handle = apply_tome(unet, ratio=0.3, across_frames=True)
-    with Recorder(merged_blocks(handle), torch.device("cpu")) as recorder:
-        run(unet, given)
-    assert recorder.records
-    for record in recorder.records:
-        assert record.grid == (FRAMES * 8, 8) and record.slot.shape == (FRAMES * 64,)

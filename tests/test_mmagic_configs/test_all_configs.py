@@ -4,7 +4,7 @@
 The layout of the networks is the real one, the widths are tiny and the weights random.
 """
 
-import re
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,56 +13,29 @@ import pytest
 pytest.importorskip("mmagic")
 
 import mmagic_hub
+import tiny
+import torch
 from mmagic.registry import MODELS
 from mmagic_hub import INFERENCER
 from mmengine import Config
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+from PIL import Image
 
-from mmagic_tome import (
-    ToMeConfig,
-    ToMeError,
-    apply_cache,
-    apply_tome,
-    get_handle,
-    remove_cache,
-    remove_tome,
-)
+from mmagic_tome import ToMeConfig, ToMeError, apply_cache, apply_tome, get_handle, remove_cache
 from mmagic_tome.patch import interceptors_of
 
 OURS = Path(__file__).resolve().parents[2] / "configs"
 LISTED = sorted(
     str(file.relative_to(OURS)) for name in mmagic_hub.FOLDERS for file in OURS.glob(f"{name}/*.py")
 )
-CONFIGS = [name for name in LISTED if not name.endswith("_eval.py")]  # see test_eval_configs.py
-# The others take part in the slow run.
-QUICK = (
-    "animatediff/animatediff_ToonYou_tome-75e-2_across-frames.py",
-    "controlnet/controlnet-animation_tome-5e-1.py",
-    "controlnet/controlnet-canny_tome-5e-1_both.py",
-    "dreambooth/dreambooth-lora_tome-5e-1.py",
-    "stable_diffusion_xl/stable-diffusion_xl_ddim_tome-5e-1.py",
-)
-FAMILY = {
-    "AnimateDiff",
-    "ControlStableDiffusion",
-    "ControlStableDiffusionImg2Img",
-    "DreamBooth",
-    "FastComposer",
-    "StableDiffusion",
-    "StableDiffusionInpaint",
-    "StableDiffusionXL",
-    "TextualInversion",
-    "ViCo",
-}
-
-
-def slow_unless(quick, names):
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+CONFIGS = [name for name in LISTED if not name.endswith("_eval.py")]
+EVALUATIONS = [name for name in LISTED if name.endswith("_eval.py")]
+ANIMATION = "controlnet/controlnet-animation_tome-5e-1.py"
 
 
 def ours(name, hub):
     """One of this project's configs; its networks of MMagic's own get tiny, too."""
-    import tiny
-
     config = Config.fromfile(str(OURS / name))
     if config.model.unet.type == "DenoisingUnet":
         config.model.unet = dict(
@@ -83,12 +56,12 @@ LAYERS = {"attn": "attn1.to_q", "crossattn": "attn2.to_q", "mlp": "ff", "block":
 class Given:
     """How many tokens the layers at all targets of a model really receive: target -> numbers."""
 
-    def __init__(self, model):
+    def __init__(self, handle):
         self.found, self.hooks = {}, []
-        for row in model.tome_handle.stats():
-            network, block = model.tome_handle.network, row["block"]
+        for row in handle.stats():
+            network, block = handle.network, row["block"]
             if block.startswith("controlnet."):
-                network = model.tome_handle.networks["controlnet"]
+                network = handle.networks["controlnet"]
                 block = block[len("controlnet.") :]
             layer = network.get_submodule(block).get_submodule(LAYERS[row["kind"]])
             # Behind the layer: in front of it other hooks see the unmerged tokens.
@@ -105,165 +78,117 @@ class Given:
             hook.remove()
 
 
-def check(config, build):
-    """It builds and infers, fewer tokens are in the blocks, and ratio 0 and removal are exact."""
-    model = build(config)
-    given = mmagic_hub.arguments(config)
-    assert type(model) is MODELS.get(config.model.type)
+def check(model, image):
+    """Fewer tokens are in the blocks, and ratio 0 and removal are exact.
+
+    Args:
+        model (nn.Module): With token merging.
+        image (callable): Generates by it, without arguments.
+
+    Returns:
+        set[float]: Shares of tokens that were removed.
+    """
     handle = model.tome_handle
-    seen = Given(model)
-    merged = mmagic_hub.infer(model, **given)
+    seen = Given(handle)
+    merged = image()
     seen.remove()
-    assert seen.found == {row["target"]: {row["kept"]} for row in handle.stats()}
-    share = 1 - np.array([row["kept"] / row["tokens"] for row in handle.stats()])
-    assert len(share) >= 5 and all(row["calls"] > 0 for row in handle.stats())
-    np.testing.assert_array_equal(mmagic_hub.infer(model, **given), merged)  # however often
+    rows = handle.stats()
+    assert seen.found == {row["target"]: {row["kept"]} for row in rows}
+    assert len(rows) >= 5 and all(row["calls"] > 0 for row in rows)
+    np.testing.assert_array_equal(image(), merged)  # however often
     handle.ratio = 0
-    baseline = mmagic_hub.infer(model, **given)
-    assert np.isfinite(merged).all()
-    assert np.abs(merged - baseline).max() > 1e-3
-    assert remove_tome(model)
+    baseline = image()
+    assert np.isfinite(merged).all() and np.abs(merged - baseline).max() > 1e-3
+    handle.remove()
+    assert model.tome_handle is None
     networks = [model.unet, getattr(model, "controlnet", model.unet)]
     for module in (module for network in networks for module in network.modules()):
         assert not module._forward_hooks and not module._forward_pre_hooks
         assert not interceptors_of(module)
-    np.testing.assert_array_equal(mmagic_hub.infer(model, **given), baseline)
-    return share
+    np.testing.assert_array_equal(image(), baseline)
+    return {1 - row["kept"] / row["tokens"] for row in rows}
 
 
-@pytest.mark.parametrize("name", slow_unless(QUICK, CONFIGS))
+@pytest.mark.parametrize("name", CONFIGS)
 def test_our_configs(name, hub, build):
+    """With step caching, which is removed first; then alone."""
     config = ours(name, hub)
     expected = ToMeConfig.coerce(config.tome_cfg)
-    share = check(config, build)
-    if expected.controlnet:
-        assert set(share) == {expected.ratio, expected.controlnet_config.ratio}
-    else:
-        assert set(share) == {expected.ratio}
-
-
-@pytest.mark.parametrize("name", slow_unless(QUICK, CONFIGS))
-def test_our_configs_with_step_caching(name, hub, build):
-    config = ours(name, hub)
     config.cache_cfg = [dict(timestep_range=(0, 0.5)), dict(region="inner")]
-    model = build(config)
-    given = dict(mmagic_hub.arguments(config), num_inference_steps=6)
-    both = mmagic_hub.infer(model, **given)
+    model, given = build(config), mmagic_hub.arguments(config.model)
+    assert type(model) is MODELS.get(config.model.type)
+    both = mmagic_hub.infer(model, **{**given, "num_inference_steps": 6})
     skipped = {row["region"]: row["skipped"] for row in model.cache_handle.stats()}
     assert skipped["network"] > 0 and skipped["inner"] > 0
     assert skipped.get("controlnet.network", skipped["network"]) == skipped["network"]
-    assert all(row["kept"] < row["tokens"] for row in model.tome_handle.stats())
-    np.testing.assert_array_equal(mmagic_hub.infer(model, **given), both)  # however often
     assert remove_cache(model) and model.cache_handle is None
-    merged = mmagic_hub.infer(model, **given)
+    merged = mmagic_hub.infer(model, **{**given, "num_inference_steps": 6})
     assert np.isfinite(both).all() and np.abs(merged - both).max() > 1e-3
-    assert remove_tome(model)
-    networks = [model.unet, getattr(model, "controlnet", model.unet)]
-    for module in (module for network in networks for module in network.modules()):
-        assert not interceptors_of(module)
+    model.tome_handle.reset_stats()
+    shares = {expected.ratio, (expected.controlnet_config or expected).ratio}
+    assert check(model, lambda: mmagic_hub.infer(model, **given)) == shares
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spelling", ["top level", "in the model"])
 @pytest.mark.parametrize("name", mmagic_hub.mmagic_configs())
-def test_mmagics_own_configs(name, spelling, hub, build):
-    if spelling == "in the model" and name.startswith("animatediff") and "ToonYou" not in name:
-        pytest.skip("they differ in their weights")
+def test_mmagics_own_configs(name, hub, build):
     config = mmagic_hub.shrink(Config.fromfile(str(mmagic_hub.mmagic_folder() / name)), hub)
-    where = config if spelling == "top level" else config.model
     if "tomesd_cfg" not in config.model:
-        where["tome_cfg"] = dict(ratio=0.5)
+        config.model.tome_cfg = dict(ratio=0.5)
     if config.get("inference_method") == "attention_injection":
         config.model.attention_injection = True  # as the inferencer for it does
-    assert set(check(config, build)) == {0.5}
+    model, given = build(config), mmagic_hub.arguments(config.model)
+    assert check(model, lambda: mmagic_hub.infer(model, **given)) == {0.5}
 
 
-@pytest.mark.slow
-def test_targets_under_attention_injection(hub, build):
-    """Keys and values are the image's and a reference's; around a block both are merged."""
-    config = ours("controlnet/controlnet-animation_tome-5e-1.py", hub)
-    model, given = build(config), mmagic_hub.arguments(config)
-    queries = mmagic_hub.infer(model, **given)
-    with apply_tome(model, ratio=0.5, targets=["block"]) as handle:
-        blocks = mmagic_hub.infer(model, **given)
-        # Two steps, the reference and the image in each.
-        assert {(row["kept"], row["calls"]) for row in handle.stats()} == {(32, 4)}
-    assert np.isfinite(blocks).all() and np.abs(blocks - queries).max() >= 1
-    np.testing.assert_array_equal(mmagic_hub.infer(model, **given), queries)
+def test_attention_injection_joins_the_keys_of_a_reference(hub, build):
+    config = ours(ANIMATION, hub)
+    model, given = build(config), mmagic_hub.arguments(config.model)
     apply_tome(model, ratio=0.5, targets=["attn_kv"])
     with pytest.raises(ToMeError, match=r"attention_injection.*write targets="):
         mmagic_hub.infer(model, **given)
 
 
-@pytest.mark.slow
-def test_attention_injection_after_a_failed_call(hub, build):
-    """What the reference has left in the blocks is not read by the next image."""
-    model = build(ours("controlnet/controlnet-animation_tome-5e-1.py", hub))
-    given = mmagic_hub.arguments(Config(dict(model=dict(type="ControlStableDiffusionImg2Img"))))
-    expected = mmagic_hub.infer(model, **given)
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_evaluations(name, hub, tmp_path):
+    config = mmagic_hub.shrink(Config.fromfile(str(OURS / name)), hub)
+    image = str(tmp_path / "image.png")
+    mmagic_hub.an_image().save(image)
+    given = config.get("infer_cfg") or {}
+    inputs = {key: [image] for key in given if key in ("controls", "references")}
+    config.infer_cfg = dict(given, steps=2, size=(64, 64), **inputs)
+    if config.model.type == "AnimateDiff":
+        config.infer_cfg.frames = 2
+    config.test_dataloader.dataset.prompts = config.test_dataloader.dataset.prompts[:2]
+    config.work_dir = str(tmp_path / "work")
+    config.experiment_name = Path(name).stem
+    runner = Runner.from_cfg(config)
+    tiny.randomise(runner.model)
+    found = runner.test()
+    relative = ("psnr", "ssim", "latent_error")
+    names = {f"merging/{key}" for key in (*relative, "seconds")}
+    assert set(found) == {"baseline/seconds", *names}
+    assert 0 < found["merging/psnr"] < 60 and 0 < found["merging/latent_error"] < 2
+    assert all(math.isfinite(value) for value in found.values())
+    log = next(tmp_path.rglob("*.log")).read_text()
+    assert "token merging in" in log
+    assert len(list(tmp_path.rglob("vis_image/test_*.png"))) == 2
 
-    def fail(*_):
-        raise MemoryError
 
-    hook = model.unet.unet.mid_block.register_forward_pre_hook(fail)
-    with pytest.raises(MemoryError):
-        mmagic_hub.infer(model, **given)
-    hook.remove()
-    np.testing.assert_array_equal(mmagic_hub.infer(model, **given), expected)
-
-
-def test_no_class_and_no_config_is_left_out():
-    """The walks above cover the family, and every class has a config of ours."""
+def test_every_class_and_every_folder_has_a_config_of_ours():
     root = mmagic_hub.mmagic_folder()
-    builds = re.compile(rf"type=.({'|'.join(sorted(FAMILY))})\b")
-    with_one = {
-        str(file.relative_to(root))
-        for file in root.glob("*/*.py")
-        if builds.search(file.read_text(encoding="utf-8"))
-    }
-    assert with_one <= set(mmagic_hub.mmagic_configs()) and len(with_one) > 10
     theirs = {Config.fromfile(str(root / name)).model.type for name in mmagic_hub.mmagic_configs()}
-    assert theirs == FAMILY
-    assert {Config.fromfile(str(OURS / name)).model.type for name in CONFIGS} == FAMILY
-    assert set(QUICK) < set(CONFIGS)
-
-
-def test_every_config_has_its_entry_and_a_line_in_the_page():
-    """metafile.yml beside it, which model-index.yml imports, and README.md."""
-    yaml = pytest.importorskip("yaml")
-    index = yaml.safe_load((OURS.parent / "model-index.yml").read_text(encoding="utf-8"))
-    for name in LISTED:
-        folder = (OURS / name).parent
-        assert f"configs/{folder.name}/metafile.yml" in index["Import"]
-        meta = yaml.safe_load((folder / "metafile.yml").read_text(encoding="utf-8"))
-        (collection,) = meta["Collections"]
-        (entry,) = [model for model in meta["Models"] if model["Config"] == f"configs/{name}"]
-        assert entry["Name"] == Path(name).stem
-        assert entry["In Collection"] == collection["Name"]
-        assert collection["README"] == f"configs/{folder.name}/README.md"
-        page = (folder / "README.md").read_text(encoding="utf-8")
-        assert f"]({Path(name).name})" in page
-        # The method by its paper, how to use it, and a measured row, which the entry repeats.
-        assert re.search(r"^> \[.*\]\(https://arxiv.org/abs/", page, re.M)
-        assert "## Usage" in page
-        measured = page.partition("## Measured")[2]
-        # The same with other weights, and with an evaluation.
-        stem = Path(name).stem.removesuffix("_local").removesuffix("_eval")
-        row = re.search(rf"^\| {stem} \| [^|]+ \| ([\d.]+) \| ([\d.]+) \|", measured, re.M)
-        baseline, merged = map(float, row.groups())
-        assert 0 < merged < baseline
-        assert entry["Results"][0]["Metrics"] == {
-            "TFLOP per step, baseline": baseline,
-            "TFLOP per step, merged": merged,
-        }
+    assert {Config.fromfile(str(OURS / name)).model.type for name in CONFIGS} == theirs
+    assert len(theirs) == 10
+    evaluated = {name.partition("/")[0] for name in EVALUATIONS}
+    assert evaluated == {*mmagic_hub.FOLDERS} - {"controlnet_animation"}
 
 
 # --- MMagicInferencer -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", slow_unless(list(INFERENCER)[:2], INFERENCER))
+@pytest.mark.parametrize("name", INFERENCER)
 def test_mmagic_inferencer(name, hub, monkeypatch, tmp_path):
-    import tiny
     from mmagic.apis import MMagicInferencer
     from mmagic.apis.inferencers.text2image_inferencer import Text2ImageInferencer
 
@@ -282,60 +207,12 @@ def test_mmagic_inferencer(name, hub, monkeypatch, tmp_path):
         mmagic_hub.an_image().save(call["control"])
 
     def image():
-        import torch
-
         torch.manual_seed(0)
         return np.asarray(editor.infer(**call)[1][0], dtype=np.float32)
 
-    handle = model.tome_handle
-    seen = Given(model)
-    merged = image()
-    seen.remove()
-    assert seen.found == {row["target"]: {row["kept"]} for row in handle.stats()}
-    assert all(row["kept"] < row["tokens"] for row in handle.stats())
-    assert bool(get_handle(getattr(model, "controlnet", None))) == bool(
-        config.tome_cfg.get("controlnet")
-    )
-    np.testing.assert_array_equal(image(), merged)
-    handle.ratio = 0
-    zero = image()
-    handle.remove()
-    baseline = image()
-    np.testing.assert_array_equal(zero, baseline)
-    assert np.abs(merged - baseline).max() > 1e-3
-    assert model.tome_handle is None
-
-
-@pytest.mark.slow
-def test_diffusers_pipeline_inferencer(hub, tmp_path):
-    """MMagic's config of a whole pipeline of diffusers, SDXL's."""
-    import tiny
-    import torch
-    from diffusers import StableDiffusionXLPipeline
-    from mmagic.apis import MMagicInferencer
-
-    parts = tiny.tiny_xl_parts(hub / "xl")
-    StableDiffusionXLPipeline(**parts).save_pretrained(tmp_path / "pipeline")
-    file = mmagic_hub.mmagic_folder() / "diffusers_pipeline" / "sd_xl_pipeline.py"
-    config = Config.fromfile(str(file))
-    config.model.from_pretrained = str(tmp_path / "pipeline")
-    config.tome_cfg = dict(ratio=0.5)
-    with pytest.warns(UserWarning, match="is overridden by"):
-        editor = MMagicInferencer("diffusers_pipeline", model_config=config, device="cpu")
-    handle = get_handle(editor.inferencer.inferencer.model)
-
-    def image():
-        torch.manual_seed(0)
-        call = dict(text="a cat", num_inference_steps=2, height=64, width=64)
-        return np.asarray(editor.infer(**call)[1][0], dtype=np.float32)
-
-    merged = image()
-    assert {(row["kept"], row["tokens"]) for row in handle.stats()} == {(8, 16)}
-    handle.ratio = 0
-    baseline = image()
-    handle.remove()
-    np.testing.assert_array_equal(image(), baseline)
-    assert np.abs(merged - baseline).max() >= 1
+    with_controlnet = get_handle(getattr(model, "controlnet", None)) is not None
+    assert with_controlnet == bool(config.tome_cfg.get("controlnet"))
+    assert 0 not in check(model, image)
 
 
 @pytest.mark.parametrize("folder", ["guided_diffusion", "disco_diffusion"])
@@ -345,8 +222,6 @@ def test_mmagics_other_diffusion_models_say_that_they_cannot_be_merged(folder):
     unet = Config.fromfile(str(file)).model.unet
     unet.update(base_channels=32, use_fp16=False)
     unet.attention_cfg.update(num_head_channels=8)
-    from mmengine.registry import init_default_scope
-
     init_default_scope("mmagic")  # whoever ran before
     network = MODELS.build(unet)
     with pytest.raises(ToMeError, match=r"DenoisingUnet has no transformer block.*'stable'"):
@@ -359,11 +234,7 @@ def test_mmagics_other_diffusion_models_say_that_they_cannot_be_merged(folder):
 @pytest.mark.parametrize("method", ["attention_injection", "multi-frame rendering"])
 def test_animation_inferencer(method, hub, monkeypatch, tmp_path):
     """The one that needs a GPU and a detector of edges, with both taken away."""
-    import tiny
-    import torch
     from mmagic.apis.inferencers import controlnet_animation_inferencer as module
-    from mmengine.registry import init_default_scope
-    from PIL import Image
 
     class Detector:
         @classmethod
@@ -376,32 +247,24 @@ def test_animation_inferencer(method, hub, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "HEDdetector", Detector)
     monkeypatch.setattr(torch.nn.Module, "cuda", lambda self, *args: self)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self, *args: self)
-    config = ours("controlnet/controlnet-animation_tome-5e-1.py", hub)
+    config = ours(ANIMATION, hub)
     config.inference_method = method
     config.model.attention_injection = method == "attention_injection"
     monkeypatch.setattr(module.Config, "fromfile", lambda file: config)
     init_default_scope("mmagic")
     inferencer = module.ControlnetAnimationInferencer("the config")
     model = tiny.randomise(inferencer.pipe)
-    video = tmp_path / "video"
-    video.mkdir()
-    mmagic_hub.an_image().save(video / "0.png")
+    (tmp_path / "video").mkdir()
+    mmagic_hub.an_image().save(tmp_path / "video" / "0.png")
+    options = dict(prompt="a cat", video=str(tmp_path / "video"), num_inference_steps=2)
+    options.update(image_width=64, image_height=64, strength=1.0)
 
     def frame(name):
-        out = tmp_path / name
-        inferencer(
-            prompt="a cat",
-            video=str(video),
-            image_width=64,
-            image_height=64,
-            num_inference_steps=2,
-            strength=1.0,
-            save_path=str(out),
-        )
-        with Image.open(out / "0.png") as image:
+        inferencer(**options, save_path=str(tmp_path / name))
+        with Image.open(tmp_path / name / "0.png") as image:
             return np.asarray(image, dtype=np.float32)
 
     merged = frame("merged")
     assert all(row["kept"] < row["tokens"] for row in model.tome_handle.stats())
-    remove_tome(model)
+    model.tome_handle.remove()
     assert np.abs(frame("baseline") - merged).max() >= 1

@@ -13,7 +13,7 @@ import mmagic_hub
 from mmagic.structures import DataSample
 from mmengine import Config
 from mmengine.model import ExponentialMovingAverage
-from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.optim import OptimWrapper
 from mmengine.runner import load_checkpoint, save_checkpoint
 
 from mmagic_tome import ToMeConfig, get_handle, remove_tome
@@ -27,72 +27,32 @@ def shrunk(name, hub):
     return mmagic_hub.shrink(Config.fromfile(str(OURS / name)), hub)
 
 
-def some_data():
-    """A batch of one image, as MMagic's data loaders give it."""
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randint(0, 256, (3, 64, 64), generator=generator, dtype=torch.uint8)
-    return dict(inputs=[image], data_samples=[DataSample(prompt="a cat")])
-
-
-def losses(model, wrapper, data, steps):
-    """Of this many steps on the same image with the same noise."""
-    found = []
-    for _ in range(steps):
-        torch.manual_seed(0)
-        log = model.train_step(data, wrapper)
-        found.append(float(log["loss"]))
-    return found
-
-
 def test_dreambooth_lora_learns(hub, build):
-    config = shrunk(LORA, hub)
-    model = build(config).train()
+    model = build(shrunk(LORA, hub)).train()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained and all("lora" in name for name in trained)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-    found = losses(model, OptimWrapper(optimizer), some_data(), steps=6)
+    # A batch of one image, as MMagic's data loaders give it.
+    image = torch.from_numpy(np.asarray(mmagic_hub.an_image())).permute(2, 0, 1)
+    data = dict(inputs=[image], data_samples=[DataSample(prompt="a cat")])
+
+    def loss():
+        torch.manual_seed(0)
+        return float(model.train_step(data, OptimWrapper(optimizer))["loss"])
+
+    found = [loss() for _ in range(6)]
     assert found[-1] < 0.98 * found[0]
     assert all(later < earlier for earlier, later in zip(found, found[1:]))
     for row in model.tome_handle.stats():
         assert row["kept"] == row["tokens"] / 2 and row["calls"] == 6
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == trained
-    # What was learned with merged tokens is there without merging as well.
-    remove_tome(model)
-    torch.manual_seed(0)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    (baseline,) = losses(model, OptimWrapper(optimizer), some_data(), steps=1)
-    assert baseline < found[0]
-
-
-def test_controlnet_learns_through_a_merged_unet(hub, build):
-    model = build(shrunk(CONTROL, hub)).train()
-    optimizer = torch.optim.AdamW(model.controlnet.parameters(), lr=1e-3)
-    wrapper = OptimWrapperDict(controlnet=OptimWrapper(optimizer))
-    image = some_data()["inputs"][0]
-    data = dict(
-        inputs=[dict(source=image, target=image)], data_samples=[DataSample(prompt="a cat")]
-    )
-    model.data_preprocessor.data_keys = None
-    collated = dict(
-        inputs=dict(source=image[None], target=image[None]), data_samples=data["data_samples"]
-    )
-    found = losses(model, wrapper, collated, steps=4)
-    assert found[-1] < found[0]
-    names = [row["target"] for row in model.tome_handle.stats() if row["calls"] == 4]
-    assert any(name.startswith("controlnet.") for name in names)
-    assert any(name.startswith("up_blocks.") for name in names)
-
-
-def close_to(image):
-    """How far two objects with the same weights may be apart: their weights lie elsewhere in
-    memory, and a sum in another order may tip a value over to the next of 256 levels."""
-    return 1 if image.max() > 2 else 1e-4
 
 
 def assert_the_same(image, expected):
-    np.testing.assert_allclose(image, expected, rtol=0, atol=close_to(expected))
+    # Weights that lie elsewhere in memory may tip a value over to the next of 256 levels.
+    np.testing.assert_allclose(image, expected, rtol=0, atol=1)
 
 
 @pytest.mark.parametrize(
@@ -101,12 +61,11 @@ def assert_the_same(image, expected):
         "stable_diffusion/stable-diffusion_ddim_tome-5e-1.py",
         CONTROL,
         pytest.param(LORA, marks=pytest.mark.slow),
-        pytest.param("animatediff/animatediff_ToonYou_tome-5e-1.py", marks=pytest.mark.slow),
     ],
 )
 def test_checkpoints_and_averages(name, hub, build, tmp_path):
     config = shrunk(name, hub)
-    given = mmagic_hub.arguments(config)
+    given = mmagic_hub.arguments(config.model)
     model = build(config)
     merged = mmagic_hub.infer(model, **given)
     file = str(tmp_path / "model.pth")
@@ -123,7 +82,7 @@ def test_checkpoints_and_averages(name, hub, build, tmp_path):
             parameter.mul_(0.5)
     load_checkpoint(other, file, strict=True)
     baseline = mmagic_hub.infer(other, **given)
-    assert np.abs(baseline - merged).max() > 30 * close_to(baseline)
+    assert np.abs(baseline - merged).max() > 30
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.5)
@@ -146,66 +105,3 @@ def test_checkpoints_and_averages(name, hub, build, tmp_path):
     if hasattr(model, "controlnet"):
         assert get_handle(copied.controlnet) is None
         assert get_handle(model.controlnet) is not None
-
-
-@pytest.mark.slow
-def test_a_runner_trains_averages_and_resumes(hub, tmp_path):
-    """mmengine's Runner with CheckpointHook and EMAHook."""
-    from mmengine.hooks import Hook
-    from mmengine.runner import Runner
-
-    (tmp_path / "imgs").mkdir()
-    mmagic_hub.an_image().save(tmp_path / "imgs" / "0.png")
-
-    def runner(iterations, **others):
-        config = shrunk(LORA, hub)
-        data = config.train_dataloader
-        data.update(num_workers=0, persistent_workers=False)
-        data.dataset.data_root = str(tmp_path)
-        data.dataset.pipeline[1].scale = (64, 64)
-        config.update(
-            work_dir=str(tmp_path),
-            experiment_name=f"lora_{iterations}",
-            log_level="ERROR",
-            train_cfg=dict(by_epoch=False, max_iters=iterations),
-            custom_hooks=[dict(type="EMAHook", begin_iter=0)],
-            **others,
-        )
-        config.default_hooks.checkpoint.interval = 1
-        return Runner.from_cfg(config)
-
-    first = runner(2)
-    first.train()
-    assert (tmp_path / "iter_2.pth").exists()
-    assert all(row["calls"] == 2 for row in first.model.tome_handle.stats())
-    (ema,) = [hook.ema_model for hook in first.hooks if type(hook).__name__ == "EMAHook"]
-    assert ema.module.tome_handle.config == first.model.tome_handle.config
-    saved = torch.load(tmp_path / "iter_2.pth")
-    assert "ema_state_dict" in saved
-    assert list(saved["state_dict"]) == list(first.model.state_dict())
-    # It stores the average as the model's weights.
-    baseline = runner(1).model
-    remove_tome(baseline)
-    baseline.load_state_dict(saved["state_dict"])
-    for name, parameter in ema.module.named_parameters():
-        assert torch.equal(parameter, baseline.get_parameter(name))
-
-    # Another runner goes on from there, merged as well.
-    begun = {}
-
-    class Begin(Hook):
-        def before_train_iter(self, runner, batch_idx, data_batch=None):
-            weights = {name: p.detach().clone() for name, p in runner.model.named_parameters()}
-            begin = begun.setdefault(runner.iter, weights)
-            assert begin is weights, "no iteration twice"
-
-    again = runner(3, load_from=str(tmp_path / "iter_2.pth"), resume=True)
-    again.register_hook(Begin())
-    again.train()
-    assert list(begun) == [2] and again.iter == 3 and (tmp_path / "iter_3.pth").exists()
-    for name, parameter in first.model.named_parameters():
-        assert torch.equal(parameter, begun[2][name]), name
-    for row in again.model.tome_handle.stats():
-        assert row["kept"] == row["tokens"] / 2 and row["calls"] == 1
-    moments = again.optim_wrapper.state_dict()["state"]
-    assert {int(moment["step"]) for moment in moments.values()} == {3}

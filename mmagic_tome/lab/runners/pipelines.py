@@ -16,7 +16,7 @@ import torch
 
 from ...apply import apply_cache, apply_tome
 from ...errors import ToMeError
-from ...mmagic.config_keys import read_top_level
+from ...mmagic.config_keys import read_keys
 from ...models import find_adapter, find_denoisers
 from ...models.find import DENOISERS
 from ...schedulers import scheduler_name
@@ -63,7 +63,7 @@ class PipelineSource(Source):
         self.folder = str(folder) if folder.is_dir() else self.path
         config = config or {}
         written = config and config.filename
-        found = read_top_level(config)
+        found = read_keys(config)
         self.setting = Setting(found.get("tome_cfg"), found.get("cache_cfg"))
         self.name = Path(written).stem if written else Path(self.folder).name
         self.defaults = dict(config.get("infer_cfg") or {})

@@ -2,11 +2,17 @@
 """MMagic 1.2.0 on current numpy, torch, torchvision, diffusers, transformers, mmcv-lite.
 
 ``import mmagic_tome`` calls :func:`apply`, and from then on ``import mmagic.apis`` works. A patch
-acts when the module that needs it is imported, after looking for the symptom itself rather than
-for a version, and most are gone again when that import is done; where nothing is broken, nothing
-is touched. :func:`report` lists them::
+acts when the module that needs it is imported, only where its symptom occurs, and most are gone
+again when that import is done. They are listed by::
 
     python -c "import mmagic_tome; print(mmagic_tome.compat.report())"
+
+===============  ========================================================
+libraries.py     patches of libraries that MMagic imports
+mmagic.py        patches of MMagic's own classes
+base.py          what a patch is, and what several of them need
+import_hooks.py  acting around the import of a module
+===============  ========================================================
 """
 
 import contextlib
@@ -14,134 +20,84 @@ import functools
 import importlib
 import sys
 import warnings
-from dataclasses import dataclass, replace
-from typing import Optional
 
+from . import libraries, mmagic  # noqa: F401  (they declare their patches)
+from .base import PATCHES, is_installed
 from .import_hooks import around_import, when_imported
-from .patches import PATCHES, is_installed
 
-__all__ = ["Entry", "Report", "apply", "around_import", "report", "when_imported"]
+__all__ = ["apply", "around_import", "report", "when_imported"]
 
-
-@dataclass(frozen=True)
-class Entry:
-    """What became of one patch.
-
-    Attributes:
-        name (str): Name of the function in ``mmagic_tome/mmagic/compat/patches``.
-        symptom (str): The error that a user meets without it.
-        status (str): ``'applied'``; ``'not needed'``, the symptom is absent; ``'not installed'``,
-            the library is absent; ``'waiting'`` for the import of ``module``; ``'failed'``.
-        module (str): The module whose import is patched.
-        detail (str, optional): The error, if it failed. Default: None.
-    """
-
-    name: str
-    symptom: str
-    status: str
-    module: str
-    detail: Optional[str] = None
-
-
-class Report(list):
-    """A list of :class:`Entry` that prints as a table."""
-
-    def __str__(self):
-        rows = [(entry.status, entry.name, entry.detail or entry.symptom) for entry in self]
-        widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
-        return "\n".join(f"{s:<{widths[0]}}  {n:<{widths[1]}}  {text}" for s, n, text in rows)
-
-
-_ENTRIES = {}  # name -> Entry, in the order of the patches
+# Name of a patch -> what became of it: 'applied'; 'not needed', the symptom is absent;
+# 'not installed', the library is absent; 'waiting' for an import; 'failed: ' and the error.
+_STATUS = {}
 
 
 def apply():
     """Make MMagic importable; calling it again does nothing.
 
     Imports nothing itself. A module that was imported earlier gets the patches that still make
-    sense for it at once, the others when they are imported.
+    sense for it at once.
     """
     for patch in PATCHES:
-        if patch.__name__ in _ENTRIES:
+        if patch.__name__ in _STATUS:
             continue
-        _ENTRIES[patch.__name__] = Entry(patch.__name__, patch.symptom, "waiting", patch.module)
-        if patch.module not in sys.modules:
+        _STATUS[patch.__name__] = "waiting"
+        if sys.modules.get(patch.module) is None:  # None blocks an import
             around_import(patch.module, functools.partial(_applying, patch))
         elif patch.lasting:
             with _applying(patch):
                 pass
         else:
-            _note(patch, "not needed")
+            _STATUS[patch.__name__] = "not needed"
 
 
-def report(probe=True):
-    """What was patched.
-
-    Args:
-        probe (bool): Import what nothing has imported yet, so that every answer is final (some
-            seconds). With False, patches whose module was not imported are ``'waiting'``.
-            Default: True.
-
-    Returns:
-        Report: A list of :class:`Entry`; ``str()`` of it is a table.
-    """
+def report():
+    """A table (str) of all patches: what became of each, its name, and the error that a user meets
+    without it. Imports what is not imported yet, which takes some seconds."""
     apply()
-    for patch in PATCHES if probe else ():
-        if _ENTRIES[patch.__name__].status == "waiting":
-            _probe(patch)
-    return Report(_ENTRIES.values())
-
-
-def _probe(patch):
-    if not is_installed(patch.module.partition(".")[0]):
-        return _note(patch, "not installed")
-    try:
-        importlib.import_module(patch.module)
-    except ModuleNotFoundError as error:
-        # A version of the package may not have that module.
-        missing = error.name == patch.module
-        _note(patch, "not needed") if missing else _note(patch, "failed", error)
-    except Exception as error:
-        _note(patch, "failed", error)
-
-
-def _note(patch, status, error=None):
-    detail = None if error is None else f"{type(error).__name__}: {error}"
-    _ENTRIES[patch.__name__] = replace(_ENTRIES[patch.__name__], status=status, detail=detail)
+    for patch in PATCHES:
+        if _STATUS[patch.__name__] != "waiting":
+            continue
+        if not is_installed(patch.module.partition(".")[0]):
+            _STATUS[patch.__name__] = "not installed"
+            continue
+        try:
+            importlib.import_module(patch.module)
+        except Exception as error:
+            _STATUS[patch.__name__] = f"failed: {type(error).__name__}: {error}"
+    widths = [max(map(len, column)) for column in (_STATUS.values(), _STATUS)]
+    return "\n".join(
+        f"{_STATUS[patch.__name__]:<{widths[0]}}  {patch.__name__:<{widths[1]}}  {patch.symptom}"
+        for patch in PATCHES
+    )
 
 
 @contextlib.contextmanager
 def _applying(patch):
-    """Run a patch around an import and note what came of it.
-
-    A patch that fails is a warning: the import may well succeed without it.
-    """
-
-    def failed(error):
-        _note(patch, "failed", error)
-        warnings.warn(
-            f"mmagic_tome.compat: {patch.__name__!r} of {patch.module} failed "
-            f"({type(error).__name__}: {error})",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-
+    """Run a patch around an import and note what came of it."""
     around = patch()
     try:
-        next(around)
-        _note(patch, "applied")
-    except StopIteration:
-        # Unless it was, at an earlier import that failed for another reason.
-        if _ENTRIES[patch.__name__].status != "applied":
-            _note(patch, "not needed")
-    except Exception as error:
-        failed(error)
-    try:
+        if _advance(patch, around):
+            _STATUS[patch.__name__] = "applied"
+        elif _STATUS[patch.__name__] == "waiting":
+            _STATUS[patch.__name__] = "not needed"
         yield
-    except BaseException:
+        _advance(patch, around)
+    finally:
         around.close()
-        raise
+
+
+def _advance(patch, around):
+    """Run the next part of a patch; return whether there is another. An error is a warning: the
+    import may well succeed without the patch."""
     try:
-        next(around, None)
+        return next(around, "ended") is None
     except Exception as error:
-        failed(error)
+        reason = f"{type(error).__name__}: {error}"
+        _STATUS[patch.__name__] = f"failed: {reason}"
+        warnings.warn(
+            f"mmagic_tome.compat: {patch.__name__!r} of {patch.module} failed ({reason})",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False

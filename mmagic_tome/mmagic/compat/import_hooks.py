@@ -1,16 +1,14 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Run something around the first import of a module, and not before.
 
-A patch belongs to one module: ``import mmagic_tome`` must not cost a
-diffusers user the import of mmcv and MMagic, and a patch that is in place only
-while one module is imported cannot disturb any other. So :func:`around_import`
-waits, and the hook leaves ``sys.meta_path`` when nothing is left to wait for.
+``import mmagic_tome`` must not cost a diffusers user the import of MMagic, and a patch that is in
+place only while one module is imported cannot disturb any other. The hook leaves ``sys.meta_path``
+when nothing is left to wait for.
 """
 
 import contextlib
 import importlib.abc
 import sys
-import threading
 
 __all__ = ["around_import", "when_imported"]
 
@@ -53,27 +51,18 @@ class _ImportHook(importlib.abc.MetaPathFinder):
 
     def __init__(self):
         self.waiting = {}
-        self.asking = threading.local()
 
     def find_spec(self, name, path=None, target=None):
-        # Asking for a spec is not importing (``importlib.util.find_spec``), so
-        # nothing is called or forgotten here.
-        names = self.asking.__dict__.setdefault("names", set())
-        # Another copy of this package may wait for the same name and ask us back.
-        if name not in self.waiting or name in names:
-            return None
-        names.add(name)
-        try:
-            for finder in sys.meta_path:
-                if finder is self or not hasattr(finder, "find_spec"):
-                    continue
-                spec = finder.find_spec(name, path, target)
-                if spec is not None:
-                    if hasattr(spec.loader, "exec_module"):
-                        spec.loader = _Loader(spec.loader)
-                    return spec
-        finally:
-            names.discard(name)
+        # Nothing is called or forgotten here: ``importlib.util.find_spec`` imports nothing.
+        others = sys.meta_path if name in self.waiting else ()
+        for finder in others:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(name, path, target)
+            if spec is not None:
+                if hasattr(spec.loader, "exec_module"):
+                    spec.loader = _Loader(spec.loader)
+                return spec
         return None
 
     def pop(self, name):

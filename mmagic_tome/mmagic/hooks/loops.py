@@ -8,8 +8,8 @@ samplers without prompts to FID and Inception Score, and lack what PSNR and SSIM
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,19 +22,13 @@ from torch import Tensor
 
 from ...errors import ToMeError
 from ...lab.methods import BASELINE, Method, check_names
-from ...settings import Handles
+from ...lab.runners import make_request
+from ...settings import Handles, Setting
 from .metrics import BASELINE_KEYS
-from .subject import (
-    Generated,
-    generate,
-    iteration_of,
-    model_of,
-    part_of,
-    request_of,
-    running,
-    setting_of,
-    undisturbed,
-)
+from .subject import Generated, generate, iteration_of, model_of, part_of, undisturbed
+
+# For how many samples the visualizer gets a sheet of all images.
+_SHEETS = 16
 
 
 class _ImageLoop(BaseLoop):
@@ -51,7 +45,6 @@ class _ImageLoop(BaseLoop):
         evaluator: Metrics of MMagic, of this package (``ToMeMetric``), or both.
         methods: Dicts as of :meth:`mmagic_tome.lab.methods.Method.from_dict`, in a config without
             ``tome_cfg`` and ``cache_cfg``. Default: none.
-        draw: For how many samples the visualizer gets a sheet of all images. Default: 16.
         **request: Fields of :class:`mmagic_tome.lab.request.Request`, such as ``steps``,
             ``guidance``, ``seed`` and ``controls``. Default: those of ``infer_cfg``. Image i has
             the seed ``seed + i`` at any batch size and number of processes.
@@ -74,65 +67,58 @@ class _ImageLoop(BaseLoop):
         dataloader,
         evaluator,
         methods: Sequence[Mapping[str, Any]] = (),
-        draw: int = 16,
         **request: Any,
     ) -> None:
         super().__init__(runner, dataloader)
         self.model = model_of(runner, type(self).__name__)
         self.methods = [Method.from_dict(method) for method in methods]
         check_names([BASELINE, *self.methods])
-        self.draw = draw
-        # Prompts come with the samples.
-        self.request = request_of(runner, ["-"] * len(self.dataloader.dataset), **request)
+        # Prompts come with the samples; those of ``infer_cfg`` are for other commands.
+        defaults = {**(runner.cfg.get("infer_cfg") or {}), "prompts": None}
+        prompts = ["-"] * len(self.dataloader.dataset)
+        self.request = make_request(SimpleNamespace(defaults=defaults), prompts=prompts, **request)
         self._evaluator = evaluator
         self._evaluators: dict[str, Any] = {}
 
     def run(self) -> dict[str, Any]:
         """Generate and judge everything, and call the hooks; return the results of all metrics."""
         runner, mode = self.runner, self.mode
-        runner.call_hook(f"before_{mode}")
-        runner.call_hook(f"before_{mode}_epoch")
-        if mode == "test":
-            runner.model.eval()
-        # A validation must not disturb the training around it.
-        with undisturbed(self.model) if mode == "val" else nullcontext():
-            metrics = self.evaluate(mode, iteration_of(runner), runner.call_hook)
-        runner.call_hook(f"after_{mode}_epoch", metrics=metrics)
-        runner.call_hook(f"after_{mode}")
-        return metrics
-
-    @torch.no_grad()
-    def evaluate(
-        self, sheets: str, step: int = 0, call_hook: Callable = lambda *_, **__: None
-    ) -> dict[str, Any]:
-        """Generate and judge everything.
-
-        Args:
-            sheets: Name of the visualizer's sheets; the number of the sample follows it.
-            step: Of the visualizer.
-            call_hook: The runner's. Default: no hooks are called.
-        """
         if self.methods and Handles.of(self.model):
             raise ToMeError(
                 "the config applies tome_cfg or cache_cfg and its loop has methods; write all of "
                 "them into methods, or none"
             )
-        for index, batch in enumerate(self.dataloader):
-            call_hook(f"before_{self.mode}_iter", batch_idx=index, data_batch=batch)
-            numbers, made = self._generate(index, batch)
-            for i, number in enumerate(numbers):
-                if len(made) > 1 and number < self.draw:
-                    images = {method: one.images[i] for method, one in made.items()}
-                    image = sheet(batch["data_samples"][i].prompt, images)
-                    self.runner.visualizer.add_image(f"{sheets}_{number:03d}", image, step=step)
-            outputs = self._judge(batch, made, index > 0)
-            call_hook(f"after_{self.mode}_iter", batch_idx=index, data_batch=batch, outputs=outputs)
-        return {
-            f"{method}/{key.removeprefix('tome/')}": value
-            for method, evaluator in self._evaluators.items()
-            if evaluator.metrics
-            for key, value in evaluator.evaluate().items()
-        }
+        runner.call_hook(f"before_{mode}")
+        runner.call_hook(f"before_{mode}_epoch")
+        if mode == "test":
+            runner.model.eval()
+        # A validation must not disturb the training around it.
+        with undisturbed(self.model) if mode == "val" else torch.no_grad():
+            for index, batch in enumerate(self.dataloader):
+                self._run_iter(index, batch)
+            metrics = {
+                f"{method}/{key.removeprefix('tome/')}": value
+                for method, evaluator in self._evaluators.items()
+                if evaluator.metrics
+                for key, value in evaluator.evaluate().items()
+            }
+        runner.call_hook(f"after_{mode}_epoch", metrics=metrics)
+        runner.call_hook(f"after_{mode}")
+        return metrics
+
+    def _run_iter(self, index: int, batch: Any) -> None:
+        runner, step = self.runner, iteration_of(self.runner)
+        runner.call_hook(f"before_{self.mode}_iter", batch_idx=index, data_batch=batch)
+        numbers, made = self._generate(index, batch)
+        for i, number in enumerate(numbers):
+            if len(made) > 1 and number < _SHEETS:
+                images = {method: one.images[i] for method, one in made.items()}
+                image = sheet(batch["data_samples"][i].prompt, images)
+                runner.visualizer.add_image(f"{self.mode}_{number:03d}", image, step=step)
+        outputs = self._judge(batch, made, index > 0)
+        runner.call_hook(
+            f"after_{self.mode}_iter", batch_idx=index, data_batch=batch, outputs=outputs
+        )
 
     def _generate(self, index: int, batch: Any) -> tuple[list[int], dict[str, Generated]]:
         """Numbers of a batch's images, and the images by method, the baseline's first."""
@@ -148,12 +134,13 @@ class _ImageLoop(BaseLoop):
         numbers = [place % len(self.request) for place in places]
         request = part_of(self.request, numbers, prompts)
         model, handles = self.model, Handles.of(self.model)
-        with handles.disabled(), running(BASELINE.name):
+        with handles.disabled():
             made = {BASELINE.name: generate(model, request)}
         if handles:
-            made[Method("applied", setting_of(model)).label] = generate(model, request)
+            configs = (one and one.config for one in (handles.tome, handles.cache))
+            made[Method("applied", Setting(*configs)).label] = generate(model, request)
         for method in self.methods:
-            with method.on(model) as applied, running(method.name):
+            with method.on(model) as applied:
                 made[method.name] = generate(model, request, method.steps)
                 for handle in applied if index == 0 else ():
                     self.runner.logger.info(f"{method.name}: {handle.summary()}")
@@ -170,7 +157,7 @@ class _ImageLoop(BaseLoop):
                 for i, sample in enumerate(batch["data_samples"])
             ]
             evaluator = self._evaluator_of(name)
-            _check(evaluator.metrics, outputs[0], len(self.request))
+            _check(evaluator.metrics, outputs[0])
             # To all metrics at once, without the samplers of MMagic's evaluator.
             evaluator.process(outputs, batch, evaluator.metrics)
         return outputs
@@ -190,13 +177,11 @@ class _ImageLoop(BaseLoop):
 
 @LOOPS.register_module()
 class ToMeTestLoop(_ImageLoop):
-    __doc__ = _ImageLoop.__doc__
     mode = "test"
 
 
 @LOOPS.register_module()
 class ToMeValLoop(_ImageLoop):
-    __doc__ = _ImageLoop.__doc__
     mode = "val"
 
 
@@ -226,19 +211,14 @@ def _is_relative(metric) -> bool:
     return getattr(metric, "gt_key", getattr(metric, "reference", "")) in BASELINE_KEYS
 
 
-def _check(metrics: Sequence[Any], sample, count: int) -> None:
-    """Metrics of MMagic would fail without saying what to write, or stop short."""
+def _check(metrics: Sequence[Any], sample) -> None:
+    """Metrics of MMagic would fail without saying what to write."""
     for metric in metrics:
         name, key = type(metric).__name__, getattr(metric, "gt_key", None)
         if key is not None and key not in sample:
             raise ToMeError(
                 f"{name} compares with {key}, which the samples do not have; write "
                 f"dict(type='{name}', gt_key='baseline_img') to compare with the baseline"
-            )
-        if not 1 <= getattr(metric, "fake_nums", 1) <= count:
-            raise ToMeError(
-                f"{name} has fake_nums={metric.fake_nums}, and there are {count} prompts; write "
-                f"fake_nums={count}"
             )
 
 

@@ -1,14 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Metrics of :mod:`mmagic_tome.lab.metrics` in the evaluators of ``ToMeTestLoop``.
-
-::
-
-    test_evaluator = [
-        dict(type='ToMeMetric', metric='psnr'),
-        dict(type='ToMeMetric', metric='fid', against='real'),
-        dict(type='ToMeSeconds'),
-    ]
-"""
+"""Metrics of :mod:`mmagic_tome.lab.metrics` in the evaluators of ``ToMeTestLoop``."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from mmengine.registry import DATASETS
-from PIL import Image
 from torch.utils.data import Dataset
 
 from ...errors import ToMeError
@@ -30,8 +29,7 @@ class ToMePromptDataset(Dataset):
             :func:`mmagic_tome.lab.prompts.read_prompts` reads, such as ``'prompts.txt'``.
         images: Folder of real images, one for each prompt in the order of their names. Default:
             None. They are ``gt_img`` of the samples, for metrics with ``against='real'``.
-        size: (height, width) in pixels that real images are resized to (bicubic). Default: None,
-            their own; then all of a batch must have one size.
+            All of a batch must have one size.
 
     Raises:
         ToMeError: No prompts; another number of images; an image that cannot be read.
@@ -41,10 +39,8 @@ class ToMePromptDataset(Dataset):
         self,
         prompts: str | Sequence[str],
         images: str | os.PathLike | None = None,
-        size: tuple[int, int] | None = None,
     ) -> None:
         self.prompts = [prompt.text for prompt in read_prompts(prompts)]
-        self.size = size
         self.files: list[Path] = []
         if images is not None:
             folder = Path(images).expanduser()
@@ -67,8 +63,5 @@ class ToMePromptDataset(Dataset):
         if not self.files:
             # MMagic collates an input, needed or not.
             return {"inputs": torch.zeros(3, 8, 8), "data_samples": sample}
-        image = load_image(self.files[number])
-        if self.size is not None:
-            image = image.resize((self.size[1], self.size[0]), Image.Resampling.BICUBIC)
-        sample.gt_img = to_tensor([image])[0].flip(0)  # BGR, as MMagic's
+        sample.gt_img = to_tensor([load_image(self.files[number])])[0].flip(0)  # BGR, as MMagic's
         return {"inputs": sample.gt_img, "data_samples": sample}

@@ -1,13 +1,11 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""The model of a runner, and how hooks and loops generate images with it."""
+"""The model of a runner, and how its loops generate images with it."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,42 +14,9 @@ from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
 from ...errors import ToMeError
-from ...lab.methods import Method
 from ...lab.request import INPUTS, Request
-from ...lab.runners import make_request, runner_of
+from ...lab.runners import runner_of
 from ...models import find_adapter
-from ...settings import Handles, Setting
-
-# Name of the method that runs; None: what is applied to the model; '': nothing to measure.
-_running: ContextVar[str | None] = ContextVar("running", default=None)
-
-
-@contextmanager
-def running(method: str) -> Iterator[None]:
-    """Around the calls of a method; ``''`` around calls that a profile leaves out, whatever methods
-    run inside of it."""
-    token = _running.set("" if _running.get() == "" else method)
-    try:
-        yield
-    finally:
-        _running.reset(token)
-
-
-def setting_of(model: nn.Module) -> Setting:
-    """What is applied to a model."""
-    handles = Handles.of(model)
-    return Setting(*(one and one.config for one in (handles.tome, handles.cache)))
-
-
-def label_of(model: nn.Module) -> str:
-    """The name of the method that runs; without one 'merging', 'caching', 'merging and caching' or,
-    also at a ratio of 0, 'baseline'."""
-    if _running.get() is not None:
-        return _running.get()
-    setting = setting_of(model)
-    if setting.tome is not None and setting.tome.merges_nothing:
-        setting = Setting(None, setting.cache)
-    return Method("applied", setting).label
 
 
 def model_of(runner, needed_by: str) -> nn.Module:
@@ -112,22 +77,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 tensor.data = data
             for module, training in modes:
                 module.training = training
-
-
-def request_of(runner, prompts: Sequence[str], **given: Any) -> Request:
-    """What to generate: ``given``, else ``infer_cfg`` of the runner's config, else defaults.
-
-    Args:
-        runner: mmengine's runner.
-        prompts: Of the images; those of ``infer_cfg`` are for other commands.
-        **given: Fields of :class:`~mmagic_tome.lab.request.Request`; None where not given.
-
-    Raises:
-        ToMeError: An unknown field or an invalid value.
-    """
-    defaults = dict((getattr(runner, "cfg", None) or {}).get("infer_cfg") or {})
-    defaults.pop("prompts", None)
-    return make_request(SimpleNamespace(defaults=defaults), prompts=list(prompts), **given)
 
 
 def part_of(request: Request, numbers: Sequence[int], prompts: Sequence[str]) -> Request:

@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""``ToMeHook``: token merging and step caching of a run, and the ratio over its iterations."""
+"""``ToMeHook``: what token merging and step caching did in a run, and the ratio over iterations."""
 
 from __future__ import annotations
 
@@ -11,26 +11,19 @@ import numpy as np
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from ...apply import get_handle
-from ...config import ToMeConfig
 from ...errors import ToMeError
 from ...handle import ToMeHandle
 from ...settings import Handles
-from ..config_keys import KEYS, read
 from .subject import iteration_of, model_of
 
 
 @HOOKS.register_module()
 class ToMeHook(Hook):
-    """Applies token merging and step caching to the runner's model, logs what they did, and changes
-    the ratio by a schedule.
+    """Logs what token merging and step caching did in a run, and changes the ratio by a schedule.
 
-    Top-level ``tome_cfg`` and ``cache_cfg`` of a config are applied without it; the hook adds the
-    log and the schedule.
+    The config applies them, by ``tome_cfg`` and ``cache_cfg``.
 
     Args:
-        tome_cfg: Options of :class:`mmagic_tome.ToMeConfig`. Default: None, what is applied.
-        cache_cfg: What :func:`mmagic_tome.apply_cache` takes as config. Default: None, likewise.
         schedule: ``dict(by='iter', points=[(0, 0.0), (100, 0.5)])``: the ratio at iterations,
             linear in between, constant before the first and after the last. In training the
             iterations are the runner's; in a test or validation of its own, its batches.
@@ -39,8 +32,9 @@ class ToMeHook(Hook):
         summary: Whether to log tables of what was merged and skipped after the run. Default: True.
 
     Raises:
-        ToMeError: When built: an invalid option. At the start of the run: nothing to apply; no
-            diffusion model; another value in the config; a schedule without token merging.
+        ToMeError: When built: a schedule of another form. At the start of the run: nothing is
+            applied; no diffusion model; a schedule without token merging, or with a ratio that
+            it cannot have.
 
     Priority ABOVE_NORMAL: the ratio of an iteration is set before other hooks read it. Training
     logs it as ``tome_ratio``.
@@ -48,56 +42,34 @@ class ToMeHook(Hook):
 
     priority = "ABOVE_NORMAL"
 
-    def __init__(
-        self,
-        tome_cfg: ToMeConfig | Mapping[str, Any] | None = None,
-        cache_cfg: Any = None,
-        schedule: Mapping[str, Any] | None = None,
-        summary: bool = True,
-    ) -> None:
-        given = {"tome_cfg": tome_cfg, "cache_cfg": cache_cfg}
-        self.configs = {key: read(key, **{f"{key} of ToMeHook": given[key]}) for key in KEYS}
+    def __init__(self, schedule: Mapping[str, Any] | None = None, summary: bool = True) -> None:
         self.points = _points(schedule)
-        if self.configs["tome_cfg"] is not None:
-            self._check_points(self.configs["tome_cfg"])
         self.summary = summary
         self.handle: ToMeHandle | None = None
-        self._checked = False
 
     def before_run(self, runner) -> None:
-        model = model_of(runner, "ToMeHook")
-        for key, technique in (("tome_cfg", "tome"), ("cache_cfg", "cache")):
-            own, applied = self.configs[key], get_handle(model, technique)
-            if own is not None and applied is None:
-                KEYS[key][1](model, own)
-            elif own is not None and not self._checked:  # later a schedule may have changed it
-                read(key, **{f"{key} of ToMeHook": own, f"{key} of the config": applied.config})
-        self._checked = True
-        if not Handles.of(model):
+        handles = Handles.of(model_of(runner, "ToMeHook"))
+        if not handles:
             raise ToMeError(
-                "ToMeHook has nothing to apply: write tome_cfg=dict(ratio=0.5) or "
-                "cache_cfg='balanced' at the top level of the config, or in the hook"
+                "ToMeHook has nothing to report: nothing is applied to the runner's model; write "
+                "tome_cfg=dict(ratio=0.5) or cache_cfg='balanced' at the top level of the config"
             )
-        Handles.of(model).reset_stats()
-        self.handle = Handles.of(model).tome
-        if self.handle is not None:
-            self._check_points(self.handle.config)
-        elif self.points:
+        handles.reset_stats()
+        self.handle = handles.tome
+        if self.points and self.handle is None:
             raise ToMeError(
                 "schedule of ToMeHook changes the ratio of token merging, and none is applied; "
                 "write tome_cfg=dict(ratio=0.5), or leave the schedule out"
             )
+        for _, ratio in self.points:
+            try:
+                self.handle.config.replace(ratio=ratio)
+            except ToMeError as error:
+                raise ToMeError(f"schedule of ToMeHook: {error}") from error
 
     def after_run(self, runner) -> None:
         for handle in Handles.of(model_of(runner, "ToMeHook")) if self.summary else ():
             runner.logger.info(handle.summary())
-
-    def _check_points(self, config: ToMeConfig) -> None:
-        for _, ratio in self.points:
-            try:
-                config.replace(ratio=ratio)
-            except ToMeError as error:
-                raise ToMeError(f"schedule of ToMeHook: {error}") from error
 
     def ratio_at(self, iteration: int) -> float:
         """The ratio of the schedule at an iteration, counted from 0."""

@@ -31,12 +31,10 @@ def make_runner(sd_folder, real_images):
         """A runner for ``'test'``, ``'val'`` or ``'train'`` (4 iterations, 1 image each).
 
         Args:
-            mode (str): What is to be run.
-            work_dir (Path): Of the runner.
             images (bool, optional): Whether there are real images. Default: in training.
             metrics (list, optional): Of the evaluator. Default: PSNR to the baseline.
             loop (dict, optional): Arguments of the loop.
-            validate (bool): Whether training validates after its 2nd iteration. Default: False.
+            validate (bool): Whether training validates after every 2nd iteration.
             **changes: Keys of the config; None removes one.
         """
         dataset = dict(type="ToMePromptDataset", prompts=list(PROMPTS))

@@ -1,9 +1,14 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""What a patch is, and what several of them need."""
+"""What a patch is, and what several of them need.
+
+A patch is a generator around the import of one module, like a function for
+:func:`contextlib.contextmanager`: what is before ``yield`` runs before the code of that module,
+what is after it runs after. A patch that returns without ``yield`` found no symptom and touched
+nothing. The first paragraph of its docstring is the symptom.
+"""
 
 import contextlib
-import importlib
-import importlib.metadata
+import functools
 import importlib.util
 import sys
 import types
@@ -16,9 +21,8 @@ def patch_of(module, lasting=False):
 
     Args:
         module (str): The module whose import (or use) shows the symptom.
-        lasting (bool): Whether the patch changes something that is used after the
-            import as well. Only such a patch makes sense for a module that was
-            imported before this package. Default: False.
+        lasting (bool): Whether the patch changes something that is used after the import as well,
+            and so makes sense for a module that was imported earlier. Default: False.
     """
 
     def declare(function):
@@ -54,6 +58,20 @@ def substituted(name, module):
             sys.modules[name] = before
 
 
+def replace_method(owner, name):
+    """Decorator: the function replaces a method and receives the original as first argument."""
+    original = getattr(owner, name)
+
+    def replace(function):
+        @functools.wraps(original)
+        def method(*args, **kwargs):
+            return function(original, *args, **kwargs)
+
+        setattr(owner, name, method)
+
+    return replace
+
+
 class Absent(types.ModuleType):
     """Stands in for a module that is not there; its names say so where they are used."""
 
@@ -64,10 +82,10 @@ class Absent(types.ModuleType):
     def __getattr__(self, name):
         if name.startswith("__"):  # what the import system asks for
             raise AttributeError(name)
-        return Missing(f"{self.__name__}.{name} is used here, but {self.remedy}")
+        return _Missing(f"{self.__name__}.{name} is used here, but {self.remedy}")
 
 
-class Missing:
+class _Missing:
     def __init__(self, message):
         self.message = message
 
