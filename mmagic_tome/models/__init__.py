@@ -1,8 +1,8 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Model adapters: where a network's blocks, token grids and targets are.
 
-One file per model family. An adapter names modules; it changes no forward and does not depend on
-how tokens are matched.
+One class per model family. An adapter names modules; it changes no forward and does not depend on
+how tokens are matched. What transformers share is in :mod:`.transformer`.
 """
 
 from __future__ import annotations

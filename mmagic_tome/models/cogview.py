@@ -1,43 +1,52 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""CogView 3 Plus and 4 in diffusers: images, with blocks like those of :mod:`.cogvideox`."""
+"""CogVideoX (video), CogView 3 Plus and 4 (images) in diffusers: joint attention.
+
+A block receives and returns (image or video, text) tokens; its feed-forward runs on both in one
+sequence, text first. Targets: ``attn`` = ``attn1``, ``mlp`` = ``ff``.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from torch import Tensor
 
-from torch import nn
+from .transformer import JOINT, RotaryTransformer, Transformer
 
-from .base import Block, blocks_of
-from .cogvideox import CogVideoX
-from .dit import PatchTransformer
-from .sd3 import REFUSED
-
-_TWICE = (
-    "one feed-forward runs on the image tokens and then on the text tokens. Write "
-    "targets=['attn'] or targets='block'"
+_REFUSED = dict(
+    JOINT["refused"],
+    mlp="one feed-forward runs on the image tokens and then on the text tokens. Write "
+    "targets=['attn'] or targets='block'",
 )
+_LISTS = (("transformer_blocks", dict(JOINT, attn="attn1", joint_sequence=("mlp",))),)
 
 
-class CogView3Plus(CogVideoX):
-    """``CogView3PlusTransformer2DModel``. Targets: ``attn`` = ``attn1``, ``mlp`` = ``ff``.
+class CogVideoX(RotaryTransformer):
+    """``CogVideoXTransformer3DModel``, with and without rotary embeddings, and
+    ``ConsisIDTransformer3DModel``, which attends to a face between its blocks."""
 
-    Positions are added to the tokens once, before the first block.
-    """
+    description = "CogVideoX (CogVideoXTransformer3DModel, ConsisIDTransformer3DModel)"
+    class_names = ("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel")
+    timestep_position = 2
+    lists = _LISTS
+
+    def num_frames(self, latent: Tensor) -> int:
+        return latent.shape[1]  # (B, F, C, h, w)
+
+
+class CogView3Plus(Transformer):
+    """``CogView3PlusTransformer2DModel``: positions are added to the tokens once, before the first
+    block."""
 
     description = "CogView 3 Plus (CogView3PlusTransformer2DModel)"
     class_names = ("CogView3PlusTransformer2DModel",)
+    timestep_position = 2
+    lists = _LISTS
 
-    def grid(self, grid_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
-        return PatchTransformer().grid(grid_module, args, kwargs)
 
-
-class CogView4(CogView3Plus):
-    """``CogView4Transformer2DModel``. Target: ``attn`` = ``attn1``; rotary embeddings."""
+class CogView4(RotaryTransformer):
+    """``CogView4Transformer2DModel``: no target ``mlp``."""
 
     description = "CogView 4 (CogView4Transformer2DModel)"
     class_names = ("CogView4Transformer2DModel",)
+    timestep_position = 2
     takes_masks = True  # they cover text only
-
-    def blocks(self, network: nn.Module) -> list[Block]:
-        flags = dict(joint=("attn", "block"), refused={**REFUSED, "mlp": _TWICE})
-        return blocks_of(network, "transformer_blocks", attn="attn1", mlp=None, **flags)
+    lists = (("transformer_blocks", dict(JOINT, attn="attn1", mlp=None, refused=_REFUSED)),)

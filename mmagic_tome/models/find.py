@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -17,17 +17,8 @@ from .unsupported import why_unsupported
 # Attributes of diffusers' pipelines and MMagic's models with a denoising network. Combined
 # pipelines (Kandinsky, Stable Cascade) have those of the pipelines inside under these names too.
 DENOISERS = (
-    "unet",
-    "unet_2",
-    "transformer",
-    "transformer_2",
-    "unconditional_transformer",
-    "prior",
-    "prior_prior",
-    "decoder",
-    "image_unet",
-    "super_res_first",
-    "super_res_last",
+    *("unet", "unet_2", "transformer", "transformer_2", "unconditional_transformer"),
+    *("prior", "prior_prior", "decoder", "image_unet", "super_res_first", "super_res_last"),
 )
 # Attributes with the wrapped module: of torch.compile, DistributedDataParallel, MMagic's
 # DiffusersWrapper.
@@ -37,12 +28,8 @@ _MAX_DEPTH = 6
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A network that an adapter describes.
-
-    Attributes:
-        name: the attribute of the pipeline or model that holds it, e.g. 'transformer_2'; '' if
-            there is only one.
-    """
+    """A network that an adapter describes. ``name``: the attribute of the pipeline or model that
+    holds it, e.g. 'transformer_2'; '' if there is only one."""
 
     name: str
     adapter: ModelAdapter
@@ -59,10 +46,8 @@ def find_adapter(model: object) -> tuple[ModelAdapter, nn.Module]:
     Raises:
         ToMeError: no network inside is of a known family; names the modules that were tried.
     """
-    found = _search(model)
-    if not found.served:
-        raise _nothing_found(model, found)
-    return found.served[0].adapter, found.served[0].network
+    first = _search_or_raise(model).served[0]
+    return first.adapter, first.network
 
 
 def find_denoisers(
@@ -82,22 +67,15 @@ def find_denoisers(
         ToMeError: as :func:`find_adapter`; a name in ``only`` that the model does not have, or
             that no adapter describes.
     """
-    found = _search(model)
-    if not found.served:
-        raise _nothing_found(model, found)
-    served = found.served
+    found = _search_or_raise(model)
+    served, owner = found.served, type(model).__name__
     if only is not None:
-        served = _selected(model, found, [only] if isinstance(only, str) else list(only))
+        served = _selected(owner, found, [only] if isinstance(only, str) else list(only))
     elif warn:
         for name, network in found.unserved.items():
-            warnings.warn(
-                f"{name!r} ({type(network).__name__}) of this {type(model).__name__} stays as it "
-                f"is. {_why(network)}",
-                stacklevel=3,
-            )
-    if len(served) == 1:
-        return [Denoiser("", served[0].adapter, served[0].network)]
-    return served
+            text = f"{name!r} ({type(network).__name__}) of this {owner} stays as it is. "
+            warnings.warn(text + _why(network), stacklevel=3)
+    return served if len(served) > 1 else [replace(served[0], name="")]
 
 
 def find_controlnets(model: object, *, known: bool = False) -> list[Denoiser]:
@@ -113,24 +91,18 @@ def find_controlnets(model: object, *, known: bool = False) -> list[Denoiser]:
     """
     found = []
     for name, network in _controlnets(model).items():
-        served = _search(network).served
-        if served:
-            found.append(Denoiser(name, served[0].adapter, served[0].network))
-        elif not known:
-            find_adapter(network)  # says why there is none
+        if not known or _search(network).served:
+            found.append(replace(_search_or_raise(network).served[0], name=name))
     return found
 
 
 def _controlnets(model: object) -> dict[str, nn.Module]:
-    for _ in range(_MAX_DEPTH):
-        branch = _attribute(model, "controlnet")
-        if isinstance(branch, nn.Module):
-            nets = _attribute(branch, "nets")
-            if not isinstance(nets, nn.ModuleList):
-                return {"controlnet": branch}
-            return {f"controlnet.nets.{index}": net for index, net in enumerate(nets)}
-        model = _unwrapped(model)
-    return {}
+    branches = (_attribute(layer, "controlnet") for layer in _layers(model))
+    branch = next((one for one in branches if isinstance(one, nn.Module)), None)
+    nets = _attribute(branch, "nets")
+    if isinstance(nets, nn.ModuleList):
+        return {f"controlnet.nets.{index}": net for index, net in enumerate(nets)}
+    return {} if branch is None else {"controlnet": branch}
 
 
 @dataclass
@@ -143,50 +115,44 @@ class _Found:
 
 
 def _search(model: object) -> _Found:
-    found = _Found()
-    called = None
-    for _ in range(_MAX_DEPTH):
-        if model is None:
-            break
-        found.tried.append(type(model).__name__)
-        if isinstance(model, nn.Module):
-            adapter = next((one for one in ADAPTERS if one.matches(model)), None)
+    found, called = _Found(), None
+    for layer in _layers(model):
+        found.tried.append(type(layer).__name__)
+        if isinstance(layer, nn.Module):
+            adapter = next((one for one in ADAPTERS if one.matches(layer)), None)
             if adapter is not None:
-                found.served.append(Denoiser("", adapter, called or model))
+                found.served.append(Denoiser("", adapter, called or layer))
                 break
-            if called is None and _runs_blocks_itself(model):
-                called = model
-        _search_attributes(model, found)
+            if called is None and _runs_blocks_itself(layer):
+                called = layer
+        _search_attributes(layer, found)
         if found.served:
             break
-        model = _unwrapped(model)
     return found
 
 
 def _search_attributes(model: object, found: _Found) -> None:
-    known: set[int] = set()
+    known = set()
     for name in DENOISERS:
         network = _attribute(model, name)
-        if not isinstance(network, nn.Module) or id(network) in known:
-            continue
-        known.add(id(network))
-        inner = _search(network)
-        found.tried += inner.tried
-        found.served += [Denoiser(name, one.adapter, one.network) for one in inner.served[:1]]
-        if not inner.served:
-            found.unserved[name] = network
+        if isinstance(network, nn.Module) and network not in known:
+            known.add(network)
+            inner = _search(network)
+            found.tried += inner.tried
+            found.served += [replace(one, name=name) for one in inner.served[:1]]
+            if not inner.served:
+                found.unserved[name] = network
 
 
-def _selected(model: object, found: _Found, only: list[str]) -> list[Denoiser]:
+def _selected(owner: str, found: _Found, only: list[str]) -> list[Denoiser]:
     names = [one.name for one in found.served if one.name]
     for name in only:
         if name in found.unserved:
             raise ToMeError(f"{name!r} cannot be selected. {_why(found.unserved[name])}")
-    unknown = [name for name in only if name not in names]
+    unknown = ", ".join(repr(name) for name in only if name not in names)
     if unknown or not only:
-        wrong = ", ".join(map(repr, unknown)) or "an empty list"
         raise ToMeError(
-            f"{wrong} selects no denoiser of this {type(model).__name__}. It has: "
+            f"{unknown or 'an empty list'} selects no denoiser of this {owner}. It has: "
             f"{', '.join(names) or 'a single network without a name; leave the selection out'}"
         )
     return [one for one in found.served if one.name in only]
@@ -197,10 +163,13 @@ def _why(network: nn.Module) -> str:
     return why_unsupported(name).strip() or f"{name}: no adapter is written for it."
 
 
-def _nothing_found(model: object, found: _Found) -> ToMeError:
+def _search_or_raise(model: object) -> _Found:
+    found = _search(model)
+    if found.served:
+        return found
     known = "; ".join(adapter.description for adapter in ADAPTERS)
     reason = next(filter(None, map(why_unsupported, found.tried)), "")
-    return ToMeError(
+    raise ToMeError(
         f"found no supported network in a {type(model).__name__} (tried: "
         f"{', '.join(found.tried)}). {reason}Supported: {known}. Pass one of these, or a pipeline "
         "or model that contains one; for a model of your own write an adapter: "
@@ -209,18 +178,20 @@ def _nothing_found(model: object, found: _Found) -> ToMeError:
 
 
 def _runs_blocks_itself(wrapper: nn.Module) -> bool:
-    """Return whether a wrapper's own forward calls the blocks inside directly.
-
-    MMagic's ViCo replaces ``forward`` of the wrapper. The UNet's own forward never runs, so the
-    wrapper is the network whose call begins and ends a forward.
-    """
+    # MMagic's ViCo replaces ``forward`` of the wrapper. The UNet's own forward never runs, so the
+    # wrapper is the network whose call begins and ends a forward.
     own = "forward" in vars(wrapper) and "_orig_mod" not in wrapper._modules
     return own and hasattr(wrapper, "down_blocks")
 
 
-def _unwrapped(model: object) -> nn.Module | None:
-    inner = (_attribute(model, name) for name in _WRAPPERS)
-    return next((module for module in inner if isinstance(module, nn.Module)), None)
+def _layers(model: object) -> Iterator[object]:
+    """Yield a model and what it wraps, outermost first."""
+    for _ in range(_MAX_DEPTH):
+        if model is None:
+            return
+        yield model
+        inner = (_attribute(model, name) for name in _WRAPPERS)
+        model = next((one for one in inner if isinstance(one, nn.Module)), None)
 
 
 def _attribute(owner: object, name: str) -> object:

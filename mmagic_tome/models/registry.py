@@ -4,61 +4,31 @@
 from __future__ import annotations
 
 from ..errors import ToMeError
-from .animatediff import AnimateDiffUNet
-from .auraflow import AuraFlow
 from .base import ModelAdapter
-from .cogvideox import CogVideoX
-from .cogview import CogView3Plus, CogView4
-from .diffusers_unet import DiffusersUNet, SpatioTemporalUNet
-from .dit import DiT, PixArt
-from .flux import Bria, Chroma, Flux, Flux2, LongCatImage, OvisImage
-from .hunyuan import HunyuanDiT, HunyuanVideo
-from .ltx import LTX
-from .mmagic_unet import MMagicUNet
-from .qwen_image import QwenImage
-from .sd3 import SD3
-from .wan import SkyReelsV2, Wan
+from .cogview import CogVideoX, CogView3Plus, CogView4
+from .diffusers_unet import AnimateDiffUNet, DiffusersUNet, MMagicUNet, SpatioTemporalUNet
+from .dit import DiT, HunyuanDiT, PixArt
+from .flux import Bria, Chroma, Flux, Flux2, HunyuanVideo, LongCatImage, OvisImage
+from .sd3 import SD3, AuraFlow, QwenImage
+from .wan import LTX, SkyReelsV2, Wan
 from .z_image import Lumina2, ZImage
 
+_UNETS = (MMagicUNet, AnimateDiffUNet, SpatioTemporalUNet, DiffusersUNet)
+_TRANSFORMERS = (
+    *(DiT, PixArt, HunyuanDiT, SD3, AuraFlow, CogView3Plus, CogView4),
+    *(Flux, Flux2, Chroma, Bria, LongCatImage, OvisImage, QwenImage, ZImage, Lumina2),
+    *(Wan, SkyReelsV2, LTX, CogVideoX, HunyuanVideo),
+)
 # The first adapter that matches a module is used, so specific ones come first.
-ADAPTERS: list[ModelAdapter] = [
-    MMagicUNet(),
-    AnimateDiffUNet(),
-    SpatioTemporalUNet(),
-    DiffusersUNet(),
-    DiT(),
-    PixArt(),
-    HunyuanDiT(),
-    SD3(),
-    AuraFlow(),
-    CogView3Plus(),
-    CogView4(),
-    Flux(),
-    Flux2(),
-    Chroma(),
-    Bria(),
-    LongCatImage(),
-    OvisImage(),
-    QwenImage(),
-    ZImage(),
-    Lumina2(),
-    Wan(),
-    SkyReelsV2(),
-    LTX(),
-    CogVideoX(),
-    HunyuanVideo(),
-]
+ADAPTERS: list[ModelAdapter] = [family() for family in (*_UNETS, *_TRANSFORMERS)]
 
 
 def register_adapter(adapter: ModelAdapter) -> ModelAdapter:
-    """Make a model family of your own known to :func:`~mmagic_tome.apply_tome`.
+    """Make a model family of your own known to :func:`~mmagic_tome.apply_tome`; return its adapter.
 
     Args:
         adapter: takes precedence over those registered before. One of the same class replaces an
             earlier one.
-
-    Returns:
-        ModelAdapter: ``adapter``.
 
     Raises:
         ToMeError: not an instance of :class:`ModelAdapter`, or one without a description.

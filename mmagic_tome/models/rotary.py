@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import ToMeError
 from ..merging.joint import joint_plan
+from .base import with_changed
 
 # Names of the table among the keyword arguments of blocks and attention.
 _NAMES = ("image_rotary_emb", "rotary_emb", "freqs_cis")
@@ -24,23 +25,16 @@ _NAMES = ("image_rotary_emb", "rotary_emb", "freqs_cis")
 def with_merged_rotary(
     plan: Any, args: tuple, kwargs: dict[str, Any], position: int | None = None
 ) -> tuple[tuple, dict[str, Any]]:
-    """Return the arguments of a block or attention with the rotary table of merged tokens.
-
-    For :meth:`.base.ModelAdapter.adapt`. Without a table the arguments are returned unchanged.
+    """Return the arguments of a block or attention with the rotary table, if any, of merged tokens.
 
     Args:
         position: of the table among the positional arguments. Default None: that of the first
             tuple (of cosines and sines).
     """
     if position is None:
-        position = next((i for i, value in enumerate(args) if isinstance(value, tuple)), None)
-    if position is not None and len(args) > position and args[position] is not None:
-        table = merge_rotary(args[position], plan)
-        return (*args[:position], table, *args[position + 1 :]), kwargs
-    for name in _NAMES:
-        if kwargs.get(name) is not None:
-            return args, {**kwargs, name: merge_rotary(kwargs[name], plan)}
-    return args, kwargs
+        position = next((i for i, value in enumerate(args) if isinstance(value, tuple)), len(args))
+    name = next((name for name in _NAMES if name in kwargs), "")
+    return with_changed(args, kwargs, position, name, merge_rotary, plan)
 
 
 def merge_rotary(table: Tensor | tuple[Tensor, ...], plan: Any) -> Any:

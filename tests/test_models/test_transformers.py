@@ -14,7 +14,7 @@ from mmagic_tome import ToMeError, apply_cache, apply_tome, get_handle
 from mmagic_tome.merging import MergePlan
 from mmagic_tome.methods import METHODS
 from mmagic_tome.models import ADAPTERS, find_adapter, rotary
-from mmagic_tome.models.position_ids import grid_of_ids
+from mmagic_tome.models.flux import grid_of_ids
 from mmagic_tome.models.unsupported import why_unsupported
 from mmagic_tome.tome.block import BlockPreHook
 

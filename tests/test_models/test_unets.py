@@ -5,9 +5,8 @@ from tiny import tiny_inputs, tiny_unet
 
 from mmagic_tome import apply_tome
 from mmagic_tome.models import ADAPTERS, find_adapter
-from mmagic_tome.models.animatediff import AnimateDiffUNet
-from mmagic_tome.models.diffusers_unet import DiffusersUNet, SpatioTemporalUNet
-from mmagic_tome.models.mmagic_unet import MMagicUNet
+from mmagic_tome.models.diffusers_unet import AnimateDiffUNet, DiffusersUNet, MMagicUNet, SpatioTemporalUNet
+
 
 
 def levels(network):
