@@ -7,7 +7,11 @@
 import sys
 from pathlib import Path
 
-from mmagic_tome import ToMeError, apply_cache, apply_tome  # before diffusers
+from tiny_pipelines import PIPELINES
+from tiny_transformers import TRANSFORMERS
+from tiny_unets import NETWORKS
+
+from mmagic_tome import ToMeError, apply_cache, apply_tome
 from mmagic_tome.cache.config import REGIONS
 
 sys.path.append(str(Path(__file__).parent / "test_vit"))  # for its list of models
@@ -15,6 +19,7 @@ sys.path.append(str(Path(__file__).parent / "test_vit"))  # for its list of mode
 _ROOT = Path(__file__).parents[1]
 CONFIGS = _ROOT / "configs"
 PAGE, README = _ROOT / "docs" / "support.md", _ROOT / "README.md"
+_NETWORKS = (*NETWORKS.values(), *TRANSFORMERS.values())
 _TARGETS = ("attn", "attn_kv", "crossattn", "mlp", "block", "stack")
 
 
@@ -25,7 +30,7 @@ def networks():
     head += ("grids tested, in tokens", "`torch.compile(fullgraph=True)` of")
     rows = [
         (one.title, one.class_name, _targets(one), _regions(one), _grids(one), one.compiles)
-        for one in _all_networks()
+        for one in _NETWORKS
     ]
     return _table(head, rows)
 
@@ -61,8 +66,6 @@ def vits():
 
 def pipelines():
     """The pipelines in Markdown, by what users call the model."""
-    from tiny_pipelines import PIPELINES
-
     grouped = {}
     for case in PIPELINES.values():
         grouped.setdefault(case.class_name, []).append(case.title)
@@ -72,7 +75,7 @@ def pipelines():
 
 def short():
     """The networks for the README: targets only."""
-    return _table(("model", "targets"), [(one.title, _targets(one)) for one in _all_networks()])
+    return _table(("model", "targets"), [(one.title, _targets(one)) for one in _NETWORKS])
 
 
 # file -> {name of a table: what makes it}
@@ -91,13 +94,6 @@ def updated(file):
         _, after = rest.split(end)
         text = before + begin + make() + end + after
     return text
-
-
-def _all_networks():
-    from tiny_transformers import TRANSFORMERS
-    from tiny_unets import NETWORKS
-
-    return [*NETWORKS.values(), *TRANSFORMERS.values()]
 
 
 def _targets(one):
@@ -125,8 +121,7 @@ def _accepted(values, apply):
 
 
 def _grids(one):
-    grids = (*one.grids, *getattr(one, "large_grids", ()))
-    return ", ".join(f"{height}x{width}" for height, width in grids)
+    return ", ".join(f"{height}x{width}" for height, width in one.grids)
 
 
 def _code(words):

@@ -17,9 +17,6 @@ from tiny_unets import kandinsky_unet, noise, tiny_controlnet, tiny_vae
 STEPS = 2
 
 
-# --- components -----------------------------------------------------------------------------------
-
-
 def pipeline_of(class_name, **parts):
     """A pipeline. Components that it needs and that are not given are None."""
     import diffusers
@@ -120,9 +117,6 @@ def _transformer_parts(title):
     return dict(transformer=TRANSFORMERS[title].build(), scheduler=scheduler)
 
 
-# --- what is switched on in them ------------------------------------------------------------------
-
-
 def _ip_adapter(pipeline):
     """Weights as a checkpoint has them, put in as diffusers' loader does."""
     from diffusers.models.embeddings import ImageProjection
@@ -150,9 +144,6 @@ def _lora(pipeline, fused=False):
     pipeline.unet.eval()
     if fused:
         pipeline.fuse_lora(components=["unet"])
-
-
-# --- what they are called with --------------------------------------------------------------------
 
 
 def random_image(size=64):
@@ -243,8 +234,8 @@ def _around(title, class_name, call, tokens=48, calls=4, **more):
     8 calls: it calls the network twice per step, with and without the text.
     """
     call = {**call, **more, "height": 128, "width": 96, "num_inference_steps": 4}
-    parts = dict(options=dict(title=title), build=_transformer_parts)
-    return Case(title, class_name, call, **parts, tokens=tokens, calls=calls)
+    title_only = dict(title=title)
+    return Case(title, class_name, call, title_only, _transformer_parts, tokens=tokens, calls=calls)
 
 
 _SD, _XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"

@@ -46,22 +46,20 @@ class Family:
     """A row of the table: what users call it, the class, and how it can be compiled.
 
     Attributes:
-        more (str): names of arguments of a call besides ``base`` and the timestep, of _INPUTS.
-        own (dict): options besides :data:`_COMMON`.
-        latent (str): axes of the latent behind the batch: C channels, F frames, h and w, or N
-            tokens.
-        frames (int): of a video.
-        square (bool): whether diffusers runs it on square grids only.
-        span (float): the timestep of pure noise as its pipelines give it; negative: that of no
-            noise, since it is counted in the opposite direction.
-        kinds (tuple): kinds of target that its blocks have.
-        beside (dict): beginning of a block's name -> tokens besides the image's in its sequences;
-            text, where there is one, for the others.
-        joins_inside (str): beginning of the names of blocks whose attention puts text and image
-            into one sequence itself.
-        depth (str): which option says how many blocks its longest list has.
-        time_name (str): of the timestep in a call.
-        rotary (bool): whether positions are no part of the tokens.
+        more: names in :data:`_INPUTS` of arguments of a call besides ``base`` and the timestep.
+        own: options besides :data:`_COMMON`.
+        latent: axes behind the batch: C channels, F frames, h and w, or N tokens.
+        frames: of a video.
+        square: whether diffusers runs it on square grids only.
+        span: the timestep of pure noise as its pipelines pass it; negative: that of no noise,
+            since it is counted in the opposite direction.
+        kinds: kinds of target that its blocks have.
+        beside: beginning of a block's name -> tokens besides the image's in its sequences.
+            Default: the text's.
+        joins_inside: beginning of the names of blocks whose attention joins text and image itself.
+        depth: which option says how many blocks its longest list has.
+        time_name: of the timestep in a call.
+        rotary: whether positions are no part of the tokens.
     """
 
     title: str
@@ -84,12 +82,8 @@ class Family:
     @property
     def grids(self):
         """Odd ones that it is tested on, (height, width) in tokens of a frame."""
-        return ((9, 9), (5, 5)) if self.square else ((9, 7), (3, 20), (8, 8))
-
-    @property
-    def large_grids(self):
-        """Large ones, with one image at a time."""
-        return ((33, 33),) if self.square else ((33, 31), (17, 90), (8, 200))
+        odd = ((9, 7), (3, 20), (8, 8), (33, 31), (17, 90), (8, 200))
+        return ((9, 9), (5, 5), (33, 33)) if self.square else odd
 
     @property
     def inner(self):
@@ -210,21 +204,31 @@ _INPUTS = {
     "cap_feats": lambda draw: [draw.noise(5 + entry, WIDTH)[0] for entry in range(draw.batch)],
 }
 _PIXART = "added_cond_kwargs encoder_attention_mask"
-_HUNYUAN_DIT_TEXT = "text_embedding_mask encoder_hidden_states_t5 text_embedding_mask_t5"
+_TEXT_T5 = "text_embedding_mask encoder_hidden_states_t5 text_embedding_mask_t5 image_rotary_emb"
 _SIZES = "original_size target_size crop_coords"
 _IDS = "img_ids txt_ids"
 _POOLED = "pooled_projections"
+_MASK_SHAPES = "encoder_hidden_states_mask img_shapes"
+_CONTROL = "control_hidden_states"
+_VIDEO_SIZE = "num_frames height width encoder_attention_mask"
 
 # --- the list -------------------------------------------------------------------------------------
 
 _CROSSED = dict(kinds=("attn", "crossattn", "mlp"))
-_FLUX = dict(latent="N C", compiles="its blocks", span=1, rotary=True)
+_PACKED = dict(latent="N C", span=1, rotary=True)
+_FLUX = dict(_PACKED, compiles="its blocks")
 _UPWARDS = dict(compiles="its blocks", span=-1, rotary=True)
 _VIDEO = dict(frames=2, latent="C F h w", rotary=True)
+_WAN = dict(_VIDEO, **_CROSSED)
+_LTX = dict(_WAN, latent="N C")
 _JOINS = dict(joins_inside="transformer_blocks")
 _COG_VIDEO = dict(_VIDEO, **_JOINS, latent="F C h w")
+_COGVIEW4 = dict(_JOINS, kinds=("attn",), rotary=True)
 _OLD_PIXART = dict(patch_size=2, norm_type="ada_norm_single", num_embeds_ada_norm=1000)
 _HUNYUAN_DIT = dict(patch_size=2, num_layers=4, mlp_ratio=2.0)
+_VACE = dict(vace_layers=[0])
+_PATCHES = dict(out_channels=1)  # of 2x2 pixels
+_SQUARE_ROPE = dict(rope_axes_dim=(32, 32))
 _SD35 = dict(num_layers=3, dual_attention_layers=(0, 1), qk_norm="rms_norm")
 _Z_IMAGE = dict(axes_dims=[2, 2, 4], axes_lens=[80, 256, 256])
 _LUMINA2 = dict(axes_dim_rope=(4, 2, 2), axes_lens=(32, 256, 256))
@@ -233,14 +237,7 @@ _FAMILIES = (
     Family("DiT", "DiTTransformer2DModel", "class_labels", base="hidden_states", square=True),
     Family("PixArt-alpha, PixArt-sigma", "PixArtTransformer2DModel", _PIXART, **_CROSSED),
     Family("PixArt, older checkpoints", "Transformer2DModel", _PIXART, _OLD_PIXART, **_CROSSED),
-    Family(
-        "Hunyuan-DiT",
-        "HunyuanDiT2DModel",
-        f"{_HUNYUAN_DIT_TEXT} image_rotary_emb",
-        _HUNYUAN_DIT,
-        **_CROSSED,
-        rotary=True,
-    ),
+    Family("Hunyuan-DiT", "HunyuanDiT2DModel", _TEXT_T5, _HUNYUAN_DIT, **_CROSSED, rotary=True),
     Family("Stable Diffusion 3", "SD3Transformer2DModel", _POOLED, dict(num_layers=3)),
     Family("Stable Diffusion 3.5", "SD3Transformer2DModel", _POOLED, _SD35),
     Family(
@@ -252,28 +249,14 @@ _FAMILIES = (
         depth="num_single_dit_layers",
     ),
     Family("CogView 3 Plus", "CogView3PlusTransformer2DModel", _SIZES, **_JOINS),
-    Family(
-        "CogView 4",
-        "CogView4Transformer2DModel",
-        _SIZES,
-        dict(rope_axes_dim=(32, 32)),
-        kinds=("attn",),
-        rotary=True,
-        **_JOINS,
-    ),
+    Family("CogView 4", "CogView4Transformer2DModel", _SIZES, _SQUARE_ROPE, **_COGVIEW4),
     Family("Flux.1", "FluxTransformer2DModel", f"{_IDS} {_POOLED}", **_FLUX),
     Family("Flux.2", "Flux2Transformer2DModel", _IDS, dict(axes_dims_rope=(2, 2, 2, 2)), **_FLUX),
     Family("Chroma", "ChromaTransformer2DModel", f"{_IDS} attention_mask", **_FLUX),
     Family("Bria", "BriaTransformer2DModel", _IDS, **{**_FLUX, "span": 1000}),
     Family("LongCat-Image", "LongCatImageTransformer2DModel", _IDS, **_FLUX),
     Family("Ovis-Image", "OvisImageTransformer2DModel", _IDS, **_FLUX),
-    Family(
-        "Qwen-Image",
-        "QwenImageTransformer2DModel",
-        "encoder_hidden_states_mask img_shapes",
-        dict(out_channels=1),
-        **{**_FLUX, "compiles": "the whole network"},
-    ),
+    Family("Qwen-Image", "QwenImageTransformer2DModel", _MASK_SHAPES, _PATCHES, **_PACKED),
     Family(
         "Z-Image",
         "ZImageTransformer2DModel",
@@ -287,23 +270,10 @@ _FAMILIES = (
         **_UPWARDS,
     ),
     Family("Lumina 2", "Lumina2Transformer2DModel", "encoder_attention_mask", _LUMINA2, **_UPWARDS),
-    Family("Wan 2.1, 2.2 (video)", "WanTransformer3DModel", **_VIDEO, **_CROSSED),
-    Family(
-        "Wan VACE (video)",
-        "WanVACETransformer3DModel",
-        "control_hidden_states",
-        dict(vace_layers=[0]),
-        **_VIDEO,
-        **_CROSSED,
-    ),
-    Family("SkyReels V2 (video)", "SkyReelsV2Transformer3DModel", **_VIDEO, **_CROSSED),
-    Family(
-        "LTX-Video (video)",
-        "LTXVideoTransformer3DModel",
-        "num_frames height width encoder_attention_mask",
-        **{**_VIDEO, "latent": "N C"},
-        **_CROSSED,
-    ),
+    Family("Wan 2.1, 2.2 (video)", "WanTransformer3DModel", **_WAN),
+    Family("Wan VACE (video)", "WanVACETransformer3DModel", _CONTROL, _VACE, **_WAN),
+    Family("SkyReels V2 (video)", "SkyReelsV2Transformer3DModel", **_WAN),
+    Family("LTX-Video (video)", "LTXVideoTransformer3DModel", _VIDEO_SIZE, **_LTX),
     Family("CogVideoX (video)", "CogVideoXTransformer3DModel", "image_rotary_emb", **_COG_VIDEO),
     Family("ConsisID (video)", "ConsisIDTransformer3DModel", "image_rotary_emb", **_COG_VIDEO),
     Family(

@@ -22,9 +22,6 @@ def tiny_vae(levels=4, **changes):
     from diffusers import AutoencoderKL
 
     options = dict(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=4,
         block_out_channels=(8,) * levels,
         norm_num_groups=8,
         down_block_types=("DownEncoderBlock2D",) * levels,

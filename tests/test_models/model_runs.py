@@ -37,18 +37,15 @@ class Seen:
 
     def __init__(self, network, *endings):
         self.given = {}
-        self.hooks = [
-            # Behind the module: in front of it other hooks see the unmerged tokens.
-            module.register_forward_hook(self._note(name), with_kwargs=True)
-            for name, module in network.named_modules()
-            if name.endswith(endings)
-        ]
+        names = {module: name for name, module in network.named_modules()}
 
-    def _note(self, name):
-        def hook(module, args, kwargs, output):
-            self.given[name] = args[0] if args else kwargs["hidden_states"]
+        def note(module, args, kwargs, output):
+            self.given[names[module]] = args[0] if args else kwargs["hidden_states"]
 
-        return hook
+        for module, name in names.items():
+            if name.endswith(endings):
+                # Behind the module: in front of it other hooks see the unmerged tokens.
+                module.register_forward_hook(note, with_kwargs=True)
 
     def lengths(self):
         """name -> N."""

@@ -161,17 +161,11 @@ class Xformers:
         return attention(query, key, value, attn_mask=attn_bias, scale=scale)
 
 
-def set_processor(name):
-    return lambda p: p.unet.set_attn_processor(getattr(attention_processor, name)())
-
-
-PROCESSORS = {
-    "SDPA": set_processor("AttnProcessor2_0"),
-    "written out": set_processor("AttnProcessor"),
-    "xformers' processor without xformers": set_processor("XFormersAttnProcessor"),
-    "sliced": lambda p: p.enable_attention_slicing("max"),
-    "fused projections": lambda p: p.unet.fuse_qkv_projections(),
-}
+PROCESSORS = {"sliced": lambda p: p.enable_attention_slicing("max")}
+PROCESSORS["fused projections"] = lambda p: p.unet.fuse_qkv_projections()
+for kind in ("AttnProcessor2_0", "AttnProcessor", "XFormersAttnProcessor"):
+    processor = getattr(attention_processor, kind)
+    PROCESSORS[kind] = lambda p, processor=processor: p.unet.set_attn_processor(processor())
 
 
 @pytest.mark.parametrize("switch_on", PROCESSORS.values(), ids=PROCESSORS)

@@ -33,9 +33,6 @@ def test_every_network(kind):
         assert torch.equal(run(network, inputs), baseline)
 
 
-# --- levels ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -88,61 +85,6 @@ def test_timestep_by_position_and_by_name():
         assert adapter.timestep((None,), {}) is None
 
 
-# --- variants -------------------------------------------------------------------------------------
-
-
-class Stack(nn.Module):
-    """A stack of one of diffusers' blocks."""
-
-    def __init__(self, **options):
-        from diffusers.models.attention import BasicTransformerBlock
-
-        super().__init__()
-        block = BasicTransformerBlock(16, 2, 8, cross_attention_dim=16, **options)
-        self.transformer_blocks = nn.ModuleList([block])
-
-    def forward(self, hidden_states, **kwargs):
-        tokens = hidden_states.flatten(2).transpose(1, 2)
-        return self.transformer_blocks[0](tokens, **kwargs)
-
-
-class Network(nn.Module):
-    """It has the attributes by which a UNet is known."""
-
-    def __init__(self, stack):
-        super().__init__()
-        self.down_blocks, self.up_blocks = nn.ModuleList([nn.Module()]), nn.ModuleList()
-        self.down_blocks[0].attentions = nn.ModuleList([stack])
-
-    def forward(self, sample, return_dict, **kwargs):
-        return (self.down_blocks[0].attentions[0](sample, **kwargs),)
-
-
-# Every norm of diffusers' BasicTransformerBlock that has an attn1, and GLIGEN's attention.
-BLOCKS = {
-    "layer_norm": {},
-    "gated": dict(cross_attention_kwargs=dict(gligen=dict(objs=torch.randn(2, 3, 16)))),
-    "ada_norm": dict(timestep=torch.tensor(3)),
-    "ada_norm_zero": dict(timestep=torch.tensor([3, 3]), class_labels=torch.tensor([1, 2])),
-    "ada_norm_single": dict(timestep=torch.randn(2, 1, 6 * 16)),
-}
-
-
-@pytest.mark.parametrize("kind", BLOCKS)
-def test_variants_of_the_block(kind):
-    torch.manual_seed(0)
-    options = dict(attention_type="gated") if kind == "gated" else dict(norm_type=kind)
-    network = Network(Stack(num_embeds_ada_norm=10, **options)).eval()
-    inputs = dict(sample=torch.randn(2, 16, 12, 10), encoder_hidden_states=torch.randn(2, 7, 16))
-    inputs.update(BLOCKS[kind])
-    baseline = run(network, inputs)
-    with apply_tome(network, ratio=0.5, targets=["attn", "crossattn", "mlp"]) as handle:
-        merged = run(network, inputs)
-        assert counts(handle) == {(120, 60)}
-    assert merged.shape == baseline.shape and not torch.allclose(merged, baseline, atol=1e-4)
-    assert torch.equal(run(network, inputs), baseline)
-
-
 def test_stacks_over_frames_are_unchanged():
     network = unet_of(
         "UNet3DConditionModel",
@@ -172,9 +114,6 @@ def test_a_wrapper_with_a_forward_of_its_own_is_the_network():
         assert torch.equal(run(wrapper, inputs), first) and not torch.equal(first, baseline)
         assert counts(handle) == {(256, 128)}
     assert torch.equal(run(wrapper, inputs), baseline)
-
-
-# --- attention on the image itself ----------------------------------------------------------------
 
 
 def test_added_keys_are_not_merged_and_their_neighbours_are():
