@@ -234,8 +234,8 @@ def _around(title, class_name, call, tokens=48, calls=4, **more):
     8 calls: it calls the network twice per step, with and without the text.
     """
     call = {**call, **more, "height": 128, "width": 96, "num_inference_steps": 4}
-    title_only = dict(title=title)
-    return Case(title, class_name, call, title_only, _transformer_parts, tokens=tokens, calls=calls)
+    options = dict(title=title)
+    return Case(title, class_name, call, options, _transformer_parts, tokens=tokens, calls=calls)
 
 
 _SD, _XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"

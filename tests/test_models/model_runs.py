@@ -3,6 +3,8 @@
 
 import torch
 
+from mmagic_tome.models import find_adapter
+
 
 def output(network, inputs):
     """The image of a call."""
@@ -30,6 +32,14 @@ def difference(one, other):
 def counts(handle):
     """(tokens, kept tokens) of all targets."""
     return {(row["tokens"], row["kept"]) for row in handle.stats()}
+
+
+def grids_of(network, monkeypatch):
+    """A list that every call of the network appends its token grid to."""
+    grids, (adapter, _) = [], find_adapter(network)
+    read = adapter.grid
+    monkeypatch.setattr(adapter, "grid", lambda *call: grids.append(read(*call)) or grids[-1])
+    return grids
 
 
 class Seen:

@@ -42,10 +42,10 @@ def test_both_experts_of_wan():
     assert named(find_denoisers(pipeline)) == {"": first}
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [("PriorTransformer", "an embedding and a text"), ("Other", "no adapter is written")],
-)
+UNKNOWN = {"PriorTransformer": "an embedding and a text", "Other": "no adapter is written"}
+
+
+@pytest.mark.parametrize(("name", "reason"), UNKNOWN.items())
 def test_a_denoiser_without_an_adapter_is_unchanged_with_a_warning(name, reason):
     unet = tiny_unet()
     pipeline = SimpleNamespace(unet=unet, prior_prior=fake(name), vae=nn.Linear(1, 1))

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from denoise import denoising, inputs_at
-from model_runs import Seen, counts, difference, image, output, run
+from model_runs import Seen, counts, difference, grids_of, image, output, run
 from tiny_transformers import TEXT, TRANSFORMERS
 from torch import nn
 
@@ -49,12 +49,12 @@ def first_linears(network, family):
     return found
 
 
-def second_entry(inputs):
-    """Arguments for the second image of a batch alone."""
+def one_entry(inputs, entry):
+    """Arguments for one image of a batch alone."""
     batched = [
         n for n, x in inputs.items() if isinstance(x, (torch.Tensor, list)) and n[-3:] != "ids"
     ]
-    return {**inputs, **{name: inputs[name][1:2] for name in batched}}
+    return {**inputs, **{name: inputs[name][entry : entry + 1] for name in batched}}
 
 
 @every_target_of_every_family
@@ -75,7 +75,8 @@ def test_tokens_fall_inside_and_the_output_changes_a_little(family, targets):
         assert seen.given[name].shape[1] == others + (tokens // 2 if merges else tokens), name
     assert text.lengths() == text_lengths
     assert 1e-4 < difference(merged, baseline) < 0.8
-    torch.testing.assert_close(run(network, second_entry(inputs)), merged[1:])
+    alone = [run(network, one_entry(inputs, entry)) for entry in range(2)]
+    torch.testing.assert_close(torch.cat(alone), merged)
     handle.ratio = 0
     assert torch.equal(run(network, inputs), baseline)
     handle.ratio = 0.5
@@ -97,9 +98,14 @@ def test_every_block_has_its_targets_and_its_own_plan(family):
         assert network.get_submodule(block.name) is block.module
         assert "attn" in block.targets and set(block.targets) <= set(family.kinds)
     assert set().union(*(block.targets for block in blocks)) == set(family.kinds)
+    dual = family.own.get("dual_attention_layers", ())
+    assert [i for i, block in enumerate(blocks) if block.second_attention] == [*dual]
     handle = apply_tome(network, ratio=0.5, targets=family.inner)
     run(network, family.inputs())
     assert {row["plans"] for row in handle.stats()} == {1}
+    deeper = family.deeper(6).build()
+    inner = adapter.inner_modules(deeper, num_outer_blocks=1)
+    assert [b.name[-1] for b in adapter.blocks(deeper) if b.module in inner] == [*"1234"]
 
 
 @every_family
@@ -119,13 +125,15 @@ def test_the_timestep_is_where_the_adapter_says(family):
 
 
 @every_family
-def test_odd_grids_and_batches(family):
+def test_odd_grids_and_batches(family, monkeypatch):
     network = family.build()
+    grids = grids_of(network, monkeypatch)
     handle = apply_tome(network, ratio=0.6, targets=family.inner)
     for grid, batch in (*((grid, 1) for grid in family.grids), (family.grids[1], 3)):
         tokens = family.tokens(grid)
         merged = run(network, family.inputs(grid, batch))
         assert merged.isfinite().all() and merged.shape[0] == batch
+        assert grids[-1] == (family.frames * grid[0], grid[1])
         assert counts(handle) == {(tokens, tokens - int(0.6 * tokens))}
 
 

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from model_runs import counts, difference, run
+from model_runs import counts, difference, grids_of, run
 from tiny import tiny_inputs, tiny_unet
 from tiny_unets import FRAMES, NETWORKS, kandinsky_inputs, kandinsky_unet, tiny_controlnet, unet_of
 from torch import nn
@@ -14,16 +14,17 @@ from mmagic_tome.models.diffusers_unet import SpatioTemporalUNet
 
 
 @pytest.mark.parametrize("kind", NETWORKS.values(), ids=NETWORKS)
-def test_every_network(kind):
+def test_every_network(kind, monkeypatch):
     """Frames are merged one by one, or, those of a clip of AnimateDiff, across the clip."""
     network, inputs = kind.build(), kind.inputs()
-    baseline = run(network, inputs)
+    baseline, grids = run(network, inputs), grids_of(network, monkeypatch)
     for frames in (1, FRAMES) if kind.title.startswith("AnimateDiff") else (1,):
         with apply_tome(network, ratio=0.6, across_frames=frames > 1) as handle:
             assert 1e-3 < difference(run(network, inputs), baseline) < 0.8
             for grid in kind.grids:
                 for batch in (1, 3):
                     assert run(network, kind.inputs(batch, grid)).isfinite().all()
+                    assert grids[-1] == grid
                     tokens = frames * grid[0] * grid[1]
                     assert counts(handle) == {(tokens, tokens - int(0.6 * tokens))}
             blocks = [row["block"] for row in handle.stats()]
