@@ -192,9 +192,6 @@ _EMBEDS = noise(1, WIDTH, seed=8)
 _IMAGE_PROMPT = dict(image_embeds=_EMBEDS, negative_image_embeds=-_EMBEDS, **_128)
 
 
-# --- the list -------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Case:
     """A row of the table: what users call it, and how to build and call it.
@@ -229,10 +226,7 @@ class Case:
 
 
 def _around(title, class_name, call, tokens=48, calls=4, **more):
-    """A pipeline around one of :data:`TRANSFORMERS`, at 4 steps.
-
-    8 calls: it calls the network twice per step, with and without the text.
-    """
+    """Around one of :data:`TRANSFORMERS`, at 4 steps: 8 calls where text and none are two calls."""
     call = {**call, **more, "height": 128, "width": 96, "num_inference_steps": 4}
     options = dict(title=title)
     return Case(title, class_name, call, options, _transformer_parts, tokens=tokens, calls=calls)

@@ -212,8 +212,6 @@ _MASK_SHAPES = "encoder_hidden_states_mask img_shapes"
 _CONTROL = "control_hidden_states"
 _VIDEO_SIZE = "num_frames height width encoder_attention_mask"
 
-# --- the list -------------------------------------------------------------------------------------
-
 _CROSSED = dict(kinds=("attn", "crossattn", "mlp"))
 _PACKED = dict(latent="N C", span=1, rotary=True)
 _FLUX = dict(_PACKED, compiles="its blocks")

@@ -13,8 +13,6 @@ from tiny import randomise, tiny_inputs, tiny_unet, tiny_unet_config
 from tiny_transformers import TEXT, WIDTH
 
 FRAMES = 3  # of a clip
-# Of UNets with one level; others want multiples of their factor.
-GRIDS = ((33, 31), (17, 90), (8, 200))
 
 
 def tiny_vae(levels=4, **changes):
@@ -42,7 +40,6 @@ def unet_of(class_name, seed=0, **changes):
 
 
 def noise(*shape, seed=0):
-    """Of a seed of its own."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -138,7 +135,8 @@ _NETWORKS = (
         "UNet2DConditionModel and alike",
         lambda: tiny_unet(levels=1),
         tiny_inputs,
-        GRIDS,
+        # With one level; others want multiples of their factor.
+        ((33, 31), (17, 90), (8, 200)),
         layered=tiny_unet,
     ),
     Network("ControlNet", "ControlNetModel", tiny_controlnet, controlnet_inputs, ((8, 8),)),

@@ -10,8 +10,7 @@ from tiny_unets import tiny_controlnet
 from torch import nn
 
 from mmagic_tome import ToMeError
-from mmagic_tome.models import ADAPTERS, find_adapter, find_controlnets, find_denoisers
-from mmagic_tome.models.diffusers_unet import DiffusersUNet, MMagicUNet
+from mmagic_tome.models import find_adapter, find_controlnets, find_denoisers
 from mmagic_tome.models.wan import Wan
 
 WAN = TRANSFORMERS["Wan 2.1, 2.2 (video)"]
@@ -90,14 +89,6 @@ def test_lists_of_levels_are_no_unet():
         setattr(network, name, nn.ModuleList([nn.ModuleList([nn.Linear(1, 1)])]))
     with pytest.raises(ToMeError, match="StableCascadeUNet: its blocks are not diffusers'"):
         find_denoisers(SimpleNamespace(prior_prior=network, decoder=network))
-
-
-def test_specific_adapters_come_first():
-    kinds = [type(adapter) for adapter in ADAPTERS]
-    first = [issubclass(kind, DiffusersUNet) for kind in kinds]
-    assert first == sorted(first, reverse=True)
-    assert kinds.index(DiffusersUNet) == sum(first) - 1  # which matches the other UNets too
-    assert not MMagicUNet().matches(tiny_unet())
 
 
 def test_controlnets_are_no_denoisers():

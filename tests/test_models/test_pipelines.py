@@ -11,6 +11,7 @@ from tiny_pipelines import PIPELINES
 from tiny_transformers import TRANSFORMERS
 
 from mmagic_tome import ToMeError, apply_cache, apply_tome, get_handle
+from mmagic_tome.models import find_controlnets
 
 SD = PIPELINES["Stable Diffusion 1.x"]
 
@@ -52,8 +53,7 @@ def test_step_caching_in_every_pipeline(case):
     def run():
         return case.run(pipeline, num_inference_steps=steps)
 
-    baseline, branch = run(), getattr(pipeline, "controlnet", None)
-    networks = 1 if branch is None else 1 + len(getattr(branch, "nets", [branch]))
+    baseline, networks = run(), 1 + len(find_controlnets(pipeline))
     with apply_cache(pipeline, **caching) as handle:
         assert handle.network is pipeline.unet and len(handle.stats()) == networks
         cached = run()
@@ -90,10 +90,7 @@ def test_a_controlnet_is_merged_alone(title):
     case = PIPELINES[title]
     pipeline = case.pipeline()
     baseline = case.run(pipeline)
-    if title == "several ControlNets":
-        with pytest.raises(ToMeError, match=r"several ControlNets.*each of its \.nets"):
-            apply_tome(pipeline.controlnet)
-    nets = getattr(pipeline.controlnet, "nets", [pipeline.controlnet])
+    nets = [one.network for one in find_controlnets(pipeline)]
     handles = [apply_tome(net, ratio=0.5, targets=["attn", "mlp"]) for net in nets]
     assert get_handle(pipeline) is None
     branch = case.run(pipeline)

@@ -116,6 +116,7 @@ def test_a_given_first_frame(family):
         ("HunyuanVideoFramepackTransformer3DModel", "frames at several resolutions"),
         ("MochiTransformer3DModel", "no adapter is written for this diffusion transformer"),
         ("FluxControlNetModel", "merges the network that it controls"),
+        ("MultiControlNetModel", "several ControlNets: call apply_tome with each of its .nets"),
         ("SomethingElse", "Supported"),
     ],
 )

@@ -5,12 +5,12 @@ import pytest
 import torch
 from model_runs import counts, difference, grids_of, run
 from tiny import tiny_inputs, tiny_unet
-from tiny_unets import FRAMES, NETWORKS, kandinsky_inputs, kandinsky_unet, tiny_controlnet, unet_of
+from tiny_unets import FRAMES, NETWORKS, kandinsky_inputs, kandinsky_unet, unet_of
 from torch import nn
 
 from mmagic_tome import ToMeError, apply_tome
 from mmagic_tome.models import ADAPTERS, blocks_of, find_adapter
-from mmagic_tome.models.diffusers_unet import SpatioTemporalUNet
+from mmagic_tome.models.diffusers_unet import DiffusersUNet, SpatioTemporalUNet
 
 
 @pytest.mark.parametrize("kind", NETWORKS.values(), ids=NETWORKS)
@@ -62,20 +62,19 @@ def test_downsample_is_that_of_the_running_network(changes):
     assert [block.downsample for block in blocks] == [32 // sizes[b.grid_module] for b in blocks]
 
 
-def test_levels_of_a_controlnet():
-    network = tiny_controlnet()
-    handle = apply_tome(network, ratio=0.5, max_downsample=8)
-    run(network, NETWORKS["ControlNet"].inputs())
-    rows = [(row["downsample"], row["tokens"], row["kept"]) for row in handle.stats()]
-    assert rows == [(1, 64, 32), (2, 16, 8), (2, 16, 8)]
-
-
-def test_stable_video_diffusion_has_an_adapter_of_its_own():
-    adapter, network = find_adapter(NETWORKS["Stable Video Diffusion"].build())
-    assert type(adapter) is SpatioTemporalUNet and adapter.timestep_scale is None
-    # One spatial stack each in the down block, the middle and two in the up block.
-    assert [block.downsample for block in adapter.blocks(network)] == [1, 2, 1, 1]
-    assert len(adapter.inner_modules(network, 1)) == 3
+@pytest.mark.parametrize(
+    ("title", "kind", "levels", "scale"),
+    [
+        # One spatial stack each in the down block, the middle and two in the up block.
+        ("Stable Video Diffusion", SpatioTemporalUNet, [1, 2, 1, 1], None),
+        ("ControlNet", DiffusersUNet, [1, 2, 2], 1000.0),
+    ],
+)
+def test_adapters_of_other_networks(title, kind, levels, scale):
+    adapter, network = find_adapter(NETWORKS[title].build())
+    assert type(adapter) is kind and adapter.timestep_scale == scale
+    assert [block.downsample for block in adapter.blocks(network)] == levels
+    assert len(adapter.inner_modules(network, 1)) == (3 if scale is None else 0)
 
 
 def test_timestep_by_position_and_by_name():
