@@ -7,8 +7,6 @@ sequence, text first. Targets: ``attn`` = ``attn1``, ``mlp`` = ``ff``.
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from .transformer import JOINT, RotaryTransformer, Transformer
 
 _REFUSED = dict(
@@ -27,9 +25,7 @@ class CogVideoX(RotaryTransformer):
     class_names = ("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel")
     timestep_position = 2
     lists = _LISTS
-
-    def num_frames(self, latent: Tensor) -> int:
-        return latent.shape[1]  # (B, F, C, h, w)
+    frames_axis = 1
 
 
 class CogView3Plus(Transformer):

@@ -106,7 +106,7 @@ class DiffusersUNet(ModelAdapter):
                 "an attention with added keys received an attention_mask, which does not fit "
                 "merged tokens; call the model without it"
             )
-        return tuple(argument(args, kwargs, 0, "hidden_states").shape[-2:])
+        return tuple((args[0] if args else kwargs["hidden_states"]).shape[-2:])
 
 
 class MMagicUNet(DiffusersUNet):

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..errors import ToMeError
 from ..merging.joint import joint_plan
-from .base import with_changed
 
 # Names of the table among the keyword arguments of blocks and attention.
 _NAMES = ("image_rotary_emb", "rotary_emb", "freqs_cis")
@@ -31,10 +30,13 @@ def with_merged_rotary(
         position: of the table among the positional arguments. Default None: that of the first
             tuple (of cosines and sines).
     """
-    if position is None:
-        position = next((i for i, value in enumerate(args) if isinstance(value, tuple)), len(args))
-    name = next((name for name in _NAMES if name in kwargs), "")
-    return with_changed(args, kwargs, position, name, merge_rotary, plan)
+    for index, value in enumerate(args):
+        if index == position or (position is None and isinstance(value, tuple)):
+            return (*args[:index], merge_rotary(value, plan), *args[index + 1 :]), kwargs
+    for name in _NAMES:
+        if kwargs.get(name) is not None:
+            return args, {**kwargs, name: merge_rotary(kwargs[name], plan)}
+    return args, kwargs
 
 
 def merge_rotary(table: Tensor | tuple[Tensor, ...], plan: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .base import Block, ModelAdapter, argument, blocks_of, with_changed
+from .base import Block, ModelAdapter, blocks_of, with_changed
 from .rotary import merge_mask, with_merged_rotary
 
 _OTHER_METHOD = "Use targets=['attn'] and a method that merges queries too, such as 'tome'"
@@ -39,9 +39,11 @@ class Transformer(ModelAdapter):
     Attributes:
         lists: dotted paths of lists of blocks, with arguments of :func:`blocks_of`, in running
             order.
+        frames_axis: of a video's latent. Default 2: (B, C, F, h, w).
     """
 
     lists: tuple[tuple[str, dict[str, Any]], ...]
+    frames_axis: int = 2
 
     def blocks(self, network: nn.Module) -> list[Block]:
         return [
@@ -49,22 +51,18 @@ class Transformer(ModelAdapter):
         ]
 
     def grid(self, grid_module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
-        """Of a (B, C, h, w) latent, or one of :meth:`num_frames` frames, stacked vertically.
+        """Of a (B, C, h, w) latent, or of a video's, whose frames are stacked vertically.
 
         So cells are squares of one frame (with an odd number of rows per frame, some span two),
         and a token merges into the most similar destination of all frames.
         """
-        latent = argument(args, kwargs, 0, "hidden_states")
+        latent = args[0] if args else kwargs["hidden_states"]
         config = grid_module.config
         patch = config.patch_size
         if isinstance(patch, int):
             patch = (config.get("patch_size_t") or 1, patch, patch)
-        frames = self.num_frames(latent) // patch[0] if latent.dim() == 5 else 1
+        frames = latent.shape[self.frames_axis] // patch[0] if latent.dim() == 5 else 1
         return frames * (latent.shape[-2] // patch[1]), latent.shape[-1] // patch[2]
-
-    def num_frames(self, latent: Any) -> int:
-        """Return F of a (B, C, F, h, w) latent."""
-        return latent.shape[2]
 
 
 class RotaryTransformer(Transformer):
