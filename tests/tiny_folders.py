@@ -10,7 +10,7 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from tiny import _write_tokenizer, randomise
+from tiny import _write_tokenizer, randomise, tiny_clip_config
 from tiny_pipelines import pipeline_of, sd_parts, xl_parts
 from tiny_transformers import TRANSFORMERS
 from tiny_unets import tiny_controlnet, tiny_vae
@@ -45,18 +45,7 @@ def _texts(folder, *kinds):
 def _clip(folder, kind):
     """A tokenizer and a text encoder of CLIP's kind, 16 tokens of width 16."""
     _write_tokenizer(folder, _VOCABULARY)
-    config = transformers.CLIPTextConfig(
-        vocab_size=_VOCABULARY,
-        hidden_size=_CLIP_WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        projection_dim=_CLIP_WIDTH,
-        bos_token_id=_VOCABULARY - 2,
-        eos_token_id=_VOCABULARY - 1,
-        pad_token_id=_VOCABULARY - 1,
-    )
+    config = transformers.CLIPTextConfig(**tiny_clip_config(_VOCABULARY))
     encoder = randomise(getattr(transformers, kind)(config))
     return transformers.CLIPTokenizer.from_pretrained(folder), encoder
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from tiny import randomise, tiny_inputs, tiny_unet, tiny_unet_config
+from tiny import randomise, tiny_inputs, tiny_unet, tiny_unet_config, tiny_vae_config
 from tiny_transformers import TEXT, WIDTH
 
 FRAMES = 3  # of a clip
@@ -19,14 +19,7 @@ def tiny_vae(levels=4, **changes):
     """An ``AutoencoderKL`` with a factor of 2 ** (levels - 1)."""
     from diffusers import AutoencoderKL
 
-    options = dict(
-        block_out_channels=(8,) * levels,
-        norm_num_groups=8,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        sample_size=64,
-    )
-    return randomise(AutoencoderKL(**{**options, **changes}))
+    return randomise(AutoencoderKL(**{**tiny_vae_config(levels), **changes}))
 
 
 def unet_of(class_name, seed=0, **changes):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,19 +114,6 @@ def argument(
     if position is not None and len(args) > position:
         return args[position]
     return kwargs.get(name, default)
-
-
-def with_changed(
-    args: tuple, kwargs: dict[str, Any], position: int, name: str, change: Callable, *options: Any
-) -> tuple[tuple, dict[str, Any]]:
-    """Return the arguments with ``change(argument, *options)`` in place of one that is not None."""
-    if len(args) > position:
-        if args[position] is not None:
-            new = change(args[position], *options)
-            args = (*args[:position], new, *args[position + 1 :])
-    elif kwargs.get(name) is not None:
-        kwargs = {**kwargs, name: change(kwargs[name], *options)}
-    return args, kwargs
 
 
 class ModelAdapter:

@@ -2,22 +2,16 @@
 """UNets of diffusers and MMagic: down, middle and up blocks, transformer stacks in between.
 
 Recognized by structure: modules with ``down_blocks`` and ``up_blocks`` (ControlNets:
-``controlnet_down_blocks``) and stacks with ``transformer_blocks``. This covers all diffusers
-versions and variants of ``BasicTransformerBlock`` (ada-norm, GLIGEN, IP-Adapter ...), since only
-modules inside a block are hooked.
+``controlnet_down_blocks``) and stacks with ``transformer_blocks``.
 
-Attention with added keys (Kandinsky 2.2, DeepFloyd IF, unCLIP) has no blocks around it. An
-``Attention`` receives the (B, C, h, w) activations, normalizes them, projects every position to
-queries, keys and values, appends keys and values of the text or image prompt (``add_k_proj``,
-``add_v_proj``), and adds its output to the activations. Tokens are merged between the norm and the
-three projections and unmerged after ``to_out``, so that the residual connection keeps all
-positions.
+Attention with added keys (Kandinsky 2.2, DeepFloyd IF, unCLIP) has no blocks around it: it receives
+the (B, C, h, w) activations and adds its output to them. Tokens are merged between its norm and
+its three projections and unmerged after ``to_out``, so that all positions are kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -79,7 +73,17 @@ class DiffusersUNet(ModelAdapter):
         blocks = []
         for name, stack, downsample in _stacks(network):
             if _is_added_kv(stack):
-                blocks.append(_added_kv_block(name, stack, downsample))
+                own = [one for one in (stack.to_k, stack.to_v) if one is not None]
+                block = Block(
+                    name,
+                    stack,
+                    grid_module=stack,
+                    downsample=downsample,
+                    targets={"attn": [stack.to_q, stack.to_out[-1]]},
+                    shared_input={"attn": own},
+                    refused={"attn_kv": SAME_TOKENS, "block": _WHOLE, "stack": _WHOLE},
+                )
+                blocks.append(block)
                 continue
             members = blocks_of(
                 network,
@@ -89,7 +93,7 @@ class DiffusersUNet(ModelAdapter):
                 downsample=downsample,
                 context_argument=self.context_argument,
                 mask_argument=_mask_argument(stack.transformer_blocks),
-                refused=_VICO if getattr(stack, "have_image_cross", False) else {},
+                refused=_refused(stack),
             )
             blocks += [block for block in members if "attn" in block.targets]
         return blocks
@@ -135,14 +139,6 @@ class AnimateDiffUNet(DiffusersUNet):
     class_names = ("UNet3DConditionMotionModel", "UNetMotionModel")
     has_frames = True
 
-    def blocks(self, network: nn.Module) -> list[Block]:
-        return [
-            replace(block, refused={**block.refused, **_ALONG_FRAMES})
-            if getattr(block.module, "attn_temp", None) is not None
-            else block
-            for block in super().blocks(network)
-        ]
-
     def frames(self, args: tuple, kwargs: dict) -> int:
         return argument(args, kwargs, 0, "sample").shape[2]  # (B, C, F, h, w)
 
@@ -156,6 +152,13 @@ class AnimateDiffUNet(DiffusersUNet):
             if isinstance(kwargs.get(name), Tensor) and kwargs[name].shape[0] == plan.batch
         }
         return args, {**kwargs, **once}
+
+
+def _refused(stack: nn.Module) -> dict[str, str]:
+    if getattr(stack, "have_image_cross", False):
+        return _VICO
+    along = any(getattr(b, "attn_temp", None) is not None for b in stack.transformer_blocks)
+    return _ALONG_FRAMES if along else {}
 
 
 def _mask_argument(blocks: nn.ModuleList) -> str | None:
@@ -197,15 +200,3 @@ def _levels(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _is_added_kv(module: nn.Module) -> bool:
     return all(map(module._modules.get, ("add_k_proj", "group_norm", "to_q", "to_out")))
-
-
-def _added_kv_block(name: str, attention: nn.Module, downsample: int) -> Block:
-    return Block(
-        name=name,
-        module=attention,
-        grid_module=attention,
-        downsample=downsample,
-        targets={"attn": [attention.to_q, attention.to_out[-1]]},
-        shared_input={"attn": [one for one in (attention.to_k, attention.to_v) if one is not None]},
-        refused={"attn_kv": SAME_TOKENS, "block": _WHOLE, "stack": _WHOLE},
-    )

@@ -1,8 +1,10 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Finds the networks inside pipelines, models and wrappers, and the adapters that describe them."""
+"""All model adapters, how to add one, and how networks inside pipelines, models and wrappers are
+found."""
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,8 +13,20 @@ from torch import nn
 
 from ..errors import ToMeError
 from .base import ModelAdapter
-from .registry import ADAPTERS
-from .unsupported import why_unsupported
+from .diffusers_unet import AnimateDiffUNet, DiffusersUNet, MMagicUNet, SpatioTemporalUNet
+from .flux import Bria, Chroma, Flux, Flux2, HunyuanVideo, LongCatImage, OvisImage
+from .joint import SD3, AuraFlow, CogVideoX, CogView3Plus, CogView4, QwenImage
+from .one_stream import LTX, DiT, HunyuanDiT, PixArt, SkyReelsV2, Wan
+from .z_image import Lumina2, ZImage
+
+_FAMILIES = (
+    *(MMagicUNet, AnimateDiffUNet, SpatioTemporalUNet, DiffusersUNet),
+    *(DiT, PixArt, HunyuanDiT, SD3, AuraFlow, CogView3Plus, CogView4),
+    *(Flux, Flux2, Chroma, Bria, LongCatImage, OvisImage, QwenImage, ZImage, Lumina2),
+    *(Wan, SkyReelsV2, LTX, CogVideoX, HunyuanVideo),
+)
+# The first adapter that matches a module is used, so specific ones come first.
+ADAPTERS: list[ModelAdapter] = [family() for family in _FAMILIES]
 
 # Attributes of diffusers' pipelines and MMagic's models with a denoising network. Combined
 # pipelines (Kandinsky, Stable Cascade) have those of the pipelines inside under these names too.
@@ -23,7 +37,39 @@ DENOISERS = (
 # Attributes with the wrapped module: of torch.compile, DistributedDataParallel, MMagic's
 # DiffusersWrapper.
 _WRAPPERS = ("_orig_mod", "module", "model")
-_MAX_DEPTH = 6
+
+# Pattern of a class name -> why the network is not merged. The first that matches counts.
+_REASONS = {
+    "(Flux)?MultiControlNet(Model)?": (
+        "it contains several ControlNets: call apply_tome with each of its .nets"
+    ),
+    ".*ControlNetModel": (
+        "no adapter is written for this kind of ControlNet; apply_tome(pipeline) merges the "
+        "network that it controls"
+    ),
+    ".*(Transformer([123]D)?(Model)?|DiT(2D)?Model)": (
+        "no adapter is written for this transformer (docs/support.md: what cannot be merged)"
+    ),
+}
+
+
+def register_adapter(adapter: ModelAdapter) -> ModelAdapter:
+    """Make a model family of your own known to :func:`~mmagic_tome.apply_tome`; return its adapter.
+
+    Args:
+        adapter: takes precedence over those registered before. One of the same class replaces an
+            earlier one.
+
+    Raises:
+        ToMeError: not an instance of :class:`ModelAdapter`, or one without a description.
+    """
+    if not isinstance(adapter, ModelAdapter) or not getattr(adapter, "description", None):
+        raise ToMeError(
+            "a model adapter is an instance of a subclass of mmagic_tome.models.ModelAdapter with "
+            f"a description, got {adapter!r}; see docs/adding_a_model.md"
+        )
+    ADAPTERS[:] = [adapter, *(other for other in ADAPTERS if type(other) is not type(adapter))]
+    return adapter
 
 
 @dataclass(frozen=True)
@@ -73,8 +119,8 @@ def find_denoisers(
         served = _selected(owner, found, [only] if isinstance(only, str) else list(only))
     elif warn:
         for name, network in found.unserved.items():
-            text = f"{name!r} ({type(network).__name__}) of this {owner} stays as it is. "
-            warnings.warn(text + _why(network), stacklevel=3)
+            text = f"{name!r} of this {owner} stays as it is. {_why(type(network).__name__)}"
+            warnings.warn(text.strip(), stacklevel=3)
     return served if len(served) > 1 else [replace(served[0], name="")]
 
 
@@ -89,20 +135,17 @@ def find_controlnets(model: object, *, known: bool = False) -> list[Denoiser]:
     Raises:
         ToMeError: a ControlNet that no adapter describes.
     """
-    found = []
-    for name, network in _controlnets(model).items():
-        if not known or _search(network).served:
-            found.append(replace(_search_or_raise(network).served[0], name=name))
-    return found
-
-
-def _controlnets(model: object) -> dict[str, nn.Module]:
     branches = (_attribute(layer, "controlnet") for layer in _layers(model))
     branch = next((one for one in branches if isinstance(one, nn.Module)), None)
     nets = _attribute(branch, "nets")
+    named = {} if branch is None else {"controlnet": branch}
     if isinstance(nets, nn.ModuleList):
-        return {f"controlnet.nets.{index}": net for index, net in enumerate(nets)}
-    return {} if branch is None else {"controlnet": branch}
+        named = {f"controlnet.nets.{index}": net for index, net in enumerate(nets)}
+    return [
+        replace(_search_or_raise(network).served[0], name=name)
+        for name, network in named.items()
+        if not known or _search(network).served
+    ]
 
 
 @dataclass
@@ -122,33 +165,34 @@ def _search(model: object) -> _Found:
             adapter = next((one for one in ADAPTERS if one.matches(layer)), None)
             if adapter is not None:
                 found.served.append(Denoiser("", adapter, called or layer))
-                break
-            if called is None and _runs_blocks_itself(layer):
+                return found
+            # MMagic's ViCo replaces ``forward`` of the wrapper. The UNet's own forward never runs,
+            # so the wrapper is the network whose call begins and ends a forward.
+            own = "forward" in vars(layer) and "_orig_mod" not in layer._modules
+            if called is None and own and hasattr(layer, "down_blocks"):
                 called = layer
-        _search_attributes(layer, found)
-        if found.served:
-            break
-    return found
-
-
-def _search_attributes(model: object, found: _Found) -> None:
-    known = set()
-    for name in DENOISERS:
-        network = _attribute(model, name)
-        if isinstance(network, nn.Module) and network not in known:
-            known.add(network)
+        networks = {}
+        for name in DENOISERS:
+            network = _attribute(layer, name)
+            if isinstance(network, nn.Module) and network not in networks.values():
+                networks[name] = network
+        for name, network in networks.items():
             inner = _search(network)
             found.tried += inner.tried
             found.served += [replace(one, name=name) for one in inner.served[:1]]
             if not inner.served:
                 found.unserved[name] = network
+        if found.served:
+            return found
+    return found
 
 
 def _selected(owner: str, found: _Found, only: list[str]) -> list[Denoiser]:
     names = [one.name for one in found.served if one.name]
     for name in only:
         if name in found.unserved:
-            raise ToMeError(f"{name!r} cannot be selected. {_why(found.unserved[name])}")
+            why = _why(type(found.unserved[name]).__name__)
+            raise ToMeError(f"{name!r} cannot be selected. {why.strip()}")
     unknown = ", ".join(repr(name) for name in only if name not in names)
     if unknown or not only:
         raise ToMeError(
@@ -158,17 +202,12 @@ def _selected(owner: str, found: _Found, only: list[str]) -> list[Denoiser]:
     return [one for one in found.served if one.name in only]
 
 
-def _why(network: nn.Module) -> str:
-    name = type(network).__name__
-    return why_unsupported(name).strip() or f"{name}: no adapter is written for it."
-
-
 def _search_or_raise(model: object) -> _Found:
     found = _search(model)
     if found.served:
         return found
     known = "; ".join(adapter.description for adapter in ADAPTERS)
-    reason = next(filter(None, map(why_unsupported, found.tried)), "")
+    reason = next(filter(None, (_why(name, "") for name in found.tried)), "")
     raise ToMeError(
         f"found no supported network in a {type(model).__name__} (tried: "
         f"{', '.join(found.tried)}). {reason}Supported: {known}. Pass one of these, or a pipeline "
@@ -177,16 +216,15 @@ def _search_or_raise(model: object) -> _Found:
     )
 
 
-def _runs_blocks_itself(wrapper: nn.Module) -> bool:
-    # MMagic's ViCo replaces ``forward`` of the wrapper. The UNet's own forward never runs, so the
-    # wrapper is the network whose call begins and ends a forward.
-    own = "forward" in vars(wrapper) and "_orig_mod" not in wrapper._modules
-    return own and hasattr(wrapper, "down_blocks")
+def _why(name: str, otherwise: str = "no adapter is written for it") -> str:
+    reasons = (why for pattern, why in _REASONS.items() if re.fullmatch(pattern, name))
+    why = next(reasons, otherwise)
+    return f"{name}: {why}. " if why else ""
 
 
 def _layers(model: object) -> Iterator[object]:
     """Yield a model and what it wraps, outermost first."""
-    for _ in range(_MAX_DEPTH):
+    for _ in range(6):
         if model is None:
             return
         yield model

@@ -4,7 +4,7 @@ HunyuanVideo.
 
 Double blocks are like those of Stable Diffusion 3. Single blocks run on a joint sequence, text
 first: most receive text and image tokens separately and concatenate them inside, those of Flux.2
-and Chroma receive the joint sequence. Both use rotary embeddings (:mod:`.rotary`).
+and Chroma receive the joint sequence. Both use rotary embeddings.
 
 Targets of double blocks: ``attn`` = ``attn``, ``mlp`` = ``ff`` (the image stream's). Of single
 blocks: ``attn`` = ``attn``, ``mlp`` = ``proj_mlp`` and ``act_mlp``; both share one output
@@ -35,21 +35,17 @@ _known_grids = WeakTensorKeyDictionary()
 
 
 class Flux(RotaryTransformer):
-    """``FluxTransformer2DModel``, and what its relatives share.
-
-    A graph of the whole network (``torch.compile(fullgraph=True)``) cannot read the grid from
-    ``img_ids``; compile the blocks (``compile_repeated_blocks``) or allow graph breaks.
-    """
+    """A graph of the whole network (``torch.compile(fullgraph=True)``) cannot read the grid from
+    ``img_ids``; compile the blocks (``compile_repeated_blocks``) or allow graph breaks."""
 
     description = "Flux.1 (FluxTransformer2DModel)"
     class_names = ("FluxTransformer2DModel",)
     timestep_position = 3
     timestep_scale = 1.0
-    ids_position = 4
     lists = (_DOUBLE, ("single_transformer_blocks", _SINGLE))
 
     def grid(self, grid_module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
-        return grid_of_ids(argument(args, kwargs, self.ids_position, "img_ids"))
+        return grid_of_ids(argument(args, kwargs, self.timestep_position + 1, "img_ids"))
 
     def adapt(self, target: str, plan: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if not self.takes_masks and kwargs.get("attention_mask") is not None:
@@ -75,12 +71,10 @@ class LongCatImage(Flux):
     description = "LongCat-Image (LongCatImageTransformer2DModel)"
     class_names = ("LongCatImageTransformer2DModel",)
     timestep_position = 2
-    ids_position = 3
 
 
 class OvisImage(LongCatImage):
-    """``mlp`` of single blocks is ``proj_mlp`` alone: its output is split in two halves before the
-    activation."""
+    """``mlp`` of single blocks is ``proj_mlp`` alone: its output is split before the activation."""
 
     description = "Ovis-Image (OvisImageTransformer2DModel)"
     class_names = ("OvisImageTransformer2DModel",)
@@ -88,25 +82,20 @@ class OvisImage(LongCatImage):
 
 
 class Chroma(Flux):
-    """Its pipelines always pass a mask, which excludes some of the text's padding."""
-
     description = "Chroma (ChromaTransformer2DModel)"
     class_names = ("ChromaTransformer2DModel",)
     timestep_position = 2
-    ids_position = 3
     takes_masks = True
     mask_position = 4  # of a double block under gradient checkpointing
     lists = (_DOUBLE, ("single_transformer_blocks", _SINGLE_CHROMA))
 
 
 class Flux2(Flux):
-    """``attn`` of single blocks computes attention and feed-forward in parallel, so that both are
-    merged; there is no ``mlp``."""
+    """``attn`` of single blocks computes the feed-forward too, so both are merged together."""
 
     description = "Flux.2 (Flux2Transformer2DModel)"
     class_names = ("Flux2Transformer2DModel",)
     timestep_position = 2
-    ids_position = 3
     lists = (_DOUBLE, ("single_transformer_blocks", _SINGLE_FLUX2))
 
     def adapt(self, target: str, plan: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -5,7 +5,8 @@ Blocks receive tokens, a mask over them and a rotary table per batch entry. Z-Im
 begin with the image tokens, then padding to a multiple of 32, then the text; Lumina 2's begin with
 the text, whose length differs between prompts. Both count timesteps upwards: 0 is pure noise.
 
-Blocks: ``noise_refiner`` (image tokens only) and ``layers``.
+Blocks: ``noise_refiner`` (image tokens only) and ``layers``. Targets: ``attn`` = Z-Image's
+``attention``, Lumina 2's ``attn``, ``mlp`` = ``feed_forward``.
 """
 
 from __future__ import annotations
@@ -40,11 +41,6 @@ class _JointSequence(RotaryTransformer):
 
 
 class ZImage(_JointSequence):
-    """``ZImageTransformer2DModel``. All images of a batch have one size.
-
-    Targets: ``attn`` = ``attention``, ``mlp`` = ``feed_forward``.
-    """
-
     description = "Z-Image (ZImageTransformer2DModel)"
     class_names = ("ZImageTransformer2DModel",)
     timestep_name = "t"
@@ -75,17 +71,12 @@ class ZImage(_JointSequence):
 
 
 class Lumina2(_JointSequence):
-    """``Lumina2Transformer2DModel``. Targets: ``attn`` = ``attn``, ``mlp`` = ``feed_forward``.
-
-    The number of text tokens is counted from the text's mask, which synchronizes with the device,
-    as the network itself does.
-    """
-
     description = "Lumina 2 (Lumina2Transformer2DModel)"
     class_names = ("Lumina2Transformer2DModel",)
     lists = (("noise_refiner", _COMMON), ("layers", _JOINT))
 
     def num_text_tokens_before(self, args: tuple, kwargs: dict) -> list[int]:
+        # This synchronizes with the device, as the network itself does.
         return argument(args, kwargs, 3, "encoder_attention_mask").sum(dim=1).tolist()
 
     def adapt(self, target: str, plan: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -9,7 +9,7 @@ from tiny_unets import FRAMES, NETWORKS, kandinsky_inputs, kandinsky_unet, unet_
 from torch import nn
 
 from mmagic_tome import ToMeError, apply_tome
-from mmagic_tome.models import ADAPTERS, blocks_of, find_adapter
+from mmagic_tome.models import find_adapter
 from mmagic_tome.models.diffusers_unet import DiffusersUNet, SpatioTemporalUNet
 
 
@@ -77,14 +77,6 @@ def test_adapters_of_other_networks(title, kind, levels, scale):
     assert len(adapter.inner_modules(network, 1)) == (3 if scale is None else 0)
 
 
-def test_timestep_by_position_and_by_name():
-    time = torch.tensor(5)
-    for adapter in ADAPTERS[:4]:
-        assert adapter.timestep((None, time), {}) is time
-        assert adapter.timestep((None,), dict(timestep=time, t=time)) is time
-        assert adapter.timestep((None,), {}) is None
-
-
 def test_stacks_over_frames_are_unchanged():
     network = unet_of(
         "UNet3DConditionModel",
@@ -142,21 +134,3 @@ def test_what_attention_on_the_image_itself_does_not_allow():
     apply_tome(network, ratio=0.5, plan_interval=2)
     with pytest.raises(ToMeError, match="received an attention_mask"):
         run(network, kandinsky_inputs(), encoder_attention_mask=torch.ones(2, 10))
-
-
-def test_blocks_of():
-    network, layers = nn.Module(), nn.ModuleList([nn.Module(), nn.Module()])
-    network.inner = nn.Module()
-    network.inner.layers = layers
-    for layer in layers:
-        layer.attn, layer.up, layer.down = nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 1)
-        layer.cross = layer.attn if layer is layers[0] else None
-    options = dict(crossattn="cross", mlp=("up", "down"), mlp_first=True, joint=("attn",))
-    for index, block in enumerate(blocks_of(network, "inner.layers", **options)):
-        assert block.name == f"inner.layers.{index}" and block.module is layers[index]
-        assert block.grid_module is network and block.downsample == 1 and block.joint == ("attn",)
-        assert list(block.targets) == ["mlp", "attn", "crossattn"][: 3 - index]
-        assert block.targets["mlp"] == [layers[index].up, layers[index].down]
-    (block, _) = blocks_of(network, "inner.layers", network.inner, mlp=None, downsample=2)
-    assert block.grid_module is network.inner and block.downsample == 2
-    assert block.targets == {"attn": layers[0].attn}

@@ -1,9 +1,11 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Stable Diffusion 3 and 3.5, AuraFlow and Qwen-Image in diffusers: joint attention.
+"""Transformers of diffusers with joint attention of image and text tokens: Stable Diffusion 3 and
+3.5, AuraFlow, Qwen-Image, CogView 3 Plus and 4, CogVideoX.
 
 A block receives image tokens (``hidden_states``) and text tokens (``encoder_hidden_states``) and
-returns (text, image); its attention returns (image, text). Only image tokens are merged. Positions
-are added to the tokens once, before the first block, except in Qwen-Image.
+returns (text, image), those of CogView and CogVideoX (image, text); attention returns (image,
+text). Only image tokens are merged. Targets: ``attn`` = ``attn``, CogView's ``attn1``, ``mlp`` =
+``ff`` (the image stream's).
 """
 
 from __future__ import annotations
@@ -14,17 +16,19 @@ from typing import Any
 from torch import nn
 
 from ..errors import ToMeError
-from .base import Block, argument, with_changed
-from .rotary import merge_rotary
-from .transformer import JOINT, TEXT_FIRST, Transformer
+from .base import Block, argument
+from .transformer import JOINT, TEXT_FIRST, RotaryTransformer, Transformer, merge_rotary
+
+_COGVIEW4_REFUSED = dict(
+    JOINT["refused"],
+    mlp="one feed-forward runs on the image tokens and then on the text tokens. Write "
+    "targets=['attn'] or targets='block'",
+)
+_COGVIEW_LISTS = (("transformer_blocks", dict(JOINT, attn="attn1", joint_sequence=("mlp",))),)
 
 
 class SD3(Transformer):
-    """``SD3Transformer2DModel``.
-
-    Targets: ``attn`` = ``attn`` and, in blocks of SD 3.5 that have it, the parallel self-attention
-    ``attn2``; ``mlp`` = ``ff`` (the image stream's).
-    """
+    """Blocks of SD 3.5 may have a parallel self-attention, ``attn2``, which is merged too."""
 
     description = "Stable Diffusion 3 and 3.5 (SD3Transformer2DModel)"
     class_names = ("SD3Transformer2DModel",)
@@ -41,8 +45,7 @@ class SD3(Transformer):
 
 
 class AuraFlow(Transformer):
-    """``AuraFlowTransformer2DModel``: joint blocks like those of Stable Diffusion 3, then single
-    blocks on one sequence: register and text tokens first, then image tokens."""
+    """Joint blocks, then single blocks on one sequence: register, text, image tokens."""
 
     description = "AuraFlow (AuraFlowTransformer2DModel)"
     class_names = ("AuraFlowTransformer2DModel",)
@@ -54,12 +57,8 @@ class AuraFlow(Transformer):
     )
 
 
-class QwenImage(Transformer):
-    """``QwenImageTransformer2DModel``. Targets: ``attn`` = ``attn``, ``mlp`` = ``img_mlp``.
-
-    The rotary table is a pair: rows of the image tokens, rows of the text tokens. Sequences with
-    reference images (Qwen-Image-Edit) have no single grid and are an error.
-    """
+class QwenImage(RotaryTransformer):
+    """``mlp`` = ``img_mlp``. Rotary table: a pair, rows of the image tokens and of the text."""
 
     description = "Qwen-Image (QwenImageTransformer2DModel)"
     class_names = ("QwenImageTransformer2DModel",)
@@ -88,9 +87,33 @@ class QwenImage(Transformer):
                 f"{target} received a modulation per token (modulate_index), which does not fit "
                 "merged tokens; write targets=['attn', 'mlp']"
             )
-        return with_changed(args, kwargs, 4, "image_rotary_emb", _merged_image_rows, plan)
+        return super().adapt(target, plan, args, kwargs)
+
+    def merged_table(self, table: tuple, plan: Any) -> tuple:
+        image, text = table
+        return merge_rotary(image, plan), text
 
 
-def _merged_image_rows(table: tuple, plan: Any) -> tuple:
-    image, text = table
-    return merge_rotary(image, plan), text
+class CogVideoX(RotaryTransformer):
+    description = "CogVideoX (CogVideoXTransformer3DModel, ConsisIDTransformer3DModel)"
+    class_names = ("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel")
+    timestep_position = 2
+    lists = _COGVIEW_LISTS
+    frames_axis = 1
+
+
+class CogView3Plus(Transformer):
+    description = "CogView 3 Plus (CogView3PlusTransformer2DModel)"
+    class_names = ("CogView3PlusTransformer2DModel",)
+    timestep_position = 2
+    lists = _COGVIEW_LISTS
+
+
+class CogView4(RotaryTransformer):
+    description = "CogView 4 (CogView4Transformer2DModel)"
+    class_names = ("CogView4Transformer2DModel",)
+    timestep_position = 2
+    takes_masks = True  # they cover text only
+    lists = (
+        ("transformer_blocks", dict(JOINT, attn="attn1", mlp=None, refused=_COGVIEW4_REFUSED)),
+    )

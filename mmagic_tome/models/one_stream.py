@@ -1,6 +1,10 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Wan, SkyReels V2 and LTX-Video in diffusers: video, one stream with cross-attention, rotary
-embeddings."""
+"""Transformers of diffusers with one stream of tokens: DiT, PixArt, Hunyuan-DiT; for videos Wan,
+SkyReels V2, LTX-Video.
+
+Text, if any, enters by cross-attention only, so no sequence contains text tokens. Targets: ``attn``
+= ``attn1``, ``crossattn`` = ``attn2``, ``mlp`` = ``ff``, Wan's ``ffn``.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +13,46 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ToMeError
-from .base import argument
-from .transformer import ROTARY, RotaryTransformer
+from .base import argument, is_a
+from .transformer import BASIC, ROTARY, RotaryTransformer, Transformer
 
 
-class _OneStream(RotaryTransformer):
+class DiT(Transformer):
+    description = "DiT (DiTTransformer2DModel)"
+    class_names = ("DiTTransformer2DModel",)
+    timestep_position = 1
+    lists = (("transformer_blocks", dict(BASIC, mask_argument="attention_mask")),)
+
+
+class PixArt(DiT):
+    description = (
+        "PixArt-alpha and -sigma (PixArtTransformer2DModel, Transformer2DModel over patches)"
+    )
+    class_names = ("PixArtTransformer2DModel",)
+    timestep_position = 2
+
+    def matches(self, module: nn.Module) -> bool:
+        patches = is_a(module, "Transformer2DModel") and getattr(module, "is_input_patches", False)
+        return patches or super().matches(module)
+
+
+class HunyuanDiT(RotaryTransformer):
+    """Rotary embeddings apply to queries of cross-attention too. Long skips: blocks of the second
+    half receive the output of a block of the first half."""
+
+    description = "Hunyuan-DiT (HunyuanDiT2DModel)"
+    class_names = ("HunyuanDiT2DModel",)
+    timestep_position = 1
+    lists = (("blocks", ROTARY),)
+
     def adapt(self, target: str, plan: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        modulation = argument(args, kwargs, 2, "temb")
-        if isinstance(modulation, Tensor) and self.is_per_token(modulation):
-            raise ToMeError(
-                f"{target} received one timestep per token, which does not fit merged tokens; "
-                "write targets=['attn', 'mlp']"
-            )
+        if isinstance(kwargs.get("skip"), Tensor):
+            kwargs = {**kwargs, "skip": plan.merge(kwargs["skip"])}
         return super().adapt(target, plan, args, kwargs)
 
 
-class Wan(_OneStream):
-    """``WanTransformer3DModel`` and ``WanVACETransformer3DModel``, whose control branch is left
-    unchanged.
-
-    Targets: ``attn`` = ``attn1``, ``crossattn`` = ``attn2``, ``mlp`` = ``ffn``.
-    """
+class Wan(RotaryTransformer):
+    """The control branch of VACE is left unchanged."""
 
     description = "Wan (WanTransformer3DModel, WanVACETransformer3DModel)"
     class_names = ("WanTransformer3DModel", "WanVACETransformer3DModel")
@@ -38,6 +61,15 @@ class Wan(_OneStream):
 
     def is_per_token(self, modulation: Tensor) -> bool:
         return modulation.dim() == 4  # (B, N, 6, C)
+
+    def adapt(self, target: str, plan: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        modulation = argument(args, kwargs, 2, "temb")
+        if isinstance(modulation, Tensor) and self.is_per_token(modulation):
+            raise ToMeError(
+                f"{target} received one timestep per token, which does not fit merged tokens; "
+                "write targets=['attn', 'mlp']"
+            )
+        return super().adapt(target, plan, args, kwargs)
 
 
 class SkyReelsV2(Wan):
@@ -55,9 +87,7 @@ class SkyReelsV2(Wan):
         return super().adapt(target, plan, args, kwargs)
 
 
-class LTX(_OneStream):
-    """``LTXVideoTransformer3DModel``. Grid: of the sizes that it is called with."""
-
+class LTX(Wan):
     description = "LTX-Video (LTXVideoTransformer3DModel)"
     class_names = ("LTXVideoTransformer3DModel",)
     timestep_position = 2
