@@ -21,6 +21,14 @@ _WIDTH = 16  # of the text encoder
 _SCHEDULE = dict(
     beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000
 )
+# Arguments of SDXL's UNet besides: the finest level has no attention.
+XL_UNET = dict(
+    addition_embed_type="text_time",
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=_WIDTH + 6 * 8,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+)
 
 
 def randomise(module, seed=0):
@@ -329,15 +337,6 @@ def _changes_of_kinds(folder):
         no_object_augmentation=True,
         object_resolution=32,
     )
-    xl_unet = dict(
-        cross_attention_dim=2 * _WIDTH,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=_WIDTH + 6 * 8,
-        # As in SDXL itself, the finest level has no attention.
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )
     blocks_3d = dict(
         down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
         up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
@@ -373,7 +372,7 @@ def _changes_of_kinds(folder):
             tokenizer_one=folder,
             text_encoder_two=_text_encoder(folder, "text_encoder_2"),
             tokenizer_two=folder,
-            unet={**unet, **xl_unet},
+            unet={**unet, "cross_attention_dim": 2 * _WIDTH, **XL_UNET},
         ),
         "DreamBooth": dict(dtype="fp32"),
         "TextualInversion": dict(placeholder_token="<x>", initialize_token="cat"),

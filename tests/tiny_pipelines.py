@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from tiny import _SCHEDULE, randomise, tiny_unet
+from tiny import _SCHEDULE, XL_UNET, randomise, tiny_unet
 from tiny_transformers import TEXT, TRANSFORMERS, WIDTH
 from tiny_unets import kandinsky_unet, noise, tiny_controlnet, tiny_vae
 
@@ -42,14 +42,10 @@ def sd_parts(scheduler="DDIMScheduler", vae=None, schedule=None, **unet):
 def xl_parts(time_ids=6, **changes):
     """The same of Stable Diffusion XL's pipelines."""
     options = dict(
+        XL_UNET,
         scheduler="EulerDiscreteScheduler",
-        # As in SDXL itself, the finest level has no attention.
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 2),
         use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=WIDTH + time_ids * 8,
     )
     return sd_parts(**{**options, **changes})

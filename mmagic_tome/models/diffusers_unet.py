@@ -23,9 +23,6 @@ from .transformer import BASIC, SAME_TOKENS
 
 # Stacks along frames (video UNets): their tokens lie on no image grid.
 _TEMPORAL = {"temp_attentions", "motion_modules"}
-# Arguments of AnimateDiff's blocks that repeat for every frame of a clip.
-_PER_FRAME = ("encoder_hidden_states", "encoder_attention_mask", "attention_mask")
-
 _WHOLE = "it is an attention over an image-shaped tensor. Write targets=['attn']"
 # Attention along the frames inside a block: an option of MMagic's that its configs leave off.
 _ALONG_FRAMES = dict.fromkeys(
@@ -148,7 +145,7 @@ class AnimateDiffUNet(DiffusersUNet):
         # Merged tokens of a clip are one batch entry, so the text is needed once per clip.
         once = {
             name: kwargs[name][:: plan.num_frames]
-            for name in _PER_FRAME
+            for name in ("encoder_hidden_states", "encoder_attention_mask", "attention_mask")
             if isinstance(kwargs.get(name), Tensor) and kwargs[name].shape[0] == plan.batch
         }
         return args, {**kwargs, **once}

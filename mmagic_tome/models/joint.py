@@ -69,15 +69,13 @@ class QwenImage(RotaryTransformer):
     def grid(self, grid_module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
         shapes = argument(args, kwargs, 4, "img_shapes")
         images = shapes[0] if isinstance(shapes, list) else shapes
-        if isinstance(images, list):
-            if len(images) > 1:
-                raise ToMeError(
-                    f"img_shapes has {len(images)} images in one sequence (reference images, "
-                    "layers), so there is no single grid to merge on; call the model without "
-                    "token merging"
-                )
-            images = images[0]
-        frames, height, width = images
+        images = images if isinstance(images, list) else [images]
+        if len(images) > 1:
+            raise ToMeError(
+                f"img_shapes has {len(images)} images in one sequence (reference images, layers), "
+                "so there is no single grid to merge on; call the model without token merging"
+            )
+        ((frames, height, width),) = images
         return frames * height, width
 
     def adapt(self, target: str, plan: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

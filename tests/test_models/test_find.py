@@ -69,22 +69,18 @@ def test_only_some():
 
 
 def test_nothing_is_found():
-    prior = SimpleNamespace(transformer=fake("PriorTransformer"))
-    for model in (nn.Linear(1, 1), None, prior):
-        for find in (find_adapter, find_denoisers):
-            with pytest.raises(ToMeError, match="found no supported network in a"):
-                find(model)
-    with pytest.raises(ToMeError, match=r"tried: SimpleNamespace, PriorTransformer.*no adapter"):
-        find_denoisers(prior)
-
-
-def test_lists_of_levels_are_no_unet():
-    """Stable Cascade's levels are lists, which are never called as modules."""
-    network = fake("StableCascadeUNet")
+    cascade = fake("StableCascadeUNet")  # its levels are lists, which are never called as modules
     for name in ("down_blocks", "up_blocks"):
-        setattr(network, name, nn.ModuleList([nn.ModuleList([nn.Linear(1, 1)])]))
-    with pytest.raises(ToMeError, match="tried: SimpleNamespace, StableCascadeUNet"):
-        find_denoisers(SimpleNamespace(prior_prior=network, decoder=network))
+        setattr(cascade, name, nn.ModuleList([nn.ModuleList([nn.Linear(1, 1)])]))
+    for model, tried in (
+        (nn.Linear(1, 1), "Linear"),
+        (None, r"\)\. Supported"),
+        (SimpleNamespace(transformer=fake("PriorTransformer")), "PriorTransformer.*no adapter"),
+        (SimpleNamespace(prior_prior=cascade), "SimpleNamespace, StableCascadeUNet"),
+    ):
+        for find in (find_adapter, find_denoisers):
+            with pytest.raises(ToMeError, match=f"found no supported network in a.*{tried}"):
+                find(model)
 
 
 def test_controlnets_are_no_denoisers():

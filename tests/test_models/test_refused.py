@@ -11,7 +11,7 @@ from mmagic_tome import ToMeError, apply_tome, get_handle
 from mmagic_tome.models import ADAPTERS
 
 WAN, LTX = TRANSFORMERS["Wan 2.1, 2.2 (video)"], TRANSFORMERS["LTX-Video (video)"]
-HUNYUAN_VIDEO = TRANSFORMERS["HunyuanVideo (video)"]
+HUNYUAN_VIDEO, SKYREELS = TRANSFORMERS["HunyuanVideo (video)"], "SkyReels V2 (video)"
 JOINT = [t for t, family in TRANSFORMERS.items() if t != "DiT" and "crossattn" not in family.kinds]
 
 
@@ -45,12 +45,15 @@ NO_SIZES = dict(num_frames=None, height=None, video_coords=torch.rand(2, 3, 128)
 KEYS_AND_VALUES = dict(kv_cache_mode="extract", num_ref_tokens=8)
 FIRST_FRAME = dict(image_condition_type="token_replace")
 
-# Family, targets, what the error says; other options of the network, or arguments of the call.
+CAUSAL = dict(num_frame_per_block=2)
+
+# Family, targets, what the error says, options of the network.
 AT_ONCE = [
     (WAN.title, ["attn_kv"], "one rotary table.*'tome'", {}),
     ("CogView 4", ["attn", "mlp"], "on the image tokens and then on the text tokens", {}),
     (HUNYUAN_VIDEO.title, "block", f"first frame.*W{INSIDE}", FIRST_FRAME),
 ]
+# The same of the call: arguments of the call, or, where it is causal, options of the network.
 AT_THE_CALL = [
     (WAN.title, "block", f"blocks.0.block received one timestep.*w{INSIDE}", per_token()),
     (LTX.title, "block", f"block received one timestep.*w{INSIDE}", per_token()),
@@ -61,6 +64,8 @@ AT_THE_CALL = [
     ("Qwen-Image", ["attn"], "2 images in one sequence.*without token", TWO_IMAGES),
     ("Z-Image", ["attn"], "2 sizes in one batch.*one size at a time", TWO_SIZES),
     ("Z-Image", ["attn"], "several images in one sequence", dict(x=[[], []])),
+    (SKYREELS, ["attn"], r"causal mask.*write targets=\['crossattn', 'mlp'\]", CAUSAL),
+    (SKYREELS, "block", "blocks.0.block received a causal mask", CAUSAL),
 ]
 
 
@@ -73,23 +78,15 @@ def test_targets_that_a_network_does_not_allow(title, targets, message, options)
 
 @pytest.mark.parametrize(("title", "targets", "message", "other"), AT_THE_CALL)
 def test_calls_that_do_not_fit_merged_tokens(title, targets, message, other):
-    family = TRANSFORMERS[title]
+    options, changes = (other, {}) if other is CAUSAL else ({}, other)
+    family = TRANSFORMERS[title].changed(**options)
     network, inputs = family.build(), family.inputs()
     apply_tome(network, ratio=0.5, targets=targets)
     with pytest.raises(ToMeError, match=message):
-        run(network, inputs, **other)
+        run(network, inputs, **changes)
+    if options:
+        apply_tome(network, ratio=0.5, targets=["crossattn", "mlp"])
     assert run(network, inputs).isfinite().all()  # the next call is as usual
-
-
-def test_causal_masks_over_frames():
-    family = TRANSFORMERS["SkyReels V2 (video)"].changed(num_frame_per_block=2)
-    network = family.build()
-    for targets in (["attn"], "block"):
-        apply_tome(network, ratio=0.5, targets=targets)
-        with pytest.raises(ToMeError, match=r"causal mask.*write targets=\['crossattn', 'mlp'\]"):
-            run(network, family.inputs())
-    apply_tome(network, ratio=0.5, targets=["crossattn", "mlp"])
-    assert run(network, family.inputs()).isfinite().all()
 
 
 @pytest.mark.parametrize("family", [WAN, LTX, HUNYUAN_VIDEO], ids=lambda family: family.title)
