@@ -7,36 +7,31 @@
 import sys
 from pathlib import Path
 
+from tiny_pipelines import PIPELINES
+from tiny_transformers import TRANSFORMERS
+from tiny_unets import NETWORKS
+
+from mmagic_tome import ToMeError, apply_cache, apply_tome
+from mmagic_tome.cache.config import REGIONS
+
 sys.path.append(str(Path(__file__).parent / "test_vit"))  # for its list of models
 
 _ROOT = Path(__file__).parents[1]
 CONFIGS = _ROOT / "configs"
 PAGE, README = _ROOT / "docs" / "support.md", _ROOT / "README.md"
-_KINDS = ("attn", "attn_kv", "crossattn", "mlp", "block", "stack")
+_NETWORKS = (*NETWORKS.values(), *TRANSFORMERS.values())
+_TARGETS = ("attn", "attn_kv", "crossattn", "mlp", "block", "stack")
 
 
 def networks():
     """The networks in Markdown: targets, regions that can be skipped, grids and what compiles
     without a graph break."""
+    head = ("model", "class in diffusers", "targets", "regions of step caching")
+    head += ("grids tested, in tokens", "`torch.compile(fullgraph=True)` of")
     rows = [
-        (
-            one.title,
-            one.class_name,
-            _code(_targets(one.build())),
-            _code(regions_of(_layered(one))),
-            _grids([*one.grids, *getattr(one, "large_grids", ())]),
-            one.compiles,
-        )
-        for one in _all_networks()
+        (one.title, one.class_name, _targets(one), _regions(one), _grids(one), one.compiles)
+        for one in _NETWORKS
     ]
-    head = (
-        "model",
-        "class in diffusers",
-        "targets",
-        "regions of step caching",
-        "grids tested, in tokens",
-        "`torch.compile(fullgraph=True)` of",
-    )
     return _table(head, rows)
 
 
@@ -47,19 +42,18 @@ def mmagic():
 
     rows = {}
     for file in sorted(file for name in FOLDERS for file in (CONFIGS / name).glob("*.py")):
-        config = Config.fromfile(str(file))
+        config, path = Config.fromfile(str(file)), f"{file.parent.name}/{file.name}"
         names, called = rows.setdefault(config.model.type, ([], set()))
-        names.append(f"[{file.stem}](../configs/{file.parent.name}/{file.name})")
-        called.update(filter(None, [INFERENCER.get(f"{file.parent.name}/{file.name}")]))
+        names.append(f"[{file.stem}](../configs/{path})")
+        called.update(filter(None, [INFERENCER.get(path)]))
         if "attention_injection" in config.model or "inference_method" in config:
             called.add("controlnet_animation")
-    return _table(
-        ("class in MMagic", "configs", "called by `infer`, and in MMagicInferencer by"),
-        [
-            (f"`{name}`", ", ".join(names), _code(sorted(called)) or "nothing")
-            for name, (names, called) in sorted(rows.items())
-        ],
-    )
+    rows = [
+        (f"`{name}`", ", ".join(names), _code(sorted(called)) or "nothing")
+        for name, (names, called) in sorted(rows.items())
+    ]
+    head = ("class in MMagic", "configs", "called by `infer`, and in MMagicInferencer by")
+    return _table(head, rows)
 
 
 def vits():
@@ -72,22 +66,16 @@ def vits():
 
 def pipelines():
     """The pipelines in Markdown, by what users call the model."""
-    from tiny_pipelines import PIPELINES
-    from tiny_transformers import PIPELINES as TRANSFORMER_PIPELINES
-
     grouped = {}
     for case in PIPELINES.values():
         grouped.setdefault(case.class_name, []).append(case.title)
-    for title, case in TRANSFORMER_PIPELINES.items():
-        grouped[case.class_name] = [title]
     rows = [("; ".join(titles), f"`{name}`") for name, titles in grouped.items()]
     return _table(("model or option", "pipeline in diffusers"), rows)
 
 
 def short():
     """The networks for the README: targets only."""
-    rows = [(one.title, _code(_targets(one.build()))) for one in _all_networks()]
-    return _table(("model", "targets"), rows)
+    return _table(("model", "targets"), [(one.title, _targets(one)) for one in _NETWORKS])
 
 
 # file -> {name of a table: what makes it}
@@ -108,57 +96,36 @@ def updated(file):
     return text
 
 
-def _all_networks():
-    from tiny_pipelines import NETWORKS
-    from tiny_transformers import TRANSFORMERS
-
-    import mmagic_tome  # noqa: F401  (before diffusers, which it may have to repair)
-
-    return [*NETWORKS.values(), *TRANSFORMERS.values()]
-
-
-def _targets(network):
+def _targets(one):
     """Targets that apply_tome accepts for the network."""
-    from mmagic_tome import ToMeError, apply_tome
+    network = one.build()
+    return _accepted(_TARGETS, lambda kind: apply_tome(network, ratio=0.5, targets=[kind]))
 
+
+def _regions(one):
+    """Regions that step caching can skip, with as many levels or blocks as it takes."""
+    build = one.deeper(4).build if hasattr(one, "deeper") else one.layered or one.build
+    network = build()
+    return _accepted(REGIONS, lambda region: apply_cache(network, region=region))
+
+
+def _accepted(values, apply):
     accepted = []
-    for kind in _KINDS:
+    for value in values:
         try:
-            apply_tome(network, ratio=0.5, targets=[kind]).remove()
+            apply(value).remove()
         except ToMeError:
             continue
-        accepted.append(kind)
-    return accepted
+        accepted.append(value)
+    return _code(accepted)
 
 
-def regions_of(network):
-    """Regions of a network that step caching can skip."""
-    from mmagic_tome import ToMeError, apply_cache
-    from mmagic_tome.cache.config import REGIONS
-
-    accepted = []
-    for region in REGIONS:
-        try:
-            apply_cache(network, region=region).remove()
-        except ToMeError:
-            continue
-        accepted.append(region)
-    return accepted
-
-
-def _layered(one):
-    """The network with as many levels or blocks as it takes to have an inner part."""
-    if hasattr(one, "deeper"):
-        return one.deeper(4).build()
-    return (one.layered or one.build)()
+def _grids(one):
+    return ", ".join(f"{height}x{width}" for height, width in one.grids)
 
 
 def _code(words):
     return ", ".join(f"`{word}`" for word in words)
-
-
-def _grids(grids):
-    return ", ".join(f"{height}x{width}" for height, width in grids)
 
 
 def _table(head, rows):

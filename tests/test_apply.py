@@ -9,7 +9,7 @@ import pytest
 import torch
 from denoise import denoise
 from tiny import hooks_of, run, tiny_inputs, tiny_pipeline, tiny_unet
-from tiny_pipelines import tiny_controlnet
+from tiny_unets import tiny_controlnet
 from torch import nn
 
 from mmagic_tome import (

@@ -8,8 +8,8 @@ import pytest
 import torch
 from denoise import denoise
 from tiny import tiny_inputs, tiny_unet
-from tiny_pipelines import NETWORKS
 from tiny_transformers import TRANSFORMERS
+from tiny_unets import NETWORKS
 
 from mmagic_tome import apply_cache, apply_tome
 from mmagic_tome.cache import PRESETS

@@ -21,16 +21,13 @@ _WIDTH = 16  # of the text encoder
 _SCHEDULE = dict(
     beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000
 )
-_VAE = dict(
-    in_channels=3,
-    out_channels=3,
-    latent_channels=4,
-    block_out_channels=[8] * 4,
-    norm_num_groups=8,
-    down_block_types=["DownEncoderBlock2D"] * 4,
-    up_block_types=["UpDecoderBlock2D"] * 4,
-    layers_per_block=1,
-    sample_size=64,
+# Arguments of SDXL's UNet besides: the finest level has no attention.
+XL_UNET = dict(
+    addition_embed_type="text_time",
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=_WIDTH + 6 * 8,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
 )
 
 
@@ -55,15 +52,8 @@ def randomise(module, seed=0):
 
 
 def tiny_unet(levels=2, seed=0, **changes):
-    """A ``UNet2DConditionModel`` with attention on every level and random weights.
-
-    ``unet(x, t, encoder_hidden_states=text)`` takes x of shape (B, 4, h, w) and text of shape
-    (B, L, 16).
-
-    Args:
-        levels (int): 2 or 3, say.
-        **changes: arguments of ``UNet2DConditionModel``, over those of :func:`tiny_unet_config`.
-    """
+    """A ``UNet2DConditionModel`` with attention on every level: its arguments are those of
+    :func:`tiny_unet_config` with ``changes``. It takes (B, 4, h, w) and text (B, L, 16)."""
     if not changes:
         return copy.deepcopy(_unet(levels, seed))
     from diffusers import UNet2DConditionModel
@@ -93,16 +83,12 @@ def tiny_unet_config(levels=2):
 
 
 def tiny_inputs(batch=2, size=16, seed=0, width=_WIDTH):
-    """Keyword arguments for a call of :func:`tiny_unet`: sample, timestep, text.
-
-    Args:
-        size (int | tuple): latent size, one number or (height, width).
-        width (int): of the text.
-    """
+    """Keyword arguments for a call of :func:`tiny_unet`. ``size``: of the latent, one number or
+    (height, width); ``width``: of the text."""
     generator = torch.Generator().manual_seed(seed)
-    height, width_ = (size, size) if isinstance(size, int) else size
+    size = (size, size) if isinstance(size, int) else size
     return dict(
-        sample=torch.randn(batch, 4, height, width_, generator=generator),
+        sample=torch.randn(batch, 4, *size, generator=generator),
         timestep=torch.tensor(500),
         encoder_hidden_states=torch.randn(batch, 7, width, generator=generator),
     )
@@ -125,27 +111,24 @@ def hooks_of(module):
     return [hook for pair in tables for table in pair for hook in table.values()]
 
 
-# --- folders --------------------------------------------------------------------------------------
+def tiny_vae_config(levels=4):
+    """Arguments of an ``AutoencoderKL`` with a factor of 2 ** (levels - 1)."""
+    return dict(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=[8] * levels,
+        norm_num_groups=8,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        layers_per_block=1,
+        sample_size=64,
+    )
 
 
-def tiny_sd_folder(folder, vocabulary=1024, levels=2):
-    """Write a random Stable Diffusion in diffusers layout; returns the folder.
-
-    Sub-folders ``unet``, ``vae`` (factor 8), ``text_encoder``, ``text_encoder_2`` (with
-    projection), ``tokenizer``, ``tokenizer_2``, ``scheduler`` and ``clip`` (for FastComposer).
-
-    Args:
-        vocabulary (int): its size; ViCo needs CLIP's 49408.
-    """
-    import diffusers
-    import transformers
-
-    folder = Path(folder)
-    for name in ("tokenizer", "tokenizer_2"):
-        _write_tokenizer(folder / name, vocabulary)
-    tiny_unet(levels).save_pretrained(folder / "unet")
-    randomise(diffusers.AutoencoderKL(**_VAE)).save_pretrained(folder / "vae")
-    text = dict(
+def tiny_clip_config(vocabulary):
+    """Arguments of a ``CLIPTextConfig``: 16 tokens of width 16."""
+    return dict(
         vocab_size=vocabulary,
         hidden_size=_WIDTH,
         intermediate_size=32,
@@ -157,6 +140,27 @@ def tiny_sd_folder(folder, vocabulary=1024, levels=2):
         eos_token_id=vocabulary - 1,
         pad_token_id=vocabulary - 1,
     )
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+def tiny_sd_folder(folder, vocabulary=1024, levels=2):
+    """Write a random Stable Diffusion in diffusers layout; returns the folder.
+
+    Sub-folders ``unet``, ``vae`` (factor 8), ``text_encoder``, ``text_encoder_2`` (with
+    projection), ``tokenizer``, ``tokenizer_2``, ``scheduler`` and ``clip`` (for FastComposer).
+    ViCo needs CLIP's vocabulary of 49408.
+    """
+    import diffusers
+    import transformers
+
+    folder = Path(folder)
+    for name in ("tokenizer", "tokenizer_2"):
+        _write_tokenizer(folder / name, vocabulary)
+    tiny_unet(levels).save_pretrained(folder / "unet")
+    randomise(diffusers.AutoencoderKL(**tiny_vae_config())).save_pretrained(folder / "vae")
+    text = tiny_clip_config(vocabulary)
     config = transformers.CLIPTextConfig(**text)
     for name, kind in (
         ("text_encoder", transformers.CLIPTextModel),
@@ -181,17 +185,10 @@ def tiny_sd_folder(folder, vocabulary=1024, levels=2):
 def tiny_pipeline(folder):
     """The diffusers pipeline of :func:`tiny_sd_folder`, without a safety checker."""
     import diffusers
-    from transformers import CLIPTextModel, CLIPTokenizer
 
-    kinds = dict(
-        unet=diffusers.UNet2DConditionModel,
-        vae=diffusers.AutoencoderKL,
-        text_encoder=CLIPTextModel,
-        tokenizer=CLIPTokenizer,
-        scheduler=diffusers.DDIMScheduler,
-    )
+    parts = tiny_xl_parts(folder)
     pipeline = diffusers.StableDiffusionPipeline(
-        **{name: kind.from_pretrained(folder, subfolder=name) for name, kind in kinds.items()},
+        **{name: part for name, part in parts.items() if not name.endswith("_2")},
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -264,7 +261,7 @@ NATIVE_UNET = dict(
     output_cfg=dict(var="fixed"),
 )
 
-NATIVE_VAE = dict(type="EditAutoencoderKL", act_fn="silu", **_VAE)
+NATIVE_VAE = dict(type="EditAutoencoderKL", act_fn="silu", **tiny_vae_config())
 
 
 def tiny_config(kind="StableDiffusion", folder="", **changes):
@@ -279,8 +276,8 @@ def tiny_config(kind="StableDiffusion", folder="", **changes):
         **changes: keys to add or replace; None removes one.
     """
     folder = str(folder)
-    scheduler = dict(type="EditDDIMScheduler", variance_type="learned_range", **_SCHEDULE)
-    scheduler.update(set_alpha_to_one=False, clip_sample=False)
+    options = dict(variance_type="learned_range", set_alpha_to_one=False, clip_sample=False)
+    scheduler = dict(type="EditDDIMScheduler", **_SCHEDULE, **options)
     config = dict(
         type=kind,
         unet=dict(type="UNet2DConditionModel", from_pretrained=folder, subfolder="unet"),
@@ -340,27 +337,13 @@ def _changes_of_kinds(folder):
         no_object_augmentation=True,
         object_resolution=32,
     )
-    xl_unet = dict(
-        cross_attention_dim=2 * _WIDTH,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=_WIDTH + 6 * 8,
-        # As in SDXL itself, the finest level has no attention.
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    blocks_3d = dict(
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
     )
     motion = dict(
         type="UNet3DConditionMotionModel",
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(32, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        cross_attention_dim=_WIDTH,
-        attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
-        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        **{**tiny_unet_config(), "sample_size": 8, "block_out_channels": (32, 32), **blocks_3d},
         use_inflated_groupnorm=True,
         unet_use_cross_frame_attention=False,
         unet_use_temporal_attention=False,
@@ -389,7 +372,7 @@ def _changes_of_kinds(folder):
             tokenizer_one=folder,
             text_encoder_two=_text_encoder(folder, "text_encoder_2"),
             tokenizer_two=folder,
-            unet={**unet, **xl_unet},
+            unet={**unet, "cross_attention_dim": 2 * _WIDTH, **XL_UNET},
         ),
         "DreamBooth": dict(dtype="fp32"),
         "TextualInversion": dict(placeholder_token="<x>", initialize_token="cat"),

@@ -10,9 +10,10 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from tiny import _write_tokenizer, randomise, tiny_unet
-from tiny_pipelines import _SCHEDULE, tiny_controlnet, tiny_vae
+from tiny import _write_tokenizer, randomise, tiny_clip_config
+from tiny_pipelines import pipeline_of, sd_parts, xl_parts
 from tiny_transformers import TRANSFORMERS
+from tiny_unets import tiny_controlnet, tiny_vae
 
 _VOCABULARY = 1024
 # Text of T5, and two texts of CLIP after one another, which SD3 pads to the width of T5's.
@@ -24,7 +25,7 @@ def pipeline_folder(name, path):
     """Write one of :data:`NAMES` to a folder, created if it is not there; return the folder."""
     class_name, build = _KINDS[name]
     torch.manual_seed(0)
-    pipeline = getattr(diffusers, class_name)(**build(Path(path)))
+    pipeline = pipeline_of(class_name, **build(Path(path)))
     pipeline.save_pretrained(path)
     return str(path)
 
@@ -44,18 +45,7 @@ def _texts(folder, *kinds):
 def _clip(folder, kind):
     """A tokenizer and a text encoder of CLIP's kind, 16 tokens of width 16."""
     _write_tokenizer(folder, _VOCABULARY)
-    config = transformers.CLIPTextConfig(
-        vocab_size=_VOCABULARY,
-        hidden_size=_CLIP_WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        projection_dim=_CLIP_WIDTH,
-        bos_token_id=_VOCABULARY - 2,
-        eos_token_id=_VOCABULARY - 1,
-        pad_token_id=_VOCABULARY - 1,
-    )
+    config = transformers.CLIPTextConfig(**tiny_clip_config(_VOCABULARY))
     encoder = randomise(getattr(transformers, kind)(config))
     return transformers.CLIPTokenizer.from_pretrained(folder), encoder
 
@@ -76,38 +66,20 @@ _CLIP, _PROJECTED = "CLIPTextModel", "CLIPTextModelWithProjection"
 # --- pipelines ------------------------------------------------------------------------------------
 
 
-def _sd(folder, *texts, **unet):
-    scheduler = diffusers.DDIMScheduler(**_SCHEDULE, clip_sample=False)
-    texts = _texts(folder, _CLIP, *texts)
-    return dict(**texts, vae=tiny_vae(), unet=tiny_unet(**unet), scheduler=scheduler)
-
-
 def _v1(folder, **unet):
-    without = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    return {**_sd(folder, **unet), **without}
+    return {**sd_parts(**unet), **_texts(folder, _CLIP)}
 
 
 def _sdxl(folder):
-    return _sd(
-        folder,
-        _PROJECTED,
-        cross_attention_dim=2 * _CLIP_WIDTH,
-        # As in SDXL itself, the finest level has no attention.
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=_CLIP_WIDTH + 6 * 8,
-    )
+    parts = xl_parts(scheduler="DDIMScheduler", cross_attention_dim=2 * _CLIP_WIDTH)
+    return {**parts, **_texts(folder, _CLIP, _PROJECTED)}
 
 
 def _dit(title, folder, *texts, vae=None, scheduler=None, **changes):
     """A pipeline around a network of tiny_transformers.py, changed."""
-    family = TRANSFORMERS[title]
-    network = getattr(diffusers, family.class_name)(**{**family.options, **changes})
     return dict(
         **_texts(folder, *texts),
-        transformer=randomise(network),
+        transformer=TRANSFORMERS[title].changed(**changes).build(),
         vae=vae or tiny_vae(shift_factor=0.1),
         scheduler=scheduler or diffusers.FlowMatchEulerDiscreteScheduler(),
     )
@@ -121,9 +93,9 @@ def _sd3(folder):
 
 def _flux(folder):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    # Four latents of four channels.
-    widths = dict(in_channels=16, joint_attention_dim=_WIDTH, pooled_projection_dim=_CLIP_WIDTH)
-    return _dit("Flux.1", folder, _CLIP, "T5", scheduler=scheduler, **widths)
+    channels = dict(in_channels=16, out_channels=16)  # four latents of four channels
+    widths = dict(joint_attention_dim=_WIDTH, pooled_projection_dim=_CLIP_WIDTH)
+    return _dit("Flux.1", folder, _CLIP, "T5", scheduler=scheduler, **channels, **widths)
 
 
 def _pixart(folder):

@@ -1,20 +1,44 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Diffusion transformers small enough for tests, with random weights everywhere.
 
-``TRANSFORMERS`` is what the tests of all of them go through, and ``PIPELINES`` what is run in
-diffusers' own pipelines; docs/support.md lists both.
+``TRANSFORMERS`` is what the tests of all of them go through; docs/support.md lists it.
 """
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from tiny import randomise
 
 TEXT = 7  # tokens
-_WIDTH = 12  # of the text
-_HEADS = dict(num_attention_heads=2, attention_head_dim=8)
+WIDTH = 16  # of the text, and of the networks
+# Value -> options of that value, of all classes that have them.
+_NUMBERS = {
+    1: "num_refiner_layers n_refiner_layers approximator_layers num_kv_heads",
+    2: "num_attention_heads n_heads n_kv_heads num_layers num_single_layers num_mmdit_layers "
+    "num_single_dit_layers n_layers",
+    4: "in_channels out_channels vace_in_channels condition_dim",
+    5: "text_len_t5",
+    TEXT: "text_len max_text_seq_length",
+    8: "attention_head_dim time_embed_dim freq_dim multiple_of",
+    WIDTH: "joint_attention_dim text_embed_dim text_dim caption_channels cap_feat_dim "
+    "pooled_projection_dim hidden_size dim sample_size caption_projection_dim cross_attention_dim "
+    "cross_attention_dim_t5 timestep_guidance_channels approximator_num_channels "
+    "approximator_hidden_dim",
+    32: "ffn_dim",
+    256: "pos_embed_max_size",
+}
+_OFF = (
+    "guidance_embeds norm_elementwise_affine use_additional_conditions learn_sigma is_train_face "
+    "use_style_cond_and_image_meta_size"
+)
+_COMMON = {
+    **{name: value for value, names in _NUMBERS.items() for name in names.split()},
+    **dict.fromkeys(_OFF.split(), False),
+    "use_rotary_positional_embeddings": True,
+    "axes_dims_rope": (2, 2, 4),
+    "rope_axes_dim": (2, 2, 4),
+}
 
 
 @dataclass(frozen=True)
@@ -22,24 +46,28 @@ class Family:
     """A row of the table: what users call it, the class, and how it can be compiled.
 
     Attributes:
-        call (Callable): (family, :class:`Draw`) -> keyword arguments of a call but the timestep.
-        frames (int): of a video.
-        square (bool): whether diffusers runs it on square grids only.
-        span (float): the timestep of pure noise as its pipelines give it; negative: that of no
-            noise, since it is counted in the opposite direction.
-        kinds (tuple): kinds of target that its blocks have.
-        beside (dict): beginning of a block's name -> tokens besides the image's in its sequences;
-            text, where there is one, for the others.
-        joins_inside (str): beginning of the names of blocks whose attention puts text and image
-            into one sequence itself.
-        depth (str): which option says how many blocks its longest list has.
-        rotary (bool): whether positions are no part of the tokens.
+        more: names in :data:`_INPUTS` of arguments of a call besides ``base`` and the timestep.
+        own: options besides :data:`_COMMON`.
+        latent: axes behind the batch: C channels, F frames, h and w, or N tokens.
+        frames: of a video.
+        square: whether diffusers runs it on square grids only.
+        span: the timestep of pure noise as its pipelines pass it; negative: that of no noise,
+            since it is counted in the opposite direction.
+        kinds: kinds of target that its blocks have.
+        beside: beginning of a block's name -> tokens besides the image's in its sequences.
+            Default: the text's.
+        joins_inside: beginning of the names of blocks whose attention joins text and image itself.
+        depth: which option says how many blocks its longest list has.
+        time_name: of the timestep in a call.
+        rotary: whether positions are no part of the tokens.
     """
 
     title: str
     class_name: str
-    options: dict
-    call: Callable
+    more: str = ""
+    own: dict = field(default_factory=dict)
+    base: str = "hidden_states encoder_hidden_states"
+    latent: str = "C h w"
     compiles: str = "the whole network"
     frames: int = 1
     square: bool = False
@@ -48,38 +76,45 @@ class Family:
     beside: dict = field(default_factory=dict)
     joins_inside: str = " "
     depth: str = "num_layers"
+    time_name: str = "timestep"
     rotary: bool = False
 
     @property
     def grids(self):
         """Odd ones that it is tested on, (height, width) in tokens of a frame."""
-        return ((9, 9), (5, 5)) if self.square else ((9, 7), (3, 20), (8, 8))
-
-    @property
-    def large_grids(self):
-        """Large ones, with one image at a time."""
-        return ((33, 33),) if self.square else ((33, 31), (17, 90), (8, 200))
-
-    @property
-    def next_time(self):
-        """A timestep soon after 500; of whole ones where diffusers wants these."""
-        return 499.9 if self.span != 1000 or self.title == "Hunyuan-DiT" else 499
+        odd = ((9, 7), (3, 20), (8, 8), (33, 31), (17, 90), (8, 200))
+        return ((9, 9), (5, 5), (33, 33)) if self.square else odd
 
     @property
     def inner(self):
         """Targets inside its blocks, to merge at together."""
         return [kind for kind in ("attn", "mlp") if kind in self.kinds]
 
-    def build(self, seed=0):
-        """The network, in eval mode."""
+    @property
+    def options(self):
+        """Of the class."""
+        known = inspect.signature(self.kind.__init__).parameters
+        return {**{name: _COMMON[name] for name in _COMMON if name in known}, **self.own}
+
+    @property
+    def kind(self):
+        """The class."""
         import diffusers
 
+        return getattr(diffusers, self.class_name)
+
+    def build(self, seed=0):
+        """The network, in eval mode."""
         torch.manual_seed(seed)
-        return randomise(getattr(diffusers, self.class_name)(**self.options), seed)
+        return randomise(self.kind(**self.options), seed)
+
+    def changed(self, **options):
+        """The same with other options."""
+        return replace(self, own={**self.own, **options})
 
     def deeper(self, blocks):
         """The same with so many blocks in its longest list."""
-        return replace(self, options={**self.options, self.depth: blocks})
+        return self.changed(**{self.depth: blocks})
 
     def tokens(self, grid=(8, 8)):
         """How many there are."""
@@ -90,51 +125,47 @@ class Family:
 
         ``time`` is of 1000 steps, 1000 being pure noise.
         """
-        if self.span == 1000:
-            # Hunyuan-DiT computes in the timestep's type.
-            time = float(time) if self.title == "Hunyuan-DiT" else time
-            timestep = torch.full((batch,), time)
-        elif self.span < 0:
-            timestep = torch.full((batch,), 1 - time / 1000)
-        else:
-            timestep = torch.full((batch,), time / 1000 * self.span)
-        name = "t" if self.class_name == "ZImageTransformer2DModel" else "timestep"
-        return {name: timestep, **self.call(self, Draw(grid, batch, seed))}
+        draw = Draw(self, grid, batch, seed)
+        noise = time / 1000 * self.span if self.span > 0 else 1 - time / 1000
+        call = {name: _INPUTS[name](draw) for name in (*self.base.split(), *self.more.split())}
+        return {**call, self.time_name: torch.full((batch,), noise)}
 
 
 class Draw:
-    """Random inputs for a grid and a batch."""
+    """Random inputs of a family for a grid and a batch."""
 
-    def __init__(self, grid, batch, seed):
+    def __init__(self, family, grid, batch, seed):
         self.height, self.width = grid
-        self.batch = batch
+        self.family, self.batch, self.frames = family, batch, family.frames
+        self.tokens = family.tokens(grid)
         self.generator = torch.Generator().manual_seed(seed)
 
     def noise(self, *shape):
         return torch.randn(self.batch, *shape, generator=self.generator)
 
-    def latent(self, *front):
-        """(B, *front, 2 h, 2 w)."""
-        return self.noise(*front, 2 * self.height, 2 * self.width)
+    def latent(self, axes=None):
+        """Patches of 2x2 where there are rows and columns; see :class:`Family`."""
+        sizes = dict(C=4, F=self.frames, h=2 * self.height, w=2 * self.width, N=self.tokens)
+        return self.noise(*map(sizes.get, (axes or self.family.latent).split()))
 
-    def packed(self, frames=1):
-        """(B, N, 4)."""
-        return self.noise(frames * self.height * self.width, 4)
-
-    def text(self, length=TEXT):
-        """(B, L, 12)."""
-        return self.noise(length, _WIDTH)
-
-    def mask(self, length=TEXT, dtype=torch.float32):
+    def mask(self, length=TEXT, dtype=torch.int64):
         """(B, L), with an end that is padding in the first entry."""
         mask = torch.ones(self.batch, length, dtype=dtype)
         mask[0, -2:] = 0
         return mask
 
-    def rotary(self, tokens):
+    def rotary(self):
         """Cosines and sines (N, 8)."""
-        angle = torch.randn(tokens, 8, generator=self.generator)
+        angle = torch.randn(self.tokens, 8, generator=self.generator)
         return angle.cos(), angle.sin()
+
+    def joint_mask(self):
+        """(B, text + N)."""
+        return torch.cat([self.mask(dtype=torch.float32), torch.ones(self.batch, self.tokens)], 1)
+
+    def ids(self, height, width):
+        """(height * width, axes) position ids."""
+        return image_ids(height, width, len(self.family.options["axes_dims_rope"]))
 
 
 def image_ids(height, width, axes=3):
@@ -145,610 +176,110 @@ def image_ids(height, width, axes=3):
     return ids.view(-1, axes)
 
 
-# --- what they are called with --------------------------------------------------------------------
-
-
-def _dit(family, draw):
-    labels = torch.arange(draw.batch) % 3
-    return dict(hidden_states=draw.latent(4), class_labels=labels)
-
-
-def _pixart(family, draw):
-    return dict(
-        hidden_states=draw.latent(4),
-        encoder_hidden_states=draw.text(),
-        added_cond_kwargs=dict(resolution=None, aspect_ratio=None),
-        encoder_attention_mask=draw.mask(),
-    )
-
-
-def _sd3(family, draw):
-    return dict(
-        hidden_states=draw.latent(4),
-        encoder_hidden_states=draw.text(),
-        pooled_projections=draw.noise(_WIDTH),
-    )
-
-
-def _auraflow(family, draw):
-    return dict(hidden_states=draw.latent(4), encoder_hidden_states=draw.text())
-
-
-def _flux(family, draw, axes=3):
-    return dict(
-        hidden_states=draw.packed(),
-        encoder_hidden_states=draw.text(),
-        img_ids=image_ids(draw.height, draw.width, axes),
-        txt_ids=torch.zeros(TEXT, axes),
-    )
-
-
-def _flux1(family, draw):
-    return dict(**_flux(family, draw), pooled_projections=draw.noise(_WIDTH))
-
-
-def _flux2(family, draw):
-    return _flux(family, draw, axes=4)
-
-
-def _chroma(family, draw):
-    image = torch.ones(draw.batch, draw.height * draw.width)
-    return dict(**_flux(family, draw), attention_mask=torch.cat([draw.mask(), image], dim=1))
-
-
-def _qwen(family, draw):
-    return dict(
-        hidden_states=draw.packed(),
-        encoder_hidden_states=draw.text(),
-        encoder_hidden_states_mask=draw.mask(dtype=torch.bool),
-        img_shapes=[[(1, draw.height, draw.width)]] * draw.batch,
-    )
-
-
-def _z_image(family, draw):
-    lengths = [5 + entry for entry in range(draw.batch)]
-    return dict(
-        x=list(draw.latent(4, 1).unbind()),
-        cap_feats=[draw.text(length)[0] for length in lengths],
-    )
-
-
-def _lumina2(family, draw):
-    return dict(
-        hidden_states=draw.latent(4),
-        encoder_hidden_states=draw.text(),
-        encoder_attention_mask=draw.mask(dtype=torch.int64),
-    )
-
-
-def _cogview(family, draw):
-    sizes = dict(original_size=[64.0, 48.0], target_size=[64.0, 64.0], crop_coords=[0.0, 8.0])
-    return dict(
-        hidden_states=draw.latent(4),
-        encoder_hidden_states=draw.text(),
-        **{name: torch.tensor([size] * draw.batch) for name, size in sizes.items()},
-    )
-
-
-def _hunyuan_dit(family, draw):
-    return dict(
-        hidden_states=draw.latent(4),
-        encoder_hidden_states=draw.text(),
-        text_embedding_mask=draw.mask(),
-        encoder_hidden_states_t5=draw.noise(5, 16),
-        text_embedding_mask_t5=draw.mask(5),
-        image_rotary_emb=draw.rotary(draw.height * draw.width),
-    )
-
-
-def _wan(family, draw):
-    return dict(hidden_states=draw.latent(4, family.frames), encoder_hidden_states=draw.text())
-
-
-def _vace(family, draw):
-    return dict(**_wan(family, draw), control_hidden_states=draw.latent(4, family.frames))
-
-
-def _cogvideox(family, draw):
-    return dict(
-        hidden_states=draw.latent(family.frames, 4),
-        encoder_hidden_states=draw.text(),
-        image_rotary_emb=draw.rotary(family.frames * draw.height * draw.width),
-    )
-
-
-def _ltx(family, draw):
-    return dict(
-        hidden_states=draw.packed(family.frames),
-        encoder_hidden_states=draw.text(),
-        encoder_attention_mask=draw.mask(),
-        num_frames=family.frames,
-        height=draw.height,
-        width=draw.width,
-    )
-
-
-def _hunyuan_video(family, draw):
-    return dict(
-        hidden_states=draw.latent(4, family.frames),
-        encoder_hidden_states=draw.text(),
-        encoder_attention_mask=draw.mask(),
-        pooled_projections=draw.noise(_WIDTH),
-    )
-
-
-# --- what they are built with ---------------------------------------------------------------------
-
-_PATCHES = dict(
-    **_HEADS,
-    in_channels=4,
-    num_layers=2,
-    sample_size=16,
-    patch_size=2,
-    norm_elementwise_affine=False,
-)
-_PIXART = dict(
-    **_PATCHES,
-    out_channels=8,
-    cross_attention_dim=16,
-    caption_channels=_WIDTH,
-    use_additional_conditions=False,
-)
-_SD3 = dict(
-    **_HEADS,
-    sample_size=32,
-    patch_size=2,
-    in_channels=4,
-    out_channels=4,
-    num_layers=3,
-    joint_attention_dim=_WIDTH,
-    caption_projection_dim=16,
-    pooled_projection_dim=_WIDTH,
-    pos_embed_max_size=256,
-)
-_AURAFLOW = dict(
-    **_HEADS,
-    sample_size=32,
-    patch_size=2,
-    in_channels=4,
-    out_channels=4,
-    num_mmdit_layers=2,
-    num_single_dit_layers=2,
-    joint_attention_dim=_WIDTH,
-    caption_projection_dim=16,
-    pos_embed_max_size=256**2,
-)
-_CHROMA = dict(
-    **_HEADS,
-    patch_size=1,
-    in_channels=4,
-    num_layers=2,
-    num_single_layers=2,
-    joint_attention_dim=_WIDTH,
-    axes_dims_rope=(2, 2, 4),
-)
-_FLUX = dict(**_CHROMA, pooled_projection_dim=_WIDTH)
-_FLUX2 = dict(**_CHROMA, guidance_embeds=False, timestep_guidance_channels=16)
-_FLUX2["axes_dims_rope"] = (2, 2, 2, 2)
-_QWEN = dict(
-    **_HEADS,
-    patch_size=2,
-    in_channels=4,
-    out_channels=1,
-    num_layers=2,
-    joint_attention_dim=_WIDTH,
-    axes_dims_rope=(2, 2, 4),
-)
-_Z_IMAGE = dict(
-    in_channels=4,
-    dim=16,
-    n_layers=2,
-    n_refiner_layers=1,
-    n_heads=2,
-    n_kv_heads=2,
-    cap_feat_dim=_WIDTH,
-    axes_dims=[2, 2, 4],
-    axes_lens=[80, 256, 256],
-)
-_LUMINA2 = dict(
-    sample_size=16,
-    patch_size=2,
-    in_channels=4,
-    hidden_size=16,
-    num_layers=2,
-    num_refiner_layers=1,
-    num_attention_heads=2,
-    num_kv_heads=1,
-    multiple_of=8,
-    axes_dim_rope=(4, 2, 2),
-    axes_lens=(32, 256, 256),
-    cap_feat_dim=_WIDTH,
-)
-_COGVIEW = dict(
-    **_HEADS,
-    patch_size=2,
-    in_channels=4,
-    out_channels=4,
-    num_layers=2,
-    text_embed_dim=_WIDTH,
-    time_embed_dim=8,
-    condition_dim=4,
-    pos_embed_max_size=256,
-    sample_size=16,
-)
-_HUNYUAN_DIT = dict(
-    **_HEADS,
-    in_channels=4,
-    patch_size=2,
-    sample_size=16,
-    hidden_size=16,
-    num_layers=4,
-    mlp_ratio=2.0,
-    learn_sigma=False,
-    cross_attention_dim=_WIDTH,
-    cross_attention_dim_t5=16,
-    pooled_projection_dim=_WIDTH,
-    text_len=TEXT,
-    text_len_t5=5,
-    use_style_cond_and_image_meta_size=False,
-)
-_WAN = dict(
-    **_HEADS,
-    in_channels=4,
-    out_channels=4,
-    text_dim=_WIDTH,
-    freq_dim=8,
-    ffn_dim=32,
-    num_layers=2,
-)
-_COGVIDEOX = dict(
-    **_HEADS,
-    in_channels=4,
-    out_channels=4,
-    time_embed_dim=8,
-    text_embed_dim=_WIDTH,
-    num_layers=2,
-    max_text_seq_length=TEXT,
-    use_rotary_positional_embeddings=True,
-)
-_LTX = dict(
-    **_HEADS,
-    in_channels=4,
-    out_channels=4,
-    num_layers=2,
-    cross_attention_dim=16,
-    caption_channels=_WIDTH,
-)
-_HUNYUAN_VIDEO = dict(
-    **_HEADS,
-    in_channels=4,
-    out_channels=4,
-    num_layers=2,
-    num_single_layers=2,
-    num_refiner_layers=1,
-    guidance_embeds=False,
-    text_embed_dim=_WIDTH,
-    pooled_projection_dim=_WIDTH,
-    rope_axes_dim=(2, 2, 4),
-)
-_CROSSED = ("attn", "crossattn", "mlp")
-
-TRANSFORMERS = {
-    family.title: family
-    for family in (
-        Family(
-            "DiT",
-            "DiTTransformer2DModel",
-            dict(**_PATCHES, num_embeds_ada_norm=10),
-            _dit,
-            square=True,
-        ),
-        Family(
-            "PixArt-alpha, PixArt-sigma",
-            "PixArtTransformer2DModel",
-            _PIXART,
-            _pixart,
-            kinds=_CROSSED,
-        ),
-        Family(
-            "PixArt, older checkpoints",
-            "Transformer2DModel",
-            dict(**_PIXART, norm_type="ada_norm_single", num_embeds_ada_norm=1000),
-            _pixart,
-            kinds=_CROSSED,
-        ),
-        Family(
-            "Hunyuan-DiT",
-            "HunyuanDiT2DModel",
-            _HUNYUAN_DIT,
-            _hunyuan_dit,
-            kinds=_CROSSED,
-            rotary=True,
-        ),
-        Family("Stable Diffusion 3", "SD3Transformer2DModel", _SD3, _sd3),
-        Family(
-            "Stable Diffusion 3.5",
-            "SD3Transformer2DModel",
-            dict(**_SD3, dual_attention_layers=(0, 1), qk_norm="rms_norm"),
-            _sd3,
-        ),
-        Family(
-            "AuraFlow",
-            "AuraFlowTransformer2DModel",
-            _AURAFLOW,
-            _auraflow,
-            span=1,
-            beside={"single_transformer_blocks": TEXT + 8},  # and its register tokens
-            depth="num_single_dit_layers",
-        ),
-        Family(
-            "CogView 3 Plus",
-            "CogView3PlusTransformer2DModel",
-            _COGVIEW,
-            _cogview,
-            joins_inside="transformer_blocks",
-        ),
-        Family(
-            "CogView 4",
-            "CogView4Transformer2DModel",
-            dict(**_COGVIEW, rope_axes_dim=(32, 32)),
-            _cogview,
-            kinds=("attn",),
-            joins_inside="transformer_blocks",
-            rotary=True,
-        ),
-        Family(
-            "Flux.1",
-            "FluxTransformer2DModel",
-            _FLUX,
-            _flux1,
-            compiles="its blocks",
-            span=1,
-            rotary=True,
-        ),
-        Family(
-            "Flux.2",
-            "Flux2Transformer2DModel",
-            _FLUX2,
-            _flux2,
-            compiles="its blocks",
-            span=1,
-            rotary=True,
-        ),
-        Family(
-            "Chroma",
-            "ChromaTransformer2DModel",
-            dict(
-                **_CHROMA,
-                approximator_num_channels=16,
-                approximator_hidden_dim=16,
-                approximator_layers=1,
-            ),
-            _chroma,
-            compiles="its blocks",
-            span=1,
-            rotary=True,
-        ),
-        Family(
-            "Bria",
-            "BriaTransformer2DModel",
-            _FLUX,
-            _flux,
-            compiles="its blocks",
-            rotary=True,
-        ),
-        Family(
-            "LongCat-Image",
-            "LongCatImageTransformer2DModel",
-            _FLUX,
-            _flux,
-            compiles="its blocks",
-            span=1,
-            rotary=True,
-        ),
-        Family(
-            "Ovis-Image",
-            "OvisImageTransformer2DModel",
-            dict(**_CHROMA, out_channels=4),
-            _flux,
-            compiles="its blocks",
-            span=1,
-            rotary=True,
-        ),
-        Family("Qwen-Image", "QwenImageTransformer2DModel", _QWEN, _qwen, span=1, rotary=True),
-        Family(
-            "Z-Image",
-            "ZImageTransformer2DModel",
-            _Z_IMAGE,
-            _z_image,
-            compiles="its blocks",
-            span=-1,
-            # Sequences are filled up to multiples of 32.
-            beside={"noise_refiner": 0, "layers": 32},
-            depth="n_layers",
-            rotary=True,
-        ),
-        Family(
-            "Lumina 2",
-            "Lumina2Transformer2DModel",
-            _LUMINA2,
-            _lumina2,
-            compiles="its blocks",
-            span=-1,
-            rotary=True,
-        ),
-        Family(
-            "Wan 2.1, 2.2 (video)",
-            "WanTransformer3DModel",
-            _WAN,
-            _wan,
-            frames=2,
-            kinds=_CROSSED,
-            rotary=True,
-        ),
-        Family(
-            "Wan VACE (video)",
-            "WanVACETransformer3DModel",
-            dict(**_WAN, vace_layers=[0], vace_in_channels=4),
-            _vace,
-            frames=2,
-            kinds=_CROSSED,
-            rotary=True,
-        ),
-        Family(
-            "SkyReels V2 (video)",
-            "SkyReelsV2Transformer3DModel",
-            _WAN,
-            _wan,
-            frames=2,
-            kinds=_CROSSED,
-            rotary=True,
-        ),
-        Family(
-            "LTX-Video (video)",
-            "LTXVideoTransformer3DModel",
-            _LTX,
-            _ltx,
-            frames=2,
-            kinds=_CROSSED,
-            rotary=True,
-        ),
-        Family(
-            "CogVideoX (video)",
-            "CogVideoXTransformer3DModel",
-            _COGVIDEOX,
-            _cogvideox,
-            frames=2,
-            joins_inside="transformer_blocks",
-            rotary=True,
-        ),
-        Family(
-            "ConsisID (video)",
-            "ConsisIDTransformer3DModel",
-            dict(**_COGVIDEOX, is_train_face=False),
-            _cogvideox,
-            frames=2,
-            joins_inside="transformer_blocks",
-            rotary=True,
-        ),
-        Family(
-            "HunyuanVideo (video)",
-            "HunyuanVideoTransformer3DModel",
-            _HUNYUAN_VIDEO,
-            _hunyuan_video,
-            frames=2,
-            joins_inside="single_transformer_blocks",
-            rotary=True,
-        ),
-    )
+# Argument of a call -> what is passed.
+_INPUTS = {
+    "hidden_states": Draw.latent,
+    "control_hidden_states": Draw.latent,
+    "encoder_hidden_states": lambda draw: draw.noise(TEXT, WIDTH),
+    "encoder_attention_mask": Draw.mask,
+    "encoder_hidden_states_mask": lambda draw: draw.mask(dtype=torch.bool),
+    "encoder_hidden_states_t5": lambda draw: draw.noise(5, WIDTH),
+    "text_embedding_mask": Draw.mask,
+    "text_embedding_mask_t5": lambda draw: draw.mask(5),
+    "pooled_projections": lambda draw: draw.noise(WIDTH),
+    "attention_mask": Draw.joint_mask,
+    "class_labels": lambda draw: torch.arange(draw.batch) % 3,
+    "added_cond_kwargs": lambda draw: dict(resolution=None, aspect_ratio=None),
+    "image_rotary_emb": Draw.rotary,
+    "original_size": lambda draw: torch.tensor([[64.0, 48.0]] * draw.batch),
+    "target_size": lambda draw: torch.tensor([[64.0, 64.0]] * draw.batch),
+    "crop_coords": lambda draw: torch.tensor([[0.0, 8.0]] * draw.batch),
+    "img_ids": lambda draw: draw.ids(draw.height, draw.width),
+    "txt_ids": lambda draw: 0 * draw.ids(TEXT, 1),
+    "img_shapes": lambda draw: [[(1, draw.height, draw.width)]] * draw.batch,
+    "num_frames": lambda draw: draw.frames,
+    "height": lambda draw: draw.height,
+    "width": lambda draw: draw.width,
+    "x": lambda draw: list(draw.latent("C F h w").unbind()),
+    "cap_feats": lambda draw: [draw.noise(5 + entry, WIDTH)[0] for entry in range(draw.batch)],
 }
+_PIXART = "added_cond_kwargs encoder_attention_mask"
+_TEXT_T5 = "text_embedding_mask encoder_hidden_states_t5 text_embedding_mask_t5 image_rotary_emb"
+_SIZES = "original_size target_size crop_coords"
+_IDS = "img_ids txt_ids"
+_POOLED = "pooled_projections"
+_MASK_SHAPES = "encoder_hidden_states_mask img_shapes"
+_CONTROL = "control_hidden_states"
+_VIDEO_SIZE = "num_frames height width encoder_attention_mask"
 
+_CROSSED = dict(kinds=("attn", "crossattn", "mlp"))
+_PACKED = dict(latent="N C", span=1, rotary=True)
+_FLUX = dict(_PACKED, compiles="its blocks")
+_UPWARDS = dict(compiles="its blocks", span=-1, rotary=True)
+_VIDEO = dict(frames=2, latent="C F h w", rotary=True)
+_WAN = dict(_VIDEO, **_CROSSED)
+_LTX = dict(_WAN, latent="N C")
+_JOINS = dict(joins_inside="transformer_blocks")
+_COG_VIDEO = dict(_VIDEO, **_JOINS, latent="F C h w")
+_COGVIEW4 = dict(_JOINS, kinds=("attn",), rotary=True)
+_OLD_PIXART = dict(patch_size=2, norm_type="ada_norm_single", num_embeds_ada_norm=1000)
+_HUNYUAN_DIT = dict(patch_size=2, num_layers=4, mlp_ratio=2.0)
+_VACE = dict(vace_layers=[0])
+_PATCHES = dict(out_channels=1)  # of 2x2 pixels
+_SQUARE_ROPE = dict(rope_axes_dim=(32, 32))
+_SD35 = dict(num_layers=3, dual_attention_layers=(0, 1), qk_norm="rms_norm")
+_Z_IMAGE = dict(axes_dims=[2, 2, 4], axes_lens=[80, 256, 256])
+_LUMINA2 = dict(axes_dim_rope=(4, 2, 2), axes_lens=(32, 256, 256))
 
-# --- pipelines ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """diffusers' own pipeline around a family, without text encoders and decoder.
-
-    Attributes:
-        class_name (str): of the pipeline.
-        call (dict): arguments of a call, for a image of 48 tokens or a clip of so many a frame.
-        tokens (int): how many there are.
-        guided (bool): whether it calls the network twice per step, with and without the text.
-    """
-
-    class_name: str
-    call: dict
-    tokens: int = 48
-    guided: bool = False
-
-    def build(self, family):
-        """The pipeline, silent."""
-        import diffusers
-
-        kind = getattr(diffusers, self.class_name)
-        needed = inspect.signature(kind.__init__).parameters.values()
-        parts = {p.name: None for p in needed if p.default is p.empty and p.name != "self"}
-        # LTX-Video insists on it.
-        dynamic = self.class_name == "LTXPipeline"
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=dynamic)
-        pipeline = kind(**{**parts, "scheduler": scheduler, "transformer": family.build()})
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-    def run(self, pipeline):
-        """Latents of four steps."""
-        out = pipeline(
-            **self.call,
-            height=128,
-            width=96,
-            num_inference_steps=4,
-            generator=torch.Generator().manual_seed(0),
-            output_type="latent",
-        )
-        return out[0]
-
-
-def _text(length=TEXT, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, length, _WIDTH, generator=generator)
-
-
-def _prompts(negative=TEXT):
-    """Of a prompt, and of one with so many tokens."""
-    return dict(prompt_embeds=_text(), negative_prompt_embeds=_text(negative, seed=1))
-
-
-def _masks(**like):
-    masks = dict(prompt_attention_mask=torch.ones(1, TEXT, **like))
-    masks["negative_prompt_attention_mask"] = torch.ones(1, TEXT, **like)
-    masks["negative_prompt_attention_mask"][:, 4:] = 0
-    return masks
-
-
-def _qwen_masks():
-    return dict(
-        prompt_embeds_mask=torch.ones(1, TEXT, dtype=torch.int64),
-        negative_prompt_embeds_mask=torch.ones(1, 5, dtype=torch.int64),
-    )
-
-
-def _pooled():
-    return dict(pooled_prompt_embeds=_text(seed=2)[:, 0])
-
-
-PIPELINES = {
-    "Stable Diffusion 3": Pipeline(
-        "StableDiffusion3Pipeline",
-        {**_prompts(), **_pooled(), "negative_pooled_prompt_embeds": _text(seed=3)[:, 0]},
+_FAMILIES = (
+    Family("DiT", "DiTTransformer2DModel", "class_labels", base="hidden_states", square=True),
+    Family("PixArt-alpha, PixArt-sigma", "PixArtTransformer2DModel", _PIXART, **_CROSSED),
+    Family("PixArt, older checkpoints", "Transformer2DModel", _PIXART, _OLD_PIXART, **_CROSSED),
+    Family("Hunyuan-DiT", "HunyuanDiT2DModel", _TEXT_T5, _HUNYUAN_DIT, **_CROSSED, rotary=True),
+    Family("Stable Diffusion 3", "SD3Transformer2DModel", _POOLED, dict(num_layers=3)),
+    Family("Stable Diffusion 3.5", "SD3Transformer2DModel", _POOLED, _SD35),
+    Family(
+        "AuraFlow",
+        "AuraFlowTransformer2DModel",
+        own=dict(pos_embed_max_size=256**2),
+        span=1,
+        beside={"single_transformer_blocks": TEXT + 8},  # and its register tokens
+        depth="num_single_dit_layers",
     ),
-    "Flux.1": Pipeline("FluxPipeline", dict(prompt_embeds=_text(), **_pooled())),
-    "AuraFlow": Pipeline("AuraFlowPipeline", {**_prompts(), **_masks()}),
-    "CogView 4": Pipeline("CogView4Pipeline", _prompts(5), guided=True),
-    "Flux.2": Pipeline("Flux2Pipeline", dict(prompt_embeds=_text())),
-    "Chroma": Pipeline("ChromaPipeline", {**_prompts(), **_masks()}, guided=True),
-    "Qwen-Image": Pipeline(
-        "QwenImagePipeline", {**_prompts(5), **_qwen_masks(), "true_cfg_scale": 3.0}, guided=True
+    Family("CogView 3 Plus", "CogView3PlusTransformer2DModel", _SIZES, **_JOINS),
+    Family("CogView 4", "CogView4Transformer2DModel", _SIZES, _SQUARE_ROPE, **_COGVIEW4),
+    Family("Flux.1", "FluxTransformer2DModel", f"{_IDS} {_POOLED}", **_FLUX),
+    Family("Flux.2", "Flux2Transformer2DModel", _IDS, dict(axes_dims_rope=(2, 2, 2, 2)), **_FLUX),
+    Family("Chroma", "ChromaTransformer2DModel", f"{_IDS} attention_mask", **_FLUX),
+    Family("Bria", "BriaTransformer2DModel", _IDS, **{**_FLUX, "span": 1000}),
+    Family("LongCat-Image", "LongCatImageTransformer2DModel", _IDS, **_FLUX),
+    Family("Ovis-Image", "OvisImageTransformer2DModel", _IDS, **_FLUX),
+    Family("Qwen-Image", "QwenImageTransformer2DModel", _MASK_SHAPES, _PATCHES, **_PACKED),
+    Family(
+        "Z-Image",
+        "ZImageTransformer2DModel",
+        "x cap_feats",
+        _Z_IMAGE,
+        base="",
+        # Sequences are filled up to multiples of 32.
+        beside={"noise_refiner": 0, "layers": 32},
+        depth="n_layers",
+        time_name="t",
+        **_UPWARDS,
     ),
-    "Z-Image": Pipeline("ZImagePipeline", {k: [v[0]] for k, v in _prompts(5).items()}),
-    "Lumina 2": Pipeline(
-        "Lumina2Pipeline", {**_prompts(), **_masks(dtype=torch.int64)}, guided=True
+    Family("Lumina 2", "Lumina2Transformer2DModel", "encoder_attention_mask", _LUMINA2, **_UPWARDS),
+    Family("Wan 2.1, 2.2 (video)", "WanTransformer3DModel", **_WAN),
+    Family("Wan VACE (video)", "WanVACETransformer3DModel", _CONTROL, _VACE, **_WAN),
+    Family("SkyReels V2 (video)", "SkyReelsV2Transformer3DModel", **_WAN),
+    Family("LTX-Video (video)", "LTXVideoTransformer3DModel", _VIDEO_SIZE, **_LTX),
+    Family("CogVideoX (video)", "CogVideoXTransformer3DModel", "image_rotary_emb", **_COG_VIDEO),
+    Family("ConsisID (video)", "ConsisIDTransformer3DModel", "image_rotary_emb", **_COG_VIDEO),
+    Family(
+        "HunyuanVideo (video)",
+        "HunyuanVideoTransformer3DModel",
+        f"{_POOLED} encoder_attention_mask",
+        joins_inside="single_transformer_blocks",
+        **_VIDEO,
     ),
-    "Wan 2.1, 2.2 (video)": Pipeline(
-        "WanPipeline", {**_prompts(), "num_frames": 5}, tokens=96, guided=True
-    ),
-    "LTX-Video (video)": Pipeline(
-        "LTXPipeline", {**_prompts(), **_masks(), "num_frames": 9}, tokens=24
-    ),
-    "HunyuanVideo (video)": Pipeline(
-        "HunyuanVideoPipeline",
-        dict(
-            prompt_embeds=_text(),
-            **_pooled(),
-            prompt_attention_mask=torch.ones(1, TEXT),
-            num_frames=5,
-        ),
-        tokens=96,
-    ),
-}
+)
+TRANSFORMERS = {family.title: family for family in _FAMILIES}

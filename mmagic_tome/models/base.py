@@ -31,13 +31,12 @@ class Block:
         second_attention: kind -> a second module of that kind with its own input, which runs
             right after the first.
         context_argument: the self-attention's argument for the tokens of keys and values.
-        mask_argument: the self-attention's argument for a bias that is added to the scores of
-            keys, (B, 1, keys). Default None: it has none.
+        mask_argument: the self-attention's argument for a bias (B, 1, keys) that is added to the
+            scores of keys. Default None: it has none.
         output_index: kind -> index of the image tokens in the tuple that is returned. Default 0,
             or no tuple.
         joint_sequence: kinds whose module receives text and image tokens in one sequence, the
-            text in front or where :meth:`ModelAdapter.num_text_tokens_before` says. Text tokens
-            are not merged.
+            text where :meth:`ModelAdapter.num_text_tokens_before` says. Text is not merged.
         joint: kinds that also update the text tokens, so that they cannot be skipped.
         refused: kind -> why tokens cannot be merged there and what to write instead: two
             sentences without the final full stop.
@@ -76,37 +75,28 @@ def blocks_of(
         list_name: dotted path of the list inside ``network``.
         grid_module: see :class:`Block`. Default: ``network``.
         attn, crossattn, mlp: attribute of a block with the target of that kind, or several that
-            run one after the other. None: no such target. A block without the attribute, or where
-            it is None, has no such target either.
+            run one after the other. No such target: None, also as the value of a single
+            attribute, or a single attribute that a block lacks.
         mlp_first: whether a block runs ``mlp`` before ``attn``. Default False.
         **flags: other fields of :class:`Block`, the same for all. ``downsample`` defaults to 1.
     """
-    flags.setdefault("downsample", 1)
     names = {"attn": attn, "crossattn": crossattn, "mlp": mlp}
     if mlp_first:
         names = {"mlp": names.pop("mlp"), **names}
-    return [
-        Block(
-            name=f"{list_name}.{index}",
-            module=block,
-            grid_module=network if grid_module is None else grid_module,
-            targets=_targets(block, names),
-            **flags,
-        )
-        for index, block in enumerate(network.get_submodule(list_name))
-    ]
-
-
-def _targets(block: nn.Module, names: dict[str, Any]) -> dict[str, Any]:
-    targets = {}
-    for kind, name in names.items():
-        if name is None or isinstance(name, str):
-            target = getattr(block, name, None) if name else None
-        else:
-            target = [getattr(block, one) for one in name]
-        if target is not None:
-            targets[kind] = target
-    return targets
+    flags = {"downsample": 1, **flags}
+    flags["grid_module"] = network if grid_module is None else grid_module
+    blocks = []
+    for index, block in enumerate(network.get_submodule(list_name)):
+        found = {
+            kind: [getattr(block, one) for one in name]
+            if not isinstance(name, str)
+            else getattr(block, name, None)
+            for kind, name in names.items()
+            if name is not None
+        }
+        targets = {kind: target for kind, target in found.items() if target is not None}
+        blocks.append(Block(f"{list_name}.{index}", block, targets=targets, **flags))
+    return blocks
 
 
 def is_a(module: nn.Module, *names: str) -> bool:
@@ -115,6 +105,15 @@ def is_a(module: nn.Module, *names: str) -> bool:
     By name, so that diffusers and MMagic need not be imported.
     """
     return any(base.__name__ in names for base in type(module).__mro__)
+
+
+def argument(
+    args: tuple, kwargs: dict[str, Any], position: int | None, name: str, default: Any = None
+) -> Any:
+    """Return one argument of a call. ``position`` None: it is passed by name only."""
+    if position is not None and len(args) > position:
+        return args[position]
+    return kwargs.get(name, default)
 
 
 class ModelAdapter:
@@ -127,13 +126,11 @@ class ModelAdapter:
             forward. Default None: it is passed by name only.
         timestep_name: its name there. Default 'timestep'.
         timestep_scale: the timestep of pure noise, as :meth:`timestep` returns it; that of no
-            noise is 0. Default 1000.0; 1.0 where pipelines divide by 1000. None where timesteps
-            lie on no fixed scale.
+            noise is 0. Default 1000.0; 1.0 where pipelines divide by 1000. None: no fixed scale.
         has_frames: whether blocks receive the frames of a clip as batch entries, all of the first
             clip before those of the second. Default False.
         takes_masks: whether masks that blocks or attention receive fit merged tokens, because
-            they cover text only or because :meth:`adapt` merges them. Default False: a mask is
-            an error.
+            they cover text only or :meth:`adapt` merges them. Default False: a mask is an error.
     """
 
     description: str
@@ -158,11 +155,7 @@ class ModelAdapter:
         It must fall along a run; an adapter whose network counts upwards inverts it. Of one
         timestep per token, (B, N), it returns that of the last tokens, (B,).
         """
-        position = self.timestep_position
-        if position is not None and len(args) > position:
-            timestep = args[position]
-        else:
-            timestep = kwargs.get(self.timestep_name)
+        timestep = argument(args, kwargs, self.timestep_position, self.timestep_name)
         if isinstance(timestep, Tensor) and timestep.dim() == 2:
             # Tokens of a given first frame have timestep 0 throughout; the last ones do not.
             return timestep[:, -1]
@@ -171,23 +164,17 @@ class ModelAdapter:
     def inner_modules(self, network: nn.Module, num_outer_blocks: int) -> list[nn.Module]:
         """Return the modules inside the outer blocks, in running order.
 
-        The rest of the network needs no output of theirs but the last one's.
+        The rest of the network needs no output of theirs but the last one's. Empty if the network
+        has too few blocks.
 
         Args:
             network: the network.
             num_outer_blocks: at least 1. Levels of a UNet; elsewhere quarters of the longest
                 list of blocks, at each end (1 leaves the middle half).
-
-        Returns:
-            Empty if the network has too few blocks.
         """
         blocks = {block.module for block in self.blocks(network)}
-        lists = [
-            list(child)
-            for child in network.children()
-            if isinstance(child, nn.ModuleList) and len(child) and blocks.issuperset(child)
-        ]
-        longest = max(lists, key=len, default=[])
+        lists = [list(one) for one in network.children() if isinstance(one, nn.ModuleList)]
+        longest = max(filter(blocks.issuperset, lists), key=len, default=[])
         edge = max(1, len(longest) * num_outer_blocks // 4)
         return longest[edge:-edge] if 2 * edge < len(longest) else []
 
@@ -202,18 +189,12 @@ class ModelAdapter:
     def num_text_tokens_before(self, args: tuple, kwargs: dict[str, Any]) -> int | list[int] | None:
         """Return how many tokens precede the image tokens in a joint sequence.
 
-        Args:
-            args, kwargs: of a call of the grid module, as for :meth:`grid`.
-
-        Returns:
-            One number for the whole batch, or one per entry; tokens behind the image tokens are
-            not merged either. Default None: all other tokens are in front.
+        One number for the whole batch, or one per entry, from a call of the grid module. Tokens
+        behind the image tokens are not merged either. Default None: all others are in front.
         """
         return None
 
-    def adapt(
-        self, target: str, plan: Any, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]]:
+    def adapt(self, target: str, plan: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Return the arguments that fit merged tokens, such as position embeddings and masks.
 
         Args:

@@ -1,10 +1,12 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""UNets of diffusers: down, middle and up blocks with transformer stacks between convolutions.
+"""UNets of diffusers and MMagic: down, middle and up blocks, transformer stacks in between.
 
 Recognized by structure: modules with ``down_blocks`` and ``up_blocks`` (ControlNets:
-``controlnet_down_blocks``) and stacks with ``transformer_blocks``. This covers all diffusers
-versions and variants of ``BasicTransformerBlock`` (ada-norm, GLIGEN, IP-Adapter ...), since only
-modules inside a block are hooked.
+``controlnet_down_blocks``) and stacks with ``transformer_blocks``.
+
+Attention with added keys (Kandinsky 2.2, DeepFloyd IF, unCLIP) has no blocks around it: it receives
+the (B, C, h, w) activations and adds its output to them. Tokens are merged between its norm and
+its three projections and unmerged after ``to_out``, so that all positions are kept.
 """
 
 from __future__ import annotations
@@ -12,23 +14,34 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .added_kv import added_kv_block, check_added_kv_call, is_added_kv
-from .base import Block, ModelAdapter, blocks_of, is_a
+from ..errors import ToMeError
+from ..merging.frames import FramePlan
+from .base import Block, ModelAdapter, argument, blocks_of
+from .transformer import BASIC, SAME_TOKENS
 
 # Stacks along frames (video UNets): their tokens lie on no image grid.
 _TEMPORAL = {"temp_attentions", "motion_modules"}
-
-# Attributes of a BasicTransformerBlock, by kind of target.
-TARGETS = {"attn": "attn1", "crossattn": "attn2", "mlp": "ff"}
+_WHOLE = "it is an attention over an image-shaped tensor. Write targets=['attn']"
+# Attention along the frames inside a block: an option of MMagic's that its configs leave off.
+_ALONG_FRAMES = dict.fromkeys(
+    ("block", "stack"),
+    "its attention along the frames of one position (unet_use_temporal_attention=True) needs all "
+    "positions. Merge inside the block: targets=['attn', 'mlp']",
+)
+# MMagic's ViCo builds a mask over the image from a block's cross-attention maps.
+_VICO = dict.fromkeys(
+    ("crossattn", "block", "stack"),
+    "ViCo reads the cross-attention of all tokens. Merge self-attention and feed-forward only: "
+    "targets=['attn', 'mlp']",
+)
 
 
 class DiffusersUNet(ModelAdapter):
     """``UNet2DConditionModel``, ``ControlNetModel`` and networks with their structure.
 
-    Blocks: members of ``transformer_blocks`` that have ``attn1``, and attention over image-shaped
-    tensors (:mod:`.added_kv`).
+    Blocks: members of ``transformer_blocks`` that have ``attn1``, and attention with added keys.
     Targets: ``attn`` = ``attn1``, ``crossattn`` = ``attn2``, ``mlp`` = ``ff``.
     Grid: the last two sizes of the stack's (B, C, h, w) input.
     """
@@ -41,6 +54,8 @@ class DiffusersUNet(ModelAdapter):
     timestep_position = 1
 
     def matches(self, module: nn.Module) -> bool:
+        if self.class_names and not super().matches(module):
+            return False
         # Own children only: wrappers (torch.compile's, MMagic's) pass attributes through, but
         # the network inside is what must be hooked.
         children = module._modules
@@ -54,68 +69,102 @@ class DiffusersUNet(ModelAdapter):
     def blocks(self, network: nn.Module) -> list[Block]:
         blocks = []
         for name, stack, downsample in _stacks(network):
-            if is_added_kv(stack):
-                blocks.append(added_kv_block(name, stack, downsample))
+            if _is_added_kv(stack):
+                own = [one for one in (stack.to_k, stack.to_v) if one is not None]
+                block = Block(
+                    name,
+                    stack,
+                    grid_module=stack,
+                    downsample=downsample,
+                    targets={"attn": [stack.to_q, stack.to_out[-1]]},
+                    shared_input={"attn": own},
+                    refused={"attn_kv": SAME_TOKENS, "block": _WHOLE, "stack": _WHOLE},
+                )
+                blocks.append(block)
                 continue
             members = blocks_of(
                 network,
                 f"{name}.transformer_blocks",
                 stack,
-                **TARGETS,
+                **BASIC,
                 downsample=downsample,
                 context_argument=self.context_argument,
-                mask_argument=mask_argument(stack.transformer_blocks),
+                mask_argument=_mask_argument(stack.transformer_blocks),
                 refused=_refused(stack),
             )
             blocks += [block for block in members if "attn" in block.targets]
         return blocks
 
     def inner_modules(self, network: nn.Module, num_outer_blocks: int) -> list[nn.Module]:
-        down, up = list(network.down_blocks), list(getattr(network, "up_blocks", []))
-        if not up or num_outer_blocks >= len(down):
+        if not getattr(network, "up_blocks", ()) or num_outer_blocks >= len(network.down_blocks):
             return []
-        middle = [] if getattr(network, "mid_block", None) is None else [network.mid_block]
-        return [*down[num_outer_blocks:], *middle, *up[: len(up) - num_outer_blocks]]
+        return [level for _, level in _levels(network)][num_outer_blocks:-num_outer_blocks]
 
-    def grid(self, grid_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
-        if "add_k_proj" in grid_module._modules:
-            check_added_kv_call(kwargs)
-        x = args[0] if args else kwargs["hidden_states"]
-        return x.shape[-2], x.shape[-1]
+    def grid(self, grid_module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
+        # diffusers pads masks to all positions of the image.
+        if "add_k_proj" in grid_module._modules and kwargs.get("attention_mask") is not None:
+            raise ToMeError(
+                "an attention with added keys received an attention_mask, which does not fit "
+                "merged tokens; call the model without it"
+            )
+        return tuple((args[0] if args else kwargs["hidden_states"]).shape[-2:])
+
+
+class MMagicUNet(DiffusersUNet):
+    """MMagic's ``DenoisingUnet``: laid out like a diffusers UNet, with other argument names."""
+
+    context_argument = "context"
+    description = "MMagic's DenoisingUnet (unet_type='stable')"
+    class_names = ("DenoisingUnet",)
+    timestep_name = "t"
 
 
 class SpatioTemporalUNet(DiffusersUNet):
-    """Stable Video Diffusion's ``UNetSpatioTemporalConditionModel``.
-
-    Blocks, targets and grid: as :class:`DiffusersUNet`.
-    """
-
     description = "Stable Video Diffusion (UNetSpatioTemporalConditionModel)"
     class_names = ("UNetSpatioTemporalConditionModel",)
     timestep_scale = None  # timesteps are 0.25 * log(sigma): their range depends on the scheduler
 
-    def matches(self, module: nn.Module) -> bool:
-        return is_a(module, *self.class_names) and super().matches(module)
+
+class AnimateDiffUNet(DiffusersUNet):
+    """Spatial blocks receive the frames of a clip as batch entries: (B * F, N, C) tokens. They are
+    merged within each frame, or across the frames of a clip (``across_frames=True``). The motion
+    modules in between attend along the frames of one position and are left unchanged."""
+
+    description = (
+        "AnimateDiff's UNets (MMagic's UNet3DConditionMotionModel, diffusers' UNetMotionModel)"
+    )
+    class_names = ("UNet3DConditionMotionModel", "UNetMotionModel")
+    has_frames = True
+
+    def frames(self, args: tuple, kwargs: dict) -> int:
+        return argument(args, kwargs, 0, "sample").shape[2]  # (B, C, F, h, w)
+
+    def adapt(self, target: str, plan: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if not isinstance(plan, FramePlan):
+            return args, kwargs
+        # Merged tokens of a clip are one batch entry, so the text is needed once per clip.
+        once = {
+            name: kwargs[name][:: plan.num_frames]
+            for name in ("encoder_hidden_states", "encoder_attention_mask", "attention_mask")
+            if isinstance(kwargs.get(name), Tensor) and kwargs[name].shape[0] == plan.batch
+        }
+        return args, {**kwargs, **once}
 
 
-def mask_argument(blocks: nn.ModuleList) -> str | None:
+def _refused(stack: nn.Module) -> dict[str, str]:
+    if getattr(stack, "have_image_cross", False):
+        return _VICO
+    along = any(getattr(b, "attn_temp", None) is not None for b in stack.transformer_blocks)
+    return _ALONG_FRAMES if along else {}
+
+
+def _mask_argument(blocks: nn.ModuleList) -> str | None:
     """Return the name of the mask argument of the blocks' self-attention.
 
     None for MMagic's own attention classes, which ignore a mask or expect other shapes.
     """
     attention = next((block.attn1 for block in blocks if hasattr(block, "attn1")), None)
     return "attention_mask" if hasattr(attention, "prepare_attention_mask") else None
-
-
-def _refused(stack: nn.Module) -> dict[str, str]:
-    if not getattr(stack, "have_image_cross", False):
-        return {}
-    # MMagic's ViCo builds a mask over the image from a block's cross-attention maps.
-    reason = (
-        "ViCo reads the cross-attention of all tokens. "
-        "Merge self-attention and feed-forward only: targets=['attn', 'mlp']"
-    )
-    return dict.fromkeys(("crossattn", "block", "stack"), reason)
 
 
 def _stacks(network: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
@@ -125,25 +174,26 @@ def _stacks(network: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
     some UNets omit others.
     """
     downsample = 1
-    for index, block in enumerate(network.down_blocks):
-        yield from _stacks_in(f"down_blocks.{index}", block, downsample)
+    for prefix, level in _levels(network):
+        for name, module in level.named_modules():
+            has_blocks = isinstance(module._modules.get("transformer_blocks"), nn.ModuleList)
+            if (has_blocks or _is_added_kv(module)) and not _TEMPORAL.intersection(name.split(".")):
+                yield f"{prefix}.{name}", module, downsample
         # ControlNet-XS has one for the network and one for the control branch.
-        if getattr(block, "downsamplers", None) or getattr(block, "base_downsamplers", None):
+        if getattr(level, "downsamplers", None) or getattr(level, "base_downsamplers", None):
             downsample *= 2
-    if getattr(network, "mid_block", None) is not None:
-        yield from _stacks_in("mid_block", network.mid_block, downsample)
-    for index, block in enumerate(getattr(network, "up_blocks", ())):
-        yield from _stacks_in(f"up_blocks.{index}", block, downsample)
-        if getattr(block, "upsamplers", None):
+        if getattr(level, "upsamplers", None):
             downsample //= 2
 
 
-def _stacks_in(
-    prefix: str, block: nn.Module, downsample: int
-) -> Iterator[tuple[str, nn.Module, int]]:
-    for name, module in block.named_modules():
-        if _TEMPORAL.intersection(name.split(".")):
-            continue
-        has_blocks = isinstance(module._modules.get("transformer_blocks"), nn.ModuleList)
-        if has_blocks or is_added_kv(module):
-            yield f"{prefix}.{name}", module, downsample
+def _levels(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name in ("down_blocks", "mid_block", "up_blocks"):
+        levels = getattr(network, name, None)
+        if isinstance(levels, nn.ModuleList):
+            yield from ((f"{name}.{index}", level) for index, level in enumerate(levels))
+        elif levels is not None:
+            yield name, levels
+
+
+def _is_added_kv(module: nn.Module) -> bool:
+    return all(map(module._modules.get, ("add_k_proj", "group_norm", "to_q", "to_out")))

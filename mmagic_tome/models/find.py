@@ -1,48 +1,81 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Finds the networks inside pipelines, models and wrappers, and the adapters that describe them."""
+"""All model adapters, how to add one, and how networks inside pipelines, models and wrappers are
+found."""
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from ..errors import ToMeError
 from .base import ModelAdapter
-from .registry import ADAPTERS
-from .unsupported import why_unsupported
+from .diffusers_unet import AnimateDiffUNet, DiffusersUNet, MMagicUNet, SpatioTemporalUNet
+from .flux import Bria, Chroma, Flux, Flux2, HunyuanVideo, LongCatImage, OvisImage
+from .joint import SD3, AuraFlow, CogVideoX, CogView3Plus, CogView4, QwenImage
+from .one_stream import LTX, DiT, HunyuanDiT, PixArt, SkyReelsV2, Wan
+from .z_image import Lumina2, ZImage
+
+_FAMILIES = (
+    *(MMagicUNet, AnimateDiffUNet, SpatioTemporalUNet, DiffusersUNet),
+    *(DiT, PixArt, HunyuanDiT, SD3, AuraFlow, CogView3Plus, CogView4),
+    *(Flux, Flux2, Chroma, Bria, LongCatImage, OvisImage, QwenImage, ZImage, Lumina2),
+    *(Wan, SkyReelsV2, LTX, CogVideoX, HunyuanVideo),
+)
+# The first adapter that matches a module is used, so specific ones come first.
+ADAPTERS: list[ModelAdapter] = [family() for family in _FAMILIES]
 
 # Attributes of diffusers' pipelines and MMagic's models with a denoising network. Combined
 # pipelines (Kandinsky, Stable Cascade) have those of the pipelines inside under these names too.
 DENOISERS = (
-    "unet",
-    "unet_2",
-    "transformer",
-    "transformer_2",
-    "unconditional_transformer",
-    "prior",
-    "prior_prior",
-    "decoder",
-    "image_unet",
-    "super_res_first",
-    "super_res_last",
+    *("unet", "unet_2", "transformer", "transformer_2", "unconditional_transformer"),
+    *("prior", "prior_prior", "decoder", "image_unet", "super_res_first", "super_res_last"),
 )
 # Attributes with the wrapped module: of torch.compile, DistributedDataParallel, MMagic's
 # DiffusersWrapper.
 _WRAPPERS = ("_orig_mod", "module", "model")
-_MAX_DEPTH = 6
+
+# Pattern of a class name -> why the network is not merged. The first that matches counts.
+_REASONS = {
+    "(Flux)?MultiControlNet(Model)?": (
+        "it contains several ControlNets: call apply_tome with each of its .nets"
+    ),
+    ".*ControlNetModel": (
+        "no adapter is written for this kind of ControlNet; apply_tome(pipeline) merges the "
+        "network that it controls"
+    ),
+    ".*(Transformer([123]D)?(Model)?|DiT(2D)?Model)": (
+        "no adapter is written for this transformer (docs/support.md: what cannot be merged)"
+    ),
+}
+
+
+def register_adapter(adapter: ModelAdapter) -> ModelAdapter:
+    """Make a model family of your own known to :func:`~mmagic_tome.apply_tome`; return its adapter.
+
+    Args:
+        adapter: takes precedence over those registered before. One of the same class replaces an
+            earlier one.
+
+    Raises:
+        ToMeError: not an instance of :class:`ModelAdapter`, or one without a description.
+    """
+    if not isinstance(adapter, ModelAdapter) or not getattr(adapter, "description", None):
+        raise ToMeError(
+            "a model adapter is an instance of a subclass of mmagic_tome.models.ModelAdapter with "
+            f"a description, got {adapter!r}; see docs/adding_a_model.md"
+        )
+    ADAPTERS[:] = [adapter, *(other for other in ADAPTERS if type(other) is not type(adapter))]
+    return adapter
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A network that an adapter describes.
-
-    Attributes:
-        name: the attribute of the pipeline or model that holds it, e.g. 'transformer_2'; '' if
-            there is only one.
-    """
+    """A network that an adapter describes. ``name``: the attribute of the pipeline or model that
+    holds it, e.g. 'transformer_2'; '' if there is only one."""
 
     name: str
     adapter: ModelAdapter
@@ -59,10 +92,8 @@ def find_adapter(model: object) -> tuple[ModelAdapter, nn.Module]:
     Raises:
         ToMeError: no network inside is of a known family; names the modules that were tried.
     """
-    found = _search(model)
-    if not found.served:
-        raise _nothing_found(model, found)
-    return found.served[0].adapter, found.served[0].network
+    first = _search_or_raise(model).served[0]
+    return first.adapter, first.network
 
 
 def find_denoisers(
@@ -82,22 +113,15 @@ def find_denoisers(
         ToMeError: as :func:`find_adapter`; a name in ``only`` that the model does not have, or
             that no adapter describes.
     """
-    found = _search(model)
-    if not found.served:
-        raise _nothing_found(model, found)
-    served = found.served
+    found = _search_or_raise(model)
+    served, owner = found.served, type(model).__name__
     if only is not None:
-        served = _selected(model, found, [only] if isinstance(only, str) else list(only))
+        served = _selected(owner, found, [only] if isinstance(only, str) else list(only))
     elif warn:
         for name, network in found.unserved.items():
-            warnings.warn(
-                f"{name!r} ({type(network).__name__}) of this {type(model).__name__} stays as it "
-                f"is. {_why(network)}",
-                stacklevel=3,
-            )
-    if len(served) == 1:
-        return [Denoiser("", served[0].adapter, served[0].network)]
-    return served
+            text = f"{name!r} of this {owner} stays as it is. {_why(type(network).__name__)}"
+            warnings.warn(text.strip(), stacklevel=3)
+    return served if len(served) > 1 else [replace(served[0], name="")]
 
 
 def find_controlnets(model: object, *, known: bool = False) -> list[Denoiser]:
@@ -111,26 +135,17 @@ def find_controlnets(model: object, *, known: bool = False) -> list[Denoiser]:
     Raises:
         ToMeError: a ControlNet that no adapter describes.
     """
-    found = []
-    for name, network in _controlnets(model).items():
-        served = _search(network).served
-        if served:
-            found.append(Denoiser(name, served[0].adapter, served[0].network))
-        elif not known:
-            find_adapter(network)  # says why there is none
-    return found
-
-
-def _controlnets(model: object) -> dict[str, nn.Module]:
-    for _ in range(_MAX_DEPTH):
-        branch = _attribute(model, "controlnet")
-        if isinstance(branch, nn.Module):
-            nets = _attribute(branch, "nets")
-            if not isinstance(nets, nn.ModuleList):
-                return {"controlnet": branch}
-            return {f"controlnet.nets.{index}": net for index, net in enumerate(nets)}
-        model = _unwrapped(model)
-    return {}
+    branches = (_attribute(layer, "controlnet") for layer in _layers(model))
+    branch = next((one for one in branches if isinstance(one, nn.Module)), None)
+    nets = _attribute(branch, "nets")
+    named = {} if branch is None else {"controlnet": branch}
+    if isinstance(nets, nn.ModuleList):
+        named = {f"controlnet.nets.{index}": net for index, net in enumerate(nets)}
+    return [
+        replace(_search_or_raise(network).served[0], name=name)
+        for name, network in named.items()
+        if not known or _search(network).served
+    ]
 
 
 @dataclass
@@ -143,64 +158,57 @@ class _Found:
 
 
 def _search(model: object) -> _Found:
-    found = _Found()
-    called = None
-    for _ in range(_MAX_DEPTH):
-        if model is None:
-            break
-        found.tried.append(type(model).__name__)
-        if isinstance(model, nn.Module):
-            adapter = next((one for one in ADAPTERS if one.matches(model)), None)
+    found, called = _Found(), None
+    for layer in _layers(model):
+        found.tried.append(type(layer).__name__)
+        if isinstance(layer, nn.Module):
+            adapter = next((one for one in ADAPTERS if one.matches(layer)), None)
             if adapter is not None:
-                found.served.append(Denoiser("", adapter, called or model))
-                break
-            if called is None and _runs_blocks_itself(model):
-                called = model
-        _search_attributes(model, found)
+                found.served.append(Denoiser("", adapter, called or layer))
+                return found
+            # MMagic's ViCo replaces ``forward`` of the wrapper. The UNet's own forward never runs,
+            # so the wrapper is the network whose call begins and ends a forward.
+            own = "forward" in vars(layer) and "_orig_mod" not in layer._modules
+            if called is None and own and hasattr(layer, "down_blocks"):
+                called = layer
+        networks = {}
+        for name in DENOISERS:
+            network = _attribute(layer, name)
+            if isinstance(network, nn.Module) and network not in networks.values():
+                networks[name] = network
+        for name, network in networks.items():
+            inner = _search(network)
+            found.tried += inner.tried
+            found.served += [replace(one, name=name) for one in inner.served[:1]]
+            if not inner.served:
+                found.unserved[name] = network
         if found.served:
-            break
-        model = _unwrapped(model)
+            return found
     return found
 
 
-def _search_attributes(model: object, found: _Found) -> None:
-    known: set[int] = set()
-    for name in DENOISERS:
-        network = _attribute(model, name)
-        if not isinstance(network, nn.Module) or id(network) in known:
-            continue
-        known.add(id(network))
-        inner = _search(network)
-        found.tried += inner.tried
-        found.served += [Denoiser(name, one.adapter, one.network) for one in inner.served[:1]]
-        if not inner.served:
-            found.unserved[name] = network
-
-
-def _selected(model: object, found: _Found, only: list[str]) -> list[Denoiser]:
+def _selected(owner: str, found: _Found, only: list[str]) -> list[Denoiser]:
     names = [one.name for one in found.served if one.name]
     for name in only:
         if name in found.unserved:
-            raise ToMeError(f"{name!r} cannot be selected. {_why(found.unserved[name])}")
-    unknown = [name for name in only if name not in names]
+            why = _why(type(found.unserved[name]).__name__)
+            raise ToMeError(f"{name!r} cannot be selected. {why.strip()}")
+    unknown = ", ".join(repr(name) for name in only if name not in names)
     if unknown or not only:
-        wrong = ", ".join(map(repr, unknown)) or "an empty list"
         raise ToMeError(
-            f"{wrong} selects no denoiser of this {type(model).__name__}. It has: "
+            f"{unknown or 'an empty list'} selects no denoiser of this {owner}. It has: "
             f"{', '.join(names) or 'a single network without a name; leave the selection out'}"
         )
     return [one for one in found.served if one.name in only]
 
 
-def _why(network: nn.Module) -> str:
-    name = type(network).__name__
-    return why_unsupported(name).strip() or f"{name}: no adapter is written for it."
-
-
-def _nothing_found(model: object, found: _Found) -> ToMeError:
+def _search_or_raise(model: object) -> _Found:
+    found = _search(model)
+    if found.served:
+        return found
     known = "; ".join(adapter.description for adapter in ADAPTERS)
-    reason = next(filter(None, map(why_unsupported, found.tried)), "")
-    return ToMeError(
+    reason = next(filter(None, (_why(name, "") for name in found.tried)), "")
+    raise ToMeError(
         f"found no supported network in a {type(model).__name__} (tried: "
         f"{', '.join(found.tried)}). {reason}Supported: {known}. Pass one of these, or a pipeline "
         "or model that contains one; for a model of your own write an adapter: "
@@ -208,19 +216,20 @@ def _nothing_found(model: object, found: _Found) -> ToMeError:
     )
 
 
-def _runs_blocks_itself(wrapper: nn.Module) -> bool:
-    """Return whether a wrapper's own forward calls the blocks inside directly.
-
-    MMagic's ViCo replaces ``forward`` of the wrapper. The UNet's own forward never runs, so the
-    wrapper is the network whose call begins and ends a forward.
-    """
-    own = "forward" in vars(wrapper) and "_orig_mod" not in wrapper._modules
-    return own and hasattr(wrapper, "down_blocks")
+def _why(name: str, otherwise: str = "no adapter is written for it") -> str:
+    reasons = (why for pattern, why in _REASONS.items() if re.fullmatch(pattern, name))
+    why = next(reasons, otherwise)
+    return f"{name}: {why}. " if why else ""
 
 
-def _unwrapped(model: object) -> nn.Module | None:
-    inner = (_attribute(model, name) for name in _WRAPPERS)
-    return next((module for module in inner if isinstance(module, nn.Module)), None)
+def _layers(model: object) -> Iterator[object]:
+    """Yield a model and what it wraps, outermost first."""
+    for _ in range(6):
+        if model is None:
+            return
+        yield model
+        inner = (_attribute(model, name) for name in _WRAPPERS)
+        model = next((one for one in inner if isinstance(one, nn.Module)), None)
 
 
 def _attribute(owner: object, name: str) -> object:

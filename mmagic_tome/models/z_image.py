@@ -4,6 +4,9 @@
 Blocks receive tokens, a mask over them and a rotary table per batch entry. Z-Image's sequences
 begin with the image tokens, then padding to a multiple of 32, then the text; Lumina 2's begin with
 the text, whose length differs between prompts. Both count timesteps upwards: 0 is pure noise.
+
+Blocks: ``noise_refiner`` (image tokens only) and ``layers``. Targets: ``attn`` = Z-Image's
+``attention``, Lumina 2's ``attn``, ``mlp`` = ``feed_forward``.
 """
 
 from __future__ import annotations
@@ -13,30 +16,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ToMeError
-from .base import Block, ModelAdapter, blocks_of
-from .dit import PatchTransformer
-from .rotary import merge_mask, with_merged_rotary
+from .base import argument
+from .transformer import SAME_TOKENS, TABLE_OF_ALL, RotaryTransformer
 
-# Positions of the mask and the table among the arguments of a block.
-_MASK, _TABLE = 1, 2
-_REFUSED = {
-    "attn_kv": (
-        "queries, keys and values are projected from the same tokens. Use targets=['attn'] and a "
-        "method that merges queries too, such as 'tome'"
-    ),
-    "stack": "every block receives the rotary table of all tokens. Write targets='block'",
-}
-_TEXT = dict(joint_sequence=("attn", "mlp", "block"))
-_JOINT = dict(**_TEXT, joint=("attn", "block"))
+_COMMON = dict(mlp="feed_forward", refused={"attn_kv": SAME_TOKENS, "stack": TABLE_OF_ALL})
+_TEXT = dict(_COMMON, joint_sequence=("attn", "mlp", "block"))
+_JOINT = dict(_TEXT, joint=("attn", "block"))
 
 
-class _JointSequence(ModelAdapter):
-    """Common to both."""
-
+class _JointSequence(RotaryTransformer):
     takes_masks = True
+    mask_position = 1
+    table_position = 2
+    timestep_position = 1
     timestep_scale = 1.0
 
-    def timestep(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def timestep(self, args: tuple, kwargs: dict) -> Any:
         # Inverted, so that it falls along a run. Rounded, since 1 - 0.9 is slightly more than 0.1
         # and runs are recognized by their timesteps.
         timestep = super().timestep(args, kwargs)
@@ -44,39 +39,20 @@ class _JointSequence(ModelAdapter):
             return (1 - timestep.float()).round(decimals=6)
         return None if timestep is None else round(1 - timestep, 6)
 
-    def adapt(
-        self, target: str, plan: Any, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]]:
-        if len(args) > _MASK and args[_MASK] is not None:
-            args = (args[0], merge_mask(args[_MASK], plan), *args[_MASK + 1 :])
-        elif kwargs.get("attention_mask") is not None:
-            mask = merge_mask(kwargs["attention_mask"], plan)
-            kwargs = {**kwargs, "attention_mask": mask}
-        return with_merged_rotary(plan, args, kwargs, position=_TABLE)
-
 
 class ZImage(_JointSequence):
-    """``ZImageTransformer2DModel``.
-
-    Blocks: ``noise_refiner`` (image tokens only) and ``layers``. Targets: ``attn`` =
-    ``attention``, ``mlp`` = ``feed_forward``. All images of a batch have one size.
-    """
-
     description = "Z-Image (ZImageTransformer2DModel)"
     class_names = ("ZImageTransformer2DModel",)
-    timestep_position = 1
     timestep_name = "t"
+    image_first = True
+    lists = (
+        # Its sequences contain padding, which counts as text.
+        ("noise_refiner", dict(_TEXT, attn="attention")),
+        ("layers", dict(_JOINT, attn="attention")),
+    )
 
-    def blocks(self, network: nn.Module) -> list[Block]:
-        common = dict(attn="attention", mlp="feed_forward", refused=_REFUSED)
-        # The refiner's sequences contain padding, hence its joint_sequence.
-        return [
-            *blocks_of(network, "noise_refiner", **common, **_TEXT),
-            *blocks_of(network, "layers", **common, **_JOINT),
-        ]
-
-    def grid(self, grid_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
-        images = args[0] if args else kwargs["x"]
+    def grid(self, grid_module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
+        images = argument(args, kwargs, 0, "x")
         if isinstance(images[0], list):
             raise ToMeError(
                 "Z-Image was called with several images in one sequence (x is a list of lists), "
@@ -89,43 +65,21 @@ class ZImage(_JointSequence):
                 "merging, call it with one size at a time"
             )
         frames, height, width = sizes.pop()
-        patch = args[7] if len(args) > 7 else kwargs.get("patch_size", 2)
-        patch_frames = args[8] if len(args) > 8 else kwargs.get("f_patch_size", 1)
+        patch = argument(args, kwargs, 7, "patch_size", 2)
+        patch_frames = argument(args, kwargs, 8, "f_patch_size", 1)
         return (frames // patch_frames) * (height // patch), width // patch
-
-    def num_text_tokens_before(self, args: tuple, kwargs: dict[str, Any]) -> int:
-        return 0
 
 
 class Lumina2(_JointSequence):
-    """``Lumina2Transformer2DModel``.
-
-    Blocks: ``noise_refiner`` (image tokens only) and ``layers``. Targets: ``attn`` = ``attn``,
-    ``mlp`` = ``feed_forward``. The number of text tokens is counted from the text's mask, which
-    synchronizes with the device, as the network itself does.
-    """
-
     description = "Lumina 2 (Lumina2Transformer2DModel)"
     class_names = ("Lumina2Transformer2DModel",)
-    timestep_position = 1
+    lists = (("noise_refiner", _COMMON), ("layers", _JOINT))
 
-    def blocks(self, network: nn.Module) -> list[Block]:
-        common = dict(mlp="feed_forward", refused=_REFUSED)
-        return [
-            *blocks_of(network, "noise_refiner", **common),
-            *blocks_of(network, "layers", **common, **_JOINT),
-        ]
+    def num_text_tokens_before(self, args: tuple, kwargs: dict) -> list[int]:
+        # This synchronizes with the device, as the network itself does.
+        return argument(args, kwargs, 3, "encoder_attention_mask").sum(dim=1).tolist()
 
-    def grid(self, grid_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
-        return PatchTransformer().grid(grid_module, args, kwargs)
-
-    def num_text_tokens_before(self, args: tuple, kwargs: dict[str, Any]) -> list[int]:
-        mask = args[3] if len(args) > 3 else kwargs["encoder_attention_mask"]
-        return mask.sum(dim=1).tolist()
-
-    def adapt(
-        self, target: str, plan: Any, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]]:
+    def adapt(self, target: str, plan: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         tokens = kwargs.get("encoder_hidden_states")
         if tokens is not None:  # attention receives its own input again, for keys and values
             kwargs = {**kwargs, "encoder_hidden_states": plan.merge(tokens)}

@@ -8,8 +8,8 @@ import pytest
 import torch
 from denoise import STEPS, denoise, denoising, inputs_at, outputs_at
 from tiny import QUICK, tiny_inputs, tiny_model, tiny_sd_folder, tiny_unet
-from tiny_pipelines import NETWORKS
 from tiny_transformers import TRANSFORMERS
+from tiny_unets import NETWORKS
 
 from mmagic_tome import ToMeError, apply_cache, apply_tome, get_handle
 from mmagic_tome.cache import PRESETS, coerce_cache

@@ -4,7 +4,8 @@
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from tiny_transformers import PIPELINES, TRANSFORMERS
+from tiny_pipelines import PIPELINES
+from tiny_transformers import TRANSFORMERS
 
 from mmagic_tome import ToMeError, apply_cache, apply_tome, get_handle, remove_cache, remove_tome
 
@@ -15,18 +16,18 @@ TITLE = "Wan 2.1, 2.2 (video)"
 def wan22():
     """Wan 2.2: one expert for high noise, one for low."""
     family = TRANSFORMERS[TITLE].deeper(4)
-    pipeline = PIPELINES[TITLE].build(family)
+    pipeline = PIPELINES[TITLE].pipeline()
     pipeline.register_modules(
-        transformer_2=family.build(), scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0)
+        transformer=family.build(),
+        transformer_2=family.build(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
     )
     pipeline.register_to_config(boundary_ratio=0.875)
     return pipeline
 
 
 def run(pipeline):
-    options = dict(PIPELINES[TITLE].call, height=32, width=32, output_type="latent")
-    generator = torch.Generator().manual_seed(0)
-    return pipeline(**options, num_inference_steps=20, generator=generator).frames
+    return PIPELINES[TITLE].run(pipeline, height=32, width=32, num_inference_steps=20)
 
 
 def test_both_experts_are_merged_and_cached(wan22):

@@ -9,8 +9,8 @@ from denoise import denoise, denoising
 from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from edge_pipelines import SETTINGS, SKIPS, TIMES, generate, sd15_pipeline, skips
 from tiny import tiny_inputs, tiny_unet
-from tiny_pipelines import video_inputs, video_unet
 from tiny_transformers import TRANSFORMERS
+from tiny_unets import video_inputs, video_unet
 from warned import silent, warns_once
 
 from mmagic_tome import apply_cache, apply_tome

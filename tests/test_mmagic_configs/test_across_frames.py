@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 from denoise import denoising, outputs_at
-from tiny_pipelines import FRAMES, motion_inputs, motion_unet
+from tiny_unets import FRAMES, motion_inputs, motion_unet
 
 from mmagic_tome import ToMeError, apply_tome, get_handle, remove_tome
 from mmagic_tome.merging import MergePlan

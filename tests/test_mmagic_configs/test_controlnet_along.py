@@ -4,7 +4,7 @@
 import pytest
 import tiny
 import torch
-from tiny_pipelines import tiny_controlnet
+from tiny_unets import tiny_controlnet
 
 from mmagic_tome import (
     ToMeError,

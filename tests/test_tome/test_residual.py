@@ -70,7 +70,7 @@ def test_one_tensor_per_target_is_kept_and_its_second_run_not_counted(unet, toke
 
 
 def test_targets_that_cannot_run_unmerged_at_some_steps_are_refused():
-    from tiny_pipelines import kandinsky_unet
+    from tiny_unets import kandinsky_unet
 
     with pytest.raises(ToMeError, match="write residual=False"):
         apply_tome(kandinsky_unet(), plan_interval=2, residual=True)
