@@ -16,14 +16,6 @@ _RUNNER_VERBS = {
 }
 
 
-def usage() -> str:
-    """What ``--help`` prints."""
-    verbs = {**VERBS, **_RUNNER_VERBS}
-    lines = [f"  {name:10} {about}" for name, about in verbs.items()]
-    head = f"usage: python -m mmagic_tome {'|'.join(verbs)} [options]"
-    return "\n".join([head, "", *lines, "", "VERB --help explains the options of each."])
-
-
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run a verb; return its exit code (2 for an unknown one).
 
@@ -33,7 +25,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in ("-h", "--help"):
-        print(usage())
+        verbs = {**VERBS, **_RUNNER_VERBS}
+        print(f"usage: python -m mmagic_tome {'|'.join(verbs)} [options]\n")
+        print(*(f"  {name:10} {about}" for name, about in verbs.items()), sep="\n")
+        print("\nVERB --help explains the options of each.")
         return 0
     if argv and argv[0] in _RUNNER_VERBS:
         from mmagic_tome.mmagic import entry

@@ -22,12 +22,13 @@ from .graphs import prepare_compiler
 from .handle import CacheHandle, ToMeHandle
 from .models import Denoiser, find_controlnets, find_denoisers
 from .patch import find_patch, remove
-from .schedulers import warn_of_oscillation
+from .timeline import warn_of_oscillation
 from .tome.place import blocks_to_merge, place
 from .tome.state import TomePatch
 from .validate import check_bool
 
 if TYPE_CHECKING:
+    from .base_handle import Handle
     from .vit import ViTHandle
 
 
@@ -77,7 +78,13 @@ def apply_tome(
     own = config.controlnet_config
     if own is not None:
         # Looked at before anything is changed, like the network itself.
-        for one in _controlnets(model):
+        controlnets = find_controlnets(model)
+        if not controlnets:
+            raise ToMeError(
+                f"controlnet=True asks for a ControlNet, and a {type(model).__name__} has none; "
+                "leave it out, or pass a model or pipeline that has it as .controlnet"
+            )
+        for one in controlnets:
             chosen.append((own, one, blocks_to_merge(one.adapter, one.network, own)))
     prepare_compiler()
     replaced = _replaced(model, [one.network for _, one, _ in chosen], TomePatch)
@@ -157,12 +164,18 @@ def remove_tome(model: object) -> bool:
     Returns:
         bool: whether there was anything to remove.
     """
-    return _removed(model, "tome")
+    return _remove(get_handle(model, "tome"))
 
 
 def remove_cache(model: object) -> bool:
     """Undo :func:`apply_cache`; as :func:`remove_tome`."""
-    return _removed(model, "cache")
+    return _remove(get_handle(model, "cache"))
+
+
+def _remove(handle: Handle | None) -> bool:
+    if handle is not None:
+        handle.remove()
+    return handle is not None
 
 
 def get_handle(
@@ -228,16 +241,6 @@ def _with_blocks(found: list[Denoiser], config: ToMeConfig) -> list[tuple]:
     return chosen
 
 
-def _controlnets(model: object) -> list[Denoiser]:
-    found = find_controlnets(model)
-    if not found:
-        raise ToMeError(
-            f"controlnet=True asks for a ControlNet, and a {type(model).__name__} has none; leave "
-            "it out, or pass a model or pipeline that has it as .controlnet"
-        )
-    return found
-
-
 def _parts(patched: list[tuple[Denoiser, Any]]) -> list[tuple]:
     """(beginning of names, network, patch), as handles take them."""
     return [(f"{one.name}." if one.name else "", one.network, patch) for one, patch in patched]
@@ -252,17 +255,8 @@ def _together(model: object, kind: type) -> list[Denoiser]:
 def _replaced(
     model: object, networks: Sequence[nn.Module], kind: type
 ) -> list[tuple[nn.Module, list]]:
-    """Take out what is applied to networks; what that was, to be put back.
-
-    Also out of ControlNets that no longer take part.
-    """
+    """Take out what is applied to networks, and to ControlNets that no longer take part; what that
+    was, to be put back."""
     together = [one.network for one in _together(model, kind)]
     found = {one: find_patch(one, kind) for one in (*networks, *together)}
     return [(one, remove(one, patch)) for one, patch in found.items() if patch is not None]
-
-
-def _removed(model: object, technique: str) -> bool:
-    handle = get_handle(model, technique)
-    if handle is not None:
-        handle.remove()
-    return handle is not None

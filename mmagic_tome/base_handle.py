@@ -41,8 +41,7 @@ class Handle(Generic[P]):
         replaced: (network, what :func:`~.patch.remove` returned) of what was there before.
     """
 
-    #: 'token merging' or 'step caching'.
-    technique = "token merging"
+    technique = "token merging"  #: or 'step caching'
     _remove, _restore = staticmethod(remove), staticmethod(restore)
 
     def __init__(
@@ -52,6 +51,14 @@ class Handle(Generic[P]):
     ) -> None:
         self._parts = [Part(name, weakref.ref(network), patch) for name, network, patch in parts]
         self._replaced = [(weakref.ref(network), removed) for network, removed in replaced]
+
+    @property
+    def _patches(self) -> list[P]:
+        return [part.patch for part in self._parts]
+
+    @property
+    def _patch(self) -> P:
+        return self._parts[0].patch
 
     @property
     def network(self) -> nn.Module | None:
@@ -70,21 +77,13 @@ class Handle(Generic[P]):
         return self._parts[0].active
 
     @property
-    def _patches(self) -> list[P]:
-        return [part.patch for part in self._parts]
-
-    @property
-    def _patch(self) -> P:
-        return self._parts[0].patch
-
-    @property
     def config(self) -> Any:
         """The options in force."""
         return self._patch.config
 
     @property
     def description(self) -> str:
-        """What is done, in a few words."""
+        """The options in a few words."""
         raise NotImplementedError
 
     @contextlib.contextmanager
@@ -123,8 +122,7 @@ class Handle(Generic[P]):
 
     def summary(self) -> str:
         """A table of :meth:`stats` to print, with the options in its title."""
-        networks = ", ".join(dict.fromkeys(self._class_names))
-        title = f"{self.technique} in {networks or 'a model that is gone'}: {self.description}"
+        title = f"{self.technique} in {self._class_names}: {self.description}"
         if not self.active:
             return f"{title} (removed)"
         rows = self._rows()
@@ -134,15 +132,19 @@ class Handle(Generic[P]):
         lines += [["-" if cell is None else str(cell) for cell in row.values()] for row in rows]
         widths = [max(map(len, column)) for column in zip(*lines)]
         lines.insert(1, ["-" * width for width in widths])
-        return "\n".join([title, *(_aligned(line, widths) for line in lines)])
+        for number, (first, *rest) in enumerate(lines):
+            numbers = [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
+            lines[number] = "  ".join([first.ljust(widths[0]), *numbers]).rstrip()
+        return "\n".join([title, *lines])
 
     def _rows(self) -> list[dict[str, Any]]:
         """The rows of :meth:`summary`, None for what is unknown."""
         return self.stats()
 
     @property
-    def _class_names(self) -> list[str]:
-        return [type(network).__name__ for network in self.networks.values()]
+    def _class_names(self) -> str:
+        names = [type(network).__name__ for network in self.networks.values()]
+        return ", ".join(dict.fromkeys(names)) or "a model that is gone"
 
     def __enter__(self) -> Any:
         return self
@@ -157,13 +159,5 @@ class Handle(Generic[P]):
                 self._restore(network(), removed)
 
     def __repr__(self) -> str:
-        networks = ", ".join(self._class_names)
-        removed = ", removed" if networks and not self.active else ""
-        networks = networks or "of a model that is gone"
-        return f"{type(self).__name__}({networks}, {self.description}{removed})"
-
-
-def _aligned(cells: list[str], widths: list[int]) -> str:
-    """A line of a table: first column to the left, numbers to the right."""
-    rest = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:]))
-    return "  ".join([cells[0].ljust(widths[0]), *rest]).rstrip()
+        removed = "" if self.active else ", removed"
+        return f"{type(self).__name__}({self._class_names}, {self.description}{removed})"

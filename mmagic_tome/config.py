@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from .errors import ToMeError
@@ -14,7 +14,6 @@ from .validate import (
     Options,
     check_bool,
     check_integer,
-    check_keys,
     fail,
     frozen,
     is_number,
@@ -40,8 +39,8 @@ class ToMeConfig(Options):
             ``'block'`` alone (once around every transformer block), or ``'stack'`` alone (once
             around all blocks of a stack). Default ``('attn',)``.
         method (str | dict): which tokens become one: a name out of
-            :data:`mmagic_tome.methods.METHODS`, a dict with the name as ``type`` and the method's
-            own options, or a dict from target to one of these. Default ``'tome'``.
+            :data:`mmagic_tome.methods.METHODS`, or a dict with the name as ``type`` and the
+            method's own options. Default ``'tome'``.
         max_downsample (int | str): merge in blocks whose grid is at most this many times coarser
             than the latent: 1, 2, 4, 8 ... Default ``'auto'``: the finest level that has blocks (1
             for Stable Diffusion 1 and 2, 2 for SDXL), where attention costs most.
@@ -93,8 +92,7 @@ class ToMeConfig(Options):
     controlnet: Any = False
     across_frames: bool = False
 
-    _what = "token merging"
-    _example = "dict(ratio=0.5)"
+    _what, _example = "token merging", "dict(ratio=0.5)"
     _note = ". A named setting is a step cache: call apply_cache"
     # Names that belong elsewhere -> what to write.
     _elsewhere: ClassVar[Mapping[str, str]] = {
@@ -111,16 +109,14 @@ class ToMeConfig(Options):
             ("merge_attn", "merge_crossattn", "merge_mlp", "sites"),
             "write targets, such as targets=['attn', 'mlp']",
         ),
-        "refresh": "write plan_interval",
-        "proportional": "write prop_attn",
     }
 
     def _check(self) -> None:
         for name, value in super().to_dict().items():
             self._set(name, frozen(value))
-        for name in ("use_rand", "exact_matching", "prop_attn", "share_plans", "residual"):
-            check_bool("", name, getattr(self, name))
-        check_bool("", "across_frames", self.across_frames)
+        for field in fields(self):
+            if isinstance(field.default, bool) and field.name != "controlnet":
+                check_bool("", field.name, getattr(self, field.name))
         for name in ("sx", "sy"):
             self._set(name, check_integer("", name, getattr(self, name), 1, _MAX_CELL, 2))
         if self.sx * self.sy < 2:
@@ -129,30 +125,23 @@ class ToMeConfig(Options):
                 "sx=2, sy=2"
             )
         self._set("seed", check_integer("", "seed", self.seed, 0, 2**64 - 1, 0))
-        self._build_methods()
+        level = self.max_downsample
+        if level != "auto" and not (type(level) is int and level in _LEVELS):
+            close = min(_LEVELS, key=lambda one: abs(one - level)) if is_number(level) else "auto"
+            fail("", "max_downsample", level, f"'auto' or one of {list(_LEVELS)}", close)
+        # Building a method checks its options; a method is stateless, so one serves all.
+        #: The method that ``method`` names.
+        self._set("merge_method", build_method(self.method))
         self._check_ratio()
-        self._check_max_downsample()
         self._check_targets()
         self._check_plan_interval()
         self._check_together()
         self._derive()
         self._check_controlnet()
 
-    def _build_methods(self) -> None:
-        # Building a method checks its options; a method is stateless, so one serves all.
-        spec = self.method
-        by_target = isinstance(spec, Mapping) and "type" not in spec and set(spec) & set(TARGETS)
-        # What is named None is for all targets.
-        named = spec if by_target else {None: spec}
-        if by_target:
-            check_keys("method by target", spec, TARGETS)
-        #: The methods that ``method`` names; as a rule one.
-        self._set("methods", tuple(map(build_method, named.values())))
-        self._set("_method_at", {_of_user(name): i for i, name in enumerate(named)})
-
     def _check_ratio(self) -> None:
         ratio, cells = self.ratio, 1 - 1 / (self.sx * self.sy)
-        ceiling = min(cells, *(method.ceiling for method in self.methods))
+        ceiling = min(cells, self.merge_method.ceiling)
         #: Largest possible ratio: one token of every cell stays; less where the method has less.
         self._set("ceiling", ceiling)
         if not (isinstance(ratio, Mapping) or callable(ratio)):
@@ -160,23 +149,16 @@ class ToMeConfig(Options):
                 allowed = f"a number in [0, {ceiling:g}]"
                 fail("", "ratio", ratio, allowed, 0 if is_number(ratio) else 0.5)
             if ratio > ceiling + 1e-9:
-                why, other = f"of method={self.method!r}", ", or another method"
+                why, other = f"of method={self.method!r}", "another method"
                 if ceiling == cells:
                     why = f"of sx={self.sx}, sy={self.sy}, since one token of every cell stays"
-                    wider = [n for n in range(2, _MAX_CELL + 1) if 1 - 1 / n**2 >= ratio][:1]
-                    other = "".join(f", or wider cells (sx={n}, sy={n})" for n in wider)
+                    other = "wider cells"
                 raise ToMeError(
                     f"ratio={ratio!r} is above the ceiling {ceiling:g} {why}; write "
-                    f"ratio={ceiling:g}{other}"
+                    f"ratio={ceiling:g}, or {other}"
                 )
         #: ``ratio`` as a function of place and remaining share of the run.
         self._set("ratio_schedule", RatioSchedule(ratio, ceiling))
-
-    def _check_max_downsample(self) -> None:
-        level = self.max_downsample
-        if level != "auto" and not (type(level) is int and level in _LEVELS):
-            close = min(_LEVELS, key=lambda one: abs(one - level)) if is_number(level) else "auto"
-            fail("", "max_downsample", level, f"'auto' or one of {list(_LEVELS)}", close)
 
     def _check_targets(self) -> None:
         given = self.targets
@@ -209,19 +191,12 @@ class ToMeConfig(Options):
         self._set("plan_interval", tuple(sorted(set(interval))))
 
     def _check_together(self) -> None:
-        at = self._method_at
-        keeps_queries = "attn" in at or None in at
-        keeps_queries = keeps_queries and self.methods[at.get("attn", 0)].keeps_queries
+        keeps_queries = self.merge_method.keeps_queries
         #: Kinds of target to merge at; a method that keeps queries merges keys and values.
         kinds = tuple(
             "attn_kv" if target == "attn" and keeps_queries else target for target in self.targets
         )
         self._set("kinds", kinds)
-        if None not in at and set(map(_of_user, kinds)) != set(at):
-            raise ToMeError(
-                f"method names methods for {', '.join(at)}, and targets are "
-                f"{', '.join(self.targets)}; write targets={list(at)!r}, or one method for all"
-            )
         if self.residual and self.plan_interval == 1:
             raise ToMeError(
                 "residual=True is added at steps that reuse a plan, and there are none; write "
@@ -246,11 +221,9 @@ class ToMeConfig(Options):
         if own is not False:
             changes = {} if own is True else own
             if "controlnet" in changes:
-                raise ToMeError(
-                    "controlnet: a dict of its options has no 'controlnet'; leave it out"
-                )
+                raise ToMeError("controlnet: a dict of its options has no 'controlnet'")
             try:
-                config = self.replace(**{**changes, "controlnet": False})
+                config = self.replace(**changes, controlnet=False)
             except ToMeError as error:
                 raise ToMeError(f"controlnet: {error}") from error
         #: The options of the ControlNet; None where it is not merged.
@@ -258,23 +231,18 @@ class ToMeConfig(Options):
 
     def _derive(self) -> None:
         """What follows from the options: computed once, read at every call of a network."""
-        methods, schedule = self.methods, self.ratio_schedule
-        #: Whether a method looks at what the network predicted last.
-        self._set("watches_output", any(method.watches_output for method in methods))
+        method, schedule = self.merge_method, self.ratio_schedule
+        #: Whether the method looks at what the network predicted last.
+        self._set("watches_output", method.watches_output)
         #: Whether plans are reused.
         self._set("keeps_plans", self.plan_interval != 1)
         #: Whether anything depends on the place of a step in its denoising run.
-        by_step = self.keeps_plans or schedule.needs_timestep or self.watches_output
-        self._set("tracks_steps", by_step or any(method.tracks_steps for method in methods))
+        by_step = self.keeps_plans or schedule.needs_timestep
+        self._set("tracks_steps", by_step or method.watches_output or method.tracks_steps)
         #: Whether nothing is ever merged.
         self._set("merges_nothing", schedule.zero)
         #: Whether every target of a block has the same plan, made anew at each step.
-        reused = self.keeps_plans or self.share_plans
-        self._set("one_plan", schedule.constant and not reused and len(methods) == 1)
-
-    def method_at(self, kind: str) -> int:
-        """Which of ``methods`` a kind of target has."""
-        return 0 if len(self.methods) == 1 else self._method_at[_of_user(kind)]
+        self._set("one_plan", schedule.constant and not (self.keeps_plans or self.share_plans))
 
     def plan_is_due(self, last: int, step: int) -> bool:
         """Whether a plan that was computed at step ``last`` (-1: never) is due at ``step``; also
@@ -291,7 +259,12 @@ class ToMeConfig(Options):
         one; :meth:`coerce` is the inverse."""
         return plain(super().to_dict())
 
-
-def _of_user(kind: str | None) -> str | None:
-    """Self-attention is one target to a user, whether its queries merge too or not."""
-    return "attn" if kind == "attn_kv" else kind
+    @property
+    def description(self) -> str:
+        """The ratio and the options that are not the default, as ``name=value, ...``."""
+        usual = {**ToMeConfig().to_dict(), "ratio": None}
+        return ", ".join(
+            f"{name}={getattr(value, '__name__', repr(value))}"
+            for name, value in self.to_dict().items()
+            if value != usual[name]
+        )

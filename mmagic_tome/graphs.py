@@ -25,7 +25,7 @@ _REASON = (
 
 # eager_only methods that wait for the compiler: importing it takes seconds, and most users never
 # need it.
-_waiting: list[tuple[type, str, eager_only]] = []
+_waiting: list[tuple[type, str, bool]] = []
 
 
 class eager_only:
@@ -41,7 +41,7 @@ class eager_only:
 
     def __set_name__(self, owner: type, name: str) -> None:
         setattr(owner, name, self.method)
-        _waiting.append((owner, name, self))
+        _waiting.append((owner, name, self.inner))
 
 
 def prepare_compiler() -> None:
@@ -56,8 +56,8 @@ def prepare_compiler() -> None:
     # torch before 2.8 takes no reason.
     why = {"reason": _REASON} if "reason" in inspect.signature(disable).parameters else {}
     while _waiting:
-        owner, name, method = _waiting.pop()
-        setattr(owner, name, disable(method.method, recursive=not method.inner, **why))
+        owner, name, inner = _waiting.pop()
+        setattr(owner, name, disable(vars(owner)[name], recursive=not inner, **why))
     if getattr(dynamo, "skip_nnmodule_hook_guards", False):
         logger.info(
             "torch._dynamo.config.skip_nnmodule_hook_guards is now False and compiled graphs are "

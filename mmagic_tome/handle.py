@@ -42,26 +42,8 @@ class ToMeHandle(Handle[TomePatch]):
 
     @property
     def description(self) -> str:
-        """What is done, in a few words."""
-        config, interval = self.config, self.config.plan_interval
-        fixed = config.ratio_schedule.constant
-        words = [
-            f"ratio {config.ratio:g}" if fixed else f"ratio by schedule {config.ratio!r}",
-            f"cells {config.sx}x{config.sy}",
-            f"{'random' if config.use_rand else 'regular'} destinations",
-        ]
-        steps = f"every {interval} steps"
-        if isinstance(interval, tuple):
-            steps = f"at steps {', '.join(map(str, interval))}"
-        more = {
-            f"method {config.method!r}": config.method != "tome",
-            "proportional attention": config.prop_attn,
-            "across frames": config.across_frames,
-            f"plans computed {steps}": config.keeps_plans,
-            "one plan per level": config.share_plans,
-            "residual added": config.residual,
-        }
-        return ", ".join([*words, *(word for word, applies in more.items() if applies)])
+        """The ratio and the options that are not the default."""
+        return self.config.description
 
     def stats(self) -> list[dict[str, Any]]:
         """What was merged where, one dict per target in running order.
@@ -110,7 +92,7 @@ class CacheHandle(Handle[CachePatch]):
 
     @property
     def description(self) -> str:
-        """What is done, in a few words."""
+        """Every region with its interval and timestep range."""
         return ", ".join(
             f"{one.region} every {one.interval} steps in [{one.timestep_range[0]:g}, "
             f"{one.timestep_range[1]:g})"

@@ -34,11 +34,9 @@ def latents_of(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
 
 def conditioning_of(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
     """What a network is conditioned on, such as the text; None if it is not known."""
-    for name in ("encoder_hidden_states", "context", "class_labels"):
-        if isinstance(kwargs.get(name), Tensor):
-            return kwargs[name]
-    given = [one for one in args[1:] if isinstance(one, Tensor) and one.dim() > 1]
-    return given[0] if given else None
+    named = map(kwargs.get, ("encoder_hidden_states", "context", "class_labels"))
+    given = [*named, *(one for one in args[1:] if isinstance(one, Tensor) and one.dim() > 1)]
+    return next((one for one in given if isinstance(one, Tensor)), None)
 
 
 def tensors_of(output: Any) -> list[Tensor]:
@@ -54,10 +52,7 @@ def cropped(x: Tensor, other: Tensor | None) -> Tensor:
     """The front part of ``x`` that ``other`` has as well: latents come before what is attached."""
     if other is None or other.dim() != x.dim():
         return x
-    for dim, size in enumerate(other.shape):
-        if size < x.shape[dim]:
-            x = x.narrow(dim, 0, size)
-    return x
+    return x[tuple(map(slice, other.shape))]
 
 
 def sampled(tensors: Sequence[Tensor]) -> Tensor:

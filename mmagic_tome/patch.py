@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""What every technique needs to change a model and to change it back: patches, hooks, interception.
+"""What every technique needs to change a model and back: patches, hooks, interception.
 
 Hooks hold their :class:`Patch`; a patch holds no module, and finds its hooks by looking through the
 network. So a network is freed as soon as nobody uses it, one of its blocks can be copied or pickled
@@ -93,8 +93,8 @@ class Patch:
         return context
 
     def contexts(self, shared: bool) -> tuple[Any, ...]:
-        """This thread's context, and that of modules which are compiled on their own unless it is
-        the same one (``shared``, see :meth:`lead_compiled`)."""
+        """This thread's context, and that of modules that are compiled on their own unless
+        ``shared``, see :meth:`lead_compiled`."""
         if torch.compiler.is_compiling():
             return (self._compiled,)
         return (self.context,) if shared else (self.context, self._compiled)
@@ -137,7 +137,7 @@ class Patch:
 
     def __getstate__(self) -> dict[str, Any]:
         local = ("_threads", "_contexts", "_compiled")
-        return {name: value for name, value in self.__dict__.items() if name not in local}
+        return {name: value for name, value in vars(self).items() if name not in local}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -146,7 +146,7 @@ class Patch:
 
 
 class Hook:
-    """Base class of hooks: one that belongs to a patch, which all hooks of a network share."""
+    """A hook that belongs to a patch, which all hooks of a network share."""
 
     after = False  # runs after the module
     always = False  # also when that raised
@@ -166,12 +166,10 @@ def register(module: nn.Module, hook: Hook) -> None:
     see without it."""
     if hook.after:
         # In front of all others: they see the output that leaves the module.
-        handle = module.register_forward_hook(
-            hook, prepend=True, with_kwargs=True, always_call=hook.always
-        )
+        options = {"prepend": True, "with_kwargs": True, "always_call": hook.always}
+        hook.id = module.register_forward_hook(hook, **options).id
     else:
-        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    hook.id = handle.id
+        hook.id = module.register_forward_pre_hook(hook, with_kwargs=True).id
 
 
 def keep_last(module: nn.Module, hook: Hook) -> None:
@@ -196,11 +194,8 @@ def unregister(module: nn.Module, patch: Patch) -> list[Hook]:
 
 
 def remove(network: nn.Module, patch: Patch) -> list[tuple[str, Any]]:
-    """Take everything of a patch out of a network, exactly.
-
-    Returns:
-        list: (dotted path, hook or interceptor) of all that was removed, for :func:`restore`.
-    """
+    """Take everything of a patch out of a network, exactly; (dotted path, hook or interceptor) of
+    all of it, for :func:`restore`."""
     removed = []
     for path, module in network.named_modules():
         removed += [(path, hook) for hook in unregister(module, patch)]
@@ -227,9 +222,6 @@ def find_patch(network: nn.Module, kind: type[Patch]) -> Any:
     holders = (*network._forward_pre_hooks.values(), *interceptors_of(network))
     patches = (getattr(one, "patch", None) for one in holders)
     return next((patch for patch in patches if isinstance(patch, kind)), None)
-
-
-# --- interception ---------------------------------------------------------------------------------
 
 
 class Interceptor:

@@ -94,7 +94,7 @@ class Run:
 
     @property
     def branch(self) -> Branch:
-        """The branch of the call that is under way."""
+        """That of the call under way."""
         return self.branches[self.called[-1]]
 
     @property
@@ -114,12 +114,8 @@ class Run:
         return self.input is not None and torch.equal(self.input, self.sample(latents))
 
     def fit(self, latents: Sequence[Tensor]) -> tuple[float, dict[Hashable, float]]:
-        """How well an input follows from this run.
-
-        Returns:
-            tuple: the largest relative residual of an image, and for every branch the share of the
-            input that its last output explains.
-        """
+        """How well an input follows from this run: the largest relative residual of an image, and
+        for every branch the share of the input that its last output explains."""
         x, copies = self.sample(latents), self.copies or 1
         names, columns = [None], [self.input]
         if self.previous is not None:
@@ -194,11 +190,7 @@ class Run:
 
 
 class RunTracker:
-    """The runs of one thread.
-
-    Args:
-        new_state: () -> what a technique keeps for every :class:`Branch`.
-    """
+    """The runs of one thread; ``new_state()`` is what a technique keeps for every branch."""
 
     def __init__(self, new_state: Callable[[], Any]) -> None:
         self.new_state = new_state
@@ -320,8 +312,7 @@ class RunTracker:
     def _fit(self, run: Run, latents: Sequence[Tensor]) -> tuple[float, float, dict]:
         """Residual, bound and shares of a call that may continue a run."""
         for other in self.leader.runs if self.leader is not None else ():
-            same = other.input is not None and other.input.shape == run.input.shape
-            if same and torch.equal(other.input, run.input):
+            if _equal(other.input, run.input):
                 return other.fit(latents)[0], other.bound, {}
         residual, shares = run.fit(latents)
         return residual, run.bound, shares

@@ -3,26 +3,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from .errors import ToMeError
 from .timeline import in_range
-from .validate import check_choice, check_keys, check_number, check_range, frozen, is_integer
+from .validate import check_keys, check_number, check_range, frozen, is_integer
 
 #: Where tokens can be merged, in the order in which a block runs them.
 TARGETS = ("attn", "attn_kv", "crossattn", "mlp", "block", "stack")
 SELF_ATTENTION = ("attn", "attn_kv")
-
-# Kind of a factor by timestep -> the keys that mean something to it, besides 'timestep_range'.
-_KINDS = {
-    "constant": (),
-    "linear": ("start", "end"),
-    "cosine": ("start", "end"),
-    "piecewise": ("points",),
-}
 
 
 @dataclass(frozen=True)
@@ -49,21 +40,15 @@ class RatioSchedule:
               spread evenly from the first merged block to the last, linear in between),
               ``target`` (dict from target to number; 'attn' includes 'attn_kv'). The most
               specific wins, target over depth over downsample over base; what nothing names is 0.
-              ``timestep`` (dict): a factor on top, see below;
+              ``timestep`` (dict): a factor on top, with one or both of ``points`` (list of
+              (remaining share of the run, factor in [0, 1]), linear in between) and
+              ``timestep_range`` ((low, high): the factor is 0 unless the remaining share is in
+              [low, high); a high of 1 includes 1);
             - a callable ``f(place: Place) -> number``.
-
-            ``timestep`` has the keys ``kind`` ('constant' (default), 'linear', 'cosine' or
-            'piecewise'), ``start`` and ``end`` (factor at the start and at the end of a run,
-            defaults 1 and 0; linear and cosine), ``points`` (list of (remaining share, factor),
-            linear in between; piecewise) and ``timestep_range`` ((low, high): the factor is 0
-            unless the share of the run that remains is in [low, high); a high of 1 includes 1).
-            Or it has the key ``downsample`` alone (dict from factor to such a dict); levels that
-            are not named have the factor 1.
         ceiling (float): largest possible ratio.
 
     Raises:
-        ToMeError: anything else, a number outside [0, ceiling], an unknown key, level or target,
-            a key of ``timestep`` that its kind does not use.
+        ToMeError: anything else, a number outside [0, ceiling], an unknown key, level or target.
 
     Attributes:
         constant (bool): whether it is one number everywhere and always.
@@ -86,7 +71,7 @@ class RatioSchedule:
         if by_place:
             self._check_spec(spec)
         elif self.constant:
-            _check_ratio("ratio", spec, ceiling)
+            self._check_ratio("ratio", spec)
 
     def _check_spec(self, spec: Mapping[str, Any]) -> None:
         check_keys("ratio", spec, ("base", "downsample", "depth", "target", "timestep"))
@@ -97,10 +82,20 @@ class RatioSchedule:
                 "dict(downsample={1: 0.5})"
             )
         for number in numbers:
-            _check_ratio("ratio", number, self.ceiling)
-        _check_levels("ratio['downsample']", spec.get("downsample"))
+            self._check_ratio("ratio", number)
+        for level in spec.get("downsample") or ():
+            if not is_integer(level) or level <= 0 or level & (level - 1):
+                raise ToMeError(
+                    f"ratio['downsample'] has no level {level!r}: levels are how many times "
+                    "coarser a grid is than the network's input; write 1, 2, 4 or 8"
+                )
         check_keys("ratio['target']", spec.get("target") or (), TARGETS)
-        _check_timestep(spec.get("timestep"))
+        if spec.get("timestep") is not None:
+            _check_timestep(spec["timestep"])
+
+    def _check_ratio(self, key: str, value: Any) -> float:
+        # Rounding may leave a ratio a little above the ceiling.
+        return check_number("", key, value, 0, self.ceiling + 1e-9, default=0.5)
 
     def misses(self, places: Iterable[Place]) -> bool:
         """Whether a dict names ratios above 0, but none for any of these places at any timestep:
@@ -118,14 +113,16 @@ class RatioSchedule:
         if self.constant:
             return spec
         if callable(spec):
-            value = spec(place)
             name = getattr(spec, "__name__", "the callable")
-            return _check_ratio(f"ratio of {name} at {place}", value, self.ceiling)
+            return self._check_ratio(f"ratio of {name} at {place}", spec(place))
         value = self._without_timestep(place)
         timestep = spec.get("timestep")
-        if timestep is not None and "downsample" in timestep:
-            timestep = timestep["downsample"].get(place.downsample)
-        return min(value * timestep_factor(timestep, place.timestep), self.ceiling)
+        if timestep is None or place.timestep is None:
+            return value
+        if not in_range(place.timestep, timestep.get("timestep_range", (0.0, 1.0))):
+            return 0.0
+        points = sorted(timestep.get("points", ()))
+        return value * _interpolate(points, place.timestep) if points else value
 
     def _without_timestep(self, place: Place) -> float:
         """What a dict says of a place, before the factor of the timestep."""
@@ -143,29 +140,6 @@ class RatioSchedule:
         return targets.get(place.target, value)
 
 
-def timestep_factor(spec: Mapping[str, Any] | None, remaining: float | None) -> float:
-    """Factor in [0, 1] at a remaining share; 1 where there is no spec or the share is unknown."""
-    if spec is None or remaining is None:
-        return 1.0
-    if not in_range(remaining, spec.get("timestep_range", (0.0, 1.0))):
-        return 0.0
-    kind = _kind(spec)
-    if kind == "constant":
-        return 1.0
-    if kind == "piecewise":
-        return _interpolate(sorted(spec["points"]), remaining)
-    start, end = spec.get("start", 1.0), spec.get("end", 0.0)
-    share = min(max(remaining, 0.0), 1.0)
-    if kind == "cosine":
-        # Rounded: half of the run is half of the ratio, to the token.
-        share = round(0.5 - 0.5 * math.cos(math.pi * share), 12)
-    return end + (start - end) * share
-
-
-def _kind(timestep: Mapping[str, Any]) -> Any:
-    return timestep.get("kind", "piecewise" if "points" in timestep else "constant")
-
-
 def _interpolate(points: Sequence[Sequence[float]], x: float) -> float:
     if x <= points[0][0]:
         return points[0][1]
@@ -181,71 +155,27 @@ def _numbers(spec: Mapping[str, Any]) -> list[Any]:
     for name in ("downsample", "target"):
         table = spec.get(name)
         if table is not None and not isinstance(table, Mapping):
-            _fail_dict("ratio", table, "{1: 0.5} or dict(attn=0.5)")
+            raise ToMeError(f"ratio: {table!r} must be a dict such as {{1: 0.5}} or dict(attn=0.5)")
         numbers += (table or {}).values()
-    return [*numbers, *_sequence("ratio['depth']", spec.get("depth", ()))]
+    depths = spec.get("depth", ())
+    if not isinstance(depths, tuple):
+        raise ToMeError(f"ratio['depth']={depths!r} must be a list of numbers such as [0.6, 0.3]")
+    return [*numbers, *depths]
 
 
-def _check_levels(name: str, table: Mapping[Any, Any] | None) -> None:
-    """Downsample factors are powers of two."""
-    for level in table or ():
-        if not is_integer(level) or level <= 0 or level & (level - 1):
-            raise ToMeError(
-                f"{name} has no level {level!r}: levels are how many times coarser a grid is than "
-                "the network's input; write 1, 2, 4 or 8"
-            )
-
-
-def _sequence(key: str, value: Any) -> Sequence[Any]:
-    if not isinstance(value, tuple):
-        raise ToMeError(f"{key}={value!r} must be a list of numbers such as [0.6, 0.3]")
-    return value
-
-
-def _check_ratio(key: str, value: Any, ceiling: float) -> float:
-    # Rounding may leave a ratio a little above the ceiling.
-    return check_number("", key, value, 0, ceiling + 1e-9, default=0.5)
-
-
-def _fail_dict(name: str, value: Any, example: str) -> NoReturn:
-    raise ToMeError(f"{name}: {value!r} must be a dict such as {example}")
-
-
-def _check_timestep(spec: Any, name: str = "ratio['timestep']", level: bool = False) -> None:
-    """Check a dict for ``timestep``, or that of one level."""
-    if spec is None and not level:
-        return
-    example = "dict(timestep_range=(0.5, 1))"
-    if not isinstance(spec, Mapping) or (level and "downsample" in spec):
-        _fail_dict(name, spec, example)
-    if "downsample" in spec:
-        check_keys(f"{name} with 'downsample'", spec, ("downsample",))
-        name, levels = f"{name}['downsample']", spec["downsample"]
-        if not isinstance(levels, Mapping) or not levels:
-            _fail_dict(name, levels, f"{{1: {example}}}")
-        _check_levels(name, levels)
-        for factor, one in levels.items():
-            _check_timestep(one, f"{name}[{factor!r}]", level=True)
-        return
-    check_keys(name, spec, ("kind", "start", "end", "points", "timestep_range"))
-    name, kind = f"{name}: ", _kind(spec)
-    check_choice(name, "kind", kind, _KINDS, "linear")
-    for key in ("start", "end", "points"):
-        if key in spec and key not in _KINDS[kind]:
-            meant = "piecewise" if key == "points" else "linear"
-            raise ToMeError(
-                f"{name}kind={kind!r} does not use {key!r}; write kind={meant!r} or leave it out"
-            )
-    for key in ("start", "end"):
-        if key in spec:
-            check_number(name, key, spec[key], 0, 1, default=1)
-    pairs = spec.get("points", ())
-    if kind == "piecewise" and not pairs:
-        raise ToMeError(f"{name}kind='piecewise' needs points=[(remaining share, factor), ...]")
-    for pair in _sequence(f"{name}points", pairs):
-        if len(_sequence(f"{name}points", pair)) != 2:
-            raise ToMeError(f"{name}{pair!r} must be a pair of numbers")
-        for number in pair:
-            check_number(name, "a number in points", number, 0, 1)
+def _check_timestep(spec: Any) -> None:
+    name = "ratio['timestep']"
+    if not isinstance(spec, Mapping):
+        raise ToMeError(f"{name}: {spec!r} must be a dict such as dict(timestep_range=(0.5, 1))")
+    check_keys(name, spec, ("points", "timestep_range"))
+    points = spec.get("points", ((1, 1),))
+    pairs = isinstance(points, tuple) and all(isinstance(one, tuple) for one in points)
+    if not pairs or not points or any(len(one) != 2 for one in points):
+        raise ToMeError(
+            f"{name}: points={points!r} must be a list of pairs (remaining share, factor), such "
+            "as [(1, 1), (0, 0)]"
+        )
+    for number in [number for pair in points for number in pair]:
+        check_number(f"{name}: ", "a number in points", number, 0, 1)
     if "timestep_range" in spec:
-        check_range(name, "timestep_range", spec["timestep_range"], (0.5, 1))
+        check_range(f"{name}: ", "timestep_range", spec["timestep_range"], (0.5, 1))

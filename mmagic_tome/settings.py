@@ -29,11 +29,11 @@ class Handles:
 
     @property
     def description(self) -> str:
-        """What is done, in a few words; empty where nothing is applied."""
+        """The options in a few words; empty where nothing is applied."""
         return ", ".join(handle.description for handle in self)
 
     def __bool__(self) -> bool:
-        return self.tome is not None or self.cache is not None
+        return any(True for _ in self)
 
     def __iter__(self) -> Iterator[ToMeHandle | CacheHandle]:
         return iter([handle for handle in (self.tome, self.cache) if handle is not None])
@@ -96,15 +96,8 @@ class Setting:
 
     @property
     def description(self) -> str:
-        """What is done, in a few words: options that are not the default."""
-        words = []
-        if self.tome is not None:
-            usual = ToMeConfig().to_dict()
-            words += [
-                f"{name}={getattr(value, '__name__', repr(value))}"
-                for name, value in self.tome.to_dict().items()
-                if name == "ratio" or value != usual[name]
-            ]
+        """The ratio and the options that are not the default, or 'baseline'."""
+        words = [] if self.tome is None else [self.tome.description]
         if self.cache is not None:
             name = next((name for name, one in PRESETS.items() if one == self.cache), None)
             words.append(f"cache={name or to_plain(self.cache)!r}")

@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""How much of a run's schedule remains at a timestep: the one meaning of every window.
+"""Schedulers of models, and how much of a run's schedule remains at a timestep.
 
 1 is the start of the schedule (pure noise), 0 its last step. It is counted in the scheduler's
 steps, so a window covers the same share of a run with every scheduler, flow shift and
@@ -11,17 +11,42 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .schedulers import scheduler_of
-
-# Bounds of sigma that EDM and Stable Video Diffusion train with (arXiv 2206.00364, table 1, rounded
-# to those of the published scheduler configs), and their exponent.
+# They extrapolate with a cubic through the last four outputs (Adams-Bashforth, weights 55, -59, 37,
+# -9 over 24): what alternates from step to step comes out (55 + 59 + 37 + 9) / 24 = 6.7 times as
+# large.
+_FOUR_OUTPUTS = ("PNDMScheduler", "IPNDMScheduler")
+# Smallest sigma that EDM and Stable Video Diffusion train with (arXiv 2206.00364, table 1, rounded
+# to that of the published scheduler configs), and the exponent of their schedule.
 _SIGMA_MIN, _RHO = 0.002, 7
 # Timesteps in half precision differ from the scheduler's by this much.
 _RELATIVE = 0.005
+
+
+def scheduler_of(model: object) -> Any:
+    """The scheduler of a pipeline, or the one that a MMagic model generates with; or None."""
+    return getattr(model, "test_scheduler", None) or getattr(model, "scheduler", None)
+
+
+def scheduler_name(scheduler: Any) -> str:
+    """The class name of a scheduler, without MMagic's wrapper."""
+    return getattr(scheduler, "_scheduler_name", type(scheduler).__name__)
+
+
+def warn_of_oscillation(model: object, configs: Sequence[Any]) -> None:
+    """Warn if a model's scheduler amplifies the oscillation that error feedback of one of the step
+    caches introduces (``docs/research/step_caching.md``)."""
+    name = scheduler_name(scheduler_of(model))
+    if name in _FOUR_OUTPUTS and any(config.error_feedback for config in configs):
+        warnings.warn(
+            f"{name} amplifies step-to-step oscillation, which error feedback introduces; use "
+            "another scheduler, such as DPMSolverMultistepScheduler, or set error_feedback=0",
+            stacklevel=3,
+        )
 
 
 class Timeline:
@@ -112,28 +137,20 @@ class Timeline:
     def _guessed(self, time: float, first: float, warn: Callable) -> float | None:
         """What remains by the timestep alone."""
         scale = self.scale
-        looks_like_edm = scale is None or (scale == 1000 and abs(first) < 3 and first % 1)
-        if not looks_like_edm:
-            if not -1e-3 * scale <= time <= 1.01 * scale:
-                warn(
-                    "timestep",
-                    f"the network was called with timestep {time:g}, and timesteps in [0, "
-                    f"{scale:g}] were expected. Windows are read off the timestep: pass the "
-                    "pipeline instead of the network, so that its scheduler is known",
-                )
-                return None
+        if scale is None:
+            # ln(sigma) / 4: Karras' schedule from the run's first sigma, arXiv 2206.00364, eq. 5.
+            low = _SIGMA_MIN ** (1 / _RHO)
+            high, now = (math.exp(4 * value / _RHO) for value in (first, time))
+            return min(max((now - low) / (high - low), 0.0), 1.0) if high > low else None
+        if -1e-3 * scale <= time <= 1.01 * scale:
             return min(max(time / scale, 0.0), 1.0)
-        if scale is not None:
-            warn(
-                "timestep",
-                f"the network was called with timestep {first:g}, and timesteps in [0, {scale:g}] "
-                "were expected. It is taken for ln(sigma) / 4, as EDM samplers pass it: pass the "
-                "pipeline instead of the network, so that its scheduler is known",
-            )
-        # Karras schedule from the run's first sigma, arXiv 2206.00364, equation 5.
-        low = _SIGMA_MIN ** (1 / _RHO)
-        high, now = (math.exp(4 * value / _RHO) for value in (first, time))
-        return min(max((now - low) / (high - low), 0.0), 1.0) if high > low else None
+        warn(
+            "timestep",
+            f"the network was called with timestep {time:g}, and timesteps in [0, {scale:g}] were "
+            "expected. Windows are read off the timestep: pass the pipeline instead of the "
+            "network, so that its scheduler is known",
+        )
+        return None
 
 
 def in_range(remaining: float, window: Sequence[float]) -> bool:

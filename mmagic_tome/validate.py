@@ -111,13 +111,9 @@ def check_keys(
     """
     known = list(known)
     for key in spec:
-        if key in known:
-            continue
-        if elsewhere and key in elsewhere:
-            raise ToMeError(f"{what} has no option {key!r}: {elsewhere[key]}")
-        raise ToMeError(
-            f"{what} has no option {key!r}: {did_you_mean(key, known)}Known: {', '.join(known)}"
-        )
+        if key not in known:
+            instead = f"{did_you_mean(key, known)}Known: {', '.join(known)}"
+            raise ToMeError(f"{what} has no option {key!r}: {(elsewhere or {}).get(key, instead)}")
 
 
 def did_you_mean(wrong: Any, known: Iterable[str]) -> str:
@@ -152,10 +148,9 @@ def plain(value: Any) -> Any:
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    if is_integer(value):
-        return int(value)
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return float(value) if real else value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if is_integer(value) else float(value)
 
 
 class FrozenDict(dict):
@@ -175,17 +170,14 @@ class FrozenDict(dict):
 
 
 def frozen(value: Any) -> Any:
-    """``value`` immutable: frozen dicts, tuples for lists, Python numbers for numpy's."""
+    """``value`` immutable: frozen dicts, tuples for lists, Python numbers for numpy's; keys that
+    are numbers as strings, as of JSON, become integers."""
     if isinstance(value, Mapping):
-        return FrozenDict({_key(key): frozen(item) for key, item in value.items()})
+        keys = [int(key) if str(key).isdecimal() else plain(key) for key in value]
+        return FrozenDict(zip(keys, map(frozen, value.values())))
     if isinstance(value, (list, tuple)):
-        return tuple(frozen(item) for item in value)
+        return tuple(map(frozen, value))
     return plain(value)
-
-
-def _key(key: Any) -> Any:
-    # JSON has resolution levels as strings.
-    return int(key) if isinstance(key, str) and key.isdecimal() else plain(key)
 
 
 class Options:

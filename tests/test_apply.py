@@ -2,8 +2,6 @@
 """Applying and removing, and what a model is afterwards."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
@@ -33,10 +31,9 @@ def unet():
     return tiny_unet(levels=3)
 
 
-@pytest.mark.parametrize("options", [{}, EVERYTHING])
-def test_ratio_zero_and_removal_are_bit_exact(unet, options):
+def test_ratio_zero_and_removal_are_bit_exact(unet):
     baseline = run(unet)
-    handle = apply_tome(unet, ratio=0, **options)
+    handle = apply_tome(unet, ratio=0, **EVERYTHING)
     for ratio in (0, 0.5, 0, 0.5):
         handle.ratio = ratio
         assert torch.equal(run(unet), baseline) == (ratio == 0)
@@ -56,20 +53,18 @@ def test_nothing_is_added_but_hooks_and_classes_and_nothing_is_left(unet):
         return list(unet.state_dict()), [type(m) for m in modules], [set(vars(m)) for m in modules]
 
     keys, classes, attributes = state()
-    for apply, remove in ((apply_tome, remove_tome), (apply_cache, remove_cache)):
-        apply(unet, **EVERYTHING) if apply is apply_tome else apply(unet, BOTH)
-        run(unet)
-        assert (hooks_of(unet) == others) == (apply is apply_cache)
-        now = state()
-        assert now[0] == keys
-        if apply is apply_tome:
-            assert now == (keys, classes, attributes)
-        else:
-            assert now[1] != classes
-            assert [one.__name__ for one in now[1]] == [one.__name__ for one in classes]
-            assert all(issubclass(one, plain) for one, plain in zip(now[1], classes))
-        assert remove(unet) and not remove(unet)
-        assert state() == (keys, classes, attributes) and hooks_of(unet) == others
+    apply_tome(unet, **EVERYTHING)
+    run(unet)
+    assert hooks_of(unet) != others and state() == (keys, classes, attributes)
+    assert remove_tome(unet) and not remove_tome(unet)
+    apply_cache(unet, BOTH)
+    run(unet)
+    now = state()
+    assert hooks_of(unet) == others and now[0] == keys and now[1] != classes
+    assert [one.__name__ for one in now[1]] == [one.__name__ for one in classes]
+    assert all(issubclass(one, plain) for one, plain in zip(now[1], classes))
+    assert remove_cache(unet) and not remove_cache(unet)
+    assert state() == (keys, classes, attributes) and hooks_of(unet) == others
     for module in unet.modules():
         assert not module._forward_hooks_with_kwargs and not module._forward_pre_hooks_with_kwargs
     assert calls == [1, 1]
@@ -83,7 +78,7 @@ def test_applying_again_replaces_and_failing_changes_nothing(unet):
     assert {row["kept"] for row in second.stats()} == {128}
     first.remove()  # must not touch the second
     apply_cache(unet, interval=3)
-    for options in (dict(ratio=0.9), dict(ratio=0.25, foo=1)):
+    for options in (dict(ratio=0.9), dict(ratio=0.25, foo=1), dict(controlnet=True)):
         with pytest.raises(ToMeError):
             apply_tome(unet, **options)
         assert get_handle(unet).ratio == 0.5
@@ -93,59 +88,12 @@ def test_applying_again_replaces_and_failing_changes_nothing(unet):
         assert get_handle(unet, "cache").config[0].interval == 3
 
 
-def test_copies_are_merged_on_their_own(unet):
-    baseline = run(unet)
-    handle = apply_tome(unet, ratio=0.5)
-    expected = run(unet)
-    buffer = io.BytesIO()
-    torch.save(unet, buffer)
-    buffer.seek(0)
-    for copied in (
-        copy.deepcopy(unet),
-        pickle.loads(pickle.dumps(unet)),
-        torch.load(buffer, weights_only=False),
-    ):
-        assert torch.equal(run(copied), expected)
-        own = get_handle(copied)
-        assert own.stats()[0]["calls"] == handle.stats()[0]["calls"] + 1
-        own.ratio = 0.25
-        with torch.no_grad():
-            copied.conv_out.bias.add_(1)
-        assert handle.ratio == 0.5 and not torch.equal(run(copied), expected)
-        assert remove_tome(copied) and not hooks_of(copied)
-        torch.testing.assert_close(run(copied), baseline + 1)
-    assert handle.active
-    # Weights load into a model with both techniques.
-    apply_cache(unet)
-    weights = copy.deepcopy(unet.state_dict())
-    with torch.no_grad():
-        unet.conv_in.weight.zero_()
-    assert not torch.equal(run(unet), expected)
-    unet.load_state_dict(weights, strict=True)
-    assert torch.equal(run(unet), expected)
-
-
 class Pipeline:
     def __init__(self, **parts):
         vars(self).update(parts)
 
 
-class Wrapper(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-
-def test_wrappers_are_looked_through(unet):
-    compiled = torch.compile(unet, backend="eager")
-    for model in (Pipeline(unet=unet), Wrapper(unet), Pipeline(unet=Wrapper(unet)), compiled):
-        handle = apply_tome(model, ratio=0.5)
-        assert handle.network is unet
-        assert get_handle(model).ratio == 0.5
-        assert remove_tome(model)
-
-
-@pytest.mark.parametrize("model", [nn.Linear(2, 2), "stable-diffusion", None, 3])
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), "stable-diffusion", None])
 def test_unknown_models_get_an_error_that_names_them(model):
     for apply in (apply_tome, apply_cache):
         with pytest.raises(ToMeError, match=f"no supported network in a {type(model).__name__}"):
@@ -176,12 +124,16 @@ def test_no_target_of_the_wanted_kind():
         apply_tome(network)
     for text in ("UNet2DConditionModel", "with down_blocks and up_blocks", "adding_a_model.md"):
         assert text in str(error.value)
-    network = tiny_unet(levels=1)
-    for block in network.modules():
+    # In a pipeline another network may have some.
+    unet = tiny_unet(levels=1)
+    with pytest.warns(UserWarning, match="'prior' stays as it is.*no transformer block"):
+        handle = apply_tome(Pipeline(unet=unet, prior=network))
+    assert handle.networks == {"unet": unet} and not hooks_of(network)
+    for block in unet.modules():
         if hasattr(block, "attn2"):
             block.attn2 = None
     with pytest.raises(ToMeError, match=r"a target crossattn, .* have attn, attn_kv, mlp"):
-        apply_tome(network, targets=["crossattn"])
+        apply_tome(unet, targets=["crossattn"])
 
 
 @pytest.mark.parametrize("first", ["tome", "cache"])
@@ -195,12 +147,11 @@ def test_both_techniques_are_applied_and_removed_apart(unet, first):
     for name in apply:
         with apply[name]():
             alone[name] = denoise(unet, inputs)
-    assert [get_handle(unet, one) for one in (None, *kinds)] == [None] * 3
+    assert get_handle(unet) is None
     apply[first]()
     assert isinstance(get_handle(unet), kinds[first]) and get_handle(unet, second) is None
     apply[second]()
     handles = {name: get_handle(unet, name) for name in kinds}
-    assert all(isinstance(handles[name], kinds[name]) for name in kinds)
     assert isinstance(get_handle(unet), ToMeHandle)
     both = denoise(unet, inputs)
     for other in (baseline, *alone.values()):
@@ -214,9 +165,7 @@ def test_both_techniques_are_applied_and_removed_apart(unet, first):
     remove = dict(tome=remove_tome, cache=remove_cache)
     assert remove[first](unet) and not handles[first].active
     assert torch.equal(denoise(unet, inputs), alone[second])
-    apply[first]()
-    assert torch.equal(denoise(unet, inputs), both)
-    assert remove_tome(unet) and remove_cache(unet)
+    assert remove[second](unet)
     assert torch.equal(denoise(unet, inputs), baseline)
     with pytest.raises(ToMeError, match="'tome' or 'cache'"):
         get_handle(unet, "merging")
@@ -228,8 +177,7 @@ def test_both_techniques_are_applied_and_removed_apart(unet, first):
 def test_every_denoiser_of_a_pipeline_or_selected_ones(unet):
     pipeline = Pipeline(transformer=unet, transformer_2=copy.deepcopy(unet))
     handle = apply_tome(pipeline, ratio=0.5)
-    assert list(handle.networks) == ["transformer", "transformer_2"]
-    assert handle.network is unet
+    assert list(handle.networks) == ["transformer", "transformer_2"] and handle.network is unet
     run(pipeline.transformer_2)
     rows = handle.stats()
     assert [row["calls"] for row in rows] == [0] * 3 + [1] * 3
@@ -250,25 +198,14 @@ def test_every_denoiser_of_a_pipeline_or_selected_ones(unet):
     assert not hooks_of(unet) and not hooks_of(pipeline.transformer_2)
 
 
-def test_a_denoiser_with_nothing_to_merge_stays_as_it_is_with_a_warning(unet):
-    other = tiny_unet(2, **UNMERGEABLE)
-    other.mid_block = None
-    with pytest.warns(UserWarning, match="'prior' stays as it is.*no transformer block"):
-        handle = apply_tome(Pipeline(unet=unet, prior=other))
-    assert handle.networks == {"unet": unet} and not hooks_of(other)
-
-
 def test_a_controlnet_beside_the_network(unet):
     pipeline = Pipeline(unet=unet, controlnet=tiny_controlnet())
-    handle = apply_tome(pipeline, ratio=0.5)
-    assert list(handle.networks) == [""]
+    assert list(apply_tome(pipeline, ratio=0.5).networks) == [""]
     handle = apply_tome(pipeline, ratio=0.5, controlnet=dict(ratio=0.25))
-    assert list(handle.networks) == ["", "controlnet"]
+    assert list(handle.networks) == list(get_handle(pipeline).networks) == ["", "controlnet"]
     assert any(row["target"].startswith("controlnet.down_blocks.0") for row in handle.stats())
     assert get_handle(pipeline.controlnet).ratio == 0.25
-    assert list(get_handle(pipeline).networks) == ["", "controlnet"]
-    handle = apply_cache(pipeline, BOTH)
-    regions = [row["region"] for row in handle.stats()]
+    regions = [row["region"] for row in apply_cache(pipeline, BOTH).stats()]
     assert regions == ["network", "inner", "controlnet.network"]
     regions = [row["region"] for row in apply_cache(pipeline, BOTH, controlnet=False).stats()]
     assert regions == ["network", "inner"]

@@ -27,17 +27,13 @@ LISTS = dict(
 def test_json_returns_an_equal_config(options):
     config = ToMeConfig(**options)
     plain = config.to_dict()
-    text = json.dumps(plain)
-    again = ToMeConfig.coerce(json.loads(text))
+    again = ToMeConfig.coerce(json.loads(json.dumps(plain)))
     assert again == config and {config: 1}[again] == 1 and again.to_dict() == plain
-    assert json.loads(json.dumps(config.replace(seed=1).to_dict())) == {
-        **json.loads(text),
-        "seed": 1,
-    }
     if options is FOREIGN:
         assert type(config.plan_interval) is type(config.sx) is int
         assert again.ratio_schedule(Place("attn", 2, timestep=0.5)) == 0.25
     if options is LISTS:
+        # A method that keeps queries merges keys and values.
         assert config.plan_interval == (0, 3, 8) and config.kinds == ("attn_kv", "mlp")
         changed = dict(ratio=0.25, targets=["attn"], controlnet=False)
         assert config.controlnet_config == config.replace(**changed)
@@ -54,64 +50,51 @@ def test_coerce_and_replace():
     assert ToMeConfig.coerce(mmengine.ConfigDict(ratio=0.25)).ratio == 0.25
     with pytest.raises(AttributeError):
         config.ratio = 0.1
-    with pytest.raises(TypeError, match="immutable"):
-        ToMeConfig(ratio=dict(base=0.5)).ratio["base"] = 0.1
+    with pytest.raises(ToMeError, match=r"write for example ToMeConfig\(ratio=0.5\)"):
+        ToMeConfig(0.5)
+    for value in (0.5, "balanced", [("ratio", 0.5)]):
+        with pytest.raises(ToMeError, match=r"must be a dict such as dict\(ratio=0.5\).*apply_cac"):
+            ToMeConfig.coerce(value)
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (dict(ratio=0.95), ["ratio=0.95", "0.75", "write ratio=0.75", "sx=5"]),
-        (dict(ratio=1.5), ["write ratio=0.75"]),
+        (dict(ratio=0.95), ["ratio=0.95", "0.75", "write ratio=0.75, or wider cells"]),
         (dict(ratio=-0.1), ["[0, 0.75]", "write ratio=0"]),
         (dict(ratio="half"), ["ratio='half'", "a number", "write ratio=0.5"]),
         (dict(ratio=True), ["a number"]),
-        (dict(ratio=float("nan")), ["a number"]),
-        (dict(ratio=10**400), ["a number"]),
         (dict(ratio=0.6, method="pitome"), ["ceiling 0.5 of method='pitome'", "another method"]),
         (dict(sx=1, sy=2, ratio=0.6), ["ratio=0.6", "0.5"]),
         (dict(sx=0), ["[1, 16]", "write sx=1"]),
-        (dict(sy=2.5), ["an integer"]),
         (dict(sx=1, sy=1), ["sx=1", "sy=1", "sx=2"]),
         (dict(max_downsample=3), ["one of [1, 2, 4", "write max_downsample=2"]),
-        (dict(max_downsample=1000), ["write max_downsample=128"]),
-        (dict(max_downsample=float("inf")), ["write max_downsample='auto'"]),
         (dict(max_downsample="fine"), ["'auto'"]),
         (dict(use_rand=1), ["True or False", "write use_rand=True"]),
         (dict(across_frames=1), ["across_frames=1 must be True or False"]),
         (dict(seed=-1), ["write seed=0"]),
         (dict(plan_interval=[]), ["plan_interval=[0, 8, 11, 13, 20]"]),
-        (dict(plan_interval=[0, -1]), ["list of step numbers"]),
         (dict(plan_interval=[0, 2.5]), ["list of step numbers"]),
-        (dict(plan_interval="05"), ["an integer"]),
         (dict(plan_interval=0), ["write plan_interval=1"]),
-        (dict(share_plans="level"), ["write share_plans=True"]),
         (dict(residual=True), ["write plan_interval=2"]),
         (dict(targets=[]), ["targets=['attn']"]),
         (dict(targets=3), ["targets=['attn']"]),
-        (dict(targets="atn"), ["write targets=['attn']"]),
         (dict(targets=["mpl"]), ["write targets=['mlp']"]),
         (dict(targets=["block", "mlp"]), ["targets=['block']"]),
         (dict(targets=["attn", "attn_kv"]), ["write one"]),
-        (dict(prop_attn=True, targets="mlp"), ["write targets=['attn'], or prop_attn=False"]),
+        (dict(prop_attn=True, targets="block"), ["targets are block; write targets=['attn'], or"]),
         (dict(across_frames=True, targets=["stack"]), ["'stack'; write targets=['block']"]),
-        (dict(across_frames=True, targets=["attn_kv"]), ["'attn_kv'; write targets=['attn']"]),
-        (dict(across_frames=True, method="todo"), ["another method than 'todo'"]),
-        (dict(ratio=dict(base=0.5, timestep=dict(kind="cosin"))), ["write kind='cosine'"]),
+        (dict(across_frames=True, method="todo"), ["'attn_kv'; write", "method than 'todo'"]),
         (dict(method="tomme"), ["did you mean 'tome'"]),
-        (dict(method=dict(name="tome")), ["under 'type'"]),
+        (dict(method=dict(attn="tome")), ["under 'type'"]),
         (dict(method=dict(type="tome", window=3)), ["window"]),
-        (dict(method=dict(attn="tome", mpl="tome")), ["did you mean 'mlp'"]),
-        (dict(method=dict(attn="todo", mlp="tome")), ["write targets=['attn', 'mlp']"]),
         (dict(controlnet=1), ["controlnet=1 must be True, False or a dict"]),
         (dict(controlnet=dict(ratio=0.9)), ["controlnet: ratio=0.9 is above"]),
-        (dict(controlnet=dict(ration=0.5)), ["controlnet: ", "did you mean 'ratio'"]),
         (dict(controlnet=dict(controlnet=True)), ["has no 'controlnet'"]),
         (dict(ration=0.5), ["'ration'", "did you mean 'ratio'"]),
         (dict(foo=0.5), ["'foo'", "Known: ratio"]),
         # Of before, or of elsewhere.
         (dict(merge_mlp=True), ["targets=['attn', 'mlp']"]),
-        (dict(refresh=2), ["write plan_interval"]),
         (dict(preset="balanced"), ["cache_cfg='balanced'", "apply_cache"]),
         (dict(r=8), ["write ratio=0.5"]),
     ],
@@ -124,25 +107,6 @@ def test_errors_say_key_value_range_and_what_to_write(options, says):
             assert text in str(error.value)
 
 
-def test_what_is_no_options():
-    with pytest.raises(ToMeError, match=r"write for example ToMeConfig\(ratio=0.5\)"):
-        ToMeConfig(0.5)
-    for value in (0.5, "balanced", [("ratio", 0.5)]):
-        with pytest.raises(
-            ToMeError, match=r"must be a dict such as dict\(ratio=0.5\).*apply_cache"
-        ):
-            ToMeConfig.coerce(value)
-
-
-def test_targets_and_their_methods():
-    """In running order; a method that keeps queries merges keys and values."""
-    assert ToMeConfig(targets=["mlp", "crossattn", "attn"]).targets == ("attn", "crossattn", "mlp")
-    assert ToMeConfig(targets="block").targets == ToMeConfig(targets=("block",)).targets
-    config = ToMeConfig(method=dict(mlp="prune", attn="todo"), targets=["attn", "mlp"])
-    methods = [type(config.methods[config.method_at(kind)]).__name__ for kind in config.kinds]
-    assert config.kinds == ("attn_kv", "mlp") and methods == ["ToDo", "Prune"]
-
-
 def test_when_a_plan_is_due():
     """Also where its block did not run at the steps at which it was due."""
     due = ToMeConfig(plan_interval=4).plan_is_due
@@ -150,7 +114,6 @@ def test_when_a_plan_is_due():
     assert due(-1, 1) and not due(0, 3)
     listed = ToMeConfig(plan_interval=[0, 3]).plan_is_due
     assert listed(1, 4) and not listed(3, 4) and listed(-1, 4) and not listed(3, 99)
-    assert all(ToMeConfig().plan_is_due(step - 1, step) for step in range(3))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +122,7 @@ def test_when_a_plan_is_due():
         (dict(share_plans=True, targets=["block"], use_rand=False), False),
         (dict(ratio=dict(downsample={1: 0.5})), False),
         (dict(plan_interval=2), True),
-        (dict(ratio=dict(base=0.5, timestep=dict(kind="linear"))), True),
+        (dict(ratio=dict(base=0.5, timestep=dict(timestep_range=(0, 0.5)))), True),
         (dict(ratio=lambda place: 0.5), True),
         (dict(method="importance"), True),
     ],

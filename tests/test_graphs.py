@@ -33,16 +33,13 @@ def test_a_method_is_its_plain_self_until_the_compiler_is_prepared(takes_reason,
 
     plain = Hook.__dict__["decide"]
     assert Hook().decide(3) == 6
-    prepare_compiler()
-    assert Hook.__dict__["decide"] is not plain
-    assert Hook().decide(3) == 6
-    assert [recursive for recursive, _ in seen] == [False, True]  # the last one first
+    for _ in range(2):
+        prepare_compiler()
+        assert Hook.__dict__["decide"] is not plain and Hook().decide(3) == 6
+        assert [recursive for recursive, _ in seen] == [False, True]  # the last one first
     assert all(("fullgraph" in (reason or "")) == takes_reason for _, reason in seen)
-    prepare_compiler()
-    assert len(seen) == 2
 
 
 def test_importing_the_package_does_not_import_the_compiler():
-    code = "import sys, mmagic_tome; print('torch._dynamo' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    code = "import sys, mmagic_tome; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

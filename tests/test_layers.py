@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "mmagic_tome"
 LAYERS = {
     "errors": (),
     "merging": (),
-    "timeline": ("schedulers",),
+    "timeline": (),
     "graphs": (),
     "latents": (),
     "runs": ("latents",),
@@ -30,10 +30,9 @@ LAYERS = {
     "cache": ("errors", "validate", "graphs", "latents", "patch", "runs", "timeline"),
 }
 LAYERS["tome"] = (*("config", *LAYERS["config"], "models", "patch", "graphs", "latents", "runs"),)
-LAYERS["schedulers"] = ()
 LAYERS["handle"] = ("tome", *LAYERS["tome"], "cache", "base_handle")
 LAYERS["vit"] = ("merging", "errors", "validate", "base_handle", "patch", "graphs")
-LAYERS["apply"] = ("handle", *LAYERS["handle"], "schedulers", "vit")
+LAYERS["apply"] = ("handle", *LAYERS["handle"], "vit")
 
 LIBRARIES = {"diffusers", "mmagic", "mmengine", "timm", "transformers", "numpy"}
 

@@ -53,27 +53,16 @@ def tracker():
     return RunTracker(State)
 
 
-# --- one image ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "DDIMScheduler",
-        "PNDMScheduler",
-        "EulerDiscreteScheduler",
-        "LMSDiscreteScheduler",
-        "DPMSolverMultistepScheduler",
-        "UniPCMultistepScheduler",
-        "DEISMultistepScheduler",
-        "HeunDiscreteScheduler",
-        "EulerAncestralDiscreteScheduler",
-        "FlowMatchEulerDiscreteScheduler",
-    ],
+SAMPLERS = (
+    *("DDIM", "PNDM", "EulerDiscrete", "LMSDiscrete", "DPMSolverMultistep", "UniPCMultistep"),
+    *("DEISMultistep", "HeunDiscrete", "EulerAncestralDiscrete", "FlowMatchEulerDiscrete"),
 )
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_all_steps_of_a_sampler_are_one_run(tracker, name):
-    options = dict(skip_prk_steps=True) if name == "PNDMScheduler" else {}
-    scheduler = getattr(diffusers, name)(**options)
+    options = dict(skip_prk_steps=True) if name == "PNDM" else {}
+    scheduler = getattr(diffusers, f"{name}Scheduler")(**options)
     noisy = dict(generator=torch.Generator().manual_seed(1)) if "Ancestral" in name else {}
     for seed in range(2):  # the second image is another run
         scheduler.set_timesteps(12)
@@ -156,9 +145,6 @@ def test_a_controlnet_goes_on_by_its_inputs_or_by_its_leader(tracker):
         follower.clear(), tracker.clear()
 
 
-# --- guidance -------------------------------------------------------------------------------------
-
-
 def test_branches_by_name_in_any_order(tracker):
     x, states = image(), {}
     for step, time in enumerate(TIMES):
@@ -184,9 +170,6 @@ def test_both_halves_of_guidance_in_one_batch(tracker):
     assert run.bound < 0.1, "guided steps fit as well as others"
 
 
-# --- several runs ---------------------------------------------------------------------------------
-
-
 def test_runs_that_stopped_are_let_go(tracker):
     for seed in range(100):
         call(tracker, image(seed), 900)
@@ -208,9 +191,6 @@ def test_a_run_that_goes_on_ends_those_that_did_not(tracker):
         assert again is run and len(tracker.runs) == runs
 
 
-# --- the last step --------------------------------------------------------------------------------
-
-
 def test_the_last_step_by_the_stride(tracker):
     for times, last in (
         (TIMES, 4),
@@ -229,9 +209,6 @@ def test_the_first_timestep_of_the_run_that_seems_to_go_on(tracker):
     call(tracker, image(), 800)
     assert tracker.first_time(700) == tracker.first_time(800) == 900
     assert tracker.first_time(950) == 950 and tracker.first_time(None) is None
-
-
-# --- what calls contain ---------------------------------------------------------------------------
 
 
 def test_what_calls_contain():

@@ -8,8 +8,11 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
+from tiny import tiny_model, tiny_sd_folder, tiny_unet
+from warned import silent
 
-from mmagic_tome.timeline import Timeline, in_range
+from mmagic_tome import apply_cache
+from mmagic_tome.timeline import Timeline
 
 
 class Pipeline:
@@ -51,7 +54,6 @@ def test_the_last_of_two_evaluations_at_a_timestep_is_the_last_step():
         ([900.0, 600.0, 300.0], 1000, 300.0, (0, True)),
         ([999.0, 990.0, 950.0, 800.0], 1000, 950.0, (0.25, False)),  # shifted
         # Pipelines that divide, and round to half precision.
-        ([900.0, 600.0, 300.0, 10.0], 1, 0.3, (0.25, False)),
         ([900.0, 600.0, 300.0, 10.0], 1, float(torch.tensor(0.3).bfloat16()), (0.25, False)),
         ([1000.0, 1.0], 1, 1.0, (0.5, False)),
         ([1000.0, 1.0], 1000, 1.0, (0, True)),
@@ -63,7 +65,7 @@ def test_places_on_the_list(timesteps, scale, time, expected):
     assert at(Timeline(Pipeline(timesteps), float(scale)), time) == expected
 
 
-def test_the_scheduler_is_looked_up_at_every_call():
+def test_the_scheduler_is_looked_up_at_every_call_and_the_model_is_not_kept():
     pipeline = Pipeline()
     timeline = Timeline(pipeline, 1000.0)
     assert at(timeline, 500.0) == (0.5, None)
@@ -74,19 +76,13 @@ def test_the_scheduler_is_looked_up_at_every_call():
     # MMagic generates with this one.
     pipeline.test_scheduler = scheduler([900.0, 700.0, 500.0, 1.0])
     assert at(timeline, 500.0) == (0.25, False)
-
-
-def test_the_model_is_not_kept_and_its_scheduler_is():
-    pipeline = Pipeline([900.0, 100.0])
-    timeline = Timeline(pipeline, 1000.0)
-    assert at(timeline, 900.0) == (0.5, False)
     copied, twin = copy.deepcopy([pipeline, timeline])
-    assert at(twin, 900.0) == (0.5, False)
-    assert twin.scheduler() is copied.scheduler is not pipeline.scheduler
+    assert at(twin, 500.0) == (0.25, False)
+    assert twin.scheduler() is copied.test_scheduler is not pipeline.test_scheduler
     alive = weakref.ref(pipeline)
     del pipeline
     assert alive() is None
-    assert at(timeline, 900.0) == (0.5, False)
+    assert at(timeline, 500.0) == (0.25, False)
     # What is pickled is read elsewhere, without the pipeline.
     assert at(pickle.loads(pickle.dumps(timeline)), 900.0) == (0.9, None)
 
@@ -113,12 +109,24 @@ def test_logarithms_of_sigma():
     times = [math.log(sigma) / 4 for sigma in sigmas]
     found = [at(Timeline(None, None), time, times[0])[0] for time in times]
     assert found == pytest.approx([1 - i / 8 for i in range(9)])
-    # An EDM sampler around another network.
-    assert at(Timeline(None, 1000.0), times[0], topics=(topics := [])) == (1.0, None)
-    assert topics == ["timestep"]
 
 
-def test_windows_are_half_open_and_one_includes_the_start():
-    inside = [in_range(share, (0.5, 0.7)) for share in (0.4, 0.5, 0.6, 0.7, 1.0)]
-    assert inside == [False, True, True, False, False]
-    assert in_range(1.0, (0.5, 1.0)) and not in_range(1.0, (0.5, 0.99))
+# --- schedulers that amplify oscillation ----------------------------------------------------------
+
+
+def test_schedulers_of_four_outputs_are_warned_of(tmp_path):
+    """MMagic generates with its test_scheduler; the other one is for training."""
+    unet, pndm = tiny_unet(), diffusers.PNDMScheduler()
+    for name in ("PNDMScheduler", "IPNDMScheduler"):
+        with pytest.warns(UserWarning, match=f"^{name} amplifies.*or set error_feedback=0"):
+            scheduler = getattr(diffusers, name)()
+            apply_cache(SimpleNamespace(unet=unet, scheduler=scheduler), "balanced")
+    with silent():
+        apply_cache(unet, "balanced")
+        apply_cache(SimpleNamespace(unet=unet, scheduler=pndm), region="network")
+        ddim = diffusers.DDIMScheduler()
+        apply_cache(SimpleNamespace(unet=unet, scheduler=pndm, test_scheduler=ddim), "balanced")
+    pytest.importorskip("mmagic")
+    model = tiny_model(folder=tiny_sd_folder(tmp_path), test_scheduler=dict(type="PNDMScheduler"))
+    with pytest.warns(UserWarning, match="PNDMScheduler amplifies"):
+        apply_cache(model, "balanced")

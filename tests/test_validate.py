@@ -7,7 +7,6 @@ import pytest
 
 from mmagic_tome import ToMeError
 from mmagic_tome.validate import (
-    FrozenDict,
     check_bool,
     check_choice,
     check_integer,
@@ -15,7 +14,6 @@ from mmagic_tome.validate import (
     check_number,
     check_range,
     frozen,
-    is_number,
     nearest,
     plain,
 )
@@ -35,6 +33,7 @@ PAIR, WORDS = ((0.25, 1),), (["mean", "max"],)
         (check_integer, (1, None, 2), ("3",), "at least 1; write key=2"),
         (check_number, (0, 1), (-1, float("nan"), float("inf"), True, "1"), "1; write key=0"),
         (check_number, (0, 1), (2,), "must be a number at least 0 and at most 1; write key=1"),
+        (check_number, (0, 1), (1j, None, INFINITE), "and at most 1; write key=0"),
         (check_number, (0, float("inf"), 2), ("x",), "must be a number at least 0; write key=2"),
         (check_number, (0, 1, 0.5, True), (0,), "above 0 and at most 1; write key=0.5"),
         (check_range, PAIR, ((0.5, 0.25),), "write key=(0.25, 0.5)"),
@@ -54,14 +53,11 @@ def test_what_is_wrong_and_what_to_write(check, options, values, end):
 
 
 def test_what_is_right():
-    assert check_bool("", "key", True) is True
     for value in (3, np.int64(3)):
         assert check_integer("", "key", value, 1, 5) == 3
         assert type(check_integer("", "key", value, 1)) is int
-    assert check_number("", "key", 1, 0, 1) == 1
     assert check_number("", "key", np.float32(0.5), 0, 1) == 0.5
-    assert check_range("", "key", [0, 1], (0, 1)) == (0.0, 1.0)
-    assert check_range("", "key", (np.float64(0.25), 0.5), (0, 1)) == (0.25, 0.5)
+    assert check_range("", "key", (np.float64(0.25), 1), (0, 1)) == (0.25, 1.0)
     assert check_choice("", "key", "mean", ["mean", "max"]) == "mean"
 
 
@@ -76,30 +72,15 @@ def test_keys():
     assert nearest("sites", ["ratio"]) is None
 
 
-def test_what_a_number_is():
-    for value in (0, 1.5, np.float32(1), np.int8(1), 10**300):
-        assert is_number(value)
-    for value in (True, "1", None, float("nan"), float("-inf"), INFINITE, 1j, [1]):
-        assert not is_number(value)
-
-
 def test_frozen_and_plain():
     given = {"a": [1, {"2": np.float32(0.5)}], 3: np.int64(4), "b": np.bool_(True), "c": True}
     one = frozen(given)
     assert one["a"] == (1, {2: 0.5}), "levels are strings in JSON"
-    assert hash(one) == hash(frozen(given)) and isinstance(one["a"][1], FrozenDict)
+    assert hash(one) == hash(frozen(given))
     assert type(one[3]) is int and one["c"] is True
-    for name, *args in (
-        ("update", {"a": 1}),
-        ("pop", "a"),
-        ("__setitem__", "a", 1),
-        ("__delitem__", "a"),
-        ("setdefault", "z", 1),
-        ("clear",),
-        ("__ior__", {"a": 1}),
-    ):
+    for change in ("pop", "setdefault", "__delitem__"):
         with pytest.raises(TypeError, match="immutable"):
-            getattr(one, name)(*args)
+            getattr(one, change)("a")
     assert pickle.loads(pickle.dumps(one)) == one
     assert plain(one)["a"] == [1, {2: 0.5}]
     json.dumps(plain({**one, "b": True}))

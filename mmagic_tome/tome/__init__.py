@@ -5,7 +5,7 @@
 state.py        what the hooks of one network share, and for how long
 network.py      a call of the network: its step, its run, its token grid
 block.py        plans of a block, and how long they are reused
-target.py       merge what goes into a target, unmerge what comes out
-residual.py     add what merging lost at the last step that computed a plan
+place.py        which blocks and targets, and the hooks on them
+target.py       merge what goes into a target, unmerge what comes out; residuals
 ==============  ===============================================================
 """

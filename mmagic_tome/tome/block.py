@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import ToMeError
 from ..merging.frames import FramePlan, as_clips
 from ..merging.joint import split_sequence
-from ..methods import Method, PlanRequest
+from ..methods import PlanRequest
 from ..schedules import Place
 from .network import StepHook
 from .state import BlockState, TomeContext, TomePatch
@@ -51,19 +51,17 @@ class BlockPreHook(StepHook):
         block, config = self.block, context.config
         metric = self.image_tokens(context, tokens)
         if config.one_plan:
-            plan = self.compute(context, metric, config.ratio, config.methods[0])
-            return dict.fromkeys(block.kinds, plan)
-        made: dict[tuple, Any] = {}
-        ratios = {}
-        for kind in block.kinds:
+            return dict.fromkeys(block.kinds, self.compute(context, metric, config.ratio))
+        ratios = dict.fromkeys(block.kinds, config.ratio)
+        for kind in () if config.ratio_schedule.constant else block.kinds:
             place = Place(kind, block.downsample, block.depth, block.num_blocks, context.remaining)
             ratios[kind] = config.ratio_schedule(place)
         if config.keeps_plans:
             return self.kept_plans(context, metric, ratios)
-        return {
-            kind: self.shared(context, metric, ratio, config.method_at(kind), made)
-            for kind, ratio in ratios.items()
-        }
+        plans, made = {}, {}
+        for kind, ratio in ratios.items():
+            plans[kind] = self.shared(context, metric, ratio, made)
+        return plans
 
     def kept_plans(
         self, context: TomeContext, metric: Tensor, ratios: dict[str, float]
@@ -71,7 +69,7 @@ class BlockPreHook(StepHook):
         """Plans by kind of target, those of an earlier step where they are reused."""
         block, config, state = self.block, context.config, context.state
         # When a schedule first becomes non-zero there is no earlier plan to reuse.
-        begins = any(ratio > 0 and (block.name, k) in state.unmerged for k, ratio in ratios.items())
+        begins = any(ratios[kind] > 0 for kind in ratios if (block.name, kind) in state.unmerged)
         due = config.plan_is_due(state.computed_at.get(block.name, -1), context.step)
         context.computes = begins or due
         if context.computes:
@@ -81,8 +79,7 @@ class BlockPreHook(StepHook):
             owner = (block.name, kind)
             # Also where a plan would still be reused: a schedule ends at the step it names.
             if ratio <= 0 or context.computes or owner not in state.plans:
-                number = config.method_at(kind)
-                state.plans[owner] = self.shared(context, metric, ratio, number, made)
+                state.plans[owner] = self.shared(context, metric, ratio, made)
             plans[kind] = state.plans[owner]
             (state.unmerged.discard if ratio > 0 else state.unmerged.add)(owner)
         return plans
@@ -117,30 +114,24 @@ class BlockPreHook(StepHook):
         )
 
     def shared(
-        self,
-        context: TomeContext,
-        metric: Tensor,
-        ratio: float,
-        number: int,
-        made: dict[tuple, Any],
+        self, context: TomeContext, metric: Tensor, ratio: float, made: dict[tuple, Any]
     ) -> Any:
-        """The plan at a ratio, by a method: one made in this step, or a new one.
+        """The plan at a ratio: one made in this step, or a new one.
 
         Made for this block (``made``), or with ``share_plans`` for any of its level: then a block
         gets another only where its ratio or its depth asks for one.
         """
         block, config = self.block, context.config
-        method = config.methods[number]
-        key: tuple = (number, ratio)
+        key: tuple = (ratio,)
         if config.share_plans:
             made = context.shared
-            variant = method.variant(block.depth, block.num_blocks)
-            key = (number, ratio, block.downsample, context.grid, variant)
+            variant = config.merge_method.variant(block.depth, block.num_blocks)
+            key = (ratio, block.downsample, context.grid, variant)
         if key not in made:
-            made[key] = self.compute(context, metric, ratio, method)
+            made[key] = self.compute(context, metric, ratio)
         return made[key]
 
-    def compute(self, context: TomeContext, metric: Tensor, ratio: float, method: Method) -> Any:
+    def compute(self, context: TomeContext, metric: Tensor, ratio: float) -> Any:
         """A new plan; None if there is nothing to merge."""
         if ratio <= 0:
             return None
@@ -162,7 +153,7 @@ class BlockPreHook(StepHook):
             draw=partial(patch.draw, context, block, metric.device),
             guidance_map=context.state.guidance_map,
         )
-        plan = method.plan(metric.detach(), ratio, request)
+        plan = config.merge_method.plan(metric.detach(), ratio, request)
         if plan is None:
             return None
         if not torch.compiler.is_compiling():

@@ -86,8 +86,7 @@ class NetworkPreHook(StepHook):
 
 
 class NetworkPostHook(StepHook):
-    """End of a call, also of one that failed: drop what belonged to it (a compiled graph would
-    return it)."""
+    """End of a call, also of one that failed: drop what belonged to it (or a graph returns it)."""
 
     after = always = True
 
@@ -149,9 +148,8 @@ def guidance_map(
 ) -> Tensor | None:
     """(B / 2, h, w), how far the text moves the prediction at every place; None without guidance.
 
-    Args:
-        copies: 2 if the halves of the batch are the same images without and with the text.
-        outputs: of the network: (B, C, h, w), or (B, h * w, C) for tokens of a grid (h, w).
+    ``copies`` is 2 if the halves of the batch are the same images without and with the text;
+    ``outputs`` of the network are (B, C, h, w), or (B, h * w, C) for tokens of a grid (h, w).
     """
     if copies != 2 or len(outputs) != 1:
         return None

@@ -28,12 +28,8 @@ def place(
     blocks: list[Block],
     model: object,
 ) -> TomePatch:
-    """Register hooks on a network, its grids, blocks and targets.
-
-    Args:
-        blocks: what :func:`blocks_to_merge` returned.
-        model: what the user passed; its scheduler places timesteps on the schedule.
-    """
+    """Register hooks on a network, its grids, and the blocks and targets of
+    :func:`blocks_to_merge`; ``model`` is what the user passed."""
     patch = TomePatch(config, adapter, model)
     paths = {id(module): path for path, module in network.named_modules(remove_duplicate=False)}
     register(network, NetworkPreHook(patch))

@@ -39,8 +39,7 @@ class StepState:
     computed_at: dict[str, int] = field(default_factory=dict)
     #: Target -> what merging lost there at that step.
     residuals: dict[str, Tensor] = field(default_factory=dict)
-    #: (B / 2, h, w), how far the text moved the last step's prediction at every place; for methods
-    #: that watch the output.
+    #: For methods that watch the output, see :func:`~.network.guidance_map`.
     guidance_map: Tensor | None = None
 
 
@@ -58,23 +57,17 @@ class TomeContext(Context):
 
     def clear(self) -> None:
         """Forget the call."""
-        #: The options in force for this call; None: merge nothing.
-        self.config: ToMeConfig | None = None
-        #: Key of the random destinations, from the timestep.
-        self.step_key: Tensor | None = None
-        #: Number of the step in its run, 0 where steps are not tracked.
-        self.step = 0
-        #: Share of the run that remains, where the options depend on it.
-        self.remaining: float | None = None
-        #: Of the branch that is called.
-        self.state = _NOTHING_KEPT
+        self.config: ToMeConfig | None = None  #: in force for this call; None: merge nothing
+        self.step_key: Tensor | None = None  #: of the random destinations, from the timestep
+        self.step = 0  #: number of the step in its run, 0 where steps are not tracked
+        self.remaining: float | None = None  #: share of the run, where options depend on it
+        self.state = _NOTHING_KEPT  #: of the branch that is called
         #: (height, width) in tokens; of all frames of a clip, below each other, where they are
         #: merged together.
         self.grid: tuple[int, int] | None = None
         #: Text tokens in front of the image's, see ``ModelAdapter.num_text_tokens_before``.
         self.num_before: int | list[int] | None = None
-        #: Of a clip, where they are merged together; otherwise 1.
-        self.frames = 1
+        self.frames = 1  #: of a clip, where they are merged together; otherwise 1
         #: (downsample, height, width, device) -> all layouts of a level.
         self.layouts: dict[tuple, GridLayout] = {}
         #: Kind of target -> plan or None, of the block that runs. One place for all blocks, since
@@ -82,12 +75,9 @@ class TomeContext(Context):
         self.plans: dict[str, Any] = {}
         #: What a plan depends on -> the plan, of levels that share theirs.
         self.shared: dict[tuple, Any] = {}
-        #: Whether the block that runs computes its plans at this step.
-        self.computes = True
-        #: Target -> what its pre-hook leaves for its post-hook.
-        self.pending: dict[str, Any] = {}
-        #: The network that runs, where targets run a second time.
-        self.network: nn.Module | None = None
+        self.computes = True  #: whether the block that runs computes its plans at this step
+        self.pending: dict[str, Any] = {}  #: target -> what its pre-hook leaves its post-hook
+        self.network: nn.Module | None = None  #: that runs, where targets run a second time
 
     def forget_run(self) -> None:
         self.tracker.clear()
@@ -118,11 +108,10 @@ class BlockState:
     saved: Any = field(default_factory=WeakTensorKeyDictionary)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "saved"}
+        return {key: value for key, value in vars(self).items() if key != "saved"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.saved = WeakTensorKeyDictionary()
+        vars(self).update(state, saved=WeakTensorKeyDictionary())
 
 
 @dataclass(eq=False)
@@ -177,12 +166,10 @@ class Target:
 
 
 class TomePatch(Patch):
-    """Token merging in one network.
+    """Token merging in one network, which the :class:`ModelAdapter` describes.
 
-    Args:
-        config (ToMeConfig): the options; assigning others takes effect at the next call.
-        adapter (ModelAdapter): describes the network.
-        model: what the user passed; its scheduler places timesteps on the schedule.
+    Another ``config`` takes effect at the next call. ``model`` is what the user passed; its
+    scheduler places timesteps on the schedule.
     """
 
     context_type = TomeContext
@@ -238,8 +225,6 @@ class TomePatch(Patch):
         # The upper half of the seed tells the blocks apart, and these numbers from the layouts'.
         seed = context.config.seed + (block.depth + 1 << 32)
         return hashed_integers(upper, seed, context.step_key, 1, count, device)[0]
-
-    # --- placement --------------------------------------------------------------------------------
 
     def settle(self, network: nn.Module) -> None:
         """Let hooks sit where they belong, whatever was changed since they were registered.

@@ -47,7 +47,6 @@ def unknown_timesteps(network):
         (different_timesteps, "different timesteps"),
         (unknown_timesteps, "not known how much of the run remains"),
         (lambda network: denoise_at(network, [5000.0] * 3), "were expected"),
-        (lambda network: denoise_at(network, [-40.0] * 3), "were expected"),
         # As in DDIM inversion: every call begins a run.
         (lambda network: denoise_at(network, TIMES[::-1]), "did not follow from the one before"),
     ],
@@ -64,16 +63,12 @@ def test_what_cannot_be_skipped_is_said_once(call, words):
     assert skips(handle) == SKIPS["fast"]
 
 
-@pytest.mark.parametrize(
-    ("steps", "words"),
-    [(3, "skipped nothing in a run of 3 steps"), (1, "skipped nothing in a run of 1 step:")],
-)
-def test_too_few_steps(steps, words):
+def test_too_few_steps():
     case, pipeline = sd15_pipeline()
     handle = apply_cache(pipeline, "balanced")
-    with warns_once(words):
+    with warns_once("skipped nothing in a run of 3 steps"):
         for _ in range(2):
-            generate(case, pipeline, num_inference_steps=steps)
+            generate(case, pipeline, num_inference_steps=3)
     assert set(skips(handle).values()) == {0}
     apply_cache(pipeline, "balanced")
     with silent():

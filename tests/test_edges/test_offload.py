@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from edge_pipelines import SETTINGS, SKIPS, generate, sd15_pipeline, skips
+from edge_pipelines import SKIPS, generate, sd15_pipeline, skips
 
 from mmagic_tome import apply_cache, apply_tome, remove_cache, remove_tome
 
@@ -22,7 +22,7 @@ def offload(pipeline, how):
 
 @pytest.mark.parametrize("first", ["offload", "cache"])
 @pytest.mark.parametrize(
-    ("setting", "how"), [*((setting, "model") for setting in SETTINGS), ("fast", "sequential")]
+    ("setting", "how"), [("balanced", "model"), ("quality", "model"), ("fast", "sequential")]
 )
 def test_skipping_goes_on_in_later_images_and_removal_is_exact(setting, how, first):
     case, pipeline = sd15_pipeline()
@@ -38,9 +38,6 @@ def test_skipping_goes_on_in_later_images_and_removal_is_exact(setting, how, fir
         images.append(generate(case, pipeline))
         assert skips(handle) == SKIPS[setting]
     assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
-    with apply_cache(pipeline, "fast" if setting == "quality" else "quality"):
-        assert not torch.equal(generate(case, pipeline), images[0])
-    assert handle.active and torch.equal(generate(case, pipeline), images[0])
     apply_tome(pipeline, ratio=0.5)
     assert not torch.equal(generate(case, pipeline), baseline)
     assert remove_cache(pipeline) and remove_tome(pipeline) and not remove_cache(pipeline)

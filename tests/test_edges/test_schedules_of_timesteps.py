@@ -7,17 +7,18 @@ import pytest
 import torch
 from denoise import denoise, denoising
 from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
-from edge_pipelines import SETTINGS, SKIPS, TIMES, generate, sd15_pipeline, skips
-from tiny import tiny_inputs, tiny_unet
+from edge_pipelines import SKIPS, TIMES, generate, sd15_pipeline, skips
 from tiny_transformers import TRANSFORMERS
 from tiny_unets import video_inputs, video_unet
-from warned import silent, warns_once
+from warned import silent
 
-from mmagic_tome import apply_cache, apply_tome
+from mmagic_tome import apply_cache
 
 
-def edm(unet):
-    """A network and a scheduler as Stable Video Diffusion has it: called with ln(sigma) / 4."""
+@pytest.mark.parametrize("alone", [False, True])
+def test_stable_video_diffusion(alone):
+    """It is called with ln(sigma) / 4. Without its scheduler the share is read off the run: sigma
+    falls by Karras' schedule."""
     scheduler = EulerDiscreteScheduler(
         prediction_type="v_prediction",
         timestep_type="continuous",
@@ -26,68 +27,33 @@ def edm(unet):
         use_karras_sigmas=True,
     )
     scheduler.set_timesteps(20)
-    return SimpleNamespace(unet=unet, scheduler=scheduler)
-
-
-def denoise_video(pipeline):
-    inputs = video_inputs()
-    times = pipeline.scheduler.timesteps
-    return denoise(pipeline.unet, lambda time: {**inputs, "timestep": time}, times)
-
-
-@pytest.mark.parametrize(
-    ("setting", "alone"), [*((setting, False) for setting in SETTINGS), ("balanced", True)]
-)
-def test_stable_video_diffusion(setting, alone):
-    """Without its scheduler the share is read off the run: sigma falls by Karras' schedule."""
-    pipeline = edm(video_unet())
-    handle = apply_cache(pipeline.unet if alone else pipeline, setting)
+    network, inputs = video_unet(), video_inputs()
+    model = network if alone else SimpleNamespace(unet=network, scheduler=scheduler)
+    handle = apply_cache(model, "balanced")
     for _ in range(2):
         handle.reset_stats()
-        denoise_video(pipeline)
-        assert skips(handle) == SKIPS[setting]
+        denoise(network, lambda time: {**inputs, "timestep": time}, scheduler.timesteps)
+        assert skips(handle) == SKIPS["balanced"]
 
 
-def test_merging_in_a_part_of_an_edm_run():
-    pipeline = edm(video_unet())
-    ratio = dict(base=0.5, timestep=dict(timestep_range=(0.5, 1)))
-    handle = apply_tome(pipeline, ratio=ratio)
-    denoise_video(pipeline)
-    rows = handle.stats()
-    assert all(row["calls"] == 20 and row["unmerged_calls"] == 10 for row in rows)
-
-
-def test_an_edm_sampler_around_an_image_unet_warns_once():
-    """Playground 2.5 is a UNet of Stable Diffusion XL that is called with 0.25 * ln(sigma)."""
-    pipeline = edm(tiny_unet())
-    handle = apply_cache(pipeline.unet, "balanced")
-    with warns_once("ln(sigma)"):
-        times = pipeline.scheduler.timesteps
-        denoise(pipeline.unet, lambda time: {**tiny_inputs(), "timestep": time}, times)
-    assert skips(handle) == SKIPS["balanced"]
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize(
-    "scheduler",
+    ("scheduler", "options"),
     [
-        ("EulerDiscreteScheduler", dict(timestep_spacing="trailing")),
-        ("EulerDiscreteScheduler", dict(use_karras_sigmas=True)),
-        "DPMSolverMultistepScheduler",
-        "UniPCMultistepScheduler",
-        "DEISMultistepScheduler",
-        "LMSDiscreteScheduler",
+        ("EulerDiscrete", dict(timestep_spacing="trailing")),
+        ("EulerDiscrete", dict(use_karras_sigmas=True)),
+        *((name, {}) for name in ("DPMSolverMultistep", "UniPCMultistep", "DEISMultistep")),
+        ("LMSDiscrete", {}),
     ],
     ids=str,
 )
-def test_schedulers_share_their_windows(setting, scheduler):
-    case, pipeline = sd15_pipeline(scheduler=scheduler)
+def test_schedulers_share_their_windows(scheduler, options):
+    case, pipeline = sd15_pipeline(scheduler=(f"{scheduler}Scheduler", options))
     with silent():
-        handle = apply_cache(pipeline, setting)
+        handle = apply_cache(pipeline, "balanced")
         for seed in range(2):
             handle.reset_stats()
             generate(case, pipeline, seed)
-            assert skips(handle) == SKIPS[setting]
+            assert skips(handle) == SKIPS["balanced"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Next to diffusers' own caches, and callers that change their mind."""
+"""Next to diffusers' own caches, callers that change their mind, pipelines with two denoisers."""
 
 import diffusers
 import pytest
@@ -7,9 +7,10 @@ import torch
 from denoise import inputs_at
 from edge_pipelines import TIMES
 from tiny import tiny_inputs, tiny_unet
+from tiny_pipelines import PIPELINES
 from tiny_transformers import TRANSFORMERS
 
-from mmagic_tome import apply_cache
+from mmagic_tome import apply_cache, apply_tome, remove_cache, remove_tome
 
 
 @torch.no_grad()
@@ -38,3 +39,33 @@ def test_the_form_of_the_output_is_that_of_the_call():
         output = network(**inputs_at(inputs, time), return_dict=not as_tuple)
         assert isinstance(output, tuple) == as_tuple
         inputs["sample"] = inputs["sample"] - 0.05 * output[0]
+
+
+def test_two_experts_are_merged_and_cached():
+    """Wan 2.2: one for high noise, one for low."""
+    title = "Wan 2.1, 2.2 (video)"
+    family = TRANSFORMERS[title].deeper(4)
+    pipeline = PIPELINES[title].pipeline()
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
+    parts = dict(transformer=family.build(), transformer_2=family.build(), scheduler=scheduler)
+    pipeline.register_modules(**parts)
+    pipeline.register_to_config(boundary_ratio=0.875)
+
+    def run():
+        return PIPELINES[title].run(pipeline, height=32, width=32, num_inference_steps=20)
+
+    baseline = run()
+    merging = apply_tome(pipeline, ratio=0.5)
+    caching = apply_cache(pipeline, "fast")
+    first = run()
+    assert torch.equal(run(), first) and not torch.equal(first, baseline)
+    regions = {row["region"]: row for row in caching.stats()}
+    for name in ("transformer.", "transformer_2."):
+        rows = [row for row in merging.stats() if row["target"].startswith(name)]
+        assert rows and all(row["calls"] and row["kept"] < row["tokens"] for row in rows)
+        assert regions[name + "network"]["computed"] > 0
+    # A window is a share of the whole run, whichever expert computes it.
+    skipped = sum(row["skipped"] for region, row in regions.items() if "network" in region)
+    assert skipped >= 2 * 2 * 7
+    assert remove_tome(pipeline) and remove_cache(pipeline)
+    assert torch.equal(run(), baseline)

@@ -142,7 +142,7 @@ def test_the_manifest_and_rows_say_what_was_run(finished):
     assert manifest["methods"]["half"]["tome_cfg"]["ratio"] == 0.5
     (applied,) = finished.find(kind="applied", method="half")
     assert applied["stats"]["token merging"][0]["calls"] == 6
-    assert "ratio 0.5" in applied["summary"]
+    assert "ratio=0.5" in applied["summary"]
     (row,) = finished.find(kind="image", method="Cached!", number=3)
     with Image.open(finished.path / row["file"]) as image:
         assert image.text["prompt"] == row["prompt"] == "a fish"

@@ -6,7 +6,7 @@ import torch
 from method_requests import SPECS, name_of, request, tokens
 from tiny import tiny_inputs, tiny_unet
 
-from mmagic_tome import ToMeConfig, ToMeError, apply_tome
+from mmagic_tome import apply_tome
 from mmagic_tome.methods import METHODS, build_method
 
 STEPS = (900, 600, 300)
@@ -91,32 +91,10 @@ def test_at_other_targets_of_both_levels_on_an_odd_grid(unet, spec, targets):
     assert outputs.isfinite().all()
 
 
-def test_every_target_may_have_a_method_of_its_own(unet):
-    method = dict(mlp=dict(type="downsample", mode="nearest"), attn="todo", crossattn="prune")
-    options = dict(targets=["attn", "crossattn", "mlp"])
-    ratio = dict(base=0.25, target={"attn": 0.5})
-    with apply_tome(unet, method=method, ratio=ratio, **options) as handle:
-        together = run(unet)
-        kept = {(row["kind"], row["kept"]) for row in handle.stats()}
-        assert kept == {("attn_kv", 64), ("crossattn", 192), ("mlp", 64)}
-    # One number for all, and plans of a level that are reused.
-    options.update(plan_interval=3, share_plans=True)
-    with apply_tome(unet, method=method, **options) as handle:
-        assert 1e-5 < error(run(unet), together) < 1
-        assert {row["kept"] for row in handle.stats()} == {64, 128}
-    for method, targets, said in (
-        (dict(attn="tome", mlp="prune"), ["attn"], "targets are attn; write targets="),
-        (dict(attn="tome"), ["attn", "mlp"], "targets are attn, mlp"),
-        (dict(mlp="tome"), ["attn"], r"write targets=\['mlp'\]"),
-    ):
-        with pytest.raises(ToMeError, match=said):
-            ToMeConfig(method=method, targets=targets)
-
-
 @pytest.mark.filterwarnings("ignore:method=")
 def test_importance_uses_the_guidance_of_the_last_step(unet):
-    def outputs(method, guided=True, targets=("attn",)):
-        with apply_tome(unet, method=method, ratio=0.5, targets=targets) as handle:
+    def outputs(method, guided=True):
+        with apply_tome(unet, method=method, ratio=0.5) as handle:
             found = run(unet, STEPS[:2], guided)
             (patch,) = handle._patches
             runs = patch.context.tracker.runs
@@ -128,8 +106,6 @@ def test_importance_uses_the_guidance_of_the_last_step(unet):
     plain, _ = outputs("tome")
     torch.testing.assert_close(first, plain[0], rtol=1e-4, atol=1e-5)
     assert error(second, plain[1]) > 1e-4
-    # Also where one of two targets asks for it.
-    assert outputs(dict(attn="tome", mlp=importance), targets=("attn", "mlp"))[1] is not None
     # An even batch whose halves are two images: as ToMe, whatever the two differ in.
     found, guidance = outputs(importance, guided=False)
     assert guidance is None
@@ -179,9 +155,9 @@ def test_plans_compile_without_a_break(name):
     "options",
     [
         dict(method="tofu", share_plans=True),
-        dict(method=dict(attn="todo", mlp="sito"), ratio=dict(depth=[0.5, 0.25]), prop_attn=True),
+        dict(method="sito", ratio=dict(depth=[0.5, 0.25]), prop_attn=True),
     ],
-    ids=["one plan for a level", "a method and a ratio for every target and block"],
+    ids=["one plan for a level", "a ratio for every block"],
 )
 def test_one_graph(unet, options):
     torch.compiler.reset()

@@ -117,48 +117,6 @@ def test_what_was_due_while_a_block_did_not_run_is_due_when_it_does(unet):
     assert calls < 13 and plans == calls - 1
 
 
-# --- what never takes part in a run ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("time", "changes"),
-    [
-        (950, {}),  # a timestep above
-        (600, dict(sample=tiny_inputs(seed=1)["sample"])),  # another image
-        (600, tiny_inputs(batch=3)),
-        (600, tiny_inputs(size=24)),
-    ],
-)
-def test_a_new_run_never_sees_an_old_plan(unet, time, changes):
-    changes = {name: x for name, x in changes.items() if name != "timestep"}
-    with apply_tome(unet, plan_interval=5):
-        alone = call(unet, time, **changes)
-    with apply_tome(unet, plan_interval=5) as handle:
-        for _ in denoising(unet, INPUTS, (900, 700)):
-            assert plans_per_block(handle) == [1]
-        assert torch.equal(call(unet, time, **changes), alone)
-        assert plans_per_block(handle) == [2]
-
-
-@pytest.mark.parametrize(("end", "made"), [(None, 1), ("fail", 2), ("reset", 2)])
-def test_a_failed_call_and_reset_run_end_the_run(unet, end, made):
-    with apply_tome(unet, plan_interval=5) as handle:
-        loop = denoising(unet, INPUTS)
-        next(loop)
-        step = next(loop)
-        assert plans_per_block(handle) == [1]
-        if end == "reset":
-            handle.reset_run()
-        elif end == "fail":
-            broken = unet.mid_block.register_forward_pre_hook(lambda *_: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
-                next(loop)
-            broken.remove()
-            assert not find_patch(unet, TomePatch).context.tracker.runs
-        call(unet, 700, sample=1.02 * step.latent - 0.1 * step.output)
-        assert plans_per_block(handle) == [made]
-
-
 def test_training_keeps_nothing(unet):
     handle = apply_tome(unet, plan_interval=5, residual=True)
     for time in (900, 700):
@@ -196,36 +154,17 @@ def test_two_calls_at_every_step_are_two_branches(unet):
 # --- ratios, in tokens ----------------------------------------------------------------------------
 
 
-def by_timestep(**timestep):
-    return dict(base=0.5, timestep=timestep)
-
-
 # What is kept of the 256, 64 and 16 tokens of the three levels, step by step (0.9, 0.7, 0.5, 0.3,
 # 0.1 of the schedule remain): N - int(N * ratio).
 BY_STEP = {
-    "number": (0.5, [(128, 32, 8)] * 5),
     "level": (dict(downsample={1: 0.75, 4: 0.25}), [(64, 64, 12)] * 5),
-    "linear, rising": (
-        by_timestep(kind="linear", start=0, end=1),
-        [(244, 61, 16), (218, 55, 14), (192, 48, 12), (167, 42, 11), (141, 36, 9)],
-    ),
-    "cosine": (
-        by_timestep(kind="cosine"),
-        [(132, 33, 9), (155, 39, 10), (192, 48, 12), (230, 58, 15), (253, 64, 16)],
-    ),
     "piecewise": (
         dict(downsample={1: 0.5, 2: 0.25}, timestep=dict(points=[(0.9, 1), (0.5, 0.5), (0.3, 0)])),
         [(128, 48, 16), (160, 52, 16), (192, 56, 16), (256, 64, 16), (256, 64, 16)],
     ),
     "half-open: the low end is in, the high end is not": (
-        by_timestep(timestep_range=(0.3, 0.7)),
+        dict(base=0.5, timestep=dict(timestep_range=(0.3, 0.7))),
         [(256, 64, 16)] * 2 + [(128, 32, 8)] * 2 + [(256, 64, 16)],
-    ),
-    "each level in its own range": (
-        by_timestep(
-            downsample={1: dict(timestep_range=(0.4, 1)), 2: dict(timestep_range=(0, 0.4))}
-        ),
-        [(128, 64, 8)] * 3 + [(256, 32, 8)] * 2,
     ),
     "callable": (
         lambda place: 0.5 if place.timestep > 0.4 and place.downsample < 4 else 0.25,
@@ -268,20 +207,9 @@ def test_tokens_by_depth_target_and_timestep_over_a_run(unet):
 # --- other targets --------------------------------------------------------------------------------
 
 
-def test_keys_and_values_only(unet, tokens_into):
-    baseline = call(unet, 900)
-    seen = tokens_into(unet, "attn1.to_q", "attn1.to_k")
-    with apply_tome(unet, targets="attn_kv", max_downsample=4):
-        merged = call(unet, 900)
-    queries, keys = map(set, seen.values())
-    assert queries == {256, 64, 16} and keys == {128, 32, 8}
-    assert 1e-4 < error(merged, baseline) < 0.5
-
-
-@pytest.mark.parametrize("depth", [2, 10])  # SDXL's stacks
 @pytest.mark.parametrize("target", ["block", "stack"])
-def test_around_whole_blocks(target, depth, tokens_into):
-    unet = tiny_unet(levels=2, transformer_layers_per_block=depth)
+def test_around_whole_blocks(target, tokens_into):
+    unet, depth = tiny_unet(levels=2, transformer_layers_per_block=3), 3
     baseline = call(unet, 900)
     names = "transformer_blocks.0.ff.net.0.proj", f"transformer_blocks.{depth - 1}.attn1.to_q"
     seen = tokens_into(unet, *names)
@@ -292,7 +220,7 @@ def test_around_whole_blocks(target, depth, tokens_into):
         assert {row["kind"] for row in handle.stats()} == {target}
         stacks = {row["block"].rsplit(".", 2)[0] for row in handle.stats()}
         assert len(handle.stats()) == per_stack * len(stacks)
-    assert 1e-4 < error(merged, baseline) < (0.6 if depth == 2 else 1)
+    assert 1e-4 < error(merged, baseline) < 1
     assert torch.equal(call(unet, 900), baseline)
 
 

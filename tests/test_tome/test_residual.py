@@ -8,11 +8,11 @@ from mmagic_tome import ToMeError, apply_tome
 from mmagic_tome.patch import find_patch
 from mmagic_tome.tome.state import TomePatch
 
-TARGETS = ["attn", "attn_kv", "crossattn", "mlp", "block", "stack"]
 INPUTS = tiny_inputs()
+each = pytest.mark.parametrize("target", ["attn", "attn_kv", "crossattn", "mlp", "block", "stack"])
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@each
 def test_steps_that_compute_a_plan_are_the_baseline_to_the_bit(unet, target):
     with apply_tome(unet, targets=[target], plan_interval=2, residual=True) as handle:
         steps = list(denoising(unet, INPUTS, STEPS[:4]))
@@ -25,7 +25,7 @@ def test_steps_that_compute_a_plan_are_the_baseline_to_the_bit(unet, target):
             assert 1e-5 < error(step.output, expected) < 0.5
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@each
 def test_where_nothing_changes_nothing_is_lost(unet, target):
     """The same input at the next timestep: what the residual restores is all of it.
 
@@ -44,7 +44,6 @@ def test_where_nothing_changes_nothing_is_lost(unet, target):
         assert handle.stats()[0]["unmerged_calls"] == 1
     with apply_tome(unet, **options):
         plain = outputs()
-    assert torch.equal(*baseline)
     torch.testing.assert_close(restored[1], baseline[1], rtol=1e-4, atol=1e-5)
     assert error(plain[1], baseline[1]) > 1e-3
 
@@ -58,14 +57,12 @@ def test_residuals_are_closer_to_the_baseline_than_plain_merging(unet):
         assert 0 < error(denoise(unet, INPUTS), baseline) < 0.6 * plain
 
 
-def test_one_tensor_per_target_is_kept_and_its_second_run_not_counted(unet, tokens_into):
-    seen = tokens_into(unet, "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q")
+def test_one_tensor_per_target_is_kept_and_its_second_run_not_counted(unet):
     handle = apply_tome(unet, plan_interval=2, residual=True)
     context = find_patch(unet, TomePatch).context
     for _ in denoising(unet, INPUTS, STEPS[:2]):
         (branch,) = context.tracker.runs[0].branches.values()
         assert [x.shape for x in branch.state.residuals.values()] == [(2, 256, 16)] * 3
-    assert [*seen.values()] == [[256, 128, 128]]
     assert {(row["calls"], row["plans"]) for row in handle.stats()} == {(2, 1)}
 
 

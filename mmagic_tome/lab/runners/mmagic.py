@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ...models import find_adapter
-from ...schedulers import scheduler_name
+from ...timeline import scheduler_name
 from ..measure.clock import Clock, StepMarks
 from ..request import Request
 from .base import Output, Runner, flat

@@ -19,8 +19,8 @@ from ...errors import ToMeError
 from ...mmagic.config_keys import read_keys
 from ...models import find_adapter, find_denoisers
 from ...models.find import DENOISERS
-from ...schedulers import scheduler_name
 from ...settings import Setting
+from ...timeline import scheduler_name
 from ..measure.clock import Clock
 from ..request import Request
 from .base import Output, Runner, Source
