@@ -13,7 +13,6 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
 from PIL import Image
 
 from .files import whole_file
@@ -86,13 +85,13 @@ def save(figure: Figure, path: str | Path) -> Path:
     return Path(path)
 
 
-def _figure(width: float, height: float, panels: int) -> tuple[Figure, list[Any]]:
+def panels_of(width: float, height: float, panels: int) -> tuple[Figure, list[Any]]:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, list(figure.subplots(1, panels, squeeze=False, sharey=True)[0])
 
 
-def _legend(figure: Figure) -> None:
+def legend(figure: Figure) -> None:
     """Below the axes, where it covers no point; each name once."""
     found = {}
     for axes in figure.axes:
@@ -124,7 +123,7 @@ def fidelity(
         ylabel: Name and unit of the fidelity.
         higher_is_better: False turns the axis round, so that better is always up.
     """
-    figure, all_axes = _figure(1.6 + 6.8 * len(panels), 5.4, len(panels))
+    figure, all_axes = panels_of(1.6 + 6.8 * len(panels), 5.4, len(panels))
     drawn = [[point for point in points if math.isfinite(point.y)] for points in panels.values()]
     for axes, title, points in zip(all_axes, panels, drawn):
         axes.set(title=title, xlabel="times as fast as the baseline")
@@ -147,7 +146,7 @@ def fidelity(
     all_axes[0].set_ylabel(ylabel)
     where = dict(xy=(1, 1.01), xycoords="axes fraction", ha="right", va="bottom")
     all_axes[-1].annotate("higher and further right is better", color="#555555", **where)
-    _legend(figure)
+    legend(figure)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # labels go inside the axes, which stay where they are
     for axes, points in zip(all_axes, drawn):
@@ -210,7 +209,7 @@ def _shared(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
 def bars(panels: Mapping[str, Sequence[Point]], xlabel: str) -> Figure:
     """Draw bars with intervals, a panel per title, and a line at 1, the baseline's speed-up."""
     longest = max(len(points) for points in panels.values())
-    figure, all_axes = _figure(1.6 + 6.8 * len(panels), 1.4 + 0.32 * longest, len(panels))
+    figure, all_axes = panels_of(1.6 + 6.8 * len(panels), 1.4 + 0.32 * longest, len(panels))
     for axes, (title, points) in zip(all_axes, panels.items()):
         for place, point in enumerate(points):
             axes.barh(place, point.x, 0.7, error_kw={"elinewidth": 1}, **point.look())
@@ -219,41 +218,7 @@ def bars(panels: Mapping[str, Sequence[Point]], xlabel: str) -> Figure:
         axes.set_yticks(range(len(points)), [point.name for point in points])
         axes.grid(axis="y", visible=False)
     all_axes[0].invert_yaxis()
-    _legend(figure)
-    return figure
-
-
-@matplotlib.rc_context(STYLE)
-def lines(
-    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
-    xlabel: str,
-    ylabel: str,
-    log: bool = False,
-) -> Figure:
-    """Draw one line per series, such as an error or a time by step.
-
-    Args:
-        panels: Title -> name of the series -> (x, y).
-        xlabel, ylabel: Names and units. Where x falls, as timesteps do, the axis falls too.
-        log: Draw y on a logarithmic scale.
-    """
-    figure, all_axes = _figure(2.4 + 2.8 * len(panels), 3.6, len(panels))
-    names = list(dict.fromkeys(name for series in panels.values() for name in series))
-    colours = [colour for colour, _ in KINDS.values()]
-    for axes, (title, series) in zip(all_axes, panels.items()):
-        for name, (x, y) in series.items():
-            colour = colours[(names.index(name) + 1) % len(colours)]
-            axes.plot(x, y, marker=".", linewidth=1.4, color=colour, label=name)
-        axes.set(title=title, xlabel=xlabel, yscale="log" if log else "linear")
-        if log:  # as plain numbers
-            axes.yaxis.set_major_formatter(LogFormatter())
-            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-        if all(float(one).is_integer() for one in x):  # there is no step 1.5
-            axes.xaxis.get_major_locator().set_params(integer=True)
-        if x[-1] < x[0]:
-            axes.invert_xaxis()
-    all_axes[0].set_ylabel(ylabel)
-    _legend(figure)
+    legend(figure)
     return figure
 
 

@@ -76,16 +76,6 @@ def test_bars_have_the_given_lengths_and_intervals():
     assert [text.get_text() for text in axes.get_yticklabels()] == ["x", "y"]
 
 
-def test_lines_fall_with_x_and_logarithms_are_plain_numbers():
-    series = {"order 0": ([900, 500, 100], [0.4, 0.05, 0.2])}
-    figure = plots.lines({"network": series}, "timestep", "relative error", log=True)
-    figure.draw_without_rendering()
-    axes = figure.axes[0]
-    assert axes.xaxis_inverted() and axes.lines[0].get_ydata().tolist() == [0.4, 0.05, 0.2]
-    texts = [t.get_text() for t in axes.get_ymajorticklabels() + axes.get_yminorticklabels()]
-    assert any(texts) and not any("$" in text for text in texts)
-
-
 def test_a_plot_is_the_same_file_every_time_and_leaves_matplotlib_as_it_was(tmp_path):
     before = dict(matplotlib.rcParams)
     one, two = (

@@ -14,9 +14,8 @@ import pytest
 from browser import Browser
 from PIL import Image
 
-from mmagic_tome import ToMeError
 from mmagic_tome.lab.environment import environment
-from mmagic_tome.lab.report import data_uri, markdown, replace_table, save_record, write_report
+from mmagic_tome.lab.report import data_uri, markdown, save_record, write_report
 from mmagic_tome.lab.results import RunFolder
 
 # Name, kind, label, speed-up, PSNR.
@@ -161,16 +160,15 @@ def test_large_images_are_made_smaller_for_the_page(tmp_path):
 
 def test_a_benchmark_has_a_report_too(tmp_path):
     folder = RunFolder(tmp_path)
-    case = {"size": [64, 32], "batch": 2, "dtype": "float32", "attention": "default"}
-    case.update(mode="eager", steps=1)
-    methods = {n: {"name": n, "kind": k, "label": label} for n, k, label, _, _ in METHODS[:2]}
+    case = {"size": [64, 32], "batch": 2, "dtype": "float32", "mode": "eager", "steps": 1}
+    methods = {n: {"name": n, "kind": k, "label": label} for n, k, label, _, _ in METHODS[:3]}
     manifest = {"command": "benchmark", "network": "small", "clock": "wall", "methods": methods}
     with folder.writing(manifest):
         for place, name in enumerate(methods):
-            row = {"kind": "run", "method": name, "label": methods[name]["label"], "note": None}
-            row.update(ideal=None, peak_bytes=2**20, peak_in="aten::mm", relative_error=0.1)
-            folder.add({**case, **row})
-            for turn in range(6):
+            note = "needs several steps" if place == 2 else None
+            row = {"kind": "run", "method": name, "note": note, "relative_error": 0.1}
+            folder.add({**case, **row, "peak_bytes": 2**20, "peak_in": "aten::mm"})
+            for turn in range(0 if note else 6):
                 row = {"kind": "case", "method": name, "turn": turn, "seconds": 2.0 - place}
                 folder.add({**case, **row})
     write_report(folder)
@@ -180,28 +178,13 @@ def test_a_benchmark_has_a_report_too(tmp_path):
     rows = [(row["kind"], row["speedup"], row["round_seconds"]) for row in record["rows"]]
     assert rows == [("baseline", 1, [2.0] * 6), ("merging", 2, [1.0] * 6)]
     assert (tmp_path / "speedup.png").exists()
+    table = (tmp_path / "table.md").read_text()
+    assert "| ToMe <0.5> | 2.00x (2.00-2.00) | 1 | 1.0 | 0.1 |" in table
+    assert "- 64x32, batch 2, float32, eager, balanced: needs several steps\n" in table
 
 
 def test_markdown_cells_with_a_bar_stay_one_cell():
     assert markdown(["", "x"], [["a|b", 1]]) == "|  | x |\n| --- | ---: |\n| a\\|b | 1 |"
-
-
-def test_a_figure_is_put_between_its_markers(tmp_path):
-    page = tmp_path / "page.md"
-    inline = "It is <!-- figure: speed -->?<!-- /figure --> as fast.\n"
-    page.write_text(inline + "<!-- figure: table --><!-- /figure -->\nafter\n")
-    replace_table(page, "speed", "1.5x")
-    for rows in ("| old |\n|---|", "| new |\n|---|"):
-        replace_table(page, "table", rows)
-    expected = inline.replace("?", "1.5x")
-    expected += "<!-- figure: table -->\n| new |\n|---|\n<!-- /figure -->\nafter\n"
-    assert page.read_text() == expected
-    for name in ("nothing", "tab"):
-        with pytest.raises(ToMeError, match=f"needs <!-- figure: {name} -->"):
-            replace_table(page, name, "text")
-    page.write_text("<!-- figure: a --><!-- figure: b --><!-- /figure -->")
-    with pytest.raises(ToMeError, match="once"):
-        replace_table(page, "a", "text")
 
 
 def test_a_record_has_no_words_that_json_does_not_know(tmp_path):

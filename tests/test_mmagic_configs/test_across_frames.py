@@ -151,7 +151,7 @@ def test_the_merge_map_of_a_clip_shows_its_frames_below_each_other():
     unet, given = motion_unet(), motion_inputs()
     # As many slots as two of three frames have tokens: more than one frame has.
     handle = apply_tome(unet, ratio=0.3, across_frames=True)
-    with Recorder(merged_blocks(handle), torch.device("cpu")) as recorder:
+    with Recorder(merged_blocks(handle)) as recorder:
         run(unet, given)
     assert recorder.records
     for record in recorder.records:
