@@ -4,7 +4,7 @@
 Every method gets a copy of the network that shares its weights, so all of them are ready at the
 same time, compiled ones too. Rows of the folder, for each case (a dict of :data:`CASE`)::
 
-    {'kind': 'run', **case, 'method', 'relative_error', 'peak_bytes', 'peak_in',
+    {'kind': 'run', **case, 'method', 'relative_error', 'peak_bytes',
      'note': why it cannot run, or None}
     {'kind': 'case', **case, 'method', 'turn', 'seconds'}
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -86,17 +85,14 @@ def benchmark(
         raise ToMeError(f"mode={mode!r} must be one of {', '.join(MODES)}")
     timer, entry = Clock(device, clock), check_network(network, sizes or ())
     sizes, batches = sizes or [(entry.size, entry.size)], batches or [entry.batch]
-    found = environment(device)
-    load = found.pop("load")
     manifest = {
         "command": "benchmark",
         "network": network,
         "clock": clock,
-        "environment": found,
+        "environment": environment(device),
         "methods": {method.name: method.to_dict() for method in methods},
     }
     with RunFolder(folder).writing(manifest) as folder:
-        folder.add({"kind": "start", "command": sys.argv, "load": load})
         for dtype in dtypes:
             built = entry.build(timer.device, dtype)
             for size, batch in itertools.product(sizes, batches):
@@ -174,7 +170,7 @@ class _Case:
         """Run a method for the first time: its row, which may say why it cannot run."""
         memory = memory and all(row["method"] != method.name for row in self._known())
         row = {"kind": "run", **self.case, "method": method.name}
-        found = dict.fromkeys(("relative_error", "peak_bytes", "peak_in", "note"))
+        found = dict.fromkeys(("relative_error", "peak_bytes", "note"))
         with contextlib.ExitStack() as own:
             try:
                 found.update(self._first_run(method, memory, own))
@@ -205,7 +201,7 @@ class _Case:
         def work() -> None:
             outputs.append(self.work(network))
 
-        peak = peak_memory(work, self.timer.device) if memory else (work(), None)
+        peak = peak_memory(work, self.timer.device) if memory else work()
         change = (outputs[0].float().cpu() - self.reference).pow(2).mean().sqrt()
         if not change.isfinite():
             raise ToMeError("its output has NaN or infinity")
@@ -214,7 +210,7 @@ class _Case:
             raise ToMeError(f"it changes nothing: its output is the baseline's{hint}")
         self.ready[method.name] = network, handles
         error = float(change / self.reference.std()) if change else 0.0
-        return {"relative_error": error, "peak_bytes": peak[0], "peak_in": peak[1]}
+        return {"relative_error": error, "peak_bytes": peak}
 
     def _removed(self, method: Method) -> tuple | None:
         """What tokens a method removes where; None if it has no ideal."""
@@ -269,8 +265,8 @@ def summary(folder: RunFolder) -> pd.DataFrame:
 
     Columns: ``case`` in words and :data:`CASE`; ``method``, ``rounds``, ``seconds`` (median);
     ``speedup`` over the baseline, its interval ``speedup_low``, ``speedup_high`` with ``coverage``,
-    and ``certain``, see :class:`~.measure.Interval`; ``memory`` (peak bytes) and ``peak_in``
-    (operator); ``relative_error`` of the output; ``note``: why a method could not be measured.
+    and ``certain``, see :class:`~.measure.Interval`; ``memory`` (peak bytes);
+    ``relative_error`` of the output; ``note``: why a method could not be measured.
     """
     runs = {(case_text(row), row["method"]): row for row in folder.find(kind="run")}
     entries = []
@@ -286,6 +282,6 @@ def summary(folder: RunFolder) -> pd.DataFrame:
             entry["speedup"], entry["coverage"] = speedup.median, speedup.coverage
             entry["speedup_low"], entry["speedup_high"] = speedup.low, speedup.high
             entry["certain"] = speedup.excludes(1)
-        keys = ("peak_in", "relative_error", "note")
-        entries.append({**entry, "memory": row["peak_bytes"], **{key: row[key] for key in keys}})
+        found = {"memory": row["peak_bytes"], "relative_error": row["relative_error"]}
+        entries.append({**entry, **found, "note": row["note"]})
     return pd.DataFrame(entries)

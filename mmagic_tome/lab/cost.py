@@ -118,13 +118,13 @@ def _memory_and_flops(
             runner.network(*args, **kwargs)
 
     with method.on(runner.model):
-        run_bytes, where = peak_memory(run, runner.device)
+        run_bytes = peak_memory(run, runner.device)
     with method.on(runner.model), torch.no_grad():
-        network_bytes, _ = peak_memory(network, runner.device)
+        network_bytes = peak_memory(network, runner.device)
     with method.on(runner.model):
         flops, network_flops = count_flops(run, runner.network)
     named = {"method": method.name, "images": len(numbers)}
-    memory = {"run_bytes": run_bytes, "network_bytes": network_bytes, "operator": where}
+    memory = {"run_bytes": run_bytes, "network_bytes": network_bytes}
     operations = {"run": flops, "network": network_flops}
     return [{"kind": "memory", **named, **memory}, {"kind": "flops", **named, **operations}]
 

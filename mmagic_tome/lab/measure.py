@@ -204,6 +204,7 @@ def interleaved(
 
 # --- intervals ------------------------------------------------------------------------------------
 
+#: Probability that an interval has at least, if there are values enough.
 LEVEL = 0.95
 #: Nothing is certain with fewer rounds. Without any effect all of five ratios are on one side of 1
 #: in 6 % of all cases; all of three in 25 %.
@@ -238,7 +239,7 @@ class Interval:
         return f"{mark}{self.median:.2f}x ({self.low:.2f}-{self.high:.2f})"
 
 
-def interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+def interval(values: Sequence[float]) -> Interval:
     """Return the median of some values with its interval: that of the sign test.
 
     It lies between two of the sorted values and contains the true median with a known probability,
@@ -247,7 +248,6 @@ def interval(values: Sequence[float], level: float = LEVEL) -> Interval:
 
     Args:
         values: One per round.
-        level: Probability that the interval has at least, if there are values enough.
 
     Raises:
         ToMeError: No values.
@@ -257,9 +257,9 @@ def interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     ordered = sorted(values)
     count = len(ordered)
     # On each side this many values are outside. ``ppf`` is the smallest number whose probability
-    # reaches (1 - level) / 2, so one less stays below.
-    drop = int(binom.ppf((1 - level) / 2, count, 0.5))
-    if binom.cdf(drop, count, 0.5) > (1 - level) / 2:
+    # reaches (1 - LEVEL) / 2, so one less stays below.
+    drop = int(binom.ppf((1 - LEVEL) / 2, count, 0.5))
+    if binom.cdf(drop, count, 0.5) > (1 - LEVEL) / 2:
         drop -= 1
     drop = max(drop, 0)
     coverage = max(0.0, 1 - 2 * float(binom.cdf(drop, count, 0.5)))
@@ -274,25 +274,16 @@ def ratios(base: Sequence[float], seconds: Sequence[float]) -> list[float]:
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def peak_memory(function: Callable[[], Any], device: str | torch.device) -> tuple[int, str | None]:
-    """Return the peak of the tensors that a call allocates.
+def peak_memory(function: Callable[[], Any], device: str | torch.device) -> int:
+    """Return the peak, in bytes, of the tensors that a call allocates; its result counts too.
 
     On CUDA torch's allocator counts. On a CPU torch's profiler reports every allocation of a
     tensor, those inside operators too, and the peak is the largest sum: exact, and the same on
-    every run, unlike the process's resident memory. Buffers that libraries such as oneDNN allocate
-    on their own are not counted.
+    every run. Buffers that libraries such as oneDNN allocate on their own are not counted.
 
     Call ``reset_run()`` of the handles before, so that no state kept by an earlier run is reused.
     On a CPU tensors that existed before never count, not even if the call frees them; on CUDA a
     call that frees them seems to need less.
-
-    Args:
-        function: The call. Its result counts, and is dropped.
-        device: Where it works.
-
-    Returns:
-        tuple: Bytes, and on a CPU the operator that ran when the peak was reached (None if none
-        did, and on CUDA).
     """
     gc.collect()
     if torch.device(device).type == "cuda":
@@ -301,44 +292,36 @@ def peak_memory(function: Callable[[], Any], device: str | torch.device) -> tupl
         before = torch.cuda.memory_allocated(device)
         function()
         synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before, None
+        return torch.cuda.max_memory_allocated(device) - before
     # The profiler's backend announces every start on stderr otherwise.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
-    changes = list(_allocations(profiler.profiler.kineto_results.experimental_event_tree()))
-    changes.sort(key=lambda change: change[0])
+    events = profiler.profiler.kineto_results.experimental_event_tree()
     sizes: dict[int, int] = {}  # of the tensors of this call, by address
     held = peak = 0
-    where = None
-    for _, address, size, operator in changes:
+    for _, address, size in sorted(_allocations(events), key=lambda change: change[0]):
         if size > 0:
             sizes[address] = size
             held += size
         else:
             held -= sizes.pop(address, 0)
-        if held > peak:
-            peak, where = held, operator
-    return peak, where
+        peak = max(peak, held)
+    return peak
 
 
-def _allocations(events: list[Any]) -> Iterator[tuple[int, int, int, str | None]]:
-    """Yield (time, address, bytes, operator) of every allocation, with negative bytes of every
-    deallocation; the operator is the outermost one."""
+def _allocations(events: list[Any]) -> Iterator[tuple[int, int, int]]:
+    """Yield (time, address, bytes) of every allocation; negative bytes of every deallocation."""
     from torch._C._profiler import _EventType
 
-    pending = [(event, None) for event in reversed(events)]
+    pending = events[::-1]
     while pending:
-        event, operator = pending.pop()
-        if event.tag == _EventType.Allocation:
-            fields = event.extra_fields
-            if fields.device.type == "cpu":
-                yield event.start_time_ns, fields.ptr, fields.alloc_size, operator
-        elif operator is None:
-            operator = event.name
-        pending += [(child, operator) for child in reversed(event.children)]
+        event = pending.pop()
+        if event.tag == _EventType.Allocation and event.extra_fields.device.type == "cpu":
+            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
+        pending += event.children[::-1]
 
 
 # --- floating-point operations --------------------------------------------------------------------

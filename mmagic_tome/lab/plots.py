@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""All plots, in one style: fidelity against speed-up, bars, lines, contact sheets."""
+"""All plots, in one style: fidelity against speed-up, contact sheets."""
 
 from __future__ import annotations
 
@@ -47,13 +47,12 @@ CELL, MARGIN, LINE = 256, 16, 24  # of a sheet, in pixels
 
 @dataclass(frozen=True)
 class Point:
-    """A method in :func:`fidelity` or :func:`bars`.
+    """A method in :func:`fidelity`.
 
     Args:
         name: Of the method.
         kind: One of :data:`KINDS`; anything else looks like no other.
-        x: Speed-up, or the length of the bar.
-        y: Fidelity; unused in bars.
+        x, y: Speed-up and fidelity.
         low, high: Interval of ``x``. Default: none.
         label: Text beside the point. Default: None, the name; ``''`` for none.
     """
@@ -61,17 +60,10 @@ class Point:
     name: str
     kind: str
     x: float
-    y: float = math.nan
+    y: float
     low: float | None = None
     high: float | None = None
     label: str | None = None
-
-    def look(self) -> dict[str, Any]:
-        """What all plots draw alike: colour, entry in the legend, interval."""
-        look = {"color": KINDS.get(self.kind, OTHER)[0], "label": self.kind, "alpha": 0.9}
-        if self.low is not None and self.high is not None:
-            look["xerr"] = [[max(0, self.x - self.low)], [max(0, self.high - self.x)]]
-        return look
 
 
 def save(figure: Figure, path: str | Path) -> Path:
@@ -129,8 +121,11 @@ def fidelity(
         axes.set(title=title, xlabel="times as fast as the baseline")
         axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
         for point in points:
-            shape = KINDS.get(point.kind, OTHER)[1]
-            axes.errorbar(point.x, point.y, fmt=shape, markersize=7, elinewidth=1, **point.look())
+            colour, shape = KINDS.get(point.kind, OTHER)
+            look = {"color": colour, "fmt": shape, "markersize": 7, "elinewidth": 1, "alpha": 0.9}
+            if point.low is not None and point.high is not None:
+                look["xerr"] = [[max(0, point.x - point.low)], [max(0, point.high - point.x)]]
+            axes.errorbar(point.x, point.y, label=point.kind, **look)
         axes.margins(0.1)
     for axes, points in zip(all_axes, drawn):
         limits = axes.axis()
@@ -203,23 +198,6 @@ def _shared(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     low = np.maximum(boxes[:, None, :2], others[:, :2])
     high = np.minimum(boxes[:, None, 2:], others[:, 2:])
     return np.prod(np.clip(high - low, 0, None), axis=2)
-
-
-@matplotlib.rc_context(STYLE)
-def bars(panels: Mapping[str, Sequence[Point]], xlabel: str) -> Figure:
-    """Draw bars with intervals, a panel per title, and a line at 1, the baseline's speed-up."""
-    longest = max(len(points) for points in panels.values())
-    figure, all_axes = panels_of(1.6 + 6.8 * len(panels), 1.4 + 0.32 * longest, len(panels))
-    for axes, (title, points) in zip(all_axes, panels.items()):
-        for place, point in enumerate(points):
-            axes.barh(place, point.x, 0.7, error_kw={"elinewidth": 1}, **point.look())
-        axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
-        axes.set(title=title, xlabel=xlabel)
-        axes.set_yticks(range(len(points)), [point.name for point in points])
-        axes.grid(axis="y", visible=False)
-    all_axes[0].invert_yaxis()
-    legend(figure)
-    return figure
 
 
 def difference_map(base: Image.Image, other: Image.Image) -> Image.Image:

@@ -59,7 +59,7 @@ def write_report(folder: RunFolder) -> Path:
     lines = [about, "", texts, "", *(f"- {note}" for note in notes), f"- `{command}`", ""]
     with whole_file(folder.path / "table.md") as path:
         path.write_text("\n".join(lines), encoding="utf-8")
-    drawn = [plots.save(*pair) for pair in _draw(folder, frame, metrics)]
+    drawn = _draw(folder, frame, metrics)
 
     images = _images(folder, metrics)
     where = dict(manifest.get("environment") or environment())
@@ -217,30 +217,20 @@ def _command() -> str:
 # --- plots and images -----------------------------------------------------------------------------
 
 
-def _draw(folder: RunFolder, frame: pd.DataFrame, metrics: Mapping[str, Metric]) -> list[tuple]:
-    """(Figure, path): each metric against speed-up; without metrics the speed-ups."""
-    found = []
+def _draw(folder: RunFolder, frame: pd.DataFrame, metrics: Mapping[str, Metric]) -> list[Path]:
+    """The plots: each metric against speed-up."""
     timed = frame[frame["speedup"].notna()] if "speedup" in frame else frame[:0]
-    if not len(timed):
-        return found
-    cases = timed.groupby("case", sort=False) if "case" in timed else [("", timed)]
-    for name in [name for name in metrics if name in frame] or ["speedup"]:
-        keys = ["method", "speedup", name, "speedup_low", "speedup_high"]
-        panels = {
-            case: [
-                plots.Point(method, _kind(folder, method), *values)
-                for method, *values in rows[keys].itertuples(index=False)
-            ]
-            for case, rows in cases
-        }
-        if name == "speedup":
-            figure = plots.bars(panels, "times as fast as the baseline")
-        else:
-            metric = metrics[name]
-            label = f"{metric.label} ({metric.unit})" if metric.unit else metric.label
-            figure = plots.fidelity(panels, label, metric.higher_is_better)
-        found.append((figure, folder.path / f"{name}.png"))
-    return found
+    drawn = []
+    for name in [name for name in metrics if name in frame and len(timed)]:
+        metric, keys = metrics[name], ["method", "speedup", name, "speedup_low", "speedup_high"]
+        points = [
+            plots.Point(method, _kind(folder, method), *values)
+            for method, *values in timed[keys].itertuples(index=False)
+        ]
+        label = f"{metric.label} ({metric.unit})" if metric.unit else metric.label
+        figure = plots.fidelity({"": points}, label, metric.higher_is_better)
+        drawn.append(plots.save(figure, folder.path / f"{name}.png"))
+    return drawn
 
 
 def _images(folder: RunFolder, metrics: Mapping[str, Metric]) -> list[dict[str, Any]]:

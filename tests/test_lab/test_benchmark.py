@@ -162,7 +162,7 @@ def test_figures_of_known_times(tmp_path):
     case = dict(zip(CASE, ([64, 64], 2, "float32", "eager", 1)))
     folder = RunFolder(tmp_path)
     for name, seconds in times.items():
-        row = dict.fromkeys(("peak_bytes", "peak_in", "relative_error", "note"))
+        row = dict.fromkeys(("peak_bytes", "relative_error", "note"))
         folder.add({**row, "kind": "run", "method": name, **case})
         for turn, value in enumerate(seconds):
             folder.add(dict(kind="case", method=name, turn=turn, seconds=value, **case))
