@@ -23,9 +23,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+from matplotlib.ticker import LogFormatter
+
 from mmagic_tome.lab import plots
 from mmagic_tome.lab.measure import Interval, interval, ratios
-from mmagic_tome.lab.report import markdown, replace_table
+from mmagic_tome.lab.report import markdown
 
 PAGES = ("*.md", "docs/**/*.md", "benchmarks/*.md", "configs/*/README.md")
 MARKER = re.compile(r"<!-- figure: (\S+) -->")
@@ -205,6 +208,40 @@ def with_weights(page: Path, name: str, group: str = "") -> str:
     return data.table(heads, cells)
 
 
+@matplotlib.rc_context(plots.STYLE)
+def lines(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
+    xlabel: str,
+    ylabel: str,
+    log: bool = False,
+) -> plots.Figure:
+    """Draw one line per series, such as an error or a time by step.
+
+    Args:
+        panels: Title -> name of the series -> (x, y).
+        xlabel, ylabel: Names and units. Where x falls, as timesteps do, the axis falls too.
+        log: Draw y on a logarithmic scale.
+    """
+    figure, all_axes = plots.panels_of(2.4 + 2.8 * len(panels), 3.6, len(panels))
+    names = list(dict.fromkeys(name for series in panels.values() for name in series))
+    colours = [colour for colour, _ in plots.KINDS.values()]
+    for axes, (title, series) in zip(all_axes, panels.items()):
+        for name, (x, y) in series.items():
+            colour = colours[(names.index(name) + 1) % len(colours)]
+            axes.plot(x, y, marker=".", linewidth=1.4, color=colour, label=name)
+        axes.set(title=title, xlabel=xlabel, yscale="log" if log else "linear")
+        if log:  # as plain numbers
+            axes.yaxis.set_major_formatter(LogFormatter())
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        if all(float(one).is_integer() for one in x):  # there is no step 1.5
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        if x[-1] < x[0]:
+            axes.invert_xaxis()
+    all_axes[0].set_ylabel(ylabel)
+    plots.legend(figure)
+    return figure
+
+
 def smoothness(page: Path) -> str:
     """Error of extrapolating an output, by timestep."""
     data = Data(page, "smoothness")
@@ -212,7 +249,7 @@ def smoothness(page: Path) -> str:
     for row in data.rows:
         series = panels.setdefault(row["region"], {})
         series[f"order {row['order']}"] = (row["timesteps"], row["errors"])
-    figure = plots.lines(panels, "timestep", "relative error", log=True)
+    figure = lines(panels, "timestep", "relative error", log=True)
     return data.plot("smoothness", figure, "Relative error of extrapolated outputs by timestep")
 
 
@@ -312,6 +349,29 @@ FIGURES: Mapping[str, Callable[[Path], str]] = {
         for group in _GROUPS
     },
 }
+
+
+def replace_table(page: str | Path, name: str, text: str) -> None:
+    """Put a text between the markers of a Markdown page and change nothing else of it.
+
+    Args:
+        page: The file; has ``<!-- figure: NAME -->...<!-- /figure -->`` once.
+        name: Of the figure.
+        text: Tables and images are put on lines of their own, other text within its line.
+
+    Raises:
+        SystemExit: The page does not have the markers once.
+    """
+    page = Path(page)
+    old = page.read_text(encoding="utf-8")
+    begin, end = f"<!-- figure: {name} -->", "<!-- /figure -->"
+    before, found, rest = old.partition(begin)
+    between, ended, after = rest.partition(end)
+    if not found or not ended or begin in rest or "<!-- figure:" in between:
+        raise SystemExit(f"{page} needs {begin} and, behind it, {end}, once")
+    new = f"\n{text}\n" if "\n" in text or text.startswith("!") else text
+    if new != between:
+        page.write_text(before + begin + new + end + after, encoding="utf-8")
 
 
 def write(root: Path) -> list[Path]:

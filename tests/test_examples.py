@@ -12,6 +12,7 @@ pytest.importorskip("mmengine")
 
 import mmagic_tome
 from examples.focus_vit import FocusViT, SaliencyDecoder, load_focus_vit
+from examples.vit_patches import draw
 from examples.whisper_tiny import load_whisper_tiny_en, read_ctranslate2
 from mmagic_tome import ToMeError
 
@@ -32,6 +33,22 @@ def test_saliency_sees_every_patch():
     assert baseline.shape == merged.shape == (1, 56, 42) and not torch.equal(baseline, merged)
     assert merged.min() >= 0 and merged.max() <= 1
     assert handle.tokens[-1] == (11, 9)
+
+
+def test_merged_patches_are_drawn_block_by_block(tmp_path):
+    pytest.importorskip("timm")
+    from mmengine.config import Config
+    from PIL import Image
+
+    vit = dict(type="TimmModel", name="vit_tiny_patch16_224", img_size=64, depth=3, embed_dim=24)
+    expects = dict(kind="image", size=64, patch=16, mean=(0.5,) * 3, std=(0.5,) * 3)
+    config = Config(dict(model=dict(type="ToMe", model=vit, r=3), vit_input=expects))
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    (sheet,) = draw(config, [tmp_path / "a.png"], tmp_path / "out")
+    assert sheet.name == "a_tokens.png" and np.asarray(Image.open(sheet)).std() > 10
+    with pytest.raises(ToMeError, match="nothing was merged"):
+        draw(config, [tmp_path / "a.png"], tmp_path / "out", r=0)
 
 
 def test_missing_weights_say_what_to_install(monkeypatch):

@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Draw which tokens are merged, where images change, what each block costs.
+"""Draw which tokens are merged, and where images change.
 
 The same as ``python -m mmagic_tome visualize``.
 """

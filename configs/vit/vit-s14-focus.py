@@ -4,7 +4,7 @@ custom_imports = dict(imports=["mmagic_tome", "examples.focus_vit"], allow_faile
 
 model = dict(type="FocusViT")
 
-# Input of `tools/visualize.py --vit`: 16 x 16 patches.
+# Input of examples/vit_patches.py: 16 x 16 patches.
 vit_input = dict(
     kind="image", size=224, patch=14, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
 )

@@ -5,11 +5,12 @@
 request.py       what to generate: prompts, images, masks, steps, guidance, seeds
 runners/         a MMagic model or a diffusers pipeline: request in, images out
 methods.py       what is compared: the baseline, settings, tomesd, DeepCache, fewer steps
-measure/         clock, interleaved rounds, intervals, memory, FLOPs
+measure.py       clock, interleaved rounds, intervals, memory, FLOPs
 metrics/         fidelity and quality of images, by name
 results.py       the folder of a run: a manifest, rows, images
 infer.py, evaluate.py, benchmark.py, visualize.py    one file per command
-maps.py          which tokens merge, painted over images; vit_maps.py: of vision transformers
+maps.py          which tokens merge, painted over images
+networks.py      what the benchmark times; ideal.py: what no method can beat
 report.py        tables, plots and the report, from the rows of a folder
 cli.py           the commands; options.py: their options
 ===============  =================================================================

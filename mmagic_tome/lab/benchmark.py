@@ -4,7 +4,7 @@
 Every method gets a copy of the network that shares its weights, so all of them are ready at the
 same time, compiled ones too. Rows of the folder, for each case (a dict of :data:`CASE`)::
 
-    {'kind': 'run', **case, 'method', 'label', 'relative_error', 'peak_bytes', 'peak_in', 'ideal',
+    {'kind': 'run', **case, 'method', 'relative_error', 'peak_bytes',
      'note': why it cannot run, or None}
     {'kind': 'case', **case, 'method', 'turn', 'seconds'}
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -23,65 +22,55 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import ToMeError
 from ..settings import Handles, Setting
 from .environment import environment
-from .measure import Clock, Interval, interleaved, interval, peak_memory
+from .ideal import ideal
+from .measure import Clock, interleaved, interval, peak_memory
 from .methods import BASELINE, Method, check_names
-from .networks import NETWORKS, NetworkWork, SourceWork, Work, ideal, share_weights
+from .networks import Work, check_network, share_weights, work_on
 from .progress import progress_bar
 from .results import RunFolder
-from .runners.base import Source
 
-ATTENTIONS = ("default", "math")
 MODES = ("eager", "compiled")
-CASE = ("size", "batch", "dtype", "attention", "mode", "steps")
+CASE = ("size", "batch", "dtype", "mode", "steps")
 
 
 def benchmark(
-    network: str | Source,
+    network: str,
     methods: Sequence[Method] | None = None,
     sizes: Sequence[tuple[int, int]] | None = None,
     batches: Sequence[int] | None = None,
-    dtypes: Sequence[torch.dtype | None] = (None,),
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
     steps: int = 1,
     rounds: int = 7,
     folder: str | os.PathLike = "work_dirs/benchmark",
     device: str | torch.device = "cpu",
     *,
-    attention: str = "default",
     mode: str = "eager",
     clock: str = "wall",
     with_ideal: bool = True,
     memory: bool = True,
-    request: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """Measure a network with some methods; every combination of the lists is a case.
 
     Args:
-        network: A name in :data:`~.networks.NETWORKS`, with random weights; or a source, whose
-            network is called as the model itself calls it.
+        network: A name in :data:`~.networks.NETWORKS`; its weights are random.
         methods: Besides the baseline. Default: see :func:`default_methods`.
         sizes: (height, width) in pixels. Default: the network's own.
-        batches: Of the network (by name), or images per call of the model (source). Default: the
-            network's own; 1.
-        dtypes: Default: float32 (by name), that of the weights (source).
+        batches: Of the network. Default: its own.
+        dtypes: Of the whole network.
         steps: So many calls at falling timesteps are one measurement. Default: 1; step caching and
             ``plan_interval`` have no effect in a single forward.
         rounds: How often each method runs, after a run that is not counted.
         folder: Rows go there. If it has rows of the same benchmark, only the missing ones are
             measured.
         device: Where to run.
-        attention: ``'math'``: torch's attention writes out all scores. ``'default'``: the network's
-            own choice.
         mode: ``'eager'`` or ``'compiled'``.
         clock: See :class:`~.measure.Clock`.
-        with_ideal: Whether to measure the ideal of each method that merges, see
-            :mod:`.networks.ideal`.
+        with_ideal: Whether to measure the ideal of each method that merges, see :mod:`.ideal`.
         memory: Whether to measure the peak of a fresh run.
-        request: Given fields of a source's :class:`~.request.Request`.
 
     Returns:
         DataFrame: See :func:`summary`.
@@ -89,37 +78,30 @@ def benchmark(
     Raises:
         ToMeError: Something that is not valid; the baseline runs in none of the cases.
     """
-    methods = default_methods(network) if methods is None else methods
+    methods = default_methods() if methods is None else methods
     methods = [BASELINE, *(method for method in methods if method.kind != "baseline")]
     check_methods(methods)
-    for what, value, known in (("attention", attention, ATTENTIONS), ("mode", mode, MODES)):
-        if value not in known:
-            raise ToMeError(f"{what}={value!r} must be one of {', '.join(known)}")
-    timer = Clock(device, clock)
-    if isinstance(network, str):
-        work_of = NetworkWork(network, check_network(network), timer.device, steps, sizes, batches)
-    else:
-        work_of = SourceWork(network, timer.device, steps, sizes, batches, request)
-    found = environment(device)
-    load = found.pop("load")
+    if mode not in MODES:
+        raise ToMeError(f"mode={mode!r} must be one of {', '.join(MODES)}")
+    timer, entry = Clock(device, clock), check_network(network, sizes or ())
+    sizes, batches = sizes or [(entry.size, entry.size)], batches or [entry.batch]
     manifest = {
         "command": "benchmark",
-        "network": network if isinstance(network, str) else network.path,
+        "network": network,
         "clock": clock,
-        "environment": found,
+        "environment": environment(device),
         "methods": {method.name: method.to_dict() for method in methods},
     }
     with RunFolder(folder).writing(manifest) as folder:
-        folder.add({"kind": "start", "command": sys.argv, "load": load})
-        for dtype, size, batch in itertools.product(dtypes, work_of.sizes, work_of.batches):
-            work = work_of(size, batch, dtype)
-            name = str(next(work.network.parameters()).dtype).replace("torch.", "")
-            values = (list(work.size), batch, name, attention, mode, steps)
-            one = _Case(folder, dict(zip(CASE, values)), work, timer)
-            written_out = sdpa_kernel(SDPBackend.MATH)
-            how = written_out if attention == "math" else contextlib.nullcontext()
-            with torch.inference_mode(), how:
-                one.run(methods, with_ideal, memory, rounds)
+        for dtype in dtypes:
+            built = entry.build(timer.device, dtype)
+            for size, batch in itertools.product(sizes, batches):
+                work = work_on(entry, built, size, batch, steps)
+                values = (list(size), batch, str(dtype).replace("torch.", ""), mode, steps)
+                one = _Case(folder, dict(zip(CASE, values)), work, timer)
+                with torch.inference_mode():
+                    one.run(methods, with_ideal, memory, rounds)
+            del built, work, one  # before the next one is built
     frame = summary(folder)
     if "seconds" not in frame:
         raise ToMeError(f"nothing could be measured: {frame['note'].iloc[0]}")
@@ -142,29 +124,10 @@ def check_methods(methods: Sequence[Method]) -> None:
             raise ToMeError(f"{method.name!r} is the name of what the benchmark adds; rename it")
 
 
-def check_network(name: str) -> Any:
-    """The entry of :data:`~.networks.NETWORKS`.
-
-    Raises:
-        ToMeError: There is none.
-    """
-    if name not in NETWORKS:
-        raise ToMeError(
-            f"there is no network {name!r}; write one of {', '.join(NETWORKS)}, a config's path or "
-            "--pipeline FOLDER"
-        )
-    return NETWORKS[name]
-
-
-def default_methods(network: str | Source) -> list[Method]:
-    """What a source's config applies; else ours at ratio 0.5 and tomesd, and for a vision
-    transformer ours with r=8."""
-    if not isinstance(network, str) and not network.setting.baseline:
-        return [Method("ours", network.setting)]
-    if isinstance(network, str) and not check_network(network).denoises:
-        return [Method.from_dict({"name": "ours", "tome_cfg": {"r": 8}})]
+def default_methods() -> list[Method]:
+    """Ours at ratio 0.5, and tomesd if it is installed."""
     methods = [Method("ours", Setting.coerce({"ratio": 0.5}))]
-    with contextlib.suppress(ToMeError):  # not installed
+    with contextlib.suppress(ToMeError):
         methods.append(Method("tomesd", tomesd=0.5))
     return methods
 
@@ -179,23 +142,21 @@ class _Case:
 
     def run(self, methods: Sequence[Method], with_ideal: bool, memory: bool, rounds: int) -> None:
         """Make all methods ready, which measures their memory; then measure their times."""
-        ideals: dict[tuple, str] = {}
+        ideals: set[tuple] = set()
         rows = []
         with contextlib.ExitStack() as stack:
             for method in methods:
-                row = self._start(method, memory, stack)
-                rows.append(row)
+                rows.append(self._start(method, memory, stack))
                 if not self.ready:  # not even the baseline runs
                     break
-                key = self._removed(method) if with_ideal else None
-                if key is None:
+                removed = self._removed(method) if with_ideal else None
+                if removed is None or removed in ideals:
                     continue
-                if key not in ideals:
-                    ideals[key] = f"ideal for {method.name}" if ideals else "ideal"
-                    stats = self.ready[method.name][1].tome.stats()
-                    other = Method(ideals[key], function=partial(ideal, stats=stats))
-                    rows.append(self._start(other, memory, stack))
-                row["ideal"] = ideals[key]
+                name = f"ideal for {method.name}" if ideals else "ideal"
+                ideals.add(removed)
+                stats = self.ready[method.name][1].tome.stats()
+                best = Method(name, function=partial(ideal, stats=stats))
+                rows.append(self._start(best, memory, stack))
             known = {row["method"] for row in self._known()}
             for row in rows:
                 if row["method"] not in known or row["note"]:
@@ -208,8 +169,8 @@ class _Case:
     def _start(self, method: Method, memory: bool, stack: contextlib.ExitStack) -> dict[str, Any]:
         """Run a method for the first time: its row, which may say why it cannot run."""
         memory = memory and all(row["method"] != method.name for row in self._known())
-        row = {"kind": "run", **self.case, "method": method.name, "label": method.label}
-        found = dict.fromkeys(("relative_error", "peak_bytes", "peak_in", "ideal", "note"))
+        row = {"kind": "run", **self.case, "method": method.name}
+        found = dict.fromkeys(("relative_error", "peak_bytes", "note"))
         with contextlib.ExitStack() as own:
             try:
                 found.update(self._first_run(method, memory, own))
@@ -240,7 +201,7 @@ class _Case:
         def work() -> None:
             outputs.append(self.work(network))
 
-        peak = peak_memory(work, self.timer.device) if memory else (work(), None)
+        peak = peak_memory(work, self.timer.device) if memory else work()
         change = (outputs[0].float().cpu() - self.reference).pow(2).mean().sqrt()
         if not change.isfinite():
             raise ToMeError("its output has NaN or infinity")
@@ -249,7 +210,7 @@ class _Case:
             raise ToMeError(f"it changes nothing: its output is the baseline's{hint}")
         self.ready[method.name] = network, handles
         error = float(change / self.reference.std()) if change else 0.0
-        return {"relative_error": error, "peak_bytes": peak[0], "peak_in": peak[1]}
+        return {"relative_error": error, "peak_bytes": peak}
 
     def _removed(self, method: Method) -> tuple | None:
         """What tokens a method removes where; None if it has no ideal."""
@@ -259,7 +220,7 @@ class _Case:
         stats = handles.tome.stats()
         if all(site["kept"] in (site["tokens"], None) for site in stats):
             return None
-        return tuple((site.get("target", site["block"]), site["kept"]) for site in stats)
+        return tuple((site["target"], site["kept"]) for site in stats)
 
     def _measure(self, rounds: int) -> None:
         rows = self.folder.find(kind="case", **self.case)
@@ -296,78 +257,31 @@ def case_text(case: Mapping[str, Any]) -> str:
     """A case in words."""
     height, width = case["size"]
     text = f"{height}x{width}, batch {case['batch']}, {case['dtype']}, {case['mode']}"
-    if case["attention"] != "default":
-        text += f", {case['attention']} attention"
     return text + (f", {case['steps']} steps" if case["steps"] > 1 else "")
 
 
 def summary(folder: RunFolder) -> pd.DataFrame:
     """The figures of a folder, one row per case and method.
 
-    Columns: ``case`` in words and :data:`CASE`; ``method``, ``label``, ``rounds``, ``seconds``
-    (median); ``speedup`` over the baseline as a text, and its ``median``, ``low``, ``high``,
-    ``coverage`` and ``certain``, see :class:`~.measure.Interval`; ``efficiency``, as a text:
-    (t_baseline - t) / (t_baseline - t_ideal), if the ideal is certainly faster; ``against X``: how
-    many times as fast as the other package X; ``peak_bytes``, ``peak_in`` (operator),
+    Columns: ``case`` in words and :data:`CASE`; ``method``, ``rounds``, ``seconds`` (median);
+    ``speedup`` over the baseline, its interval ``speedup_low``, ``speedup_high`` with ``coverage``,
+    and ``certain``, see :class:`~.measure.Interval`; ``memory`` (peak bytes);
     ``relative_error`` of the output; ``note``: why a method could not be measured.
     """
     runs = {(case_text(row), row["method"]): row for row in folder.find(kind="run")}
     entries = []
     for (case, name), row in runs.items():
         known = {key: row[key] for key in CASE}
-        entry = {"case": case, **known, "method": name, "label": row["label"]}
+        entry = {"case": case, **known, "method": name}
         rounds = pd.DataFrame(folder.find(kind="case", **known))
         if len(rounds) and name in set(rounds["method"]):
             times = rounds.pivot_table("seconds", "turn", "method", aggfunc="last")
-            packages = []
-            if "merging" in row["label"] or "caching" in row["label"]:
-                packages = [other for (of, other), run in runs.items()
-                            if of == case and run["label"] in ("tomesd", "DeepCache")]  # fmt: skip
-            entry.update(_speed(times, name, row["ideal"], packages))
-        keys = ("peak_bytes", "peak_in", "relative_error", "note")
-        entries.append({**entry, **{key: row[key] for key in keys}})
+            speedup = interval((times[BASELINE.name] / times[name]).dropna().tolist())
+            entry["rounds"] = int(times[name].count())
+            entry["seconds"] = float(times[name].median())
+            entry["speedup"], entry["coverage"] = speedup.median, speedup.coverage
+            entry["speedup_low"], entry["speedup_high"] = speedup.low, speedup.high
+            entry["certain"] = speedup.excludes(1)
+        found = {"memory": row["peak_bytes"], "relative_error": row["relative_error"]}
+        entries.append({**entry, **found, "note": row["note"]})
     return pd.DataFrame(entries)
-
-
-def _speed(
-    times: pd.DataFrame, name: str, ideal_name: str | None, packages: Sequence[str]
-) -> dict[str, Any]:
-    """The figures of a method, out of seconds by turn (rows) and method (columns)."""
-
-    def faster(than: str) -> Interval:
-        return interval((times[than] / times[name]).dropna().tolist())
-
-    speedup = faster(BASELINE.name)
-    found = {
-        "rounds": int(times[name].count()),
-        "seconds": float(times[name].median()),
-        "speedup": str(speedup),
-        "certain": speedup.excludes(1),
-        **{key: getattr(speedup, key) for key in ("median", "low", "high", "coverage")},
-    }
-    if ideal_name in times:
-        base, best = times[BASELINE.name], times[ideal_name]
-        limit = interval((base / best).dropna().tolist())
-        if limit.excludes(1) and limit.low > 1:
-            shares = ((base - times[name]) / (base - best)).dropna().tolist()
-            found["efficiency"] = interval(shares).text("", null=0)
-    for other in packages:
-        if other in times:
-            found[f"against {other}"] = str(faster(other))
-    return found
-
-
-def table(frame: pd.DataFrame) -> str:
-    """The figures as tables to print, one per case, with the reasons of what is missing."""
-    parts = []
-    for case, rows in frame.groupby("case", sort=False):
-        rows = rows.assign(MiB=rows["peak_bytes"].astype(float) / 2**20)
-        names = ["method", "seconds", "speedup", "efficiency"]
-        names += [name for name in rows if name.startswith("against ")]
-        names = [name for name in [*names, "MiB", "relative_error"] if name in rows]
-        ran = rows[rows["note"].isna()][names].dropna(axis="columns", how="all")
-        parts.append(
-            f"{case}\n{ran.to_string(index=False, na_rep='-', float_format='{:.4g}'.format)}"
-        )
-        parts += [f"{one.method}: {one.note}" for one in rows.dropna(subset="note").itertuples()]
-    return "\n".join(parts)

@@ -26,7 +26,7 @@ VERBS = {
     "infer": "generate images or clips; with --compare measure against the baseline",
     "evaluate": "compare methods on many prompts: metrics, cost, a report",
     "benchmark": "time and memory of one forward or some steps of a network, by methods",
-    "visualize": "which tokens are merged, where images change, what each block costs",
+    "visualize": "which tokens are merged, and where images change",
     "tune": "not there any more: evaluate compares settings",
 }
 _EXAMPLES = {
@@ -38,7 +38,6 @@ _EXAMPLES = {
 _DEFAULTS = {
     "infer": "mmagic_tome::demo/sd-emoji_tome-balanced.py",
     "evaluate": "mmagic_tome::demo/sd-emoji_tome-balanced.py",
-    "benchmark": "sd15",
     "visualize": "mmagic_tome::demo/sd-emoji_tome-5e-1.py",
 }
 
@@ -78,12 +77,14 @@ def build_parser(verb: str, prog: str | None = None) -> Parser:
         allow_abbrev=False,
     )
     if verb != "tune":
-        options.source_options(parser, _DEFAULTS[verb])
-        options.request_options(parser)
+        if verb != "benchmark":
+            options.source_options(parser, _DEFAULTS[verb])
+            options.request_options(parser)
         options.run_options(parser, cases=verb == "benchmark")
         options.method_options(parser)
         options.result_options(parser)
-        getattr(options, f"{verb}_options")(parser)
+        if verb != "visualize":
+            getattr(options, f"{verb}_options")(parser)
     return parser
 
 
@@ -245,8 +246,6 @@ def _evaluate(args: argparse.Namespace) -> None:
     from .methods import BASELINE
     from .plan import plan_of
     from .ranks import start_ranks
-    from .report import write_report
-    from .results import RunFolder
 
     source, device = _source(args), start_ranks(args.launcher, check_device(args.device))
     keys = ("limit", "fewer_steps", "only", "metrics", "real", "rounds", "dtype")
@@ -266,65 +265,39 @@ def _evaluate(args: argparse.Namespace) -> None:
     with _results(args, source.name) as folder:
         evaluate(source, folder=folder, device=device, **vars(plan))
         if get_rank() == 0:
-            page = write_report(RunFolder(folder))
-            print((folder / "table.md").read_text(encoding="utf-8"))
-            print(f"Report: {page}")
+            _report(folder)
 
 
 def _benchmark(args: argparse.Namespace) -> None:
     from ..settings import Setting
-    from .benchmark import benchmark, check_methods, check_network, default_methods, table
+    from .benchmark import benchmark, check_methods, default_methods
     from .devices import DTYPES, check_device
     from .methods import BASELINE
-    from .networks import NETWORKS
-    from .report import write_report
-    from .results import RunFolder
+    from .networks import check_network
 
-    device, network = check_device(args.device), args.config or args.default_config
-    name, setting, request = network, Setting(), {}
-    if args.pipeline is None and not Path(network).suffix:
-        check_network(network)
-    if args.pipeline is not None or network not in NETWORKS:
-        network = _source(args)
-        name, setting, request = network.name, network.setting, _given(args)
-        for key in ("steps", "size", "batch_size"):  # lists, of the cases
-            del request[key]
-        if args.prompt or args.prompt_file:
-            request["prompts"] = [prompt.text for prompt in _prompts(args)]
-    else:
-        _check_unused(args, network)
-    methods = _methods(args, setting) or default_methods(network)
+    device, name = check_device(args.device), args.network
+    check_network(name, args.size or ())
+    methods = _methods(args, Setting()) or default_methods()
     check_methods(methods)
     title = f"{name} on {device}: {args.steps or 1} steps, {args.rounds} rounds"
     if not _goes_on(args, name, title, [BASELINE, *methods]):
         return
-    dtypes = [DTYPES.get(one) for one in args.dtype or (None,)]
+    dtypes = [DTYPES[one] for one in args.dtype or ("fp32",)]
     with _results(args, name) as folder:
         cases = (args.size, args.batch_size, dtypes, args.steps or 1, args.rounds)
-        how = {"attention": args.attention, "mode": args.mode, "clock": args.clock}
-        how.update(with_ideal=not args.no_ideal, memory=not args.no_memory, request=request)
-        frame = benchmark(network, methods, *cases, folder, device, **how)
-        print(f"{table(frame)}\n\nReport: {write_report(RunFolder(folder))}")
+        how = {"mode": args.mode, "clock": args.clock}
+        how.update(with_ideal=not args.no_ideal, memory=not args.no_memory)
+        benchmark(name, methods, *cases, folder, device, **how)
+        _report(folder)
 
 
-def _check_unused(args: argparse.Namespace, network: str) -> None:
-    """Options of a model that a network with random weights has no use for are errors.
+def _report(folder: Path) -> None:
+    from .report import write_report
+    from .results import RunFolder
 
-    Raises:
-        ToMeError: The first of them.
-    """
-    of_models = [field.name for field in fields(Request)]
-    of_models = [name for name in of_models if name not in ("steps", "size", "batch_size")]
-    flags = {"checkpoint": "CHECKPOINT", "prompts": "--prompt", "extra": "--extra-parameters"}
-    flags.update(images="--img", masks="--mask", controls="--control", references="--reference")
-    given = {**vars(args), "prompts": args.prompt or args.prompt_file}
-    for name in ("checkpoint", "cfg_options", *of_models):
-        if given[name] not in (None, [], {}, ()):
-            flag = flags.get(name, "--" + name.replace("_", "-"))
-            raise ToMeError(
-                f"{flag} has no meaning for {network}, a network with random weights; leave it "
-                "out, or state a config or --pipeline"
-            )
+    page = write_report(RunFolder(folder))
+    print((folder / "table.md").read_text(encoding="utf-8"))
+    print(f"Report: {page}")
 
 
 def _visualize(args: argparse.Namespace) -> None:
@@ -332,11 +305,6 @@ def _visualize(args: argparse.Namespace) -> None:
     from .methods import BASELINE
     from .visualize import check, visualize
 
-    if args.vit is not None:
-        _visualize_vit(args)
-        return
-    if args.r is not None:
-        raise ToMeError("--r is for vision transformers, with --vit; write --ratio")
     source, device = _source(args), check_device(args.device)
     method = _method(args, source)
     if method is BASELINE and args.ratio is None:  # a bare pipeline, say
@@ -346,24 +314,8 @@ def _visualize(args: argparse.Namespace) -> None:
     check(source, request, method)
     if _goes_on(args, source.name, _title(source, request, device), [BASELINE, method]):
         with _results(args, source.name) as folder:
-            how = {"rounds": args.rounds, "device": device, "dtype": DTYPES.get(args.dtype)}
+            how = {"device": device, "dtype": DTYPES.get(args.dtype)}
             visualize(source, request, method, folder=folder, **how)
-
-
-def _visualize_vit(args: argparse.Namespace) -> None:
-    from .devices import check_device
-    from .runners.mmagic_source import load_config
-    from .vit_maps import check, visualize_vit
-
-    unused = [name for name in ("config", "pipeline", "ratio", "steps", "size") if vars(args)[name]]
-    if unused:
-        raise ToMeError(f"{unused[0]} has no meaning with --vit CONFIG --img FILE; leave it out")
-    config, device, name = load_config(args.vit), check_device(args.device), Path(args.vit).stem
-    config.merge_from_dict(args.cfg_options)
-    check(config, args.images or ())
-    if _goes_on(args, name, f"{args.vit} on {device}: {len(args.images)} images", ()):
-        with _results(args, name) as folder:
-            visualize_vit(config, args.images, folder=folder, r=args.r, device=device)
 
 
 _RUN = {

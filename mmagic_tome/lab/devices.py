@@ -24,18 +24,8 @@ def check_device(name: str | torch.device | None = None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ToMeError(f"device {name!r} is not a device; write cpu, cuda or cuda:N") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ToMeError(f"device {name} is not there: torch finds no GPU; write cpu")
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise ToMeError(f"device {name} is not there: this machine has cuda:0 to {count - 1}")
-    elif device.type == "mps":
-        if not torch.backends.mps.is_available():
-            raise ToMeError("device mps is not there; write cpu")
-    elif device.type != "cpu":
-        raise ToMeError(f"device {name!r} is not supported; write cpu, cuda or cuda:N")
-    return device
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ToMeError(f"device {name!r} is not there: {reason}; write cpu or cuda:N") from None
+    return torch.device(name)

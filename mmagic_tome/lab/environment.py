@@ -24,9 +24,8 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
 
     Returns:
         dict: ``versions`` of the packages that are installed, ``platform``, ``processor``,
-        ``cpus`` (cores), ``threads`` (torch's), ``load`` (average of the last minute, None where
-        the system does not tell), ``gpu`` (None on a CPU); on CUDA ``gpu_memory`` (bytes) and
-        ``cuda`` (version).
+        ``cpus`` (cores), ``threads`` (torch's), ``gpu`` (None on a CPU); on CUDA ``gpu_memory``
+        (bytes) and ``cuda`` (version).
     """
     versions = {"mmagic_tome": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
@@ -39,7 +38,6 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
         "processor": _processor(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "gpu": None,
     }
     if device.type == "cuda":

@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""What merging does in a run: which tokens it merges, what blocks cost."""
+"""Which tokens merge in a run, and how that is painted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch import nn
 from ..handle import ToMeHandle
 from ..patch import find_patch
 from ..tome.state import TomePatch
-from .measure import StepMarks
 
 # Pixels per token at least: borders would hide smaller ones.
 _TOKEN = 6
@@ -59,40 +58,27 @@ def merged_blocks(handle: ToMeHandle) -> dict[str, nn.Module]:
 
 
 class Recorder:
-    """Records merge plans and times of blocks in one run, inside a with statement.
+    """Records the merge plans of blocks in one run, inside a with statement.
 
     Pass :meth:`next_step` to the run as ``on_step``. Compiled networks cannot be recorded.
 
     Args:
         blocks: Some of :func:`merged_blocks`.
-        device: Where they are.
-        plans: Whether to record merge plans, which takes time inside the blocks.
 
     Attributes:
         records: One :class:`Record` per block and step at which it merged, in running order; of
             a block whose targets have different plans, the plan of the first.
     """
 
-    def __init__(
-        self, blocks: dict[str, nn.Module], device: torch.device, plans: bool = True
-    ) -> None:
-        self.blocks, self.plans = blocks, plans
-        self.records: list[Record] = []
-        self._step = 0
-        self._steps: dict[str, list[int]] = {name: [] for name in blocks}
-        self._marks = {
-            name: StepMarks(block, device, partial(self._called, name))
-            for name, block in blocks.items()
-        }
-        self._stack = ExitStack()
+    def __init__(self, blocks: dict[str, nn.Module]) -> None:
+        self.blocks, self.records = blocks, []
+        self._step, self._stack = 0, ExitStack()
 
     def __enter__(self) -> Recorder:
         for name, block in self.blocks.items():
-            self._stack.enter_context(self._marks[name])
-            if self.plans:
-                # After merging's own hook, which has made the plan by then.
-                hook = block.register_forward_pre_hook(partial(self._note, name))
-                self._stack.callback(hook.remove)
+            # After merging's own hook, which has made the plan by then.
+            hook = block.register_forward_pre_hook(partial(self._note, name))
+            self._stack.callback(hook.remove)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -101,9 +87,6 @@ class Recorder:
     def next_step(self) -> None:
         """What is recorded belongs to the next step from now on."""
         self._step += 1
-
-    def _called(self, name: str) -> None:
-        self._steps[name].append(self._step)
 
     def _note(self, name: str, block: nn.Module, args: tuple) -> None:
         hooks = block._forward_pre_hooks.values()
@@ -114,13 +97,6 @@ class Recorder:
         if slots is not None and plan.num_slots < slots.shape[1]:
             slot = slots[-1].detach().to("cpu", torch.int32).numpy()
             self.records.append(Record(self._step, name, tuple(patch.context.grid), slot))
-
-    def seconds(self, steps: int) -> dict[str, np.ndarray]:
-        """(steps,) seconds of each block, with what merging takes in it; 0 where skipped."""
-        found = {name: np.zeros(steps) for name in self.blocks}
-        for name, marks in self._marks.items():
-            np.add.at(found[name], self._steps[name], marks.seconds())
-        return found
 
 
 # --- painting -------------------------------------------------------------------------------------

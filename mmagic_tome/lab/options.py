@@ -187,7 +187,6 @@ def source_options(parser: argparse.ArgumentParser, default: str) -> None:
     add("checkpoint", {"nargs": "?"}, "weights of a MMagic model (default: config's load_from)")
     add("--pipeline", DIR, "diffusers pipeline, a folder or id, not a config (default: none)")
     add("--cfg-options", KEY_VALUES, "changes of the config: tome_cfg.sx=4 ... (default: none)")
-    add("--device", {"metavar": "DEV"}, "cpu, cuda, cuda:1, ... (default: cuda, else cpu)")
 
 
 def request_options(parser: argparse.ArgumentParser) -> None:
@@ -210,8 +209,9 @@ def request_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_options(parser: argparse.ArgumentParser, cases: bool = False) -> None:
-    """Steps, size, batch size, precision; as ``cases`` the last three take several values."""
+    """Where and how; as ``cases`` size, batch size and precision take several values."""
     add = adder(parser, "how it is run")
+    add("--device", {"metavar": "DEV"}, "cpu, cuda, cuda:1, ... (default: cuda, else cpu)")
     several = {"nargs": "+"} if cases else {}
     steps = "of one measurement (default: 1)" if cases else "(default: the model's)"
     add("--steps", N, f"denoising steps {steps}")
@@ -269,9 +269,9 @@ def evaluate_options(parser: argparse.ArgumentParser) -> None:
 def benchmark_options(parser: argparse.ArgumentParser) -> None:
     """Add those of ``benchmark``."""
     add = adder(parser, "benchmark")
+    names = "small, sd15, sd15-level0, sdxl, sd3 or flux; random weights (default: sd15)"
+    add("network", {"nargs": "?", "default": "sd15"}, names)
     add("--rounds", N, "interleaved rounds (default: 7)", default=7)
-    attention = {"choices": ("default", "math"), "default": "default"}
-    add("--attention", attention, "math writes out all scores (default: the network's own)")
     mode = {"choices": ("eager", "compiled"), "default": "eager"}
     add("--mode", mode, "compiled: torch.compile (default: eager)")
     clock = {"choices": ("wall", "cpu"), "default": "wall"}
@@ -279,11 +279,3 @@ def benchmark_options(parser: argparse.ArgumentParser) -> None:
     add("--no-ideal", FLAG, "without the ideal of each method (default: with it)")
     add("--no-memory", FLAG, "without peak memory (default: with it)")
     add("--resume", FLAG, RESUME)
-
-
-def visualize_options(parser: argparse.ArgumentParser) -> None:
-    """Add those of ``visualize``."""
-    add = adder(parser, "visualize")
-    add("--rounds", N, "interleaved runs that measure the blocks' time (default: 3)", default=3)
-    add("--vit", FILE, "config of a vision transformer: draw its tokens of --img (default: none)")
-    add("--r", N, "with --vit: tokens to remove per block (default: the config's, else 8)")

@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""All plots, in one style: fidelity against speed-up, bars, lines, contact sheets."""
+"""All plots, in one style: fidelity against speed-up, contact sheets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
 from PIL import Image
 
 from .files import whole_file
@@ -48,13 +47,12 @@ CELL, MARGIN, LINE = 256, 16, 24  # of a sheet, in pixels
 
 @dataclass(frozen=True)
 class Point:
-    """A method in :func:`fidelity` or :func:`bars`.
+    """A method in :func:`fidelity`.
 
     Args:
         name: Of the method.
         kind: One of :data:`KINDS`; anything else looks like no other.
-        x: Speed-up, or the length of the bar.
-        y: Fidelity; unused in bars.
+        x, y: Speed-up and fidelity.
         low, high: Interval of ``x``. Default: none.
         label: Text beside the point. Default: None, the name; ``''`` for none.
     """
@@ -62,17 +60,10 @@ class Point:
     name: str
     kind: str
     x: float
-    y: float = math.nan
+    y: float
     low: float | None = None
     high: float | None = None
     label: str | None = None
-
-    def look(self) -> dict[str, Any]:
-        """What all plots draw alike: colour, entry in the legend, interval."""
-        look = {"color": KINDS.get(self.kind, OTHER)[0], "label": self.kind, "alpha": 0.9}
-        if self.low is not None and self.high is not None:
-            look["xerr"] = [[max(0, self.x - self.low)], [max(0, self.high - self.x)]]
-        return look
 
 
 def save(figure: Figure, path: str | Path) -> Path:
@@ -86,13 +77,13 @@ def save(figure: Figure, path: str | Path) -> Path:
     return Path(path)
 
 
-def _figure(width: float, height: float, panels: int) -> tuple[Figure, list[Any]]:
+def panels_of(width: float, height: float, panels: int) -> tuple[Figure, list[Any]]:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, list(figure.subplots(1, panels, squeeze=False, sharey=True)[0])
 
 
-def _legend(figure: Figure) -> None:
+def legend(figure: Figure) -> None:
     """Below the axes, where it covers no point; each name once."""
     found = {}
     for axes in figure.axes:
@@ -124,14 +115,17 @@ def fidelity(
         ylabel: Name and unit of the fidelity.
         higher_is_better: False turns the axis round, so that better is always up.
     """
-    figure, all_axes = _figure(1.6 + 6.8 * len(panels), 5.4, len(panels))
+    figure, all_axes = panels_of(1.6 + 6.8 * len(panels), 5.4, len(panels))
     drawn = [[point for point in points if math.isfinite(point.y)] for points in panels.values()]
     for axes, title, points in zip(all_axes, panels, drawn):
         axes.set(title=title, xlabel="times as fast as the baseline")
         axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
         for point in points:
-            shape = KINDS.get(point.kind, OTHER)[1]
-            axes.errorbar(point.x, point.y, fmt=shape, markersize=7, elinewidth=1, **point.look())
+            colour, shape = KINDS.get(point.kind, OTHER)
+            look = {"color": colour, "fmt": shape, "markersize": 7, "elinewidth": 1, "alpha": 0.9}
+            if point.low is not None and point.high is not None:
+                look["xerr"] = [[max(0, point.x - point.low)], [max(0, point.high - point.x)]]
+            axes.errorbar(point.x, point.y, label=point.kind, **look)
         axes.margins(0.1)
     for axes, points in zip(all_axes, drawn):
         limits = axes.axis()
@@ -147,7 +141,7 @@ def fidelity(
     all_axes[0].set_ylabel(ylabel)
     where = dict(xy=(1, 1.01), xycoords="axes fraction", ha="right", va="bottom")
     all_axes[-1].annotate("higher and further right is better", color="#555555", **where)
-    _legend(figure)
+    legend(figure)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # labels go inside the axes, which stay where they are
     for axes, points in zip(all_axes, drawn):
@@ -204,57 +198,6 @@ def _shared(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     low = np.maximum(boxes[:, None, :2], others[:, :2])
     high = np.minimum(boxes[:, None, 2:], others[:, 2:])
     return np.prod(np.clip(high - low, 0, None), axis=2)
-
-
-@matplotlib.rc_context(STYLE)
-def bars(panels: Mapping[str, Sequence[Point]], xlabel: str) -> Figure:
-    """Draw bars with intervals, a panel per title, and a line at 1, the baseline's speed-up."""
-    longest = max(len(points) for points in panels.values())
-    figure, all_axes = _figure(1.6 + 6.8 * len(panels), 1.4 + 0.32 * longest, len(panels))
-    for axes, (title, points) in zip(all_axes, panels.items()):
-        for place, point in enumerate(points):
-            axes.barh(place, point.x, 0.7, error_kw={"elinewidth": 1}, **point.look())
-        axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
-        axes.set(title=title, xlabel=xlabel)
-        axes.set_yticks(range(len(points)), [point.name for point in points])
-        axes.grid(axis="y", visible=False)
-    all_axes[0].invert_yaxis()
-    _legend(figure)
-    return figure
-
-
-@matplotlib.rc_context(STYLE)
-def lines(
-    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
-    xlabel: str,
-    ylabel: str,
-    log: bool = False,
-) -> Figure:
-    """Draw one line per series, such as an error or a time by step.
-
-    Args:
-        panels: Title -> name of the series -> (x, y).
-        xlabel, ylabel: Names and units. Where x falls, as timesteps do, the axis falls too.
-        log: Draw y on a logarithmic scale.
-    """
-    figure, all_axes = _figure(2.4 + 2.8 * len(panels), 3.6, len(panels))
-    names = list(dict.fromkeys(name for series in panels.values() for name in series))
-    colours = [colour for colour, _ in KINDS.values()]
-    for axes, (title, series) in zip(all_axes, panels.items()):
-        for name, (x, y) in series.items():
-            colour = colours[(names.index(name) + 1) % len(colours)]
-            axes.plot(x, y, marker=".", linewidth=1.4, color=colour, label=name)
-        axes.set(title=title, xlabel=xlabel, yscale="log" if log else "linear")
-        if log:  # as plain numbers
-            axes.yaxis.set_major_formatter(LogFormatter())
-            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-        if all(float(one).is_integer() for one in x):  # there is no step 1.5
-            axes.xaxis.get_major_locator().set_params(integer=True)
-        if x[-1] < x[0]:
-            axes.invert_xaxis()
-    all_axes[0].set_ylabel(ylabel)
-    _legend(figure)
-    return figure
 
 
 def difference_map(base: Image.Image, other: Image.Image) -> Image.Image:

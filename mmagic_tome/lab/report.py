@@ -19,7 +19,6 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader
 from PIL import Image
 
-from ..errors import ToMeError
 from . import plots
 from .benchmark import CASE, summary
 from .environment import environment
@@ -42,7 +41,7 @@ def write_report(folder: RunFolder) -> Path:
     Returns:
         The page. It needs no other file and no network.
     """
-    frame, manifest = _frame(folder), folder.manifest
+    (frame, missing), manifest = _frame(folder), folder.manifest
     metrics = {
         name: Metric(name, about["label"], None, about["unit"], about["higher_is_better"])
         for name, about in manifest.get("metrics", {}).items()
@@ -50,6 +49,7 @@ def write_report(folder: RunFolder) -> Path:
     columns = _columns(frame, metrics)
     cells = [[column[place] for column in columns.values()] for place in range(len(frame))]
     settings, notes = _settings(manifest, frame), [row["text"] for row in folder.find(kind="note")]
+    notes += [f"{row['case']}, {row['method']}: {row['note']}" for row in missing]
     about = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
     command = _command()
 
@@ -59,7 +59,7 @@ def write_report(folder: RunFolder) -> Path:
     lines = [about, "", texts, "", *(f"- {note}" for note in notes), f"- `{command}`", ""]
     with whole_file(folder.path / "table.md") as path:
         path.write_text("\n".join(lines), encoding="utf-8")
-    drawn = [plots.save(*pair) for pair in _draw(folder, frame, metrics)]
+    drawn = _draw(folder, frame, metrics)
 
     images = _images(folder, metrics)
     where = dict(manifest.get("environment") or environment())
@@ -85,15 +85,14 @@ def write_report(folder: RunFolder) -> Path:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def _frame(folder: RunFolder) -> pd.DataFrame:
-    """The table of an evaluation; that of a benchmark with the same columns, case by case."""
+def _frame(folder: RunFolder) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    """The table of an evaluation, or of a benchmark; and what could not be measured."""
     if not folder.has(kind="case"):
-        return table(folder)
+        return table(folder), []
     found = summary(folder)
-    found = found[found["note"].isna()].rename(columns={"peak_bytes": "memory"})
-    found = found.astype({"memory": float}).dropna(axis="columns", how="all")
-    found[["speedup", "speedup_low", "speedup_high"]] = found[["median", "low", "high"]]
-    return found
+    ran = found["note"].isna()
+    frame = found[ran].dropna(axis="columns", how="all")
+    return frame.reset_index(drop=True), found[~ran].to_dict("records")
 
 
 def _columns(frame: pd.DataFrame, metrics: Mapping[str, Metric]) -> dict[str, list[tuple]]:
@@ -118,6 +117,7 @@ def _columns(frame: pd.DataFrame, metrics: Mapping[str, Metric]) -> dict[str, li
             shown[f"{metric.label}, worst {arrow}"] = (f"{name}_worst", metric.text)
     shown[f"memory{of}, MiB"] = ("memory", lambda value: f"{value / 2**20:.1f}")
     shown[f"TFLOP{of}"] = ("flops", lambda value: f"{value / 1e12:.4g}")
+    shown["error"] = ("relative_error", "{:.3g}".format)
     for head, (key, text) in shown.items():
         if key in frame:
             found[head] = [_cell(value, text(value)) for value in frame[key]]
@@ -135,30 +135,6 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
     cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
-
-
-def replace_table(page: str | Path, name: str, text: str) -> None:
-    """Put a text between the markers of a Markdown page and change nothing else of it.
-
-    Args:
-        page: The file; has ``<!-- figure: NAME -->...<!-- /figure -->`` once.
-        name: Of the figure.
-        text: Tables and images are put on lines of their own, other text within its line.
-
-    Raises:
-        ToMeError: The page does not have the markers once.
-    """
-    page = Path(page)
-    old = page.read_text(encoding="utf-8")
-    begin, end = f"<!-- figure: {name} -->", "<!-- /figure -->"
-    before, found, rest = old.partition(begin)
-    between, ended, after = rest.partition(end)
-    if not found or not ended or begin in rest or "<!-- figure:" in between:
-        raise ToMeError(f"{page} needs {begin} and, behind it, {end}, once")
-    new = f"\n{text}\n" if "\n" in text or text.startswith("!") else text
-    if new != between:
-        with whole_file(page) as path:
-            path.write_text(before + begin + new + end + after, encoding="utf-8")
 
 
 # --- records --------------------------------------------------------------------------------------
@@ -241,30 +217,20 @@ def _command() -> str:
 # --- plots and images -----------------------------------------------------------------------------
 
 
-def _draw(folder: RunFolder, frame: pd.DataFrame, metrics: Mapping[str, Metric]) -> list[tuple]:
-    """(Figure, path): each metric against speed-up; without metrics the speed-ups."""
-    found = []
+def _draw(folder: RunFolder, frame: pd.DataFrame, metrics: Mapping[str, Metric]) -> list[Path]:
+    """The plots: each metric against speed-up."""
     timed = frame[frame["speedup"].notna()] if "speedup" in frame else frame[:0]
-    if not len(timed):
-        return found
-    cases = timed.groupby("case", sort=False) if "case" in timed else [("", timed)]
-    for name in [name for name in metrics if name in frame] or ["speedup"]:
-        keys = ["method", "speedup", name, "speedup_low", "speedup_high"]
-        panels = {
-            case: [
-                plots.Point(method, _kind(folder, method), *values)
-                for method, *values in rows[keys].itertuples(index=False)
-            ]
-            for case, rows in cases
-        }
-        if name == "speedup":
-            figure = plots.bars(panels, "times as fast as the baseline")
-        else:
-            metric = metrics[name]
-            label = f"{metric.label} ({metric.unit})" if metric.unit else metric.label
-            figure = plots.fidelity(panels, label, metric.higher_is_better)
-        found.append((figure, folder.path / f"{name}.png"))
-    return found
+    drawn = []
+    for name in [name for name in metrics if name in frame and len(timed)]:
+        metric, keys = metrics[name], ["method", "speedup", name, "speedup_low", "speedup_high"]
+        points = [
+            plots.Point(method, _kind(folder, method), *values)
+            for method, *values in timed[keys].itertuples(index=False)
+        ]
+        label = f"{metric.label} ({metric.unit})" if metric.unit else metric.label
+        figure = plots.fidelity({"": points}, label, metric.higher_is_better)
+        drawn.append(plots.save(figure, folder.path / f"{name}.png"))
+    return drawn
 
 
 def _images(folder: RunFolder, metrics: Mapping[str, Metric]) -> list[dict[str, Any]]:

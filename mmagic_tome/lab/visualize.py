@@ -1,28 +1,26 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Draws what merging does to images: merged tokens, differences, the cost of each block."""
+"""Draws what merging does to images: merged tokens, differences."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from tqdm import tqdm
 
 from ..errors import ToMeError
 from . import plots
 from .environment import environment
-from .infer import WARM_UP_STEPS, difference_sheet, fidelity, fidelity_text, file_stem, save_results
+from .infer import difference_sheet, fidelity, fidelity_text, file_stem, save_results
 from .maps import Record, Recorder, enlarged, merge_map, merged_blocks, short_name, spread
-from .measure import interleaved
 from .methods import BASELINE, Method
 from .progress import progress_bar
 from .request import Request
-from .runners import Output, Runner, Source, save_media
+from .runners import Output, Source, save_media
 
 # Of a sheet of merge maps; evenly spread.
 MOST_BLOCKS, MOST_STEPS = 8, 4
@@ -56,12 +54,11 @@ def visualize(
     method: Method,
     *,
     folder: str | Path,
-    rounds: int = 3,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Draw merge maps and error maps of every image, and the time of each block at each step.
+    """Draw merge maps and error maps of every image.
 
     Args:
         source: What is run: no model of clips.
@@ -69,8 +66,7 @@ def visualize(
         method: Merges tokens.
         folder: Where files go: per image ``.png``, ``_baseline.png``, ``_merge.png`` (a row for
             each of eight blocks at most, a column for each of four steps), ``_error.png``; and
-            once ``cost.png`` and ``results.json``.
-        rounds: Interleaved runs of the baseline and the method, of which times are the medians.
+            once ``results.json``.
         device: Where to run.
         dtype: Of the whole model. Default: None, the source's.
         progress: Whether to show a bar.
@@ -82,18 +78,18 @@ def visualize(
         ToMeError: See :func:`check`; nothing was merged.
     """
     check(source, request, method)
-    folder = Path(folder)
+    folder, images = Path(folder), []
     runner = source.load(request, device, dtype)
-    with method.on(runner.model) as handles:
-        merged = list(merged_blocks(handles.tome).items())
-        chosen = dict(merged[place] for place in spread(len(merged), MOST_BLOCKS))
-    where, images = environment(runner.device), []
-    steps = 2 * runner.steps * (rounds + len(request))
-    with progress_bar(steps, "visualizing", show=progress) as bar:
-        cost = _measure_cost(runner, method, chosen, rounds, bar.update)
+    with progress_bar(2 * runner.steps * len(request), "visualizing", show=progress) as bar:
         for number in range(len(request)):
-            base, _ = _run(runner, BASELINE, number, chosen, bar.update)
-            output, recorder = _run(runner, method, number, chosen, bar.update)
+            with BASELINE.on(runner.model):
+                base = runner.run([number], on_step=bar.update)
+            with method.on(runner.model) as handles:
+                merged = list(merged_blocks(handles.tome).items())
+                chosen = [merged[place] for place in spread(len(merged), MOST_BLOCKS)]
+                with Recorder(dict(chosen)) as recorder:
+                    on_step = partial(_next_step, recorder, bar)
+                    output = runner.run([number], on_step=on_step)
             if not recorder.records:
                 raise ToMeError(
                     "nothing was merged in this run, so there is nothing to draw: grids are too "
@@ -103,65 +99,18 @@ def visualize(
             row = {"prompt": prompt, "seed": request.seed_of(number), **fidelity(base, output, 0)}
             stem = folder / file_stem(number, prompt)
             images.append({**row, **_draw(stem, row, base, output, recorder.records)})
-    # In milliseconds, over the number of the step.
-    series = {
-        name: {short_name(block): (range(1, len(s) + 1), 1000 * s) for block, s in found.items()}
-        for name, found in cost.items()
-    }
-    plots.save(plots.lines(series, "step", "milliseconds per block"), folder / "cost.png")
-    result = {
-        "method": method.to_dict(),
-        "images": images,
-        "cost_seconds": {
-            name: {block: seconds.tolist() for block, seconds in found.items()}
-            for name, found in cost.items()
-        },
-        "environment": where,
-    }
+    where = environment(runner.device)
+    result = {"method": method.to_dict(), "images": images, "environment": where}
     save_results(folder, result)
-    print(f"Maps of {len(images)} images, cost.png and results.json: {folder}")
+    print(f"Maps of {len(images)} images and results.json: {folder}")
     for row in images:
         print(f"  {row['merge_sheet']}  {row['error_map']}")
     return result
 
 
-def _run(
-    runner: Runner,
-    method: Method,
-    number: int,
-    blocks: dict[str, nn.Module],
-    on_step: Callable[[], object],
-    plans: bool = True,
-) -> tuple[Output, Recorder]:
-    """Generate an image, and what was recorded meanwhile."""
-    recorder = Recorder(blocks, runner.device, plans)
-    with method.on(runner.model), recorder:
-        output = runner.run([number], on_step=lambda: (recorder.next_step(), on_step()))
-    return output, recorder
-
-
-def _measure_cost(
-    runner: Runner,
-    method: Method,
-    blocks: dict[str, nn.Module],
-    rounds: int,
-    on_step: Callable[[], object],
-) -> dict[str, dict[str, np.ndarray]]:
-    """Name of the method -> block -> (steps,) seconds, the median over rounds."""
-    both = {one.name: one for one in (BASELINE, method)}
-    for one in both.values():  # a first run is slow
-        with one.on(runner.model):
-            runner.run([0], min(WARM_UP_STEPS, runner.steps))
-    found: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in both}
-    calls = {
-        name: partial(_run, runner, one, 0, blocks, on_step, False) for name, one in both.items()
-    }
-    for _, name, (_, recorder) in interleaved(calls, range(rounds)):
-        found[name].append(recorder.seconds(runner.steps))
-    return {
-        name: {block: np.median([one[block] for one in runs], axis=0) for block in blocks}
-        for name, runs in found.items()
-    }
+def _next_step(recorder: Recorder, bar: tqdm) -> None:
+    recorder.next_step()
+    bar.update()
 
 
 def _draw(

@@ -83,7 +83,7 @@ def test_every_tool_helps_from_anywhere_without_importing_torch(verb, tmp_path):
 def test_help_explains_every_option_with_its_default(verb):
     hidden = ("help", "local_rank")
     actions = [one for one in build_parser(verb)._actions if one.dest not in hidden]
-    assert len(actions) > 20
+    assert len(actions) > 12
     assert [one.dest for one in actions if "(default: " not in (one.help or "")] == []
 
 
@@ -250,10 +250,6 @@ WRONG = {
         "did you mean 'psnr'",
     ),
     "network unknown": ("benchmark sd16 --dry-run", "write one of small, sd15"),
-    "unused checkpoint": ("benchmark small x.pth --dry-run", "CHECKPOINT has no meaning"),
-    "unused prompts": ("benchmark small --prompt-file demo --dry-run", "--prompt has no"),
-    "unused images": ("benchmark small --img x.png --dry-run", "--img has no meaning"),
-    "unused options": ("benchmark small --cfg-options a.b=1", "--cfg-options has no"),
     "steps of its own": ("benchmark small --method steps:3 --dry-run", "use evaluate"),
     "nothing to resume": ("evaluate {tome} --prompt a --resume --work-dir {tmp}/x", "no run in"),
     "clips are not drawn": ("visualize {clips} --prompt cat", "AnimateDiff makes clips"),
@@ -262,7 +258,6 @@ WRONG = {
         "visualize {tome} --prompt cat --method a={{'ratio':.5,'steps':3}}",
         "leave steps",
     ),
-    "r of no ViT": ("visualize {tome} --prompt cat --r 3", "--r is for vision transformers"),
 }
 
 

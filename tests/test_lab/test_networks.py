@@ -5,24 +5,12 @@ import pytest
 import torch
 from tiny import tiny_inputs, tiny_unet
 
-from mmagic_tome import ToMeError
+from mmagic_tome.lab.ideal import ideal
 from mmagic_tome.lab.methods import Method
-from mmagic_tome.lab.networks import NETWORKS, NetworkWork, ideal, share_weights
-from mmagic_tome.lab.networks.denoisers import denoiser
-from mmagic_tome.lab.networks.vits import vit
-from mmagic_tome.vit.families import find_vit
+from mmagic_tome.lab.networks import NETWORKS, Network, work_on
 
-CPU = torch.device("cpu")
 # Of the published models, in millions.
-PARAMETERS = {
-    "sd15": 859.52,
-    "sdxl": 2567.46,
-    "sd3": 2028.33,
-    "flux": 11901.41,
-    "vit-s16": 22.05,
-    "vit-b16": 86.57,
-    "vit-l16": 304.33,
-}
+PARAMETERS = {"sd15": 859.52, "sdxl": 2567.46, "sd3": 2028.33, "flux": 11901.41}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -33,48 +21,21 @@ def test_shapes_are_those_of_the_published_models(name):
     assert count == pytest.approx(PARAMETERS[name], abs=0.006)
 
 
-def test_copies_share_weights_and_nothing_else():
-    unet = tiny_unet()
-    copy = share_weights(unet)
-    assert all(a is b for a, b in zip(unet.parameters(), copy.parameters()))
-    copy.register_forward_hook(lambda *_: None)
-    assert not unet._forward_hooks and copy.conv_in is not unet.conv_in
-
-
 SMALL = dict(num_layers=1, joint_attention_dim=16, pooled_projection_dim=16, num_attention_heads=2)
+SD3 = dict(SMALL, attention_head_dim=8, caption_projection_dim=16)
+FLUX = dict(SMALL, num_single_layers=1, attention_head_dim=16, axes_dims_rope=(4, 6, 6))
 TINY = {
-    "sd3": denoiser(
-        dict(SMALL, attention_head_dim=8, caption_projection_dim=16),
-        "SD3Transformer2DModel",
-        size=64,
-        text=5,
-    ),
-    "flux": denoiser(
-        dict(
-            SMALL,
-            num_single_layers=1,
-            attention_head_dim=16,
-            axes_dims_rope=(4, 6, 6),
-            guidance_embeds=True,
-        ),
-        "FluxTransformer2DModel",
-        factor=16,
-        size=64,
-        batch=1,
-        text=5,
-    ),
-    "vit": vit(32, 3, 2, patch=8, size=48),
+    "sd3": Network(SD3, "SD3Transformer2DModel", size=64, text=5),
+    "flux": Network(FLUX | {"guidance_embeds": True}, "FluxTransformer2DModel", 16, 5, 64, 1),
 }
 
 
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_random_weights_give_finite_outputs_that_are_the_same_every_time(name, dtype):
-    pytest.importorskip("timm")
     found = []
     for _ in range(2):
-        entry = TINY[name]
-        work = NetworkWork(name, entry, CPU, 1, None, [1])((entry.size,) * 2, 1, dtype)
+        work = work_on(TINY[name], TINY[name].build("cpu", dtype), (64, 64), 1, 1)
         with torch.inference_mode():
             found.append(work(work.network))
     assert found[0].dtype == dtype and found[0].isfinite().all() and found[0].std() > 0
@@ -82,27 +43,13 @@ def test_random_weights_give_finite_outputs_that_are_the_same_every_time(name, d
 
 
 def test_steps_fall_and_keep_their_inputs():
-    entry = TINY["sd3"]
-    work = NetworkWork("sd3", entry, CPU, 4, None, None)((64, 64), 2, None)
+    work = work_on(TINY["sd3"], TINY["sd3"].build("cpu", torch.float32), (64, 64), 2, 4)
     assert [int(kwargs["timestep"][0]) for _, kwargs in work.calls] == [999, 749, 499, 249]
     assert work.scheduler.timesteps.tolist() == [999, 749, 499, 249]
     assert len({id(kwargs["hidden_states"]) for _, kwargs in work.calls}) == 1
     with torch.inference_mode():
         outputs = [work.network(**kwargs)[0] for _, kwargs in work.calls]
         torch.testing.assert_close(work(work.network), torch.stack(outputs).mean(0))
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments", "said"),
-    [
-        ("sd15", dict(sizes=[(512, 512), (512, 500)]), "size 512x500 .*; the nearest is 512x512"),
-        ("vit-s16", dict(steps=2), "vit-s16 has no denoising steps"),
-    ],
-)
-def test_what_a_network_cannot_do_is_said_before_it_is_built(name, arguments, said):
-    arguments = {"steps": 1, "sizes": None, "batches": None, **arguments}
-    with pytest.raises(ToMeError, match=said):
-        NetworkWork(name, NETWORKS[name], CPU, **arguments)
 
 
 def tokens_of(unet):
@@ -140,31 +87,3 @@ def test_the_ideal_works_on_as_many_tokens_as_ours(options, expected):
     assert ours[0] == found[0] == expected and before[0] == (256, 256, 256)
     assert not torch.equal(found[1], before[1]) and not torch.equal(found[1], ours[1])
     assert torch.equal(tokens_of(unet)[1], before[1])
-
-
-def test_the_ideal_of_a_vision_transformer_drops_as_many_tokens():
-    pytest.importorskip("timm")
-    work = NetworkWork("vit", TINY["vit"], CPU, 1, None, None)((48, 48), 2, None)
-
-    def tokens(network):
-        found = []
-        hooks = [
-            block.norm.register_forward_hook(lambda m, a, y: found.append(y.shape[1]))
-            for block in find_vit(network).blocks
-        ]
-        with torch.no_grad():
-            output = work(network)
-        for hook in hooks:
-            hook.remove()
-        return found, output
-
-    full, baseline = tokens(work.network)
-    ours = share_weights(work.network)
-    with Method.from_dict(dict(name="ours", tome_cfg=dict(r=2))).on(ours) as handles:
-        expected, _ = tokens(ours)
-        stats = handles.tome.stats()
-    with ideal(work.network, stats):
-        found, output = tokens(work.network)
-    assert found == expected == [full[0] - 2, full[0] - 4, full[0] - 6]
-    assert output.shape == baseline.shape and not torch.equal(output, baseline)
-    assert torch.equal(tokens(work.network)[1], baseline)

@@ -3,7 +3,6 @@
 
 import math
 
-import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -65,35 +64,6 @@ def test_better_is_up_and_the_dominated_part_is_shaded(higher):
     path = shade.get_paths()[0]
     assert path.contains_point((1.1, 1.95 if higher else 2.05))  # slower than a and worse
     assert not path.contains_point((1.4, 2.5 if higher else 1.5))  # faster than b, better than a
-
-
-def test_bars_have_the_given_lengths_and_intervals():
-    points = [Point("x", "caching", 1.5, low=1.2, high=1.6), Point("y", "merging", 1.1)]
-    axes = plots.bars({"": points}, "times as fast").axes[0]
-    assert [bar.get_width() for bar in axes.patches] == [1.5, 1.1]
-    (interval,) = axes.collections
-    assert interval.get_segments()[0].tolist() == [[1.2, 0], [1.6, 0]]
-    assert [text.get_text() for text in axes.get_yticklabels()] == ["x", "y"]
-
-
-def test_lines_fall_with_x_and_logarithms_are_plain_numbers():
-    series = {"order 0": ([900, 500, 100], [0.4, 0.05, 0.2])}
-    figure = plots.lines({"network": series}, "timestep", "relative error", log=True)
-    figure.draw_without_rendering()
-    axes = figure.axes[0]
-    assert axes.xaxis_inverted() and axes.lines[0].get_ydata().tolist() == [0.4, 0.05, 0.2]
-    texts = [t.get_text() for t in axes.get_ymajorticklabels() + axes.get_yminorticklabels()]
-    assert any(texts) and not any("$" in text for text in texts)
-
-
-def test_a_plot_is_the_same_file_every_time_and_leaves_matplotlib_as_it_was(tmp_path):
-    before = dict(matplotlib.rcParams)
-    one, two = (
-        plots.save(plots.fidelity({"": crowd()}, "PSNR"), tmp_path / f"{name}.png").read_bytes()
-        for name in "ab"
-    )
-    assert one == two and dict(matplotlib.rcParams) == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
 
 
 def test_images_of_a_sheet_are_exact_and_captions_fit():

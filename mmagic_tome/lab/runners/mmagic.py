@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ...models import find_adapter
 from ...timeline import scheduler_name
-from ..measure.clock import Clock, StepMarks
+from ..measure import Clock, StepMarks
 from ..request import Request
 from .base import Output, Runner, flat
 from .media import load_image

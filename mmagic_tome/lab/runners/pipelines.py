@@ -21,7 +21,7 @@ from ...models import find_adapter, find_denoisers
 from ...models.find import DENOISERS
 from ...settings import Setting
 from ...timeline import scheduler_name
-from ..measure.clock import Clock
+from ..measure import Clock
 from ..request import Request
 from .base import Output, Runner, Source
 from .calls import DECODERS, PipelineCall

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..measure.clock import StepMarks
+from ..measure import StepMarks
 from .calls import DECODERS
 
 

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from ... import apply_tome
-from ...errors import ToMeError
-from ...models import ModelAdapter, find_adapter
-from ...patch import find_patch
-from ...tome.state import Target, TomePatch
-from ...vit.families import find_vit
+from .. import apply_tome
+from ..errors import ToMeError
+from ..models import ModelAdapter, find_adapter
+from ..patch import find_patch
+from ..tome.state import Target, TomePatch
 
 
 @contextlib.contextmanager
@@ -36,18 +34,8 @@ def ideal(network: nn.Module, stats: Sequence[Mapping[str, Any]]) -> Iterator[No
     Raises:
         ToMeError: A target whose tokens come in parts.
     """
-    sites = [site for site in stats if site["kept"] not in (site["tokens"], None)]
-    merges_targets = any("target" in site for site in sites)
-    hooks = _in_denoiser(network, sites) if merges_targets else _in_vit(network, sites)
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _in_denoiser(network: nn.Module, sites: Sequence[Mapping[str, Any]]) -> list[Any]:
     # Merging knows where targets begin and end; nothing of it stays in the network.
+    sites = [site for site in stats if site["kept"] not in (site["tokens"], None)]
     kinds = list(dict.fromkeys(site["kind"] for site in sites))
     coarsest = max(site["downsample"] for site in sites)
     adapter, inner = find_adapter(network)
@@ -63,7 +51,11 @@ def _in_denoiser(network: nn.Module, sites: Sequence[Mapping[str, Any]]) -> list
         if target.kind != "attn_kv":
             module = inner.get_submodule(target.paths[-1])
             hooks.append(module.register_forward_hook(take.pad))
-    return hooks
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _Take:
@@ -105,23 +97,3 @@ class _Take:
         if not isinstance(output, tuple):
             return F.pad(output, space)
         return (*output[:at], F.pad(output[at], space), *output[at + 1 :])
-
-
-def _in_vit(network: nn.Module, sites: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """Every block drops its last tokens behind the attention."""
-    blocks = {block.name: block for block in find_vit(network).blocks}
-    hooks = []
-    for site in sites:
-        block, first = blocks[site["block"]], partial(_first, count=site["kept"])
-        hooks += [
-            block.norm.register_forward_pre_hook(first),
-            # One token, which the residual addition spreads over all for nothing.
-            block.last.register_forward_hook(partial(_first, count=1)),
-            block.module.register_forward_hook(first),
-        ]
-    return hooks
-
-
-def _first(module: nn.Module, args: tuple, output: Tensor | None = None, *, count: int) -> Any:
-    """The first tokens of the output, or of the input where there is no output yet."""
-    return (args[0][:, :count], *args[1:]) if output is None else output[:, :count]
