@@ -1,8 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Not there any more: tools/evaluate.py compares settings.
-
-The same as ``python -m mmagic_tome tune``.
-"""
+"""Tuning is not here yet: tools/evaluate.py compares settings."""
 
 from _start import start
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -31,18 +31,22 @@ from .measure import Clock, interleaved, interval, peak_memory
 from .methods import BASELINE, Method, check_names
 from .networks import Work, check_network, share_weights, work_on
 from .progress import progress_bar
+from .recorded import SourceWork
 from .results import RunFolder
+from .runners.base import Source
 
 MODES = ("eager", "compiled")
+# The work of one case, its size, and its batch.
+_Work = tuple[Work, tuple[int, int], int]
 CASE = ("size", "batch", "dtype", "mode", "steps")
 
 
 def benchmark(
-    network: str,
+    network: str | Source,
     methods: Sequence[Method] | None = None,
     sizes: Sequence[tuple[int, int]] | None = None,
     batches: Sequence[int] | None = None,
-    dtypes: Sequence[torch.dtype] = (torch.float32,),
+    dtypes: Sequence[torch.dtype] = (),
     steps: int = 1,
     rounds: int = 7,
     folder: str | os.PathLike = "work_dirs/benchmark",
@@ -52,15 +56,18 @@ def benchmark(
     clock: str = "wall",
     with_ideal: bool = True,
     memory: bool = True,
+    request: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """Measure a network with some methods; every combination of the lists is a case.
 
     Args:
-        network: A name in :data:`~.networks.NETWORKS`; its weights are random.
+        network: A name in :data:`~.networks.NETWORKS`, with random weights; or a source, whose
+            network is called as the model itself calls it.
         methods: Besides the baseline. Default: see :func:`default_methods`.
         sizes: (height, width) in pixels. Default: the network's own.
-        batches: Of the network. Default: its own.
-        dtypes: Of the whole network.
+        batches: Of the network, or images per call of a source's model. Default: the network's
+            own; 1.
+        dtypes: Of the whole network. Default: float32; that of a source's weights.
         steps: So many calls at falling timesteps are one measurement. Default: 1; step caching and
             ``plan_interval`` have no effect in a single forward.
         rounds: How often each method runs, after a run that is not counted.
@@ -71,6 +78,7 @@ def benchmark(
         clock: See :class:`~.measure.Clock`.
         with_ideal: Whether to measure the ideal of each method that merges, see :mod:`.ideal`.
         memory: Whether to measure the peak of a fresh run.
+        request: Given fields of a source's :class:`~.request.Request`.
 
     Returns:
         DataFrame: See :func:`summary`.
@@ -78,34 +86,81 @@ def benchmark(
     Raises:
         ToMeError: Something that is not valid; the baseline runs in none of the cases.
     """
-    methods = default_methods() if methods is None else methods
+    if methods is None:
+        methods = default_methods(None if isinstance(network, str) else network.setting)
     methods = [BASELINE, *(method for method in methods if method.kind != "baseline")]
     check_methods(methods)
     if mode not in MODES:
         raise ToMeError(f"mode={mode!r} must be one of {', '.join(MODES)}")
-    timer, entry = Clock(device, clock), check_network(network, sizes or ())
-    sizes, batches = sizes or [(entry.size, entry.size)], batches or [entry.batch]
+    timer = Clock(device, clock)
+    by_name = isinstance(network, str)
+    cases = _named if by_name else _recorded
+    works = cases(network, timer.device, sizes, batches, dtypes, steps, request)
     manifest = {
         "command": "benchmark",
-        "network": network,
+        "network": network if by_name else network.path,
         "clock": clock,
         "environment": environment(device),
         "methods": {method.name: method.to_dict() for method in methods},
     }
     with RunFolder(folder).writing(manifest) as folder:
-        for dtype in dtypes:
-            built = entry.build(timer.device, dtype)
-            for size, batch in itertools.product(sizes, batches):
-                work = work_on(entry, built, size, batch, steps)
-                values = (list(size), batch, str(dtype).replace("torch.", ""), mode, steps)
-                one = _Case(folder, dict(zip(CASE, values)), work, timer)
-                with torch.inference_mode():
-                    one.run(methods, with_ideal, memory, rounds)
-            del built, work, one  # before the next one is built
+        for work, size, batch in works:
+            dtype = str(next(work.network.parameters()).dtype).replace("torch.", "")
+            values = (list(size), batch, dtype, mode, steps)
+            one = _Case(folder, dict(zip(CASE, values)), work, timer)
+            with torch.inference_mode():
+                one.run(methods, with_ideal, memory, rounds)
+            del work, one  # before the next one is built
     frame = summary(folder)
     if "seconds" not in frame:
         raise ToMeError(f"nothing could be measured: {frame['note'].iloc[0]}")
     return frame
+
+
+def _named(
+    name: str,
+    device: torch.device,
+    sizes: Sequence[tuple[int, int]] | None,
+    batches: Sequence[int] | None,
+    dtypes: Sequence[torch.dtype],
+    steps: int,
+    request: Mapping[str, Any] | None,
+) -> Iterator[_Work]:
+    """The work of every case on a network with random weights."""
+    entry = check_network(name, sizes or ())
+    sizes, batches = sizes or [(entry.size, entry.size)], batches or [entry.batch]
+
+    def works() -> Iterator[_Work]:
+        for dtype in dtypes or [torch.float32]:
+            built = entry.build(device, dtype)
+            for size, batch in itertools.product(sizes, batches):
+                yield work_on(entry, built, size, batch, steps), size, batch
+            del built
+
+    return works()
+
+
+def _recorded(
+    source: Source,
+    device: torch.device,
+    sizes: Sequence[tuple[int, int]] | None,
+    batches: Sequence[int] | None,
+    dtypes: Sequence[torch.dtype],
+    steps: int,
+    request: Mapping[str, Any] | None,
+) -> Iterator[_Work]:
+    """The work of every case on the network of a source."""
+    work = SourceWork(source, device, steps, request)
+    requests = [work.request(*case) for case in itertools.product(sizes or [None], batches or [1])]
+
+    def works() -> Iterator[_Work]:
+        for dtype in dtypes or [None]:
+            model = work.load(requests[0], dtype)
+            for one in requests:
+                yield *work(model, one), one.batch_size
+            del model
+
+    return works()
 
 
 def check_methods(methods: Sequence[Method]) -> None:
@@ -124,8 +179,10 @@ def check_methods(methods: Sequence[Method]) -> None:
             raise ToMeError(f"{method.name!r} is the name of what the benchmark adds; rename it")
 
 
-def default_methods() -> list[Method]:
-    """Ours at ratio 0.5, and tomesd if it is installed."""
+def default_methods(setting: Setting | None = None) -> list[Method]:
+    """A source's setting if it has one; else ours at ratio 0.5, and tomesd if it is installed."""
+    if setting is not None and not setting.baseline:
+        return [Method("ours", setting)]
     methods = [Method("ours", Setting.coerce({"ratio": 0.5}))]
     with contextlib.suppress(ToMeError):
         methods.append(Method("tomesd", tomesd=0.5))

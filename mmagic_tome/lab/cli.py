@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""The commands: ``python -m mmagic_tome infer|evaluate|benchmark|visualize|tune``.
+"""The commands: ``python -m mmagic_tome infer|evaluate|benchmark|visualize|test|train``.
 
 ``tools/VERB.py`` are the same. Nothing slow is imported before the options are parsed. Exit codes:
 0 done, 2 bad input (one line on stderr), 130 interrupted.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,6 @@ from typing import Any
 from ..errors import ToMeError
 from . import options
 from .options import NOT_GIVEN, Parser, exit_code
-from .request import Request
 
 #: Verb -> what it does.
 VERBS = {
@@ -27,64 +27,74 @@ VERBS = {
     "evaluate": "compare methods on many prompts: metrics, cost, a report",
     "benchmark": "time and memory of one forward or some steps of a network, by methods",
     "visualize": "which tokens are merged, and where images change",
-    "tune": "not there any more: evaluate compares settings",
 }
-_EXAMPLES = {
-    "infer": "CONFIG --prompt 'red apple' --cache balanced --compare",
-    "evaluate": "CONFIG --prompt-file demo --limit 50 --method tome:0.5 --method steps:13",
-    "benchmark": "sd15 --size 256 512 --method tome:0.5 --method tomesd:0.5",
-    "visualize": "CONFIG --prompt 'red apple' --ratio 0.5",
+# Those of MMagic's runner.
+_RUNNER_VERBS = {
+    "test": "MMagic's tools/test.py: the test loop of a config",
+    "train": "MMagic's tools/train.py: the training of a config",
 }
-_DEFAULTS = {
-    "infer": "mmagic_tome::demo/sd-emoji_tome-balanced.py",
-    "evaluate": "mmagic_tome::demo/sd-emoji_tome-balanced.py",
-    "visualize": "mmagic_tome::demo/sd-emoji_tome-5e-1.py",
+# Verb -> its default config or network, and an example of options.
+_USUAL = {
+    "infer": (
+        "mmagic_tome::demo/sd-emoji_tome-balanced.py",
+        "CONFIG --prompt 'red apple' --cache balanced --compare",
+    ),
+    "evaluate": (
+        "mmagic_tome::demo/sd-emoji_tome-balanced.py",
+        "CONFIG --prompt-file demo --limit 50 --method tome:0.5 --method steps:13",
+    ),
+    "benchmark": ("sd15", "sd15 --size 256 512 --method tome:0.5 --method tomesd:0.5"),
+    "visualize": (
+        "mmagic_tome::demo/sd-emoji_tome-5e-1.py",
+        "CONFIG --prompt 'red apple' --ratio 0.5",
+    ),
 }
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run a command; return its exit code.
+    """Run a verb; return its exit code.
 
     Args:
         argv: The verb and its options. Default: those of the process.
         prog: Name shown in help and errors. Default: ``mmagic_tome VERB``.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    verb = argv[0] if argv else ""
+    verb, *words = [*(sys.argv[1:] if argv is None else argv)] or [""]
+    known = {**VERBS, **_RUNNER_VERBS}
+    if verb in ("-h", "--help"):
+        print(f"usage: python -m mmagic_tome {'|'.join(known)} [options]\n")
+        print("\n".join(f"  {name:10} {about}" for name, about in known.items()))
+        print("\nVERB --help explains the options of each.")
+        return 0
+    prog = prog or f"mmagic_tome {verb}".strip()
+    if verb in _RUNNER_VERBS:
+        from ..mmagic import entry
+
+        return getattr(entry, f"{verb}_main")(words, prog)
 
     def run() -> None:
-        if verb not in VERBS:
-            raise ToMeError(f"there is no verb {verb!r}; write one of {', '.join(VERBS)}")
-        args = build_parser(verb, prog).parse_args(argv[1:])
         if verb == "tune":
-            raise ToMeError(
-                "tune is not there any more; compare settings with evaluate: --method tome:0.25 "
-                "--method cache:balanced --method steps:13 ..."
-            )
+            raise ToMeError("tune is not here yet; compare settings with evaluate: --method ...")
+        if verb not in VERBS:
+            wrong = f"there is no verb {verb!r}" if verb else "state a verb"
+            raise ToMeError(f"{wrong}; write one of {', '.join(known)}")
+        args = build_parser(verb, prog).parse_args(words)
         # Deprecation notes between libraries are not this command's business.
         warnings.filterwarnings("ignore")
         _RUN[verb](args)
 
-    return exit_code(run, prog or f"mmagic_tome {verb}".strip())
+    return exit_code(run, prog)
 
 
 def build_parser(verb: str, prog: str | None = None) -> Parser:
     """The parser of a verb. Options that are not given are None, empty or ``NOT_GIVEN``."""
+    default, example = _USUAL[verb]
     parser = Parser(
         prog=prog or f"mmagic_tome {verb}",
         description=VERBS[verb],
-        epilog=f"example: python -m mmagic_tome {verb} {_EXAMPLES.get(verb, '')}",
+        epilog=f"example: python -m mmagic_tome {verb} {example}",
         allow_abbrev=False,
     )
-    if verb != "tune":
-        if verb != "benchmark":
-            options.source_options(parser, _DEFAULTS[verb])
-            options.request_options(parser)
-        options.run_options(parser, cases=verb == "benchmark")
-        options.method_options(parser)
-        options.result_options(parser)
-        if verb != "visualize":
-            getattr(options, f"{verb}_options")(parser)
+    options.add_options(parser, verb, default)
     return parser
 
 
@@ -116,12 +126,14 @@ def _prompts(args: argparse.Namespace) -> list[Any]:
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
     """Fields of a request but for the prompts; None and empty ones are not given."""
+    from .request import Request
+
     return {field.name: vars(args)[field.name] for field in fields(Request)[1:]}
 
 
 def _request(args: argparse.Namespace, source: Any) -> Any:
     from .prompts import request_fields
-    from .runners import make_request
+    from .request import make_request
 
     given, prompts = _given(args), _prompts(args)
     if prompts:
@@ -156,11 +168,28 @@ def _method(args: argparse.Namespace, source: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _results(args: argparse.Namespace, name: str) -> Iterator[Path]:
-    """A folder for results; an empty one is not left behind."""
+def _results(
+    args: argparse.Namespace, name: str, title: str, methods: Sequence[Any]
+) -> Iterator[Path | None]:
+    """Print what is run, on one rank; yield a folder for results, or None in a dry run.
+
+    An empty folder is not left behind.
+    """
+    from mmengine.dist import get_rank
+
     from .results import new_folder
 
-    work_dir = _work_dir(args, name)
+    _quiet()
+    work_dir = Path(args.work_dir or f"work_dirs/{name}")
+    if get_rank() == 0:
+        print(title)
+        for one in methods:
+            print(f"  {one.name}" + (f" ({one.label})" if one.label != one.name else ""))
+        if args.dry_run:
+            print(f"results would go to {work_dir}/<time>; nothing was run")
+    if args.dry_run:
+        yield None
+        return
     folder = new_folder(work_dir, getattr(args, "resume", False))
     try:
         yield folder
@@ -172,25 +201,6 @@ def _results(args: argparse.Namespace, name: str) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             folder.rmdir()
             work_dir.rmdir()
-
-
-def _work_dir(args: argparse.Namespace, name: str) -> Path:
-    return Path(args.work_dir or f"work_dirs/{name}")
-
-
-def _goes_on(args: argparse.Namespace, name: str, title: str, methods: Sequence[Any]) -> bool:
-    """Print what is run, on one rank; whether it is run now, and is no dry run."""
-    from mmengine.dist import get_rank
-
-    _quiet()
-    if get_rank() > 0:
-        return not args.dry_run
-    print(title)
-    for method in methods:
-        print(f"  {method.name}" + (f" ({method.label})" if method.label != method.name else ""))
-    if args.dry_run:
-        print(f"results would go to {_work_dir(args, name)}/<time>; nothing was run")
-    return not args.dry_run
 
 
 def _title(source: Any, request: Any, device: Any) -> str:
@@ -205,16 +215,11 @@ def _title(source: Any, request: Any, device: Any) -> str:
 
 def _quiet() -> None:
     """Keep notes and progress bars of libraries out of the output."""
-    with contextlib.suppress(ImportError):
-        from diffusers.utils import logging as of_diffusers
-
-        of_diffusers.set_verbosity_error()
-        of_diffusers.disable_progress_bar()
-    with contextlib.suppress(ImportError):
-        from transformers.utils import logging as of_transformers
-
-        of_transformers.set_verbosity_error()
-        of_transformers.disable_progress_bar()
+    for name in ("diffusers", "transformers"):
+        with contextlib.suppress(ImportError):
+            notes = importlib.import_module(f"{name}.utils.logging")
+            notes.set_verbosity_error()
+            notes.disable_progress_bar()
     from mmengine.logging import MMLogger
 
     MMLogger.get_current_instance().setLevel("WARNING")
@@ -232,8 +237,9 @@ def _infer(args: argparse.Namespace) -> None:
     request, method = _request(args, source), _method(args, source)
     check(source, request, method, args.compare)
     methods = [BASELINE, method] if args.compare else [method]
-    if _goes_on(args, source.name, _title(source, request, device), methods):
-        with _results(args, source.name) as folder:
+    title = _title(source, request, device)
+    with _results(args, source.name, title, methods) as folder:
+        if folder:
             how = {"compare": args.compare, "rounds": args.rounds, "folder": folder}
             infer(source, request, method, **how, device=device, dtype=DTYPES.get(args.dtype))
 
@@ -250,21 +256,17 @@ def _evaluate(args: argparse.Namespace) -> None:
     source, device = _source(args), start_ranks(args.launcher, check_device(args.device))
     keys = ("limit", "fewer_steps", "only", "metrics", "real", "rounds", "dtype")
     given = {key: vars(args)[key] for key in keys}
-    given["prompts"] = [
-        {"prompt": one.text, "negative_prompt": one.negative, "seed": one.seed}
-        for one in _prompts(args)
-    ]
+    given["prompts"] = _prompts(args)
     # Without any of these the config's own list of methods counts.
     if args.method or args.ratio is not None or args.cache is not NOT_GIVEN:
         given["methods"] = _methods(args, source.setting)
     plan = plan_of(source, **given, **_given(args))
     source.check(plan.request)
     title = _title(source, plan.request, device)
-    if not _goes_on(args, source.name, title, [BASELINE, *plan.methods]):
-        return
-    with _results(args, source.name) as folder:
-        evaluate(source, folder=folder, device=device, **vars(plan))
-        if get_rank() == 0:
+    with _results(args, source.name, title, [BASELINE, *plan.methods]) as folder:
+        if folder:
+            evaluate(source, folder=folder, device=device, **vars(plan))
+        if folder and get_rank() == 0:
             _report(folder)
 
 
@@ -273,22 +275,32 @@ def _benchmark(args: argparse.Namespace) -> None:
     from .benchmark import benchmark, check_methods, default_methods
     from .devices import DTYPES, check_device
     from .methods import BASELINE
-    from .networks import check_network
+    from .networks import NETWORKS, check_network
 
-    device, name = check_device(args.device), args.network
-    check_network(name, args.size or ())
-    methods = _methods(args, Setting()) or default_methods()
+    device, network = check_device(args.device), args.config or args.default_config
+    name, setting, request = network, Setting(), {}
+    if args.pipeline is None and not Path(network).suffix:
+        check_network(network, args.size or ())
+    if args.pipeline is not None or network not in NETWORKS:
+        network = _source(args)
+        name, setting, request = network.name, network.setting, _given(args)
+        for key in ("steps", "size", "batch_size"):  # lists, of the cases
+            del request[key]
+        if args.prompt or args.prompt_file:
+            request["prompts"] = [prompt.text for prompt in _prompts(args)]
+    else:
+        _check_unused(args, network)
+    methods = _methods(args, setting) or default_methods(setting)
     check_methods(methods)
-    title = f"{name} on {device}: {args.steps or 1} steps, {args.rounds} rounds"
-    if not _goes_on(args, name, title, [BASELINE, *methods]):
-        return
-    dtypes = [DTYPES[one] for one in args.dtype or ("fp32",)]
-    with _results(args, name) as folder:
-        cases = (args.size, args.batch_size, dtypes, args.steps or 1, args.rounds)
-        how = {"mode": args.mode, "clock": args.clock}
-        how.update(with_ideal=not args.no_ideal, memory=not args.no_memory)
-        benchmark(name, methods, *cases, folder, device, **how)
-        _report(folder)
+    title = f"{name} on {device}: {args.rounds} rounds"
+    dtypes = [DTYPES[one] for one in args.dtype or ()]
+    cases = (args.size, args.batch_size, dtypes, args.steps or 1, args.rounds)
+    how = {"mode": args.mode, "clock": args.clock, "request": request}
+    how.update(with_ideal=not args.no_ideal, memory=not args.no_memory)
+    with _results(args, name, title, [BASELINE, *methods]) as folder:
+        if folder:
+            benchmark(network, methods, *cases, folder, device, **how)
+            _report(folder)
 
 
 def _report(folder: Path) -> None:
@@ -298,6 +310,21 @@ def _report(folder: Path) -> None:
     page = write_report(RunFolder(folder))
     print((folder / "table.md").read_text(encoding="utf-8"))
     print(f"Report: {page}")
+
+
+def _check_unused(args: argparse.Namespace, network: str) -> None:
+    """Fail for options of a model, which a network with random weights has no use for."""
+    flags = {"checkpoint": "CHECKPOINT", "prompt": "--prompt", "prompt_file": "--prompt-file"}
+    flags.update(cfg_options="--cfg-options", extra="--extra-parameters", images="--img")
+    flags.update(masks="--mask", controls="--control", references="--reference")
+    cases = ("steps", "size", "batch_size")
+    for name in dict.fromkeys((*flags, *_given(args))):
+        if name not in cases and vars(args)[name] not in (None, [], {}):
+            flag = flags.get(name, "--" + name.replace("_", "-"))
+            raise ToMeError(
+                f"{flag} has no meaning for {network}, a network with random weights; leave it "
+                "out, or state a config or --pipeline"
+            )
 
 
 def _visualize(args: argparse.Namespace) -> None:
@@ -312,8 +339,9 @@ def _visualize(args: argparse.Namespace) -> None:
         method = _method(args, source)
     request = _request(args, source)
     check(source, request, method)
-    if _goes_on(args, source.name, _title(source, request, device), [BASELINE, method]):
-        with _results(args, source.name) as folder:
+    title = _title(source, request, device)
+    with _results(args, source.name, title, [BASELINE, method]) as folder:
+        if folder:
             how = {"device": device, "dtype": DTYPES.get(args.dtype)}
             visualize(source, request, method, folder=folder, **how)
 

@@ -9,6 +9,7 @@ of a sum may depend on the batch, so a batch that lacks an image is run as a who
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import hashlib
 import json
@@ -25,7 +26,6 @@ from PIL import Image
 from torch import nn
 
 from ..errors import ToMeError
-from ..settings import Handles
 from .cost import measure_cost
 from .environment import environment
 from .files import whole_file
@@ -70,14 +70,12 @@ def evaluate(
     """Compare methods with the baseline, which is always one of them.
 
     Args:
-        source: What is run.
-        request: The images.
+        source, request, device: What is run, on which images, where.
         methods: What is applied, one after the other.
         metrics: Names, or dicts of a ``name`` and options, all of which must be computable.
             Default: None, of :data:`DEFAULT_METRICS` those that are; a note says what is left out.
         rounds: Interleaved rounds in which time is measured; 0 leaves out time, memory and FLOPs.
         folder: Of the run; what it has is not done again.
-        device: Where to run.
         dtype: Of the model. Default: None, the source's.
         real: Images for metrics of sets. Default: None, these compare with the baseline's.
         cost_batch_size: Images per run that is timed. Default: None, the request's batch size.
@@ -94,9 +92,8 @@ def evaluate(
     methods = [BASELINE, *(one for one in methods if one.name != BASELINE.name)]
     check_names(methods)
     source.check(request)
-    chosen, left_out = available(
-        DEFAULT_METRICS if metrics is None else metrics, request.size, len(request)
-    )
+    asked = DEFAULT_METRICS if metrics is None else metrics
+    chosen, left_out = available(asked, request.size, len(request))
     _check_metrics(metrics, left_out)
     held = folder.manifest
     if held:
@@ -114,10 +111,20 @@ def evaluate(
         with method.on(runner.model):
             pass  # what cannot be applied fails here, and not after hours
     numbers = request.batches()[0][:cost_batch_size]
+    options = {one["name"]: dict(one) for one in metrics or () if isinstance(one, Mapping)}
     manifest = {
         "command": "evaluate",
         **_manifest(runner, methods),
-        "metrics": {name: _about(chosen[name], metrics or ()) for name in chosen},
+        # What a table needs to know of a metric, and the options it was asked for with.
+        "metrics": {
+            name: {
+                "label": metric.label,
+                "unit": metric.unit,
+                "higher_is_better": metric.higher_is_better,
+                "options": options.get(name, {}),
+            }
+            for name, metric in chosen.items()
+        },
         "real": None if real is None else {"images": len(real), "digest": real.digest()},
         "images_per_timed_run": len(numbers),
     }
@@ -131,7 +138,11 @@ def evaluate(
         latents = any(metric.of == "latents" for metric in chosen.values())
         _make_images(runner, methods, folder, latents, show)
         _meet(folder)
-        _note_broken(folder, methods)
+        for method in methods:
+            finite = [row["finite"] for row in folder.find(kind="image", method=method.name)]
+            if not all(finite):
+                broken = f"{finite.count(False)} of {len(finite)} images of {method.name}"
+                _note(folder, f"{broken} are not finite")
         _drop_without_latents(folder, chosen)
         measure_images(folder, methods, chosen, runner.device, show)
         measure_sets(folder, methods, chosen, runner.device, real, runner.size, show)
@@ -156,19 +167,6 @@ def _check_metrics(asked: Sequence[Any] | None, left_out: Mapping[str, str]) -> 
     """A metric that was asked for by name must work."""
     if asked is not None and left_out:
         raise ToMeError(next(iter(left_out.values())))
-
-
-def _about(metric: Metric, asked: Sequence[Any]) -> dict[str, Any]:
-    """What a table needs to know of a metric, and the options it was asked for with."""
-    options = [
-        dict(one) for one in asked if isinstance(one, Mapping) and one["name"] == metric.name
-    ]
-    return {
-        "label": metric.label,
-        "unit": metric.unit,
-        "higher_is_better": metric.higher_is_better,
-        "options": options[-1] if options else {},
-    }
 
 
 def _meet(folder: RunFolder) -> None:
@@ -206,25 +204,16 @@ def _make_images(
             method, count = methods[place], len(numbers)
             bar.set_postfix_str(method.name)
             with method.on(runner.model) as handles:
-                output = runner.run(
-                    numbers, method.steps, on_step=lambda count=count: bar.update(count)
-                )
+                output = runner.run(numbers, method.steps, functools.partial(bar.update, count))
                 # One process makes the first batch: the row is there once.
                 if 0 in numbers and not folder.has(kind="applied", method=method.name):
-                    folder.add(_applied(method, handles))
+                    stats = {handle.technique: handle.stats() for handle in handles}
+                    summary = "\n".join(handle.summary() for handle in handles)
+                    known = {"kind": "applied", "method": method.name}
+                    folder.add({**known, "stats": stats, "summary": summary})
             for index, number in enumerate(numbers):
                 if (method.name, number) not in done:
                     folder.add(_save(folder, runner, method, number, output, index, latents))
-
-
-def _applied(method: Method, handles: Handles) -> dict[str, Any]:
-    """What was merged and skipped in the first batch."""
-    return {
-        "kind": "applied",
-        "method": method.name,
-        "stats": {handle.technique: handle.stats() for handle in handles},
-        "summary": "\n".join(handle.summary() for handle in handles),
-    }
 
 
 def _save(
@@ -267,14 +256,6 @@ def _save(
     }
 
 
-def _note_broken(folder: RunFolder, methods: Sequence[Method]) -> None:
-    for method in methods:
-        images = folder.find(kind="image", method=method.name)
-        broken = sum(not row["finite"] for row in images)
-        if broken:
-            _note(folder, f"{broken} of {len(images)} images of {method.name} are not finite")
-
-
 def _drop_without_latents(folder: RunFolder, metrics: dict[str, Metric]) -> None:
     """Leave out the metrics of latents where the images were made without them."""
     if all("latents" in row for row in folder.find(kind="image")):
@@ -290,8 +271,7 @@ def _drop_without_latents(folder: RunFolder, metrics: dict[str, Metric]) -> None
 def _manifest(runner: Runner, methods: Sequence[Method]) -> dict[str, Any]:
     """What images depend on, to be compared when a run goes on.
 
-    The weights are those that were loaded, not the name of their file: a checkpoint that was
-    replaced is noticed, one that was moved is no difference.
+    Weights count as loaded: a checkpoint that was replaced is noticed, one that was moved is not.
     """
     source, request = runner.source, runner.request
     where = environment(runner.device)

@@ -63,15 +63,13 @@ def infer(
     """Generate images or clips, write them with a ``results.json``, and print a report.
 
     Args:
-        source: What is run.
-        request: What to generate.
+        source, request, device: What is run, on what, where.
         method: What is applied. Default: None, what the config applies.
         compare: Also run the baseline, in interleaved rounds; measure the speed-up, and how close
             images and latents are to the baseline's; write ``compare.png``.
         rounds: How often everything is run. Default: None, once; with ``compare`` as often as it
             takes for five pairs of runs, with which a speed-up can be certain.
         folder: Where files go.
-        device: Where to run.
         dtype: Of the whole model. Default: None, the source's.
         progress: Whether to show a bar.
 
@@ -106,13 +104,7 @@ def infer(
 
 
 class _Run:
-    """Runs methods in rounds, and writes the images of the first round.
-
-    Args:
-        runner: Of the model.
-        methods: The method; or the baseline and the method.
-        folder: Where files go.
-    """
+    """Runs the method, or the baseline too, in rounds; writes the images of the first round."""
 
     def __init__(self, runner: Runner, methods: Sequence[Method], folder: Path) -> None:
         self.runner, self.methods, self.folder = runner, methods, folder
@@ -234,12 +226,8 @@ def what_was_done(method: Method, handles: Handles) -> str:
 
 
 def fidelity(base: Output, other: Output, place: int) -> dict[str, float | None]:
-    """How close an image, and its latents, are to the baseline's.
-
-    Returns:
-        dict: ``psnr`` in dB, None if the images are identical (JSON has no infinity);
-        ``latent_error``, relative, None if latents are not known.
-    """
+    """How close an image and its latents are to the baseline's: ``psnr`` in dB, None if they are
+    identical (JSON has no infinity); relative ``latent_error``, None if latents are not known."""
     from .metrics import paired
 
     psnr = paired("psnr")

@@ -38,9 +38,7 @@ _SHORT = {
 
 @dataclass(frozen=True)
 class Method:
-    """A way of running a model.
-
-    At most one of ``setting``, ``tomesd``, ``deepcache`` and ``function`` is given.
+    """A way of running a model: at most one of the four below but for ``steps``.
 
     Args:
         name: Unique in a comparison; appears in tables and plots.
@@ -69,7 +67,7 @@ class Method:
     function: Callable[[Any], AbstractContextManager] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name.strip():
+        if not self.name.strip():
             raise ToMeError(f"a method needs a name, got {self.name!r}; write name='ratio 0.5'")
         ways = [way for way in _WAYS if getattr(self, way) is not None]
         if len(ways) > 1:
@@ -79,7 +77,7 @@ class Method:
                 f"method {self.name!r}: steps must be a whole number above 0, got {self.steps!r}"
             )
         if self.tomesd is not None:
-            options = self._other_package("tomesd", self.tomesd, "ratio", example=0.5)
+            options = self._of_package("tomesd", self.tomesd, "ratio", example=0.5)
             most = 1 - 1 / (options.get("sx", 2) * options.get("sy", 2))
             if not 0 <= options["ratio"] <= most:
                 raise ToMeError(
@@ -88,12 +86,11 @@ class Method:
                 )
             object.__setattr__(self, "tomesd", options)
         if self.deepcache is not None:
-            options = self._other_package("DeepCache", self.deepcache, "cache_interval", example=3)
+            options = self._of_package("DeepCache", self.deepcache, "cache_interval", example=3)
             object.__setattr__(self, "deepcache", options)
 
-    def _other_package(self, package: str, given: Any, key: str, example: float) -> dict[str, Any]:
-        """Return the options of another package, of which the one with the name ``key`` is a
-        number of the example's type and may be given alone."""
+    def _of_package(self, package: str, given: Any, key: str, example: float) -> dict[str, Any]:
+        """Options of a package; ``key`` is a number of the example's type and may be alone."""
         options = dict(given) if isinstance(given, Mapping) else {key: given}
         value = options.get(key)
         whole = isinstance(example, int)
@@ -123,7 +120,7 @@ class Method:
     def label(self) -> str:
         """What is done to the model, in words: 'merging', 'merging and caching', '13 steps' ..."""
         if self.kind == "ours":
-            tome = isinstance(self.setting, ViTConfig) or self.setting.tome is not None
+            tome = getattr(self.setting, "tome", self.setting) is not None
             cache = getattr(self.setting, "cache", None) is not None
             return " and ".join(["merging"] * tome + ["caching"] * cache)
         if self.kind == "fewer steps":
@@ -136,10 +133,8 @@ class Method:
         return re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-.") or "method"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything that its images depend on besides the request, as JSON has it.
-
-        A function, such as that of a schedule of ratios, is in it by name.
-        """
+        """Everything that its images depend on besides the request, as JSON has it; functions by
+        name."""
         found: dict[str, Any] = {"name": self.name, "kind": self.kind, "label": self.label}
         if self.kind == "ours":
             options = self.setting.to_dict()
@@ -157,15 +152,8 @@ class Method:
 
     @contextmanager
     def on(self, model: Any) -> Iterator[Handles]:
-        """Apply it to a model, in place of anything this package applied before.
-
-        On exit the model is the baseline.
-
-        Args:
-            model: A pipeline, a MMagic model, or a network that ``apply_tome`` takes.
-
-        Yields:
-            Handles: Of what this package applied.
+        """Apply it to whatever ``apply_tome`` takes, in place of anything this package applied
+        before; yields the handles. On exit the model is the baseline.
 
         Raises:
             ToMeError: It cannot be applied to this model.
@@ -183,20 +171,17 @@ class Method:
         else:
             context = (self.setting or Setting()).apply(model)
         with context as applied:
-            if isinstance(applied, Handles):
-                yield applied
-            else:
-                yield Handles(applied if self.setting is not None else None)
+            vit = Handles(applied if self.setting is not None else None)
+            yield applied if isinstance(applied, Handles) else vit
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> Method:
-        """Return the method that an entry of a config means.
+        """The method that an entry of a config means.
 
-        Args:
-            entry: ``name`` and one or more of ``tome_cfg`` (options of token merging, which may
-                have the key ``cache``; an empty dict merges by default options; with ``r`` or
-                ``target_speedup`` those of a vision transformer), ``cache_cfg``, ``tomesd``,
-                ``deepcache``, ``steps``.
+        It has ``name`` and one or more of ``tome_cfg`` (options of token merging, which may have
+        the key ``cache``; an empty dict merges by default options; with ``r`` or
+        ``target_speedup`` those of a vision transformer), ``cache_cfg``, ``tomesd``, ``deepcache``,
+        ``steps``.
 
         Raises:
             ToMeError: A wrong entry, named.
@@ -230,8 +215,6 @@ BASELINE = Method("baseline")
 def _setting(tome: Any, cache: Any) -> Setting | ViTConfig | None:
     if tome is None and cache is None:
         return None
-    if isinstance(tome, ViTConfig):
-        return tome
     if isinstance(tome, Mapping) and ("r" in tome or "target_speedup" in tome):
         if cache is not None:
             raise ToMeError("r is for vision transformers, which have no step caching")
@@ -257,8 +240,8 @@ def _name_of(value: Any) -> str:
 
 @contextmanager
 def _with_tomesd(model: Any, options: Mapping[str, Any]) -> Iterator[None]:
-    """tomesd on the network of a model, with a generator made from torch's global one at the first
-    forward: every time anew, so that the same seed makes the same image."""
+    """tomesd, whose generator is made from torch's global one at the first forward: anew each time,
+    so that the same seed makes the same image."""
     import tomesd
 
     network = find_adapter(model)[1]  # tomesd itself does not look into wrappers
@@ -271,8 +254,7 @@ def _with_tomesd(model: Any, options: Mapping[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def _with_deepcache(model: Any, options: Mapping[str, Any]) -> Iterator[None]:
-    """DeepCache on a pipeline or MMagic model; it finds the number of a step by its timestep's
-    place in the scheduler."""
+    """DeepCache, which finds the number of a step by its timestep's place in the scheduler."""
     from DeepCache import DeepCacheSDHelper
 
     scheduler = getattr(model, "test_scheduler", None) or getattr(model, "scheduler", None)
@@ -295,7 +277,7 @@ def _with_deepcache(model: Any, options: Mapping[str, Any]) -> Iterator[None]:
 
 
 def parse_method(text: str) -> Method:
-    """Return the method that a command line means.
+    """The method that a command line means.
 
     Args:
         text: ``NAME={...}``: options of token merging and the keys ``cache``, ``steps``,
@@ -316,8 +298,6 @@ def parse_method(text: str) -> Method:
             f"got {text!r}"
         )
     entry = {key: options.pop(key) for key in KEYS[1:] if key in options}
-    if "cache" in options and "cache_cfg" not in entry:
-        entry["cache_cfg"] = options.pop("cache")
     if options:
         entry["tome_cfg"] = {**entry.get("tome_cfg", {}), **options}
     return Method.from_dict({"name": name, **entry})
@@ -351,7 +331,7 @@ def _literal(text: str) -> Any:
 
 
 def fewer_steps(values: Iterable[float], steps: int) -> list[Method]:
-    """Return the baseline with fewer steps: the alternative that every method has to beat.
+    """The baseline with fewer steps: the alternative that every method has to beat.
 
     Args:
         values: Shares of the steps (below 1) or numbers of steps (1 and above).
@@ -365,14 +345,12 @@ def fewer_steps(values: Iterable[float], steps: int) -> list[Method]:
         count = max(1, round(value * steps)) if 0 < value < 1 else value
         if count != int(count) or count <= 0:
             raise ToMeError(f"fewer steps: {value!r} is neither a share nor a number of steps")
-        if count >= steps:
-            # A share of very few steps may round up to all of them.
-            if value < 1:
-                continue
+        if count < steps:
+            found[int(count)] = Method(f"{int(count)} steps", steps=int(count))
+        elif value >= 1:  # a share of very few steps may round up to all of them
             raise ToMeError(
                 f"fewer steps: {value:g} is not fewer than the {steps} steps of the baseline"
             )
-        found[int(count)] = Method(f"{int(count)} steps", steps=int(count))
     return list(found.values())
 
 

@@ -22,11 +22,7 @@ NOT_GIVEN = object()
 def exit_code(run: Callable[[], object], prog: str) -> int:
     """Run a command; return 0, 2 for bad input or 130 if interrupted.
 
-    What went wrong is one line on stderr. A bug keeps its traceback.
-
-    Args:
-        run: The command, without arguments.
-        prog: Name shown in front of errors.
+    What went wrong is one line on stderr, behind ``prog``. A bug keeps its traceback.
     """
     try:
         run()
@@ -99,30 +95,17 @@ def _spaced(value: str) -> Any:
 # --- values ---------------------------------------------------------------------------------------
 
 
-def number(
-    kind: type, low: float | None = None, below: float | None = None
-) -> Callable[[str], Any]:
-    """An ``argparse`` type: a finite number of at least ``low`` and below ``below``.
-
-    Args:
-        kind: ``int`` or ``float``.
-        low, below: Bounds. Default: None, none.
-    """
+def number(kind: type, low: float, below: float = math.inf) -> Callable[[str], Any]:
+    """An ``argparse`` type: a finite number of at least ``low`` and below ``below``."""
 
     def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            wanted = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}") from None
-        if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
-        if low is not None and value < low:
-            raise argparse.ArgumentTypeError(f"expected at least {low}, got {text}")
-        if below is not None and value >= below:
-            raise argparse.ArgumentTypeError(f"expected less than {below}, got {text}")
+        value = kind(text)
+        if not low <= value < below:
+            limit = f" and less than {below}" if below < math.inf else ""
+            raise argparse.ArgumentTypeError(f"expected at least {low}{limit}, got {text}")
         return value
 
+    parse.__name__ = kind.__name__  # as argparse says what a text is not
     return parse
 
 
@@ -152,46 +135,39 @@ TEXT, FILE, DIR = ({"metavar": name} for name in ("TEXT", "FILE", "DIR"))
 TEXTS = {"nargs": "+", "action": "extend", "default": [], "metavar": "TEXT"}
 FILES = {"nargs": "+", "metavar": "FILE"}
 REPEATED = {"action": "append", "default": []}
-N = {"type": number(int, low=1), "metavar": "N"}
-ZERO_OR_MORE = {"type": number(int, low=0), "metavar": "N"}
-WEIGHT = {"type": number(float, low=0), "metavar": "W"}
-RATIO = {"type": number(float, low=0, below=1), "metavar": "R"}
+N = {"type": number(int, 1), "metavar": "N"}
+ZERO_OR_MORE = {"type": number(int, 0), "metavar": "N"}
+SEED = {"type": number(int, 0, below=2**32), "metavar": "N"}  # torch's on the CPU has 32 bits
+WEIGHT = {"type": number(float, 0), "metavar": "W"}
 SIZE = {"type": parse_size, "metavar": "N|HxW"}
-# torch's generator on the CPU and numpy's look at 32 bits only.
-SEED = {"type": number(int, low=0, below=2**32), "metavar": "N"}
 CACHE = {"type": parse_cache, "metavar": "NAME|DICT", "default": NOT_GIVEN}
 DTYPE = {"choices": ("fp32", "fp16", "bf16")}
 FLAG = {"action": "store_true"}
-RESUME = "go on with the newest run in --work-dir (default: begin a new one)"
 KEY_VALUES = {"nargs": "+", "action": KeyValues, "default": {}, "metavar": "KEY=VALUE"}
 
 
-def adder(parser: argparse.ArgumentParser, title: str) -> Callable[..., None]:
-    """A function that adds options to a group: ``add('--name', KIND, 'help', **changes)``."""
-    group = parser.add_argument_group(title)
-
-    def add(names: str, kind: dict[str, Any], about: str, **changes: Any) -> None:
-        group.add_argument(*names.split(), help=about, **{**kind, **changes})
-
-    return add
-
-
-# --- options of all verbs -------------------------------------------------------------------------
-
-
-def source_options(parser: argparse.ArgumentParser, default: str) -> None:
-    """What is run, by default a config; and where."""
+def add_options(parser: argparse.ArgumentParser, verb: str, default: str) -> None:
+    """Add the options of a verb to its parser; ``default`` is what is run if nothing is stated."""
     parser.set_defaults(default_config=default)
-    add = adder(parser, "what is run")
-    add("config", {"nargs": "?"}, f"a file, or package::path (default: {default})")
+    cases = verb == "benchmark"
+    several = {"nargs": "+"} if cases else {}
+
+    def group(title: str) -> Callable[..., None]:
+        options = parser.add_argument_group(title)
+
+        def add(names: str, kind: dict[str, Any], about: str, **changes: Any) -> None:
+            options.add_argument(*names.split(), help=about, **{**kind, **changes})
+
+        return add
+
+    add = group("what is run")
+    networks = ", or small, sd15, sd15-level0, sdxl, sd3, flux (random weights)" if cases else ""
+    add("config", {"nargs": "?"}, f"a file, or package::path{networks} (default: {default})")
     add("checkpoint", {"nargs": "?"}, "weights of a MMagic model (default: config's load_from)")
     add("--pipeline", DIR, "diffusers pipeline, a folder or id, not a config (default: none)")
     add("--cfg-options", KEY_VALUES, "changes of the config: tome_cfg.sx=4 ... (default: none)")
 
-
-def request_options(parser: argparse.ArgumentParser) -> None:
-    """What to generate: the fields of a :class:`~.request.Request` but for those below."""
-    add = adder(parser, "what to generate")
+    add = group("what to generate")
     add("--prompt --text", TEXTS, "@FILE is as --prompt-file (default: the config's infer_cfg)")
     files = ".txt (a prompt per line), .json, .csv, demo, demo-held-out or imagenet"
     add("--prompt-file", {**REPEATED, **FILE}, f"{files}; may be repeated (default: none)")
@@ -207,58 +183,45 @@ def request_options(parser: argparse.ArgumentParser) -> None:
     extra = "arguments of the model's call: strength=0.5 ... (default: none)"
     add("--extra-parameters", KEY_VALUES, extra, dest="extra")
 
-
-def run_options(parser: argparse.ArgumentParser, cases: bool = False) -> None:
-    """Where and how; as ``cases`` size, batch size and precision take several values."""
-    add = adder(parser, "how it is run")
+    add = group("how it is run")
     add("--device", {"metavar": "DEV"}, "cpu, cuda, cuda:1, ... (default: cuda, else cpu)")
-    several = {"nargs": "+"} if cases else {}
     steps = "of one measurement (default: 1)" if cases else "(default: the model's)"
     add("--steps", N, f"denoising steps {steps}")
     add("--size", SIZE, "height and width in pixels (default: the model's)", **several)
     add("--batch-size", N, "images per call (default: 1)", **several)
     add("--dtype", DTYPE, "precision of the model (default: that of its config)", **several)
 
-
-def method_options(parser: argparse.ArgumentParser) -> None:
-    """What is applied: the config's setting, changed, and further methods."""
-    add = adder(parser, "what is applied")
-    add("--ratio", RATIO, "fraction of tokens to merge; 0 merges none (default: the config's)")
+    add = group("what is applied")
+    ratio = "fraction of tokens to merge; 0 merges none (default: the config's)"
+    add("--ratio", WEIGHT, ratio, metavar="R")
     names = "quality, balanced, fast, a dict, or none"
     add("--cache", CACHE, f"step caching: {names} (default: the config's)")
     short = "tome:0.5, cache:balanced, tomesd:0.5, deepcache:3, steps:13"
     long = "NAME={'ratio': 0.5, 'cache': 'balanced', 'steps': 20}"
     add("--method", {**REPEATED, **TEXT}, f"{short}, or {long} (default: what the config applies)")
 
-
-def result_options(parser: argparse.ArgumentParser) -> None:
-    """Where results go."""
-    add = adder(parser, "results")
+    add = group("results")
     add("--work-dir", DIR, "results go to DIR/<time> (default: work_dirs/<name of the config>)")
     add("--dry-run", FLAG, "check all that needs no weights, and print it (default: run)")
+    if verb in ("evaluate", "benchmark"):
+        add("--resume", FLAG, "go on with the newest run in --work-dir (default: begin a new one)")
+    if verb in _OF_VERB:
+        _OF_VERB[verb](group(verb))
 
 
-# --- options of one verb --------------------------------------------------------------------------
-
-
-def infer_options(parser: argparse.ArgumentParser) -> None:
-    """Add those of ``infer``."""
-    add = adder(parser, "infer")
+def _infer(add: Callable[..., None]) -> None:
     add("--compare", FLAG, "run the baseline too: speed-up, fidelity, a sheet (default: do not)")
     add("--rounds", N, "interleaved rounds (default: 1; with --compare for five pairs of runs)")
 
 
-def evaluate_options(parser: argparse.ArgumentParser) -> None:
-    """Add those of ``evaluate``."""
-    add = adder(parser, "evaluate (more, such as split, in the config's evaluation)")
+def _evaluate(add: Callable[..., None]) -> None:
     add("--limit", N, "so many of the prompts, evenly spread (default: all)")
-    numbers = {"nargs": "+", **WEIGHT, "metavar": "N"}
-    add("--fewer-steps", numbers, "baseline with N steps, or a share (default: 0.8 0.65 0.5)")
-    add("--only", {"nargs": "+", **TEXT}, "names of methods, with * and ? (default: all)")
-    add("--metrics", {"nargs": "+", **TEXT}, "by name (default: those that need no download)")
+    fewer = "baseline with N steps, or a share (default: 0.8 0.65 0.5)"
+    add("--fewer-steps", WEIGHT, fewer, nargs="+", metavar="N")
+    add("--only", TEXT, "names of methods, with * and ? (default: all)", nargs="+")
+    add("--metrics", TEXT, "by name (default: those that need no download)", nargs="+")
     add("--real", DIR, "real images for FID and others (default: the baseline's images)")
     add("--rounds", ZERO_OR_MORE, "interleaved rounds that measure cost; 0: none (default: 9)")
-    add("--resume", FLAG, RESUME)
     ranks = "torchrun --nproc-per-node N tools/evaluate.py ... --launcher pytorch"
     launchers = {"choices": ("none", "pytorch", "slurm", "mpi"), "default": "none"}
     add("--launcher", launchers, f"what started the processes: {ranks} (default: none)")
@@ -266,11 +229,7 @@ def evaluate_options(parser: argparse.ArgumentParser) -> None:
     add("--local-rank --local_rank", {"type": int}, argparse.SUPPRESS)
 
 
-def benchmark_options(parser: argparse.ArgumentParser) -> None:
-    """Add those of ``benchmark``."""
-    add = adder(parser, "benchmark")
-    names = "small, sd15, sd15-level0, sdxl, sd3 or flux; random weights (default: sd15)"
-    add("network", {"nargs": "?", "default": "sd15"}, names)
+def _benchmark(add: Callable[..., None]) -> None:
     add("--rounds", N, "interleaved rounds (default: 7)", default=7)
     mode = {"choices": ("eager", "compiled"), "default": "eager"}
     add("--mode", mode, "compiled: torch.compile (default: eager)")
@@ -278,4 +237,10 @@ def benchmark_options(parser: argparse.ArgumentParser) -> None:
     add("--clock", clock, "cpu: for a CPU that other programs use (default: wall)")
     add("--no-ideal", FLAG, "without the ideal of each method (default: with it)")
     add("--no-memory", FLAG, "without peak memory (default: with it)")
-    add("--resume", FLAG, RESUME)
+
+
+_OF_VERB = {
+    "infer": _infer,
+    "evaluate": _evaluate,
+    "benchmark": _benchmark,
+}

@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-import ast
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -28,36 +27,27 @@ from ..validate import check_choice, check_integer, check_keys, did_you_mean
 from .devices import DTYPES
 from .methods import BASELINE, Method, check_names, fewer_steps, parse_method
 from .metrics import check_metric
-from .prompts import SPLITS, choose, read_prompts, request_fields
+from .prompts import read_prompts, request_fields, spread
 from .real import RealImages
-from .request import Request
-from .runners import make_request
+from .request import Request, make_request
 from .runners.base import Source
 
-DEFAULT_RATIOS = (0.25, 0.5, 0.75)
+DEFAULT_METHODS = ("tome:0.25", "tome:0.5", "tome:0.75")
 # Shares of the steps. Half of them is about what ratio 0.5 promises at best.
 DEFAULT_FEWER_STEPS = (0.8, 0.65, 0.5)
-_PROMPTS = ("prompts", "limit", "split", "prompt_template", "images_per_prompt")
-_METHODS = ("methods", "ratios", "fewer_steps", "only")
-_OTHERS = ("metrics", "real", "real_per_class", "rounds", "cost_batch_size", "dtype")
 _REQUEST = tuple(field.name for field in fields(Request) if field.name != "prompts")
-KEYS = (*_PROMPTS, *_METHODS, *_OTHERS, *_REQUEST)
-_LISTS = ("methods", "ratios", "fewer_steps", "only", "metrics")
+_LISTS = ("methods", "fewer_steps", "only", "metrics")
 _COUNTS = ("limit", "images_per_prompt", "real_per_class", "cost_batch_size")
+KEYS = ("prompts", "prompt_template", "real", "rounds", "dtype", *_LISTS, *_COUNTS, *_REQUEST)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Arguments of :func:`~.evaluate.evaluate`.
-
-    Attributes:
-        request, methods, metrics, rounds, real, cost_batch_size: See there.
-        dtype: Of the model; None for that of the source.
-    """
+    """Arguments of :func:`~.evaluate.evaluate`."""
 
     request: Request
     methods: list[Method]
-    metrics: list[Any] | None
+    metrics: Sequence[Any] | None
     rounds: int
     real: RealImages | None
     cost_batch_size: int | None
@@ -72,16 +62,14 @@ def plan_of(source: Source, **given: Any) -> Plan:
         **given: Of :data:`KEYS`; None and empty lists are as if not given.
 
             - ``prompts``: a file, a built-in set or a list (see :func:`~.prompts.read_prompts`);
-              ``limit``, ``split`` (``'choose'`` or ``'judge'``), ``prompt_template`` with ``{}``,
-              ``images_per_prompt``.
+              ``limit``, ``prompt_template`` with ``{}``, ``images_per_prompt``.
             - ``methods``: :class:`Method`, dicts for :meth:`Method.from_dict`, or texts for
-              :func:`~.methods.parse_method`; ``ratios``: the config's token merging with other
-              ratios. Either one given replaces both of the config. Default: what the config
-              applies, else ratios 0.25, 0.5 and 0.75.
+              :func:`~.methods.parse_method`. Default: what the config applies, else ratios 0.25,
+              0.5 and 0.75.
             - ``fewer_steps``: shares or numbers of steps. Default: 0.8, 0.65 and 0.5, if the number
               of steps is stated.
             - ``only``: names of the methods to keep, with ``*`` and ``?``.
-            - ``metrics``: names, ``NAME={...}`` with options, or dicts.
+            - ``metrics``: names, or dicts of a ``name`` and options.
             - ``real``: a folder; ``real_per_class``; ``rounds``; ``cost_batch_size``;
               ``dtype``: ``'fp32'``, ``'fp16'`` or ``'bf16'``.
             - fields of a :class:`Request`.
@@ -92,39 +80,31 @@ def plan_of(source: Source, **given: Any) -> Plan:
     stated = dict(source.evaluation)
     check_keys("evaluation of the config", stated, KEYS)
     check_keys("evaluate", given, KEYS)
-    given = {key: value for key, value in given.items() if value is not None and value != []}
-    if "methods" in given or "ratios" in given:
-        stated.pop("methods", None), stated.pop("ratios", None)
-    for key in ("prompts", "real"):
-        if key in stated:
-            stated[key] = _beside(stated[key], source.path)
-    values = {**stated, **given}
+    for key in ("prompts", "real"):  # paths are relative to the config if something is there
+        beside = Path(source.path).parent / str(stated.get(key))
+        if isinstance(stated.get(key), str) and beside.exists():
+            stated[key] = str(beside)
+    values = {**stated, **{key: one for key, one in given.items() if one is not None and one != []}}
     for key in _LISTS:
         if key in values and not isinstance(values[key], (list, tuple)):
             raise ToMeError(f"evaluate: {key} must be a list, got {values[key]!r}")
     for key in _COUNTS:
         if values.get(key) is not None:
             check_integer("evaluate: ", key, values[key], 1)
-    if values.get("split") is not None:
-        check_choice("evaluate: ", "split", values["split"], SPLITS)
+    for entry in values.get("metrics") or ():
+        check_metric(entry)
 
     request = _request(source, values)
-    metrics, real, dtype = (values.get(key) for key in ("metrics", "real", "dtype"))
+    real, dtype = values.get("real"), values.get("dtype")
     return Plan(
         request=request,
         methods=_methods(source, values, request.steps),
-        metrics=None if metrics is None else [_metric(entry) for entry in metrics],
+        metrics=values.get("metrics"),
         rounds=check_integer("evaluate: ", "rounds", values.get("rounds", 9), 0),
         real=None if real is None else RealImages(real, values.get("real_per_class")),
         cost_batch_size=values.get("cost_batch_size"),
         dtype=None if dtype is None else DTYPES[check_choice("evaluate: ", "dtype", dtype, DTYPES)],
     )
-
-
-def _beside(path: Any, config: str) -> Any:
-    """A path of a config, which is relative to the config's folder if something is there."""
-    beside = Path(config).parent / path if isinstance(path, str) else None
-    return str(beside) if beside is not None and beside.exists() else path
 
 
 def _request(source: Source, values: Mapping[str, Any]) -> Request:
@@ -138,7 +118,7 @@ def _request(source: Source, values: Mapping[str, Any]) -> Request:
             raise ToMeError(f"evaluate: {key} is one for all; write others into the prompt file")
     given.update(
         request_fields(
-            choose(read_prompts(prompts), values.get("limit"), values.get("split")),
+            spread(read_prompts(prompts), values.get("limit")),
             usual.get("seed", 0),
             usual.get("negative_prompt"),
             values.get("prompt_template"),
@@ -149,19 +129,10 @@ def _request(source: Source, values: Mapping[str, Any]) -> Request:
 
 
 def _methods(source: Source, values: Mapping[str, Any], steps: int | None) -> list[Method]:
-    own = source.setting
-    tome = own.to_dict()
-    ratios = list(values.get("ratios", ()))
-    found = [_method(entry) for entry in values.get("methods", ())]
-    if not found and not ratios:
-        if own.baseline:
-            ratios = list(DEFAULT_RATIOS)
-        else:
-            found = [Method(own.description, own)]
-    found += [
-        Method.from_dict({"name": f"ratio {ratio:g}", "tome_cfg": {**tome, "ratio": ratio}})
-        for ratio in ratios
-    ]
+    own, entries = source.setting, values.get("methods")
+    if not entries:
+        entries = DEFAULT_METHODS if own.baseline else [Method(own.description, own)]
+    found = [_method(entry) for entry in entries]
     fewer = values.get("fewer_steps")
     if fewer is None:
         stated = any(method.kind == "fewer steps" for method in found)
@@ -170,19 +141,9 @@ def _methods(source: Source, values: Mapping[str, Any], steps: int | None) -> li
         raise ToMeError("evaluate: fewer_steps than how many? state steps too")
     found += fewer_steps(fewer, steps or 0)
     check_names([BASELINE, *found])
-    return _only(values.get("only"), found)
-
-
-def _method(entry: Any) -> Method:
-    if isinstance(entry, Method):
-        return entry
-    return parse_method(entry) if isinstance(entry, str) else Method.from_dict(entry)
-
-
-def _only(wanted: Sequence[str] | None, found: list[Method]) -> list[Method]:
+    wanted, names = values.get("only"), [method.name for method in found]
     if wanted is None:
         return found
-    names = [method.name for method in found]
     for name in wanted:
         if not fnmatch.filter(names, name):
             hint = did_you_mean(name, names)
@@ -190,15 +151,7 @@ def _only(wanted: Sequence[str] | None, found: list[Method]) -> list[Method]:
     return [one for one in found if any(fnmatch.fnmatchcase(one.name, name) for name in wanted)]
 
 
-def _metric(entry: Any) -> Any:
-    """``'fid'``, ``"fid={'weights': ...}"`` or a dict."""
-    if isinstance(entry, str) and "=" in entry:
-        name, _, text = entry.partition("=")
-        try:
-            entry = {"name": name, **ast.literal_eval(text)}
-        except (ValueError, SyntaxError, TypeError):
-            raise ToMeError(
-                f"metric {entry!r}: write its name, or NAME=\"{{'option': value}}\""
-            ) from None
-    check_metric(entry)
-    return entry
+def _method(entry: Any) -> Method:
+    if isinstance(entry, Method):
+        return entry
+    return parse_method(entry) if isinstance(entry, str) else Method.from_dict(entry)

@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 from ..errors import ToMeError
 
 KEYS = ("prompt", "negative_prompt", "seed")
-SPLITS = ("choose", "judge")
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "prompts"
 
 
@@ -46,22 +44,18 @@ def read_prompts(source: str | Path | Sequence[Any]) -> list[Prompt]:
             - a ``.json`` file: a list of texts or of objects with ``prompt`` and optionally
               ``negative_prompt`` and ``seed``;
             - a ``.csv`` file with a column ``prompt`` and optionally the other two;
-            - a list as in a JSON file.
+            - a list as in a JSON file, or of :class:`Prompt`.
 
     Raises:
         ToMeError: There is nothing to read, or an entry is wrong; names the file and the line.
     """
-    if not isinstance(source, (str, Path)):
-        entries: Iterable = ((f"prompts, entry {i}", one) for i, one in enumerate(source, start=1))
-        where = "prompts"
-    elif source == "imagenet":
+    if source == "imagenet":
         from torchvision.models._meta import _IMAGENET_CATEGORIES
 
-        return [Prompt(name) for name in _IMAGENET_CATEGORIES]
-    elif source in ("demo", "demo-held-out"):
-        where = ASSETS / f"{str(source).replace('-', '_')}.txt"
-        entries = _READERS[".txt"](where)
-    else:
+        source = list(_IMAGENET_CATEGORIES)
+    if source in ("demo", "demo-held-out"):
+        source = ASSETS / f"{source.replace('-', '_')}.txt"
+    if isinstance(source, (str, Path)):
         where = Path(source).expanduser()
         if where.suffix.lower() not in _READERS:
             raise ToMeError(
@@ -69,6 +63,9 @@ def read_prompts(source: str | Path | Sequence[Any]) -> list[Prompt]:
                 "demo, demo-held-out and imagenet"
             )
         entries = _READERS[where.suffix.lower()](where)
+    else:
+        where = "prompts"
+        entries = _numbered(where, source)
     try:
         prompts = [_prompt(entry, place) for place, entry in entries]
     except (OSError, UnicodeDecodeError) as error:
@@ -91,8 +88,12 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
         raise ToMeError(f"{path} is no JSON: {error}") from None
     if not isinstance(entries, list):
         raise ToMeError(f"{path}: write a list of prompts, got {type(entries).__name__}")
+    yield from _numbered(path, entries)
+
+
+def _numbered(where: str | Path, entries: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     for number, entry in enumerate(entries, start=1):
-        yield f"{path}, entry {number}", entry
+        yield f"{where}, entry {number}", entry
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
@@ -110,6 +111,8 @@ _READERS = {".txt": _read_txt, ".json": _read_json, ".csv": _read_csv}
 
 
 def _prompt(entry: Any, where: str) -> Prompt:
+    if isinstance(entry, Prompt):
+        return entry
     if isinstance(entry, str):
         entry = {"prompt": entry}
     if not isinstance(entry, dict) or not set(entry) <= set(KEYS):
@@ -126,37 +129,12 @@ def _prompt(entry: Any, where: str) -> Prompt:
     return Prompt(text.strip(), negative, seed)
 
 
-def choose(
-    prompts: Sequence[Prompt], limit: int | None = None, split: str | None = None
-) -> list[Prompt]:
-    """Some of the prompts.
-
-    Args:
-        prompts: All.
-        limit: So many at most, spread evenly over the list. Default: None, all.
-        split: ``'choose'`` or ``'judge'``: about half of the prompts, by a hash of their texts.
-            What is chosen by images of the one half is judged by the other. Default: None, all.
-
-    Raises:
-        ToMeError: Another split; it leaves no prompt.
-    """
-    if split is not None:
-        if split not in SPLITS:
-            raise ToMeError(f"split must be 'choose' or 'judge', got {split!r}")
-        prompts = [one for one in prompts if split_of(one) == split]
-        if not prompts:
-            raise ToMeError(f"no prompt is in the half {split!r}; give more prompts, or no split")
+def spread(prompts: Sequence[Prompt], limit: int | None) -> Sequence[Prompt]:
+    """So many of the prompts at most, spread evenly over the list; with None all."""
     count = len(prompts)
     if limit is None or limit >= count:
-        return list(prompts)
-    if limit < 1:
-        raise ToMeError(f"limit must be 1 or more, got {limit}")
+        return prompts
     return [prompts[place * count // limit] for place in range(limit)]
-
-
-def split_of(prompt: Prompt) -> str:
-    """The half that a prompt is in, whatever else is in its list."""
-    return SPLITS[hashlib.sha256(prompt.text.encode()).digest()[0] % 2]
 
 
 def request_fields(
@@ -180,7 +158,7 @@ def request_fields(
         ToMeError: The template has no ``{}``.
     """
     if template is not None and "{}" not in template:
-        raise ToMeError(f"prompt template {template!r} has no {{}} where the prompt goes")
+        raise ToMeError(f"prompt_template={template!r} has no {{}} where the prompt goes")
     images: list[Prompt] = []
     for prompt in prompts:
         for turn in range(images_per_prompt):

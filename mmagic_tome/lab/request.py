@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ..errors import ToMeError
+from ..validate import check_integer, check_keys, check_number, fail
 
 # Fields that hold what a model may take besides text: one for all images, or one per image.
 INPUTS = ("images", "masks", "controls", "references")
@@ -87,3 +92,90 @@ class Request:
         """The numbers of the images of each batch."""
         count, step = len(self), self.batch_size
         return [range(first, min(first + step, count)) for first in range(0, count, step)]
+
+
+def make_request(source: Any, **given: Any) -> Request:
+    """What to generate: what is given, else what the config says, else the defaults.
+
+    Args:
+        source: A :class:`~.runners.Source`; its ``defaults`` are the config's ``infer_cfg``.
+        **given: Fields of :class:`Request`; None and empty lists are as if not given. ``extra`` is
+            merged with the config's, key by key.
+
+    Raises:
+        ToMeError: An unknown field, a value out of range, no prompt, or lists that do not have one
+            entry for each prompt.
+    """
+    known = [field.name for field in fields(Request)]
+    values: dict[str, Any] = {}
+    for what, entries in (("infer_cfg of the config", source.defaults), ("a request", given)):
+        check_keys(what, entries, known)
+        where = "" if entries is given else f"{what}: "
+        for key, value in entries.items():
+            if value is None or (isinstance(value, (list, tuple)) and not value):
+                continue
+            value = _CHECKS[key](where, key, value)
+            values[key] = {**values.get(key, {}), **value} if key == "extra" else value
+    if "prompts" not in values:
+        raise ToMeError("no prompt: state at least one, or infer_cfg=dict(prompts=...) in a config")
+    return Request(**values)
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def _count(where: str, key: str, value: Any) -> int:
+    return check_integer(where, key, value, 1)
+
+
+def _seed(where: str, key: str, value: Any) -> int | tuple[int, ...]:
+    # torch takes more, but its generator on the CPU looks at 32 bits only, as numpy's does.
+    seeds = tuple(check_integer(where, key, one, 0, 2**32 - 1) for one in _listed(value))
+    return seeds if isinstance(value, (list, tuple)) else seeds[0]
+
+
+def _size(where: str, key: str, value: Any) -> tuple[int, int]:
+    sides = value.lower().split("x") if isinstance(value, str) else _listed(value)
+    sides = [int(side) if str(side).isdecimal() else 0 for side in sides]
+    if len(sides) not in (1, 2) or 0 in sides:
+        fail(where, key, value, "height and width in pixels", (512, 512))
+    return sides[0], sides[-1]
+
+
+def _prompts(where: str, key: str, value: Any) -> tuple[str, ...]:
+    for prompt in _listed(value):
+        if not isinstance(prompt, str) or not prompt.strip():
+            fail(where, key, prompt, "a text for each image", ["a red apple"])
+    return tuple(prompt.strip() for prompt in _listed(value))
+
+
+def _negative_prompt(where: str, key: str, value: Any) -> str | tuple[str, ...]:
+    if not all(isinstance(one, str) for one in _listed(value)):
+        fail(where, key, value, "a text, or one for each prompt", "blurry")
+    return value if isinstance(value, str) else tuple(value)
+
+
+def _images(where: str, key: str, value: Any) -> tuple[Any, ...]:
+    for image in _listed(value):
+        if not isinstance(image, (str, Path, Image.Image)):
+            fail(where, key, image, "files or PIL images", ["image.png"])
+    return tuple(_listed(value))
+
+
+def _extra(where: str, key: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        fail(where, key, value, "a dict of arguments of the model's call", dict(strength=0.5))
+    return dict(value)
+
+
+_CHECKS: dict[str, Callable[[str, str, Any], Any]] = {
+    "prompts": _prompts,
+    "negative_prompt": _negative_prompt,
+    "guidance": lambda where, key, value: float(check_number(where, key, value, 0, math.inf)),
+    "size": _size,
+    "seed": _seed,
+    **dict.fromkeys(("steps", "frames", "batch_size"), _count),
+    **dict.fromkeys(INPUTS, _images),
+    "extra": _extra,
+}

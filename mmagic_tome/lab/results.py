@@ -38,19 +38,15 @@ _STAMP = re.compile(r"\d{8}_\d{6}(_\d+)?")
 
 
 def new_folder(work_dir: str | os.PathLike, resume: bool = False) -> Path:
-    """The folder for a run, named by the time as mmengine does it; the same on all ranks.
-
-    Args:
-        work_dir: Holds one folder per run.
-        resume: Go on with the newest of them. Default: False, make a new one.
+    """The folder for a run below ``work_dir``, named by the time as mmengine does it; the same on
+    all ranks. With ``resume`` it is the newest that is there.
 
     Raises:
         ToMeError: There is none to go on with; nothing can be written there.
     """
     found: list[Any] = [None]
     if get_rank() == 0:
-        work_dir = Path(work_dir)
-        found = [_newest(work_dir) if resume else _make(work_dir)]
+        found = [_newest(Path(work_dir)) if resume else _make(Path(work_dir))]
     broadcast_object_list(found)
     return found[0]
 
@@ -98,9 +94,6 @@ class RunFolder:
 
     Seconds, bytes and operations are of a run of so many images; ``network`` is the part of the
     network's calls.
-
-    Args:
-        path: Of :func:`new_folder`, or of an earlier run.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -132,9 +125,8 @@ class RunFolder:
         On ranks other than 0 it does nothing: rank 0 has the folder for all.
 
         Args:
-            manifest: JSON-able. What was written of an earlier run must be the same, except
-                that the dicts ``manifest['methods']`` and ``manifest['metrics']``, by name, may
-                have others.
+            manifest: JSON-able. It must equal that of an earlier run, but for additional names in
+                the dicts ``manifest['methods']`` and ``manifest['metrics']``.
 
         Raises:
             ToMeError: The folder holds another run (says what differs); another process writes
@@ -160,11 +152,8 @@ class RunFolder:
 
     def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
         held = self.manifest
-        new = {
-            "format": FORMAT,
-            **{key: {} for key in _GROWING},
-            **json.loads(json.dumps(manifest)),
-        }
+        written = json.loads(json.dumps(manifest))
+        new = {"format": FORMAT, "methods": {}, "metrics": {}, **written}
         if held:
             both = {key: {**held[key], **new[key]} for key in _GROWING}
             old = {key: {name: both[key][name] for name in held[key]} for key in _GROWING}
@@ -246,10 +235,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         if isinstance(before, dict) and isinstance(now, dict):
             found += differences(before, now, f"{prefix}{key}.")
         elif before != now:
-            found.append(f"{prefix}{key}: {_short(before)}, now {_short(now)}")
+            texts = (json.dumps(value, ensure_ascii=False) for value in (before, now))
+            short = [text if len(text) <= 60 else f"{text[:57]}..." for text in texts]
+            found.append(f"{prefix}{key}: {short[0]}, now {short[1]}")
     return found
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -21,7 +21,6 @@ from mmagic_tome.lab.options import exit_code
 
 pytest.importorskip("mmagic", reason="most of these models are MMagic's")
 ROOT = Path(__file__).resolve().parents[2]
-RUNNING = [verb for verb in VERBS if verb != "tune"]
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +32,9 @@ def configs(sd_folder, tmp_path_factory):
     entries = {
         "plain": (model, {}),
         "tome": (model, tome),
-        "twice": ({**model, "tome_cfg": dict(ratio=0.3)}, tome),
         "inpaint": (tiny_config("StableDiffusionInpaint", sd_folder), tome),
         "clips": (tiny_config("AnimateDiff", sd_folder), tome),
         "elsewhere": (tiny_config(folder="/nowhere/at/all"), tome),
-        "wrong": (model, dict(infer_cfg=dict(prompt="cat"))),
         "evaluation": (
             model,
             dict(
@@ -53,7 +50,6 @@ def configs(sd_folder, tmp_path_factory):
                 )
             ),
         ),
-        "no_model": (None, {}),
     }
     return {
         name: write_config(folder / f"{name}.py", model, **more)
@@ -79,7 +75,7 @@ def test_every_tool_helps_from_anywhere_without_importing_torch(verb, tmp_path):
     assert not imported & {"torch", "mmengine", "mmagic", "diffusers", "numpy"}
 
 
-@pytest.mark.parametrize("verb", RUNNING)
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_explains_every_option_with_its_default(verb):
     hidden = ("help", "local_rank")
     actions = [one for one in build_parser(verb)._actions if one.dest not in hidden]
@@ -97,7 +93,7 @@ def test_commands_of_the_pages_have_options_that_there_are():
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
         for tool, module, words in commands.findall(text):
             verb = tool or module
-            if verb in RUNNING and "--help" not in words:
+            if verb in VERBS and "--help" not in words:
                 build_parser(verb, f"{page}: {verb}{words}").parse_args(shlex.split(words, True))
                 found += 1
     assert found > 20
@@ -107,14 +103,10 @@ def test_commands_of_the_pages_have_options_that_there_are():
     ("text", "value"),
     [
         ("red apple", "red apple"),
-        ("ugly, bad", "ugly, bad"),
         ("['red apple', 'cat']", ["red apple", "cat"]),
         ("{'a b': 1}", {"a b": 1}),
         ("[a, b]", ["a", "b"]),
-        ("(1, 2)", (1, 2)),
         ("1,2", [1, 2]),
-        ("0.5", 0.5),
-        ("None", None),
     ],
 )
 def test_values_keep_their_spaces(text, value):
@@ -122,25 +114,13 @@ def test_values_keep_their_spaces(text, value):
     assert args.extra == {"first": 1, "key": value}
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_errors_are_one_line_under_the_name_of_the_verb(command, verb):
-    code, out, err = command(verb, "--nonsense")
-    assert code == 2 and not out and err.count("\n") == 1
-    assert err.startswith(f"mmagic_tome {verb}: error: ")
-
-
 def test_verbs_are_listed_and_unknown_ones_refused(command):
     code, out, _ = command("--help")
     assert code == 0 and all(f"  {verb} " in out for verb in (*VERBS, "test", "train"))
-    for words in ([], ["paint"]):
-        code, _, err = command(*words)
-        assert code == 2 and err.count("\n") == 1
-        assert "write one of infer, evaluate, benchmark, visualize, test, train\n" in err
-
-
-def test_tune_says_what_to_use_instead(command):
-    code, out, err = command("tune")
-    assert code == 2 and not out and "evaluate: --method" in err
+    known = "write one of infer, evaluate, benchmark, visualize, test, train\n"
+    for words, said in [((), known), (("paint",), known), (("tune", "--x"), "evaluate: --method")]:
+        code, out, err = command(*words)
+        assert code == 2 and not out and err.count("\n") == 1 and said in err
 
 
 def test_test_and_train_go_to_mmagics_runner(monkeypatch):
@@ -206,38 +186,25 @@ def test_a_reader_that_is_gone_gets_no_traceback():
 
 WRONG = {
     "missing config": ("infer nowhere.py", "nowhere.py does not exist"),
-    "config is a folder": ("infer {tmp}", "is a folder"),
-    "config is no config": ("infer {tmp}/text.txt", "is not a .py"),
     "broken config": ("infer {tmp}/broken.py --prompt cat", "SyntaxError"),
-    "config without a model": ("infer {no_model} --prompt cat", "no model=dict"),
-    "no such package": ("infer nopackage::demo/x.py", "no package 'nopackage'"),
-    "no such packaged config": ("infer mmagic_tome::demo/x.py", "does not exist"),
     "config after prompts": ("infer --prompt cat {tome}", "put it first"),
     "no prompts": ("infer {tome}", "no prompt"),
-    "prompt file missing": ("infer {tome} --prompt-file no.txt", "no.txt"),
     "@file missing": ("infer {tome} --prompt @no.txt", "no.txt"),
     "prompt file empty": ("infer {tome} --prompt-file {tmp}/empty.txt", "holds no prompts"),
-    "size is no number": ("infer {tome} --size big", "N or HxW"),
     "size does not fit": ("infer {tome} --prompt cat --size 64x60", "nearest is 64x64"),
     "no steps": ("infer {tome} --steps 0", "at least 1"),
-    "steps is no number": ("infer {tome} --steps ten", "whole number"),
-    "guidance not finite": ("infer {tome} --guidance nan", "finite"),
     "seed too large": ("infer {tome} --seed 4294967296", "less than 4294967296"),
-    "ratio one": ("infer {tome} --ratio 1", "less than 1"),
+    "ratio one": ("infer {tome} --prompt cat --ratio 1", "ratio=1.0 is above"),
     "cache is no dict": ("infer {tome} --cache {{interval:3}}", "expected a name such as balanced"),
     "two methods": ("infer {tome} --prompt cat --method steps:3 --method steps:2", "only one"),
     "method and ratio": ("infer {tome} --prompt cat --method steps:3 --ratio 0", "into --method"),
-    "option without value": ("infer {tome} --cfg-options tome_cfg.sx", "KEY=VALUE"),
     "extra without value": ("infer {tome} --extra-parameters =3", "KEY=VALUE"),
     "extra unknown": ("infer {tome} --prompt cat --extra-parameters etta=1", "no 'etta'"),
-    "tome_cfg twice": ("infer {twice} --prompt cat", "configured twice"),
-    "infer_cfg wrong": ("infer {wrong} --prompt cat", "prompt"),
     "nothing to compare": ("infer {plain} --prompt cat --compare", "nothing to compare"),
     "device unknown": ("infer {tome} --prompt cat --device abacus", "abacus"),
     "dtype unknown": ("infer {tome} --dtype fp8", "fp8"),
     "no input": ("infer {inpaint} --prompt cat", "--img"),
     "input unknown": ("infer {tome} --prompt cat --control {tmp}/text.txt", "--control"),
-    "input missing": ("infer {inpaint} --prompt cat --img no.png --mask no.png", "no.png"),
     "weights not there": ("infer {elsewhere} --prompt cat", "not there: /nowhere"),
     "pipeline is none": ("infer --pipeline {tmp} --prompt cat", "model_index.json"),
     "work dir is a file": ("infer {tome} --prompt cat --work-dir {tmp}/text.txt", "cannot write"),
@@ -250,6 +217,9 @@ WRONG = {
         "did you mean 'psnr'",
     ),
     "network unknown": ("benchmark sd16 --dry-run", "write one of small, sd15"),
+    "unused checkpoint": ("benchmark small x.pth --dry-run", "CHECKPOINT has no meaning"),
+    "unused prompts": ("benchmark small --prompt-file demo --dry-run", "--prompt-file has no"),
+    "unused seed": ("benchmark small --seed 0 --dry-run", "--seed has no meaning"),
     "steps of its own": ("benchmark small --method steps:3 --dry-run", "use evaluate"),
     "nothing to resume": ("evaluate {tome} --prompt a --resume --work-dir {tmp}/x", "no run in"),
     "clips are not drawn": ("visualize {clips} --prompt cat", "AnimateDiff makes clips"),
@@ -290,7 +260,6 @@ def test_bad_input_is_one_line_and_code_2(
             ["AnimateDiff of ", ": 1 clip, the model's size, frames 4", "(merging and caching)"],
         ),
         ("infer --pipeline {sd3} --prompt cat", ["StableDiffusion3Pipeline of ", "work_dirs/sd3/"]),
-        ("infer --pipeline {wan} --prompt cat --ratio 0.5", ["WanPipeline of ", "1 clip, "]),
         (
             "evaluate {evaluation}",
             ["2 images, 64x64, steps 4", "  half (merging)\n", "  2 steps\n", "/evaluation/<time>"],
@@ -299,7 +268,6 @@ def test_bad_input_is_one_line_and_code_2(
             "evaluate {evaluation} --limit 1 --method tomesd:0.5 --work-dir here",
             ["1 image, ", "  tomesd 0.5 (tomesd)\n", "here/<time>"],
         ),
-        ("visualize --pipeline {sd3} --prompt cat", ["  baseline\n  ratio=0.5 (merging)\n"]),
         ("infer --prompt cat", ["sd-emoji_tome-balanced.py on", "(caching)"]),
     ],
 )
@@ -307,7 +275,7 @@ def test_a_dry_run_says_what_would_be_run(
     words, said, command, configs, pipeline_folder, no_loading, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    folders = {name: pipeline_folder(name) for name in ("sd3", "wan")}
+    folders = {"sd3": pipeline_folder("sd3")}
     code, out, err = command(
         *words.format(**configs, **folders).split(), "--dry-run", "--device", "cpu"
     )

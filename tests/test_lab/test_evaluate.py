@@ -132,17 +132,7 @@ def test_a_round_has_its_steps_and_its_order_is_balanced(finished):
         assert len(row["step_seconds"]) == (3 if row["method"] == "3 steps" else 6)
         assert row["network_seconds"] == pytest.approx(sum(row["step_seconds"]))
         assert row["network_seconds"] < row["seconds"]
-
-
-def test_the_manifest_and_rows_say_what_was_run(finished):
-    manifest = finished.manifest
-    assert manifest["request"]["batch_size"] == manifest["images_per_timed_run"] == 2
-    assert manifest["environment"]["threads"] == torch.get_num_threads()
-    assert (manifest["device"], manifest["dtype"]) == ("cpu", "float32")
-    assert manifest["methods"]["half"]["tome_cfg"]["ratio"] == 0.5
-    (applied,) = finished.find(kind="applied", method="half")
-    assert applied["stats"]["token merging"][0]["calls"] == 6
-    assert "ratio=0.5" in applied["summary"]
+    assert finished.manifest["images_per_timed_run"] == 2
     (row,) = finished.find(kind="image", method="Cached!", number=3)
     with Image.open(finished.path / row["file"]) as image:
         assert image.text["prompt"] == row["prompt"] == "a fish"
@@ -440,10 +430,5 @@ def test_real_images_are_compared_with_all_methods(colour_metrics, tmp_path):
     assert folder.manifest["real"]["images"] == 3
     with pytest.raises(ToMeError, match=r"real\.images: 3, now 2"):
         run(RunFolder(folder.path), [HALF], ["distance"], real=RealImages(tmp_path / "real", 1))
-    for path, per_class, said in [
-        ("nowhere", None, "is not a folder"),
-        ("real", 2, "class1 has 1 images, and real_per_class=2"),
-        ("run/images/none", None, "is not a folder"),
-    ]:
-        with pytest.raises(ToMeError, match=said):
-            RealImages(tmp_path / path, per_class)
+    with pytest.raises(ToMeError, match="class1 has 1 images, and real_per_class=2"):
+        RealImages(tmp_path / "real", 2)

@@ -46,11 +46,6 @@ def test_prompts_are_a_set_or_a_file_beside_the_config(tmp_path):
     assert list(request.prompts) == ["photo of a cat"] * 2 + ["photo of a dog"] * 2
     assert [request.seed_of(number) for number in range(4)] == [5, 6, 2, 3]
     assert request.negatives([0, 3]) == ["rain", "rain"]
-    halves = [
-        plan_of(source(), prompts="demo", split=split, limit=16).request.prompts
-        for split in ("choose", "judge")
-    ]
-    assert not set(halves[0]) & set(halves[1])
 
 
 def test_without_methods_the_config_s_setting_or_three_ratios_are_compared():
@@ -60,9 +55,6 @@ def test_without_methods_the_config_s_setting_or_three_ratios_are_compared():
     bare = source(prompts=["a"])
     # How many steps are fewer is not known without a number of steps.
     assert names(plan_of(bare)) == ["ratio 0.25", "ratio 0.5", "ratio 0.75"]
-    swept = plan_of(one, ratios=[0.2, 0.4], fewer_steps=[5])
-    assert names(swept) == ["ratio 0.2", "ratio 0.4", "5 steps"]
-    assert [method.setting.tome.sx for method in swept.methods[:2]] == [4, 4]
 
 
 def test_methods_are_texts_or_dicts_and_options_replace_those_of_the_config():
@@ -84,12 +76,11 @@ def test_methods_are_texts_or_dicts_and_options_replace_those_of_the_config():
         (dict(contenders=[]), {}, "evaluation of the config"),
         ({}, dict(round=3), "round"),
         (dict(prompts=None), {}, "no prompts: pass a file"),
-        (dict(split="train"), {}, "split='train' must be one of choose, judge"),
         ({}, dict(rounds=-1), "rounds=-1 must be an integer at least 0"),
         ({}, dict(limit=0), "limit=0 must be an integer at least 1"),
         ({}, dict(dtype="half"), "dtype='half' must be one of fp32"),
         (dict(metrics="psnr"), {}, "metrics must be a list"),
-        ({}, dict(metrics=["fid=5"]), "metric 'fid=5'"),
+        ({}, dict(metrics=[dict(name="fid", x=5)]), "fid has no option 'x'"),
         ({}, dict(fewer_steps=[0.5]), "fewer_steps than how many"),
         ({}, dict(methods=["tome:0.5", "tome:0.5"]), "would share the folder"),
         (dict(seed=[1, 2]), {}, "seed is one for all"),
@@ -99,11 +90,6 @@ def test_methods_are_texts_or_dicts_and_options_replace_those_of_the_config():
 def test_what_is_wrong_is_said(stated, given, said):
     with pytest.raises(ToMeError, match=said):
         plan_of(source(**{"prompts": ["a"], **stated}), **given)
-
-
-def test_metrics_have_options():
-    plan = plan_of(source(prompts=["a"]), metrics=["psnr", "lpips={'net': 'vgg'}"])
-    assert plan.metrics == ["psnr", {"name": "lpips", "net": "vgg"}]
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)

@@ -32,7 +32,6 @@ def configs(sd_folder, tmp_path_factory):
         "tome": (model, dict(tome_cfg=tome)),
         "wrapped": (dict(type="ToMe", model=model, tome_cfg=tome), {}),
         "cache": ({**model, "cache_cfg": "fast"}, {}),
-        "native": (tiny_config("native", sd_folder), {}),
         "clips": (clips, {}),
         "defaults": (
             model,
@@ -113,7 +112,6 @@ def test_compare_measures_against_the_baseline(results, configs, config):
     [
         ("tome", ["--cache", "fast"], "merged and cached"),
         ("cache", [], "cached"),
-        ("tome", ["--cache", "{'interval': 3}", "--ratio", "0"], "cached"),
         ("cache", ["--cache", "none"], "baseline"),
         ("plain", ["--method", "both={'ratio': 0.5, 'cache': 'fast'}"], "merged and cached"),
         ("plain", ["--method", "tomesd:0.5"], "tomesd"),
@@ -149,30 +147,6 @@ def test_what_is_asked_for_matters(results, configs):
     for name, image in images.items():
         assert not np.array_equal(first, image), name
     assert np.abs(first - images["bf16"]).mean() < 10
-
-
-def test_a_checkpoint_and_extra_parameters_reach_the_model(results, configs, sd_folder, tmp_path):
-    model = tiny_model("native", sd_folder)
-    torch.save({"state_dict": model.state_dict()}, tmp_path / "a.pth")
-    with torch.no_grad():
-        for parameter in model.unet.parameters():
-            parameter.mul_(0.5)
-    torch.save({"state_dict": model.state_dict()}, tmp_path / "b.pth")
-    words = ["--prompt", "cat", *QUICK]
-    variants = {
-        "a": ["a.pth"],
-        "again": ["a.pth"],
-        "b": ["b.pth"],
-        "eta": ["a.pth", "--extra-parameters", "eta=1.0"],
-    }
-    images = {}
-    for name, (checkpoint, *extra) in variants.items():
-        given = (configs["native"], tmp_path / checkpoint, *words, *extra)
-        folder, _ = results(name, "infer", *given)
-        images[name] = pixels(folder / "0000_cat.png")
-    assert np.array_equal(images["a"], images["again"])
-    assert not np.array_equal(images["a"], images["b"])
-    assert not np.array_equal(images["a"], images["eta"])
 
 
 def test_defaults_of_a_config_and_what_overrides_them(results, configs):

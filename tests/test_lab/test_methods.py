@@ -17,6 +17,8 @@ from mmagic_tome.settings import Setting
 
 def test_every_kind_changes_the_model_and_leaves_the_baseline():
     unet, x = tiny_unet(), tiny_inputs()
+    apply_tome(unet, ratio=0.25)  # what was applied before is removed
+    apply_cache(unet, "fast")
 
     @contextlib.contextmanager
     def louder(model):
@@ -47,18 +49,6 @@ def test_every_kind_changes_the_model_and_leaves_the_baseline():
     assert not torch.equal(found["tomesd"], found["ours"])
     assert torch.equal(run(Method("3 steps", steps=3)), baseline)
     assert get_handle(unet) is None
-
-
-def test_what_was_applied_before_is_removed():
-    unet = tiny_unet()
-    apply_tome(unet, ratio=0.25)
-    apply_cache(unet, "fast")
-    with Method.from_dict(dict(name="a", cache_cfg="quality")).on(unet) as handles:
-        assert handles.tome is None and len(handles.cache.stats()) == 1
-    assert get_handle(unet) is None
-    apply_tome(unet, ratio=0.25)
-    with BASELINE.on(unet) as handles:
-        assert not handles and get_handle(unet) is None
 
 
 def test_deepcache_reuses_every_second_step_and_is_removed():
@@ -103,8 +93,6 @@ def half(x):
     ("method", "kind", "label"),
     [
         (BASELINE, "baseline", "baseline"),
-        (Method("as the config", Setting()), "baseline", "baseline"),
-        (Method.from_dict(dict(name="a", tome_cfg={})), "ours", "merging"),
         (Method.from_dict(dict(name="a", cache_cfg="fast")), "ours", "caching"),
         (Method.from_dict(dict(name="a", tome_cfg=dict(ratio=0.5, cache="fast"), steps=9)),
          "ours", "merging and caching"),
@@ -113,7 +101,6 @@ def half(x):
         (Method.from_dict(dict(name="a", deepcache=3)), "deepcache", "DeepCache"),
         (Method("a", steps=7), "fewer steps", "7 steps"),
         (Method("louder", function=half), "function", "louder"),
-        (Method("a", Setting.coerce(dict(ratio=half))), "ours", "merging"),
     ],
 )  # fmt: skip
 def test_kinds_labels_and_descriptions(method, kind, label):
@@ -148,16 +135,13 @@ def test_descriptions_hold_what_images_depend_on():
         ({"name": " ", "steps": 3}, "needs a name"),
         ({"name": "x", "tome_cfg": {"ratio": 2}}, "method 'x': ratio=2"),
         ({"name": "x", "tome_cfg": {}, "tomesd": 0.5}, "has setting and tomesd; write two methods"),
-        ({"name": "x", "cache_cfg": "fast", "deepcache": 3}, "has setting and deepcache"),
         ({"name": "x", "steps": 0}, "above 0"),
         ({"name": "x", "step": 3}, "did you mean 'steps'"),
         ({"name": "x", "tome_cfg": {"cache": "fast"}, "cache_cfg": "fast"}, "keep one"),
         ({"name": "x", "tome_cfg": {"r": 8}, "cache_cfg": "fast"}, "have no step caching"),
-        ({"name": "x", "cache_cfg": "faast"}, "'fast'"),
         ({"name": "x", "tome_cfg": {"cache": None}}, "neither merges nor skips"),
         ({"name": "x", "tomesd": {"ratio": 0.9}}, "at most 0.75 of the tokens and silently caps"),
         ({"name": "x", "tomesd": {}}, r"dict\(ratio=0.5\)"),
-        ({"name": "x", "deepcache": {}}, "cache_interval=3"),
         ({"name": "x", "deepcache": 0}, "cache_interval=3"),
     ],
 )
@@ -197,13 +181,10 @@ def test_methods_of_a_command_line(text, entry):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("ratio", "'ratio' is not known; write tome:0.5"),
         ("tone:0.5", "is not known; write tome:0.5"),
         ("tome", "ratio=''"),
         ("cache:faast", "method 'faast'.*'fast'"),
-        ("={}", "takes NAME="),
         ("a=3", "takes NAME="),
-        ("a={ratio}", "takes NAME="),
         ("a={'ration': 0.2}", "method 'a'.*did you mean 'ratio'"),
     ],
 )

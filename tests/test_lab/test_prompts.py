@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mmagic_tome.errors import ToMeError
-from mmagic_tome.lab.prompts import ASSETS, Prompt, choose, read_prompts, request_fields
+from mmagic_tome.lab.prompts import Prompt, read_prompts, request_fields, spread
 from mmagic_tome.lab.request import Request
 
 CAPTIONS = Path(__file__).parents[2] / "examples" / "demo_model"
@@ -66,36 +66,14 @@ def test_the_built_in_sets_are_what_the_demo_model_was_trained_on_and_what_not()
     assert {one.text for one in held_out} < captions["held_out"]
     assert len(held_out) == len({one.text for one in held_out}) == 561
     assert not {one.text for one in held_out} & (captions["concepts"] | captions["concepts_mixed"])
-    # The wheel takes every file below assets.
-    assert ASSETS.parent.name == "assets" and ASSETS.parent.parent.name == "mmagic_tome"
-
-
-def test_imagenet_is_the_names_of_its_classes():
     names = [one.text for one in read_prompts("imagenet")]
     assert (len(names), names[0], names[-1]) == (1000, "tench", "toilet tissue")
 
 
-def test_the_halves_share_no_caption_whatever_the_list():
-    prompts = read_prompts("demo") + read_prompts("demo-held-out")
-    halves = {split: choose(prompts, split=split) for split in ("choose", "judge")}
-    first, second = ({one.text for one in halves[split]} for split in halves)
-    assert not first & second
-    assert len(first) + len(second) == len({one.text for one in prompts})
-    assert 0.4 < len(first) / len(prompts) < 0.6
-    # A caption stays in its half if the list is another one, and at every limit.
-    assert {one.text for one in choose(prompts[::7], limit=20, split="judge")} <= second
-    with pytest.raises(ToMeError, match="split must be 'choose' or 'judge', got 'test'"):
-        choose(prompts, split="test")
-    with pytest.raises(ToMeError, match="no prompt is in the half"):
-        choose(halves["choose"], split="judge")
-
-
 def test_a_limit_is_spread_over_the_list():
     prompts = [Prompt(str(i)) for i in range(10)]
-    assert [one.text for one in choose(prompts, limit=4)] == ["0", "2", "5", "7"]
-    assert choose(prompts, limit=99) == prompts
-    with pytest.raises(ToMeError, match="limit must be 1 or more"):
-        choose(prompts, limit=0)
+    assert [one.text for one in spread(prompts, 4)] == ["0", "2", "5", "7"]
+    assert spread(prompts, 99) == prompts
 
 
 def test_every_image_has_a_seed_of_its_own():

@@ -30,13 +30,10 @@ from torch import Tensor
 from ...errors import ToMeError
 from ...validate import did_you_mean
 from . import pairs, sets
-from .base import Metric, PairedMetric, SetMetric, TextMetric
+from .base import Metric, PairedMetric, SetMetric
 
-PAIRED = (
-    *("psnr", "ssim", "ms_ssim", "lpips", "dists"),
-    *("latent_error", "efficientnet_lite0_distance"),
-)
-SETS = ("fid", "kid", "precision_recall", "inception_score", "frechet_efficientnet_lite0")
+PAIRED = ("psnr", "ssim", "ms_ssim", "lpips", "latent_error", "efficientnet_lite0_distance")
+SETS = ("fid", "kid", "inception_score", "frechet_efficientnet_lite0")
 TEXT = ("clip_score",)
 NAMES = (*PAIRED, *SETS, *TEXT)
 
@@ -55,11 +52,6 @@ def paired(name: str, **options: Any) -> PairedMetric:
 def set_metric(name: str, **options: Any) -> SetMetric:
     """A metric of :data:`SETS`, with options of its function in ``sets.py``; as :func:`paired`."""
     return _build(SETS, name, options)
-
-
-def text_metric(name: str, **options: Any) -> TextMetric:
-    """A metric of :data:`TEXT`, with options of its function in ``pairs.py``."""
-    return _build(TEXT, name, options)
 
 
 def available(

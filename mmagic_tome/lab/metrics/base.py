@@ -19,25 +19,16 @@ Features = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Metric:
-    """What all kinds share. Images are (B, 3, H, W) uint8 RGB, and each is measured by itself.
+    """What all kinds share. Images are (B, 3, H, W) uint8 RGB, and each is measured by itself."""
 
-    Attributes:
-        name, label: Key in :data:`~mmagic_tome.lab.metrics.NAMES`, and title for tables.
-        function: Computes it, of one image or of sets.
-        unit: ``''`` or ``'dB'``.
-        higher_is_better: Of sets: of the first value.
-        of: ``'images'``; or ``'latents'``, (B, ...) of any floating type.
-        smallest, fewest: Pixels a side, and images of each set, that it takes at least.
-    """
-
-    name: str
-    label: str
-    function: Callable[..., Any]
-    unit: str = ""
-    higher_is_better: bool = False
-    of: str = "images"
-    smallest: int = 1
-    fewest: int = 1
+    name: str  #: key in NAMES
+    label: str  #: title for tables
+    function: Callable[..., Any]  #: computes it, of one image or of sets
+    unit: str = ""  #: or 'dB'
+    higher_is_better: bool = False  #: of sets: of the first value
+    of: str = "images"  #: or 'latents', (B, ...) of any floating type
+    smallest: int = 1  #: pixels a side that it takes at least
+    fewest: int = 1  #: images of each set that it takes at least
 
     def check(self, size: tuple[int, int] | None = None, count: int | None = None) -> None:
         """Raise ToMeError if a (height, width) or a number of images does not suffice."""
@@ -111,19 +102,14 @@ class Extractor(NamedTuple):
 
 @dataclass(frozen=True)
 class SetMetric(Metric):
-    """Compares a set of images with another one: real images, or the baseline's.
+    """Compares a set of images with another one: real images, or the baseline's."""
 
-    Attributes:
-        extractor: What makes its features.
-        feature_key: Metrics with the same one share their features: make them once.
-        needs_base: Whether there is another set (not for Inception Score).
-    """
-
-    extractor: Extractor | None = None
-    needs_base: bool = True
+    extractor: Extractor | None = None  #: makes its features
+    needs_base: bool = True  #: whether there is another set (not for Inception Score)
 
     @property
     def feature_key(self) -> str:
+        """Metrics with the same one share their features: make them once."""
         return self.extractor.key
 
     @torch.no_grad()

@@ -59,18 +59,6 @@ def lpips(net: str = "alex") -> PairedMetric:
     return PairedMetric("lpips", f"LPIPS ({net})", function, smallest=32)
 
 
-def dists() -> PairedMetric:
-    """Distance of structure and texture, lenient to resampled texture (Ding et al., 2020)."""
-    from torchmetrics.functional.image.dists import DISTSNetwork
-
-    network = DISTSNetwork()
-
-    def function(base: Tensor, other: Tensor) -> Tensor:
-        return network.to(base.device)(other / 255, base / 255)
-
-    return PairedMetric("dists", "DISTS", function)
-
-
 def latent_error() -> PairedMetric:
     """``||other - base|| / ||base||`` of the final latents, before the VAE; 0 is identical."""
 

@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Metrics of sets: FID, KID, precision / recall, Inception Score, EfficientNet's distance.
+"""Metrics of sets: FID, KID, Inception Score, EfficientNet's distance.
 
 ``weights`` is torch-fidelity's file of Inception-v3. Default: that in torch hub's cache.
 ``fewest`` is the smallest number of images that a metric takes; lower it for tests and curves.
@@ -70,23 +70,6 @@ def kid(weights: str | None = None, fewest: int = 50) -> SetMetric:
         return {"kid": found[metric_kid.KEY_METRIC_KID_MEAN], **deviation}
 
     return SetMetric("kid", "KID", function, fewest=fewest, extractor=inception(weights))
-
-
-def precision_recall(weights: str | None = None, fewest: int = 100) -> SetMetric:
-    """Share of images inside the other set's manifold, and the reverse (torch-fidelity).
-
-    Balls up to the third neighbour (Kynkäänniemi et al., 2019), of Inception's features.
-    """
-    from torch_fidelity.metric_prc import prc_features_to_metric
-
-    def function(other: Features, base: Features) -> dict[str, float]:
-        options = {"prc_neighborhood": 3, "prc_batch_size": 10000, "save_cpu_ram": True}
-        found = prc_features_to_metric(other["2048"], base["2048"], **options, verbose=False)
-        return {"precision": found["precision"], "recall": found["recall"]}
-
-    label = "precision / recall (Inception)"
-    options = {"higher_is_better": True, "fewest": fewest, "extractor": inception(weights)}
-    return SetMetric("precision_recall", label, function, **options)
 
 
 def inception_score(weights: str | None = None, fewest: int = 1000) -> SetMetric:

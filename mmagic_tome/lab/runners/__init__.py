@@ -3,17 +3,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ...errors import ToMeError
-from ...validate import check_integer, check_keys, check_number, fail
-from ..request import INPUTS, Request
+from ..request import Request, make_request
 from .base import Output, Runner, Source
 from .media import frame_strip, load_image, save_media
 
@@ -34,7 +29,7 @@ def open_source(
     config: Any = None,
     checkpoint: str | Path | None = None,
     pipeline: str | Path | None = None,
-    cfg_options: Sequence[str] | Mapping[str, Any] = (),
+    cfg_options: Mapping[str, Any] | None = None,
 ) -> Source:
     """What is to be run: a config (and a checkpoint), or a pipeline. No weights are loaded.
 
@@ -45,8 +40,7 @@ def open_source(
             folder's own is not meant, and with further arguments of ``from_pretrained``.
         checkpoint: Weights for a MMagic model. Default: None, the config's ``load_from``.
         pipeline: Folder in diffusers layout, or an id on the hub; in place of a config.
-        cfg_options: Entries of the config to override, as ``'tome_cfg.ratio=0.7'`` or
-            ``{'tome_cfg.ratio': 0.7}``.
+        cfg_options: Entries of the config to override, as ``{'tome_cfg.ratio': 0.7}``.
 
     Raises:
         ToMeError: Both a config and a pipeline, or neither; a file that is not there; whatever is
@@ -61,7 +55,11 @@ def open_source(
 
         return PipelineSource(pipeline)
     written = str(config) if isinstance(config, (str, Path)) else config.filename
-    config = _read_config(config, cfg_options)
+    if isinstance(config, (str, Path)):
+        from .mmagic_source import load_config
+
+        config = load_config(config)
+    config.merge_from_dict(dict(cfg_options or {}))
     if config.get("pipeline") is None:
         from .mmagic import MMagicSource
 
@@ -74,19 +72,6 @@ def open_source(
         source = _pipeline_source(config)
     source.path = written or source.path
     return source
-
-
-def _read_config(config: Any, options: Sequence[str] | Mapping[str, Any]) -> Any:
-    entries = options if isinstance(options, Mapping) else {}
-    if isinstance(config, (str, Path)):
-        from .mmagic_source import load_config
-
-        config = load_config(config, () if entries else options)
-    elif options and not entries:
-        raise ToMeError("state the overrides of a Config as a dict")
-    if entries:
-        config.merge_from_dict(dict(entries))
-    return config
 
 
 def _pipeline_source(config: Any) -> Source:
@@ -124,101 +109,3 @@ def runner_of(model: Any, request: Request, source: Source | None = None) -> Run
     from .pipelines import PipelineRunner
 
     return PipelineRunner(model, request, source)
-
-
-# --- requests -------------------------------------------------------------------------------------
-
-
-def make_request(source: Source, **given: Any) -> Request:
-    """What to generate: what is given, else what the config says, else the defaults.
-
-    Args:
-        source: Its ``defaults`` are the config's ``infer_cfg``.
-        **given: Fields of :class:`Request`; None and empty lists are as if not given. ``extra`` is
-            merged with the config's, key by key.
-
-    Raises:
-        ToMeError: An unknown field, a value out of range, no prompt, or lists that do not have one
-            entry for each prompt.
-    """
-    known = [field.name for field in fields(Request)]
-    values: dict[str, Any] = {}
-    for what, entries in (("infer_cfg of the config", source.defaults), ("a request", given)):
-        check_keys(what, entries, known)
-        where = "" if entries is given else f"{what}: "
-        for key, value in entries.items():
-            if value is None or (isinstance(value, (list, tuple)) and not value):
-                continue
-            value = _CHECKS[key](where, key, value)
-            if key == "extra":
-                value = {**values.get(key, {}), **value}
-            values[key] = value
-    if "prompts" not in values:
-        raise ToMeError("no prompt: state at least one, or infer_cfg=dict(prompts=...) in a config")
-    return Request(**values)
-
-
-def _integer(low: int, high: int | None = None) -> Callable[[str, str, Any], int]:
-    return lambda where, key, value: check_integer(where, key, value, low, high)
-
-
-def _guidance(where: str, key: str, value: Any) -> float:
-    return float(check_number(where, key, value, 0, math.inf))
-
-
-def _seed(where: str, key: str, value: Any) -> int | tuple[int, ...]:
-    # torch takes more, but its generator on the CPU looks at 32 bits only, as numpy's does.
-    seeds = tuple(check_integer(where, key, one, 0, 2**32 - 1) for one in _listed(value))
-    return seeds if isinstance(value, (list, tuple)) else seeds[0]
-
-
-def _size(where: str, key: str, value: Any) -> tuple[int, int]:
-    sides = value.lower().split("x") if isinstance(value, str) else _listed(value)
-    sides = [int(side) if str(side).isdecimal() else 0 for side in sides]
-    if len(sides) not in (1, 2) or 0 in sides:
-        fail(where, key, value, "height and width in pixels", (512, 512))
-    return sides[0], sides[-1]
-
-
-def _prompts(where: str, key: str, value: Any) -> tuple[str, ...]:
-    for prompt in _listed(value):
-        if not isinstance(prompt, str) or not prompt.strip():
-            fail(where, key, prompt, "a text for each image", ["a red apple"])
-    return tuple(prompt.strip() for prompt in _listed(value))
-
-
-def _negative_prompt(where: str, key: str, value: Any) -> str | tuple[str, ...]:
-    if not all(isinstance(one, str) for one in _listed(value)):
-        fail(where, key, value, "a text, or one for each prompt", "blurry")
-    return value if isinstance(value, str) else tuple(value)
-
-
-def _images(where: str, key: str, value: Any) -> tuple[Any, ...]:
-    for image in _listed(value):
-        if not isinstance(image, (str, Path, Image.Image)):
-            fail(where, key, image, "files or PIL images", ["image.png"])
-    return tuple(_listed(value))
-
-
-def _extra(where: str, key: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        fail(where, key, value, "a dict of arguments of the model's call", dict(strength=0.5))
-    return dict(value)
-
-
-def _listed(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, (list, tuple)) else [value]
-
-
-_CHECKS: dict[str, Callable[[str, str, Any], Any]] = {
-    "prompts": _prompts,
-    "negative_prompt": _negative_prompt,
-    "steps": _integer(1),
-    "guidance": _guidance,
-    "size": _size,
-    "frames": _integer(1),
-    "seed": _seed,
-    "batch_size": _integer(1),
-    **dict.fromkeys(INPUTS, _images),
-    "extra": _extra,
-}

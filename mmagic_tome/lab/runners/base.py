@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +17,6 @@ from ...errors import ToMeError
 from ...settings import Setting
 from ..request import INPUTS, Request
 from .media import load_image
-
-_OPTIONS = {
-    "images": "--img",
-    "masks": "--mask",
-    "controls": "--control",
-    "references": "--reference",
-}
 
 
 @dataclass
@@ -47,27 +42,16 @@ class Output:
 
 
 class Source(ABC):
-    """What is to be run, before any weights are loaded.
+    """What is to be run, before any weights are loaded."""
 
-    Attributes:
-        name: Short name for folders and titles: the stem of a config or of a pipeline's folder.
-        kind: ``'mmagic'`` or ``'diffusers'``.
-        class_name: Of the model or pipeline, such as ``'StableDiffusion'``.
-        setting: What the config itself applies; nothing for a bare pipeline.
-        defaults: Fields of a :class:`Request` that the config states (``infer_cfg``).
-        evaluation: What the config states for ``evaluate`` (``evaluation``).
-        video: Whether it makes clips.
-        path: The config's file, or the pipeline's folder or id, as the user wrote it.
-    """
-
-    name: str
-    kind: str
-    class_name: str
-    setting: Setting
-    defaults: dict[str, Any]
-    evaluation: dict[str, Any]
-    video: bool
-    path: str
+    name: str  #: for folders and titles: the stem of a config or of a pipeline's folder
+    kind: str  #: 'mmagic' or 'diffusers'
+    class_name: str  #: of the model or pipeline, such as 'StableDiffusion'
+    setting: Setting  #: what the config itself applies; nothing for a bare pipeline
+    defaults: dict[str, Any]  #: fields of a Request that the config states (`infer_cfg`)
+    evaluation: dict[str, Any]  #: what the config states for `evaluate` (`evaluation`)
+    video: bool  #: whether it makes clips
+    path: str  #: the config's file, or the pipeline's folder or id, as the user wrote it
 
     @abstractmethod
     def check(self, request: Request) -> None:
@@ -95,33 +79,20 @@ class Runner(ABC):
 
     Every image has its own noise, drawn on the CPU from its own seed: it is the same on every
     device and at every batch size.
-
-    Attributes:
-        source: The :class:`Source`; None of a runner around a model that was there already.
-        model: What ``apply_tome`` and ``apply_cache`` take.
-        network: The module whose calls are the steps of a run, skipped ones too.
-        request: The :class:`Request`.
-        device: Where the model is.
-        steps, guidance: Of the request, else the class's defaults.
-        size: (height, width) in pixels.
-        video: Whether images are lists of frames.
-        fps: Frames per second of clips.
-        scheduler: Name of the scheduler's class, such as ``'DDIMScheduler'``.
-        dtype: Of the network's weights.
     """
 
-    source: Source | None
-    model: Any
-    network: nn.Module
+    source: Source | None  #: None for a model that was there already
+    model: Any  #: what `apply_tome` and `apply_cache` take
+    network: nn.Module  #: whose calls are the steps of a run, skipped ones too
     request: Request
-    device: torch.device
-    steps: int
-    guidance: float
-    size: tuple[int, int]
-    video: bool
-    fps: int
-    scheduler: str
-    dtype: torch.dtype
+    device: torch.device  #: where the model is
+    steps: int  #: of the request, else the class's default
+    guidance: float  #: of the request, else the class's default
+    size: tuple[int, int]  #: height and width in pixels
+    video: bool  #: whether images are lists of frames
+    fps: int  #: frames per second of clips
+    scheduler: str  #: name of its class, such as 'DDIMScheduler'
+    dtype: torch.dtype  #: of the network's weights
 
     @abstractmethod
     def run(
@@ -156,16 +127,15 @@ def check_inputs(
     Raises:
         ToMeError: The first thing that does not fit.
     """
-    for field_name in INPUTS:
-        given, argument = getattr(request, field_name), takes.get(field_name)
-        shown = f"{field_name} ({_OPTIONS[field_name]})"
+    for kind, flag in zip(INPUTS, ("--img", "--mask", "--control", "--reference")):
+        given, argument = getattr(request, kind), takes.get(kind)
         if given and argument is None:
             known = ", ".join(takes) or "text only"
-            raise ToMeError(f"{name} takes no {shown}; leave them out (it takes: {known})")
-        if not given and field_name in needs and argument not in request.extra:
+            raise ToMeError(f"{name} takes no {kind} ({flag}); leave them out (it takes: {known})")
+        if not given and kind in needs and argument not in request.extra:
             raise ToMeError(
-                f"{name} needs {shown}, its {argument!r}: state one for all prompts, or one for "
-                "each"
+                f"{name} needs {kind} ({flag}), its {argument!r}: state one for all prompts, or "
+                "one for each"
             )
         for image in flat(given):
             load_image(image)
@@ -189,3 +159,38 @@ def flat(images: Sequence[Any]) -> list[Any]:
     """Inputs in one list: an entry may be a list, such as of FastComposer's subjects."""
     lists = [one if isinstance(one, (list, tuple)) else [one] for one in images]
     return [image for one in lists for image in one]
+
+
+# --- latents --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def first_arguments(owner: Any, name: str) -> Iterator[list[Any]]:
+    """Yields the first argument of every call of a method of an object, as they come."""
+    found: list[Any] = []
+    method, own = getattr(owner, name), vars(owner).get(name)
+
+    @functools.wraps(method)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        found.append(args[0] if args else next(iter(kwargs.values())))
+        return method(*args, **kwargs)
+
+    # On the instance, where it hides the method of the class, or what hid that before.
+    vars(owner)[name] = watched
+    try:
+        yield found
+    finally:
+        del vars(owner)[name]
+        if own is not None:
+            vars(owner)[name] = own
+
+
+def joined(decoded: Sequence[Tensor], count: int) -> Tensor | None:
+    """(count, ...) float32 on the CPU; frames that were decoded one after the other are put back
+    together."""
+    if not decoded:
+        return None
+    latents = torch.cat([part.detach().float().cpu() for part in decoded])
+    if len(latents) == count:
+        return latents
+    return latents.unflatten(0, (count, -1)) if len(latents) % count == 0 else None

@@ -6,7 +6,6 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from .media import load_image
 DECODERS = ("vae", "movq", "vqgan")
 # Names of the guidance weight. Some pipelines have several; the one with a number as default acts.
 _GUIDANCE = ("guidance_scale", "true_cfg_scale", "max_guidance_scale")
-# Arguments that are fields of a request, or that a runner sets.
+# Arguments that are fields of a request -> the field; None for those that a runner sets.
 _FIELDS = {
     "prompt": "prompts",
     "negative_prompt": "negative_prompt",
@@ -31,16 +30,14 @@ _FIELDS = {
     "width": "size",
     "num_frames": "frames",
     "generator": "seed",
+    "output_type": None,
+    "return_dict": None,
+    "latents": None,
+    "num_images_per_prompt": None,
+    "num_videos_per_prompt": None,
+    "callback_on_step_end": None,
+    "callback_on_step_end_tensor_inputs": None,
 }
-_SET = (
-    "output_type",
-    "return_dict",
-    "latents",
-    "num_images_per_prompt",
-    "num_videos_per_prompt",
-    "callback_on_step_end",
-    "callback_on_step_end_tensor_inputs",
-)
 # Only pipelines that make clips have one of these.
 _CLIPS = ("num_frames", "frames", "video", "control_video")
 # Pipelines that start from an image although their signature does not insist on it.
@@ -65,9 +62,7 @@ class PipelineCall:
     """
 
     def __init__(self, kind: type, configs: Mapping[str, Mapping[str, Any]]) -> None:
-        self.name = kind.__name__
-        self.kind = kind
-        self.configs = configs
+        self.name, self.configs = kind.__name__, configs
         # Further **kwargs are ignored by pipelines, or what they took in the past.
         self.parameters = {
             name: parameter
@@ -81,10 +76,13 @@ class PipelineCall:
         self.guidance_name = next(iter(numbers or names), None)
         self.guidance = float(self.default(self.guidance_name) or 0)
         self.video = any(name in self.parameters for name in _CLIPS)
-        self.arguments_of = self._inputs()
+        self.arguments_of = self._inputs(kind)
         self.needed = {*self.arguments_of}
         if not self._starts_from_image():
             self.needed.discard("images")
+        vaes = (configs[name] for name in DECODERS if name in configs)
+        self._factor = next(map(_vae_factor, vaes), 1)
+        self.unit = self._factor * self._patch(kind)
 
     def default(self, name: str | None) -> Any:
         """Default of an argument; None if it has none, or is not there."""
@@ -93,8 +91,8 @@ class PipelineCall:
             return None
         return parameter.default
 
-    def _inputs(self) -> dict[str, str]:
-        components = inspect.signature(self.kind.__init__).parameters
+    def _inputs(self, kind: type) -> dict[str, str]:
+        components = inspect.signature(kind.__init__).parameters
         controlled = "controlnet" in components or "adapter" in components
         # Without an argument of its own the control image is `image`.
         own = "control_image" in self.parameters
@@ -111,55 +109,48 @@ class PipelineCall:
         required = image is not None and image.default is image.empty
         return required or "masks" in self.arguments_of or bool(_FROM_IMAGE.search(self.name))
 
-    @property
-    def _factor(self) -> int:
-        vaes = (self.configs[name] for name in DECODERS if name in self.configs)
-        return next(map(vae_factor, vaes), 1)
-
-    @cached_property
-    def unit(self) -> int:
+    def _patch(self, kind: type) -> int:
+        """Latents of a side that make one token."""
         patch = 1
         for name in DENOISERS:
             config = self.configs.get(name, {})
             size = config.get("patch_size") or config.get("all_patch_size") or 1
             patch = max(patch, size if isinstance(size, int) else size[-1])
         # Flux and others make one token of 2x2 latents before the network is called.
-        pack = getattr(self.kind, "_pack_latents", None)
+        pack = getattr(kind, "_pack_latents", None)
         if pack is not None and "patch_size" not in inspect.signature(pack).parameters:
             patch = max(patch, 2)
-        return self._factor * patch
+        return patch
 
     def check(self, request: Request) -> None:
         """Raise ToMeError for the first thing of a request that the class cannot serve."""
         check_inputs(self.name, request, self.arguments_of, self.needed)
-        self._check_values(request)
-        check_size(self.name, request.size, self.unit)
-        self._check_extra(request)
-
-    def _check_values(self, request: Request) -> None:
         if "num_inference_steps" not in self.parameters:
             raise ToMeError(f"{self.name} has no denoising steps to measure")
         if request.steps is None and self.steps is None:
             raise ToMeError(f"{self.name} has no default number of steps; state steps")
-        for field, argument in (
-            ("negative_prompt", "negative_prompt"),
-            ("frames", "num_frames"),
-            ("guidance", self.guidance_name),
-        ):
-            if getattr(request, field) is not None and argument not in self.parameters:
-                raise ToMeError(f"{self.name} takes no {field}; leave it out")
         sized = "height" in self.parameters or "images" in self.arguments_of
-        if request.size is not None and not sized:
-            raise ToMeError(f"{self.name} takes no size; leave it out")
+        for field, taken in {
+            "negative_prompt": "negative_prompt" in self.parameters,
+            "frames": "num_frames" in self.parameters,
+            "guidance": self.guidance_name is not None,
+            "size": sized,
+        }.items():
+            if getattr(request, field) is not None and not taken:
+                raise ToMeError(f"{self.name} takes no {field}; leave it out")
+        check_size(self.name, request.size, self.unit)
+        self._check_extra(request)
 
     def _check_extra(self, request: Request) -> None:
-        elsewhere = {name: f"the field {field!r} sets it" for name, field in _FIELDS.items()}
-        elsewhere[self.guidance_name] = "the field 'guidance' sets it"
-        elsewhere.update(dict.fromkeys(_SET, "the runner sets it"))
+        setters = {**_FIELDS, self.guidance_name: "guidance"}
+        elsewhere = {
+            name: f"the field {field!r} sets it" if field else "the runner sets it"
+            for name, field in setters.items()
+        }
         known = [name for name in self.parameters if name not in elsewhere]
         check_keys(f"the call of {self.name}", request.extra, known, elsewhere)
         given = {self.arguments_of[field] for field in self.arguments_of if getattr(request, field)}
-        given |= {*_FIELDS, *_SET, *request.extra}
+        given |= {*_FIELDS, *request.extra}
         missing = [
             name
             for name, parameter in self.parameters.items()
@@ -173,13 +164,10 @@ class PipelineCall:
     def arguments(
         self, request: Request, numbers: Sequence[int], steps: int, size: tuple[int, int]
     ) -> dict[str, Any]:
-        """Keyword arguments of a call for some images of a request.
+        """Keyword arguments of a call for some images of a request that :meth:`check` has seen.
 
-        Args:
-            request: The request, which :meth:`check` has seen.
-            numbers: Which images.
-            steps: Denoising steps.
-            size: Height and width in pixels. Where the class takes none, images are resized to it.
+        ``size`` is height and width in pixels; where the class takes none, images are resized to
+        it.
         """
         seeds = [request.seed_of(number) for number in numbers]
         found = {
@@ -203,11 +191,8 @@ class PipelineCall:
         return {key: value for key, value in known.items() if value is not None} | request.extra
 
     def size(self, pipeline: Any, request: Request) -> tuple[int, int]:
-        """Height and width in pixels for :meth:`arguments`.
-
-        The request's; else that of the first image or control image, rounded down to
-        :attr:`unit`; else the pipeline's own.
-        """
+        """Height and width in pixels: the request's; else that of the first image or control image,
+        rounded down to :attr:`unit`; else the pipeline's own."""
         if request.size is not None:
             return request.size
         for field in ("images", "controls"):
@@ -226,8 +211,8 @@ class PipelineCall:
         return sides[0] * self._factor, sides[1] * self._factor
 
 
-def vae_factor(config: Mapping[str, Any]) -> int:
-    """How many pixels of a side one latent of a VAE stands for, by its config; 1 if unknown."""
+def _vae_factor(config: Mapping[str, Any]) -> int:
+    """Pixels of a side per latent, by a VAE's config; 1 if unknown."""
     for name in ("scale_factor_spatial", "spatial_compression_ratio"):
         if isinstance(config.get(name), int):
             return config[name]

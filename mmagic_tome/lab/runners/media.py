@@ -47,10 +47,9 @@ def save_media(
     fps: int = 8,
     text: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write an image as PNG, or the frames of a clip as GIF and MP4.
+    """Write an image as PNG, or the frames of a clip as GIF and MP4; whole or not at all.
 
-    Each file is there whole or not at all. MP4 needs the package imageio-ffmpeg; without it a
-    clip is written as GIF only, and a note says so once.
+    MP4 needs the package imageio-ffmpeg; without it a note says once that there is none.
 
     Args:
         path: Without a suffix.
@@ -71,9 +70,10 @@ def save_media(
         info = PngInfo()
         for key, value in text.items():
             info.add_itxt(key, value)
-        with whole_file(path.with_name(f"{path.name}.png")) as part:
+        path = path.with_name(f"{path.name}.png")
+        with whole_file(path) as part:
             image.save(part, format="PNG", pnginfo=info)
-        return path.with_name(f"{path.name}.png")
+        return path
     frames = [frame.convert("RGB") for frame in image]
     if _writes_mp4():
         import imageio
@@ -82,9 +82,10 @@ def save_media(
             # Players want even sides; nothing else is resized.
             imageio.mimwrite(part, list(map(np.asarray, frames)), fps=fps, macro_block_size=2)
     options = dict(duration=round(1000 / fps), loop=0, comment=json.dumps(text).encode())
-    with whole_file(path.with_name(f"{path.name}.gif")) as part:
+    path = path.with_name(f"{path.name}.gif")
+    with whole_file(path) as part:
         frames[0].save(part, format="GIF", save_all=True, append_images=frames[1:], **options)
-    return path.with_name(f"{path.name}.gif")
+    return path
 
 
 @functools.cache
@@ -97,12 +98,8 @@ def _writes_mp4() -> bool:
 
 
 def frame_strip(image: Image.Image | Sequence[Image.Image], count: int = 4) -> Image.Image:
-    """Frames of a clip side by side, for sheets and reports; an image stays as it is.
-
-    Args:
-        image: An image; or a clip, the list of its frames, all of one size.
-        count: How many frames at most, evenly spaced, with the first and the last.
-    """
+    """At most ``count`` frames of a clip side by side, evenly spaced, with the first and the last;
+    an image stays as it is."""
     if isinstance(image, Image.Image):
         return image
     numbers = np.linspace(0, len(image) - 1, min(count, len(image))).round().astype(int)

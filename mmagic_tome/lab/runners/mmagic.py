@@ -21,10 +21,9 @@ from ...models import find_adapter
 from ...timeline import scheduler_name
 from ..measure import Clock, StepMarks
 from ..request import Request
-from .base import Output, Runner, flat
+from .base import Output, Runner, first_arguments, flat, joined
 from .media import load_image
 from .mmagic_source import MMagicSource, call_of, check_request
-from .watching import first_arguments, joined
 
 __all__ = ["MMagicRunner", "MMagicSource"]
 
@@ -38,11 +37,6 @@ class MMagicRunner(Runner):
 
     Two draws of MMagic's own are on the model's device, so that they differ between devices: of the
     encoded reference of ViCo, and of the noise on the references of attention injection.
-
-    Args:
-        model: The model, with or without weights of a checkpoint, on its device.
-        request: What to generate.
-        source: Where the model is from. Default: None, somewhere else.
 
     Raises:
         ToMeError: The model is of another class, or cannot serve the request.
@@ -66,17 +60,16 @@ class MMagicRunner(Runner):
         self.network = model.unet if wraps_it else network
         self._scheduler = getattr(model, self.call.scheduler)
         self.scheduler = scheduler_name(self._scheduler)
-        self.steps = request.steps or self.parameters["num_inference_steps"].default
-        self.guidance = request.guidance
-        if self.guidance is None:
-            self.guidance = self.parameters["guidance_scale"].default
+        usual = {name: one.default for name, one in self.parameters.items()}
+        self.steps = request.steps or usual["num_inference_steps"]
+        self.guidance = usual["guidance_scale"] if request.guidance is None else request.guidance
         factor = model.vae_scale_factor
         self.size = request.size or (model.unet_sample_size * factor,) * 2
         # (1, C, h, w); of clips (1, C, frames, h, w)
         self.noise_shape = (1, getattr(model.vae, "config", model.vae).latent_channels)
         self.frames = None
         if self.video:
-            self.frames = request.frames or self.parameters["video_length"].default
+            self.frames = request.frames or usual["video_length"]
             self.noise_shape += (self.frames,)
         self.noise_shape += (self.size[0] // factor, self.size[1] // factor)
 

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib.util
 import inspect
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,39 +33,30 @@ _NEEDED = "pip install 'mmagic_tome[mim]' && pip install --no-deps mmagic==1.2.0
 
 @dataclass(frozen=True)
 class Call:
-    """How the ``infer`` of a class is called.
+    """How the ``infer`` of a class is called."""
 
-    Attributes:
-        inputs: Field of :class:`Request` -> argument of ``infer``. Inputs that are not here are not
-            taken.
-        optional: Those of ``inputs`` that may be missing.
-        only_with: Field of :class:`Request` -> (key of the model's config, value): the field has an
-            effect only with this value, which is not the default.
-        alone: Arguments that hold one value instead of a list, so that a call makes one image.
-        guided: Whether guidance must be above 1: at 1 and below, MMagic takes no step, or fails.
-        square: Whether height and width must be equal: MMagic mixes them up.
-        video: Whether it returns clips, (B, 3, frames, H, W) from 0 to 1, instead of PIL images.
-        network_calls: Calls of the network per step.
-        scheduler: Attribute of the model with the scheduler of its steps.
-    """
-
+    #: Field of Request -> argument of `infer`. Inputs that are not here are not taken.
     inputs: Mapping[str, str] = field(default_factory=dict)
+    #: Those of `inputs` that may be missing.
     optional: tuple[str, ...] = ()
+    #: Field of Request -> (key of the model's config, value): the field has an effect only with
+    #: this value, which is not the default.
     only_with: Mapping[str, tuple[str, object]] = field(default_factory=dict)
+    #: Arguments that hold one value instead of a list, so that a call makes one image.
     alone: tuple[str, ...] = ()
-    guided: bool = False
-    square: bool = False
-    video: bool = False
-    network_calls: int = 1
-    scheduler: str = "test_scheduler"
+    guided: bool = False  #: guidance must be above 1: otherwise MMagic takes no step, or fails
+    square: bool = False  #: height and width must be equal: MMagic mixes them up
+    video: bool = False  #: it returns clips (B, 3, frames, H, W) from 0 to 1, not PIL images
+    network_calls: int = 1  #: per step
+    scheduler: str = "test_scheduler"  #: the model's attribute with the scheduler of its steps
 
-
-_ZEROS = "force_zeros_for_empty_prompt"
 
 #: Name of a class -> how it is called. A subclass is called as its base. All take ``latents``.
 CLASSES = {
     "StableDiffusion": Call(),
-    "StableDiffusionXL": Call(only_with={"negative_prompt": (_ZEROS, False)}),
+    "StableDiffusionXL": Call(
+        only_with={"negative_prompt": ("force_zeros_for_empty_prompt", False)}
+    ),
     "StableDiffusionInpaint": Call({"images": "image", "masks": "mask_image"}),
     "ControlStableDiffusion": Call({"controls": "control"}, guided=True),
     "ControlStableDiffusionImg2Img": Call(
@@ -111,7 +101,7 @@ def call_of(cls: type) -> Call:
 
 
 def check_request(cls: type, request: Request) -> None:
-    """Raise ToMeError for the first thing of a request that a class of MMagic's cannot serve."""
+    """Raise ToMeError for the first thing of a request that a class cannot serve."""
     name, call = cls.__name__, call_of(cls)
     check_inputs(name, request, call.inputs, {*call.inputs} - {*call.optional})
     if request.frames is not None and not call.video:
@@ -138,15 +128,29 @@ def check_request(cls: type, request: Request) -> None:
 # --- configs --------------------------------------------------------------------------------------
 
 
-def resolve_config(name: str | Path) -> Path:
-    """The file of a config: a path, or ``package::path``.
+def load_config(name: str | Path) -> Any:
+    """mmengine's ``Config`` of a file, with its ``custom_imports`` done.
 
-    The latter is looked up in ``.mim/configs`` of the package (an OpenMMLab wheel) and in
-    ``configs`` beside it (a checkout); nothing is imported.
+    Args:
+        name: A path, or ``package::path``. The latter is looked up in ``.mim/configs`` of the
+            package (an OpenMMLab wheel) and in ``configs`` beside it (a checkout); nothing of the
+            package is imported.
 
     Raises:
-        ToMeError: There is no such file, or it is no config.
+        ToMeError: There is no such file; it is no config; it cannot be read.
     """
+    path = _resolve(name)
+    try:
+        from mmengine.config import Config
+
+        return Config.fromfile(str(path))
+    except ModuleNotFoundError as error:
+        raise ToMeError(f"config {name} needs what is missing: {_NEEDED} ({error})") from error
+    except Exception as error:  # whatever the code in a config can raise
+        raise ToMeError(f"cannot read config {name}: {type(error).__name__}: {error}") from error
+
+
+def _resolve(name: str | Path) -> Path:
     package, separator, relative = str(name).partition("::")
     folders = [Path()]
     if separator:
@@ -163,37 +167,6 @@ def resolve_config(name: str | Path) -> Path:
         if path.is_dir():
             raise ToMeError(f"config {name} is a folder, not a file")
     raise ToMeError(f"config {name} does not exist")
-
-
-def load_config(name: str | Path, options: Sequence[str] = ()) -> Any:
-    """Read a config and override entries of it.
-
-    Args:
-        name: See :func:`resolve_config`.
-        options: Overrides, ``'key.of.entry=value'``, read as mmengine's ``DictAction`` does.
-
-    Returns:
-        mmengine's ``Config``; its ``custom_imports`` are done.
-
-    Raises:
-        ToMeError: It cannot be read.
-    """
-    path = resolve_config(name)
-    for option in options:
-        if "=" not in option[1:]:
-            raise ToMeError(f"--cfg-options takes KEY=VALUE, got {option!r}")
-    try:
-        from mmengine.config import Config, DictAction
-
-        config = Config.fromfile(str(path))
-        given = argparse.Namespace()
-        DictAction([], "options")(None, given, options)
-        config.merge_from_dict(given.options)
-    except ModuleNotFoundError as error:
-        raise ToMeError(f"config {name} needs what is missing: {_NEEDED} ({error})") from error
-    except Exception as error:  # whatever the code in a config can raise
-        raise ToMeError(f"cannot read config {name}: {type(error).__name__}: {error}") from error
-    return config
 
 
 def setting_of(config: Any) -> Setting:
@@ -229,7 +202,7 @@ class MMagicSource(Source):
     Args:
         config: mmengine's ``Config``.
         checkpoint: File (or URL) with weights of the model or of a part of it, as MMagic's
-            training writes them. Default: None, what the config has as ``load_from``, if anything.
+            training writes them. Default: None, the config's ``load_from``, if anything.
 
     Raises:
         ToMeError: MMagic is not installed; the config has no such model, or invalid options; the

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ...apply import apply_cache, apply_tome
 from ...errors import ToMeError
@@ -21,15 +23,14 @@ from ...models import find_adapter, find_denoisers
 from ...models.find import DENOISERS
 from ...settings import Setting
 from ...timeline import scheduler_name
-from ..measure import Clock
+from ..devices import DTYPES
+from ..measure import Clock, StepMarks
 from ..request import Request
-from .base import Output, Runner, Source
+from .base import Output, Runner, Source, first_arguments, joined
 from .calls import DECODERS, PipelineCall
-from .watching import Steps, decoded_latents, joined, quiet
 
 # Frames per second that models were trained at, by the beginning of their pipelines' names.
 _FPS = {"Wan": 16, "SkyReels": 24, "HunyuanVideo": 15}
-_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 class PipelineSource(Source):
@@ -45,8 +46,7 @@ class PipelineSource(Source):
             loaded from that one.
 
     Raises:
-        ToMeError: There is no such pipeline; diffusers has no such class; the class has
-            components that are not there.
+        ToMeError: There is no such pipeline; diffusers has no such class.
     """
 
     kind = "diffusers"
@@ -69,8 +69,12 @@ class PipelineSource(Source):
         self.defaults = dict(config.get("infer_cfg") or {})
         self.evaluation = dict(config.get("evaluation") or {})
         self.options = dict(options or {})
-        if isinstance(self.options.get("torch_dtype"), str):
-            self.options["torch_dtype"] = _dtype(self.options["torch_dtype"])
+        name = self.options.get("torch_dtype")
+        if isinstance(name, str):
+            dtype = DTYPES.get(name, getattr(torch, name, None))
+            if not isinstance(dtype, torch.dtype):
+                raise ToMeError(f"torch_dtype={name!r} is no dtype; write 'float16' or 'bfloat16'")
+            self.options["torch_dtype"] = dtype
         index = _read_json(_find_file(self.folder, "model_index.json"))
         self.class_name = type or index.get("_class_name")
         self.pipeline_class = _pipeline_class(self.class_name)
@@ -80,24 +84,8 @@ class PipelineSource(Source):
             for part, value in index.items()
             if isinstance(value, list) and len(value) == 2 and value[1]
         }
-        self._check_parts()
         self.call = PipelineCall(self.pipeline_class, self._configs())
         self.video = self.call.video
-
-    def _check_parts(self) -> None:
-        cls = self.pipeline_class
-        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-        missing = [
-            parameter.name
-            for parameter in parameters
-            if parameter.default is parameter.empty
-            and parameter.name not in {*self.parts, *cls._optional_components}
-            and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        ]
-        if missing:
-            raise ToMeError(
-                f"{self.class_name} needs {', '.join(missing)}, which {self.folder} does not have"
-            )
 
     def _configs(self) -> dict[str, Mapping[str, Any]]:
         configs = {}
@@ -119,9 +107,7 @@ class PipelineSource(Source):
             f"{self.class_name} has no denoising network to merge or to skip; its components are "
             f"{', '.join(self.parts)}"
         )
-        for part in DENOISERS:
-            if part not in self.parts:
-                continue
+        for part in [name for name in DENOISERS if name in self.parts]:
             try:
                 cls = getattr(diffusers, self.parts[part])
                 with torch.device("meta"):
@@ -170,15 +156,10 @@ class PipelineSource(Source):
 
 
 class PipelineRunner(Runner):
-    """Runs a diffusers pipeline.
+    """Runs a diffusers pipeline; what is applied to it stays applied.
 
     ``size`` is what is asked for until a run tells the size of the images: upscalers enlarge
     theirs, and some classes generate at sizes of their own.
-
-    Args:
-        pipeline: What is applied to it stays applied.
-        request: The request.
-        source: What it was loaded from. Default: None.
 
     Raises:
         ToMeError: The pipeline cannot serve the request; no adapter knows its network.
@@ -224,11 +205,11 @@ class PipelineRunner(Runner):
     ) -> Output:
         arguments = self.call.arguments(self.request, numbers, steps or self.steps, self._size)
         told = "callback_on_step_end" in self.call.parameters
-        marks = Steps(self.networks, self.device, on_step, told)
+        marks = _Steps(self.networks, self.device, on_step, told)
         if told:
             arguments["callback_on_step_end"] = marks.step_ended
         try:
-            with quiet(self.model), decoded_latents(self.model) as decoded, marks:
+            with _quiet(self.model), _decoded_latents(self.model) as decoded, marks:
                 seconds, result = Clock(self.device)(lambda: self.model(**arguments))
         except ValueError as error:  # how pipelines refuse arguments
             if isinstance(error, ToMeError):
@@ -243,6 +224,80 @@ class PipelineRunner(Runner):
             seconds=seconds,
             step_seconds=marks.seconds(),
         )
+
+
+# --- watching a run -------------------------------------------------------------------------------
+
+
+class _Steps:
+    """Times the steps of a run. Some pipelines call the network twice per step, with and without
+    the text; those tell when a step ends (``told``), and of others every call is a step."""
+
+    def __init__(
+        self,
+        networks: Sequence[nn.Module],
+        device: torch.device,
+        on_step: Callable[[], object] | None,
+        told: bool,
+    ) -> None:
+        self.on_step = on_step
+        self.told = told
+        self.count = 0
+        # For each network the step of each of its calls.
+        self.steps: list[list[int]] = [[] for _ in networks]
+        self.marks = [
+            StepMarks(network, device, functools.partial(self._called, calls))
+            for network, calls in zip(networks, self.steps)
+        ]
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> _Steps:
+        for marks in self.marks:
+            self._stack.enter_context(marks)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def _called(self, calls: list[int]) -> None:
+        calls.append(self.count)
+        if not self.told:
+            self.step_ended()
+
+    def step_ended(
+        self, pipeline: Any = None, step: int = 0, time: Any = None, tensors: Any = None
+    ) -> dict[str, Any]:
+        """What diffusers calls ``callback_on_step_end``; changes nothing."""
+        self.count += 1
+        if self.on_step is not None:
+            self.on_step()
+        return {}
+
+    def seconds(self) -> list[float]:
+        """Seconds of each step with a call of a network."""
+        found: dict[int, float] = {}
+        for marks, calls in zip(self.marks, self.steps):
+            for step, seconds in zip(calls, marks.seconds()):
+                found[step] = found.get(step, 0.0) + seconds
+        return [found[step] for step in sorted(found)]
+
+
+@contextlib.contextmanager
+def _quiet(pipeline: Any) -> Iterator[None]:
+    """Without the pipeline's own progress bar."""
+    before = dict(getattr(pipeline, "_progress_bar_config", {}))
+    pipeline.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipeline.set_progress_bar_config(**before)
+
+
+def _decoded_latents(pipeline: Any) -> contextlib.AbstractContextManager[list[Tensor]]:
+    """Yields the latents of every call of ``vae.decode``, as they come."""
+    parts = (getattr(pipeline, name, None) for name in DECODERS)
+    vae = next((part for part in parts if hasattr(part, "decode")), None)
+    return contextlib.nullcontext([]) if vae is None else first_arguments(vae, "decode")
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -282,13 +337,6 @@ def _pipeline_class(name: Any) -> Any:
     if not (inspect.isclass(cls) and issubclass(cls, diffusers.DiffusionPipeline)):
         raise ToMeError(f"diffusers {diffusers.__version__} has no pipeline {name!r}")
     return cls
-
-
-def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, _DTYPES.get(name, name.rpartition(".")[2]), None)
-    if not isinstance(found, torch.dtype):
-        raise ToMeError(f"torch_dtype={name!r} is no dtype; write 'float16' or 'bfloat16'")
-    return found
 
 
 def _one_line(error: BaseException) -> str:

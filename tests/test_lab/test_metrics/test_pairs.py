@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from mmagic_tome import ToMeError
-from mmagic_tome.lab.metrics import NAMES, PAIRED, available, paired, pairs, text_metric
+from mmagic_tome.lab.metrics import NAMES, PAIRED, available, paired, pairs
 
 
 def random_images(count=3, size=48, seed=0):
@@ -26,23 +26,21 @@ def noisy(images, amplitude=20):
 
 @pytest.fixture(scope="module", autouse=True)
 def hub(tmp_path_factory):
-    """torch hub's cache, with AlexNet and VGG-16 in torchvision's layout, of random weights."""
+    """torch hub's cache, with an AlexNet of random weights in torchvision's layout."""
     from torchvision import models
 
     folder = tmp_path_factory.mktemp("hub")
     (folder / "checkpoints").mkdir()
     generator = torch.Generator().manual_seed(0)
-    files = {"alexnet": "alexnet-owt-7be5be79.pth", "vgg16": "vgg16-397923af.pth"}
-    for name, file in files.items():
-        with torch.device("meta"):
-            state = getattr(models, name)().state_dict()
-        for key, value in state.items():
-            if key.startswith("features") and value.ndim == 4:
-                weight = torch.randn(value.shape, generator=generator)
-                state[key] = weight * (2 / value[0].numel()) ** 0.5
-            else:  # one number in the file, however large
-                state[key] = torch.zeros(1).expand(value.shape)
-        torch.save(state, folder / "checkpoints" / file)
+    with torch.device("meta"):
+        state = models.alexnet().state_dict()
+    for key, value in state.items():
+        if key.startswith("features") and value.ndim == 4:
+            weight = torch.randn(value.shape, generator=generator)
+            state[key] = weight * (2 / value[0].numel()) ** 0.5
+        else:  # one number in the file, however large
+            state[key] = torch.zeros(1).expand(value.shape)
+    torch.save(state, folder / "checkpoints/alexnet-owt-7be5be79.pth")
     before = torch.hub.get_dir()
     torch.hub.set_dir(folder)
     yield folder
@@ -150,7 +148,7 @@ def test_what_cannot_work_is_left_out_with_its_reason(tmp_path, monkeypatch):
     assert all("\n" not in reason for reason in missing.values())
     assert "176 pixels" in missing["ms_ssim"]
     assert "clip-vit-large" in missing["clip_score"] or "offline" in missing["clip_score"]
-    for name, file in (("lpips", "alexnet-owt-7be5be79"), ("dists", "vgg16"), ("fid", "inception")):
+    for name, file in (("lpips", "alexnet-owt-7be5be79"), ("fid", "inception")):
         assert file in missing[name] and f"at {tmp_path}/checkpoints" in missing[name]
     (reason,) = available(["frechet_efficientnet_lite0"], count=49)[1].values()
     assert "needs at least 50 images" in reason
@@ -159,12 +157,11 @@ def test_what_cannot_work_is_left_out_with_its_reason(tmp_path, monkeypatch):
 def test_a_file_that_is_no_weights_and_a_missing_library_are_reasons(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints/vgg16-397923af.pth").write_text("not weights")
+    (tmp_path / "checkpoints/alexnet-owt-7be5be79.pth").write_text("not weights")
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     pairs.efficientnet.cache_clear()
-    names = ("dists", "efficientnet_lite0_distance")
-    dists, distance = available(names)[1].values()
-    assert "dists cannot be loaded" in dists
+    lpips, distance = available(("lpips", "efficientnet_lite0_distance"))[1].values()
+    assert "lpips cannot be loaded" in lpips
     assert "pip install efficientnet_lite_pytorch" in distance
 
 
@@ -185,7 +182,7 @@ def test_clip_score_is_the_cosine_of_both_towers(sd_folder, tmp_path):
     CLIPModel.from_pretrained(f"{sd_folder}/clip").save_pretrained(folder)
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
     tiny._write_tokenizer(folder, 1024)
-    metric = text_metric("clip_score", model=str(folder))
+    metric = available([dict(name="clip_score", model=str(folder))])[0]["clip_score"]
     assert metric.label == "CLIP score (random-clip)" and metric.higher_is_better
 
     model, expected = CLIPModel.from_pretrained(folder), []

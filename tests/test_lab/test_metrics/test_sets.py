@@ -105,23 +105,7 @@ def test_kid_has_a_real_spread_or_none(pixels):
     assert found[100]["kid_std"] > found[400]["kid_std"], "larger subsets scatter less"
 
 
-def test_precision_and_recall_are_their_definition(pixels):
-    metric = set_metric("precision_recall", fewest=4)
-    real = features(40, 4)["2048"]
-    far = torch.full((10, 4), 50.0) + torch.eye(4)[:1]
-    images = torch.cat([features(30, 4, seed=1)["2048"] * 0.3, far])
-
-    def covered(points, by):
-        radii = torch.cdist(by.double(), by.double()).sort().values[:, 3]
-        return (torch.cdist(points.double(), by.double()) <= radii).any(1).double().mean().item()
-
-    found = metric.compute({"2048": real}, {"2048": images})
-    assert found["precision"] == pytest.approx(covered(images, real))
-    assert found["recall"] == pytest.approx(covered(real, images))
-    assert 0 < found["recall"] < found["precision"] < 1
-
-
-@pytest.mark.parametrize("name", ["fid", "kid", "precision_recall", "inception_score"])
+@pytest.mark.parametrize("name", ["fid", "kid", "inception_score"])
 def test_the_order_of_images_is_irrelevant(name, pixels):
     metric = set_metric(name, fewest=2)
     base, other = features(120, 8), features(120, 8, seed=1, shift=0.2)
@@ -162,23 +146,17 @@ def inception(tmp_path_factory):
 def test_inception_runs_once_per_image_for_all_its_metrics(inception):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Network
 
-    names = ("fid", "kid", "precision_recall", "inception_score")
+    names = ("fid", "kid", "inception_score")
     metrics = [set_metric(name, weights=inception, fewest=2) for name in names]
     assert len({metric.feature_key for metric in metrics}) == 1
     images = random_images(3)
     with mock.patch.object(Network, "forward", autospec=True, side_effect=Network.forward) as call:
         found = set_features(metrics, images)[metrics[0].feature_key]
     assert call.call_count == 3
-    assert {layer: x.shape for layer, x in found.items()} == {
-        "2048": (3, 2048),
-        "logits_unbiased": (3, 1008),
-    }
+    assert found["2048"].shape == (3, 2048) and found["logits_unbiased"].shape == (3, 1008)
     alone = metrics[0].features_of(images[1:2])
     assert torch.equal(alone["2048"][0], found["2048"][1]), "no batch makes a difference"
     assert not torch.equal(found["2048"][0], found["2048"][1])
-    other = {key: x[:2] for key, x in found.items()}
-    assert metrics[0].compute(found, other)["fid"] > 0
-    assert metrics[3].compute(None, found)["inception_score"] >= 1
 
 
 def test_efficientnet_frechet_tells_sets_apart_without_a_download():

@@ -16,8 +16,8 @@ from mmagic_tome import ToMeError, remove_tome
 from mmagic_tome.lab.devices import DTYPES, check_device
 from mmagic_tome.lab.request import Request
 from mmagic_tome.lab.runners import open_source
-from mmagic_tome.lab.runners.mmagic import MMagicRunner, MMagicSource
-from mmagic_tome.lab.runners.mmagic_source import CLASSES, load_config, resolve_config
+from mmagic_tome.lab.runners.mmagic import MMagicSource
+from mmagic_tome.lab.runners.mmagic_source import CLASSES, load_config
 
 ONE = mmagic_hub.an_image()
 TWO = ONE.rotate(90)
@@ -112,14 +112,6 @@ def test_every_class_makes_the_same_image_alone_and_in_a_batch(kind, folder):
     if runner.video:
         image = (np.asarray(image).transpose(1, 2, 3, 0) * 255).round().astype(np.uint8)
     np.testing.assert_array_equal(pixels(alone.images[0]), image)
-
-
-def test_defaults_are_those_of_the_class(folder):
-    model = tiny.tiny_model("ControlStableDiffusion", folder)
-    runner = MMagicRunner(model, Request(["a cat"], controls=[ONE]))
-    assert (runner.steps, runner.guidance, runner.size) == (20, 7.5, (128, 128))
-    assert runner.scheduler == "EditDDIMScheduler" and runner.source is None
-    assert runner.network is model.unet and runner.dtype == torch.float32
 
 
 def test_files_and_sizes_of_inputs(folder, tmp_path):
@@ -263,23 +255,24 @@ def test_a_checkpoint_of_something_else_is_an_error(content, message, folder, tm
 
 def test_configs_are_found_and_changed(tmp_path, monkeypatch):
     name = "mmagic_tome::demo/sd-emoji_tome-5e-1.py"
-    source = MMagicSource(load_config(name, ["tome_cfg.ratio=0.25", "evaluation.rounds=3"]))
+    source = open_source(name, cfg_options={"tome_cfg.ratio": 0.25, "evaluation.rounds": 3})
     assert source.setting.tome.ratio == 0.25 and source.setting.cache is None
     assert (source.name, source.class_name) == ("sd-emoji_tome-5e-1", "StableDiffusion")
     assert source.defaults["steps"] == 16 and source.evaluation == dict(rounds=3)
-    assert open_source(name).path == name
+    assert source.path == name
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.py").write_text("model = (")
+    (tmp_path / "text.txt").write_text("a cat")
     for wrong, message in {
         "no.py": "no.py does not exist",
         str(tmp_path): "is a folder",
+        "text.txt": "is not a .py",
+        "mmagic_tome::demo/x.py": "does not exist",
         "nopackage::x.py": "no package 'nopackage'",
         "broken.py": "cannot read config broken.py: SyntaxError",
     }.items():
         with pytest.raises(ToMeError, match=message):
             load_config(wrong)
-    with pytest.raises(ToMeError, match="KEY=VALUE, got 'ratio'"):
-        load_config(resolve_config(name), ["ratio"])
 
 
 def test_devices():

@@ -49,7 +49,7 @@ def test_a_config_file_names_class_and_precision_of_a_pipeline(folder, tmp_path)
         from_pretrained=folder, type="StableDiffusionImg2ImgPipeline", torch_dtype="bfloat16"
     )
     path.write_text(f"pipeline = {entry!r}\ninfer_cfg = dict(prompts='a cat', steps=2)\n")
-    source = runners.open_source(str(path), cfg_options=["cache_cfg=balanced"])
+    source = runners.open_source(str(path), cfg_options={"cache_cfg": "balanced"})
     assert (source.name, source.class_name) == ("img2img", "StableDiffusionImg2ImgPipeline")
     assert source.path == str(path)
     assert source.setting.cache == Setting.coerce(dict(cache="balanced")).cache

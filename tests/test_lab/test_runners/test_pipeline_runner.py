@@ -216,7 +216,6 @@ def test_a_pipeline_without_a_known_network_is_refused_before_weights_are_loaded
         ("/nowhere/sd", None, "/nowhere/sd is not there"),
         ("sd/unet", None, r"it has no model_index\.json"),
         ("sd", "StableDiffusionPipelin", "has no pipeline 'StableDiffusionPipelin'"),
-        ("sd", "StableDiffusionControlNetPipeline", "needs controlnet, which"),
         ("sd", None, "cannot load .*sd: "),
     ],
 )
