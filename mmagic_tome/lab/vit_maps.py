@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from ..errors import ToMeError
 from ..patch import find_patch
-from ..vit import ViTConfig, ViTHandle, apply_options, find_vit, get_vit_handle
+from ..vit import ViTConfig, ViTHandle, apply_tome_vit, find_vit, get_vit_handle
 from ..vit.patch import ViTPatch
 from . import plots
 from .infer import save_results
@@ -115,7 +115,7 @@ def _build(config: Any, r: int | None) -> tuple[torch.nn.Module, ViTHandle]:
     options = ViTConfig() if handle is None else handle.config
     if r is not None:
         options = options.replace(r=r)
-    return model, apply_options(model, options, trace_source=True)
+    return model, apply_tome_vit(model, options, trace_source=True)
 
 
 @torch.inference_mode()
