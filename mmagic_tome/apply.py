@@ -70,9 +70,9 @@ def apply_tome(
     """
     found = _denoisers_or_vit(model, denoisers)
     if not isinstance(found, list):
-        from .vit.apply import apply_options
+        from .vit import apply_tome_vit
 
-        return apply_options(found, config, **options)
+        return apply_tome_vit(found, config, **options)
     config = ToMeConfig.coerce(config, **options)
     chosen = _with_blocks(found, config)
     own = config.controlnet_config

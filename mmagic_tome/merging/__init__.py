@@ -1,7 +1,6 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Which tokens become one, and how: functions of tensors and their plans, on torch alone."""
 
-from .facility import facility_location
 from .frames import FramePlan, as_clips
 from .grid2d import GridLayout, Windows, grid_layout, make_windows, random_layout, regular_layout
 from .joint import JointPlan, join_sequence, joint_plan, split_sequence
@@ -14,22 +13,13 @@ from .matching import (
 )
 from .matrix import MatrixPlan
 from .plan import IndexPlan, MergePlan, MlerpPlan, Plan, PrunedPlan
-from .sequence import (
-    Match,
-    bipartite_soft_matching,
-    kth_bipartite,
-    match_tokens,
-    merge_source,
-    merge_wavg,
-    random_bipartite,
-)
+from .sequence import match_tokens
 
 __all__ = [
     "FramePlan",
     "GridLayout",
     "IndexPlan",
     "JointPlan",
-    "Match",
     "MatrixPlan",
     "MergePlan",
     "MlerpPlan",
@@ -38,19 +28,13 @@ __all__ = [
     "Windows",
     "as_clips",
     "bipartite_match",
-    "bipartite_soft_matching",
-    "facility_location",
     "grid_layout",
     "join_sequence",
     "joint_plan",
-    "kth_bipartite",
     "make_windows",
     "match_tokens",
-    "merge_source",
-    "merge_wavg",
     "nearest_destination",
     "plan_of_edges",
-    "random_bipartite",
     "random_layout",
     "regular_layout",
     "split_sequence",

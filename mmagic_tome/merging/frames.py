@@ -17,11 +17,8 @@ class FramePlan:
     2312.10656, section 3.2). Its matrix products then cost ``F * (1 - ratio)**2`` times those of
     the unmerged frames, which is less only above a ratio of ``1 - F**-0.5``.
 
-    ``slot`` (B, F * N), ``size`` and ``representative`` (B, M) are those of a clip, in which token
-    n of frame f is number ``f * N + n``.
-
     Args:
-        plan (Plan): of B clips with F * N tokens each.
+        plan (Plan): of B clips with F * N tokens each; token n of frame f is number f * N + n.
         num_frames (int): F, at least 1.
     """
 
@@ -51,9 +48,6 @@ class FramePlan:
 
     def unmerge(self, y: Tensor) -> Tensor:
         return self.plan.unmerge(y).reshape(self.batch, self.num_tokens, y.shape[-1])
-
-    def __repr__(self) -> str:
-        return f"FramePlan({self.num_frames} frames, {self.plan!r})"
 
 
 def as_clips(x: Tensor, num_frames: int) -> Tensor:

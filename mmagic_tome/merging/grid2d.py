@@ -20,8 +20,8 @@ from .random import hashed_integers
 class GridLayout:
     """Partitions of the tokens of a grid into destinations and sources.
 
-    Only the position of the destination inside its cell is stored, as a rule in a byte per cell;
-    indices are computed on request. Layouts drawn ahead for later blocks take next to no memory.
+    Only the position of the destination inside its cell is stored, as a rule in a byte per cell, so
+    layouts drawn ahead for later blocks take next to no memory.
 
     Attributes:
         offset (Tensor): (L, cells) integer position of the destination inside every cell, in
@@ -36,22 +36,10 @@ class GridLayout:
     sx: int
     sy: int
 
-    @property
-    def destinations(self) -> Tensor:
-        """(L, D) int64 token indices of all layouts."""
-        return self._indices(self.offset)[0]
-
-    @property
-    def sources(self) -> Tensor:
-        """(L, S) int64 token indices of all layouts; D + S = N."""
-        return self._indices(self.offset)[1]
-
-    def select(self, index: int) -> tuple[Tensor, Tensor]:
-        """(D,) destinations and (S,) sources of one of the layouts, int64."""
-        return self._indices(self.offset[index])
-
-    def _indices(self, offset: Tensor) -> tuple[Tensor, Tensor]:
-        """From (..., cells) offsets to (..., D) destinations and (..., S) sources."""
+    def select(self, index: int | slice) -> tuple[Tensor, Tensor]:
+        """(D,) destinations and (S,) sources of one of the layouts, int64, D + S = N; for a slice
+        (L, D) and (L, S)."""
+        offset = self.offset[index]
         cells = tile_grid(self.height, self.width, self.sy, self.sx, offset.device)
         cell = torch.arange(cells.count, device=offset.device)
         # No mask, whose size is not known beforehand: positions without the destination's.
@@ -92,16 +80,8 @@ def random_layout(
     count: int = 1,
     device: torch.device | str = "cpu",
 ) -> GridLayout:
-    """``count`` independent layouts with a random destination in every complete cell.
-
-    One computation draws them all. The same arguments always return the same layouts.
-
-    Args:
-        height, width, sx, sy, device: as in :func:`regular_layout`.
-        seed (int): non-negative, default 0.
-        step (Tensor | None): key of the denoising step, see :func:`.random.step_key`.
-        count (int): L, number of layouts, default 1.
-    """
+    """``count`` independent layouts with a random destination in every complete cell, the same for
+    the same arguments; ``step`` is of :func:`.random.step_key`."""
     cells = (height // sy) * (width // sx)
     offset = hashed_integers(sx * sy, seed, step, count, cells, torch.device(device))
     return grid_layout(offset, height, width, sx, sy)
@@ -115,23 +95,19 @@ def grid_layout(offset: Tensor, height: int, width: int, sx: int, sy: int) -> Gr
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of n tokens each, and the tokens outside of all windows.
+    """Windows of n tokens each, and the tokens outside of all windows."""
 
-    Attributes:
-        inside (Tensor): (W, n) int64 token indices, row by row in every window.
-        outside (Tensor): (L,) int64 token indices; W * n + L = N.
-        count, size (int): W and n.
-    """
-
-    inside: Tensor
-    outside: Tensor
+    inside: Tensor  # (W, n) int64 token indices, row by row in every window
+    outside: Tensor  # (L,) int64 token indices; W * n + L = N
 
     @property
     def count(self) -> int:
+        """W."""
         return self.inside.shape[0]
 
     @property
     def size(self) -> int:
+        """n."""
         return self.inside.shape[1]
 
 
@@ -149,19 +125,14 @@ def tile_grid(height: int, width: int, sy: int, sx: int, device: torch.device) -
 
 
 def make_windows(height: int, width: int, window: int, device: torch.device) -> Windows:
-    """Windows of about ``window`` x ``window`` tokens from the top left of a grid.
-
-    A grid that is no multiple of ``window`` gets slightly smaller windows rather than a wide
-    margin outside of all of them, see :func:`window_side`.
-    """
+    """Windows of at most ``window`` x ``window`` tokens from the top left of a grid; slightly
+    smaller ones where that leaves fewer tokens outside of all (:func:`window_side`)."""
     return tile_grid(height, width, window_side(height, window), window_side(width, window), device)
 
 
 def window_side(length: int, window: int) -> int:
-    """The side in (window / 2, window] that leaves the fewest of ``length`` tokens outside.
-
-    The larger one of equals; ``length`` itself if that is at most ``window``.
-    """
+    """The side in (window / 2, window] that leaves the fewest of ``length`` tokens outside, the
+    larger one of equals; ``length`` itself if that is at most ``window``."""
     if length <= window:
         return length
     return min(range(window, window // 2, -1), key=lambda side: length % side)

@@ -33,7 +33,7 @@ def nearest_int8(
         metric (Tensor): (B, N, C) floating, on a CPU, C > 1.
         sources (Tensor): (S,) int64 token indices.
         unit_destination (Tensor): (B, D, C) floating, rows of unit length (or zero).
-        max_scores (int): bound on the similarities held at a time; at least one row of D is.
+        max_scores (int): bound on the similarities held at a time.
     """
     batch, num_src = metric.shape[0], sources.shape[0]
     num_dst = unit_destination.shape[1]

@@ -71,9 +71,6 @@ class JointPlan:
         text, places = self._split(place[..., None])
         return join_sequence(text, places.gather(1, image[..., None]), self.num_before)[..., 0]
 
-    def __repr__(self) -> str:
-        return f"JointPlan({self.num_text_tokens} text tokens, {self.plan!r})"
-
 
 def joint_plan(plan: Plan, length: int, num_before: int | Sequence[int] | None = None) -> Plan:
     """Extend a plan of N image tokens to a sequence of ``length`` = T + N, the others being text.

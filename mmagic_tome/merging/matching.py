@@ -54,11 +54,9 @@ def bipartite_match(
         reduction (str): default 'mean', see :func:`plan_of_edges`.
 
     Raises:
-        ValueError: no destinations, r out of range, or indices that do not add up to N.
+        ValueError: r out of range, or indices that do not add up to N.
     """
     tokens, num_dst, num_src = metric.shape[1], destinations.shape[-1], sources.shape[-1]
-    if num_dst == 0:
-        raise ValueError("at least one destination is needed")
     if num_dst + num_src != tokens:
         raise ValueError(f"{num_dst} destinations + {num_src} sources != {tokens} tokens")
     if not 0 <= r <= num_src:
@@ -113,8 +111,7 @@ def best_scores(
 
     Args:
         src, dst (Tensor): (B, S, C) and (B, D, C).
-        score (Callable | None): dot products (B, s, D) -> scores of that shape. Default None: the
-            dot products.
+        score (Callable | None): dot products (B, s, D) -> scores of that shape; None: the same.
     """
     bound = _MAX_SCORES_CPU if src.device.type == "cpu" else _MAX_SCORES_GPU
     parts = by_chunks(src, dst, bound, lambda x: (x if score is None else score(x)).max(dim=-1))
@@ -164,13 +161,11 @@ def plan_of_edges(
         merged (Tensor): (B, S) bool, the edges that merge; ``removed`` of them in every row (not
             checked: a check would synchronize with the device).
         removed (int): r.
-        reduction (str): 'mean' (default), 'prune' (the destination's own features) or 'mlerp';
-            ValueError for others.
+        reduction (str): a key of :data:`~.plan.REDUCTIONS`: 'mean' (default), 'prune' (the
+            destination's own features) or 'mlerp'.
         destinations_first (bool): False: the sources that stay are numbered before the
             destinations. Default True.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {tuple(REDUCTIONS)}, got {reduction!r}")
     batch, num_src = merged.shape
     num_dst = destinations.shape[-1]
     num_stay = num_src - removed
@@ -185,19 +180,13 @@ def plan_of_edges(
 
 
 def full_precision(x: Tensor) -> torch.autocast:
-    """A context in which products of ``x`` stay in its dtype.
-
-    Networks are often called under ``torch.autocast``, where a product of float32 tensors is
-    computed and returned in half precision. That would undo a ``.float()`` just before it.
-    """
+    """A context in which products of ``x`` stay in its dtype, also under ``torch.autocast``."""
     return torch.autocast(device_type=x.device.type, enabled=False)
 
 
 def _contiguous(x: Tensor) -> Tensor:
-    """The same tokens with the channels of each adjacent in memory.
-
-    In a view of (B, C, h, w) images, gathering single tokens reads a cache line per channel.
-    """
+    """The same tokens with the channels of each adjacent in memory: in a view of (B, C, h, w)
+    images, gathering single tokens reads a cache line per channel."""
     if x.is_contiguous() or x.device.type != "cpu" or torch.compiler.is_compiling():
         return x.contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -22,9 +22,6 @@ class MatrixPlan:
             sum_i weights[d, i] x_i.
         back (Tensor): (B * W, n, D) floating, row sums 1: token i becomes sum_d back[i, d] y_d.
         windows (Windows): W windows of n tokens and the tokens outside.
-
-    Raises:
-        ValueError: the matrices do not fit each other or the windows.
     """
 
     __slots__ = ("_inverse", "_order", "back", "batch", "num_slots", "num_tokens", "weights")
@@ -32,11 +29,6 @@ class MatrixPlan:
     def __init__(self, weights: Tensor, back: Tensor, windows: Windows) -> None:
         groups, slots, size = weights.shape
         count, outside = windows.count, windows.outside.shape[0]
-        if size != windows.size or groups % count or back.shape != (groups, size, slots):
-            raise ValueError(
-                f"weights {tuple(weights.shape)} and back {tuple(back.shape)} do not fit "
-                f"{count} windows of {windows.size} tokens"
-            )
         self.weights, self.back = weights, back
         self.batch = groups // count
         self.num_slots = count * slots + outside
@@ -90,6 +82,3 @@ class MatrixPlan:
         out = torch.bmm(matrix.to(x.dtype), windows).to(x.dtype)
         out = out.view(self.batch, -1, x.shape[-1])
         return torch.cat([out, x[:, inside:]], dim=1) if inside < x.shape[1] else out
-
-    def __repr__(self) -> str:
-        return f"MatrixPlan(batch={self.batch}, {self.num_tokens} -> {self.num_slots} tokens)"

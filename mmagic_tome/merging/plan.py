@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_MODES = ("mean", "sum", "max")
-
 
 class Plan(Protocol):
     """Merging of (B, N, C) tokens to (B, M, C), and back.
@@ -47,15 +45,10 @@ class IndexPlan:
 
     Args:
         slot (Tensor): (B, N) int64, the slot of every token, in ``[0, num_slots)``. Every slot
-            must hold at least one token; this is not checked, since a check would synchronize
-            with the device.
-        num_slots (int): M.
+            must hold at least one token; a check would synchronize with the device.
+        num_slots (int): M, in [1, N].
         destinations (Tensor | None): (D,) or (B, D) int64, tokens that represent their slots, at
-            most one of each slot. Slots without one are represented by their first token.
-            Default None: all of them.
-
-    Raises:
-        ValueError: ``slot`` is not (B, N) int64, or ``num_slots`` is not in [1, N].
+            most one of each slot; the others are represented by their first token.
     """
 
     __slots__ = ("_destinations", "_row", "batch", "num_slots", "num_tokens")
@@ -114,9 +107,8 @@ class MergePlan(IndexPlan):
     """Every slot is the average of its tokens.
 
     Merging is one kernel (``embedding_bag``): it gathers rows in slot order and averages runs of
-    them. Without a zero-filled buffer, a scatter or atomic additions it returns the same bits on
-    every run, also on a GPU, where a scattered sum has no fixed order. Both directions are
-    differentiable, merging once only: ``embedding_bag`` has no second derivative.
+    them, and returns the same bits on every run, also on a GPU, where a scattered sum has no fixed
+    order. It has no second derivative.
 
     Source: ToMe (arXiv 2210.09461, section 3.1); with unmerging, for diffusion, arXiv 2303.17604,
     section 3.
@@ -134,8 +126,6 @@ class MergePlan(IndexPlan):
 
     def merge(self, x: Tensor, mode: str = "mean") -> Tensor:
         """Combine the tokens of each slot; ``mode`` is 'mean' (default), 'sum' or 'max'."""
-        if mode not in _MODES:
-            raise ValueError(f"mode must be one of {_MODES}, got {mode!r}")
         check_shape(x, self.batch, self.num_tokens, "merge")
         rows = x.reshape(-1, x.shape[-1])
         merged = F.embedding_bag(self._order, rows, self._offset, mode=mode)
@@ -143,10 +133,7 @@ class MergePlan(IndexPlan):
 
 
 class PrunedPlan(IndexPlan):
-    """Token pruning: every slot holds its representative as it is, the other tokens are dropped.
-
-    Merging is one row gather: nothing has to be sorted.
-    """
+    """Token pruning: every slot holds its representative as it is, the other tokens are dropped."""
 
     __slots__ = ("_kept",)
 
@@ -173,9 +160,9 @@ class MlerpPlan(MergePlan):
 
         m = mean_i x_i        merge = m / |m| * max_i |x_i|
 
-    The average of several tokens is shorter than the tokens, the more so the less they agree. That
-    shifts the distribution a layer was trained on; MLERP restores the norm. A slot of one token
-    returns it up to rounding. A slot whose tokens cancel has no direction and stays zero.
+    An average is shorter than its tokens, the more so the less they agree, which shifts the
+    distribution a layer was trained on; MLERP restores the norm. A slot of one token returns it up
+    to rounding. A slot whose tokens cancel has no direction and stays zero.
 
     Source: "Token Fusion" (Kim et al., WACV 2024, arXiv 2312.01026), the section on MLERP.
     """

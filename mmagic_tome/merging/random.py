@@ -35,15 +35,8 @@ def step_key(timestep: Tensor) -> Tensor:
 def hashed_integers(
     upper: int, seed: int, step: Tensor | None, rows: int, columns: int, device: torch.device
 ) -> Tensor:
-    """Uniform (rows, columns) int64 in ``[0, upper)``, keyed by (seed, step, row, column).
-
-    Args:
-        upper (int): exclusive upper bound, at least 1.
-        seed (int): any non-negative integer.
-        step (Tensor | None): 0-dim int64 of :func:`step_key`; None: the numbers of no step.
-        rows, columns (int): independent streams, and numbers in each.
-        device (torch.device): of the numbers.
-    """
+    """Uniform (rows, columns) int64 in ``[0, upper)``, keyed by (seed, step, row, column); the
+    step is of :func:`step_key`, None: the numbers of no step."""
     row = torch.arange(rows, device=device)
     # The seed may have more than 32 bits: fold both halves in, one after the other.
     key = mix32(row + 0x9E3779B9)

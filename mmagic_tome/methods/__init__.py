@@ -1,17 +1,20 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Token reduction methods by name: one file each, registered by :func:`register_method`."""
+"""Token reduction methods by name, registered by :func:`register_method`.
+
+=============  ================================================
+on_grid.py     ``tome``, ``prune``, ``tofu``, ``threshold``
+squares.py     ``todo``, ``downsample``
+others         the method that they are named after
+=============  ================================================
+"""
 
 from .base import METHODS, Method, PlanRequest, build_method, register_method
-from .downsample import Downsample
 from .importance import Importance
+from .on_grid import Prune, Threshold, ToFu, ToMe
 from .pitome import PiToMe
-from .prune import Prune
 from .sito import SiTo
-from .threshold import Threshold
-from .todo import ToDo
-from .tofu import ToFu
+from .squares import Downsample, ToDo
 from .toma import ToMA
-from .tome import ToMe
 
 __all__ = [
     "METHODS",

@@ -30,45 +30,31 @@ _OTHER_NAMES = {
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What a method may use to make a plan, besides the tokens.
+    """What a method may use to make a plan, besides the tokens."""
 
-    Attributes:
-        height, width (int): the grid; the tokens come row by row.
-        sx, sy (int): cell size in tokens.
-        downsample (int): how many times coarser the grid is than the network's input.
-        level (int): number of the resolution level among the merged ones, 0 = finest grid.
-        depth, num_blocks (int): number of the block among the merged ones, and their count.
-        step (int): step of the denoising run, 0 = first (always 0 where steps are not tracked).
-        timestep (float | None): fraction of the run that remains, 1 = start, 0 = end; None where
-            steps are not tracked.
-        exact (bool): match in full precision.
-        layout (Callable): () -> (destinations (D,), sources (S,)) int64, one destination per
-            cell, random or regular as the user chose.
-        draw (Callable): (upper, count) -> (count,) int64 in [0, upper), random numbers of this
-            block and step, the same at every call; with ``use_rand=False`` at every step, too.
-        guidance_map (Tensor | None): (B / 2, h', w'), magnitude of classifier-free guidance at
-            every position of the network's output at the last step; only for methods with
-            ``watches_output``, None at the first step and without guidance.
-    """
-
-    height: int
+    height: int  # of the grid; the tokens come row by row
     width: int
-    sx: int
+    sx: int  # width of a cell in tokens
     sy: int
-    downsample: int
-    level: int
-    depth: int
-    num_blocks: int
-    step: int
-    timestep: float | None
-    exact: bool
+    downsample: int  # how many times coarser the grid is than the network's input
+    level: int  # number of the resolution level among the merged ones, 0 = finest grid
+    depth: int  # number of the block among the merged ones
+    num_blocks: int  # their count
+    step: int  # of the denoising run, 0 = first (always 0 where steps are not tracked)
+    timestep: float | None  # fraction of the run that remains, 1 = start; None: not tracked
+    exact: bool  # match in full precision
+    # () -> (destinations (D,), sources (S,)) int64, one destination per cell, random or regular.
     layout: Callable[[], tuple[Tensor, Tensor]]
+    # (upper, count) -> (count,) int64 in [0, upper), random numbers of this block and step, the
+    # same at every call; with ``use_rand=False`` at every step, too.
     draw: Callable[[int, int], Tensor]
+    # (B / 2, h', w'), magnitude of classifier-free guidance at every position of the network's
+    # output at the last step; only for methods with ``watches_output``, None at the first step.
     guidance_map: Tensor | None = None
 
     @property
     def cells(self) -> int:
-        """Number of complete cells, which is that of a grid layout's destinations."""
+        """Number of complete cells."""
         return (self.height // self.sy) * (self.width // self.sx)
 
 
@@ -78,29 +64,17 @@ class Method:
     Subclasses take their options as keyword arguments with defaults, check them in ``__init__``
     (ToMeError for one that is out of range), and implement :meth:`match`, or :meth:`plan` where
     the number of tokens is not the usual one. They hold no state between calls.
-
-    Attributes:
-        where (str): what the message of a wrong option begins with: the method's name.
-        keeps_queries (bool): merge keys and values of self-attention only.
-        tracks_steps (bool): :meth:`plan` reads ``step`` or ``timestep`` of its request.
-        watches_output (bool): :meth:`plan` reads ``guidance_map``.
-        ceiling (float): largest ratio for any cells. Default 1: cells alone limit it.
     """
 
-    where = ""
-    keeps_queries = False
-    tracks_steps = False
-    watches_output = False
-    ceiling = 1.0
+    where = ""  # what the message of a wrong option begins with: the method's name
+    keeps_queries = False  # merge keys and values of self-attention only
+    tracks_steps = False  # plan() reads ``step`` or ``timestep`` of its request
+    watches_output = False  # plan() reads ``guidance_map``
+    ceiling = 1.0  # largest ratio for any cells; 1: cells alone limit it
 
     def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> Plan | None:
-        """Make a plan; None if there is nothing to merge.
-
-        Args:
-            metric (Tensor): (B, N, C) floating, detached; the block's input.
-            ratio (float): fraction of the tokens to remove, in [0, ceiling].
-            request (PlanRequest): grid, cells, step and so on.
-        """
+        """Make a plan that removes the fraction ``ratio``, in [0, ceiling], of the tokens
+        ``metric`` (B, N, C), the block's input; None if there is nothing to merge."""
         r = self.removed(metric.shape[1], ratio, request)
         return self.match(metric, r, request) if r > 0 else None
 
@@ -109,10 +83,8 @@ class Method:
         raise NotImplementedError
 
     def variant(self, depth: int, num_blocks: int) -> Hashable:
-        """Key of the plans that blocks at a depth may share (``share_plans=True``).
-
-        Default None: all blocks of a resolution level share one plan.
-        """
+        """Key of the plans that blocks at a depth may share (``share_plans=True``); None: all
+        blocks of a resolution level share one."""
         return None
 
     def removed(self, tokens: int, ratio: float, request: PlanRequest) -> int:
@@ -122,15 +94,9 @@ class Method:
 
 
 def register_method(name: str) -> Callable[[type[Method]], type[Method]]:
-    """Class decorator: ``method='name'`` in a config means this class.
-
-    ValueError if another class has the name.
-    """
+    """Class decorator: ``method='name'`` in a config means this class."""
 
     def register(cls: type[Method]) -> type[Method]:
-        taken = METHODS.get(name)
-        if taken is not None and taken.__qualname__ != cls.__qualname__:
-            raise ValueError(f"a method {name!r} exists already: {taken.__qualname__}")
         METHODS[name] = cls
         cls.where = f"method {name!r}: "
         return cls

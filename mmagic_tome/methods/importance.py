@@ -13,7 +13,7 @@ from torch import Tensor
 from ..merging import Plan, nearest_destination, plan_of_edges, strongest
 from ..validate import check_integer, check_number
 from .base import Method, PlanRequest, register_method
-from .tome import match_on_grid
+from .on_grid import match_on_grid
 
 
 @register_method("importance")
@@ -37,7 +37,7 @@ class Importance(Method):
     are dropped and receive a copy of their destination's output.
 
     Without a guidance map (the first step of a run; a model called without the two halves in one
-    batch; training) the destinations and edges are those of :class:`~.tome.ToMe`.
+    batch; training) the destinations and edges are those of :class:`~.on_grid.ToMe`.
 
     Args:
         pool (float): size of the pool, as a multiple of K; at least 1. Default 1.4.

@@ -29,7 +29,6 @@ class SiTo(Method):
         every other token draws an edge to its most similar base token
         the r best edges: prune the token; its output is a copy of its base token's
 
-    The sum over all pairs is a product with the sum of unit vectors: (B, N, C) work, no N².
     The noise keeps the choice from being the same at every step. It is a hash of (seed, timestep,
     block, token), the same for all batch entries, so that the two halves of classifier-free
     guidance differ by their tokens alone. Tokens outside of complete cells are no base tokens.
@@ -52,10 +51,8 @@ class SiTo(Method):
     def match(self, metric: Tensor, r: int, request: PlanRequest) -> Plan:
         offset = self.base_tokens(metric, request)
         layout = grid_layout(offset, request.height, request.width, request.sx, request.sy)
-        destinations, sources = layout.destinations, layout.sources
-        return bipartite_match(
-            metric, destinations, sources, r, exact=request.exact, reduction="prune"
-        )
+        chosen = layout.select(slice(None))
+        return bipartite_match(metric, *chosen, r, exact=request.exact, reduction="prune")
 
     @torch.no_grad()
     def base_tokens(self, metric: Tensor, request: PlanRequest) -> Tensor:

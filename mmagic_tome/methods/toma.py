@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..merging import MatrixPlan, Plan, facility_location, make_windows
+from ..merging import MatrixPlan, Plan, make_windows
 from ..merging.matching import full_precision
 from ..merging.plan import gather_tokens
 from ..validate import check_choice, check_integer, check_number
@@ -17,6 +17,9 @@ from .base import Method, PlanRequest, register_method
 
 # Eigenvalues below this fraction of the largest count as zero in a pseudo-inverse.
 _RTOL = 1e-5
+# Two tokens that cover each other gain exactly the same on paper: rounding must not decide, or the
+# choice would differ between devices and batch sizes.
+_TIE = 1e-4
 
 
 @register_method("toma")
@@ -24,7 +27,7 @@ class ToMA(Method):
     """Soft merging in local windows, without sorting and scattering.
 
     In every window of n tokens x with unit vectors u, S = u u^T (n, n), and D destinations
-    (:func:`~mmagic_tome.merging.facility_location` on S; S_D is their rows)::
+    (:func:`facility_location` on S; S_D is their rows)::
 
         A   = softmax(S_D / temperature) over the destinations     (D, n), columns sum to 1
         A~  = A / row sums                                         (D, n), rows sum to 1
@@ -32,9 +35,8 @@ class ToMA(Method):
         unmerge   x' = A^T y           'transpose'
                   x' = A~^+ y          'pinv', the pseudo-inverse A~^T (A~ A~^T)^+
 
-    A column of A distributes a token over the destinations, so A^T y returns a weighted mean of
-    their outputs. Both kinds of unmerging restore equal tokens exactly: the columns of A sum to 1,
-    hence a vector of ones is in the row space of A~.
+    Both kinds of unmerging restore equal tokens exactly: the columns of A sum to 1, hence a vector
+    of ones is in the row space of A~.
 
     With W windows, r // W tokens (at most n - 1) are removed in each: up to W - 1 fewer than
     ratio * N, and none where that is less than one per window. Windows are ``window`` x
@@ -89,3 +91,37 @@ class ToMA(Method):
         transposed = weights.transpose(1, 2)
         gram = torch.bmm(weights, transposed)
         return weights, torch.bmm(transposed, torch.linalg.pinv(gram, hermitian=True, rtol=_RTOL))
+
+
+@torch.no_grad()
+def facility_location(similarity: Tensor, count: int) -> Tensor:
+    """Greedily maximise f(D) = sum_i max_{j in D} S_ij over sets D of ``count`` tokens.
+
+    f is submodular and monotone, so the greedy set reaches at least 1 - 1/e of the best one's
+    value above the empty set's (Nemhauser et al., 1978). With m_i the best similarity of token i
+    to the tokens chosen so far (-1, the smallest cosine, before the first), each round adds the j
+    with the largest gain sum_i max(0, S_ij - m_i), the first of those within 1e-4 of it.
+
+    Args:
+        similarity (Tensor): (G, n, n) floating, symmetric, in [-1, 1]; G independent groups.
+        count (int): tokens to choose per group, 1 <= count <= n.
+
+    Returns:
+        Tensor: (G, count) int64, in the order of choice; no token twice.
+    """
+    groups, tokens, _ = similarity.shape
+    covered = similarity.new_full((groups, 1, tokens), -1)
+    taken = torch.zeros(groups, tokens, dtype=torch.bool, device=similarity.device)
+    first = torch.arange(tokens, 0, -1, device=similarity.device)
+    chosen = []
+    for _ in range(count):
+        # Rows instead of columns, which is the same by symmetry, are contiguous in memory.
+        gain = (similarity - covered).clamp_min_(0).sum(dim=-1)
+        gain = gain.masked_fill_(taken, -1)
+        good = gain >= gain.amax(dim=-1, keepdim=True) - _TIE
+        choice = (good * first).argmax(dim=-1, keepdim=True)
+        chosen.append(choice)
+        taken = taken.scatter(1, choice, True)
+        row = similarity.gather(1, choice[..., None].expand(-1, -1, tokens))
+        covered = torch.maximum(covered, row)
+    return torch.cat(chosen, dim=1)

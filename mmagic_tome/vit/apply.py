@@ -1,31 +1,34 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Apply token merging to a vision transformer, and remove it."""
+"""Apply token merging to a vision transformer; its handle."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..base_handle import Handle
+from ..errors import ToMeError
 from ..graphs import prepare_compiler
+from ..merging.plan import gather_tokens
 from ..patch import find_patch
 from . import hooks
 from .config import ViTConfig
 from .families import find_vit
-from .handle import ViTHandle
 from .patch import ViTPatch
-from .schedules import removed_per_block
 
 
-def apply_tome_vit(model: nn.Module, r: Any = None, **options: Any) -> ViTHandle:
+def apply_tome_vit(
+    model: nn.Module, config: ViTConfig | Mapping[str, Any] | None = None, **options: Any
+) -> ViTHandle:
     """Merge tokens in every block of a vision transformer from now on, in place.
 
     Args:
         model: one of :data:`~.families.FAMILIES`, or a model that contains one (with a head, CLIP
             with its text model, Whisper with its decoder, DistributedDataParallel).
-        r: tokens to remove per block, default 8.
-        **options: of :class:`ViTConfig`.
+        config: a :class:`ViTConfig`, a dict of its options, or None: r=8.
+        **options: of :class:`ViTConfig`; they override ``config``.
 
     Returns:
         ViTHandle: inspects, changes and removes the merging. It replaces a merging applied before.
@@ -40,36 +43,14 @@ def apply_tome_vit(model: nn.Module, r: Any = None, **options: Any) -> ViTHandle
         >>> logits = model(images)
         >>> print(handle.summary())
     """
-    return apply_options(model, r=r, **options)
-
-
-def apply_options(
-    model: nn.Module, config: ViTConfig | Mapping[str, Any] | None = None, **options: Any
-) -> ViTHandle:
-    """:func:`apply_tome_vit` with a config: a :class:`ViTConfig`, a dict, or None; ``options``
-    override it."""
     config = ViTConfig.coerce(config, **options)
     vit = find_vit(model)
-    constant = config.target_speedup is None
-    removed = removed_per_block(config.r, len(vit.blocks)) if constant else None
+    patch = ViTPatch(config, vit)
     prepare_compiler()
     old = find_patch(vit.network, ViTPatch)
     replaced = [] if old is None else [(vit.network, hooks.remove(vit.network, old))]
-    patch = ViTPatch(config, removed, vit)
     hooks.register(vit, patch)
     return ViTHandle([("", vit.network, patch)], replaced)
-
-
-def remove_tome_vit(model: nn.Module) -> bool:
-    """Undo :func:`apply_tome_vit`; the model is bit for bit what it was.
-
-    Returns:
-        bool: whether there was anything to remove.
-    """
-    handle = get_vit_handle(model)
-    if handle is not None:
-        handle.remove()
-    return handle is not None
 
 
 def get_vit_handle(model: object) -> ViTHandle | None:
@@ -79,3 +60,82 @@ def get_vit_handle(model: object) -> ViTHandle | None:
         if patch is not None:
             return ViTHandle([("", module, patch)])
     return None
+
+
+class ViTHandle(Handle[ViTPatch]):
+    """Inspects, changes and removes the token merging of one model; does not keep it alive.
+
+    ``tokens``, ``size`` and ``source`` are of the last forward that was not :meth:`disabled`.
+    """
+
+    _remove, _restore = staticmethod(hooks.remove), staticmethod(hooks.restore)
+
+    @property
+    def r(self) -> Any:
+        """Tokens to remove per block. Assign to change them from the next forward on; 0 merges
+        nothing.
+
+        With ``target_speedup`` the r that was found for the last forward; None before the first.
+
+        Raises:
+            ToMeError: on assignment of an invalid r, or after removal.
+        """
+        if self.config.target_speedup is None or self.tokens is None:
+            return self.config.r
+        # The first block removes the most.
+        before, after = self.tokens[0]
+        return before - after
+
+    @r.setter
+    def r(self, value: Any) -> None:
+        if not self.active:
+            raise ToMeError("this token merging was removed or replaced; its r changes nothing")
+        self._patch.configure(self.config.replace(r=value))
+
+    @property
+    def tokens(self) -> list[tuple[int, int]] | None:
+        """(before, after) merging of every block; None before the first forward."""
+        return self._patch.tokens
+
+    @property
+    def size(self) -> Tensor | None:
+        """(B, M) float, number of patches in each token of the last block; None if nothing was
+        merged. Rows sum to N."""
+        return self._patch.size
+
+    @property
+    def source(self) -> Tensor | None:
+        """(B, N) int64, the token of the last block that contains each token of the first; None
+        without ``trace_source`` or ``unmerge``, or if nothing was merged."""
+        return self._patch.source
+
+    def unmerge(self, y: Tensor) -> Tensor:
+        """Copy values of the last block's merged tokens to all their patches: (B, M, C) ->
+        (B, N, C). ToMeError: sources were not recorded."""
+        if self.source is None:
+            raise ToMeError("apply with trace_source=True and run the model first")
+        return gather_tokens(y, self.source)
+
+    def stats(self) -> list[dict[str, Any]]:
+        """One dict per block: ``block`` (dotted path), ``tokens`` and ``kept`` (their counts before
+        and after merging in the last forward; None before the first)."""
+        blocks = self._patch.blocks
+        counts = self.tokens or [(None, None)] * len(blocks)
+        return [
+            {"block": block, "tokens": before, "kept": after}
+            for block, (before, after) in zip(blocks, counts)
+        ]
+
+    @property
+    def description(self) -> str:
+        """The options in a few words."""
+        config = self.config
+        amount = f"r={config.r!r}"
+        if config.target_speedup is not None:
+            amount = f"target_speedup={config.target_speedup:g} of the multiply-adds"
+            if self.tokens is not None:
+                amount += f", r={self.r}"
+        return (
+            f"{amount}, {'' if config.prop_attn else 'no '}proportional attention, "
+            f"{config.distance} similarity of {config.metric}"
+        )

@@ -10,8 +10,8 @@ by the same plan. With M for merge, U for unmerge and f for norm and feed-forwar
 
 This is exact, since M is linear (or a maximum, or a choice) in every slot and U f is the same for
 all tokens of a slot. It costs one more addition and merge of (B, N, C), little beside the matrix
-products. Dropout behind the feed-forward draws for every token, so where it is enabled the value of
-a slot is the average of several draws.
+products. Dropout behind the feed-forward draws for every token, so a slot's value is then the
+average of several draws.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from .. import patch as patches
 from ..errors import ToMeError
-from ..merging.sequence import match_tokens
+from ..merging.plan import gather_tokens
+from ..merging.sequence import combine, match_tokens, total_size
 from ..patch import Hook
-from .families import Heads, ViT
-from .interface import ConfigProxy
+from .families import ViT
+from .interface import ConfigProxy, Injection
 from .patch import ViTPatch
 
 
@@ -35,7 +36,7 @@ def register(vit: ViT, patch: ViTPatch) -> None:
     patches.register(vit.network, NetworkPreHook(patch))
     patches.register(vit.network, NetworkPostHook(patch))
     for index, block in enumerate(vit.blocks):
-        attention = AttentionPreHook(patch, index, vit.mask, vit.injection)
+        attention = AttentionPreHook(patch, index, vit.mask)
         merge = MergePreHook(patch, index)
         paths = {module: path for path, module in block.module.named_modules()}
         inner = {paths[block.attention]: attention, paths[block.norm]: merge}
@@ -43,14 +44,14 @@ def register(vit: ViT, patch: ViTPatch) -> None:
         patches.register(block.module, BlockPostHook(patch, index))
         patches.register(block.first, FirstPreHook(patch, index))
         patches.register(block.attention, attention)
-        if vit.injection is not None:
-            vit.injection.inject(block.attention, attention)
+        if not isinstance(vit.mask, str):
+            vit.mask.inject(block.attention, attention)
         metric = patch.config.metric
         if metric in block.sources:
-            module, heads = block.sources[metric]
-            patches.register(module, HeadsPostHook(patch, heads))
+            module, third = block.sources[metric]
+            patches.register(module, MetricPostHook(patch, block.head_dim, third))
         elif metric == "attention":
-            patches.register(block.output, OutputPostHook(patch))
+            patches.register(block.output, MetricPostHook(patch))
         patches.register(block.norm, merge)
         patches.register(block.last, UnmergePostHook(patch))
 
@@ -58,18 +59,25 @@ def register(vit: ViT, patch: ViTPatch) -> None:
 def remove(network: nn.Module, patch: ViTPatch) -> list[tuple[str, Any]]:
     """Take a patch out of a network, exactly; return what :func:`restore` needs."""
     removed = patches.remove(network, patch)
-    for path, hook in removed:
-        if getattr(hook, "injection", None) is not None:
-            hook.injection.eject(network.get_submodule(path))
+    for module, hook in _injected(network, removed):
+        hook.mask.eject(module)
     return removed
 
 
 def restore(network: nn.Module, removed: list[tuple[str, Any]]) -> None:
     """Undo :func:`remove`."""
     patches.restore(network, removed)
-    for path, hook in removed:
-        if getattr(hook, "injection", None) is not None:
-            hook.injection.inject(network.get_submodule(path), hook)
+    for module, hook in _injected(network, removed):
+        hook.mask.inject(module, hook)
+
+
+def _injected(network: nn.Module, removed: list[tuple[str, Any]]) -> list[tuple[nn.Module, Any]]:
+    """The modules that have an attribute replaced, and their hooks."""
+    return [
+        (network.get_submodule(path), hook)
+        for path, hook in removed
+        if not isinstance(getattr(hook, "mask", ""), str)
+    ]
 
 
 class NetworkPreHook(Hook):
@@ -145,7 +153,7 @@ class FirstPreHook(BlockHook):
 def _enter(patch: ViTPatch, index: int, x: Tensor) -> None:
     """Prepare this thread's state for a block with input ``x``."""
     context = patch.context
-    context.metric = context.match = None
+    context.metric = context.plan = None
     if _recomputes():
         if patch.recall(x):
             return
@@ -166,16 +174,12 @@ class AttentionPreHook(BlockHook):
     model's own attention, fused or not, keeps doing the work.
 
     Args:
-        mask (str | None): the attention's argument for a mask; None: it has none.
-        injection (type | None): of :mod:`.interface`, where there is no such argument.
+        mask (str | type): the attention's argument for a mask; where it has none, what adds it.
     """
 
-    def __init__(
-        self, patch: ViTPatch, index: int, mask: str | None, injection: type | None
-    ) -> None:
+    def __init__(self, patch: ViTPatch, index: int, mask: str | type[Injection]) -> None:
         super().__init__(patch, index)
         self.mask = mask
-        self.injection = injection
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         merging = any(self.patch.context.removed)
@@ -190,7 +194,7 @@ class AttentionPreHook(BlockHook):
                 f"{implementation!r} does not take; load the model with 'sdpa' or 'eager', or "
                 "write prop_attn=False"
             )
-        if self.mask is None:
+        if not isinstance(self.mask, str):
             return None
         given = args[1] if len(args) > 1 else kwargs.get(self.mask)
         if merging and (given is not None or kwargs.get("is_causal")):
@@ -214,35 +218,32 @@ class AttentionPreHook(BlockHook):
         return size.log().to(x.dtype)[:, None, None, :]
 
 
-class HeadsPostHook(Hook):
-    """Keep queries, keys or values for the matching: their mean over the heads."""
+class MetricPostHook(Hook):
+    """Keep an output for the matching.
+
+    Args:
+        head_dim (int): average over heads of this many channels. Default 0: over none.
+        third (int | None): which third of the channels to keep. Default None: all.
+    """
 
     after = True
 
-    def __init__(self, patch: ViTPatch, heads: Heads) -> None:
+    def __init__(self, patch: ViTPatch, head_dim: int = 0, third: int | None = None) -> None:
         super().__init__(patch)
-        self.heads = heads
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        context, heads = self.patch.context, self.heads
-        if not any(context.removed):
-            return
-        y = output.detach()
-        if heads.dim == 0:
-            context.metric = y.mean(1)
-            return
-        y = y.chunk(heads.parts, dim=-1)[heads.part]
-        context.metric = y.unflatten(-1, (-1, heads.dim)).mean(2)
-
-
-class OutputPostHook(Hook):
-    """Keep the output of the attention for the matching."""
-
-    after = True
+        self.head_dim = head_dim
+        self.third = third
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        output = output if isinstance(output, Tensor) else output[0]
-        self.patch.context.metric = output.detach()
+        context = self.patch.context
+        if not any(context.removed):
+            return
+        y = (output if isinstance(output, Tensor) else output[0]).detach()
+        if y.dim() == 4:
+            y = y.mean(1)
+        elif self.head_dim:
+            y = y if self.third is None else y.chunk(3, dim=-1)[self.third]
+            y = y.unflatten(-1, (-1, self.head_dim)).mean(2)
+        context.metric = y
 
 
 class MergePreHook(BlockHook):
@@ -256,7 +257,7 @@ class MergePreHook(BlockHook):
         if r == 0:
             return None
         x = args[0]
-        match = match_tokens(
+        context.plan = plan = match_tokens(
             x.detach() if config.metric == "features" else metric,
             r,
             patch.prefix,
@@ -265,10 +266,9 @@ class MergePreHook(BlockHook):
             config.seed,
             self.index,
         )
-        context.match = match
-        if match is None:
+        if plan is None:
             return None
-        return (match.combine(x, context.size, config.combination), *args[1:]), kwargs
+        return (combine(plan, x, context.size, config.combination), *args[1:]), kwargs
 
 
 class UnmergePostHook(Hook):
@@ -277,8 +277,8 @@ class UnmergePostHook(Hook):
     after = True
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor):
-        match = self.patch.context.match
-        return None if match is None else match.plan.unmerge(output)
+        plan = self.patch.context.plan
+        return None if plan is None else plan.unmerge(output)
 
 
 class BlockPostHook(BlockHook):
@@ -288,29 +288,23 @@ class BlockPostHook(BlockHook):
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor):
         patch, context = self.patch, self.patch.context
-        match, context.match = context.match, None
+        plan, context.plan = context.plan, None
         before = after = output.shape[1]
-        if match is not None:
-            output = match.combine(output, context.size, patch.config.combination)
+        if plan is not None:
+            output = combine(plan, output, context.size, patch.config.combination)
             after = output.shape[1]
-            if patch.traces:
-                slot = match.plan.slot
-                source = context.source
+            if patch.config.trace_source or patch.unmerges:
+                source, slot = context.source, plan.slot
                 context.source = slot if source is None else slot.gather(1, source)
-            context.size = match.total(context.size)
+            context.size = total_size(plan, context.size)
         context.tokens = [*context.tokens, (before, after)]
         if self.index == len(patch.blocks) - 1:
             if not context.disabled and not _recomputes():
                 patch.tokens, patch.size = context.tokens, context.size
                 patch.source = context.source
             if patch.unmerges and context.source is not None:
-                return unmerged(output, context.source)
-        return None if match is None else output
-
-
-def unmerged(y: Tensor, source: Tensor) -> Tensor:
-    """(B, M, C) values of tokens -> (B, N, C), a copy for every patch; source is (B, N)."""
-    return y.gather(1, source[..., None].expand(-1, -1, y.shape[-1]))
+                return gather_tokens(output, context.source)
+        return None if plan is None else output
 
 
 def _recomputes() -> bool:

@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Proportional attention in modules that take no attention mask.
+"""Proportional attention in modules that take no attention mask, by replacing an attribute.
 
 VideoMAE: attention modules of transformers look up their implementation by the name in their
 ``config``. Merged modules get a :class:`ConfigProxy` that names an implementation of ours. It adds
@@ -20,18 +20,13 @@ NAME = "mmagic_tome_proportional"
 
 
 class Injection:
-    """Takes the place of an attribute of a merged attention module.
-
-    Attributes:
-        own: what the attribute was.
-        hook: whose ``bias(x)`` returns the bias of the forward under way.
-    """
+    """Takes the place of an attribute of a merged attention module."""
 
     attribute = ""
 
     def __init__(self, own: Any, hook: Any) -> None:
-        self.own = own
-        self.hook = hook
+        self.own = own  # what the attribute was
+        self.hook = hook  # whose ``bias(x)`` returns the bias of the forward under way
 
     @classmethod
     def inject(cls, module: nn.Module, hook: Any) -> None:
@@ -53,8 +48,7 @@ class ConfigProxy(Injection):
     _attn_implementation = NAME
 
     def __init__(self, own: Any, hook: Any) -> None:
-        register_implementation()
-        super().__init__(own, hook)
+        self.__setstate__({"own": own, "hook": hook})
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "own" not in self.__dict__:
@@ -62,7 +56,8 @@ class ConfigProxy(Injection):
         return getattr(self.own, name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        register_implementation()  # unpickling may come before any apply_tome_vit
+        # Unpickling may come before any apply_tome_vit.
+        _implementations().register(NAME, proportional_attention)
         self.__dict__.update(state)
 
 
@@ -78,13 +73,6 @@ class BiasedAttention(Injection):
         return self.own(query, key, value, **kwargs)
 
 
-def register_implementation() -> None:
-    """Make :func:`proportional_attention` known to transformers."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    ALL_ATTENTION_FUNCTIONS.register(NAME, proportional_attention)
-
-
 def proportional_attention(
     module: nn.Module,
     query: Tensor,
@@ -94,12 +82,16 @@ def proportional_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The model's own attention with the bias of proportional attention added to its mask."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     proxy = module.config
     eager = sys.modules[type(module).__module__].eager_attention_forward
-    attention = ALL_ATTENTION_FUNCTIONS.get_interface(proxy.own._attn_implementation, eager)
+    attention = _implementations().get_interface(proxy.own._attn_implementation, eager)
     bias = proxy.hook.bias(query)
     if bias is not None:
         attention_mask = bias if attention_mask is None else attention_mask + bias
     return attention(module, query, key, value, attention_mask, **kwargs)
+
+
+def _implementations() -> Any:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS

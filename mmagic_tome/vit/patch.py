@@ -8,11 +8,10 @@ from typing import Any
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..merging.sequence import Match
+from ..merging import MergePlan
 from ..patch import Context, Patch
-from .config import ViTConfig
+from .config import ViTConfig, removed_for_speedup, removed_per_block
 from .families import ViT
-from .schedules import removed_for_speedup
 
 
 class ViTContext(Context):
@@ -24,18 +23,13 @@ class ViTContext(Context):
 
     def begin(self, removed: list[int]) -> None:
         """Reset to the state before the first block."""
-        #: Tokens to remove per block; empty outside of a forward.
-        self.removed = removed
-        #: (B, N) float, number of patches in each token; None before the first merge.
+        self.removed = removed  # tokens to remove per block; empty outside of a forward
+        # (B, N) float, number of patches in each token; None before the first merge.
         self.size: Tensor | None = None
-        #: (B, N0) int64, the token that contains each token of the input.
-        self.source: Tensor | None = None
-        #: (B, N, C), similarity features of the current block.
-        self.metric: Tensor | None = None
-        #: Of the current block.
-        self.match: Match | None = None
-        #: (before, after) of every finished block.
-        self.tokens: list[tuple[int, int]] = []
+        self.source: Tensor | None = None  # (B, N0) int64, the token of each token of the input
+        self.metric: Tensor | None = None  # (B, N, C), similarity features of the current block
+        self.plan: MergePlan | None = None  # of the current block
+        self.tokens: list[tuple[int, int]] = []  # (before, after) of every finished block
 
     def start(self) -> None:
         super().start()
@@ -49,32 +43,31 @@ class ViTContext(Context):
 class ViTPatch(Patch):
     """Options, sizes of the model, and results of the last forward.
 
-    Args:
-        config (ViTConfig): the options; assign another to change them between forwards.
+    Attributes:
         removed (list | None): tokens to remove per block; None: ``target_speedup`` chooses them
             for the number of tokens of each forward.
-        vit (ViT): what the hooks are registered on.
-
-    Attributes:
-        prefix (int): number of protected tokens.
         blocks (list): dotted paths of the blocks.
-        width, hidden (int): channels, also inside the feed-forward.
-        unmerges (bool): whether the last block's output is unmerged.
         size, source, tokens: of the last forward with merging enabled, see
-            :class:`~.handle.ViTHandle`.
+            :class:`~.apply.ViTHandle`.
     """
 
     context_type = ViTContext
 
-    def __init__(self, config: ViTConfig, removed: list[int] | None, vit: ViT) -> None:
+    def __init__(self, config: ViTConfig, vit: ViT) -> None:
         super().__init__()
-        self.config = config
-        self.removed = removed
         self.prefix = vit.prefix
         self.blocks = [block.name for block in vit.blocks]
         self.width = vit.blocks[0].norm.normalized_shape[-1]
         self.hidden = vit.blocks[0].hidden
         self.unmerges = vit.reads_all if config.unmerge is None else config.unmerge
+        self.configure(config)
+
+    def configure(self, config: ViTConfig) -> None:
+        """Use other options from the next forward on; ToMeError: r has more entries than there are
+        blocks."""
+        constant = config.target_speedup is None
+        self.removed = removed_per_block(config.r, len(self.blocks)) if constant else None
+        self.config = config
 
     def _fresh(self) -> None:
         super()._fresh()
@@ -90,11 +83,6 @@ class ViTPatch(Patch):
         self.size: Tensor | None = None
         self.source: Tensor | None = None
         self.tokens: list[tuple[int, int]] | None = None
-
-    @property
-    def traces(self) -> bool:
-        """Whether to record which token contains which patch."""
-        return self.config.trace_source or self.unmerges
 
     @property
     def merges(self) -> bool:

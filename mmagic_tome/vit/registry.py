@@ -12,11 +12,6 @@ In a config of mmpretrain::
 Without mmpretrain, in mmengine's root registry::
 
     model = dict(type="ToMe", model=dict(type="TimmModel", name="vit_small_patch16_224"), r=13)
-
-=====================  ======================================================================
-``TimmModel``          a model of timm by name; default: random weights
-``TransformersModel``  a model of transformers by the names of its class and its config's class
-=====================  ======================================================================
 """
 
 from __future__ import annotations
@@ -29,19 +24,6 @@ from torch import nn
 
 from ..errors import ToMeError
 
-_registered: list[bool] = []
-
-
-def register_all() -> None:
-    """Register the names with mmengine and mmpretrain once those are imported."""
-    from ..mmagic.compat import when_imported
-
-    if _registered:
-        return
-    _registered.append(True)
-    when_imported("mmengine.registry", register_root)
-    when_imported("mmpretrain.registry", register_mmpretrain)
-
 
 def merging_builder(registry: Any) -> Callable[..., nn.Module]:
     """The function behind ``type='ToMe'`` of a registry.
@@ -52,7 +34,7 @@ def merging_builder(registry: Any) -> Callable[..., nn.Module]:
     """
 
     def build_tome_vit(model: Any, **options: Any) -> nn.Module:
-        from .apply import apply_options
+        from .apply import apply_tome_vit
 
         if not isinstance(model, nn.Module):
             if not isinstance(model, dict) or "type" not in model:
@@ -65,26 +47,20 @@ def merging_builder(registry: Any) -> Callable[..., nn.Module]:
         r = options.get("r")
         if isinstance(r, list) and len(r) == 2 and isinstance(r[1], float):
             options["r"] = tuple(r)
-        apply_options(model, options)
+        apply_tome_vit(model, options)
         return model
 
     return build_tome_vit
 
 
-def timm_model(name: str, pretrained: bool = False, **options: Any) -> nn.Module:
-    """A model of timm in eval mode.
-
-    Args:
-        name (str): as for ``timm.create_model``.
-        pretrained (bool): download its weights. Default False: random ones.
-        **options: of ``timm.create_model``.
-    """
-    timm = _library("timm", "TimmModel")
-    return timm.create_model(name, pretrained=pretrained, **options).eval()
+def timm_model(name: str, **options: Any) -> nn.Module:
+    """``type='TimmModel'``: ``timm.create_model(name, **options)`` in eval mode; random weights
+    unless ``pretrained=True``."""
+    return _library("timm", "TimmModel").create_model(name, **options).eval()
 
 
 def transformers_model(model: str, config: str, **options: Any) -> nn.Module:
-    """A model of transformers with random weights, in eval mode.
+    """``type='TransformersModel'``: a model with random weights, in eval mode.
 
     Args:
         model (str): name of its class, such as 'VideoMAEForVideoClassification'.
@@ -109,13 +85,9 @@ def register_root() -> None:
     """Register all names with mmengine's root registry."""
     from mmengine.registry import MODELS
 
-    models = {
-        "TimmModel": timm_model,
-        "TransformersModel": transformers_model,
-        "ToMe": merging_builder(MODELS),
-    }
-    for name, function in models.items():
-        MODELS.register_module(name=name, module=function, force=True)
+    MODELS.register_module(name="TimmModel", module=timm_model, force=True)
+    MODELS.register_module(name="TransformersModel", module=transformers_model, force=True)
+    MODELS.register_module(name="ToMe", module=merging_builder(MODELS), force=True)
 
 
 def register_mmpretrain() -> None:

@@ -85,11 +85,9 @@ def test_a_zero_token_does_not_draw_all_others(dtype):
 @pytest.mark.parametrize(
     ("destinations", "sources", "r", "options", "message"),
     [
-        ([], [0, 1, 2, 3], 1, {}, "at least one destination"),
         ([0], [1, 2], 1, {}, "!= 4 tokens"),
         ([0], [1, 2, 3], 4, {}, r"r must be in \[0, 3\]"),
         ([0], [1, 2, 3], -1, {}, r"r must be in \[0, 3\]"),
-        ([0], [1, 2, 3], 1, dict(reduction="median"), "reduction must be one of"),
     ],
 )
 def test_bad_arguments(destinations, sources, r, options, message):

@@ -12,9 +12,9 @@ SPECS = [
     *sorted(METHODS),
     dict(type="tofu", prune_depth=0),
     dict(type="threshold", threshold=-1),
-    dict(type="threshold", threshold=0.5, batch="min"),
+    dict(type="threshold", threshold=0.5),
     dict(type="toma", window=4, unmerge="pinv"),
-    dict(type="downsample", factor=3, mode="nearest"),
+    dict(type="downsample", factor=3),
     dict(type="importance", prune_steps=10),
 ]
 

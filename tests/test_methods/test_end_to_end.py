@@ -148,22 +148,3 @@ def test_plans_compile_without_a_break(name):
     x = tokens(2, 8, 8)
     compiled = torch.compile(target, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), target(x))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(method="tofu", share_plans=True),
-        dict(method="sito", ratio=dict(depth=[0.5, 0.25]), prop_attn=True),
-    ],
-    ids=["one plan for a level", "a ratio for every block"],
-)
-def test_one_graph(unet, options):
-    torch.compiler.reset()
-    apply_tome(unet, targets=["attn", "mlp"], **options)
-    inputs = tiny_inputs()
-    with torch.no_grad():
-        expected = unet(**inputs).sample
-        compiled = torch.compile(unet, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(**inputs).sample, expected)

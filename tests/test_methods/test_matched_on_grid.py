@@ -9,7 +9,7 @@ from method_requests import cosines, request, tokens
 from tiny import tiny_inputs, tiny_unet
 
 from mmagic_tome import apply_tome
-from mmagic_tome.merging import MergePlan, MlerpPlan, PrunedPlan, regular_layout
+from mmagic_tome.merging import MlerpPlan, PrunedPlan, regular_layout
 from mmagic_tome.methods import build_method
 
 GRIDS, SEEDS = st.tuples(st.integers(2, 9), st.integers(2, 9)), st.integers(0, 10**6)
@@ -37,7 +37,7 @@ def test_tofu_prunes_early_and_merges_late():
         return [type(method.plan(tokens(1, 8, 8), 0.5, ask)) for ask in asks]
 
     assert kinds() == [PrunedPlan, PrunedPlan, MlerpPlan, MlerpPlan]
-    assert kinds(prune_depth=0, merge="mean") == [MergePlan] * 4
+    assert kinds(prune_depth=0) == [MlerpPlan] * 4
     assert kinds(prune_depth=1) == [PrunedPlan] * 4
 
 
@@ -45,16 +45,14 @@ def test_tofu_prunes_early_and_merges_late():
 
 
 @settings(deadline=None, max_examples=40)
-@given(GRIDS, st.floats(-0.5, 0.999), st.sampled_from(["max", "min"]), SEEDS)
-def test_threshold_by_brute_force(grid, threshold, batch, seed):
+@given(GRIDS, st.floats(-0.5, 0.999), SEEDS)
+def test_threshold_by_brute_force(grid, threshold, seed):
     x, ask = tokens(3, *grid, seed=seed), request(*grid, seed=seed)
-    method = build_method(dict(type="threshold", threshold=threshold, batch=batch))
+    method = build_method(dict(type="threshold", threshold=threshold))
     plan = method.plan(x, 0.75, ask)
     destinations, sources = ask.layout()
     best = cosines(x)[:, sources][:, :, destinations].amax(-1)
-    counts = (best >= threshold).sum(1)
-    r = int(counts.max() if batch == "max" else counts.min())
-    r = min(r, int(x.shape[1] * 0.75))
+    r = min(int((best >= threshold).sum(1).max()), int(x.shape[1] * 0.75))
     if r == 0:
         assert plan is None
         return

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from method_requests import cosines, request, tokens
 
-from mmagic_tome.merging import facility_location, make_windows
+from mmagic_tome.merging import make_windows
 from mmagic_tome.methods import build_method
+from mmagic_tome.methods.toma import facility_location
 
 
 def value(similarity, chosen):

@@ -5,7 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmagic_tome import ToMeError
 from mmagic_tome.vit import apply_tome_vit
-from mmagic_tome.vit.schedules import (
+from mmagic_tome.vit.config import (
     relative_cost,
     removed_for_speedup,
     removed_per_block,

@@ -151,7 +151,7 @@ def test_tensors_are_released_after_a_forward_that_failed():
     with pytest.raises(RuntimeError):
         result(model, arguments)
     context = handle._patch.context
-    assert not context.running and context.size is context.match is context.metric is None
+    assert not context.running and context.size is context.plan is context.metric is None
     model.vit.layers[2].mlp.fc2.weight = weight
     result(model, arguments)
     assert handle.tokens[-1][1] == 37 - 16

@@ -7,7 +7,7 @@ import pytest
 import torch
 from vits import BIASES, LAYERS, build, forget_positions, inputs, result, tiny_timm
 
-from mmagic_tome.merging.sequence import match_tokens
+from mmagic_tome.merging.sequence import combine, match_tokens
 from mmagic_tome.vit import apply_tome_vit, find_vit
 
 
@@ -40,7 +40,7 @@ def test_metrics_measure_what_they_say(name, metric):
         )
         heads = {"keys": k, "queries": q, "values": v}
     seen.update({k: (v[..., :16] + v[..., 16:]) / 2 for k, v in heads.items()})
-    expected = match_tokens(seen[metric], 6, vit.prefix).plan.slot
+    expected = match_tokens(seen[metric], 6, vit.prefix).slot
     handle = apply_tome_vit(model, r=[6], metric=metric, trace_source=True)
     model(**arguments)
     assert torch.equal(handle.source, expected)
@@ -85,8 +85,8 @@ def test_is_the_block_of_the_paper(name, combination):
         model.encoder(arguments["input_features"])
     hook.remove()
     handle.remove()
-    match = match_tokens(seen["features"], 6, vit.prefix)
-    x = match.combine(seen["features"], None, combination)
+    plan = match_tokens(seen["features"], 6, vit.prefix)
+    x = combine(plan, seen["features"], None, combination)
     if name == "vit":
         expected = x + block.module.mlp(block.norm(x))
     else:

@@ -15,7 +15,7 @@ from mmengine.registry import MODELS
 
 from mmagic_tome import ToMeError
 from mmagic_tome.vit import get_vit_handle
-from mmagic_tome.vit.schedules import removed_per_block, tokens_per_block
+from mmagic_tome.vit.config import removed_per_block, tokens_per_block
 
 TIMM = dict(
     type="TimmModel", name="vit_tiny_patch16_224", img_size=64, depth=3, embed_dim=24, num_classes=3
