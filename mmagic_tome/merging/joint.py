@@ -14,8 +14,7 @@ from .plan import Plan, gather_tokens
 class JointPlan:
     """Plan for T text tokens around the N image tokens of another plan: T + N -> T + M.
 
-    The text stays as it is and where it is: what precedes the image precedes it, what follows it
-    follows it. Every text token has a slot of its own and represents itself.
+    The text stays as it is and where it is. Every text token has a slot of its own.
 
     Args:
         plan (Plan): of the image tokens.
@@ -73,10 +72,7 @@ class JointPlan:
 
 
 def joint_plan(plan: Plan, length: int, num_before: int | Sequence[int] | None = None) -> Plan:
-    """Extend a plan of N image tokens to a sequence of ``length`` = T + N, the others being text.
-
-    At T = 0 ``plan`` itself is returned. ``num_before``: see :class:`JointPlan`.
-    """
+    """:class:`JointPlan` for a sequence of ``length`` = T + N; at T = 0 ``plan`` itself."""
     num_text_tokens = length - plan.num_tokens
     return JointPlan(plan, num_text_tokens, num_before) if num_text_tokens else plan
 
@@ -84,10 +80,8 @@ def joint_plan(plan: Plan, length: int, num_before: int | Sequence[int] | None =
 def split_sequence(
     x: Tensor, num_text_tokens: int, num_before: int | Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Split a joint sequence (B, T + L, C) into text (B, T, C) and image (B, L, C).
-
-    ``num_before`` text tokens precede the image, in every batch entry or in each.
-    """
+    """Split a joint sequence (B, T + L, C) into text (B, T, C) and image (B, L, C); ``num_before``
+    is that of :class:`JointPlan`."""
     length = x.shape[1] - num_text_tokens
     if not isinstance(num_before, (list, tuple)):
         end = num_before + length

@@ -109,9 +109,7 @@ def best_scores(
 ) -> tuple[Tensor, Tensor]:
     """The largest score of every source (B, S) and its destination (B, S) int64.
 
-    Args:
-        src, dst (Tensor): (B, S, C) and (B, D, C).
-        score (Callable | None): dot products (B, s, D) -> scores of that shape; None: the same.
+    ``score`` makes scores of the dot products (B, s, D) of (B, S, C) and (B, D, C); None: the same.
     """
     bound = _MAX_SCORES_CPU if src.device.type == "cpu" else _MAX_SCORES_GPU
     parts = by_chunks(src, dst, bound, lambda x: (x if score is None else score(x)).max(dim=-1))
@@ -122,10 +120,8 @@ def best_scores(
 
 
 def by_chunks(src: Tensor, dst: Tensor, bound: int, reduce: Callable[[Tensor], Any]) -> list[Any]:
-    """``reduce`` of the dot products (B, s, D) of (B, S, C) and (B, D, C), in chunks of sources.
-
-    At most ``bound`` products are held at a time, or one row of B * D.
-    """
+    """``reduce`` of the dot products (B, s, D) of (B, S, C) and (B, D, C), in chunks of sources: at
+    most ``bound`` products are held at a time, or one row of B * D."""
     (batch, num_dst), dst = dst.shape[:2], dst.transpose(1, 2)
     rows = max(1, bound // (batch * num_dst))
     return [reduce(torch.bmm(part, dst)) for part in src.split(rows, dim=1)]

@@ -30,17 +30,11 @@ class PiToMe(Method):
                alpha * (exp(c - m) - 1)       elsewhere
         m    = margin * (1 - depth / num_blocks)
 
-    A token in a large cluster of similar ones has a high energy, an isolated one a low energy.
-    The 2r tokens of the highest energy, in falling order, are assigned alternately to A (first,
-    third, ...) and B; every token of A merges with its most similar token of B; all other tokens
-    are protected. Plain averages.
-
-    A and B have the same size, so at most half of the tokens can be removed: ``ratio`` is at most
-    0.5. The grid does not enter.
-
-    Where blocks share a plan, it has the margin of the first of them. Energies take all N²
-    similarities, of which 2**20 are held at a time; at 4096 tokens that is several times the work
-    of ToMe's matching.
+    The 2r tokens of the highest energy, those in large clusters of similar ones, are assigned in
+    falling order alternately to A (first, third, ...) and B; every token of A merges with its most
+    similar token of B; all others are protected. So ``ratio`` is at most 0.5. The grid does not
+    enter. Where blocks share a plan, it has the margin of the first of them. Energies take all N²
+    similarities, of which 2**20 are held at a time.
 
     Args:
         margin (float): m at the first merged block, in [0, 1]; it falls linearly with the

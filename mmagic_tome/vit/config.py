@@ -158,7 +158,6 @@ def tokens_per_block(removed: Sequence[int], tokens: int, prefix: int) -> list[t
     """(before, after) merging in every block.
 
     Args:
-        removed: of :func:`removed_per_block`.
         tokens (int): N, of the first block, protected ones included.
         prefix (int): number of protected tokens.
     """
@@ -174,12 +173,8 @@ def relative_cost(counts: Sequence[tuple[int, int]], width: int, hidden: int) ->
     """Multiply-adds of the blocks.
 
     Attention and its four projections run on the n tokens before merging, the feed-forward on the m
-    tokens after it: 4 n C^2 + 2 n^2 C + 2 m C H.
-
-    Args:
-        counts: of :func:`tokens_per_block`.
-        width (int): C, channels.
-        hidden (int): H, channels inside the feed-forward.
+    tokens after it: 4 n C^2 + 2 n^2 C + 2 m C H, with C the width, H the hidden channels and
+    ``counts`` of :func:`tokens_per_block`.
     """
     return float(
         sum(4 * n * width**2 + 2 * n**2 * width + 2 * m * width * hidden for n, m in counts)

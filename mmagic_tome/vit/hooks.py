@@ -104,7 +104,7 @@ class NetworkPostHook(Hook):
 
 
 class BlockHook(Hook):
-    """Base class of hooks that need the number of their block."""
+    """A hook that needs the number of its block."""
 
     def __init__(self, patch: ViTPatch, index: int) -> None:
         super().__init__(patch)
@@ -112,15 +112,11 @@ class BlockHook(Hook):
 
 
 class BlockPreHook(BlockHook):
-    """Start of a block.
-
-    Args:
-        inner (dict): path in the block -> hook that changes a module's input.
-    """
+    """Start of a block."""
 
     def __init__(self, patch: ViTPatch, index: int, inner: dict[str, Hook]) -> None:
         super().__init__(patch, index)
-        self.inner = inner
+        self.inner = inner  # path in the block -> hook that changes a module's input
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         patch, context = self.patch, self.patch.context
@@ -172,14 +168,11 @@ class AttentionPreHook(BlockHook):
 
     A token of size s receives the attention of s tokens. The bias is an additive mask, so that the
     model's own attention, fused or not, keeps doing the work.
-
-    Args:
-        mask (str | type): the attention's argument for a mask; where it has none, what adds it.
     """
 
     def __init__(self, patch: ViTPatch, index: int, mask: str | type[Injection]) -> None:
         super().__init__(patch, index)
-        self.mask = mask
+        self.mask = mask  # see Family
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         merging = any(self.patch.context.removed)
@@ -219,19 +212,14 @@ class AttentionPreHook(BlockHook):
 
 
 class MetricPostHook(Hook):
-    """Keep an output for the matching.
-
-    Args:
-        head_dim (int): average over heads of this many channels. Default 0: over none.
-        third (int | None): which third of the channels to keep. Default None: all.
-    """
+    """Keep an output for the matching."""
 
     after = True
 
     def __init__(self, patch: ViTPatch, head_dim: int = 0, third: int | None = None) -> None:
         super().__init__(patch)
-        self.head_dim = head_dim
-        self.third = third
+        self.head_dim = head_dim  # average over heads of this many channels; 0: over none
+        self.third = third  # of the channels to keep; None: all
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         context = self.patch.context

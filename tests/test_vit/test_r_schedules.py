@@ -37,14 +37,6 @@ def test_schedules():
 
 
 @pytest.mark.parametrize(
-    "r", [True, "8", None, 1.5, -1, (1, 2, 3), (1,), (1.5, 0), (8, "x"), (8, True), [1, -1], [1.0]]
-)
-def test_wrong_schedules(r):
-    with pytest.raises(ToMeError, match=r"\br\b"):
-        removed_per_block(r, 12)
-
-
-@pytest.mark.parametrize(
     "sizes",  # blocks, tokens, protected, channels, channels in the feed-forward
     [(12, 197, 1, 384, 1536), (24, 577, 1, 1024, 4096), (4, 1500, 0, 384, 1536), (3, 9, 4, 8, 8)],
 )
