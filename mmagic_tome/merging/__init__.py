@@ -13,6 +13,13 @@ from .matching import (
 )
 from .matrix import MatrixPlan
 from .plan import IndexPlan, MergePlan, MlerpPlan, Plan, PrunedPlan
+from .published import (
+    bipartite_soft_matching,
+    kth_bipartite,
+    merge_source,
+    merge_wavg,
+    random_bipartite,
+)
 from .sequence import match_tokens
 
 __all__ = [
@@ -28,13 +35,18 @@ __all__ = [
     "Windows",
     "as_clips",
     "bipartite_match",
+    "bipartite_soft_matching",
     "grid_layout",
     "join_sequence",
     "joint_plan",
+    "kth_bipartite",
     "make_windows",
     "match_tokens",
+    "merge_source",
+    "merge_wavg",
     "nearest_destination",
     "plan_of_edges",
+    "random_bipartite",
     "random_layout",
     "regular_layout",
     "split_sequence",

@@ -75,12 +75,25 @@ def match_tokens(
             number = hashed_integers(1 << 30, seed, None, stream + 1, rest.shape[0], rest.device)
             rest = rest[number[stream].argsort(stable=True)]
         sources, destinations = rest[:half].sort().values, rest[half:].sort().values
+    return merge_best(metric, protected, sources, destinations, r, distance)
+
+
+def merge_best(
+    metric: Tensor,
+    protected: Tensor,
+    sources: Tensor,
+    destinations: Tensor,
+    r: int,
+    distance: str = "cosine",
+) -> MergePlan:
+    """Merge the r best edges; slots: protected tokens, sources that stay, destinations."""
     if metric.dtype not in (torch.float32, torch.float64):
         metric = metric.float()
     with full_precision(metric):
         score, nearest = _nearest(metric, sources, destinations, distance)
     # The protected are sources that stay.
-    merged, nearest = (F.pad(part, (prefix, 0)) for part in (strongest(score, r), nearest))
+    count = protected.shape[0]
+    merged, nearest = (F.pad(part, (count, 0)) for part in (strongest(score, r), nearest))
     sources = torch.cat([protected, sources])
     return plan_of_edges(destinations, sources, nearest, merged, r, destinations_first=False)
 
