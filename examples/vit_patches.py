@@ -28,7 +28,7 @@ from mmagic_tome.errors import ToMeError
 from mmagic_tome.lab.maps import enlarged, merge_map, spread
 from mmagic_tome.lab.plots import contact_sheet
 from mmagic_tome.patch import find_patch
-from mmagic_tome.vit import ViTConfig, ViTHandle, apply_options, find_vit, get_vit_handle
+from mmagic_tome.vit import ViTConfig, ViTHandle, apply_tome_vit, find_vit, get_vit_handle
 from mmagic_tome.vit.patch import ViTPatch
 
 COLUMNS = 4  # blocks on a sheet, evenly spread
@@ -82,7 +82,7 @@ def _build(config: Any, r: int | None) -> tuple[nn.Module, ViTHandle]:
     options = ViTConfig() if handle is None else handle.config
     if r is not None:
         options = options.replace(r=r)
-    return model, apply_options(model, options, trace_source=True)
+    return model, apply_tome_vit(model, options, trace_source=True)
 
 
 @torch.inference_mode()
