@@ -111,10 +111,13 @@ def apply_cache(
         model: as for :func:`apply_tome`, vision transformers aside. Pass the pipeline where there
             is one: its scheduler says how much of a run remains.
         config: ``'quality'``, ``'balanced'`` or ``'fast'``; a :class:`StepCacheConfig` or a dict of
-            its options; or a list of these, one per region. Default ``'balanced'``.
+            its options; or a list of these, one per region. Default ``'balanced'``. With
+            ``tolerance=0.01`` every run predicts its own error and skips what keeps the final
+            latent within 1 % of the baseline's, see :class:`StepCacheConfig`.
         denoisers: names of the denoisers of a pipeline to cache. Default: all that it has.
         controlnet: skip the ControlNets at the same steps. With False they run at every step, also
-            where the network that reads their output is skipped. Default True.
+            where the network that reads their output is skipped; so do they with a tolerance.
+            Default True.
         **options: options of one :class:`StepCacheConfig`.
 
     Returns:
@@ -135,7 +138,7 @@ def apply_cache(
     chosen = [(configs, one) for one in found]
     # A ControlNet's levels only go down, so nothing is inside them.
     network = tuple(one for one in configs if one.region == "network")
-    if controlnet and network:
+    if controlnet and network and network[0].tolerance is None:
         chosen += [(network, one) for one in find_controlnets(model, known=True)]
     for own, one in chosen:
         for cache in own:

@@ -12,6 +12,9 @@ from .errors import ToMeError
 from .tome.place import follow_signals
 from .tome.state import TomePatch
 
+# A step of a run in summaries, by the region that was skipped.
+_MARKS = {None: "#", "innermost": "j", "inner": "i", "network": "."}
+
 
 class ToMeHandle(Handle[TomePatch]):
     """A view on the token merging of a model."""
@@ -92,7 +95,9 @@ class CacheHandle(Handle[CachePatch]):
 
     @property
     def description(self) -> str:
-        """Every region with its interval and timestep range."""
+        """The tolerance; or every region with its interval and timestep range."""
+        if self._patch.tolerance is not None:
+            return f"tolerance {self._patch.tolerance:g}"
         return ", ".join(
             f"{one.region} every {one.interval} steps in [{one.timestep_range[0]:g}, "
             f"{one.timestep_range[1]:g})"
@@ -101,18 +106,46 @@ class CacheHandle(Handle[CachePatch]):
 
     def reset_stats(self) -> None:
         for patch in self._patches:
+            patch.budget = None
             for region in patch.regions.values():
                 region.computed = region.skipped = 0
 
     def stats(self) -> list[dict[str, Any]]:
         """What was skipped, one dict per region.
 
-        Keys: ``region`` ('network' or 'inner', in further networks with their name in front),
-        ``computed`` and ``skipped`` (calls at which it was computed, and at which its output was
-        extrapolated) since :meth:`reset_stats`.
+        Keys: ``region`` ('network', 'inner' or, with a tolerance, 'innermost'; in further networks
+        with their name in front), ``computed`` and ``skipped`` (calls at which it was computed, and
+        at which its output was extrapolated) since :meth:`reset_stats`.
         """
         return [
             {"region": part.name + name, "computed": region.computed, "skipped": region.skipped}
             for part in self._parts
             for name, region in part.patch.regions.items()
         ]
+
+    @property
+    def predicted_error(self) -> list[float] | None:
+        """With a tolerance, of the last run: the predicted error of each image's final latent,
+        relative to the baseline's. None without a tolerance and before a run."""
+        budget = self._patch.budget
+        return None if budget is None else budget.predicted
+
+    @property
+    def steps(self) -> list[str] | None:
+        """With a tolerance, what was done at each step of the last run: 'computed', or the region
+        that was skipped. None without a tolerance and before a run."""
+        budget = self._patch.budget
+        return None if budget is None else [region or "computed" for region in budget.skipped]
+
+    def summary(self) -> str:
+        """As of every handle; with a tolerance also the steps of the last run and the error that
+        was predicted for its images."""
+        text, budget = super().summary(), self._patch.budget
+        if budget is None:
+            return text
+        marks = "".join(_MARKS[region] for region in budget.skipped)
+        predicted = ", ".join(f"{error:.4f}" for error in budget.predicted) or "0"
+        return (
+            f"{text}\nlast run: {marks}  (# computed, j innermost skipped, i inner skipped, "
+            f". network skipped)\npredicted error of its final latents: {predicted}"
+        )

@@ -10,7 +10,6 @@ latents and outputs, so a least-squares fit leaves a small residual (``docs/arch
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .fits import Fit, fit_input
 from .latents import count_copies, cropped, sampled, tensors_of
 
 #: Largest relative residual of a call that continues a run. Deterministic samplers leave at most
@@ -67,6 +67,21 @@ class Branch:
     conditioning: Tensor | None = None  # (B, n), a sample of what its last call was given
     # (B, n) samples of its last two outputs, the newest last.
     outputs: list[Tensor] = field(default_factory=list)
+    # Timesteps and samples of its last three outputs that were not extrapolated.
+    times: list[float] = field(default_factory=list)
+    computed: list[Tensor] = field(default_factory=list)
+
+    def keep(self, time: float, output: Tensor) -> None:
+        """Keep the sample of a computed output for :meth:`rates`."""
+        if self.times[-1:] == [time]:  # a second evaluation at one timestep
+            self.times, self.computed = self.times[:-1], self.computed[:-1]
+        self.times = [*self.times[-2:], time]
+        self.computed = [*self.computed[-2:], output]
+
+    def rates(self) -> list[Tensor]:
+        """(B, n) changes of the computed outputs per unit of the timestep, the newest last."""
+        pairs = zip(self.times, self.times[1:], self.computed, self.computed[1:])
+        return [(after - before) / (t1 - t0) for t0, t1, before, after in pairs]
 
 
 @dataclass(eq=False)
@@ -91,6 +106,8 @@ class Run:
     previous: Tensor | None = None  # and of the last step's
     shapes: list[Tensor] | None = None  # of stride 0, with the shapes that inputs are cropped to
     worst: float = 0.0  # the largest residual so far
+    fitted: Fit | None = None  # how the present step's input follows from the last step
+    state: Any = None  # what the technique keeps for the run
 
     @property
     def branch(self) -> Branch:
@@ -113,49 +130,24 @@ class Run:
         """Whether the call at the present step had this input."""
         return self.input is not None and torch.equal(self.input, self.sample(latents))
 
-    def fit(self, latents: Sequence[Tensor]) -> tuple[float, dict[Hashable, float]]:
-        """How well an input follows from this run: the largest relative residual of an image, and
-        for every branch the share of the input that its last output explains."""
-        x, copies = self.sample(latents), self.copies or 1
-        names, columns = [None], [self.input]
-        if self.previous is not None:
-            names, columns = [None, None], [self.input, self.previous]
-        for name, branch in self.branches.items():
-            for age, output in enumerate(reversed(branch.outputs)):
-                for part in output.chunk(copies):
-                    names.append(name if age == 0 else None)
-                    # A guided sampler combines what was predicted for all copies of an image.
-                    columns.append(part.repeat(copies, 1))
-        wide = torch.float64 if x.device.type in ("cpu", "cuda") else torch.float32
-        rows = torch.stack([*columns, x], dim=-1).to(wide)
-        # The only values that leave the device.
-        products = torch.einsum("bnk,bnl->bkl", rows, rows).cpu().double()
-        if not products.isfinite().all():
-            return math.inf, {}
-        # An image that is only scaled is conditioning, such as the reference image of ViCo.
-        own, last, both = products[:, -1, -1], products[:, 0, 0], products[:, 0, -1]
-        moves = own * last - both**2 > 1e-10 * own * last
-        if moves.any():
-            products = products[moves]
-        total = products.sum(0)
-        # Columns of unit length: outputs may be a thousand times smaller than inputs.
-        length = total.diagonal().sqrt().clamp_min(1e-30)
-        gram = total / length / length[:, None]
-        weight = torch.linalg.pinv(gram[:-1, :-1], hermitian=True, rtol=1e-10) @ gram[:-1, -1]
-        shares = dict.fromkeys(self.branches, 0.0)
-        for name, factor in zip(names, weight):
-            if name is not None:
-                shares[name] += float(abs(factor))
-        weight = torch.cat([weight * length[-1] / length[:-1], weight.new_tensor([-1.0])])
-        residual = torch.einsum("k,bkl,l->b", weight, products, weight).clamp_min(0)
-        own = products[:, -1, -1].clamp_min(1e-30)
-        return float((residual / own).max().sqrt()), shares
+    def fit(self, latents: Sequence[Tensor]) -> Fit:
+        """How well an input follows from this run."""
+        outputs = {name: branch.outputs[::-1] for name, branch in self.branches.items()}
+        rates = [branch.rates() for branch in self.branches.values()] if self.times else []
+        x = self.sample(latents)
+        return fit_input(x, self.input, self.previous, outputs, list(zip(*rates)), self.copies or 1)
 
-    def next_step(self, residual: float, shares: dict[Hashable, float]) -> Run | None:
+    @property
+    def times(self) -> list[float]:
+        """Timesteps of the last computed outputs that are kept; empty where branches differ."""
+        times = [branch.times for branch in self.branches.values()]
+        return times[0] if times and all(one == times[0] for one in times) else []
+
+    def next_step(self, fit: Fit) -> Run | None:
         """Go on to the next step; return what was called at the last one with the same input and
         has no part in the next: another image with the same seed, now a run of its own."""
         named = any(isinstance(key, str) for key in self.called)
-        kept = [key for key in self.called if named or shares.get(key, 1.0) >= _NEGLIGIBLE]
+        kept = [key for key in self.called if named or fit.shares.get(key, 1.0) >= _NEGLIGIBLE]
         kept = kept or self.called
         other = None
         left = [self.branches[key] for key in self.called if key not in kept]
@@ -167,13 +159,14 @@ class Run:
         branches = [self.branches[key] for key in kept]
         self.branches = dict(zip(kept if named else range(len(branches)), branches))
         self.step += 1
-        self.worst = max(residual, self.worst)
+        self.worst = max(fit.residual, self.worst)
+        self.fitted = fit
         self.called = []
         self.previous, self.input = self.input, None
         return other
 
-    def remember(self, latents: Sequence[Tensor], output: Any) -> None:
-        """Note input and output of the call that ended."""
+    def remember(self, latents: Sequence[Tensor], output: Any, computed: bool) -> None:
+        """Note input and output of the call that ended, and whether it was computed."""
         outputs = tensors_of(output)
         if [y.dim() for y in outputs] != [x.dim() for x in latents]:
             outputs = []  # a ControlNet: inputs are compared with inputs alone
@@ -187,6 +180,8 @@ class Run:
             newest = sampled([cropped(y, x) for x, y in zip(latents, outputs)])
             if newest.shape == self.input.shape:
                 self.branch.outputs = [*self.branch.outputs[-1:], newest]
+                if computed:
+                    self.branch.keep(self.time, newest)
 
 
 class RunTracker:
@@ -230,11 +225,16 @@ class RunTracker:
         self._latents = call.latents
         return run
 
-    def end(self, output: Any) -> None:
-        """Note what the call under way returned; after a last step nothing is kept."""
+    def end(self, output: Any, computed: bool = False) -> None:
+        """Note what the call under way returned; after a last step nothing is kept.
+
+        Args:
+            output: what the network returned.
+            computed: whether to keep it for :attr:`Fit.rates`.
+        """
         run = self.runs[0]
         if self._latents:
-            run.remember(self._latents, output)
+            run.remember(self._latents, output, computed)
         self._latents = ()
         if run.last:
             run.branch.state = self.new_state()
@@ -276,8 +276,8 @@ class RunTracker:
         """Whether a later run reaches this step now: a repeated seed repeats its inputs."""
         for one in self._mates(call):
             if one.tick > run.tick and one.time > call.time and one.input is not None:
-                residual, bound, _ = self._fit(one, call.latents)
-                if residual <= bound:
+                fit, bound = self._fit(one, call.latents)
+                if fit.residual <= bound:
                     return True
         return False
 
@@ -287,35 +287,34 @@ class RunTracker:
         for run in self._mates(call):
             if run.input is None or call.time > run.time:
                 continue
-            residual, bound, shares = self._fit(run, call.latents)
+            fit, bound = self._fit(run, call.latents)
             if call.time == run.time:
                 if run.same_input(call.latents):
                     continue  # the same call again begins a run again
                 bound = min(bound, _AT_ONE_TIMESTEP)
-            if residual <= bound:
-                candidates.append((residual, run, shares))
-        candidates.sort(key=lambda one: one[0])
+            if fit.residual <= bound:
+                candidates.append((fit, run))
+        candidates.sort(key=lambda one: one[0].residual)
         if not candidates:
             return None
-        residual, run, shares = candidates[0]
-        if len(candidates) > 1 and _CLEARLY * residual > candidates[1][0]:
+        fit, run = candidates[0]
+        if len(candidates) > 1 and _CLEARLY * fit.residual > candidates[1][0].residual:
             return None
         # Whoever was not called during this run's whole last step is not going on.
         self.runs = [one for one in self.runs if one.tick >= run.step_tick]
-        other = run.next_step(residual, shares)
+        other = run.next_step(fit)
         if other is not None:
             self.runs.append(other)
         self._enter(run, call)
         run.step_tick = self._tick
         return run
 
-    def _fit(self, run: Run, latents: Sequence[Tensor]) -> tuple[float, float, dict]:
-        """Residual, bound and shares of a call that may continue a run."""
+    def _fit(self, run: Run, latents: Sequence[Tensor]) -> tuple[Fit, float]:
+        """Fit and bound of a call that may continue a run."""
         for other in self.leader.runs if self.leader is not None else ():
             if _equal(other.input, run.input):
-                return other.fit(latents)[0], other.bound, {}
-        residual, shares = run.fit(latents)
-        return residual, run.bound, shares
+                return Fit(other.fit(latents).residual), other.bound
+        return run.fit(latents), run.bound
 
     def _started(self, call: Call) -> Run:
         run = Run(call.key, call.time)

@@ -100,7 +100,12 @@ class Setting:
         words = [] if self.tome is None else [self.tome.description]
         if self.cache is not None:
             name = next((name for name, one in PRESETS.items() if one == self.cache), None)
-            words.append(f"cache={name or to_plain(self.cache)!r}")
+            tolerance = self.cache[0].tolerance
+            words.append(
+                f"cache={name or to_plain(self.cache)!r}"
+                if tolerance is None
+                else f"tolerance={tolerance:g}"
+            )
         return ", ".join(words) or "baseline"
 
     def replace(self, **changes: Any) -> Setting:

@@ -34,7 +34,14 @@ _ELSEWHERE = {
 class StepCacheConfig:
     """Skip one region of the network at some steps and extrapolate its output.
 
+    With a tolerance, every run decides by itself what to skip and where (:mod:`.tolerance`);
+    without one, the other options say it.
+
     Args:
+        tolerance (float): expected error of a run's final latent, relative to the baseline's: in
+            [0, 1), such as 0.01; 0 skips nothing. Per image; in a batch the image that errs most
+            decides. Excludes all other options but ``region``: with ``'inner'`` the network is
+            never skipped as a whole. Default None.
         region (str): ``'network'`` (default): the whole call. ``'inner'``: what is inside the
             outermost levels of a UNet, or between the outer blocks of a transformer, while the
             outer part is computed: less is saved, and the error is smaller.
@@ -61,6 +68,7 @@ class StepCacheConfig:
     order: int = 1
     error_feedback: float = 0.0
     num_outer_blocks: int = 1
+    tolerance: float | None = None
 
     def __new__(cls, *positional: Any, **options: Any) -> StepCacheConfig:
         # Before dataclass's own __init__, which would raise a TypeError without a suggestion.
@@ -69,6 +77,8 @@ class StepCacheConfig:
 
     def __post_init__(self) -> None:
         check_choice(_WHERE, "region", self.region, REGIONS)
+        if self.tolerance is not None:
+            self._check_tolerance()
         window = check_range(_WHERE, "timestep_range", self.timestep_range, (0.1, 0.65))
         fraction = check_number(_WHERE, "error_feedback", self.error_feedback, 0, 1, default=0.5)
         checked = {
@@ -80,6 +90,22 @@ class StepCacheConfig:
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+    def _check_tolerance(self) -> None:
+        value = check_number(_WHERE, "tolerance", self.tolerance, 0, 1, default=0.01)
+        if value == 1:
+            raise ToMeError(f"{_WHERE}tolerance=1 allows any image; write tolerance=0.01")
+        object.__setattr__(self, "tolerance", float(value))
+        given = [
+            one.name
+            for one in fields(self)
+            if one.name not in ("tolerance", "region") and getattr(self, one.name) != one.default
+        ]
+        if given:
+            raise ToMeError(
+                f"{_WHERE}a tolerance decides by itself what to skip and where; leave out "
+                f"{', '.join(given)}, or leave out tolerance"
+            )
 
     def replace(self, **changes: Any) -> StepCacheConfig:
         """A changed, validated copy."""
@@ -149,6 +175,11 @@ def coerce_cache(config: CacheSpec = None, **options: Any) -> tuple[StepCacheCon
                 "dict(region='inner')]"
             )
         configs = (configs[0].replace(**options),)
+    if len(configs) > 1 and any(one.tolerance is not None for one in configs):
+        raise ToMeError(
+            "step cache: a tolerance covers all regions; write one dict, cache_cfg=dict("
+            "tolerance=0.01)"
+        )
     regions = [one.region for one in configs]
     if len(set(regions)) < len(regions):
         raise ToMeError(f"cache_cfg has the region {regions[0]!r} twice; keep one")

@@ -20,7 +20,10 @@ from ..runs import Call, Run, RunTracker
 from ..timeline import Timeline, in_range
 from .config import StepCacheConfig
 from .extrapolate import OutputHistory, placeholder, undefined_like
+from .tolerance import Budget
 
+# With a tolerance: region -> num_outer_blocks of its modules.
+_DEPTHS = {"inner": 1, "innermost": 2}
 # Calls in a row that begin a run of their own before a warning says so.
 _LONE_CALLS = 8
 
@@ -34,6 +37,11 @@ class RegionState:
         self.placeholders: dict[int, Any] = {}  # number of another module -> of its output
         self.in_a_row = 0  # steps that were skipped since it was computed
 
+    def ready(self, time: float) -> bool:
+        """Whether the region can be extrapolated at a timestep."""
+        times = self.history.times
+        return len(times) > self.config.order and times[-1] != time
+
     def may_skip(self, time: float, remaining: float | None, last: bool) -> bool:
         """Whether to skip the region at the next step; noted.
 
@@ -42,13 +50,12 @@ class RegionState:
             remaining: share of the run that remains; None if unknown.
             last: whether it is the run's last step.
         """
-        config, times = self.config, self.history.times
+        config = self.config
         skip = (
             remaining is not None
             and in_range(remaining, config.timestep_range)
             and not last
-            and len(times) > config.order
-            and times[-1] != time  # no line leads through two outputs at one timestep
+            and self.ready(time)
             and self.in_a_row < config.interval - 1
         )
         self.in_a_row = self.in_a_row + 1 if skip else 0
@@ -136,32 +143,57 @@ class CachePatch(Patch):
         super().__init__()
         self.leader = leader
         self.configs = tuple(configs)
+        self.tolerance = configs[0].tolerance
         self.adapter = adapter
         self.regions = {config.region: RegionStats() for config in configs}
+        self.budget: Budget | None = None  # of the last run, with a tolerance
         self.timeline = Timeline(model, adapter.timestep_scale)
 
     def place(self, network: nn.Module) -> None:
         """Intercept the calls of the network, and those of its inner modules if these may be
         skipped."""
         intercept(network, NetworkCall(self))
-        for config in self.configs:
-            if config.region == "inner":
-                modules = inner_modules(config, self.adapter, network)
-                for index, module in enumerate(modules):
-                    intercept(module, InnerCall(self, index, index == len(modules) - 1))
-                    _tell_diffusers(type(module))
+        regions = {
+            config.region: inner_modules(config, self.adapter, network)
+            for config in self.configs
+            if config.region == "inner"
+        }
+        if self.tolerance is not None:
+            for name, depth in _DEPTHS.items():
+                modules = self.adapter.inner_modules(network, depth)
+                if modules:
+                    regions[name] = modules
+                    self.regions[name] = RegionStats()
+        # The first contains the others.
+        every = next(iter(regions.values()), [])
+        for index, module in enumerate(every):
+            parts = {
+                name: module is modules[-1]
+                for name, modules in regions.items()
+                if any(module is one for one in modules)
+            }
+            intercept(module, InnerCall(self, index, parts))
+            _tell_diffusers(type(module))
+
+    def new_states(self) -> dict[str, RegionState]:
+        """What is kept for every region in one guidance branch."""
+        configs = {config.region: config for config in self.configs}
+        return {name: RegionState(configs.get(name, self.configs[0])) for name in self.regions}
 
     @eager_only(inner=True)
     def output(self, region: str, proceed: Callable, args: tuple, kwargs: dict) -> Any:
         """The output of a region at this step: ``proceed(*args, **kwargs)``, or extrapolated."""
-        context, stats = self.context, self.regions[region]
-        history = context.state[region].history
+        context = self.context
         if region in context.skipped:
-            stats.skipped += 1
-            return history.extrapolate(context.time)
-        output = proceed(*args, **kwargs)
-        stats.computed += 1
-        return history.record(context.time, output)
+            self.regions[region].skipped += 1
+            return context.state[region].history.extrapolate(context.time)
+        return self.record(region, proceed(*args, **kwargs))
+
+    def record(self, region: str, output: Any) -> Any:
+        """Note a computed output; the output to go on with, see ``error_feedback``."""
+        context = self.context
+        self.regions[region].computed += 1
+        return context.state[region].history.record(context.time, output)
 
 
 class NetworkCall(Interceptor):
@@ -238,10 +270,32 @@ class NetworkCall(Interceptor):
             return run
         context.state = run.branch.state
         if not context.state:
-            context.state.update({config.region: RegionState(config) for config in patch.configs})
-        context.skipped = next_skips(context.state, time, remaining, run.last)
+            context.state.update(patch.new_states())
+        if patch.tolerance is None:
+            context.skipped = next_skips(context.state, time, remaining, run.last)
+        else:
+            context.skipped = self.within_tolerance(run, time)
         context.run_skips += len(context.skipped)
         return run
+
+    def within_tolerance(self, run: Run, time: float) -> set[str]:
+        """The region to skip at a step: decided at the first of its calls, for all branches."""
+        patch: CachePatch = self.patch
+        if run.state is None:
+            run.state = Budget(patch.tolerance)
+        budget: Budget = run.state
+        if len(run.called) == 1:
+            branches = [one.state for one in run.branches.values()]
+            regions = [
+                name
+                for name in patch.regions
+                if all(name in state and state[name].ready(time) for state in branches)
+            ]
+            budget.decide(run, time, regions)
+            patch.budget = budget
+        region = budget.skipped[-1]
+        # A branch that was not there before computes what it cannot extrapolate.
+        return {region} if region and run.branch.state[region].ready(time) else set()
 
     def watch(self, context: CacheContext, run: Run, time: float | None) -> None:
         """Count from the run's beginning; warn if call after call begins a run of its own."""
@@ -262,40 +316,58 @@ class NetworkCall(Interceptor):
     @eager_only()
     def finish(self, context: CacheContext, run: Run, output: Any) -> None:
         """Note the output; after the last step, warn if nothing was skipped in the run."""
-        context.tracker.end(output)
-        if run.last and not context.run_skips:
-            self.patch.warn_once(
+        patch: CachePatch = self.patch
+        computed = patch.tolerance is not None and "network" not in context.skipped
+        context.tracker.end(output, computed)
+        if run.last and not context.run_skips and patch.tolerance != 0:
+            given = "timestep_range" if patch.tolerance is None else "tolerance"
+            why = {
+                "timestep_range": "too few steps lie in timestep_range",
+                "tolerance": "the tolerance is too small for its steps",
+            }[given]
+            patch.warn_once(
                 "nothing",
                 f"step caching skipped nothing in a run of {run.step + 1} step"
-                f"{'' if run.step == 0 else 's'}: too few steps lie in timestep_range, or the "
-                "scheduler adds noise at every step. Use more steps, a wider timestep_range, or a "
-                "deterministic scheduler",
+                f"{'' if run.step == 0 else 's'}: {why}, or the scheduler adds noise at every "
+                f"step. Use more steps, a wider {given}, or a deterministic scheduler",
             )
 
 
 class InnerCall(Interceptor):
-    """The call of module number ``index`` of the inner region, in running order; the output of the
-    last is that of the region."""
+    """The call of module number ``index`` in the inner region, in running order.
+
+    Args:
+        patch: the patch of its network.
+        index: the module's number.
+        parts: region -> whether the module is its last, whose output is that of the region; the
+            larger region first.
+    """
 
     skips = True
 
-    def __init__(self, patch: CachePatch, index: int, is_last: bool) -> None:
+    def __init__(self, patch: CachePatch, index: int, parts: Mapping[str, bool]) -> None:
         super().__init__(patch)
         self.index = index
-        self.is_last = is_last
+        self.parts = parts
 
     @eager_only(inner=True)
     def call(self, module: nn.Module, proceed: Callable, args: tuple, kwargs: dict) -> Any:
-        context: CacheContext = self.patch.context
-        state = context.state.get("inner")
-        if state is None or not context.running:
+        patch: CachePatch = self.patch
+        context: CacheContext = patch.context
+        if not context.running or not context.state:
             return proceed(module, *args, **kwargs)
-        if self.is_last:
-            return self.patch.output("inner", proceed, (module, *args), kwargs)
-        if "inner" in context.skipped:
-            return undefined_like(state.placeholders[self.index])
+        for region, is_last in self.parts.items():
+            if region in context.skipped:
+                if is_last:
+                    return patch.output(region, proceed, (module, *args), kwargs)
+                return undefined_like(context.state[region].placeholders[self.index])
         output = proceed(module, *args, **kwargs)
-        state.placeholders[self.index] = placeholder(output)
+        for region, is_last in self.parts.items():
+            if not is_last:
+                context.state[region].placeholders[self.index] = placeholder(output)
+            elif not context.skipped:
+                # What follows from an extrapolated region is not an output to extrapolate from.
+                output = patch.record(region, output)
         return output
 
 

@@ -113,6 +113,7 @@ class _Run:
         self.images: list[dict[str, Any]] = []
         self.rows: list[tuple[str, list[Image.Image]]] = []
         self.applied: dict[str, Any] = {}
+        self.predicted: list[float] = []  # errors of the last batch's images, with a tolerance
         self.settings = {
             "source": runner.source.path,
             "model": runner.source.class_name,
@@ -150,6 +151,7 @@ class _Run:
         with method.on(self.runner.model) as handles:
             output = self.runner.run(numbers, method.steps, bar.update)
             if method is self.methods[-1]:
+                self.predicted = (handles.cache and handles.cache.predicted_error) or []
                 self.applied = {
                     "done": what_was_done(method, handles),
                     "stats": {handle.technique: handle.stats() for handle in handles},
@@ -176,6 +178,8 @@ class _Run:
             row["file" if applied else "baseline_file"] = file.name
         if len(images) > 1:
             row.update(fidelity(*outputs, place))
+            if place < len(self.predicted):
+                row["predicted_error"] = self.predicted[place]
             if number < ROWS_OF_SHEET:
                 caption = f"{prompt}  (seed {row['seed']}, {fidelity_text(row)})"
                 self.rows.append((caption, [frame_strip(image) for image in images]))
@@ -250,7 +254,11 @@ def fidelity_text(row: Mapping[str, Any]) -> str:
     """:func:`fidelity` in words."""
     text = "identical" if row["psnr"] is None else f"PSNR {row['psnr']:.1f} dB"
     error = row["latent_error"]
-    return text if error is None else f"{text}, latent error {error:.3f}"
+    if error is None:
+        return text
+    predicted = row.get("predicted_error")
+    said = "" if predicted is None else f" (predicted {predicted:.4f})"
+    return f"{text}, latent error {error:.4f}{said}"
 
 
 def difference_sheet(

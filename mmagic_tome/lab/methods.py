@@ -282,8 +282,8 @@ def parse_method(text: str) -> Method:
     Args:
         text: ``NAME={...}``: options of token merging and the keys ``cache``, ``steps``,
             ``tomesd``, ``deepcache``, as Python or JSON. Or one of ``METHOD:RATIO`` (``tome:0.5``,
-            ``tofu:0.5`` ...), ``cache:PRESET``, ``tomesd:RATIO``, ``deepcache:INTERVAL``,
-            ``steps:N``, ``baseline``.
+            ``tofu:0.5`` ...), ``cache:PRESET``, ``tolerance:ERROR``, ``tomesd:RATIO``,
+            ``deepcache:INTERVAL``, ``steps:N``, ``baseline``.
 
     Raises:
         ToMeError: Neither of these; options that are not valid.
@@ -308,6 +308,8 @@ def _short(text: str) -> Method:
         return BASELINE
     word, _, value = text.partition(":")
     value = _literal(value)
+    if word == "tolerance":
+        return Method.from_dict({"name": f"tolerance {value}", "cache_cfg": {word: value}})
     if word in _SHORT:
         name, key = _SHORT[word]
         return Method.from_dict({"name": name.format(value), key: value})
@@ -315,8 +317,8 @@ def _short(text: str) -> Method:
         name = f"ratio {value}" if word == "tome" else f"{word} {value}"
         return Method.from_dict({"name": name, "tome_cfg": {"method": word, "ratio": value}})
     raise ToMeError(
-        f"--method {text!r} is not known; write tome:0.5, cache:balanced, tomesd:0.5, deepcache:3, "
-        "steps:13, or NAME=\"{'ratio': 0.5}\""
+        f"--method {text!r} is not known; write tome:0.5, cache:balanced, tolerance:0.01, "
+        "tomesd:0.5, deepcache:3, steps:13, or NAME=\"{'ratio': 0.5}\""
     )
 
 

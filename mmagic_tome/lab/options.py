@@ -117,6 +117,11 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[-1])
 
 
+def parse_tolerance(text: str) -> dict[str, float]:
+    """A ``cache_cfg`` from a tolerance."""
+    return {"tolerance": float(text)}
+
+
 def parse_cache(text: str) -> Any:
     """A ``cache_cfg`` from a name, or a dict or list in Python's spelling; None from 'none'."""
     if text.lower() == "none":
@@ -140,6 +145,7 @@ ZERO_OR_MORE = {"type": number(int, 0), "metavar": "N"}
 SEED = {"type": number(int, 0, below=2**32), "metavar": "N"}  # torch's on the CPU has 32 bits
 WEIGHT = {"type": number(float, 0), "metavar": "W"}
 SIZE = {"type": parse_size, "metavar": "N|HxW"}
+TOLERANCE = {"type": parse_tolerance, "metavar": "E", "default": NOT_GIVEN}
 CACHE = {"type": parse_cache, "metavar": "NAME|DICT", "default": NOT_GIVEN}
 DTYPE = {"choices": ("fp32", "fp16", "bf16")}
 FLAG = {"action": "store_true"}
@@ -196,7 +202,9 @@ def add_options(parser: argparse.ArgumentParser, verb: str, default: str) -> Non
     add("--ratio", WEIGHT, ratio, metavar="R")
     names = "quality, balanced, fast, a dict, or none"
     add("--cache", CACHE, f"step caching: {names} (default: the config's)")
-    short = "tome:0.5, cache:balanced, tomesd:0.5, deepcache:3, steps:13"
+    error = "step caching: expected error of the final latent, such as 0.01 (default: the config's)"
+    add("--tolerance", TOLERANCE, error, dest="cache")
+    short = "tome:0.5, cache:balanced, tolerance:0.01, tomesd:0.5, deepcache:3, steps:13"
     long = "NAME={'ratio': 0.5, 'cache': 'balanced', 'steps': 20}"
     add("--method", {**REPEATED, **TEXT}, f"{short}, or {long} (default: what the config applies)")
 

@@ -1,0 +1,276 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Runs that keep a tolerance: predicted errors, decisions, and what a pipeline shows of them."""
+
+import copy
+import math
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from tiny import tiny_inputs, tiny_unet
+
+from mmagic_tome import ToMeError, apply_cache, get_handle
+from mmagic_tome.cache.tolerance import RELATIVE_ERROR, Budget
+from mmagic_tome.fits import Fit, fit_input
+from mmagic_tome.runs import Call, RunTracker
+
+SCHEDULERS = {
+    "DDIM": DDIMScheduler,
+    "Euler": EulerDiscreteScheduler,
+    "DPM-Solver++ 2M": DPMSolverMultistepScheduler,
+    "UniPC": UniPCMultistepScheduler,
+}
+TRAINED = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+
+
+def scheduler_of(name, steps=20):
+    # Clipping, which DDIM does by default, is no linear combination.
+    given = dict(clip_sample=False) if name == "DDIM" else {}
+    scheduler = SCHEDULERS[name](prediction_type="v_prediction", **TRAINED, **given)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def smooth_outputs(batch, seed=0):
+    """Outputs that depend smoothly on the timestep, and on the latent as a network's do."""
+    generator = torch.Generator().manual_seed(seed)
+    waves = torch.randn(12, batch, 4, 8, 8, generator=generator)
+
+    def output(x, time, kind):
+        # Many directions, so that no output is a combination of the ones before.
+        factors = [math.sin(0.5 * (k + 1) * time / 1000 + (1 + k) * kind) for k in range(12)]
+        return 0.1 * x + 0.3 * sum(factor * wave for factor, wave in zip(factors, waves))
+
+    return output
+
+
+def guided_run(name, guidance, batch=2, tracker=None, skip=None, steps=20):
+    """Denoise with both halves of guidance in a batch; yield (fit, next latent's true weight)."""
+    scheduler, output = scheduler_of(name, steps), smooth_outputs(batch)
+    x = torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    x = x * scheduler.init_noise_sigma
+    tracker = tracker or RunTracker(dict)
+    for i, time in enumerate(scheduler.timesteps):
+        given = scheduler.scale_model_input(x, time)
+        both = torch.cat([given, given])
+        call = Call(float(time), (both,), 1 - i / steps, i == steps - 1)
+        run = tracker.begin(call)
+        uncond, cond = output(given, float(time), 0.0), output(given, float(time), 1.0)
+        tracker.end(torch.cat([uncond, cond]), computed=True)
+        yield i, run
+        x = scheduler.step(uncond + guidance * (cond - uncond), time, x).prev_sample
+
+
+@pytest.mark.parametrize("guidance", [1.5, 7.5])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_guidance_and_weights_are_read_off_the_run(name, guidance):
+    """They are those of the scheduler: how the next inputs answer to a unit of one output."""
+    seen = {}
+    for i, run in guided_run(name, guidance):
+        if run.fitted is not None:
+            seen[i - 1] = run.fitted.weights
+    for i in range(4, 15):
+        uncond, cond = seen[i].tolist()
+        assert cond / (cond + uncond) == pytest.approx(guidance, rel=0.06)
+        assert cond + uncond == pytest.approx(response(name, i), rel=0.25), i
+
+
+def response(name, step, steps=20):
+    """How much the input three steps on moves if the output of one step is one larger."""
+    moved = []
+    for extra in (0.0, 1.0):
+        scheduler = scheduler_of(name, steps)
+        x = torch.zeros(1, 1, 1, 1)
+        for i, time in enumerate(scheduler.timesteps[: step + 3]):
+            scheduler.scale_model_input(x, time)
+            x = scheduler.step(torch.full_like(x, extra * (i == step)), time, x).prev_sample
+        moved.append(scheduler.scale_model_input(x, scheduler.timesteps[step + 3]).item())
+    return moved[1] - moved[0]
+
+
+def test_the_second_difference_predicts_a_parabola_exactly():
+    """A line through two points of a parabola errs by the divided difference; any weights."""
+    times, time = [900.0, 850.0, 700.0], 640.0
+    curve, slope, start = torch.randn(3, 2, 6, 2).double()
+    last = torch.randn(2, 6).double()
+
+    def at(t):
+        return start + slope * t / 1000 + curve * (t / 1000) ** 2
+
+    outputs = [at(t) for t in times]
+    rates = [(b - a) / (t1 - t0) for a, b, t0, t1 in zip(outputs, outputs[1:], times, times[1:])]
+    weights = torch.tensor([0.3, -1.1]).double()
+    x = last + (outputs[-1] * weights).sum(-1) + (outputs[-2] * 0).sum(-1)
+    parts = {0: [outputs[-1][..., 0]], 1: [outputs[-1][..., 1]]}
+    columns = [[rate[..., 0], rate[..., 1]] for rate in rates]
+    fit = fit_input(x, last, None, parts, columns, copies=1)
+    torch.testing.assert_close(fit.weights, weights)
+    line = outputs[-1] + (time - times[-1]) * rates[-1]
+    true = ((at(time) - line) * weights).sum(-1).norm(dim=1) / x.norm(dim=1)
+    torch.testing.assert_close(Budget(0.01)._errors(fit, times, time), true)
+
+
+def one_fit(error):
+    """A fit that predicts these errors, per image, for timesteps 3, 2, 1 and a skip at 0."""
+    rates = torch.zeros(len(error), 2, 1, 2, 1).double()
+    rates[:, 1, 0, 1, 0] = torch.tensor(error).double() ** 2
+    return Fit(0.0, {}, torch.ones(1).double(), rates, torch.ones(len(error)).double())
+
+
+def decide(budget, error, remaining, last=False, regions=tuple(RELATIVE_ERROR)):
+    run = SimpleNamespace(
+        fitted=one_fit(error), times=[3.0, 2.0, 1.0], remaining=remaining, last=last
+    )
+    return budget.decide(run, 0.0, regions)
+
+
+def test_the_cheapest_region_that_keeps_the_budget_is_skipped():
+    for error, chosen in ((0.001, "network"), (0.01, "inner"), (0.03, "innermost"), (1.0, None)):
+        budget = Budget(0.01)
+        decide(budget, [10.0], 1.0)  # the stride of the schedule is not known yet
+        assert decide(budget, [error], 0.9) == chosen
+        assert budget.skipped == [None, chosen]
+        spent = 0 if chosen is None else error * RELATIVE_ERROR[chosen]
+        assert budget.predicted == ([] if chosen is None else pytest.approx([spent]))
+    for last, tolerance in ((True, 0.01), (False, 0.0)):
+        budget = Budget(tolerance)
+        decide(budget, [10.0], 1.0)
+        assert decide(budget, [1e-9], 0.9, last) is None
+
+
+def test_a_run_spends_at_most_its_tolerance_and_the_worst_image_decides():
+    steps, generator = 50, torch.Generator().manual_seed(0)
+    alone, together = [], []
+    errors = torch.rand(steps, 3, generator=generator) * 0.01
+    for images in ([0], [1], [2], [0, 1, 2]):
+        budget = Budget(0.02)
+        for i in range(steps):
+            decide(budget, errors[i, images].tolist(), 1 - i / steps, i == steps - 1)
+        assert max(budget.predicted) <= 0.02
+        assert any(budget.skipped)
+        # Never twice in a row, but for the network after an inner region.
+        for before, after in zip(budget.skipped, budget.skipped[1:]):
+            assert before is None or after is None or (after == "network" != before)
+        (alone if len(images) == 1 else together).append(budget)
+    skipped = [sum(one is not None for one in budget.skipped) for budget in alone]
+    assert sum(one is not None for one in together[0].skipped) <= max(skipped)
+
+
+# --- networks -------------------------------------------------------------------------------------
+
+
+def pipeline_of(unet, name="DDIM", steps=20):
+    return SimpleNamespace(unet=unet, scheduler=scheduler_of(name, steps))
+
+
+@torch.no_grad()
+def denoise(pipeline, steps=20, seed=0, size=16):
+    """The final latents."""
+    unet, scheduler = pipeline.unet, pipeline.scheduler
+    scheduler.set_timesteps(steps)
+    inputs = tiny_inputs(seed=seed, size=size)
+    x = inputs["sample"]
+    for time in scheduler.timesteps:
+        given = scheduler.scale_model_input(x, time)
+        output = unet(**{**inputs, "sample": given, "timestep": time}).sample
+        x = scheduler.step(output, time, x).prev_sample
+    return x
+
+
+def relative(x, y):
+    return float(((x - y).flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1)).max())
+
+
+@pytest.fixture
+def pipeline():
+    return pipeline_of(tiny_unet())
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_smaller_tolerance_is_closer_and_zero_is_the_baseline(name):
+    pipeline = pipeline_of(tiny_unet(), name)
+    baseline = denoise(pipeline)
+    errors, skipped = [], []
+    for tolerance in (0.0, 0.001, 0.01, 0.1):
+        with apply_cache(pipeline, tolerance=tolerance) as handle:
+            found = denoise(pipeline)
+            assert torch.equal(denoise(pipeline), found), "a second run is the same"
+        errors.append(relative(found, baseline))
+        skipped.append(sum(row["skipped"] for row in handle.stats()))
+        predicted = max(handle.predicted_error or [0.0])
+        assert predicted <= tolerance
+        assert errors[-1] <= 3 * max(predicted, 1e-6)
+    assert torch.equal(denoise(pipeline), baseline)
+    assert errors[0] == 0 and skipped[0] == 0
+    assert skipped == sorted(skipped) and skipped[-1] > skipped[0]
+    assert errors == sorted(errors)
+
+
+def test_what_a_run_says_of_itself(pipeline):
+    handle = apply_cache(pipeline, tolerance=0.1)
+    assert handle.predicted_error is handle.steps is None
+    assert "tolerance 0.1 (not run yet)" in handle.summary()
+    denoise(pipeline)
+    assert len(handle.steps) == 20 and set(handle.steps) <= {"computed", *RELATIVE_ERROR}
+    # Every step is counted once: skipped as a whole, in part, or computed.
+    rows = {row["region"]: row for row in handle.stats()}
+    assert list(rows) == ["network", "inner"]  # two levels have one inside
+    assert {name: handle.steps.count(name) for name in rows} == {
+        name: row["skipped"] for name, row in rows.items()
+    }
+    assert handle.steps[-1] == "computed" == handle.steps[0]
+    summary = handle.summary()
+    assert "last run: #" in summary and f"{handle.predicted_error[0]:.4f}" in summary
+    handle.reset_stats()
+    assert handle.steps is None
+
+
+def test_only_the_inner_region_on_request(pipeline):
+    with apply_cache(pipeline, tolerance=0.5, region="inner") as handle:
+        denoise(pipeline)
+        skipped = set(handle.steps)
+    assert "network" not in skipped and "inner" in skipped
+
+
+def test_copies_pickles_and_interleaved_runs(pipeline):
+    apply_cache(pipeline, tolerance=0.1)
+    expected = denoise(pipeline)
+    for copied in (copy.deepcopy(pipeline), pickle.loads(pickle.dumps(pipeline))):
+        assert torch.equal(denoise(copied), expected)
+        assert get_handle(copied.unet, "cache").config[0].tolerance == 0.1
+    other = denoise(pipeline, seed=5)
+    denoise(pipeline, steps=7, size=24)
+    assert torch.equal(denoise(pipeline), expected)
+    assert torch.equal(denoise(pipeline, seed=5), other)
+
+
+def test_a_run_in_which_nothing_can_be_skipped_says_so(pipeline):
+    apply_cache(pipeline, tolerance=1e-9)
+    with pytest.warns(UserWarning, match="the tolerance is too small"):
+        denoise(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (dict(tolerance=-0.1), "tolerance=-0.1 must be a number at least 0"),
+        (dict(tolerance="1%"), "write tolerance=0.01"),
+        (dict(tolerance=1), "tolerance=1 allows any image"),
+        (dict(tolerance=0.01, interval=3), "leave out interval"),
+        (dict(tolerance=0.01, region="middle"), "region"),
+    ],
+)
+def test_wrong_options(options, said, pipeline):
+    with pytest.raises(ToMeError, match=said):
+        apply_cache(pipeline, **options)
+    two = [dict(tolerance=0.01), dict(region="inner")]
+    with pytest.raises(ToMeError, match="a tolerance covers all regions"):
+        apply_cache(pipeline, two)
+    assert get_handle(pipeline.unet) is None
