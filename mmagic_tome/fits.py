@@ -75,8 +75,8 @@ def fit_input(
     count = len(columns)
     columns += [part for step in rates for rate in step for part in parts(rate)]
     wide = torch.float64 if x.device.type in ("cpu", "cuda") else torch.float32
-    rows = torch.stack([*columns, x], dim=-1).to(wide)
-    products = torch.einsum("bnk,bnl->bkl", rows, rows).cpu().double()
+    rows = torch.stack([*columns, x], dim=1).to(wide)
+    products = (rows @ rows.mT).cpu().double()
     if not products.isfinite().all():
         return Fit()
     images = products[: len(products) // copies]
@@ -103,7 +103,7 @@ def fit_input(
 def _weights(products: Tensor, ages: Sequence[int]) -> Tensor | None:
     """See :class:`Fit`: of outputs with these ages, which are the columns from the second on."""
     number = ages.count(0)
-    if ages.count(1) not in (0, number):
+    if number == 0 or ages.count(1) not in (0, number):
         return None
     # The input before the last would make it ambiguous: it follows from the others.
     weights = _least_squares(_chosen(products, [*range(len(ages) + 1), -1]))[1:]

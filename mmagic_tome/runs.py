@@ -237,7 +237,8 @@ class RunTracker:
             run.remember(self._latents, output, computed)
         self._latents = ()
         if run.last:
-            run.branch.state = self.new_state()
+            run.branch.state, run.branch.computed, run.branch.times = self.new_state(), [], []
+            run.fitted = None
 
     def drop(self) -> None:
         """Forget the run whose call failed."""

@@ -19,7 +19,8 @@ LAYERS = {
     "timeline": (),
     "graphs": (),
     "latents": (),
-    "runs": ("latents",),
+    "fits": (),
+    "runs": ("fits", "latents"),
     "validate": ("errors",),
     "patch": ("graphs",),
     "base_handle": ("patch", "graphs"),
@@ -27,9 +28,11 @@ LAYERS = {
     "models": ("merging", "errors", "validate"),
     "schedules": ("errors", "timeline", "validate"),
     "config": ("schedules", "methods", "merging", "errors", "timeline", "validate"),
-    "cache": ("errors", "validate", "graphs", "latents", "patch", "runs", "timeline"),
+    "cache": ("errors", "validate", "graphs", "latents", "patch", "fits", "runs", "timeline"),
 }
-LAYERS["tome"] = (*("config", *LAYERS["config"], "models", "patch", "graphs", "latents", "runs"),)
+LAYERS["tome"] = (
+    *("config", *LAYERS["config"], "models", "patch", "graphs", "latents", "fits", "runs"),
+)
 LAYERS["handle"] = ("tome", *LAYERS["tome"], "cache", "base_handle")
 LAYERS["vit"] = ("merging", "errors", "validate", "base_handle", "patch", "graphs")
 LAYERS["apply"] = ("handle", *LAYERS["handle"], "vit")

@@ -107,7 +107,7 @@ def test_a_run_that_fits_well_is_held_to_it(tracker):
         *_, x = denoise(tracker, image(), (900, 800, 700)[: exact_steps + 1])
         run = tracker.runs[0]
         noisy = 0.8 * x + 0.25 * image(3)
-        assert 0.1 < run.fit((noisy,))[0] < MAX_RESIDUAL
+        assert 0.1 < run.fit((noisy,)).residual < MAX_RESIDUAL
         assert (call(tracker, noisy, 600)[0] is run) == (exact_steps == 0)
 
 

@@ -16,6 +16,7 @@ def test_defaults():
         "order": 1,
         "error_feedback": 0.0,
         "num_outer_blocks": 1,
+        "tolerance": None,
     }
     assert coerce_cache() == PRESETS["balanced"]
 

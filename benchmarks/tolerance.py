@@ -1,0 +1,157 @@
+#!/usr/bin/env python
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Predicted and realised errors of runs with a tolerance, beside fewer steps.
+
+The demo model draws held-out captions, one image at a time, by several schedulers and guidance
+scales: the baseline, step caching at some tolerances, and the baseline with fewer steps. Goes on
+where it was interrupted. Writes ``data/tolerance.json``::
+
+    python benchmarks/tolerance.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import mmagic_tome
+from mmagic_tome import apply_cache
+from mmagic_tome.lab.prompts import read_prompts
+from mmagic_tome.lab.report import save_record
+from mmagic_tome.models import find_adapter
+
+DATA = Path(__file__).parent / "data/tolerance.json"
+SCHEDULERS = {
+    "DDIM": ("DDIMScheduler", {}),
+    "Euler": ("EulerDiscreteScheduler", {}),
+    "DPM-Solver++ 2M": ("DPMSolverMultistepScheduler", {}),
+    "UniPC": ("UniPCMultistepScheduler", {}),
+    "PNDM": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "Euler ancestral": ("EulerAncestralDiscreteScheduler", {}),
+}
+TOLERANCES = (0.005, 0.01, 0.02, 0.05)
+SHARES = (0.9, 0.8, 0.65, 0.5)  # of the steps
+
+
+def load(size: int) -> Any:
+    """The demo model's pipeline."""
+    from diffusers import StableDiffusionPipeline  # after mmagic_tome, which may repair it
+
+    folder = Path(mmagic_tome.__file__).parent / "assets/demo_model"
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        folder, safety_checker=None, torch_dtype=torch.float32
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.default_size = size
+    return pipeline
+
+
+def shares(pipeline: Any) -> dict[str, float]:
+    """Region -> share of the operations of a call that are left if it is skipped."""
+    adapter, network = find_adapter(pipeline)
+    name = type(network).__name__
+    with FlopCounterMode(display=False) as counter:
+        pipeline("a", num_inference_steps=1, output_type="latent", guidance_scale=3.0)
+    counts = {module: sum(one.values()) for module, one in counter.get_flop_counts().items()}
+    names = {module: path for path, module in network.named_modules()}
+    found = {"computed": 1.0, "network": 0.0}
+    for region, depth in (("inner", 1), ("innermost", 2)):
+        inside = [names[module] for module in adapter.inner_modules(network, depth)]
+        skipped = sum(counts.get(f"{name}.{one}", 0) for one in inside)
+        found[region] = 1 - skipped / counts[name]
+    return found
+
+
+def run(pipeline: Any, prompt: str, seed: int, steps: int, guidance: float) -> Tensor:
+    """The final latents."""
+    size = pipeline.default_size
+    generator = torch.Generator().manual_seed(seed)
+    return pipeline(
+        prompt, height=size, width=size, num_inference_steps=steps, guidance_scale=guidance,
+        generator=generator, output_type="latent",
+    ).images  # fmt: skip
+
+
+def decode(pipeline: Any, latents: Tensor) -> Tensor:
+    """Pixels in 0 ... 1."""
+    image = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+    return (image / 2 + 0.5).clamp(0, 1)
+
+
+def closeness(pipeline: Any, latents: Tensor, baseline: Tensor) -> dict[str, float]:
+    """Relative error of the latents and PSNR of the images."""
+    one, other = decode(pipeline, latents), decode(pipeline, baseline)
+    square = float((one - other).square().mean())
+    return {
+        "error": float((latents - baseline).norm() / baseline.norm()),
+        "psnr": float(-10 * torch.tensor(max(square, 1e-12)).log10()),
+    }
+
+
+@torch.no_grad()
+def cell(
+    pipeline: Any, scheduler: str, guidance: float, steps: int, prompts: Sequence[str], left: dict
+) -> list[dict[str, Any]]:
+    """The rows of one scheduler, guidance scale and number of steps."""
+    import diffusers
+
+    name, options = SCHEDULERS[scheduler]
+    cls = getattr(diffusers, name)
+    pipeline.scheduler = cls.from_config(pipeline.scheduler.config, **options)
+    rows: dict[str, dict[str, Any]] = {}
+
+    def note(method: str, operations: float, found: dict[str, Any]) -> None:
+        row = {"scheduler": scheduler, "guidance": guidance, "steps": steps, "method": method}
+        row = rows.setdefault(method, {**row, "operations": [], "images": []})
+        row["operations"].append(round(operations, 4))
+        row["images"].append({key: float(f"{value:.4g}") for key, value in found.items()})
+
+    for seed, prompt in enumerate(prompts):
+        baseline = run(pipeline, prompt, seed, steps, guidance)
+        for tolerance in TOLERANCES:
+            with apply_cache(pipeline, tolerance=tolerance) as handle:
+                latents = run(pipeline, prompt, seed, steps, guidance)
+                found = closeness(pipeline, latents, baseline)
+                found["predicted"] = max(handle.predicted_error or [0.0])
+                done = [left[step] for step in handle.steps]
+            note(f"tolerance {tolerance:g}", sum(done) / len(done), found)
+        for share in SHARES:
+            fewer = round(share * steps)
+            latents = run(pipeline, prompt, seed, fewer, guidance)
+            note(f"{fewer} steps", fewer / steps, closeness(pipeline, latents, baseline))
+    return list(rows.values())
+
+
+def main() -> None:
+    """Measure the cells that are not in the file yet."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--images", type=int, default=12, help="default: 12")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[3.0, 7.5])
+    parser.add_argument("--steps", type=int, nargs="+", default=[20])
+    parser.add_argument("--schedulers", nargs="+", default=list(SCHEDULERS))
+    args = parser.parse_args()
+    every = [one.text for one in read_prompts("demo-held-out")]
+    prompts = every[:: len(every) // args.images][: args.images]
+    pipeline = load(128)
+    left = shares(pipeline)
+    rows = json.loads(DATA.read_text())["rows"] if DATA.exists() else []
+    done = {(row["scheduler"], row["guidance"], row["steps"]) for row in rows}
+    cells = list(itertools.product(args.schedulers, args.guidance, args.steps))
+    for one in tqdm([one for one in cells if one not in done], unit="cell"):
+        rows += cell(pipeline, *one, prompts, left)
+        settings = {"model": "demo model", "size": "128x128", "images": args.images}
+        settings.update(dtype="float32", captions="held out", left_if_skipped=left)
+        save_record(DATA, settings, rows)
+
+
+if __name__ == "__main__":
+    main()
