@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import statistics
@@ -266,6 +267,53 @@ def continuity(page: Path) -> str:
     return data.table(heads, cells)
 
 
+def tolerance(page: Path) -> str:
+    """Runs with a tolerance: operations, predicted and realised errors, fewer steps beside them."""
+    data = Data(page, "tolerance")
+    cells = []
+    for row in data.rows:
+        if not row["method"].startswith("tolerance"):
+            continue
+        saved = 1 / statistics.mean(row["operations"])
+        realised = [one["error"] for one in row["images"]]
+        ratios_ = sorted(
+            one["error"] / one["predicted"] for one in row["images"] if one["predicted"]
+        )
+        psnr = [one["psnr"] for one in row["images"]]
+        fewer = _fewer_steps(data.rows, row, saved)
+        cells.append(
+            [
+                f"{row['scheduler']}, guidance {row['guidance']:g}",
+                row["method"].removeprefix("tolerance "),
+                f"{saved:.2f}x",
+                f"{statistics.mean(realised):.4f}",
+                f"{ratios_[0]:.2f} / {statistics.median(ratios_):.2f} / {ratios_[-1]:.2f}"
+                if ratios_
+                else "-",
+                f"{statistics.mean(psnr):.1f} ({min(psnr):.1f})",
+                "-" if fewer is None else f"{fewer:.1f}",
+            ]
+        )
+    heads = ["", "tolerance", "fewer operations", "error of the final latent"]
+    heads += ["realised / predicted: min / median / max", "PSNR, dB: mean (worst image)"]
+    return data.table([*heads, "fewer steps, dB: mean"], cells)
+
+
+def _fewer_steps(rows: Sequence[Row], row: Row, saved: float) -> float | None:
+    """Mean PSNR of fewer steps with as many operations: on the line between measured numbers of
+    steps, along the logarithm of the speed-up; None beyond them."""
+    keys = ("scheduler", "guidance", "steps")
+    known = sorted(
+        (1 / statistics.mean(one["operations"]), statistics.mean(i["psnr"] for i in one["images"]))
+        for one in rows
+        if one["method"].endswith(" steps") and all(one[key] == row[key] for key in keys)
+    )
+    for (x0, y0), (x1, y1) in zip(known, known[1:]):
+        if x0 <= saved <= x1:
+            return y0 + (y1 - y0) * math.log(saved / x0) / math.log(x1 / x0)
+    return None
+
+
 def operations(page: Path) -> str:
     """Operations of one step, of the configs beside the page."""
     data = Data(page, "operations")
@@ -338,6 +386,7 @@ FIGURES: Mapping[str, Callable[[Path], str]] = {
     "step-caching": partial(listed, name="step_caching"),
     "smoothness": smoothness,
     "run-continuity": continuity,
+    "tolerance": tolerance,
     "operations": operations,
     "vit-correlation": vit_correlation,
     "vit-quality-224": partial(vit_quality, size=224),

@@ -20,7 +20,7 @@ from ..runs import Call, Run, RunTracker
 from ..timeline import Timeline, in_range
 from .config import StepCacheConfig
 from .extrapolate import OutputHistory, placeholder, undefined_like
-from .tolerance import Budget
+from .tolerance import FEEDBACK, Budget
 
 # With a tolerance: region -> num_outer_blocks of its modules.
 _DEPTHS = {"inner": 1, "innermost": 2}
@@ -178,7 +178,10 @@ class CachePatch(Patch):
     def new_states(self) -> dict[str, RegionState]:
         """What is kept for every region in one guidance branch."""
         configs = {config.region: config for config in self.configs}
-        return {name: RegionState(configs.get(name, self.configs[0])) for name in self.regions}
+        if self.tolerance is not None:
+            own = {name: dict(error_feedback=FEEDBACK[name]) for name in self.regions}
+            configs = {name: StepCacheConfig(**options) for name, options in own.items()}
+        return {name: RegionState(configs[name]) for name in self.regions}
 
     @eager_only(inner=True)
     def output(self, region: str, proceed: Callable, args: tuple, kwargs: dict) -> Any:
