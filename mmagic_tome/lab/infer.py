@@ -201,7 +201,7 @@ class _Run:
         base, other = (self.seconds[one.name] for one in self.methods)
         for key, part in (("speedup", "whole"), ("network_speedup", "network")):
             found = interval(ratios(base[part], other[part]))
-            text = f"{found}{'' if found.excludes(1) else ', within noise'}"
+            text = f"{found.text()}{'' if found.excludes(1) else ', within noise'}"
             result[key] = {**asdict(found), "text": text}
         # Over a small image there is no room for more, and ~ says the same.
         speedup = result["speedup"]["text"].removesuffix(", within noise")

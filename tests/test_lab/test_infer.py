@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 
@@ -102,7 +103,8 @@ def test_compare_measures_against_the_baseline(results, configs, config):
     assert all(a > b > 0 for a, b in zip(base["whole"], base["network"]))
     sheet = Image.open(folder / found["compare"])
     assert sheet.width > 3 * 256 and sheet.height > 2 * 256
-    assert "Side by side" in found["printed"] and "speed-up: " in found["printed"]
+    assert "Side by side" in found["printed"]
+    assert re.search(r"speed-up: ~?\d+\.\d\dx \(\d", found["printed"])
     certain = not found["speedup"]["low"] <= 1 <= found["speedup"]["high"]
     assert ("within noise" not in found["speedup"]["text"]) == certain
 
