@@ -259,6 +259,37 @@ def test_a_run_in_which_nothing_can_be_skipped_says_so(pipeline):
 
 
 @pytest.mark.parametrize(
+    "title",
+    [
+        "Stable Diffusion 1.x",
+        "image to image",
+        "ControlNet",
+        "LoRA",
+        "SDXL base",
+        "Flux.1",
+        "Z-Image",
+        "Wan 2.1, 2.2 (video)",
+    ],
+)
+def test_pipelines(title):
+    """One or two forwards per step, timesteps of 1000 and of 1, latents in lists and clips."""
+    from tiny_pipelines import PIPELINES
+
+    case = PIPELINES[title]
+    pipeline = case.pipeline()
+    baseline = case.run(pipeline, num_inference_steps=10)
+    with apply_cache(pipeline, tolerance=0.5) as handle:
+        latents = case.run(pipeline, num_inference_steps=10)
+        assert "network" in handle.steps and handle.steps[-1] == "computed"
+        # Random weights: not as smooth as what the prediction is made for.
+        assert 0 < relative(latents, baseline) < 4 * max(handle.predicted_error)
+        assert torch.equal(case.run(pipeline, num_inference_steps=10), latents)
+    with apply_cache(pipeline, tolerance=0):
+        assert torch.equal(case.run(pipeline, num_inference_steps=10), baseline)
+    assert torch.equal(case.run(pipeline, num_inference_steps=10), baseline)
+
+
+@pytest.mark.parametrize(
     ("options", "said"),
     [
         (dict(tolerance=-0.1), "tolerance=-0.1 must be a number at least 0"),
