@@ -103,7 +103,9 @@ class ToMeConfig(Options):
         "timestep_range": "write ratio=dict(base=0.5, timestep=dict(timestep_range=(0.3, 1)))",
         **dict.fromkeys(
             ("preset", "reuse", "cache", "tolerance", "interval", "region"),
-            "step caching has options of its own; write cache_cfg='balanced', or call apply_cache",
+            "step caching has options of its own; write cache_cfg='balanced' or "
+            "cache_cfg=dict(tolerance=0.01), or call apply_cache (in a --method: "
+            "'cache': {'tolerance': 0.01})",
         ),
         **dict.fromkeys(
             ("merge_attn", "merge_crossattn", "merge_mlp", "sites"),

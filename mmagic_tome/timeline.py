@@ -41,7 +41,13 @@ def warn_of_oscillation(model: object, configs: Sequence[Any]) -> None:
     """Warn if a model's scheduler amplifies the oscillation that error feedback of one of the step
     caches introduces (``docs/research/step_caching.md``)."""
     name = scheduler_name(scheduler_of(model))
-    if name in _FOUR_OUTPUTS and any(config.error_feedback for config in configs):
+    if name in _FOUR_OUTPUTS and any(config.tolerance is not None for config in configs):
+        warnings.warn(
+            f"{name} amplifies step-to-step oscillation, so errors will be several times larger "
+            "than the tolerance; use another scheduler, such as DPMSolverMultistepScheduler",
+            stacklevel=3,
+        )
+    elif name in _FOUR_OUTPUTS and any(config.error_feedback for config in configs):
         warnings.warn(
             f"{name} amplifies step-to-step oscillation, which error feedback introduces; use "
             "another scheduler, such as DPMSolverMultistepScheduler, or set error_feedback=0",

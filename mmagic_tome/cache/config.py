@@ -14,6 +14,7 @@ from ..validate import (
     check_keys,
     check_number,
     check_range,
+    is_number,
     nearest,
     plain,
 )
@@ -92,10 +93,12 @@ class StepCacheConfig:
             object.__setattr__(self, name, value)
 
     def _check_tolerance(self) -> None:
-        value = check_number(_WHERE, "tolerance", self.tolerance, 0, 1, default=0.01)
-        if value == 1:
-            raise ToMeError(f"{_WHERE}tolerance=1 allows any image; write tolerance=0.01")
-        object.__setattr__(self, "tolerance", float(value))
+        if not is_number(self.tolerance) or not 0 <= self.tolerance < 1:
+            raise ToMeError(
+                f"{_WHERE}tolerance={self.tolerance!r} must be a number at least 0 and below 1; "
+                "write tolerance=0.01"
+            )
+        object.__setattr__(self, "tolerance", float(self.tolerance))
         given = [
             one.name
             for one in fields(self)
@@ -154,7 +157,7 @@ def coerce_cache(config: CacheSpec = None, **options: Any) -> tuple[StepCacheCon
             close = nearest(config, PRESETS) or "balanced"
             raise ToMeError(
                 f"step cache: {config!r} is no named setting; write {close!r} (there are "
-                f"{', '.join(PRESETS)}), or a dict such as dict(region='inner', interval=2)"
+                f"{', '.join(PRESETS)}), or a dict such as {{'tolerance': 0.01}}"
             )
         configs = PRESETS[config]
     else:

@@ -94,7 +94,8 @@ def skips_of_run(configs: Sequence[StepCacheConfig], num_steps: int) -> list[set
 
 @dataclass
 class RegionStats:
-    """At how many calls a region was computed, and at how many it was skipped."""
+    """At how many calls a region was computed, and at how many it was skipped; with a tolerance
+    calls in which a smaller or a larger region is skipped count for neither."""
 
     computed: int = 0
     skipped: int = 0

@@ -73,7 +73,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
     def run() -> None:
         if verb == "tune":
-            raise ToMeError("tune is not here yet; compare settings with evaluate: --method ...")
+            raise ToMeError(
+                "tune is not here; --tolerance says how far images may be from the baseline, and "
+                "settings are compared by evaluate: --method ..."
+            )
         if verb not in VERBS:
             wrong = f"there is no verb {verb!r}" if verb else "state a verb"
             raise ToMeError(f"{wrong}; write one of {', '.join(known)}")
@@ -161,7 +164,9 @@ def _method(args: argparse.Namespace, source: Any) -> Any:
     from .methods import BASELINE
 
     if args.method and (args.ratio is not None or args.cache is not NOT_GIVEN):
-        raise ToMeError("--ratio and --cache change the config's setting; write both into --method")
+        raise ToMeError(
+            "--ratio, --cache and --tolerance change the config's setting; write them into --method"
+        )
     if len(args.method) > 1:
         raise ToMeError("only one --method can be applied; evaluate compares several")
     return [BASELINE, *_methods(args, source.setting)][-1]

@@ -145,8 +145,8 @@ def check_network(name: str, sizes: Sequence[tuple[int, int]] = ()) -> Network:
     """
     if name not in NETWORKS:
         raise ToMeError(
-            f"there is no network {name!r}; write one of {', '.join(NETWORKS)}; evaluate measures "
-            "the models of configs and pipelines"
+            f"there is no network {name!r}; write one of {', '.join(NETWORKS)}, a config's "
+            "path, or --pipeline FOLDER"
         )
     unit = NETWORKS[name].unit
     for height, width in sizes:

@@ -119,7 +119,10 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def parse_tolerance(text: str) -> dict[str, float]:
     """A ``cache_cfg`` from a tolerance."""
-    return {"tolerance": float(text)}
+    try:
+        return {"tolerance": float(text)}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number; write 0.01") from None
 
 
 def parse_cache(text: str) -> Any:
@@ -161,9 +164,10 @@ def add_options(parser: argparse.ArgumentParser, verb: str, default: str) -> Non
     def group(title: str) -> Callable[..., None]:
         options = parser.add_argument_group(title)
 
-        def add(names: str, kind: dict[str, Any], about: str, **changes: Any) -> None:
-            options.add_argument(*names.split(), help=about, **{**kind, **changes})
+        def add(names: str, kind: dict[str, Any], about: str, to: Any = options, **changes) -> None:
+            to.add_argument(*names.split(), help=about, **{**kind, **changes})
 
+        add.options = options
         return add
 
     add = group("what is run")
@@ -201,9 +205,10 @@ def add_options(parser: argparse.ArgumentParser, verb: str, default: str) -> Non
     ratio = "fraction of tokens to merge; 0 merges none (default: the config's)"
     add("--ratio", WEIGHT, ratio, metavar="R")
     names = "quality, balanced, fast, a dict, or none"
-    add("--cache", CACHE, f"step caching: {names} (default: the config's)")
+    either = add.options.add_mutually_exclusive_group()
+    add("--cache", CACHE, f"step caching: {names} (default: the config's)", either)
     error = "step caching: expected error of the final latent, such as 0.01 (default: the config's)"
-    add("--tolerance", TOLERANCE, error, dest="cache")
+    add("--tolerance", TOLERANCE, error, either, dest="cache")
     short = "tome:0.5, cache:balanced, tolerance:0.01, tomesd:0.5, deepcache:3, steps:13"
     long = "NAME={'ratio': 0.5, 'cache': 'balanced', 'steps': 20}"
     add("--method", {**REPEATED, **TEXT}, f"{short}, or {long} (default: what the config applies)")

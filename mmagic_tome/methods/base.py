@@ -117,7 +117,7 @@ def build_method(spec: str | Mapping[str, Any]) -> Method:
     if "type" not in options:
         raise ToMeError(
             f"method={options!r} names no method: write its name under 'type', such as "
-            "dict(type='toma', window=4)"
+            "dict(type='toma', window=4). One method serves all targets"
         )
     name = options.pop("type")
     if not isinstance(name, str) or name not in METHODS:

@@ -12,6 +12,7 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    PNDMScheduler,
     UniPCMultistepScheduler,
 )
 from tiny import tiny_inputs, tiny_unet
@@ -289,12 +290,18 @@ def test_pipelines(title):
     assert torch.equal(case.run(pipeline, num_inference_steps=10), baseline)
 
 
+def test_a_scheduler_whose_errors_are_larger_is_named():
+    pipeline = SimpleNamespace(unet=tiny_unet(), scheduler=PNDMScheduler(skip_prk_steps=True))
+    with pytest.warns(UserWarning, match="PNDMScheduler amplifies.*larger than the tolerance"):
+        apply_cache(pipeline, tolerance=0.01)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (dict(tolerance=-0.1), "tolerance=-0.1 must be a number at least 0"),
         (dict(tolerance="1%"), "write tolerance=0.01"),
-        (dict(tolerance=1), "tolerance=1 allows any image"),
+        (dict(tolerance=1), "below 1; write tolerance=0.01"),
         (dict(tolerance=0.01, interval=3), "leave out interval"),
         (dict(tolerance=0.01, region="middle"), "region"),
     ],
