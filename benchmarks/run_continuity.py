@@ -70,11 +70,11 @@ def residuals(images: list[Calls]) -> dict[str, list[float]]:
         run.called, run.branches = [0], {0: Branch(None)}
         for step, (x, output) in enumerate(calls):
             if step:
-                found["own"].append(run.fit([x])[0])
+                found["own"].append(run.fit([x]).residual)
                 for other in (one for one in images if one is not calls):
-                    found["other"].append(run.fit([other[step][0]])[0])
+                    found["other"].append(run.fit([other[step][0]]).residual)
                     if step + 4 < len(other):
-                        found["later"].append(run.fit([other[step + 4][0]])[0])
+                        found["later"].append(run.fit([other[step + 4][0]]).residual)
                 run.previous, run.input = run.input, None
             run.remember([x], output)
     return found

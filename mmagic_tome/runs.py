@@ -165,7 +165,7 @@ class Run:
         self.previous, self.input = self.input, None
         return other
 
-    def remember(self, latents: Sequence[Tensor], output: Any, computed: bool) -> None:
+    def remember(self, latents: Sequence[Tensor], output: Any, computed: bool = False) -> None:
         """Note input and output of the call that ended, and whether it was computed."""
         outputs = tensors_of(output)
         if [y.dim() for y in outputs] != [x.dim() for x in latents]:
