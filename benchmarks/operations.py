@@ -21,21 +21,10 @@ from mmengine import Config
 
 from mmagic_tome import ToMeConfig, apply_tome, runs
 from mmagic_tome.lab.measure import count_flops
+from mmagic_tome.lab.networks import NETWORKS
 from mmagic_tome.lab.report import save_record
 
-SDXL = dict(
-    sample_size=128,
-    block_out_channels=(320, 640, 1280),
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    attention_head_dim=(5, 10, 20),
-    transformer_layers_per_block=(1, 2, 10),
-    cross_attention_dim=2048,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-    use_linear_projection=True,
-)
+SDXL = dict(NETWORKS["sdxl"].arguments, sample_size=128)
 FRAMES = 16
 
 

@@ -20,24 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from demo import SCHEDULERS, demo_pipeline, set_scheduler
 from torch import Tensor
 from tqdm import tqdm
 
-import mmagic_tome
 from mmagic_tome.lab.report import save_record
 from mmagic_tome.runs import Branch, Run
 
-SCHEDULERS = {
-    "DDIM": ("DDIMScheduler", {}),
-    "Euler": ("EulerDiscreteScheduler", {}),
-    "DPM-Solver++ 2M": ("DPMSolverMultistepScheduler", {}),
-    "UniPC": ("UniPCMultistepScheduler", {}),
-    "PNDM": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "Heun": ("HeunDiscreteScheduler", {}),
-    "Euler ancestral": ("EulerAncestralDiscreteScheduler", {}),
-    "SDE-DPM-Solver++ 2M": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "DDPM": ("DDPMScheduler", {}),
-}
 PROMPTS = ["red apple", "sailboat", "cat face", "green apple"]
 STEPS, GUIDANCE = 20, (3.0, 7.5)
 Calls = list[tuple[Tensor, Tensor]]
@@ -81,18 +70,11 @@ def residuals(images: list[Calls]) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    import diffusers  # after mmagic_tome, which may repair it
-
     torch.set_num_threads(1)
-    folder = Path(mmagic_tome.__file__).parent / "assets/demo_model"
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
-        folder, safety_checker=None, torch_dtype=torch.float32
-    )
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = demo_pipeline()
     rows = []
-    for name, (class_name, options) in tqdm(SCHEDULERS.items(), unit="scheduler"):
-        scheduler = getattr(diffusers, class_name)
-        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **options)
+    for name in tqdm(SCHEDULERS, unit="scheduler"):
+        set_scheduler(pipeline, name)
         for guidance in GUIDANCE:
             images = [trajectory(pipeline, guidance, number) for number in range(len(PROMPTS))]
             row = {"scheduler": name, "guidance": guidance, **residuals(images)}

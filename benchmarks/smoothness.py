@@ -14,9 +14,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from demo import demo_pipeline
 from torch import Tensor
 
-import mmagic_tome
 from mmagic_tome.cache.extrapolate import extrapolate
 from mmagic_tome.lab.report import save_record
 from mmagic_tome.models import find_adapter
@@ -29,12 +29,7 @@ Outputs = list[tuple[float, Tensor]]
 @torch.no_grad()
 def record() -> dict[str, Outputs]:
     """Region -> (timestep, output) of every step."""
-    from diffusers import StableDiffusionPipeline  # after mmagic_tome, which may repair it
-
-    folder = Path(mmagic_tome.__file__).parent / "assets/demo_model"
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        folder, safety_checker=None, torch_dtype=torch.float32
-    )
+    pipeline = demo_pipeline()
     adapter, network = find_adapter(pipeline)
     seen: dict[str, Outputs] = {"network": [], "inner": []}
     now = [0.0]

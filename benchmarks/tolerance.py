@@ -19,40 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from demo import SCHEDULERS, demo_pipeline, set_scheduler
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import mmagic_tome
 from mmagic_tome import apply_cache
 from mmagic_tome.lab.prompts import read_prompts
 from mmagic_tome.lab.report import save_record
 from mmagic_tome.models import find_adapter
 
 DATA = Path(__file__).parent / "data/tolerance.json"
-SCHEDULERS = {
-    "DDIM": ("DDIMScheduler", {}),
-    "Euler": ("EulerDiscreteScheduler", {}),
-    "DPM-Solver++ 2M": ("DPMSolverMultistepScheduler", {}),
-    "UniPC": ("UniPCMultistepScheduler", {}),
-    "PNDM": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "Euler ancestral": ("EulerAncestralDiscreteScheduler", {}),
-}
+# Samplers that users run; the others of the table are variants.
+CHOSEN = ("DDIM", "Euler", "DPM-Solver++ 2M", "UniPC", "PNDM", "Euler ancestral")
+SIZE = 128
 TOLERANCES = (0.005, 0.01, 0.02, 0.05)
 SHARES = (0.9, 0.8, 0.65, 0.5)  # of the steps
-
-
-def load(size: int) -> Any:
-    """The demo model's pipeline."""
-    from diffusers import StableDiffusionPipeline  # after mmagic_tome, which may repair it
-
-    folder = Path(mmagic_tome.__file__).parent / "assets/demo_model"
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        folder, safety_checker=None, torch_dtype=torch.float32
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.default_size = size
-    return pipeline
 
 
 def shares(pipeline: Any) -> dict[str, float]:
@@ -73,10 +55,9 @@ def shares(pipeline: Any) -> dict[str, float]:
 
 def run(pipeline: Any, prompt: str, seed: int, steps: int, guidance: float) -> Tensor:
     """The final latents."""
-    size = pipeline.default_size
     generator = torch.Generator().manual_seed(seed)
     return pipeline(
-        prompt, height=size, width=size, num_inference_steps=steps, guidance_scale=guidance,
+        prompt, height=SIZE, width=SIZE, num_inference_steps=steps, guidance_scale=guidance,
         generator=generator, output_type="latent",
     ).images  # fmt: skip
 
@@ -102,11 +83,7 @@ def cell(
     pipeline: Any, scheduler: str, guidance: float, steps: int, prompts: Sequence[str], left: dict
 ) -> list[dict[str, Any]]:
     """The rows of one scheduler, guidance scale and number of steps."""
-    import diffusers
-
-    name, options = SCHEDULERS[scheduler]
-    cls = getattr(diffusers, name)
-    pipeline.scheduler = cls.from_config(pipeline.scheduler.config, **options)
+    set_scheduler(pipeline, scheduler)
     rows: dict[str, dict[str, Any]] = {}
 
     def note(method: str, operations: float, found: dict[str, Any]) -> None:
@@ -137,18 +114,18 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=12, help="default: 12")
     parser.add_argument("--guidance", type=float, nargs="+", default=[3.0, 7.5])
     parser.add_argument("--steps", type=int, nargs="+", default=[20])
-    parser.add_argument("--schedulers", nargs="+", default=list(SCHEDULERS))
+    parser.add_argument("--schedulers", nargs="+", choices=SCHEDULERS, default=CHOSEN)
     args = parser.parse_args()
     every = [one.text for one in read_prompts("demo-held-out")]
     prompts = every[:: len(every) // args.images][: args.images]
-    pipeline = load(128)
+    pipeline = demo_pipeline()
     left = shares(pipeline)
     rows = json.loads(DATA.read_text())["rows"] if DATA.exists() else []
     done = {(row["scheduler"], row["guidance"], row["steps"]) for row in rows}
     cells = list(itertools.product(args.schedulers, args.guidance, args.steps))
     for one in tqdm([one for one in cells if one not in done], unit="cell"):
         rows += cell(pipeline, *one, prompts, left)
-        settings = {"model": "demo model", "size": "128x128", "images": args.images}
+        settings = {"model": "demo model", "size": f"{SIZE}x{SIZE}", "images": args.images}
         settings.update(dtype="float32", captions="held out", left_if_skipped=left)
         save_record(DATA, settings, rows)
 

@@ -25,7 +25,7 @@ class Fit:
         shares: branch -> share of the input that its last output explains.
         weights: (P,) change of the input per unit of each output of a step, by branch and by copy
             within it; what multistep samplers take back at the next step is counted. None if it
-            cannot be told.
+            cannot be told, and without ``rates``.
         rates: (B, K, P, K, P) inner products of the last K changes of the outputs per unit of the
             timestep, the oldest first; B images, without their copies for guidance. None if fewer
             than two outputs are known.
@@ -69,7 +69,6 @@ def fit_input(
                 columns.append(part)
                 owner.append(branch)
                 ages.append(age)
-    sampler = len(columns)
     if previous is not None:
         columns.append(previous)
     count = len(columns)
@@ -87,7 +86,7 @@ def fit_input(
         fit.rates = block.reshape(len(images), len(rates), each, len(rates), each)
     products = _moving(_chosen(products, [*range(count), -1]))
     weights = _least_squares(products)
-    length = products.sum(0).diagonal().sqrt()
+    length = products.sum(0).diagonal().sqrt().clamp_min(1e-30)
     fit.shares = dict.fromkeys(outputs, 0.0)
     for branch, age, weight in zip(owner[1:], ages[1:], (weights * length[:-1] / length[-1])[1:]):
         if age == 0:
@@ -96,7 +95,8 @@ def fit_input(
     residuals = torch.einsum("k,bkl,l->b", weights, products, weights).clamp_min(0)
     own = products[:, -1, -1].clamp_min(1e-30)
     fit.residual = float((residuals / own).max().sqrt())
-    fit.weights = _weights(products, ages[1:sampler])
+    if rates:
+        fit.weights = _weights(products, ages[1:])
     return fit
 
 

@@ -20,10 +20,8 @@ from ..runs import Call, Run, RunTracker
 from ..timeline import Timeline, in_range
 from .config import StepCacheConfig
 from .extrapolate import OutputHistory, placeholder, undefined_like
-from .tolerance import FEEDBACK, Budget
+from .tolerance import REGIONS, Budget
 
-# With a tolerance: region -> num_outer_blocks of its modules.
-_DEPTHS = {"inner": 1, "innermost": 2}
 # Calls in a row that begin a run of their own before a warning says so.
 _LONE_CALLS = 8
 
@@ -146,7 +144,14 @@ class CachePatch(Patch):
         self.configs = tuple(configs)
         self.tolerance = configs[0].tolerance
         self.adapter = adapter
-        self.regions = {config.region: RegionStats() for config in configs}
+        self._region_configs = {config.region: config for config in configs}
+        if self.tolerance is not None:
+            # 'inner' alone: the network is never skipped as a whole.
+            wanted = {configs[0].region, "inner"}
+            self._region_configs = {
+                name: config for name, config in REGIONS.items() if config.region in wanted
+            }
+        self.regions = {name: RegionStats() for name in self._region_configs}
         self.budget: Budget | None = None  # of the last run, with a tolerance
         self.timeline = Timeline(model, adapter.timestep_scale)
 
@@ -154,23 +159,20 @@ class CachePatch(Patch):
         """Intercept the calls of the network, and those of its inner modules if these may be
         skipped."""
         intercept(network, NetworkCall(self))
-        regions = {
-            config.region: inner_modules(config, self.adapter, network)
-            for config in self.configs
-            if config.region == "inner"
-        }
-        if self.tolerance is not None:
-            for name, depth in _DEPTHS.items():
-                modules = self.adapter.inner_modules(network, depth)
+        inside: dict[str, list[nn.Module]] = {}
+        for name, config in self._region_configs.items():
+            if config.region == "inner":
+                modules = self.adapter.inner_modules(network, config.num_outer_blocks)
                 if modules:
-                    regions[name] = modules
-                    self.regions[name] = RegionStats()
+                    inside[name] = modules
+                else:
+                    del self.regions[name]
         # The first contains the others.
-        every = next(iter(regions.values()), [])
+        every = next(iter(inside.values()), [])
         for index, module in enumerate(every):
             parts = {
                 name: module is modules[-1]
-                for name, modules in regions.items()
+                for name, modules in inside.items()
                 if any(module is one for one in modules)
             }
             intercept(module, InnerCall(self, index, parts))
@@ -178,11 +180,7 @@ class CachePatch(Patch):
 
     def new_states(self) -> dict[str, RegionState]:
         """What is kept for every region in one guidance branch."""
-        configs = {config.region: config for config in self.configs}
-        if self.tolerance is not None:
-            own = {name: dict(error_feedback=FEEDBACK[name]) for name in self.regions}
-            configs = {name: StepCacheConfig(**options) for name, options in own.items()}
-        return {name: RegionState(configs[name]) for name in self.regions}
+        return {name: RegionState(self._region_configs[name]) for name in self.regions}
 
     @eager_only(inner=True)
     def output(self, region: str, proceed: Callable, args: tuple, kwargs: dict) -> Any:
@@ -324,11 +322,9 @@ class NetworkCall(Interceptor):
         computed = patch.tolerance is not None and "network" not in context.skipped
         context.tracker.end(output, computed)
         if run.last and not context.run_skips and patch.tolerance != 0:
-            given = "timestep_range" if patch.tolerance is None else "tolerance"
-            why = {
-                "timestep_range": "too few steps lie in timestep_range",
-                "tolerance": "the tolerance is too small for its steps",
-            }[given]
+            given, why = "timestep_range", "too few steps lie in timestep_range"
+            if patch.tolerance is not None:
+                given, why = "tolerance", "the tolerance is too small for its steps"
             patch.warn_once(
                 "nothing",
                 f"step caching skipped nothing in a run of {run.step + 1} step"

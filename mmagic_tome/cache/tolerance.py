@@ -25,14 +25,19 @@ from torch import Tensor
 
 from ..fits import Fit
 from ..runs import Run
+from .config import StepCacheConfig
 
 #: Regions that may be skipped, the cheapest run first -> error that is left of skipping each,
 #: relative to an extrapolated output of the network without error feedback. Measured on the demo
 #: model: without feedback the inner regions err 0.3 and 0.08 times as much as the network;
 #: feedback leaves about half of an error.
 RELATIVE_ERROR = {"network": 0.6, "inner": 0.16, "innermost": 0.06}
-#: Error feedback of each region, see :class:`~.config.StepCacheConfig`.
-FEEDBACK = {"network": 0.5, "inner": 0.7, "innermost": 0.7}
+#: How each of them is extrapolated.
+REGIONS = {
+    "network": StepCacheConfig(error_feedback=0.5),
+    "inner": StepCacheConfig(region="inner", error_feedback=0.7),
+    "innermost": StepCacheConfig(region="inner", num_outer_blocks=2, error_feedback=0.7),
+}
 # Share of the remaining budget, as a square, that one step may spend: few steps are left to spend
 # it at the end of a run, and earlier steps must leave something for later ones.
 _SHARE = 0.2

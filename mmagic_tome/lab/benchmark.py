@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -94,8 +95,8 @@ def benchmark(
         raise ToMeError(f"mode={mode!r} must be one of {', '.join(MODES)}")
     timer = Clock(device, clock)
     by_name = isinstance(network, str)
-    cases = _named if by_name else _recorded
-    works = cases(network, timer.device, sizes, batches, dtypes, steps, request)
+    asked = _Asked(timer.device, sizes, batches, dtypes, steps, request)
+    works = _named(network, asked) if by_name else _recorded(network, asked)
     manifest = {
         "command": "benchmark",
         "network": network if by_name else network.path,
@@ -117,44 +118,41 @@ def benchmark(
     return frame
 
 
-def _named(
-    name: str,
-    device: torch.device,
-    sizes: Sequence[tuple[int, int]] | None,
-    batches: Sequence[int] | None,
-    dtypes: Sequence[torch.dtype],
-    steps: int,
-    request: Mapping[str, Any] | None,
-) -> Iterator[_Work]:
+@dataclass(frozen=True)
+class _Asked:
+    """The cases to measure, as :func:`benchmark` takes them."""
+
+    device: torch.device
+    sizes: Sequence[tuple[int, int]] | None
+    batches: Sequence[int] | None
+    dtypes: Sequence[torch.dtype]
+    steps: int
+    request: Mapping[str, Any] | None
+
+
+def _named(name: str, asked: _Asked) -> Iterator[_Work]:
     """The work of every case on a network with random weights."""
-    entry = check_network(name, sizes or ())
-    sizes, batches = sizes or [(entry.size, entry.size)], batches or [entry.batch]
+    entry = check_network(name, asked.sizes or ())
+    sizes, batches = asked.sizes or [(entry.size, entry.size)], asked.batches or [entry.batch]
 
     def works() -> Iterator[_Work]:
-        for dtype in dtypes or [torch.float32]:
-            built = entry.build(device, dtype)
+        for dtype in asked.dtypes or [torch.float32]:
+            built = entry.build(asked.device, dtype)
             for size, batch in itertools.product(sizes, batches):
-                yield work_on(entry, built, size, batch, steps), size, batch
+                yield work_on(entry, built, size, batch, asked.steps), size, batch
             del built
 
     return works()
 
 
-def _recorded(
-    source: Source,
-    device: torch.device,
-    sizes: Sequence[tuple[int, int]] | None,
-    batches: Sequence[int] | None,
-    dtypes: Sequence[torch.dtype],
-    steps: int,
-    request: Mapping[str, Any] | None,
-) -> Iterator[_Work]:
+def _recorded(source: Source, asked: _Asked) -> Iterator[_Work]:
     """The work of every case on the network of a source."""
-    work = SourceWork(source, device, steps, request)
-    requests = [work.request(*case) for case in itertools.product(sizes or [None], batches or [1])]
+    work = SourceWork(source, asked.device, asked.steps, asked.request)
+    cases = itertools.product(asked.sizes or [None], asked.batches or [1])
+    requests = [work.request(*case) for case in cases]
 
     def works() -> Iterator[_Work]:
-        for dtype in dtypes or [None]:
+        for dtype in asked.dtypes or [None]:
             model = work.load(requests[0], dtype)
             for one in requests:
                 yield *work(model, one), one.batch_size

@@ -176,8 +176,8 @@ def interleaved(
 ) -> Iterator[tuple[int, str, T]]:
     """Call every method once per round, so that a machine slows down for all methods alike.
 
-    Garbage is collected before each call. Objects that exist when the rounds start are left out of
-    it, so that a collection takes milliseconds however many modules are loaded.
+    Garbage is collected before each call. Objects that exist when the rounds start are excluded,
+    so that a collection takes milliseconds however many modules are loaded.
 
     Args:
         calls: Per method a function that does one run; it may warm up, measure, or both.
