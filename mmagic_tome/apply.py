@@ -116,8 +116,7 @@ def apply_cache(
             latent within 1 % of the baseline's, see :class:`StepCacheConfig`.
         denoisers: names of the denoisers of a pipeline to cache. Default: all that it has.
         controlnet: skip the ControlNets at the same steps. With False they run at every step, also
-            where the network that reads their output is skipped; so do they with a tolerance.
-            Default True.
+            where the network that reads their output is skipped. Default True.
         **options: options of one :class:`StepCacheConfig`.
 
     Returns:
@@ -138,7 +137,7 @@ def apply_cache(
     chosen = [(configs, one) for one in found]
     # A ControlNet's levels only go down, so nothing is inside them.
     network = tuple(one for one in configs if one.region == "network")
-    if controlnet and network and network[0].tolerance is None:
+    if controlnet and network:
         chosen += [(network, one) for one in find_controlnets(model, known=True)]
     for own, one in chosen:
         for cache in own:

@@ -165,8 +165,8 @@ class Run:
         self.previous, self.input = self.input, None
         return other
 
-    def remember(self, latents: Sequence[Tensor], output: Any, computed: bool = False) -> None:
-        """Note input and output of the call that ended, and whether it was computed."""
+    def remember(self, latents: Sequence[Tensor], output: Any, computed: Any = None) -> None:
+        """Note input and output of the call that ended; arguments as of :meth:`RunTracker.end`."""
         outputs = tensors_of(output)
         if [y.dim() for y in outputs] != [x.dim() for x in latents]:
             outputs = []  # a ControlNet: inputs are compared with inputs alone
@@ -180,8 +180,11 @@ class Run:
             newest = sampled([cropped(y, x) for x, y in zip(latents, outputs)])
             if newest.shape == self.input.shape:
                 self.branch.outputs = [*self.branch.outputs[-1:], newest]
-                if computed:
-                    self.branch.keep(self.time, newest)
+                if computed is not None:
+                    found = tensors_of(computed)
+                    self.branch.keep(
+                        self.time, sampled([cropped(y, x) for x, y in zip(latents, found)])
+                    )
 
 
 class RunTracker:
@@ -225,12 +228,12 @@ class RunTracker:
         self._latents = call.latents
         return run
 
-    def end(self, output: Any, computed: bool = False) -> None:
+    def end(self, output: Any, computed: Any = None) -> None:
         """Note what the call under way returned; after a last step nothing is kept.
 
         Args:
-            output: what the network returned.
-            computed: whether to keep it for :attr:`Fit.rates`.
+            output: what the caller got.
+            computed: what the network computed, to be kept for :attr:`Fit.rates`; None if nothing.
         """
         run = self.runs[0]
         if self._latents:

@@ -101,11 +101,10 @@ class Setting:
         if self.cache is not None:
             name = next((name for name, one in PRESETS.items() if one == self.cache), None)
             tolerance = self.cache[0].tolerance
-            words.append(
-                f"cache={name or to_plain(self.cache)!r}"
-                if tolerance is None
-                else f"tolerance={tolerance:g}"
-            )
+            if name is None and tolerance is not None:
+                words.append(f"tolerance={tolerance:g}")
+            else:
+                words.append(f"cache={name or to_plain(self.cache)!r}")
         return ", ".join(words) or "baseline"
 
     def replace(self, **changes: Any) -> Setting:

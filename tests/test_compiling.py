@@ -7,6 +7,7 @@ import io
 import pytest
 import torch
 from denoise import denoise
+from fixed_steps import FIXED
 from tiny import tiny_inputs, tiny_unet
 from tiny_transformers import TRANSFORMERS
 from tiny_unets import NETWORKS
@@ -108,7 +109,7 @@ def test_an_exported_network_merges_at_every_timestep():
 # --- state kept between steps ---------------------------------------------------------------------
 
 STEPS = {
-    "balanced, merged as well": dict(cache="balanced", ratio=0.5),
+    "both, merged as well": dict(cache=FIXED["both"], ratio=0.5),
     "plan_interval": dict(**TARGETS, plan_interval=2),
     "residual of blocks": dict(targets="block", plan_interval=2, residual=True),
     "ratio by timestep": dict(ratio=dict(base=0.5, timestep=dict(timestep_range=(0.3, 0.8)))),
@@ -144,12 +145,12 @@ def test_steps_differ_and_no_step_of_a_second_run_is_compiled_again(title):
 @pytest.mark.parametrize(
     ("options", "fullgraph", "check"),
     [
-        (dict(cache="balanced"), True, lambda row: row["skipped"] > 0),
+        (dict(cache=FIXED["both"]), True, lambda row: row["skipped"] > 0),
         (STEPS["plan_interval"], False, lambda row: row["plans"] == 2 * 5),
         (STEPS["residual of blocks"], False, lambda row: row["plans"] == 2 * 5),
         (TARGETS, True, lambda row: row["kept"] == 128),
     ],
-    ids=["balanced", "plan_interval", "residual", "targets"],
+    ids=["both", "plan_interval", "residual", "targets"],
 )
 def test_around_blocks_that_are_compiled_on_their_own(options, fullgraph, check):
     network, inputs = tiny_unet(levels=2), tiny_inputs()
@@ -166,7 +167,7 @@ def test_around_blocks_that_are_compiled_on_their_own(options, fullgraph, check)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [dict(ratio=0.5), dict(cache="fast")], ids=str)
+@pytest.mark.parametrize("options", [dict(ratio=0.5), dict(cache=FIXED["most"])], ids=str)
 def test_apply_and_remove_after_compiling(options):
     network, inputs, steps = tiny_unet(levels=2), tiny_inputs(), (900, 800, 700, 600)
     baseline = denoise(network, inputs, steps)

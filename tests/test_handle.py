@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from denoise import denoise, denoising, outputs_at
+from fixed_steps import FIXED
 from tiny import hooks_of, run, tiny_inputs, tiny_unet
 
 from mmagic_tome import ToMeConfig, ToMeError, apply_cache, apply_tome, get_handle, remove_tome
@@ -84,7 +85,7 @@ def test_stats_count_and_reset(unet):
 
 
 def test_stats_and_summary_of_step_caching(unet):
-    handle = apply_cache(unet, "fast")
+    handle = apply_cache(unet, FIXED["most"])
     assert "not run yet" in handle.summary() and handle.network is unet
     denoise(unet, INPUTS)
     assert handle.stats() == [

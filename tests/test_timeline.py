@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
+from fixed_steps import FIXED
 from tiny import tiny_model, tiny_sd_folder, tiny_unet
 from warned import silent
 
@@ -120,13 +121,13 @@ def test_schedulers_of_four_outputs_are_warned_of(tmp_path):
     for name in ("PNDMScheduler", "IPNDMScheduler"):
         with pytest.warns(UserWarning, match=f"^{name} amplifies.*or set error_feedback=0"):
             scheduler = getattr(diffusers, name)()
-            apply_cache(SimpleNamespace(unet=unet, scheduler=scheduler), "balanced")
+            apply_cache(SimpleNamespace(unet=unet, scheduler=scheduler), FIXED["both"])
     with silent():
-        apply_cache(unet, "balanced")
+        apply_cache(unet, FIXED["both"])
         apply_cache(SimpleNamespace(unet=unet, scheduler=pndm), region="network")
         ddim = diffusers.DDIMScheduler()
-        apply_cache(SimpleNamespace(unet=unet, scheduler=pndm, test_scheduler=ddim), "balanced")
+        apply_cache(SimpleNamespace(unet=unet, scheduler=pndm, test_scheduler=ddim), FIXED["both"])
     pytest.importorskip("mmagic")
     model = tiny_model(folder=tiny_sd_folder(tmp_path), test_scheduler=dict(type="PNDMScheduler"))
     with pytest.warns(UserWarning, match="PNDMScheduler amplifies"):
-        apply_cache(model, "balanced")
+        apply_cache(model, FIXED["both"])

@@ -16,7 +16,9 @@ from ..graphs import eager_only
 _TENSOR = object()  # the place of a tensor among the leaves of an output
 
 
-def extrapolate(times: Sequence[float], outputs: Sequence[Tensor], time: float) -> Tensor:
+def extrapolate(
+    times: Sequence[float], outputs: Sequence[Tensor], time: float, slope: Tensor | None = None
+) -> Tensor:
     """A new tensor: the value at ``time`` of the polynomial through outputs at some times.
 
     ::
@@ -29,12 +31,18 @@ def extrapolate(times: Sequence[float], outputs: Sequence[Tensor], time: float) 
         times: timesteps, all different; one more than the order.
         outputs: tensors of one shape.
         time: where to evaluate; between two of ``times`` it is an interpolation.
+        slope: (images,) of order 1: times the slope of the line; 1 is the line, 0 holds the last
+            output, below 0 what alternates is foreseen. Default: the line.
     """
     if len(times) == 1:
         return outputs[0].clone()
     if len(times) == 2:
         before, after = times
-        return torch.lerp(*outputs, (time - before) / (after - before))
+        if slope is None:
+            return torch.lerp(*outputs, (time - before) / (after - before))
+        return torch.lerp(
+            *outputs, 1 + (time - after) / (after - before) * _per_image(slope, outputs[1])
+        )
     total: Tensor | None = None
     for i, output in enumerate(outputs):
         # Lagrange: 1 at the output's own time, 0 at the others.
@@ -42,6 +50,13 @@ def extrapolate(times: Sequence[float], outputs: Sequence[Tensor], time: float) 
         weight = math.prod((time - other) / (times[i] - other) for other in others)
         total = output * weight if total is None else total.add_(output, alpha=weight)
     return total
+
+
+def _per_image(values: Tensor, like: Tensor) -> Tensor:
+    """Values of the images in the shape that multiplies ``like``, whose batch has one or more
+    copies of the images, for guidance."""
+    values = values.to(like.device, like.dtype, non_blocking=True)
+    return values.repeat(len(like) // len(values)).reshape(-1, *[1] * (like.dim() - 1))
 
 
 class OutputHistory:
@@ -86,11 +101,13 @@ class OutputHistory:
         return self._in_structure(mended)
 
     @eager_only()
-    def extrapolate(self, time: float) -> Any:
-        """The output at a timestep, in the structure of the last one."""
+    def extrapolate(self, time: float, slope: Tensor | None = None) -> Any:
+        """The output at a timestep, in the structure of the last one; ``slope`` as of
+        :func:`extrapolate`."""
         last = slice(-1 - self.order, None)
         guesses = [
-            extrapolate(self.times[last], outputs, time) for outputs in zip(*self.outputs[last])
+            extrapolate(self.times[last], outputs, time, slope)
+            for outputs in zip(*self.outputs[last])
         ]
         if self.error_feedback:
             self.guesses.append((time, [guess.clone() for guess in guesses]))

@@ -4,99 +4,27 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ToMeError
 from ..graphs import eager_only
 from ..latents import conditioning_of, latents_of, read_timestep
 from ..patch import Context, Interceptor, Patch, intercept
 from ..runs import Call, Run, RunTracker
-from ..timeline import Timeline, in_range
+from ..timeline import Timeline
 from .config import StepCacheConfig
-from .extrapolate import OutputHistory, placeholder, undefined_like
+from .extrapolate import placeholder, undefined_like
+from .regions import RegionState, RegionStats, next_skips
 from .tolerance import REGIONS, Budget
 
 # Calls in a row that begin a run of their own before a warning says so.
 _LONE_CALLS = 8
-
-
-class RegionState:
-    """What one guidance branch of one run keeps of a region."""
-
-    def __init__(self, config: StepCacheConfig) -> None:
-        self.config = config
-        self.history = OutputHistory(config.order, config.error_feedback)  # of its last module
-        self.placeholders: dict[int, Any] = {}  # number of another module -> of its output
-        self.in_a_row = 0  # steps that were skipped since it was computed
-
-    def ready(self, time: float) -> bool:
-        """Whether the region can be extrapolated at a timestep."""
-        times = self.history.times
-        return len(times) > self.config.order and times[-1] != time
-
-    def may_skip(self, time: float, remaining: float | None, last: bool) -> bool:
-        """Whether to skip the region at the next step; noted.
-
-        Args:
-            time: timestep of the step.
-            remaining: share of the run that remains; None if unknown.
-            last: whether it is the run's last step.
-        """
-        config = self.config
-        skip = (
-            remaining is not None
-            and in_range(remaining, config.timestep_range)
-            and not last
-            and self.ready(time)
-            and self.in_a_row < config.interval - 1
-        )
-        self.in_a_row = self.in_a_row + 1 if skip else 0
-        return skip
-
-
-def next_skips(
-    states: Mapping[str, RegionState], time: float, remaining: float | None, last: bool
-) -> set[str]:
-    """The regions to skip at the next step; arguments as of :meth:`RegionState.may_skip`."""
-    skips: set[str] = set()
-    for region, state in states.items():
-        if state.may_skip(time, remaining, last):
-            skips.add(region)
-            if region == "network":
-                break  # the inner region is part of it
-    return skips
-
-
-def skips_of_run(configs: Sequence[StepCacheConfig], num_steps: int) -> list[set[str]]:
-    """The regions that are skipped at each step of a run, without running it.
-
-    Args:
-        configs: step caches, the larger region first.
-        num_steps: steps of the scheduler.
-    """
-    states = {config.region: RegionState(config) for config in configs}
-    steps = []
-    for left in reversed(range(num_steps)):
-        steps.append(next_skips(states, left, left / num_steps, left == 0))
-        for region, state in states.items():
-            if not steps[-1] & {region, "network"}:
-                state.history.times.append(left)
-    return steps
-
-
-@dataclass
-class RegionStats:
-    """At how many calls a region was computed, and at how many it was skipped; with a tolerance
-    calls in which a smaller or a larger region is skipped count for neither."""
-
-    computed: int = 0
-    skipped: int = 0
 
 
 class CacheContext(Context):
@@ -109,6 +37,8 @@ class CacheContext(Context):
         # Region -> what is kept for the branch that is called; empty where nothing is.
         self.state: dict[str, RegionState] = {}
         self.skipped: set[str] = set()  # regions that are skipped in this call
+        self.slope: Tensor | None = None  # with which the network's output is extrapolated
+        self.computed: Any = None  # what the network returned, before error feedback
         self.lone_calls = 0  # in a row that began a run
         self.run_skips = 0  # regions skipped in the run so far
 
@@ -117,7 +47,7 @@ class CacheContext(Context):
 
     def stop(self) -> None:
         super().stop()
-        self.state, self.skipped = {}, set()
+        self.state, self.skipped, self.slope, self.computed = {}, set(), None, None
 
 
 class CachePatch(Patch):
@@ -145,7 +75,9 @@ class CachePatch(Patch):
         self.tolerance = configs[0].tolerance
         self.adapter = adapter
         self._region_configs = {config.region: config for config in configs}
-        if self.tolerance is not None:
+        if self.tolerance is not None and leader is not None:
+            self._region_configs = {"network": StepCacheConfig()}
+        elif self.tolerance is not None:
             # 'inner' alone: the network is never skipped as a whole.
             wanted = {configs[0].region, "inner"}
             self._region_configs = {
@@ -182,14 +114,30 @@ class CachePatch(Patch):
         """What is kept for every region in one guidance branch."""
         return {name: RegionState(self._region_configs[name]) for name in self.regions}
 
+    def choose(self, run: Run, time: float) -> Budget:
+        """Decide what to skip at a step of a run with a tolerance, for all of its branches."""
+        branches = [one.state for one in run.branches.values()]
+        known = {
+            name: branches[0][name].history.times[-2:]
+            for name in self.regions
+            if all(name in state and state[name].ready(time) for state in branches)
+        }
+        budget: Budget = run.state
+        budget.decide(run, time, known)
+        return budget
+
     @eager_only(inner=True)
     def output(self, region: str, proceed: Callable, args: tuple, kwargs: dict) -> Any:
         """The output of a region at this step: ``proceed(*args, **kwargs)``, or extrapolated."""
         context = self.context
         if region in context.skipped:
             self.regions[region].skipped += 1
-            return context.state[region].history.extrapolate(context.time)
-        return self.record(region, proceed(*args, **kwargs))
+            slope = context.slope if region == "network" else None
+            return context.state[region].history.extrapolate(context.time, slope)
+        output = proceed(*args, **kwargs)
+        if region == "network":
+            context.computed = output
+        return self.record(region, output)
 
     def record(self, region: str, output: Any) -> Any:
         """Note a computed output; the output to go on with, see ``error_feedback``."""
@@ -230,13 +178,14 @@ class NetworkCall(Interceptor):
             if "network" in context.state:
                 output = patch.output("network", proceed, (module, *args), kwargs)
             else:
-                output = proceed(module, *args, **kwargs)
+                output = context.computed = proceed(module, *args, **kwargs)
+            computed = context.computed
         except BaseException:
             context.tracker.drop()
             raise
         finally:
             context.stop()
-        self.finish(context, run, output)
+        self.finish(context, run, output, computed)
         return output
 
     @eager_only()
@@ -275,6 +224,8 @@ class NetworkCall(Interceptor):
             context.state.update(patch.new_states())
         if patch.tolerance is None:
             context.skipped = next_skips(context.state, time, remaining, run.last)
+        elif patch.leader is not None:
+            context.skipped = self.along_with_leader(run, latents, time)
         else:
             context.skipped = self.within_tolerance(run, time)
         context.run_skips += len(context.skipped)
@@ -287,17 +238,34 @@ class NetworkCall(Interceptor):
             run.state = Budget(patch.tolerance)
         budget: Budget = run.state
         if len(run.called) == 1:
-            branches = [one.state for one in run.branches.values()]
-            regions = [
-                name
-                for name in patch.regions
-                if all(name in state and state[name].ready(time) for state in branches)
-            ]
-            budget.decide(run, time, regions)
+            if budget.ahead != time:  # otherwise its ControlNet was called first
+                patch.choose(run, time)
+            budget.ahead = None
             patch.budget = budget
         region = budget.skipped[-1]
+        patch.context.slope = budget.slope
         # A branch that was not there before computes what it cannot extrapolate.
         return {region} if region and run.branch.state[region].ready(time) else set()
+
+    def along_with_leader(self, run: Run, latents: tuple, time: float) -> set[str]:
+        """What a ControlNet skips at a step: everything where the network that reads its output,
+        and is called after it, will be skipped."""
+        patch: CachePatch = self.patch
+        for other in patch.leader.context.tracker.runs:
+            follows = other.input is not None and run.previous is not None
+            if not follows or other.time <= time or not torch.equal(other.input, run.previous):
+                continue
+            budget: Budget | None = other.state
+            if budget is None:
+                break
+            if budget.ahead != time:  # the first of its calls at this step
+                now = copy.copy(other)
+                now.fitted, now.remaining, now.last = other.fit(latents), run.remaining, run.last
+                patch.leader.choose(now, time)
+                budget.ahead = time
+            ready = run.branch.state["network"].ready(time)
+            return {"network"} if ready and budget.skipped[-1] == "network" else set()
+        return set()
 
     def watch(self, context: CacheContext, run: Run, time: float | None) -> None:
         """Count from the run's beginning; warn if call after call begins a run of its own."""
@@ -316,11 +284,12 @@ class NetworkCall(Interceptor):
             )
 
     @eager_only()
-    def finish(self, context: CacheContext, run: Run, output: Any) -> None:
+    def finish(self, context: CacheContext, run: Run, output: Any, computed: Any) -> None:
         """Note the output; after the last step, warn if nothing was skipped in the run."""
         patch: CachePatch = self.patch
-        computed = patch.tolerance is not None and "network" not in context.skipped
-        context.tracker.end(output, computed)
+        context.tracker.end(output, None if patch.tolerance is None else computed)
+        if patch.leader is not None:
+            return  # the network that it is called for says so
         if run.last and not context.run_skips and patch.tolerance != 0:
             given, why = "timestep_range", "too few steps lie in timestep_range"
             if patch.tolerance is not None:

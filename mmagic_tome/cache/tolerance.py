@@ -3,10 +3,12 @@
 
 The error is predicted before a step is skipped, per image, from what the run has computed so far:
 
-1. *Error of the output.* The line through the outputs at ``t1`` and ``t2`` errs at ``t`` by about
-   ``|(t - t2) (t - t1)|`` times the second divided difference of the last three outputs, the
-   embedded estimate of multistep solvers (Hairer, Norsett and Wanner, Solving Ordinary Differential
-   Equations I, section III.1).
+1. *Error of the output.* A skipped output follows the line through the last two, or, where outputs
+   alternate or level off, a fraction ``g`` of its slope: the one with which the last change of the
+   output follows from the change before, ``r2 = g r1``, by least squares (Aitken's idea). It errs
+   at ``t`` by about ``|(t - t2) (t - t1) / (t2 - t0)|`` times ``|r2 - g r1|``, the rates of change
+   being those of the last three outputs; with ``g = 1`` this is the embedded estimate of multistep
+   solvers (Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section III.1).
 2. *Error of the latent.* A sampler's next latent is a linear combination of latents and outputs;
    the weights of the outputs, guidance scale included, follow from the run (:mod:`..fits`).
 3. *Error of the run.* Errors of the steps add up like independent ones: the square root of the sum
@@ -17,7 +19,7 @@ How well these predict the final error, and the constants below: ``docs/research
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -43,6 +45,11 @@ REGIONS = {
 _SHARE = 0.2
 # The sampler's next weight is at most this many times the last one.
 _GROWTH = 1.25
+# Outputs that turn by less than this share from step to step are extrapolated along the line: its
+# errors have both signs and cancel, which those of a damped slope do not.
+_STEADY = 0.7
+# Slopes are at most this far from 0.
+_STEEPEST = 1.2
 
 
 @dataclass
@@ -52,6 +59,8 @@ class Budget:
     tolerance: float
     spent: Tensor | None = None  # (B,) sum of squares of the predicted errors
     skipped: list[str | None] = field(default_factory=list)  # region per step; None: computed
+    ahead: float | None = None  # timestep of a step that was decided before the network was called
+    slope: Tensor | None = None  # (B,) of the present step's extrapolation; None: the line
     weights: Tensor | None = None  # of the sampler, at the step before
     remaining: float | None = None  # share of the schedule that remained, at the step before
 
@@ -63,54 +72,66 @@ class Budget:
             return 0
         return round(remaining / (before - remaining)) + 1
 
-    def decide(self, run: Run, time: float, regions: Sequence[str]) -> str | None:
+    def decide(self, run: Run, time: float, known: Mapping[str, Sequence[float]]) -> str | None:
         """The region to skip at the run's present step, noted; None to compute it.
 
         Args:
             run: the run, at the first call of its step.
             time: timestep of the step.
-            regions: out of :data:`RELATIVE_ERROR`, those that can be skipped here.
+            known: regions out of :data:`RELATIVE_ERROR` that can be skipped here -> timesteps of
+                their last two computed outputs.
         """
         steps_left = 0 if run.remaining is None or run.last else self._steps_left(run.remaining)
-        errors = self._errors(run.fitted, run.times, time)
+        curvature = self._curvature(run.fitted, run.times)
         chosen = None
-        if errors is not None and steps_left > 1 and self.tolerance > 0:
-            spent = torch.zeros_like(errors) if self.spent is None else self.spent
+        if curvature is not None and steps_left > 1 and self.tolerance > 0:
+            spent = torch.zeros_like(curvature) if self.spent is None else self.spent
             left = (self.tolerance**2 - spent).clamp_min(0)
             allowed = (left * max(2 / steps_left, _SHARE)).sqrt()
             for region, relative in RELATIVE_ERROR.items():
+                if region not in known or not self._may_skip(region):
+                    continue
+                t1, t2 = known[region]
+                errors = curvature * abs((time - t2) * (time - t1)) * relative
                 # The image that errs most decides for its batch.
-                fits = bool((errors * relative <= allowed).all())
-                if fits and region in regions and self._alternates(region):
+                if bool((errors <= allowed).all()):
                     chosen = region
-                    self.spent = spent + (errors * relative) ** 2
+                    self.spent = spent + errors**2
                     break
         self.skipped.append(chosen)
         return chosen
 
-    def _alternates(self, region: str) -> bool:
-        """Whether enough was computed since the last skip: the inner region after a skipped step
-        would be extrapolated from outputs that lie far back."""
-        last = self.skipped[-1] if self.skipped else None
-        return last != "network" if region == "network" else last is None
+    def _may_skip(self, region: str) -> bool:
+        """Whether enough was computed before a region. An inner region: at the last step at which
+        the network was. The network: at the last step, or where outputs are steady at one of the
+        last two."""
+        if region == "network":
+            in_a_row = 2 if self.slope is None else 1
+            return self.skipped[-in_a_row:] != ["network"] * in_a_row
+        return [one for one in self.skipped if one != "network"][-1:] in ([], [None])
 
-    def _errors(self, fit: Fit | None, times: Sequence[float], time: float) -> Tensor | None:
-        """(B,) errors of the latent if the network is skipped; None if they are not known."""
+    def _curvature(self, fit: Fit | None, times: Sequence[float]) -> Tensor | None:
+        """(B,) second divided differences of the outputs, times the sampler's weights and relative
+        to the latent; None if they are not known. Sets :attr:`slope`."""
+        self.slope = None
         if fit is None or fit.weights is None:
             return None
         before, self.weights = self.weights, fit.weights
-        if fit.rates is None or len(times) < 3 or time == times[-1]:
+        if fit.rates is None or len(times) < 3:
             return None
         growth = 1.0
         if before is not None and before.shape == fit.weights.shape:
             growth = float(fit.weights.norm() / before.norm().clamp_min(1e-30))
         weights = fit.weights * min(max(growth, 1.0), _GROWTH)
-        t0, t1, t2 = times[-3:]
         # Inner products of the sampler's combination of the outputs' last two rates of change.
         rates = torch.einsum("bkplq,p,q->bkl", fit.rates, weights, weights)[:, -2:, -2:]
-        second = (rates[:, 0, 0] - 2 * rates[:, 0, 1] + rates[:, 1, 1]).clamp_min(0).sqrt()
-        error = second / abs(t2 - t0) * abs((time - t2) * (time - t1))
-        return error / fit.norms.clamp_min(1e-30)
+        earlier, both, later = rates[:, 0, 0], rates[:, 0, 1], rates[:, 1, 1]
+        slope = (both / earlier.clamp_min(1e-30)).clamp(-_STEEPEST, _STEEPEST)
+        slope = torch.where(slope < _STEADY, slope, 1.0)
+        if bool((slope != 1).any()):
+            self.slope = slope
+        change = (later - 2 * slope * both + slope**2 * earlier).clamp_min(0).sqrt()
+        return change / abs(times[-1] - times[-3]) / fit.norms.clamp_min(1e-30)
 
     @property
     def predicted(self) -> list[float]:

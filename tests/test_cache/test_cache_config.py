@@ -46,7 +46,8 @@ def test_options_and_dicts():
     for given in (one, one.to_dict(), options, [one], (one,), mmengine.ConfigDict(options)):
         assert coerce_cache(given) == coerce_cache([one]) == (one,)
     assert coerce_cache(one, interval=4, order=0) == (one.replace(interval=4, order=0),)
-    assert coerce_cache("quality", interval=3) == (PRESETS["quality"][0].replace(interval=3),)
+    inner = (StepCacheConfig(region="inner", tolerance=0.01),)
+    assert coerce_cache("quality", region="inner") == inner
     # The larger region comes first.
     assert [one.region for one in coerce_cache([one, {}])] == ["network", "inner"]
 
@@ -86,7 +87,8 @@ def test_bad_options_are_named(options, said):
         ([], {}, r"cache_cfg=\[\]"),
         ([2], {}, r"cache_cfg=\[2\] is no step cache"),
         ([dict(region="inner"), dict(region="inner", interval=3)], {}, "'inner' twice"),
-        ("balanced", dict(interval=3), "has 2 regions"),
+        ("balanced", dict(interval=3), "a tolerance decides by itself .* leave out interval"),
+        ([dict(region="inner"), {}], dict(interval=3), "has 2 regions"),
     ],
 )
 def test_what_is_no_step_cache(config, options, said):

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from denoise import STEPS, denoise, denoising, inputs_at, outputs_at
+from fixed_steps import FIXED
 from tiny import QUICK, tiny_inputs, tiny_model, tiny_sd_folder, tiny_unet
 from tiny_transformers import TRANSFORMERS
 from tiny_unets import NETWORKS
 
 from mmagic_tome import ToMeError, apply_cache, apply_tome, get_handle
-from mmagic_tome.cache import PRESETS, coerce_cache
-from mmagic_tome.cache.skip import skips_of_run
+from mmagic_tome.cache import coerce_cache
+from mmagic_tome.cache.regions import skips_of_run
 
 INPUTS = tiny_inputs()
 WIDE = dict(timestep_range=(0.0, 1.0))
@@ -56,14 +57,14 @@ def test_steps_that_are_skipped(num_steps, options, expected):
 
 
 def test_first_and_last_steps_are_computed():
-    for name, configs in PRESETS.items():
+    for name, configs in FIXED.items():
         for num_steps in range(1, 60):
-            steps = skips_of_run(configs, num_steps)
+            steps = skips_of_run(coerce_cache(configs), num_steps)
             assert len(steps) == num_steps
             assert not any([*steps[:2], steps[-1]]), (name, num_steps)
 
 
-@pytest.mark.parametrize("configs", [*EACH, BOTH, *PRESETS], ids=str)
+@pytest.mark.parametrize("configs", [*EACH, BOTH, *FIXED.values()], ids=str)
 def test_a_run_skips_what_is_foreseen(unet, configs):
     """By its timestep alone, and by the timesteps of a scheduler."""
     times = torch.arange(980.0, 0, -50)
@@ -237,7 +238,7 @@ def test_mmagics_own_unet(tmp_path):
         return model.infer("a tree", latents=latents.clone(), **options)["samples"]
 
     baseline = image()
-    with apply_cache(model, "fast") as handle:
+    with apply_cache(model, FIXED["most"]) as handle:
         assert not torch.equal(image(), baseline)
         assert handle.stats()[0]["skipped"] >= 2
     assert torch.equal(image(), baseline)

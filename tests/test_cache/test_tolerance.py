@@ -18,6 +18,8 @@ from diffusers import (
 from tiny import tiny_inputs, tiny_unet
 
 from mmagic_tome import ToMeError, apply_cache, get_handle
+from mmagic_tome.cache.extrapolate import extrapolate
+from mmagic_tome.cache.skip import CachePatch
 from mmagic_tome.cache.tolerance import RELATIVE_ERROR, Budget
 from mmagic_tome.fits import Fit, fit_input
 from mmagic_tome.runs import Call, RunTracker
@@ -64,7 +66,8 @@ def guided_run(name, guidance, batch=2, tracker=None, skip=None, steps=20):
         call = Call(float(time), (both,), 1 - i / steps, i == steps - 1)
         run = tracker.begin(call)
         uncond, cond = output(given, float(time), 0.0), output(given, float(time), 1.0)
-        tracker.end(torch.cat([uncond, cond]), computed=True)
+        both = torch.cat([uncond, cond])
+        tracker.end(both, computed=both)
         yield i, run
         x = scheduler.step(uncond + guidance * (cond - uncond), time, x).prev_sample
 
@@ -97,7 +100,8 @@ def response(name, step, steps=20):
 
 
 def test_the_second_difference_predicts_a_parabola_exactly():
-    """A line through two points of a parabola errs by the divided difference; any weights."""
+    """A line through two points of a parabola errs by the divided difference; any weights. So
+    steady an output is extrapolated along the line."""
     times, time = [900.0, 850.0, 700.0], 640.0
     curve, slope, start = torch.randn(3, 2, 6, 2).double()
     last = torch.randn(2, 6).double()
@@ -115,7 +119,37 @@ def test_the_second_difference_predicts_a_parabola_exactly():
     torch.testing.assert_close(fit.weights, weights)
     line = outputs[-1] + (time - times[-1]) * rates[-1]
     true = ((at(time) - line) * weights).sum(-1).norm(dim=1) / x.norm(dim=1)
-    torch.testing.assert_close(Budget(0.01)._errors(fit, times, time), true)
+    budget = Budget(0.01)
+    factor = abs((time - times[-1]) * (time - times[-2]))
+    torch.testing.assert_close(budget._curvature(fit, times) * factor, true)
+    assert budget.slope is None
+
+
+@pytest.mark.parametrize("ratio", [-1.0, -0.4, 0.0, 0.5])
+def test_outputs_that_alternate_or_level_off_are_foreseen(ratio):
+    """Changes that are ``ratio`` times the change before: the slope is that, and nothing errs."""
+    generator = torch.Generator().manual_seed(0)
+    start, change = torch.randn(2, 1, 4, 2, 2, generator=generator).double()
+    outputs = [start]
+    for k in range(5):
+        outputs.append(outputs[-1] + change * ratio**k)
+    times = [900.0, 800.0, 700.0]
+    rates = [((b - a) / -100).flatten(1) for a, b in zip(outputs[1:], outputs[2:4])]
+    products = torch.einsum("kbn,lbn->bkl", torch.stack(rates), torch.stack(rates))
+    fit = Fit(
+        0.0, {}, torch.ones(1).double(), products[:, :, None, :, None], torch.ones(1).double()
+    )
+    budget = Budget(0.01)
+    assert budget._curvature(fit, times) == pytest.approx(0, abs=1e-9)
+    assert budget.slope.item() == pytest.approx(ratio)
+    guess = extrapolate(times[1:], outputs[2:4], 600.0, budget.slope)
+    torch.testing.assert_close(guess, outputs[4])
+
+
+def test_a_slope_per_image_and_the_same_for_its_copies():
+    before, after = torch.zeros(4, 3), torch.ones(4, 3)
+    guess = extrapolate([2.0, 1.0], [before, after], 0.0, torch.tensor([1.0, -0.5]))
+    assert guess[:, 0].tolist() == [2.0, 0.5, 2.0, 0.5]
 
 
 def one_fit(error):
@@ -125,11 +159,11 @@ def one_fit(error):
     return Fit(0.0, {}, torch.ones(1).double(), rates, torch.ones(len(error)).double())
 
 
-def decide(budget, error, remaining, last=False, regions=tuple(RELATIVE_ERROR)):
+def decide(budget, error, remaining, last=False):
     run = SimpleNamespace(
         fitted=one_fit(error), times=[3.0, 2.0, 1.0], remaining=remaining, last=last
     )
-    return budget.decide(run, 0.0, regions)
+    return budget.decide(run, 0.0, dict.fromkeys(RELATIVE_ERROR, (2.0, 1.0)))
 
 
 def test_the_cheapest_region_that_keeps_the_budget_is_skipped():
@@ -156,9 +190,9 @@ def test_a_run_spends_at_most_its_tolerance_and_the_worst_image_decides():
             decide(budget, errors[i, images].tolist(), 1 - i / steps, i == steps - 1)
         assert max(budget.predicted) <= 0.02
         assert any(budget.skipped)
-        # Never twice in a row, but for the network after an inner region.
-        for before, after in zip(budget.skipped, budget.skipped[1:]):
-            assert before is None or after is None or (after == "network" != before)
+        # The network at most twice in a row; an inner region never, of the steps in between.
+        row = "".join("." if one == "network" else "i" if one else "#" for one in budget.skipped)
+        assert "..." not in row and "ii" not in row.replace(".", "")
         (alone if len(images) == 1 else together).append(budget)
     skipped = [sum(one is not None for one in budget.skipped) for budget in alone]
     assert sum(one is not None for one in together[0].skipped) <= max(skipped)
@@ -199,7 +233,7 @@ def test_a_smaller_tolerance_is_closer_and_zero_is_the_baseline(name):
     pipeline = pipeline_of(tiny_unet(), name)
     baseline = denoise(pipeline)
     errors, skipped = [], []
-    for tolerance in (0.0, 0.001, 0.01, 0.1):
+    for tolerance in (0.0, 0.003, 0.03, 0.3):
         with apply_cache(pipeline, tolerance=tolerance) as handle:
             found = denoise(pipeline)
             assert torch.equal(denoise(pipeline), found), "a second run is the same"
@@ -207,8 +241,8 @@ def test_a_smaller_tolerance_is_closer_and_zero_is_the_baseline(name):
         skipped.append(sum(row["skipped"] for row in handle.stats()))
         predicted = max(handle.predicted_error or [0.0])
         assert predicted <= tolerance
-        # Outputs of random weights are anything but smooth, and still it is of that size.
-        assert errors[-1] <= 4 * max(predicted, 1e-6)
+        # The inner levels of random weights matter more than those of a trained network.
+        assert errors[-1] <= 15 * max(predicted, 1e-6)
     assert torch.equal(denoise(pipeline), baseline)
     assert errors[0] == 0 and skipped[0] == 0
     assert skipped == sorted(skipped) and skipped[-1] > skipped[0]
@@ -232,6 +266,39 @@ def test_what_a_run_says_of_itself(pipeline):
     assert "last run: #" in summary and f"{handle.predicted_error[0]:.4f}" in summary
     handle.reset_stats()
     assert handle.steps is None
+
+
+def test_predictions_rest_on_what_was_computed(pipeline, monkeypatch):
+    """Extrapolated outputs, and what error feedback adds, say nothing of the network."""
+    computed = []
+    output = CachePatch.output
+
+    def watched(patch, region, proceed, args, kwargs):
+        def noted(*args, **kwargs):
+            computed.append(proceed(*args, **kwargs))
+            return computed[-1]
+
+        return output(patch, region, noted if region == "network" else proceed, args, kwargs)
+
+    monkeypatch.setattr(CachePatch, "output", watched)
+    seen = []
+    decide = Budget.decide
+
+    def decided(budget, run, time, known):
+        seen.append((time, list(run.times), [one.clone() for one in run.branch.computed]))
+        seen[-1] += (decide(budget, run, time, known),)
+        return seen[-1][-1]
+
+    monkeypatch.setattr(Budget, "decide", decided)
+    apply_cache(pipeline, tolerance=0.3)
+    denoise(pipeline)
+    times = [time for time, *_, chosen in seen if chosen != "network"]
+    assert 5 < len(times) == len(computed) < 20
+    for time, kept, samples, _ in seen[3:]:
+        before = [one for one in times if one > time]
+        assert kept == before[-3:]
+        for sample, found in zip(samples, computed[: len(before)][-3:]):
+            assert torch.equal(sample, found.sample.flatten(1))
 
 
 def test_only_the_inner_region_on_request(pipeline):

@@ -5,6 +5,7 @@ from functools import partial
 
 import diffusers
 import torch
+from fixed_steps import FIXED
 from tiny import tiny_unet
 from tiny_pipelines import PIPELINES
 
@@ -12,16 +13,17 @@ from mmagic_tome import apply_cache, apply_tome
 
 STEPS = 20
 TIMES = range(951, 0, -50)  # of STEPS
-SETTINGS = ("quality", "balanced", "fast")
+SETTINGS = tuple(FIXED)
 # Of 20 steps, how often each setting skips the network and its inner region.
 SKIPS = {
-    "quality": {"inner": 7},
-    "balanced": {"network": 6, "inner": 3},
-    "fast": {"network": 9, "inner": 3},
+    "inner": {"inner": 7},
+    "both": {"network": 6, "inner": 3},
+    "most": {"network": 9, "inner": 3},
 }
 # What keeps state between steps: name -> network -> handle.
 KEEPERS = {
-    **{name: partial(apply_cache, config=name) for name in SETTINGS},
+    **{name: partial(apply_cache, config=FIXED[name]) for name in SETTINGS},
+    "tolerance": partial(apply_cache, tolerance=0.2),
     "plan_interval": partial(apply_tome, ratio=0.5, plan_interval=4),
     "residual": partial(apply_tome, ratio=0.5, plan_interval=4, residual=True),
 }

@@ -9,6 +9,7 @@ import pytest
 import torch
 from denoise import denoise
 from edge_pipelines import SKIPS, TIMES, generate, sd15_pipeline, skips
+from fixed_steps import FIXED
 from tiny import tiny_inputs, tiny_unet
 from warned import silent, warns_once
 
@@ -53,24 +54,24 @@ def unknown_timesteps(network):
 )
 def test_what_cannot_be_skipped_is_said_once(call, words):
     network = tiny_unet()
-    handle = apply_cache(network, "fast")
+    handle = apply_cache(network, FIXED["most"])
     with warns_once(words):
         for _ in range(2):
             call(network)
     assert set(skips(handle).values()) == {0}
     # And whatever can be skipped afterwards is.
     denoise(network, tiny_inputs(seed=1), TIMES)
-    assert skips(handle) == SKIPS["fast"]
+    assert skips(handle) == SKIPS["most"]
 
 
 def test_too_few_steps():
     case, pipeline = sd15_pipeline()
-    handle = apply_cache(pipeline, "balanced")
+    handle = apply_cache(pipeline, FIXED["both"])
     with warns_once("skipped nothing in a run of 3 steps"):
         for _ in range(2):
             generate(case, pipeline, num_inference_steps=3)
     assert set(skips(handle).values()) == {0}
-    apply_cache(pipeline, "balanced")
+    apply_cache(pipeline, FIXED["both"])
     with silent():
         generate(case, pipeline)
 
@@ -84,7 +85,7 @@ def test_skipping_goes_on_after_an_error(error):
             raise KeyboardInterrupt
 
     network = tiny_unet()
-    handle = apply_cache(network, "fast")
+    handle = apply_cache(network, FIXED["most"])
     expected = denoise(network, tiny_inputs(), TIMES)
     times, hook = [951, 901], contextlib.nullcontext()
     if error is ZeroDivisionError:
@@ -97,4 +98,4 @@ def test_skipping_goes_on_after_an_error(error):
         denoise_at(network, times)
     handle.reset_stats()
     assert torch.equal(denoise(network, tiny_inputs(), TIMES), expected)
-    assert skips(handle) == SKIPS["fast"]
+    assert skips(handle) == SKIPS["most"]

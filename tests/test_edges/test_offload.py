@@ -4,6 +4,7 @@
 import pytest
 import torch
 from edge_pipelines import SKIPS, generate, sd15_pipeline, skips
+from fixed_steps import FIXED
 
 from mmagic_tome import apply_cache, apply_tome, remove_cache, remove_tome
 
@@ -22,14 +23,14 @@ def offload(pipeline, how):
 
 @pytest.mark.parametrize("first", ["offload", "cache"])
 @pytest.mark.parametrize(
-    ("setting", "how"), [("balanced", "model"), ("quality", "model"), ("fast", "sequential")]
+    ("setting", "how"), [("both", "model"), ("inner", "model"), ("most", "sequential")]
 )
 def test_skipping_goes_on_in_later_images_and_removal_is_exact(setting, how, first):
     case, pipeline = sd15_pipeline()
     baseline = generate(case, pipeline)
     if first == "offload":
         offload(pipeline, how)
-    handle = apply_cache(pipeline, setting)
+    handle = apply_cache(pipeline, FIXED[setting])
     if first == "cache":
         offload(pipeline, how)
     images = []
@@ -43,7 +44,7 @@ def test_skipping_goes_on_in_later_images_and_removal_is_exact(setting, how, fir
     assert remove_cache(pipeline) and remove_tome(pipeline) and not remove_cache(pipeline)
     assert torch.equal(generate(case, pipeline), baseline)
     # Once more, with what offloading left behind.
-    with apply_cache(pipeline, setting) as handle:
+    with apply_cache(pipeline, FIXED[setting]) as handle:
         assert torch.equal(generate(case, pipeline), images[0])
         assert skips(handle) == SKIPS[setting]
     assert torch.equal(generate(case, pipeline), baseline)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from edge_pipelines import KEEPERS, SETTINGS, generate, relative, sd15_pipeline, skips
+from fixed_steps import FIXED
 from tiny import tiny_unet
 
 from mmagic_tome import apply_cache, apply_tome
@@ -159,7 +160,7 @@ def test_a_validation_loop_over_unrelated_images(name):
 def test_skip_layer_guidance():
     """A second call per step with another batch, as Stable Diffusion 3.5 makes it."""
     network = tiny_unet()
-    handle = apply_cache(network, "balanced")
+    handle = apply_cache(network, FIXED["both"])
     image = Image(network, steps=20)
     for time in image.times:
         image.predict(network, time, image.texts[:1])
@@ -179,7 +180,7 @@ def test_skip_layer_guidance():
 )
 def test_calls_on_one_latent_are_extrapolated_apart(texts, late):
     network, baseline = tiny_unet(), tiny_unet()
-    handle = apply_cache(network, "fast")
+    handle = apply_cache(network, FIXED["most"])
     image = Image(network, steps=20, texts=texts, together=False)
     every, own = image.texts, []
     for step, time in enumerate(image.times):
@@ -196,11 +197,11 @@ def test_calls_on_one_latent_are_extrapolated_apart(texts, late):
 
 def test_two_threads():
     network = tiny_unet()
-    handle = apply_cache(network, "balanced")
+    handle = apply_cache(network, FIXED["both"])
     with ThreadPoolExecutor(2) as threads:
         found = list(threads.map(lambda seed: Image(network, seed).finish(), range(2)))
     for seed, outputs in enumerate(found):
-        assert equal(outputs, alone("balanced", seed))
+        assert equal(outputs, alone("both", seed))
     assert sum(skips(handle).values()) > 0
 
 
@@ -208,7 +209,7 @@ def test_fresh_noise_at_every_step():
     """The next input hardly follows from the last: runs may begin anew, and nothing is wrong."""
     case, pipeline = sd15_pipeline(scheduler="EulerAncestralDiscreteScheduler")
     baseline = generate(case, pipeline)
-    apply_cache(pipeline, "balanced")
+    apply_cache(pipeline, FIXED["both"])
     first = generate(case, pipeline)
     assert torch.equal(generate(case, pipeline), first)
     assert relative(first, baseline) < 0.5

@@ -8,6 +8,7 @@ import torch
 from denoise import denoise, denoising
 from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from edge_pipelines import SKIPS, TIMES, generate, sd15_pipeline, skips
+from fixed_steps import FIXED
 from tiny_transformers import TRANSFORMERS
 from tiny_unets import video_inputs, video_unet
 from warned import silent
@@ -29,11 +30,11 @@ def test_stable_video_diffusion(alone):
     scheduler.set_timesteps(20)
     network, inputs = video_unet(), video_inputs()
     model = network if alone else SimpleNamespace(unet=network, scheduler=scheduler)
-    handle = apply_cache(model, "balanced")
+    handle = apply_cache(model, FIXED["both"])
     for _ in range(2):
         handle.reset_stats()
         denoise(network, lambda time: {**inputs, "timestep": time}, scheduler.timesteps)
-        assert skips(handle) == SKIPS["balanced"]
+        assert skips(handle) == SKIPS["both"]
 
 
 @pytest.mark.parametrize(
@@ -49,11 +50,11 @@ def test_stable_video_diffusion(alone):
 def test_schedulers_share_their_windows(scheduler, options):
     case, pipeline = sd15_pipeline(scheduler=(f"{scheduler}Scheduler", options))
     with silent():
-        handle = apply_cache(pipeline, "balanced")
+        handle = apply_cache(pipeline, FIXED["both"])
         for seed in range(2):
             handle.reset_stats()
             generate(case, pipeline, seed)
-            assert skips(handle) == SKIPS["balanced"]
+            assert skips(handle) == SKIPS["both"]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_schedulers_share_their_windows(scheduler, options):
 def test_flow_matching(shift, steps, dtype, expected):
     network = TRANSFORMERS["Flux.1"].deeper(4).build()
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    handle = apply_cache(SimpleNamespace(transformer=network, scheduler=scheduler), "balanced")
+    handle = apply_cache(SimpleNamespace(transformer=network, scheduler=scheduler), FIXED["both"])
     scheduler.set_timesteps(steps)
     times = (scheduler.timesteps / 1000).to(dtype)
     assert (len(times.unique()) < steps) == (dtype == torch.bfloat16)
@@ -91,9 +92,9 @@ def test_timesteps_per_token():
         times[:, :frame] = 0
         return {**inputs, "timestep": times}
 
-    handle = apply_cache(network, "balanced")
+    handle = apply_cache(network, FIXED["both"])
     denoise(network, at, TIMES)
-    assert skips(handle) == SKIPS["balanced"]
+    assert skips(handle) == SKIPS["both"]
 
 
 def test_images_of_several_sizes_in_one_call():
@@ -105,6 +106,6 @@ def test_images_of_several_sizes_in_one_call():
         return {**inputs, "x": [inputs["x"][0], inputs["x"][1][..., :4]]}
 
     network = family.build()
-    handle = apply_cache(network, "fast")
+    handle = apply_cache(network, FIXED["most"])
     list(denoising(network, at, TIMES))
-    assert skips(handle) == SKIPS["fast"]
+    assert skips(handle) == SKIPS["most"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from denoise import denoise
 from edge_pipelines import TIMES
+from fixed_steps import FIXED
 from tiny import tiny_inputs, tiny_unet
 
 from mmagic_tome import apply_cache, apply_tome
@@ -68,7 +69,7 @@ def test_another_thread_is_not_disturbed(options, action):
 def test_replicas_run_their_own_weights():
     """What ``nn.DataParallel`` makes for each device."""
     network, baseline = tiny_unet(), tiny_unet()
-    apply_cache(network, "balanced")
+    apply_cache(network, FIXED["both"])
     replica = network._replicate_for_data_parallel()
     replica.conv_out = baseline.conv_out = torch.nn.Conv2d(16, 4, 3, padding=1)
     denoise(replica, tiny_inputs(), TIMES)

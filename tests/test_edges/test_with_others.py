@@ -6,6 +6,7 @@ import pytest
 import torch
 from denoise import inputs_at
 from edge_pipelines import TIMES
+from fixed_steps import FIXED
 from tiny import tiny_inputs, tiny_unet
 from tiny_pipelines import PIPELINES
 from tiny_transformers import TRANSFORMERS
@@ -21,7 +22,7 @@ def test_diffusers_own_cache_on_top():
     family = TRANSFORMERS["Flux.1"].deeper(4)
     network = family.build()
     expected = network(**family.inputs()).sample
-    handle = apply_cache(network, "balanced")
+    handle = apply_cache(network, FIXED["both"])
     network.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.0))
     with network.cache_context("cond"):
         assert torch.isfinite(network(**family.inputs()).sample).all()
@@ -33,7 +34,7 @@ def test_diffusers_own_cache_on_top():
 @torch.no_grad()
 def test_the_form_of_the_output_is_that_of_the_call():
     network, inputs = tiny_unet(), tiny_inputs()
-    apply_cache(network, "fast")
+    apply_cache(network, FIXED["most"])
     for step, time in enumerate(TIMES):
         as_tuple = step % 3 == 1
         output = network(**inputs_at(inputs, time), return_dict=not as_tuple)
@@ -56,7 +57,7 @@ def test_two_experts_are_merged_and_cached():
 
     baseline = run()
     merging = apply_tome(pipeline, ratio=0.5)
-    caching = apply_cache(pipeline, "fast")
+    caching = apply_cache(pipeline, FIXED["most"])
     first = run()
     assert torch.equal(run(), first) and not torch.equal(first, baseline)
     regions = {row["region"]: row for row in caching.stats()}

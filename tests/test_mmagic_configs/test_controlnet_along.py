@@ -4,6 +4,7 @@
 import pytest
 import tiny
 import torch
+from fixed_steps import FIXED
 from tiny_unets import tiny_controlnet
 
 from mmagic_tome import (
@@ -69,22 +70,22 @@ def test_they_come_and_go_together():
 
 def test_step_caching_takes_the_controlnet_along():
     model = Both(tiny_controlnet())
-    handle = apply_cache(model, "balanced")
+    handle = apply_cache(model, FIXED["both"])
     regions = [row["region"] for row in handle.stats()]
     assert regions == ["network", "inner", "controlnet.network"]
     assert get_handle(model.controlnet, "cache").config == handle.config[:1]
-    with apply_cache(model, "quality") as inner:  # a ControlNet has no inner region
+    with apply_cache(model, FIXED["inner"]) as inner:  # a ControlNet has no inner region
         assert [row["region"] for row in inner.stats()] == ["inner"]
         assert get_handle(model.controlnet) is None
     assert [row["region"] for row in get_handle(model).stats()] == regions
-    with apply_cache(model, "balanced", controlnet=False):
+    with apply_cache(model, FIXED["both"], controlnet=False):
         assert get_handle(model.controlnet) is None
     assert remove_cache(model)
     assert get_handle(model) is None and get_handle(model.controlnet) is None
     # What is applied to the ControlNet alone stays with it.
     apply_cache(model.controlnet, interval=2)
     assert get_handle(model) is None and not remove_cache(model)
-    apply_cache(model, "quality")
+    apply_cache(model, FIXED["inner"])
     assert get_handle(model.controlnet, "cache") is not None
 
 
