@@ -153,6 +153,7 @@ class Run:
         left = [self.branches[key] for key in self.called if key not in kept]
         if left:
             other = copy.copy(self)
+            other.state = copy.deepcopy(self.state)
             other.branches = dict(enumerate(left))
             other.called = list(other.branches)
         # A branch that was not called at the last step has ended.
