@@ -19,7 +19,7 @@ from typing import Any
 # They extrapolate with a cubic through the last four outputs (Adams-Bashforth, weights 55, -59, 37,
 # -9 over 24): what alternates from step to step comes out (55 + 59 + 37 + 9) / 24 = 6.7 times as
 # large.
-_FOUR_OUTPUTS = ("PNDMScheduler", "IPNDMScheduler")
+_FOUR_OUTPUTS = ("PNDMScheduler", "IPNDMScheduler", "LMSDiscreteScheduler")
 # Smallest sigma that EDM and Stable Video Diffusion train with (arXiv 2206.00364, table 1, rounded
 # to that of the published scheduler configs), and the exponent of their schedule.
 _SIGMA_MIN, _RHO = 0.002, 7
@@ -41,13 +41,7 @@ def warn_of_oscillation(model: object, configs: Sequence[Any]) -> None:
     """Warn if a model's scheduler amplifies the oscillation that error feedback of one of the step
     caches introduces (``docs/research/step_caching.md``)."""
     name = scheduler_name(scheduler_of(model))
-    if name in _FOUR_OUTPUTS and any(config.tolerance is not None for config in configs):
-        warnings.warn(
-            f"{name} amplifies step-to-step oscillation, so errors will be several times larger "
-            "than the tolerance; use another scheduler, such as DPMSolverMultistepScheduler",
-            stacklevel=3,
-        )
-    elif name in _FOUR_OUTPUTS and any(config.error_feedback for config in configs):
+    if name in _FOUR_OUTPUTS and any(config.error_feedback for config in configs):
         warnings.warn(
             f"{name} amplifies step-to-step oscillation, which error feedback introduces; use "
             "another scheduler, such as DPMSolverMultistepScheduler, or set error_feedback=0",
@@ -82,6 +76,11 @@ class Timeline:
         twin = Timeline(None, self.scale)
         twin._scheduler = copy.deepcopy(self.scheduler(), memo)
         return twin
+
+    @property
+    def amplifies(self) -> bool:
+        """Whether the scheduler amplifies what alternates from step to step."""
+        return scheduler_name(self.scheduler()) in _FOUR_OUTPUTS
 
     def scheduler(self) -> Any:
         """The scheduler that the model has now, or had last; None if it never had one."""

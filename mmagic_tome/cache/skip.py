@@ -21,7 +21,7 @@ from ..timeline import Timeline
 from .config import StepCacheConfig
 from .extrapolate import placeholder, undefined_like
 from .regions import RegionState, RegionStats, next_skips
-from .tolerance import REGIONS, Budget
+from .tolerance import AMPLIFIED_ERROR, REGIONS, RELATIVE_ERROR, Budget
 
 # Calls in a row that begin a run of their own before a warning says so.
 _LONE_CALLS = 8
@@ -112,7 +112,10 @@ class CachePatch(Patch):
 
     def new_states(self) -> dict[str, RegionState]:
         """What is kept for every region in one guidance branch."""
-        return {name: RegionState(self._region_configs[name]) for name in self.regions}
+        configs = {name: self._region_configs[name] for name in self.regions}
+        if self.tolerance is not None and self.timeline.amplifies:
+            configs = {name: one.replace(error_feedback=0.0) for name, one in configs.items()}
+        return {name: RegionState(config) for name, config in configs.items()}
 
     def choose(self, run: Run, time: float) -> Budget:
         """Decide what to skip at a step of a run with a tolerance, for all of its branches."""
@@ -235,7 +238,8 @@ class NetworkCall(Interceptor):
         """The region to skip at a step: decided at the first of its calls, for all branches."""
         patch: CachePatch = self.patch
         if run.state is None:
-            run.state = Budget(patch.tolerance)
+            relative = AMPLIFIED_ERROR if patch.timeline.amplifies else RELATIVE_ERROR
+            run.state = Budget(patch.tolerance, relative)
         budget: Budget = run.state
         if len(run.called) == 1:
             if budget.ahead != time:  # otherwise its ControlNet was called first

@@ -34,6 +34,9 @@ from .config import StepCacheConfig
 #: model: without feedback the inner regions err 0.3 and 0.1 times as much as the network; feedback
 #: leaves somewhat more than half of an error.
 RELATIVE_ERROR = {"network": 0.7, "inner": 0.18, "innermost": 0.09}
+#: The same for schedulers that amplify what alternates from step to step, as error feedback does:
+#: without it, and three times as much of an error arrives.
+AMPLIFIED_ERROR = {"network": 3.0, "inner": 0.9, "innermost": 0.3}
 #: How each of them is extrapolated.
 REGIONS = {
     "network": StepCacheConfig(error_feedback=0.5),
@@ -57,6 +60,7 @@ class Budget:
     """What one run may err, and what it has spent: per image, relative to the latent's norm."""
 
     tolerance: float
+    relative: Mapping[str, float] = field(default_factory=lambda: RELATIVE_ERROR)
     spent: Tensor | None = None  # (B,) sum of squares of the predicted errors
     skipped: list[str | None] = field(default_factory=list)  # region per step; None: computed
     ahead: float | None = None  # timestep of a step that was decided before the network was called
@@ -88,7 +92,7 @@ class Budget:
             spent = torch.zeros_like(curvature) if self.spent is None else self.spent
             left = (self.tolerance**2 - spent).clamp_min(0)
             allowed = (left * max(2 / steps_left, _SHARE)).sqrt()
-            for region, relative in RELATIVE_ERROR.items():
+            for region, relative in self.relative.items():
                 if region not in known or not self._may_skip(region):
                     continue
                 t1, t2 = known[region]

@@ -4,6 +4,7 @@
 import copy
 import math
 import pickle
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -357,10 +358,24 @@ def test_pipelines(title):
     assert torch.equal(case.run(pipeline, num_inference_steps=10), baseline)
 
 
-def test_a_scheduler_whose_errors_are_larger_is_named():
-    pipeline = SimpleNamespace(unet=tiny_unet(), scheduler=PNDMScheduler(skip_prk_steps=True))
-    with pytest.warns(UserWarning, match="PNDMScheduler amplifies.*larger than the tolerance"):
-        apply_cache(pipeline, tolerance=0.01)
+def test_a_scheduler_that_amplifies_gets_no_feedback_and_skips_less():
+    """PNDM makes an error that alternates 6.7 times as large."""
+    trained = dict(prediction_type="v_prediction", **TRAINED)
+    skipped = {}
+    for name, kind in (("PNDM", PNDMScheduler), ("DDIM", DDIMScheduler)):
+        options = dict(skip_prk_steps=True) if name == "PNDM" else dict(clip_sample=False)
+        pipeline = SimpleNamespace(unet=tiny_unet(), scheduler=kind(**trained, **options))
+        baseline = denoise(pipeline)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            handle = apply_cache(pipeline, tolerance=0.03)
+        (patch,) = handle._patches
+        states = patch.new_states()
+        assert all((one.config.error_feedback > 0) == (name == "DDIM") for one in states.values())
+        error = relative(denoise(pipeline), baseline)
+        skipped[name] = len(handle.steps) - handle.steps.count("computed")
+        assert error <= 5 * handle.predicted_error[0]
+    assert 0 < skipped["PNDM"] < skipped["DDIM"]
 
 
 @pytest.mark.parametrize(
