@@ -25,15 +25,18 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.ticker import LogFormatter
 
+from mmagic_tome.cache import PRESETS
 from mmagic_tome.lab import plots
 from mmagic_tome.lab.measure import Interval, interval, ratios
 from mmagic_tome.lab.report import markdown
 
 PAGES = ("*.md", "docs/**/*.md", "benchmarks/*.md", "configs/*/README.md")
 MARKER = re.compile(r"<!-- figure: (\S+) -->")
-PRESETS = ("quality", "balanced", "fast")
+# Rows of tolerances -> the named setting that it is.
+NAMED = {f"tolerance {one[0].tolerance:g}": name for name, one in PRESETS.items()}
 # Networks of the benchmark, in full.
 NETWORKS = {
     "sd15": "Stable Diffusion 1.5, random weights",
@@ -146,21 +149,96 @@ def listed(page: Path, name: str, pick: str = "", by_speed: bool = False) -> str
     return data.table(["", *COLUMNS], cells)
 
 
-def presets(page: Path, steps: str, fewer: str) -> str:
-    """The named settings, each with the number of fewer steps that is nearest in time."""
-    both = [Data(page, f"demo_{number}_steps") for number in (20, 50)]
-    cells = []
-    for name in PRESETS:
-        line = [f"`{name}`"]
-        for data in both:
-            row, speed = data[name], data.speedup(data[name])
-            others = [one for one in data.rows if one["kind"] == "fewer steps"]
-            near = min(others, key=lambda one: abs(data.speedup(one).median - speed.median))
-            line.append(f"{speed.text()}, **{row['psnr']:.1f} dB**")
-            number = steps.format(near["method"].split()[0])
-            line.append(f"{number}: {data.speedup(near).text()}, {near['psnr']:.1f} dB")
-        cells.append(line)
-    return both[0].table(["", steps.format(20), fewer, steps.format(50), fewer], cells)
+def presets(page: Path, guidance: str, fewer: str) -> str:
+    """The named settings at 20 steps, each beside as many fewer steps as take the same time."""
+    data = Data(page, "tolerance")
+    cells: dict[tuple, list[str]] = {}
+    for row in data.rows:
+        name = NAMED.get(row["method"])
+        if name is None or row["steps"] != 20:
+            continue
+        place = row["scheduler"], row["guidance"]
+        line = cells.setdefault(place, [f"{place[0]}, {guidance} {place[1]:g}"])
+        speed, psnr = _speed(data, row), [one["psnr"] for one in row["images"]]
+        beside = _fewer_steps(data, row, speed.median)
+        line.append(
+            f"{speed.text()}: **{statistics.mean(psnr):.1f} dB**"
+            + ("" if beside is None else f" ({fewer} {beside:.1f})")
+        )
+    return data.table(["", *(f"`{name}`" for name in NAMED.values())], [*cells.values()])
+
+
+def _baseline(data: Data, row: Row) -> Row:
+    keys = ("scheduler", "guidance", "steps")
+    same = (one for one in data.rows if all(one[key] == row[key] for key in keys))
+    return next(one for one in same if one["method"] == "baseline")
+
+
+def _speed(data: Data, row: Row) -> Interval:
+    """How many times as fast as the baseline: the median image, and the interval of that."""
+    return interval(ratios(_baseline(data, row)["seconds"], row["seconds"]))
+
+
+def _fewer_steps(data: Data, row: Row, speed: float) -> float | None:
+    """Mean PSNR of fewer steps that take as long: on the line between measured numbers of steps,
+    along the logarithm of the speed-up; None beyond them."""
+    keys = ("scheduler", "guidance", "steps")
+    points = sorted(
+        (_speed(data, one).median, statistics.mean(image["psnr"] for image in one["images"]))
+        for one in data.rows
+        if one["method"].endswith(" steps") and all(one[key] == row[key] for key in keys)
+    )
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        if x0 <= speed <= x1:
+            return y0 + (y1 - y0) * math.log(speed / x0) / math.log(x1 / x0)
+    return None
+
+
+def tolerance_pareto(page: Path) -> str:
+    """PSNR against whole-run speed-up of tolerances and of fewer steps, on three samplers."""
+    data = Data(page, "tolerance")
+    panels: dict[str, list[plots.Point]] = {}
+    for place in (("DDIM", 3.0), ("DPM-Solver++ 2M", 7.5), ("UniPC", 7.5)):
+        points = panels.setdefault(f"{place[0]}, guidance {place[1]:g}", [])
+        for row in data.rows:
+            if (row["scheduler"], row["guidance"], row["steps"]) != (*place, 20):
+                continue
+            if row["method"] == "baseline":
+                continue
+            kind = "caching" if row["method"].startswith("tolerance") else "fewer steps"
+            speed = _speed(data, row)
+            psnr = statistics.mean(one["psnr"] for one in row["images"])
+            label = NAMED.get(row["method"], row["method"])
+            points.append(plots.Point(label, kind, speed.median, psnr, speed.low, speed.high))
+    return data.plot("pareto", plots.fidelity(panels, PSNR), "Fidelity against speed-up")
+
+
+def calibration(page: Path) -> str:
+    """Realised against predicted error of every image."""
+    data = Data(page, "tolerance")
+    guidances = sorted({row["guidance"] for row in data.rows})
+    figure, all_axes = plots.panels_of(1.6 + 4.4 * len(guidances), 4.6, len(guidances))
+    names = list(dict.fromkeys(row["scheduler"] for row in data.rows))
+    looks = [look for kind, look in plots.KINDS.items() if kind != "baseline"]
+    ends = (5e-4, 0.5)
+    for axes, guidance in zip(all_axes, guidances):
+        axes.plot(ends, ends, color="black", linewidth=1)
+        axes.fill_between(ends, [end / 2 for end in ends], [end * 2 for end in ends], alpha=0.12)
+        for name, (colour, shape) in zip(names, looks):
+            images = [
+                (one["predicted"], one["error"])
+                for row in data.rows
+                if (row["scheduler"], row["guidance"]) == (name, guidance)
+                for one in row["images"]
+                if one.get("predicted")
+            ]
+            if images:
+                axes.plot(*zip(*images), shape, color=colour, label=name, alpha=0.6, markersize=4)
+        axes.set(title=f"guidance {guidance:g}", xlabel="predicted error", xscale="log")
+        axes.set(yscale="log", xlim=ends, ylim=ends)
+    all_axes[0].set_ylabel("realised error of the final latent")
+    plots.legend(figure)
+    return data.plot("calibration", figure, "Realised against predicted error of every image")
 
 
 def pareto(page: Path, name: str, steps: Sequence[int], named: str) -> str:
@@ -268,50 +346,32 @@ def continuity(page: Path) -> str:
 
 
 def tolerance(page: Path) -> str:
-    """Runs with a tolerance: operations, predicted and realised errors, fewer steps beside them."""
+    """Runs with a tolerance: time, predicted and realised errors, fewer steps beside them."""
     data = Data(page, "tolerance")
     cells = []
     for row in data.rows:
         if not row["method"].startswith("tolerance"):
             continue
-        saved = 1 / statistics.mean(row["operations"])
-        realised = [one["error"] for one in row["images"]]
-        ratios_ = sorted(
-            one["error"] / one["predicted"] for one in row["images"] if one["predicted"]
-        )
-        psnr = [one["psnr"] for one in row["images"]]
-        fewer = _fewer_steps(data.rows, row, saved)
+        speed = _speed(data, row)
+        psnr = sorted(one["psnr"] for one in row["images"])
+        met = [one["error"] / one["predicted"] for one in row["images"] if one["predicted"]]
+        spread = [f"{value:.2f}" for value in np.quantile(met, [0.05, 0.5, 0.95])] if met else []
+        fewer = _fewer_steps(data, row, speed.median)
         cells.append(
             [
-                f"{row['scheduler']}, guidance {row['guidance']:g}",
+                f"{row['scheduler']}, guidance {row['guidance']:g}, {row['steps']} steps",
                 row["method"].removeprefix("tolerance "),
-                f"{saved:.2f}x",
-                f"{statistics.mean(realised):.4f}",
-                f"{ratios_[0]:.2f} / {statistics.median(ratios_):.2f} / {ratios_[-1]:.2f}"
-                if ratios_
-                else "-",
-                f"{statistics.mean(psnr):.1f} ({min(psnr):.1f})",
+                speed.text(),
+                f"{1 / statistics.mean(row['operations']):.2f}x",
+                f"{statistics.mean(one['error'] for one in row['images']):.4f}",
+                " / ".join(spread) or "-",
+                f"{statistics.mean(psnr):.1f} ({np.quantile(psnr, 0.05):.1f}, {psnr[0]:.1f})",
                 "-" if fewer is None else f"{fewer:.1f}",
             ]
         )
-    heads = ["", "tolerance", "fewer operations", "error of the final latent"]
-    heads += ["realised / predicted: min / median / max", "PSNR, dB: mean (worst image)"]
-    return data.table([*heads, "fewer steps, dB: mean"], cells)
-
-
-def _fewer_steps(rows: Sequence[Row], row: Row, saved: float) -> float | None:
-    """Mean PSNR of fewer steps with as many operations: on the line between measured numbers of
-    steps, along the logarithm of the speed-up; None beyond them."""
-    keys = ("scheduler", "guidance", "steps")
-    known = sorted(
-        (1 / statistics.mean(one["operations"]), statistics.mean(i["psnr"] for i in one["images"]))
-        for one in rows
-        if one["method"].endswith(" steps") and all(one[key] == row[key] for key in keys)
-    )
-    for (x0, y0), (x1, y1) in zip(known, known[1:]):
-        if x0 <= saved <= x1:
-            return y0 + (y1 - y0) * math.log(saved / x0) / math.log(x1 / x0)
-    return None
+    heads = ["", "tolerance", "times as fast", "fewer operations", "error of the final latent"]
+    heads += ["realised / predicted: 5 %, median, 95 %", "PSNR, dB: mean (5 %, worst)"]
+    return data.table([*heads, "fewer steps in that time, dB: mean"], cells)
 
 
 def operations(page: Path) -> str:
@@ -361,9 +421,10 @@ _SHORT = (
     r"baseline|quality|balanced|fast|ToMe 0.5(, prop_attn)?|tomesd 0.5|DeepCache 2|1[036] steps"
 )
 FIGURES: Mapping[str, Callable[[Path], str]] = {
-    "presets": partial(presets, steps="{} steps", fewer="fewer steps"),
-    "presets-zh": partial(presets, steps="{} 步", fewer="减少步数"),
-    "pareto": partial(pareto, name="pareto", steps=[20], named=_SHORT + "|DeepCache .|.* steps"),
+    "presets": partial(presets, guidance="guidance", fewer="fewer steps:"),
+    "presets-zh": partial(presets, guidance="引导", fewer="减少步数："),
+    "pareto": tolerance_pareto,
+    "calibration": calibration,
     "pareto-both": partial(
         pareto, name="pareto_both", steps=[20, 50], named=r"(?!ToFu|ToMA|SiTo|import|prune|CA-).*"
     ),
