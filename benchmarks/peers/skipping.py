@@ -56,6 +56,7 @@ class History:
     """What was computed so far in one run of one branch, the oldest first."""
 
     steps: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)  # their timesteps
     inputs: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)  # in the method's space
 
@@ -234,6 +235,7 @@ class Skipping(AbstractContextManager):
             kind = call.scheduler.config.prediction_type
             output = denoised_of(output, call.sample, level, kind)
         history.steps.append(call.step)
+        history.times.append(call.timestep)
         history.inputs.append(call.sample)
         history.outputs.append(output)
         if not call.branch:
