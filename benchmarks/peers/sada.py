@@ -74,7 +74,9 @@ class Sada(Peer):
         max_skips: in a row, by the criterion; 0 skips nothing.
         start, end: shares of the run between which steps may be skipped.
         late: share of the run from which Lagrange extrapolates. Default: 0.48; None: never.
-        spacing: steps between those that are computed in the late part.
+        spacing: steps between those that are computed in the late part. Default: None, 8 % of the
+            run and at least 2, which is the authors' 4 of 50 steps (our reading for shorter runs:
+            with 4 of 20 steps the extrapolation fails).
         terms: number of steps that Lagrange uses.
     """
 
@@ -84,12 +86,12 @@ class Sada(Peer):
         start: float = 0.2,
         end: float = 0.94,
         late: float | None = 0.48,
-        spacing: int = 4,
+        spacing: int | None = None,
         terms: int = 4,
     ) -> None:
         check("max_skips", max_skips, 0)
         check("start", start, 0, end)
-        check("spacing", spacing, 1)
+        check("spacing", 1 if spacing is None else spacing, 1)
         check("terms", terms, 2)
         self.max_skips, self.start, self.end = max_skips, start, end
         self.late, self.spacing, self.terms = late, spacing, terms
@@ -109,7 +111,8 @@ class Sada(Peer):
         rate = 0.5 * beta * (noise / level.sigma - x)
         self.rates = [rate, *self.rates[:2]]
         self.before = x, time
-        if call.step % self.spacing == 1 % self.spacing and level.alpha > 0.01:
+        spacing = self._spacing(call)
+        if call.step % spacing == 1 % spacing and level.alpha > 0.01:
             node = call.step, denoised_of(output, x, level, kind)
             self.nodes = [*self.nodes, node][-self.terms :]
 
@@ -117,6 +120,9 @@ class Sada(Peer):
         skip = self.max_skips > 0 and len(self.rates) == 3 and self._may_skip(call)
         self.in_a_row = self.in_a_row + 1 if skip else 0
         return skip
+
+    def _spacing(self, call: Call) -> int:
+        return self.spacing or max(2, round(0.08 * call.steps))
 
     def _may_skip(self, call: Call) -> bool:
         x, time = self.before
@@ -126,8 +132,9 @@ class Sada(Peer):
             return False
         self.by_lagrange = self.late is not None and before >= int(self.late * call.steps)
         if self.by_lagrange:
-            skips = before % self.spacing != 0 and len(self.nodes) > 1
-            return skips and self.in_a_row < self.spacing
+            spacing = self._spacing(call)
+            skips = before % spacing != 0 and len(self.nodes) > 1
+            return skips and self.in_a_row < spacing
         stable = is_stable(call.sample[: len(x)], self.guess, self.rates)
         return stable and self.in_a_row < self.max_skips
 
