@@ -1,0 +1,335 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Step caching by other authors: formulas by hand, decisions on made-up runs, tiny pipelines."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_pipelines import PIPELINES
+
+from benchmarks.peers import (
+    adaptive_diffusion,
+    easycache,
+    fbcache,
+    levels,
+    sada,
+    spectrum,
+    taylorseer,
+    zeus,
+)
+from benchmarks.peers.skipping import Call, History, Skipping
+from mmagic_tome.errors import ToMeError
+
+
+def walk(peer, steps, output, sample=lambda step: torch.tensor([float(step)])):
+    """Run a method without a network: what each step returned, and which steps were computed.
+
+    ``output`` and ``sample`` take the number of a step.
+    """
+    history, found = History(), []
+    for step in range(steps):
+        call = Call(step, steps, float(steps - step), sample(step), 0, None)
+        if peer.skips(call, history):
+            found.append(peer.estimate(call, history))
+            continue
+        found.append(output(step))
+        history.steps.append(step)
+        history.inputs.append(call.sample)
+        history.outputs.append(found[-1])
+        peer.computed(call, history)
+    return found, history.steps
+
+
+def square(step):
+    return torch.tensor([float(step**2)])
+
+
+# --- ZEUS -----------------------------------------------------------------------------------------
+
+
+def test_zeus_skips_inside_its_window_and_alternates():
+    found, computed = walk(zeus.Zeus(4), 20, square)
+    assert computed == [0, 1, 2, 3, 4, 8, 12, 16, 18, 19]
+    # The line through 9 and 16, and 16 itself; later the line through 16 and 64.
+    assert [float(one) for one in found[5:8]] == [23, 16, 23]
+    assert [float(one) for one in found[9:12]] == [112, 64, 112]
+
+
+def test_zeus_spaced_extrapolates_to_the_next_step():
+    found, _ = walk(zeus.Zeus(4, spaced=True), 20, square)
+    assert float(found[9]) == 64 + (64 - 16) / 4
+
+
+# --- Spectrum -------------------------------------------------------------------------------------
+
+
+def test_chebyshev_polynomials_are_those_of_numpy():
+    times = torch.linspace(-1, 1, 7, dtype=torch.float64)
+    expected = np.polynomial.chebyshev.chebvander(times.numpy(), 4)
+    np.testing.assert_allclose(spectrum.chebyshev(times, 4), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("degree, ridge", [(4, 0.1), (3, 1.0), (2, 1e-9)])
+def test_ridge_weights_are_the_least_squares_solution(degree, ridge):
+    times, at = [-1.0, -0.9, -0.8, -0.7, -0.5, -0.2], 0.1
+    values = np.random.default_rng(0).normal(size=(6, 3))
+    design = np.polynomial.chebyshev.chebvander(times, degree)
+    # Ridge regression is least squares with rows of sqrt(ridge) that want all coefficients zero.
+    rows = np.vstack([design, ridge**0.5 * np.eye(degree + 1)])
+    coefficients = np.linalg.lstsq(rows, np.vstack([values, np.zeros((degree + 1, 3))]))[0]
+    expected = np.polynomial.chebyshev.chebvander([at], degree) @ coefficients
+    weights = spectrum.ridge_weights(times, at, degree, ridge).numpy()
+    np.testing.assert_allclose(weights @ values, expected[0], rtol=1e-7)
+
+
+def test_spectrum_computes_14_of_50_steps_with_the_settings_of_the_paper():
+    """As many as the authors report for their 3.5 times."""
+    _, computed = walk(spectrum.Spectrum(**spectrum.PAPER), 50, square)
+    assert computed == [0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 25, 31, 38, 46]
+
+
+def test_spectrum_mixes_the_fit_and_the_line():
+    options = dict(degree=1, ridge=0.0, window=2, growth=0, warmup=3, space="output")
+    # Least squares through 0, 1, 4 at steps 0, 1, 2: the line 2 s - 1/3. The last two: 4 + 3.
+    for mix, expected in ((1, 6 - 1 / 3), (0, 7), (0.5, 6.5 - 1 / 6)):
+        found, computed = walk(spectrum.Spectrum(mix=mix, **options), 6, square)
+        assert computed == [0, 1, 2, 4]
+        assert float(found[3]) == pytest.approx(expected, rel=1e-6)
+    users = spectrum.Spectrum(**{**options, "slope": 0.5, "mix": 0})
+    assert float(walk(users, 6, square)[0][3]) == 4 + 3 / 2
+
+
+# --- EasyCache, UCache ----------------------------------------------------------------------------
+
+
+def straight(step):
+    """Changes by 0.5 and has the size 10."""
+    return torch.tensor([10 + step / 2, 10 - step / 2])
+
+
+def pair(step):
+    return torch.tensor([float(step)] * 2)
+
+
+def test_easycache_skips_until_the_predicted_changes_add_up():
+    assert easycache.predicted_change(0.5, 1.0, 10.0) == pytest.approx(0.05)
+    # 0.05 a step: two steps stay below 0.12. The first two and the last one are computed.
+    found, computed = walk(easycache.EasyCache(0.12), 10, straight, pair)
+    assert computed == [0, 1, 4, 7, 9]
+    # Step 3: its input and what step 1 added to its own.
+    assert found[3].tolist() == [3 + 10.5 - 1, 3 + 9.5 - 1]
+
+
+def test_ucache_measures_from_the_last_computed_input():
+    assert easycache.ucache_change(0.5, 1.0, 10.0, 0.0, 0) == pytest.approx(0.05)
+    assert easycache.ucache_change(0.5, 1.0, 10.0, 2.5, 2) == pytest.approx(2 * 0.5 / 40**0.5)
+    # From step 3 on. Steps 5 and 6 predict 0.18 and 0.53, above 0.5 together. From the fourth
+    # computed step on the threshold is 1: steps 9 and 10 predict 0.15 and 0.45, step 11 0.91.
+    _, computed = walk(easycache.UCache(), 20, straight, pair)
+    assert computed[:8] == [0, 1, 2, 3, 4, 6, 8, 11]
+
+
+# --- first-block cache ----------------------------------------------------------------------------
+
+
+def test_fbcache_compares_with_the_last_computed_residual():
+    assert fbcache.relative_change(torch.tensor([3.0, -2.0]), torch.tensor([2.0, -2.0])) == 0.25
+    peer = fbcache.FBCache(threshold=0.3, max_skips=2)
+    found = []
+    for step, value in enumerate((10.0, 12.0, 14.0, 15.0, 15.0, 15.0, 15.0)):
+        call = Call(step, 7, 7.0 - step, torch.zeros(1), 0, None)
+        found.append(peer.decide(call, torch.tensor([value])))
+    assert found == [False, True, False, True, True, False, True]
+
+
+# --- AdaptiveDiffusion ----------------------------------------------------------------------------
+
+
+def test_adaptive_diffusion_looks_at_the_third_difference():
+    assert adaptive_diffusion.is_stable([3.0, 2.0, 1.0], 0.0)
+    assert adaptive_diffusion.is_stable([4.0, 2.0, 1.0], 0.25)
+    assert not adaptive_diffusion.is_stable([4.0, 2.0, 1.0], 0.24)
+
+
+def test_adaptive_diffusion_computes_four_steps_and_every_fifth():
+    peer, history, skips = adaptive_diffusion.AdaptiveDiffusion(0.01, max_skips=4), History(), []
+    for step in range(12):
+        call = Call(step, 12, 12.0 - step, torch.zeros(1), 0, None)
+        skips.append(peer.skips(call, history))
+        peer.stepped(call, torch.zeros(1), torch.tensor([float(step)]))  # constant change
+    assert skips == [False] * 4 + [True] * 4 + [False] + [True] * 3
+
+
+# --- SADA -----------------------------------------------------------------------------------------
+
+
+def test_sada_extrapolates_by_three_rates():
+    rates = [torch.tensor([value]) for value in (8.0, 4.0, 2.0)]
+    # 5 + 3 - 0.75 = 7.25
+    assert float(sada.extrapolated(torch.tensor([1.0]), rates, 2.0)) == 1 - 2 * 7.25
+    # The rates bend by 8 - 2 * 4 + 2 = 2.
+    assert sada.is_stable(torch.tensor([0.0]), torch.tensor([1.0]), rates)
+    assert not sada.is_stable(torch.tensor([1.0]), torch.tensor([0.0]), rates)
+
+
+def test_sada_lagrange_reproduces_a_cubic():
+    steps = (1, 5, 9, 13)
+    values = [torch.tensor([float(step**3)], dtype=torch.float64) for step in steps]
+    assert float(sada.lagrange(steps, values, 15)) == pytest.approx(15**3)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_outputs_and_clean_latents_convert_into_each_other(kind):
+    x, output, level = torch.tensor([2.0]), torch.tensor([-3.0]), levels.Level(0.6, 0.8)
+    clean = levels.denoised_of(output, x, level, kind)
+    assert float(levels.output_of(clean, x, level, kind)) == pytest.approx(-3)
+    noise = levels.noise_of(output, x, level, kind)
+    assert float(0.6 * clean + 0.8 * noise) == pytest.approx(2)
+
+
+# --- TaylorSeer -----------------------------------------------------------------------------------
+
+
+def test_taylorseer_expands_about_the_last_computed_step():
+    first = taylorseer.update_derivatives([], square(0), 1, 2)
+    second = taylorseer.update_derivatives(first, square(2), 2, 2)
+    third = taylorseer.update_derivatives(second, square(4), 2, 2)
+    assert [float(one) for one in third] == [16, 6, 2]
+    assert float(taylorseer.expand(third, 1)) == 16 + 6 + 1
+    assert float(taylorseer.expand(third[:2], 3)) == 16 + 18
+
+
+def test_taylorseer_computes_three_steps_and_one_per_interval():
+    found, computed = walk(taylorseer.TaylorSeer(order=1, interval=3), 10, square)
+    assert computed == [0, 1, 2, 5, 8]
+    assert [float(found[step]) for step in (3, 4, 6)] == [4 + 3, 4 + 6, 25 + 7]
+
+
+# --- pipelines ------------------------------------------------------------------------------------
+
+STEPS = 12
+CONSERVATIVE = {
+    "zeus": zeus.method(1),
+    "spectrum": spectrum.method(**{**spectrum.PAPER, "window": 1, "growth": 0}),
+    "spectrum users": spectrum.method(**{**spectrum.USERS, "window": 1, "growth": 0}),
+    "easycache": easycache.method(0),
+    "ucache": easycache.ucache(0),
+    "fbcache": fbcache.method(0),
+    "adaptive diffusion": adaptive_diffusion.method(max_skips=0),
+    "sada": sada.method(0),
+    "taylorseer": taylorseer.method(interval=1),
+}
+STRONG = {
+    "zeus": zeus.method(3),
+    "spectrum": spectrum.method(**spectrum.PAPER),
+    "spectrum users": spectrum.method(**spectrum.USERS),
+    "easycache": easycache.method(5),
+    "ucache": easycache.ucache(50),
+    "fbcache": fbcache.method(5),
+    "adaptive diffusion": adaptive_diffusion.method(2),
+    "sada": sada.method(2),
+    "taylorseer": taylorseer.method(interval=3),
+}
+
+
+@pytest.fixture(scope="module")
+def case():
+    return PIPELINES["Stable Diffusion 1.x"]
+
+
+@pytest.fixture(scope="module")
+def pipeline(case):
+    return case.pipeline()
+
+
+@pytest.fixture(scope="module")
+def baseline(case, pipeline):
+    return case.run(pipeline, num_inference_steps=STEPS)
+
+
+def traces(pipeline):
+    """What a method could leave behind."""
+    network = pipeline.unet
+    hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in network.modules()]
+    return set(vars(network)), set(vars(pipeline.scheduler)) - {"step"}, sum(hooks)
+
+
+@pytest.mark.parametrize("name", CONSERVATIVE)
+def test_the_most_conservative_setting_is_the_baseline(case, pipeline, baseline, name):
+    before = traces(pipeline)
+    with CONSERVATIVE[name].function(pipeline) as skipping:
+        assert torch.equal(case.run(pipeline, num_inference_steps=STEPS), baseline)
+    assert skipping.steps == ["computed"] * STEPS
+    assert traces(pipeline) == before and "step" not in vars(pipeline.scheduler)
+
+
+@pytest.mark.parametrize("name", STRONG)
+def test_a_strong_setting_skips_alike_in_every_run_and_is_removed(case, pipeline, baseline, name):
+    before = traces(pipeline)
+    with STRONG[name].on(pipeline):
+        first = case.run(pipeline, num_inference_steps=STEPS)
+        again = case.run(pipeline, num_inference_steps=STEPS)
+    assert torch.equal(first, again) and not torch.equal(first, baseline)
+    assert torch.isfinite(first).all()
+    assert traces(pipeline) == before and "step" not in vars(pipeline.scheduler)
+    assert torch.equal(case.run(pipeline, num_inference_steps=STEPS), baseline)
+
+
+def test_fbcache_skips_all_blocks_but_the_first(case, pipeline):
+    calls = []
+    first, last = pipeline.unet.down_blocks[0], pipeline.unet.mid_block
+    hooks = [m.register_forward_pre_hook(lambda m, args: calls.append(m)) for m in (first, last)]
+    with STRONG["fbcache"].function(pipeline) as skipping:
+        case.run(pipeline, num_inference_steps=STEPS)
+    [hook.remove() for hook in hooks]
+    computed = skipping.steps.count("computed")
+    assert computed < STEPS and set(skipping.steps) == {"computed", "first block"}
+    assert sum(m is first for m in calls) == STEPS and sum(m is last for m in calls) == computed
+
+
+def test_two_calls_per_step_follow_one_decision():
+    case = PIPELINES["Wan 2.1, 2.2 (video)"]
+    pipeline = case.pipeline()
+    calls = []
+    count = pipeline.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs["timestep"]), with_kwargs=True
+    )
+    with taylorseer.method(interval=3).function(pipeline) as skipping:
+        case.run(pipeline, num_inference_steps=STEPS)
+    count.remove()
+    assert skipping.steps == ["computed"] * 3 + ["network", "network", "computed"] * 3
+    assert len(calls) == 2 * STEPS
+
+
+def test_a_run_begins_anew_after_one_that_was_interrupted(case, pipeline):
+    with Skipping(pipeline, lambda: taylorseer.TaylorSeer(1, 2)) as skipping:
+        first = case.run(pipeline, num_inference_steps=STEPS)
+        for step in (0, 5):
+            with pytest.raises(KeyboardInterrupt):
+                case.run(
+                    pipeline,
+                    num_inference_steps=STEPS,
+                    generator=torch.Generator().manual_seed(9),
+                    callback_on_step_end=interrupt_at(step),
+                )
+            assert torch.equal(case.run(pipeline, num_inference_steps=STEPS), first)
+    assert skipping.steps.count("computed") == 7
+
+
+def interrupt_at(number):
+    def callback(pipeline, step, timestep, kwargs):
+        if step == number:
+            raise KeyboardInterrupt
+        return kwargs
+
+    return callback
+
+
+def test_wrong_options_and_models_say_what_to_write(pipeline):
+    with pytest.raises(ToMeError, match="interval must be at least 1"):
+        zeus.method(0)
+    with pytest.raises(ToMeError, match="pass the pipeline"):
+        zeus.method(2).function(pipeline.unet)
+    wan = PIPELINES["Wan 2.1, 2.2 (video)"].pipeline()
+    with pytest.raises(ToMeError, match="FirstBlockCacheConfig"), fbcache.method(1).function(wan):
+        pass
+    assert "forward" not in vars(wan.transformer)
