@@ -37,6 +37,8 @@ PAGES = ("*.md", "docs/**/*.md", "benchmarks/*.md", "configs/*/README.md")
 MARKER = re.compile(r"<!-- figure: (\S+) -->")
 # Rows of tolerances -> the named setting that it is.
 NAMED = {f"tolerance {one[0].tolerance:g}": name for name, one in PRESETS.items()}
+# Step caches at the same steps of every run.
+FIXED = ("fixed: inner", "fixed: both", "fixed: most")
 # Networks of the benchmark, in full.
 NETWORKS = {
     "sd15": "Stable Diffusion 1.5, random weights",
@@ -417,9 +419,7 @@ def matching_sentence(page: Path) -> str:
 
 _GROUPS = ("downsample", "block", "timestep_range", "targets", "targets, residual", "method")
 _GROUPS += ("ratios", "plan_interval", "share_plans", "residual")
-_SHORT = (
-    r"baseline|quality|balanced|fast|ToMe 0.5(, prop_attn)?|tomesd 0.5|DeepCache 2|1[036] steps"
-)
+_SHORT = r"baseline|fixed: .*|ToMe 0.5(, prop_attn)?|tomesd 0.5|DeepCache 2|1[036] steps"
 FIGURES: Mapping[str, Callable[[Path], str]] = {
     "presets": partial(presets, guidance="guidance", fewer="fewer steps:"),
     "presets-zh": partial(presets, guidance="引导", fewer="减少步数："),
@@ -428,8 +428,8 @@ FIGURES: Mapping[str, Callable[[Path], str]] = {
     "pareto-both": partial(
         pareto, name="pareto_both", steps=[20, 50], named=r"(?!ToFu|ToMA|SiTo|import|prune|CA-).*"
     ),
-    "sd15-presets": partial(speedups, name="sd15_20_steps", methods=PRESETS, last=" and "),
-    "sd15-presets-zh": partial(speedups, name="sd15_20_steps", methods=PRESETS, last=", "),
+    "sd15-fixed": partial(speedups, name="sd15_20_steps", methods=FIXED, last=" and "),
+    "sd15-fixed-zh": partial(speedups, name="sd15_20_steps", methods=FIXED, last=", "),
     "sd15-tomesd": partial(speedups, name="sd15_20_steps", methods=["tomesd"], last=""),
     "demo-20": partial(listed, name="demo_20_steps", by_speed=True),
     "demo-50": partial(listed, name="demo_50_steps", by_speed=True),

@@ -38,7 +38,7 @@ from mmagic_tome.models import find_adapter
 
 DATA = Path(__file__).parent / "data/step_caching_peers.json"
 CHOSEN = ("DDIM", "Euler", "DPM-Solver++ 2M", "UniPC")
-TOLERANCES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
+TOLERANCES = (0.005, 0.01, 0.02, 0.05, 0.1)
 SHARES = (0.8, 0.65, 0.5, 0.4, 0.3)  # of the steps
 BETTER = ("DPM-Solver++ 2M", "UniPC")  # samplers that users take to need fewer steps
 CONVERGED = ("DPM-Solver++ 2M", 200)

@@ -37,7 +37,7 @@ DATA = Path(__file__).parent / "data/tolerance.json"
 # Samplers that users run; the others of the table are variants.
 CHOSEN = ("DDIM", "Euler", "DPM-Solver++ 2M", "UniPC")
 SIZE = 128
-TOLERANCES = (0.003, 0.01, 0.03, 0.1)
+TOLERANCES = (0.005, 0.01, 0.02, 0.05)
 SHARES = (0.8, 0.65, 0.5, 0.4)  # of the steps
 
 

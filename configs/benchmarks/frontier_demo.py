@@ -4,6 +4,15 @@
 # The names are those of the published tables (docs/research/frontier.md).
 _base_ = "../demo/sd-emoji.py"
 
+_network = dict(region="network", error_feedback=0.5, timestep_range=(0.1, 0.65))
+_inner = dict(region="inner", error_feedback=0.5)
+# Step caches at the same steps of every run.
+_fixed = {
+    "fixed: inner": [dict(_inner, timestep_range=(0.1, 0.8))],
+    "fixed: both": [_network, dict(_inner, timestep_range=(0.65, 0.95))],
+    "fixed: most": [dict(region="network"), dict(_inner, timestep_range=(0.0, 0.7))],
+}
+
 evaluation = dict(
     prompts="demo",
     limit=64,
@@ -13,7 +22,8 @@ evaluation = dict(
     batch_size=8,
     methods=[
         # Step caching with linear extrapolation.
-        *[dict(name=name, tome_cfg=dict(cache=name)) for name in ("quality", "balanced", "fast")],
+        *[dict(name=name, tome_cfg=dict(cache=cache)) for name, cache in _fixed.items()],
+        *["cache:quality", "cache:balanced", "cache:fast"],
         dict(name="network every 2nd", tome_cfg=dict(cache=dict(region="network"))),
         dict(
             name="network every 2nd, half of the run",
@@ -49,8 +59,8 @@ evaluation = dict(
             ),
         ),
         dict(
-            name="balanced and ToMe 0.5, prop_attn",
-            tome_cfg=dict(ratio=0.5, prop_attn=True, cache="balanced"),
+            name="fixed: both, and ToMe 0.5, prop_attn",
+            tome_cfg=dict(ratio=0.5, prop_attn=True, cache=_fixed["fixed: both"]),
         ),
         # Merging alone, by every method; ToDo keeps the queries.
         *[

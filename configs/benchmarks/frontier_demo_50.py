@@ -5,7 +5,8 @@ _base_ = "./frontier_demo.py"
 evaluation = dict(
     steps=50,
     only=[
-        *["quality", "balanced", "fast", "network every 2nd", "network every 2nd, half of the run"],
+        *["fixed: *", "quality", "balanced", "fast"],
+        *["network every 2nd", "network every 2nd, half of the run"],
         "network every 2nd, order 0",
         "inner every 2nd, order 0",
         "DeepCache *",

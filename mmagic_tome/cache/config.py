@@ -123,8 +123,8 @@ class StepCacheConfig:
 #: scale. What each of them skips is up to the run.
 PRESETS: dict[str, tuple[StepCacheConfig, ...]] = {
     "quality": (StepCacheConfig(tolerance=0.01),),
-    "balanced": (StepCacheConfig(tolerance=0.03),),
-    "fast": (StepCacheConfig(tolerance=0.1),),
+    "balanced": (StepCacheConfig(tolerance=0.02),),
+    "fast": (StepCacheConfig(tolerance=0.05),),
 }
 
 CacheSpec = Union[str, StepCacheConfig, Mapping, list, tuple, None]

@@ -97,8 +97,11 @@ class Budget:
                     continue
                 t1, t2 = known[region]
                 errors = curvature * abs((time - t2) * (time - t1)) * relative
+                # A second skip in a row buys less for its error: out of an even share alone.
+                again = region == "network" == self.skipped[-1]
+                most = (left / steps_left).sqrt() if again else allowed
                 # The image that errs most decides for its batch.
-                if bool((errors <= allowed).all()):
+                if bool((errors <= most).all()):
                     chosen = region
                     self.spent = spent + errors**2
                     break
