@@ -353,10 +353,11 @@ def _tune(args: argparse.Namespace) -> int | None:
     from .tune import Target, check, split, tune
 
     source, device = _source(args), check_device(args.device)
-    request, target = _request(args, source), Target(*args.target)
+    request, key = _request(args, source), "speedup" if args.psnr is None else "psnr"
+    target = Target(key, vars(args)[key])
     check(source, request, args.cfg_options)
     parts = split(request, args.limit)
-    title = f"{_title(source, parts['search'], device)}; tuned for {target.key} {target.value:g}"
+    title = f"{_title(source, parts['search'], device)}; tuned for {target}"
     for part, one in parts.items():
         title += f"\n  {part}: {', '.join(one.prompts)}"
     with _results(args, source.name, title, ()) as folder:

@@ -257,12 +257,9 @@ def _benchmark(add: Callable[..., None]) -> None:
 
 def _tune(add: Callable[..., None]) -> None:
     either = add.options.add_mutually_exclusive_group(required=True)
-    for key, about in (
-        ("speedup", "at least so many times as fast"),
-        ("psnr", "at least so many dB"),
-    ):
-        kind = {"type": lambda text, key=key: (key, float(text)), "metavar": "X", "dest": "target"}
-        add(f"--{key}", kind, f"{about}, compared with the baseline (default: none)", either)
+    positive = {"type": number(float, 0), "metavar": "X"}
+    add("--speedup", positive, "so many times as fast as the baseline (default: none)", either)
+    add("--psnr", positive, "so close to the baseline's images, in dB (default: none)", either)
     ratios = "merging ratios to try (default: 0.25 0.5 where the finest level has 4096 tokens)"
     add("--ratios", WEIGHT, ratios, nargs="*", metavar="R")
     add("--limit", N, "images at most: half to search, half to check (default: 12)", default=12)

@@ -61,6 +61,9 @@ class Target:
         low, instead = {"speedup": (1, 1.5), "psnr": (0, 45)}[self.key]
         check_number("tune: ", self.key, self.value, low, math.inf, instead, open_low=True)
 
+    def __str__(self) -> str:
+        return f"{self.key} {self.value:g}"
+
     def meets(self, row: Row) -> bool:
         """Whether a measurement, with ``speedup`` and ``psnr``, reaches the target."""
         return row[self.key] >= self.value
@@ -97,11 +100,7 @@ def search(
 
 
 def split(request: Request, limit: int) -> dict[str, Request]:
-    """What to search with and what to check with, ``limit`` images in all: no prompt is in both.
-
-    Raises:
-        ToMeError: There are no two different prompts.
-    """
+    """What to search with and what to check with, ``limit`` images in all: no prompt is in both."""
     numbers = spread(range(len(request)), limit)
     texts = list(dict.fromkeys(request.prompts[number] for number in numbers))
     if len(texts) < 2:
@@ -155,9 +154,6 @@ def tune(
     Returns:
         dict: ``setting``; ``met``, whether the check reaches the target; ``config``, the path of
         the new config; ``table``, a DataFrame.
-
-    Raises:
-        ToMeError: See :func:`check`; the folder is of another run; images are not finite.
     """
     check(source, request, cfg_options)
     folder, parts = Path(folder), split(request, limit)
@@ -200,30 +196,28 @@ def tune(
             ratios = RATIOS if own.tome is None and _many_tokens(runner) else ()
         most = methods[found["method"]].setting.cache[0].tolerance if target.meets(found) else HIGH
         for one in ratios:
-            tried = lambda x, ratio=one: measure("search", method(x, ratio))  # noqa: E731
-            search(tried, target, most, MERGING_PROBES)
-        searched = [*rows]
-        found = target.best(searched)
-        row = measure("check", methods[found["method"]])
-        further = [one for one in searched if one[target.key] > found[target.key]]
+            search(lambda x, y=one: measure("search", method(x, y)), target, most, MERGING_PROBES)
+        found = target.best(rows)
+        further = [one for one in rows if one[target.key] > found[target.key]]
         if not target.meets(found):
-            print(f"{target.key} {target.value:g} is out of reach; the closest was checked")
-        elif not target.meets(row) and further:
-            print(f"The check misses {target.key} {target.value:g}; one step on")
-            row = measure("check", methods[target.best(further)["method"]])
-        equal = equal_steps(row["speedup"])
-        asked = equal_steps(target.value) if target.key == "speedup" else equal
+            print(f"{target} is out of reach; the check is of what comes closest")
+        row = measure("check", methods[found["method"]])
+        if target.meets(found) and not target.meets(row) and further:
+            print(f"the check misses {target}; next is a setting with more to spare")
+            row = target.best([row, measure("check", methods[target.best(further)["method"]])])
+        met, equal = target.meets(row), equal_steps(row["speedup"])
+        asked = equal if met or target.key == "psnr" else equal_steps(target.value)
         others = fewer_steps([equal, asked, *FEWER], runner.steps)
-        fewer = {one.steps: measure("check", one) for one in others}[equal]
-    chosen, met = methods[row["method"]].setting, target.meets(row)
+        fewer = {one.steps: measure("check", one) for one in others}[asked]
+    chosen = methods[row["method"]].setting
     config = write_config(folder, source, request, chosen, cfg_options)
     frame = pd.DataFrame(rows)
     frame.to_csv(folder / "results.csv", index=False)
     save_record(folder / "results.json", {**settings, target.key: target.value}, rows)
     plots.save(_plot(frame, row), folder / "tune.png")
-    side = "further from" if fewer["psnr"] < row["psnr"] else "closer to"
-    print(f"\n{target.key} {target.value:g} is {'met' if met else 'missed'} by {row['method']}")
-    print(f"{fewer['method']} take about as long and are {side} the baseline")
+    print(f"\n{target} is {'met' if met else 'missed'}: {row['method']}, {row['text']}")
+    side = "further from" if fewer["psnr_mean"] < row["psnr_mean"] else "closer to"
+    print(f"{side} the baseline instead: {fewer['method']}, {fewer['text']}")
     print(f"Table, plot, images: {folder}\nConfig: {config}")
     return {"setting": chosen, "met": met, "config": config, "table": frame}
 
@@ -267,18 +261,14 @@ def _plot(frame: pd.DataFrame, chosen: Row) -> Any:
     figure = plots.fidelity(panels, "PSNR to the baseline, worst 5 % (dB)")
     axes, line = figure.axes[-1], frame[frame["kind"] == "fewer steps"].sort_values("speedup")
     axes.plot(line["speedup"], line["psnr"], color=plots.KINDS["fewer steps"][0], linewidth=1)
-    ring = {"markersize": 16, "markerfacecolor": "none", "color": "black"}
-    axes.plot(chosen["speedup"], chosen["psnr"], "o", **ring)
+    axes.plot(chosen["speedup"], chosen["psnr"], "ko", markersize=16, fillstyle="none")
     return figure
 
 
 def write_config(
     folder: Path, source: Source, request: Request, setting: Setting, cfg_options: Any = None
 ) -> Path:
-    """Write a config on the base of the source's, or a Python file with a pipeline; its path.
-
-    It states the setting, as far as the source does not, and what of the request it depends on.
-    """
+    """Write a config with a setting, on the base of the source's; of a pipeline a Python file."""
     values: dict[str, Any] = {"cache_cfg": {"tolerance": setting.cache[0].tolerance}}
     if setting.tome != source.setting.tome:
         values["tome_cfg"] = {"ratio": setting.tome.ratio, "prop_attn": setting.tome.prop_attn}
