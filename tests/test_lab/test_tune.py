@@ -83,7 +83,7 @@ def test_a_speed_up_out_of_reach_gets_the_closest_that_is_as_fast():
 def test_a_psnr_out_of_reach_gets_the_closest_images():
     target = Target("psnr", 99)
     found = target.best(search(Machine(), target))
-    assert not target.meets(found) and found["tolerance"] < 0.0012
+    assert not target.meets(found) and found["tolerance"] < 0.0015
 
 
 def test_the_largest_tolerance_ends_the_search_if_it_is_close_enough():
