@@ -217,7 +217,7 @@ def tune(
     plots.save(_plot(frame, row), folder / "tune.png")
     print(f"\n{target} is {'met' if met else 'missed'}: {row['method']}, {row['text']}")
     side = "further from" if fewer["psnr_mean"] < row["psnr_mean"] else "closer to"
-    print(f"{side} the baseline instead: {fewer['method']}, {fewer['text']}")
+    print(f"instead of it {fewer['method']}: {fewer['text']}, {side} the baseline")
     print(f"Table, plot, images: {folder}\nConfig: {config}")
     return {"setting": chosen, "met": met, "config": config, "table": frame}
 
