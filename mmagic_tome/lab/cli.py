@@ -352,6 +352,8 @@ def _tune(args: argparse.Namespace) -> int | None:
     from .devices import DTYPES, check_device
     from .tune import Target, check, split, tune
 
+    if args.speedup is None and args.psnr is None:
+        raise ToMeError("state what to tune for: --speedup 1.5, or --psnr 45")
     source, device = _source(args), check_device(args.device)
     request, key = _request(args, source), "speedup" if args.psnr is None else "psnr"
     target = Target(key, vars(args)[key])

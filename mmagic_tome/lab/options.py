@@ -256,7 +256,7 @@ def _benchmark(add: Callable[..., None]) -> None:
 
 
 def _tune(add: Callable[..., None]) -> None:
-    either = add.options.add_mutually_exclusive_group(required=True)
+    either = add.options.add_mutually_exclusive_group()
     positive = {"type": number(float, 0), "metavar": "X"}
     add("--speedup", positive, "so many times as fast as the baseline (default: none)", either)
     add("--psnr", positive, "so close to the baseline's images, in dB (default: none)", either)

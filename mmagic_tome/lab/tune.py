@@ -158,6 +158,7 @@ def tune(
     check(source, request, cfg_options)
     folder, parts = Path(folder), split(request, limit)
     runner = source.load(parts["search"], device, dtype)
+    check(source, replace(request, steps=runner.steps), cfg_options)  # those of the model's class
     loaded, own = copy.copy(source), Setting(source.setting.tome)
     loaded.load = lambda request, *_: runner_of(runner.model, request, loaded)
     how = {"rounds": rounds, "device": device, "dtype": dtype, "progress": progress}

@@ -228,7 +228,7 @@ def test_a_pipeline_gets_a_python_file_and_merging_where_it_pays(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--prompt cat dog", "--speedup --psnr is required"),
+        ("--prompt cat dog", "--speedup 1.5, or --psnr 45"),
         ("--psnr 45 --speedup 2 --prompt cat dog", "not allowed with"),
         ("--speedup 0.9 --prompt cat dog", "write speedup=1.5"),
         ("--psnr 45 --prompt cat", "state two or more"),
