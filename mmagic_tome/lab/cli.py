@@ -1,8 +1,8 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""The commands: ``python -m mmagic_tome infer|evaluate|benchmark|visualize|test|train``.
+"""The commands: ``python -m mmagic_tome infer|evaluate|benchmark|visualize|tune|test|train``.
 
 ``tools/VERB.py`` are the same. Nothing slow is imported before the options are parsed. Exit codes:
-0 done, 2 bad input (one line on stderr), 130 interrupted.
+0 done, 1 target of ``tune`` missed, 2 bad input (one line on stderr), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from ..errors import ToMeError
 from . import options
-from .options import NOT_GIVEN, Parser, exit_code
+from .options import MISSED, NOT_GIVEN, Parser, exit_code
 
 #: Verb -> what it does.
 VERBS = {
@@ -27,6 +27,7 @@ VERBS = {
     "evaluate": "compare methods on many prompts: metrics, cost, a report",
     "benchmark": "time and memory of one forward or some steps of a network, by methods",
     "visualize": "which tokens are merged, and where images change",
+    "tune": "the tolerance of step caching for a speed-up or a PSNR; writes a config",
 }
 # Those of MMagic's runner.
 _RUNNER_VERBS = {
@@ -48,6 +49,7 @@ _USUAL = {
         "mmagic_tome::demo/sd-emoji_tome-5e-1.py",
         "CONFIG --prompt 'red apple' --ratio 0.5",
     ),
+    "tune": ("mmagic_tome::demo/sd-emoji.py", "CONFIG --psnr 45 --prompt-file prompts.txt"),
 }
 
 
@@ -71,19 +73,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
         return getattr(entry, f"{verb}_main")(words, prog)
 
-    def run() -> None:
-        if verb == "tune":
-            raise ToMeError(
-                "tune is not here; --tolerance says how far images may be from the baseline, and "
-                "settings are compared by evaluate: --method ..."
-            )
+    def run() -> int | None:
         if verb not in VERBS:
             wrong = f"there is no verb {verb!r}" if verb else "state a verb"
             raise ToMeError(f"{wrong}; write one of {', '.join(known)}")
         args = build_parser(verb, prog).parse_args(words)
         # Deprecation notes between libraries are not this command's business.
         warnings.filterwarnings("ignore")
-        _RUN[verb](args)
+        return _RUN[verb](args)
 
     return exit_code(run, prog)
 
@@ -351,9 +348,33 @@ def _visualize(args: argparse.Namespace) -> None:
             visualize(source, request, method, folder=folder, **how)
 
 
+def _tune(args: argparse.Namespace) -> int | None:
+    from .devices import DTYPES, check_device
+    from .tune import Target, check, split, tune
+
+    if args.speedup is None and args.psnr is None:
+        raise ToMeError("state what to tune for: --speedup 1.5, or --psnr 45")
+    source, device = _source(args), check_device(args.device)
+    request, key = _request(args, source), "speedup" if args.psnr is None else "psnr"
+    target = Target(key, vars(args)[key])
+    check(source, request, args.cfg_options)
+    parts = split(request, args.limit)
+    title = f"{_title(source, parts['search'], device)}; tuned for {target}"
+    for part, one in parts.items():
+        title += f"\n  {part}: {', '.join(one.prompts)}"
+    with _results(args, source.name, title, ()) as folder:
+        if not folder:
+            return None
+        how = {"folder": folder, "device": device, "dtype": DTYPES.get(args.dtype)}
+        how.update(ratios=args.ratios, cfg_options=args.cfg_options)
+        found = tune(source, request, target, limit=args.limit, rounds=args.rounds, **how)
+    return 0 if found["met"] else MISSED
+
+
 _RUN = {
     "infer": _infer,
     "evaluate": _evaluate,
     "benchmark": _benchmark,
     "visualize": _visualize,
+    "tune": _tune,
 }

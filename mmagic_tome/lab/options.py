@@ -14,18 +14,18 @@ from typing import Any
 
 from ..errors import ToMeError
 
-INTERRUPTED, BAD_INPUT = 130, 2
+INTERRUPTED, BAD_INPUT, MISSED = 130, 2, 1
 #: Of an option whose value may be None.
 NOT_GIVEN = object()
 
 
-def exit_code(run: Callable[[], object], prog: str) -> int:
-    """Run a command; return 0, 2 for bad input or 130 if interrupted.
+def exit_code(run: Callable[[], int | None], prog: str) -> int:
+    """Run a command; return 0 or what it returns, 2 for bad input, 130 if interrupted.
 
     What went wrong is one line on stderr, behind ``prog``. A bug keeps its traceback.
     """
     try:
-        run()
+        return run() or 0
     except SystemExit as error:  # of --help
         return int(error.code or 0)
     except ToMeError as error:
@@ -45,7 +45,6 @@ def exit_code(run: Callable[[], object], prog: str) -> int:
             raise
         print(f"{prog}: error: {error.strerror}", file=sys.stderr)
         return BAD_INPUT
-    return 0
 
 
 class Parser(argparse.ArgumentParser):
@@ -201,7 +200,19 @@ def add_options(parser: argparse.ArgumentParser, verb: str, default: str) -> Non
     add("--batch-size", N, "images per call (default: 1)", **several)
     add("--dtype", DTYPE, "precision of the model (default: that of its config)", **several)
 
-    add = group("what is applied")
+    if verb != "tune":
+        _applied(group("what is applied"))
+
+    add = group("results")
+    add("--work-dir", DIR, "results go to DIR/<time> (default: work_dirs/<name of the config>)")
+    add("--dry-run", FLAG, "check all that needs no weights, and print it (default: run)")
+    if verb in ("evaluate", "benchmark", "tune"):
+        add("--resume", FLAG, "go on with the newest run in --work-dir (default: begin a new one)")
+    if verb in _OF_VERB:
+        _OF_VERB[verb](group(verb))
+
+
+def _applied(add: Callable[..., None]) -> None:
     ratio = "fraction of tokens to merge; 0 merges none (default: the config's)"
     add("--ratio", WEIGHT, ratio, metavar="R")
     names = "quality, balanced, fast, a dict, or none"
@@ -212,14 +223,6 @@ def add_options(parser: argparse.ArgumentParser, verb: str, default: str) -> Non
     short = "tome:0.5, cache:balanced, tolerance:0.01, tomesd:0.5, deepcache:3, steps:13"
     long = "NAME={'ratio': 0.5, 'cache': 'balanced', 'steps': 20}"
     add("--method", {**REPEATED, **TEXT}, f"{short}, or {long} (default: what the config applies)")
-
-    add = group("results")
-    add("--work-dir", DIR, "results go to DIR/<time> (default: work_dirs/<name of the config>)")
-    add("--dry-run", FLAG, "check all that needs no weights, and print it (default: run)")
-    if verb in ("evaluate", "benchmark"):
-        add("--resume", FLAG, "go on with the newest run in --work-dir (default: begin a new one)")
-    if verb in _OF_VERB:
-        _OF_VERB[verb](group(verb))
 
 
 def _infer(add: Callable[..., None]) -> None:
@@ -252,8 +255,20 @@ def _benchmark(add: Callable[..., None]) -> None:
     add("--no-memory", FLAG, "without peak memory (default: with it)")
 
 
+def _tune(add: Callable[..., None]) -> None:
+    either = add.options.add_mutually_exclusive_group()
+    positive = {"type": number(float, 0), "metavar": "X"}
+    add("--speedup", positive, "so many times as fast as the baseline (default: none)", either)
+    add("--psnr", positive, "so close to the baseline's images, in dB (default: none)", either)
+    ratios = "merging ratios to try (default: 0.25 0.5 where the finest level has 4096 tokens)"
+    add("--ratios", WEIGHT, ratios, nargs="*", metavar="R")
+    add("--limit", N, "images at most: half to search, half to check (default: 12)", default=12)
+    add("--rounds", N, "interleaved rounds (default: for five pairs of runs per setting)")
+
+
 _OF_VERB = {
     "infer": _infer,
     "evaluate": _evaluate,
     "benchmark": _benchmark,
+    "tune": _tune,
 }
