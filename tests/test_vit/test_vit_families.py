@@ -94,7 +94,7 @@ def test_bit_exact_at_zero_and_after_removal_also_of_copies(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("mmpretrain")])
 def test_gradients_and_checkpointing(name):
     model, arguments = build(name), inputs(name)
-    apply_tome_vit(model, r=6)
+    handle = apply_tome_vit(model, r=6)
     with torch.enable_grad():
         result(model, arguments).square().sum().backward()
         plain = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
@@ -107,8 +107,11 @@ def test_gradients_and_checkpointing(name):
         model.train()
         # A forward between the forward and its backward leaves other sizes behind.
         loss = result(model, arguments).square().sum()
+        handle.r = 2
         result(model, inputs(name, seed=4))
+        tokens = handle.tokens
         loss.backward()
+        assert handle.tokens == tokens  # what runs again is no new forward
     for key, parameter in model.named_parameters():
         if key in plain:
             torch.testing.assert_close(parameter.grad, plain[key], rtol=1e-3, atol=1e-4)

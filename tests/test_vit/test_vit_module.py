@@ -8,7 +8,6 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from vits import NAMES, build, inputs, result
 
 from mmagic_tome import ToMeError
@@ -24,7 +23,7 @@ def _no_gc():
 
 
 @pytest.mark.usefixtures("_no_gc")
-@pytest.mark.parametrize("then", ["keep", "remove", "replace", "leave"])
+@pytest.mark.parametrize("then", ["keep", "leave"])
 @pytest.mark.parametrize("name", NAMES)
 def test_freed_with_the_last_reference(name, then):
     build(name)  # a library's first model may stay alive in frames of its imports
@@ -32,11 +31,7 @@ def test_freed_with_the_last_reference(name, then):
     model, arguments = build(name), inputs(name)
     handle = apply_tome_vit(model, r=4, trace_source=True)
     result(model, arguments)
-    if then == "remove":
-        handle.remove()
-    elif then == "replace":
-        handle = apply_tome_vit(model, r=2)
-    elif then == "leave":
+    if then == "leave":
         with apply_tome_vit(model, r=2), handle.disabled():
             result(model, arguments)
         handle.remove()
@@ -73,24 +68,6 @@ def test_a_block_is_pickled_alone(name, metric):
     assert not any(isinstance(value, Injection) for value in attributes)
     result(model, arguments)
     assert handle.tokens == merged
-
-
-def test_hooks_after_loading_do_not_replace_those_in_the_pickle(monkeypatch):
-    """In a new process torch numbers hooks from 0 again."""
-    model, arguments = build("vit"), inputs("vit")
-    monkeypatch.setattr(RemovableHandle, "next_id", 0)
-    apply_tome_vit(model, r=4)
-    used = RemovableHandle.next_id
-    merged, data = result(model, arguments), pickle.dumps(model)
-    RemovableHandle.next_id = 0
-    loaded = pickle.loads(data)
-    start = RemovableHandle.next_id
-    for module in loaded.modules():
-        RemovableHandle.next_id = start
-        for _ in range(used):
-            module.register_forward_hook(lambda module, args, output: None)
-            module.register_forward_pre_hook(lambda module, args: None)
-    assert torch.equal(result(loaded, arguments), merged)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -142,33 +119,22 @@ def test_tensors_are_released_after_a_forward_that_failed():
     assert handle.tokens is handle.size is handle.source is None
 
 
-@pytest.mark.parametrize("name", ["vit", "timm"])
-def test_checkpointing_across_disabled_and_with_reentrant(name):
-    model, arguments = build(name).train(), inputs(name)
+def test_checkpointing_across_disabled_and_with_reentrant():
+    model, arguments = build("vit").train(), inputs("vit")
     handle = apply_tome_vit(model, r=6)
-    enable = model.set_grad_checkpointing if name == "timm" else model.gradient_checkpointing_enable
     with torch.enable_grad():
         gradients = []
         for checkpoints in (False, True):
             if checkpoints:
-                enable()
+                model.gradient_checkpointing_enable()
             model.zero_grad()
             with handle.disabled():
                 loss = result(model, arguments).square().sum()
             # Blocks run again outside of disabled(), as what they were.
             loss.backward()
             gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-        for one, other in zip(*gradients):
-            torch.testing.assert_close(one, other)
-        # What runs again is no new forward.
-        first = result(model, arguments).square().sum()
-        handle.r = 2
-        result(model, arguments)
-        tokens = handle.tokens
-        first.backward()
-        assert handle.tokens == tokens
-        if name == "vit":
-            model.gradient_checkpointing_enable({"use_reentrant": True})
-            loss = result(model, {"pixel_values": arguments["pixel_values"].requires_grad_()})
-            with pytest.raises(ToMeError, match="use_reentrant=False"):
-                loss.sum().backward()
+        torch.testing.assert_close(*gradients)
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        loss = result(model, {"pixel_values": arguments["pixel_values"].requires_grad_()})
+        with pytest.raises(ToMeError, match="use_reentrant=False"):
+            loss.sum().backward()
