@@ -67,12 +67,13 @@ def test_merging_duplicates_changes_nothing(name, attention):
         assert (result(model, arguments) - dense).abs().max() > 1e-3 * dense.abs().max()
 
 
+@pytest.mark.parametrize("metric", ["keys", "attention"])
 @pytest.mark.parametrize("name", NAMES)
-def test_bit_exact_at_zero_and_after_removal_also_of_copies(name):
+def test_bit_exact_at_zero_and_after_removal_also_of_copies(name, metric):
     model, arguments = build(name), inputs(name)
     keys, classes = list(model.state_dict()), [type(m) for m in model.modules()]
     dense = result(model, arguments)
-    handle = apply_tome_vit(model, r=0)
+    handle = apply_tome_vit(model, r=0, metric=metric)
     assert torch.equal(result(model, arguments), dense)
     handle.r = 4
     merged = result(model, arguments)

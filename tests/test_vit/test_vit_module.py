@@ -1,8 +1,7 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""A merged vision transformer is an ordinary module: freed, copied, pickled, hooked by others."""
+"""A merged vision transformer is an ordinary module: freed, hooked by others, checkpointed."""
 
 import gc
-import pickle
 import weakref
 
 import pytest
@@ -11,8 +10,7 @@ from torch import nn
 from vits import NAMES, build, inputs, result
 
 from mmagic_tome import ToMeError
-from mmagic_tome.vit import apply_tome_vit, find_vit, get_vit_handle
-from mmagic_tome.vit.interface import Injection
+from mmagic_tome.vit import apply_tome_vit, find_vit
 
 
 @pytest.fixture
@@ -46,28 +44,6 @@ def test_freed_with_the_last_reference(name, then):
     assert handle.network is None and not handle.active
     handle.remove()
     assert "removed" in handle.summary() and "gone" in repr(handle)
-
-
-@pytest.mark.parametrize("metric", ["keys", "attention"])
-@pytest.mark.parametrize("name", NAMES)
-def test_a_block_is_pickled_alone(name, metric):
-    model, arguments = build(name), inputs(name)
-    handle = apply_tome_vit(model, r=[3, 4], metric=metric)
-    result(model, arguments)
-    merged = handle.tokens
-    block = find_vit(model).blocks[1].module
-    lone = pickle.loads(pickle.dumps(block))
-    assert sum(1 for _ in lone.modules()) == sum(1 for _ in block.modules())
-    # What was merged is merged in the copy, and removed from the copy alone.
-    own = get_vit_handle(lone)
-    assert own.network is lone and own.active and own._patch is not handle._patch
-    own.remove()
-    assert not own.active and handle.active and get_vit_handle(lone) is None
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in lone.modules())
-    attributes = [value for module in lone.modules() for value in vars(module).values()]
-    assert not any(isinstance(value, Injection) for value in attributes)
-    result(model, arguments)
-    assert handle.tokens == merged
 
 
 @pytest.mark.parametrize("name", NAMES)
