@@ -219,8 +219,7 @@ def test_mmagics_other_diffusion_models_say_that_they_cannot_be_merged(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["attention_injection", "multi-frame rendering"])
-def test_animation_inferencer(method, hub, monkeypatch, tmp_path):
+def test_animation_inferencer(hub, monkeypatch, tmp_path):
     """The one that needs a GPU and a detector of edges, with both taken away."""
     from mmagic.apis.inferencers import controlnet_animation_inferencer as module
 
@@ -236,8 +235,6 @@ def test_animation_inferencer(method, hub, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.nn.Module, "cuda", lambda self, *args: self)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self, *args: self)
     config = ours(ANIMATION, hub)
-    config.inference_method = method
-    config.model.attention_injection = method == "attention_injection"
     monkeypatch.setattr(module.Config, "fromfile", lambda file: config)
     init_default_scope("mmagic")
     inferencer = module.ControlnetAnimationInferencer("the config")

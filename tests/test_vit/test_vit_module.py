@@ -91,8 +91,6 @@ def test_tensors_are_released_after_a_forward_that_failed():
     model.vit.layers[2].mlp.fc2.weight = weight
     result(model, arguments)
     assert handle.tokens[-1][1] == 37 - 16
-    handle.reset_stats()
-    assert handle.tokens is handle.size is handle.source is None
 
 
 def test_checkpointing_across_disabled_and_with_reentrant():
