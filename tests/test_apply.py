@@ -6,7 +6,8 @@ import copy
 import pytest
 import torch
 from denoise import denoise
-from tiny import hooks_of, run, tiny_inputs, tiny_pipeline, tiny_unet
+from tiny import hooks_of, run, tiny_inputs, tiny_unet
+from tiny_pipelines import PIPELINES
 
 from mmagic_tome import (
     CacheHandle,
@@ -176,12 +177,12 @@ def test_every_denoiser_of_a_pipeline_or_selected_ones(unet):
     assert not hooks_of(unet) and not hooks_of(pipeline.transformer_2)
 
 
-def test_the_pipeline_s_scheduler_places_the_steps(sd_folder):
-    pipeline = tiny_pipeline(sd_folder)
-    call = dict(prompt="a cat", height=64, width=64, output_type="latent", num_inference_steps=4)
+def test_the_pipeline_s_scheduler_places_the_steps():
+    case = PIPELINES["Stable Diffusion 1.x"]
+    pipeline = case.pipeline()
 
     def image():
-        return pipeline(**call, generator=torch.Generator().manual_seed(0)).images
+        return case.run(pipeline, num_inference_steps=4)
 
     baseline = image()
     # Steps remain 0.75, 0.5, 0.25, 0; by their timesteps (751 ...) only one would be below 0.5.

@@ -15,7 +15,9 @@ from mmagic_tome import apply_cache, apply_tome
 
 PIXART = TRANSFORMERS["PixArt-alpha, PixArt-sigma"]
 TARGETS = dict(ratio=0.5, targets=["attn", "mlp"])
-EVERYWHERE = dict(max_downsample=8, targets=["attn", "crossattn", "mlp"])
+# A ratio that does not depend on the step.
+BY_LEVEL = dict(downsample={1: 0.5, 2: 0.5, 4: 0.5})
+EVERYWHERE = dict(max_downsample=8, targets=["attn", "crossattn", "mlp"], ratio=BY_LEVEL)
 STACKS = dict(max_downsample=8, targets="stack", share_plans=True)
 close = dict(rtol=1e-4, atol=1e-5)
 

@@ -53,29 +53,13 @@ def ours(name, hub):
 LAYERS = {"attn": "attn1.to_q", "crossattn": "attn2.to_q", "mlp": "ff", "block": "attn1.to_q"}
 
 
-class Given:
-    """How many tokens the layers at all targets of a model really receive: target -> numbers."""
-
-    def __init__(self, handle):
-        self.found, self.hooks = {}, []
-        for row in handle.stats():
-            network, block = handle.network, row["block"]
-            if block.startswith("controlnet."):
-                network = handle.networks["controlnet"]
-                block = block[len("controlnet.") :]
-            layer = network.get_submodule(block).get_submodule(LAYERS[row["kind"]])
-            # Behind the layer: in front of it other hooks see the unmerged tokens.
-            self.hooks.append(layer.register_forward_hook(self._note(row["target"])))
-
-    def _note(self, target):
-        def hook(module, args, output):
-            self.found.setdefault(target, set()).add(args[0].shape[1])
-
-        return hook
-
-    def remove(self):
-        for hook in self.hooks:
-            hook.remove()
+def layers_at_targets(handle):
+    """(target, a layer that is given the tokens there) of all targets."""
+    for row in handle.stats():
+        along = row["block"].startswith("controlnet.")
+        network = handle.networks["controlnet"] if along else handle.network
+        block = network.get_submodule(row["block"].removeprefix("controlnet."))
+        yield row["target"], block.get_submodule(LAYERS[row["kind"]])
 
 
 def check(model, image):
@@ -89,11 +73,17 @@ def check(model, image):
         set[float]: Shares of tokens that were removed.
     """
     handle = model.tome_handle
-    seen = Given(handle)
+    seen, hooks = {}, []
+    for target, layer in layers_at_targets(handle):
+        note = seen.setdefault(target, set()).add
+        # Behind the layer: in front of it other hooks see the unmerged tokens.
+        hook = layer.register_forward_hook(lambda m, args, y, note=note: note(args[0].shape[1]))
+        hooks.append(hook)
     merged = image()
-    seen.remove()
+    for hook in hooks:
+        hook.remove()
     rows = handle.stats()
-    assert seen.found == {row["target"]: {row["kept"]} for row in rows}
+    assert seen == {row["target"]: {row["kept"]} for row in rows}
     assert len(rows) >= 5 and all(row["calls"] > 0 for row in rows)
     np.testing.assert_array_equal(image(), merged)  # however often
     handle.ratio = 0

@@ -136,20 +136,12 @@ def sequential_offload(pipeline):
     assert pipeline.unet.conv_in.weight.is_meta
 
 
-def group_offload(kind):
-    options = dict(onload_device=CPU, offload_device=CPU, offload_type=kind, num_blocks_per_group=1)
-    return lambda pipeline: pipeline.unet.enable_group_offload(**options)
+def group_offload(pipeline):
+    options = dict(onload_device=CPU, offload_device=CPU, offload_type="block_level")
+    pipeline.unet.enable_group_offload(**options, num_blocks_per_group=1)
 
 
-OFFLOADS = {
-    "model": lambda pipeline: pipeline.enable_model_cpu_offload(device="cpu"),
-    "sequential": sequential_offload,
-    "groups of blocks": group_offload("block_level"),
-    "groups of layers": group_offload("leaf_level"),
-}
-
-
-@pytest.mark.parametrize("switch_on", OFFLOADS.values(), ids=OFFLOADS)
+@pytest.mark.parametrize("switch_on", [sequential_offload, group_offload])
 @pytest.mark.parametrize("first", ["merging", "offload"])
 def test_offloading(switch_on, first):
     """Weights that are there only while their layer runs."""

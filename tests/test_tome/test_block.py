@@ -4,6 +4,7 @@
 import pytest
 import torch
 from denoise import denoise, denoising, inputs_at
+from model_runs import Seen
 from tiny import error, tiny_inputs, tiny_unet
 
 from mmagic_tome import apply_cache, apply_tome
@@ -183,14 +184,14 @@ def test_tokens_by_depth_target_and_timestep_over_a_run(unet):
 
 
 @pytest.mark.parametrize("target", ["block", "stack"])
-def test_around_whole_blocks(target, tokens_into):
+def test_around_whole_blocks(target):
     unet, depth = tiny_unet(levels=2, transformer_layers_per_block=3), 3
     baseline = call(unet, 900)
     names = "transformer_blocks.0.ff.net.0.proj", f"transformer_blocks.{depth - 1}.attn1.to_q"
-    seen = tokens_into(unet, *names)
+    seen = Seen(unet, *names)
     with apply_tome(unet, targets=[target], max_downsample=2) as handle:
         merged = call(unet, 900)
-        assert [set(seen[name]) for name in names] == [{128, 32}] * 2
+        assert [set(seen.lengths(name).values()) for name in names] == [{128, 32}] * 2
         per_stack = 1 if target == "stack" else depth
         assert {row["kind"] for row in handle.stats()} == {target}
         stacks = {row["block"].rsplit(".", 2)[0] for row in handle.stats()}

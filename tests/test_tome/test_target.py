@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from model_runs import Seen
 from tiny import error, run, tiny_inputs, tiny_unet
 
 from mmagic_tome import ToMeError, apply_tome
@@ -19,18 +20,19 @@ def context_of(unet):
     return find_patch(unet, TomePatch).context
 
 
-def test_each_kind_of_target_merges_what_it_says(unet, tokens_into):
+def test_each_kind_of_target_merges_what_it_says(unet):
     inner = {"attn": "attn1.to_q", "crossattn": "attn2.to_q", "mlp": "ff.net.0.proj"}
     baseline = run(unet)
     # Everything below compares outputs; zeros would make all of it true.
     assert baseline.std() > 0.1 and error(run(unet, timestep=torch.tensor(1)), baseline) > 1e-3
     for kind in inner:
         network = copy.deepcopy(unet)
-        seen = tokens_into(network, *inner.values())
+        seen = Seen(network, *inner.values())
         apply_tome(network, ratio=0.25, max_downsample=4, targets=[kind])
         assert 1e-3 < error(run(network), baseline) < 0.6
         for other, suffix in inner.items():
-            assert set(seen[suffix]) == ({192, 48, 12} if other == kind else {256, 64, 16})
+            expected = {192, 48, 12} if other == kind else {256, 64, 16}
+            assert set(seen.lengths(suffix).values()) == expected
 
 
 def test_equals_tomesd_on_the_same_layout(unet):
