@@ -20,6 +20,7 @@ from mmagic_tome.patch import (
     find_patch,
     hooks_of,
     intercept,
+    interceptors_of,
     register,
     release,
     remove,
@@ -106,6 +107,20 @@ def test_calls_are_intercepted_and_released(network):
     assert value(network) == 2 and type(network) is cls and type(network.inner) is nn.Linear
     intercept(network, one), intercept(other, one)
     assert type(other) is type(network)  # modules of a class share one
+
+
+def test_several_interceptors_of_a_module(network):
+    first, second = Interceptor(Patch()), Double(Patch())
+    intercept(network, first), intercept(network, second)
+    assert value(network) == 2 and interceptors_of(network) == (first, second)
+    intercept(network, third := Double(Patch()), first=True)
+    assert value(network) == 2 and third.said and len(second.said) == 1
+    for one in (third, second):
+        release(network, one)
+    assert value(network) == 1 and type(network) is not nn.Sequential
+    for _ in range(2):
+        release(network, first)
+        assert type(network) is nn.Sequential and not interceptors_of(network)
 
 
 def test_classes_that_are_derived_from_an_intercepted_one(network):
