@@ -23,6 +23,8 @@ def tools():
     names = [path.stem for path in TOOLS.glob("*.py")]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(TOOLS)
+        for name in names:
+            patch.delitem(sys.modules, name, raising=False)
         yield {name: importlib.import_module(name) for name in names}
         for name in names:
             del sys.modules[name]
