@@ -11,7 +11,7 @@ from mmagic_tome.methods import build_method
 
 STEPS = (900, 600, 300)
 # With the default threshold a random network may have nothing that is similar enough.
-SURE = [dict(type="threshold", threshold=-1) if spec == "threshold" else spec for spec in SPECS]
+SURE = [spec for spec in SPECS if spec != "threshold"]
 
 
 @pytest.fixture
