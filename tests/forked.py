@@ -61,19 +61,3 @@ def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return str(free.getsockname()[1])
-
-
-def kill_at(name, monkeypatch, count=1):
-    """Let this process kill itself in the middle of writing a file whose path ends with ``name``,
-    for the ``count``-th time; it is written whole under another name then."""
-    replace = os.replace
-    seen = []
-
-    def killing(source, target):
-        if Path(target).as_posix().endswith(name):
-            seen.append(target)
-            if len(seen) == count:
-                os.kill(os.getpid(), signal.SIGKILL)
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", killing)

@@ -114,18 +114,3 @@ def test_when_a_plan_is_due():
     assert due(-1, 1) and not due(0, 3)
     listed = ToMeConfig(plan_interval=[0, 3]).plan_is_due
     assert listed(1, 4) and not listed(3, 4) and listed(-1, 4) and not listed(3, 99)
-
-
-@pytest.mark.parametrize(
-    ("options", "tracks"),
-    [
-        (dict(share_plans=True, targets=["block"], use_rand=False), False),
-        (dict(ratio=dict(downsample={1: 0.5})), False),
-        (dict(plan_interval=2), True),
-        (dict(ratio=dict(base=0.5, timestep=dict(timestep_range=(0, 0.5)))), True),
-        (dict(ratio=lambda place: 0.5), True),
-        (dict(method="importance"), True),
-    ],
-)
-def test_only_what_depends_on_the_step_tracks_steps(options, tracks):
-    assert ToMeConfig(**options).tracks_steps == tracks

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,10 +20,7 @@ ASSETS = Path(__file__).resolve().parents[1] / "mmagic_tome" / "assets" / "demo_
 @pytest.fixture(scope="module")
 def tools():
     """The tools import each other by bare names; keep those names out of the other tests' way."""
-    names = (
-        "features", "common", "models", "tokenizer", "images", "stages", "trainer", "prepare_data",
-        "train_vae", "train_unet", "train", "evaluate", "export",
-    )  # fmt: skip
+    names = [path.stem for path in TOOLS.glob("*.py")]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(TOOLS)
         for name in names:
@@ -59,6 +55,8 @@ def test_pictures_are_joined_with_captions_by_code_point(tools, pictures, tmp_pa
     prepare_data = tools["prepare_data"]
     found = prepare_data.collect(pictures)
     assert sorted(dict(found)) == ["fox", "red heart", "rocket"]
+    with pytest.raises(tools["common"].ToolError, match="no such emoji"):
+        prepare_data.store(found, {"no such emoji"}, tmp_path)
     prepare_data.store(found, {"fox"}, tmp_path / "data")
     entries = json.loads((tmp_path / "data" / "captions.json").read_text())
     (fox,) = (i for i, entry in enumerate(entries) if entry["concept"])
@@ -79,28 +77,11 @@ def test_captions_train_or_are_held_out(tools):
     assert (len(mixed), len(held_out)) == (360, 1247)
 
 
-def test_mistakes_are_named(tools, pictures, tmp_path):
-    prepare_data, stage = tools["prepare_data"], tools["stages"].Stage
-    data = SimpleNamespace(captions=["fox", "rocket"], concepts=[0])
-    (tmp_path / "captions.txt").write_text("unicorn\n")
-    args = tools["train"].parse_args(["--only", "unet_999", "--work-dir", str(tmp_path)])
-    for call, named in (
-        (lambda: prepare_data.store([], {"no such emoji"}, tmp_path), "no such emoji"),
-        (lambda: prepare_data.unpack(tmp_path / "nothing.tgz", tmp_path), r"nothing\.tgz"),
-        (lambda: tools["train"].check_stages(args), "unet_999"),
-        (lambda: stage("s", sizes=(128, 256), size_weights=(1, 2, 3)), "3 size weights for 2"),
-        (lambda: stage("s", sizes=(128, 256), size_weights=(1, -1)), "size weights"),
-        (lambda: tools["train_unet"].adopt(tmp_path, tmp_path / "work"), "--start-from"),
-        (lambda: tools["evaluate"].candidates(data, tmp_path / "captions.txt"), "unicorn"),
-    ):
-        with pytest.raises(tools["common"].ToolError, match=named):
-            call()
-
-
 # --- training -------------------------------------------------------------------------------------
 
 
 def tiny_trainer(tools, folder, workers=1, **kwargs):
+    """(trainer of a linear layer, the layer); keywords are those of its stage."""
     torch.manual_seed(0)
     module = torch.nn.Linear(4, 4)
 
@@ -163,48 +144,32 @@ def test_steps_draw_sizes_by_weight(tools):
     assert merges.count(0.5) == pytest.approx(0.75 * len(merges), abs=50)
     assert merges.count(0.5) + merges.count(0.0) == len(merges)
 
-    train = tools["train"]
-    args = train.parse_args(["--sizes", "64", "128", "--size-weights", "1", "3"])
-    stage = train.with_options(tools["stages"].MIXED, args)
-    assert (stage.size, tuple(stage.sizes), tuple(stage.size_weights)) == (128, (64, 128), (1, 3))
+    for weights in ((1, 2, 3), (1, -1)):
+        with pytest.raises(tools["common"].ToolError, match="size weights"):
+            tools["stages"].Stage("s", sizes=(128, 256), size_weights=weights)
 
 
-def mixed_trainer(tools, tokenizer, folder):
+def test_sizes_of_one_stage_are_trained_in_turn_and_logged_apart(tools, tmp_path):
     """A half-size UNet on random latents of two sizes, the larger one with token merging."""
-    stage = tools["stages"].Stage(
-        "mixed", steps=6, batch=2, warmup=1, size=64, sizes=(32, 64), merge=0.5
-    )
-    torch.manual_seed(0)
-    models = tools["models"].build_models(width=0.5, vocab_size=600, sample_size=16)
-    latents = {size: torch.randn(2, 4, size // 4, size // 4) for size in (32, 64)}
-    prompts = tools["train_unet"].Prompts(["red apple", "panda"], tokenizer)
-    unet, text_encoder = models["unet"], models["text_encoder"]
-    loss_fn = tools["train_unet"].diffusion_loss(
-        unet, text_encoder, latents, prompts, models["scheduler"], stage, "cpu"
-    )
-    modules = {"unet": unet, "text_encoder": text_encoder}
-    return tools["trainer"].Trainer(stage, modules, loss_fn, folder, "cpu")
-
-
-def test_mixed_sizes_resume_and_are_logged(tools, tmp_path):
-    tokenizer = tools["tokenizer"].train_tokenizer(["red apple", "panda"], tmp_path / "bpe", 600)
+    captions = ["red apple", "panda"]
+    tokenizer = tools["tokenizer"].train_tokenizer(captions, tmp_path / "bpe", 600)
     ids = tokenizer("Red apple").input_ids
     assert tokenizer.decode(ids, skip_special_tokens=True).strip() == "red apple"
-    whole = mixed_trainer(tools, tokenizer, tmp_path / "whole")
-    whole.run()
-    mixed_trainer(tools, tokenizer, tmp_path / "pieces").run(max_steps=5)
-    second = mixed_trainer(tools, tokenizer, tmp_path / "pieces")
-    assert second.resume()
-    second.run()
-    for a, b in zip(whole.parameters, second.parameters):
-        assert torch.equal(a, b)
 
-    lines = (tmp_path / "whole" / "logs" / "mixed.jsonl").read_text().splitlines()
+    options = dict(steps=6, batch=2, warmup=1, size=64, sizes=(32, 64), merge=0.5)
+    stage = tools["stages"].Stage("mixed", **options)
+    models = tools["models"].build_models(width=0.5, vocab_size=600, sample_size=16)
+    modules = {name: models[name] for name in ("unet", "text_encoder")}
+    latents = {size: torch.randn(2, 4, size // 4, size // 4) for size in (32, 64)}
+    prompts = tools["train_unet"].Prompts(captions, tokenizer)
+    arguments = (latents, prompts, models["scheduler"], stage, "cpu")
+    loss_fn = tools["train_unet"].diffusion_loss(*modules.values(), *arguments)
+    tools["trainer"].Trainer(stage, modules, loss_fn, tmp_path, "cpu").run()
+
+    lines = (tmp_path / "logs" / "mixed.jsonl").read_text().splitlines()
     log = {entry["size"]: entry for entry in map(json.loads, lines)}
-    drawn = [whole.stage.draw(step)[0] for step in range(6)]
-    assert {size: entry["steps"] for size, entry in log.items()} == {
-        size: drawn.count(size) for size in (32, 64)
-    }
+    drawn = [stage.draw(step)[0] for step in range(6)]
+    assert {size: log[size]["steps"] for size in log} == {n: drawn.count(n) for n in (32, 64)}
     assert (log[32]["merge"], log[64]["merge"]) == (0.0, 0.5)
 
 

@@ -33,7 +33,15 @@ def copy(figures, tmp_path):
     return tmp_path
 
 
-def test_writing_all_figures_changes_nothing(figures, copy):
+def test_figures_are_those_of_the_data_and_all_of_both_are_used(figures, copy, monkeypatch):
+    used = set()
+    opened = figures.Data.__init__
+
+    def note(data, page, name):
+        used.add(name)
+        opened(data, page, name)
+
+    monkeypatch.setattr(figures.Data, "__init__", note)
     pages = figures.write(copy)
     assert {"README.md", "README_zh-CN.md"} <= {page.name for page in pages}
     for page in pages:
@@ -46,17 +54,6 @@ def test_writing_all_figures_changes_nothing(figures, copy):
         one, two = (np.asarray(Image.open(file)).astype(int) for file in (path, committed))
         assert np.abs(one - two).max() <= 1, f"{committed}: run make figures"
 
-
-def test_every_figure_is_shown_and_every_file_of_data_is_used(figures, copy, monkeypatch):
-    used = set()
-    opened = figures.Data.__init__
-
-    def note(data, page, name):
-        used.add(name)
-        opened(data, page, name)
-
-    monkeypatch.setattr(figures.Data, "__init__", note)
-    pages = figures.write(copy)
     shown = {name for page in pages for name in figures.MARKER.findall(page.read_text())}
     shown.discard("NAME")
     assert shown == set(figures.FIGURES)

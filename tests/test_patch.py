@@ -24,7 +24,6 @@ from mmagic_tome.patch import (
     register,
     release,
     remove,
-    restore,
 )
 
 
@@ -71,17 +70,6 @@ def network():
 def value(network):
     with torch.no_grad():
         return network(torch.ones(1, 2))[0, 0].item()
-
-
-def test_hooks_come_and_go(network):
-    patch, other = Patch(), Patch()
-    register(network, Add(patch)), intercept(network, Double(patch))
-    register(network.inner, Add(patch)), register(network.inner, Add(other))
-    assert value(network) == 8 and find_patch(network, Patch) is patch
-    removed = remove(network, patch)
-    assert [path for path, _ in removed] == ["", "", "inner"] and value(network) == 2
-    restore(network, removed)
-    assert value(network) == 8
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -206,20 +194,14 @@ class CountingPatch(Patch):
             self.forgotten += 1
 
 
-def test_each_thread_has_its_context():
+def test_compiled_code_leaves_the_context_of_another_thread_as_it_is():
     patch = CountingPatch()
     with ThreadPoolExecutor(1) as thread:
         other = thread.submit(lambda: patch.context).result()
         assert patch.context is patch.context is not other
-        patch.forget_run()
-        assert other.forgotten == patch.context.forgotten == 1
-        with patch.disabled():
-            assert patch.context.disabled == 1 and not other.disabled
-        assert not patch.context.disabled
-        # Compiled code may use another thread's context, which stays as it is.
         thread.submit(patch.lead_compiled).result()
         with patch.disabled():
-            assert not other.disabled
+            assert patch.context.disabled and not other.disabled
 
 
 def test_a_thread_in_the_middle_of_a_call_forgets_at_its_next_one():

@@ -158,18 +158,6 @@ def test_branches_by_name_in_any_order(tracker):
     assert states[0.5] is not states[-0.5]
 
 
-def test_both_halves_of_guidance_in_one_batch(tracker):
-    x = image()
-    for step, time in enumerate(TIMES):
-        run = tracker.begin(Call(time, (torch.cat([x, x]),)))
-        assert run.step == step
-        outputs = torch.cat([network(x, 0.5), network(x, -0.5)])
-        tracker.end(outputs)
-        assert run.copies == 2
-        x = 1.02 * x - 0.1 * (3 * outputs[:1] - 2 * outputs[1:])
-    assert run.bound < 0.1, "guided steps fit as well as others"
-
-
 def test_runs_that_stopped_are_let_go(tracker):
     for seed in range(100):
         call(tracker, image(seed), 900)

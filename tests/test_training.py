@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Training with token merging: gradients, LoRA, checkpoints."""
+"""Gradients of a merged network, also where its blocks run again for them."""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import run, tiny_inputs, tiny_unet
 
-from mmagic_tome import ToMeError, apply_tome, get_handle, remove_tome
+from mmagic_tome import ToMeError, apply_tome, get_handle
 from mmagic_tome.patch import find_patch
 from mmagic_tome.tome.state import TomePatch
 
@@ -45,50 +45,6 @@ def test_gradcheck_of_the_whole_unet_in_float64(unet, targets):
     arguments = (sample.requires_grad_(), weight.requires_grad_())
     assert torch.autograd.gradcheck(forward, arguments, fast_mode=True)
     assert {row["kept"] for row in get_handle(unet).stats()} == {8}
-
-
-@pytest.mark.parametrize("lora", [True, False], ids=["adapters", "all weights"])
-def test_one_image_is_learned_and_known_without_merging_too(unet, lora):
-    """With new noise levels at every step; by adapters alone, and by all weights."""
-    peft = pytest.importorskip("peft")
-    apply_tome(unet, **EVERYTHING)
-    if lora:
-        names = ["to_q", "to_v", "ff.net.2"]
-        config = peft.LoraConfig(r=4, target_modules=names, init_lora_weights="gaussian")
-        unet.add_adapter(config)
-    before = {n: p.clone() for n, p in unet.named_parameters()}
-    optimiser = torch.optim.Adam([p for p in unet.train().parameters() if p.requires_grad], lr=1e-2)
-    target = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(9))
-    losses = []
-    for step in range(12):
-        inputs = {**tiny_inputs(), "timestep": torch.tensor(500 + step)}
-        loss = (unet(**inputs).sample - target).square().mean()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0], losses
-    trained = {n for n, p in unet.named_parameters() if not torch.equal(p, before[n])}
-    assert trained == {n for n in before if "lora_" in n or not lora} and len(trained) > 10
-    remove_tome(unet)
-    assert (run(unet.eval()) - target).square().mean() < 0.9 * losses[0]
-
-
-def test_checkpoints_know_nothing_of_merging(unet, tmp_path):
-    baseline = run(unet)
-    apply_tome(unet, **EVERYTHING)
-    merged = run(unet)
-    other = tiny_unet(levels=1, seed=1)
-    other.load_state_dict(unet.state_dict(), strict=True)
-    assert torch.equal(run(other), baseline)
-    apply_tome(other, **EVERYTHING)
-    other.load_state_dict(unet.state_dict(), strict=True)
-    assert torch.equal(run(other), merged)
-    unet.save_pretrained(tmp_path)
-    assert torch.equal(run(type(unet).from_pretrained(tmp_path)), baseline)
-
-
-# --- gradients and checkpointing ------------------------------------------------------------------
 
 
 def test_gradient_checkpointing_gives_the_same_gradients_to_every_parameter(deep):

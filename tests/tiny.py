@@ -182,39 +182,6 @@ def tiny_sd_folder(folder, vocabulary=1024, levels=2):
     return str(folder)
 
 
-def tiny_pipeline(folder):
-    """The diffusers pipeline of :func:`tiny_sd_folder`, without a safety checker."""
-    import diffusers
-
-    parts = tiny_xl_parts(folder)
-    pipeline = diffusers.StableDiffusionPipeline(
-        **{name: part for name, part in parts.items() if not name.endswith("_2")},
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def tiny_xl_parts(folder):
-    """What ``StableDiffusionXLPipeline`` is made of, from a folder with everything of
-    :func:`tiny_sd_folder` and a UNet of SDXL's."""
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-    kinds = dict(
-        unet=UNet2DConditionModel,
-        vae=AutoencoderKL,
-        text_encoder=CLIPTextModel,
-        text_encoder_2=CLIPTextModelWithProjection,
-        tokenizer=CLIPTokenizer,
-        tokenizer_2=CLIPTokenizer,
-        scheduler=DDIMScheduler,
-    )
-    return {name: kind.from_pretrained(folder, subfolder=name) for name, kind in kinds.items()}
-
-
 def _write_tokenizer(folder, vocabulary):
     """A tokenizer in CLIP's layout that knows single letters, "cat" and "dog"."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@
 """
 
 import inspect
+import re
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -111,6 +112,12 @@ class Family:
     def changed(self, **options):
         """The same with other options."""
         return replace(self, own={**self.own, **options})
+
+    @property
+    def lengths(self):
+        """Option of the class -> how many blocks its list has."""
+        names = r"(num|n)_(single_|mmdit_|single_dit_|refiner_)?layers"
+        return {name: n for name, n in self.options.items() if re.fullmatch(names, name)}
 
     def deeper(self, blocks):
         """The same with so many blocks in its longest list."""

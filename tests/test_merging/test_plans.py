@@ -211,6 +211,16 @@ def test_bad_plans(make, said):
 # --- joint sequences and clips --------------------------------------------------------------------
 
 
+def test_a_clip_is_one_sequence_of_the_tokens_of_its_frames():
+    slot = torch.tensor([[0, 0, 1, 1, 2, 2], [2, 1, 0, 0, 1, 2]])
+    plan = FramePlan(MergePlan(slot, 3), num_frames=2)
+    x = torch.arange(4 * 3 * 2.0).view(4, 3, 2)  # two clips of two frames of three tokens
+    merged = plan.merge(x)
+    # The second slot of the first clip: the last token of its first frame, the first of its second.
+    torch.testing.assert_close(merged[0, 1], (x[0, 2] + x[1, 0]) / 2)
+    torch.testing.assert_close(plan.unmerge(merged)[1, 0], merged[0, 1])
+
+
 # Where the image begins, in sequences of four image and three text tokens.
 @pytest.mark.parametrize("num_before", [None, 0, 1, 3, [2, 2], [0, 3], [1, 2]], ids=str)
 def test_the_text_stays_where_it_is(num_before):

@@ -112,16 +112,3 @@ def test_combinations_by_hand(dtype):
     rtol = 2e-3 if dtype.itemsize > 2 else 1e-2
     torch.testing.assert_close(merged, large[:, :8], rtol=rtol, atol=0)
     assert total_size(plan, fifty).sum() == 2 * 12 * 50
-
-
-def test_weighted_average_over_layers_is_that_of_the_first_tokens():
-    x = first = tokens_of(2, 29)
-    size, source = None, torch.arange(29).expand(2, -1)
-    for _ in range(3):
-        plan = match_tokens(x, 7, 2)
-        source = plan.slot.gather(1, source)
-        x, size = combine(plan, x, size), total_size(plan, size)
-    for i in range(2):
-        assert torch.equal(source[i].bincount().float(), size[i])
-        means = torch.stack([first[i, source[i] == slot].mean(0) for slot in range(x.shape[1])])
-        torch.testing.assert_close(x[i], means)

@@ -4,7 +4,10 @@ import pytest
 pytest.importorskip("mmagic")
 
 import tiny
+import torch
+from mmagic.registry import MODELS
 from mmengine import ConfigDict
+from mmengine.registry import init_default_scope
 
 from mmagic_tome import StepCacheConfig, ToMeConfig, ToMeError, build_tome, get_handle
 from mmagic_tome.cache import PRESETS
@@ -15,9 +18,6 @@ INNER = {"type": "StableDiffusion", "vae": "v"}
 @pytest.fixture
 def built(monkeypatch):
     """Records what is built, and builds a bare model with a UNet instead."""
-    import torch
-    from mmagic.registry import MODELS
-
     calls = []
 
     def build(cfg):
@@ -59,18 +59,14 @@ def test_keys_that_others_put_outermost_go_inside(built):
 
 
 def test_keys_of_the_inner_model_must_agree(sd_folder):
-    inner = tiny.tiny_config(folder=sd_folder, tomesd_cfg=dict(ratio=0.25), cache_cfg="balanced")
-    from mmengine.registry import init_default_scope
-
     init_default_scope("mmagic")
+    inner = tiny.tiny_config(folder=sd_folder, tomesd_cfg=dict(ratio=0.25), cache_cfg="balanced")
     plain = [config.to_dict() for config in PRESETS["balanced"]]
     model = build_tome(inner, tome_cfg=dict(ratio=0.25, sx=2), cache_cfg=plain)
     assert model.tome_handle.ratio == 0.25 and model.cache_handle.config == PRESETS["balanced"]
+    both = r"'ratio': 0.25}; tome_cfg of type='ToMe': {'ratio': 0.5}"
     for options, says in (
-        (
-            dict(tome_cfg=dict(ratio=0.5)),
-            r"'ratio': 0.25}; tome_cfg of type='ToMe': {'ratio': 0.5}",
-        ),
+        (dict(tome_cfg=dict(ratio=0.5)), both),
         (dict(cache_cfg="fast"), "step caching is configured twice.*keep one"),
     ):
         with pytest.raises(ToMeError, match=says):
@@ -101,11 +97,7 @@ def test_mistakes_show_before_anything_is_built(arguments, says, built):
 
 
 def test_registered_in_mmagic_where_a_model_has_nothing_to_merge():
-    import mmengine.registry
-    from mmagic.registry import MODELS
-
-    assert MODELS.get("ToMe") is build_tome
-    assert mmengine.registry.MODELS.get("mmagic.ToMe") is build_tome
+    assert MODELS.get("ToMe") is MODELS.get("mmagic.ToMe") is build_tome
     for options in (dict(tome_cfg=dict(ratio=0.5)), dict(cache_cfg="balanced")):
         with pytest.raises(ToMeError, match="SRCNN"):
             build_tome(dict(type="SRCNNNet"), **options)

@@ -11,8 +11,10 @@ import pytest
 
 pytest.importorskip("mmagic")
 
+import forked
 import tiny
 import torch
+from PIL import Image
 
 from mmagic_tome import apply_tome
 from mmagic_tome.lab.metrics import paired
@@ -25,21 +27,6 @@ ROOT = Path(__file__).resolve().parents[2]
 EVAL = str(ROOT / "configs" / "demo" / "sd-emoji_eval.py")
 
 
-def run(script, *arguments, cwd):
-    """Run a script of tools/ in a new process; return what it printed."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / script), *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    return done.stdout
-
-
 def test_the_demo_config_in_a_process_of_its_own(tmp_path):
     from mmagic.apis import init_model
     from mmengine.config import Config
@@ -49,11 +36,19 @@ def test_the_demo_config_in_a_process_of_its_own(tmp_path):
     with torch.no_grad():  # a checkpoint that is not the config's own weights
         model.vae.model.decoder.conv_out.weight.mul_(0.7)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "demo.pth")
-    printed = run(
-        *("test.py", EVAL, "demo.pth", "--work-dir", "w", "--out", "metrics.json"),
-        *("--cfg-options", "infer_cfg.steps=4", "test_dataloader.dataset.prompts=[sailboat]"),
+    done = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "tools" / "test.py"), EVAL, "demo.pth"),
+            *("--work-dir", "w", "--out", "metrics.json"),
+            *("--cfg-options", "infer_cfg.steps=4", "test_dataloader.dataset.prompts=[sailboat]"),
+        ],
         cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
     )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    printed = done.stdout + done.stderr
     found = json.loads((tmp_path / "metrics.json").read_text())
     names = ("psnr", "ssim", "latent_error", "seconds")
     of_methods = {f"{method}/{name}" for method in ("merged", "cached") for name in names}
@@ -83,12 +78,10 @@ def test_the_demo_config_in_a_process_of_its_own(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_resumes_in_a_process_of_its_own(sd_folder, tmp_path):
+def test_training_resumes_in_another_process(sd_folder, tmp_path):
     scheduler = dict(type="DDIMScheduler", clip_sample=False)
     options = dict(folder=sd_folder, scheduler=scheduler, test_scheduler=scheduler)
     sampler = dict(type="InfiniteSampler", shuffle=True)
-    from PIL import Image
-
     (tmp_path / "real").mkdir()
     Image.new("RGB", (64, 64), "red").save(tmp_path / "real" / "0.png")
     dataset = dict(type="ToMePromptDataset", prompts=["a cat"], images=str(tmp_path / "real"))
@@ -107,12 +100,19 @@ def test_training_resumes_in_a_process_of_its_own(sd_folder, tmp_path):
         ),
         log_processor=dict(by_epoch=False),
     )
-    printed = run("train.py", config, "--work-dir", "w", "--auto-scale-lr", cwd=tmp_path)
+
+    def printed_by_training(*arguments):
+        output, work_dir = tmp_path / "printed.txt", tmp_path / "w"
+        command = [config, "--work-dir", str(work_dir), *arguments]
+        child = forked.start(lambda: entry.train_main(command), output)
+        assert forked.status(child, output) == 0, output.read_text()[-3000:]
+        return output.read_text()
+
+    printed = printed_by_training("--auto-scale-lr")
     assert "token merging in UNet2DConditionModel" in printed
     assert "lr: 2.5000e-02" in printed, "a quarter of the rate, for a quarter of the batch"
     assert (tmp_path / "w" / "iter_2.pth").is_file()
-    more = ["--resume", "--cfg-options", "train_cfg.max_iters=3"]
-    printed = run("train.py", config, "--work-dir", "w", *more, cwd=tmp_path)
+    printed = printed_by_training("--resume", "--cfg-options", "train_cfg.max_iters=3")
     assert "resumed epoch: 0, iter: 2" in printed
     assert (tmp_path / "w" / "iter_3.pth").is_file()
 

@@ -44,27 +44,19 @@ CACHED = [case for case in PIPELINES.values() if case.title not in TRANSFORMERS 
 
 @pytest.mark.parametrize("case", CACHED, ids=lambda case: case.title)
 def test_step_caching_in_every_pipeline(case):
-    """Both techniques, each alone and together, put on and taken off in either order."""
-    pipeline, caching = case.pipeline(), dict(order=0, timestep_range=(0, 1))
+    pipeline = case.pipeline()
     steps = 12 if case.title == "SDXL refiner" else 5  # which runs the last 40 per cent of them
 
     def run():
         return case.run(pipeline, num_inference_steps=steps)
 
     baseline, networks = run(), 1 + len(find_controlnets(pipeline))
-    with apply_cache(pipeline, **caching) as handle:
+    with apply_cache(pipeline, order=0, timestep_range=(0, 1)) as handle:
         assert handle.network is pipeline.unet and len(handle.stats()) == networks
-        cached = run()
+        assert 1e-3 < difference(run(), baseline) < 1.5
         # Every second step, but never the last.
         assert {(row["computed"], row["skipped"]) for row in handle.stats()} == {(3, 2)}
-        assert 1e-3 < difference(cached, baseline) < 1.5
-        with apply_tome(pipeline, ratio=0.5) as merging:
-            both = run()
-            assert {row["calls"] for row in merging.stats()} == {3}
-        assert torch.equal(run(), cached) and not torch.equal(both, cached)
     assert torch.equal(run(), baseline)
-    with apply_tome(pipeline, ratio=0.5), apply_cache(pipeline, **caching):
-        assert torch.equal(run(), both)
 
 
 def test_ip_adapter_also_where_cross_attention_is_merged():
@@ -104,34 +96,16 @@ def test_lora_may_come_go_and_be_fused_while_merging_is_on():
 # --- attention processors -------------------------------------------------------------------------
 
 
-class Xformers:
-    """What diffusers asks xformers for, computed by torch: xformers itself wants a GPU.
-
-    What is tested is diffusers' processor around it: the shapes and the mask that it receives when
-    tokens are merged.
-    """
-
-    def __init__(self):
-        self.calls, self.ops = [], self
-
-    def memory_efficient_attention(self, query, key, value, attn_bias=None, op=None, scale=None):
-        self.calls.append((query.shape[1], key.shape[1]))
-        attention = torch.nn.functional.scaled_dot_product_attention
-        return attention(query, key, value, attn_mask=attn_bias, scale=scale)
-
-
 PROCESSORS = {"sliced": lambda p: p.enable_attention_slicing("max")}
 PROCESSORS["fused projections"] = lambda p: p.unet.fuse_qkv_projections()
-for kind in ("AttnProcessor2_0", "AttnProcessor", "XFormersAttnProcessor"):
+for kind in ("AttnProcessor2_0", "AttnProcessor"):
     processor = getattr(attention_processor, kind)
     PROCESSORS[kind] = lambda p, processor=processor: p.unet.set_attn_processor(processor())
 
 
 @pytest.mark.parametrize("switch_on", PROCESSORS.values(), ids=PROCESSORS)
 @pytest.mark.parametrize("first", ["merging", "processor"])
-def test_attention_processors(switch_on, first, monkeypatch):
-    xformers = Xformers()
-    monkeypatch.setattr(attention_processor, "xformers", xformers)
+def test_attention_processors(switch_on, first):
     pipeline, options = SD.pipeline(), dict(ratio=0.5, targets=["attn", "crossattn"])
     baseline = SD.run(pipeline)
     handle = apply_tome(pipeline, **options)
@@ -142,9 +116,6 @@ def test_attention_processors(switch_on, first, monkeypatch):
     if first == "processor":
         handle = apply_tome(pipeline, **options)
     torch.testing.assert_close(SD.run(pipeline), expected, rtol=1e-3, atol=1e-4)
-    if xformers.calls:
-        # Two steps of half the tokens at the finest level, with themselves and with the text.
-        assert {(32, 32), (32, 7)} < set(xformers.calls)
     handle.remove()
     torch.testing.assert_close(SD.run(pipeline), baseline, rtol=1e-3, atol=1e-4)
 
@@ -165,20 +136,12 @@ def sequential_offload(pipeline):
     assert pipeline.unet.conv_in.weight.is_meta
 
 
-def group_offload(kind):
-    options = dict(onload_device=CPU, offload_device=CPU, offload_type=kind, num_blocks_per_group=1)
-    return lambda pipeline: pipeline.unet.enable_group_offload(**options)
+def group_offload(pipeline):
+    options = dict(onload_device=CPU, offload_device=CPU, offload_type="block_level")
+    pipeline.unet.enable_group_offload(**options, num_blocks_per_group=1)
 
 
-OFFLOADS = {
-    "model": lambda pipeline: pipeline.enable_model_cpu_offload(device="cpu"),
-    "sequential": sequential_offload,
-    "groups of blocks": group_offload("block_level"),
-    "groups of layers": group_offload("leaf_level"),
-}
-
-
-@pytest.mark.parametrize("switch_on", OFFLOADS.values(), ids=OFFLOADS)
+@pytest.mark.parametrize("switch_on", [sequential_offload, group_offload])
 @pytest.mark.parametrize("first", ["merging", "offload"])
 def test_offloading(switch_on, first):
     """Weights that are there only while their layer runs."""

@@ -7,7 +7,7 @@ from model_runs import difference, run
 from tiny_transformers import TEXT, TRANSFORMERS
 from torch import nn
 
-from mmagic_tome import ToMeError, apply_tome, get_handle
+from mmagic_tome import ToMeError, apply_cache, apply_tome, get_handle, remove_tome
 from mmagic_tome.models import ADAPTERS
 
 WAN, LTX = TRANSFORMERS["Wan 2.1, 2.2 (video)"], TRANSFORMERS["LTX-Video (video)"]
@@ -116,8 +116,11 @@ def test_a_given_first_frame(family):
 )
 def test_unsupported_networks_are_named_with_the_reason(name, reason):
     said = f"found no supported network in a {name}.*{reason}.*up_blocks.*FluxTransformer2DModel"
-    with pytest.raises(ToMeError, match=f"{said}.*docs/adding_a_model.md"):
-        apply_tome(type(name, (nn.Module,), {})())
+    network = type(name, (nn.Module,), {})()
+    for apply in (apply_tome, apply_cache):
+        with pytest.raises(ToMeError, match=f"{said}.*docs/adding_a_model.md"):
+            apply(network)
+    assert get_handle(network) is None and not remove_tome(network)
 
 
 def test_other_transformers_of_diffusers_are_not_taken_for_known_ones():

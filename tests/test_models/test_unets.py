@@ -3,14 +3,22 @@
 
 import pytest
 import torch
+from denoise import denoising, outputs_at
 from model_runs import counts, difference, grids_of, run
-from tiny import tiny_inputs, tiny_unet
-from tiny_unets import FRAMES, NETWORKS, kandinsky_inputs, kandinsky_unet, unet_of
+from tiny import error, randomise, tiny_config, tiny_inputs, tiny_unet
+from tiny_unets import (
+    FRAMES,
+    NETWORKS,
+    kandinsky_inputs,
+    kandinsky_unet,
+    motion_inputs,
+    motion_unet,
+    unet_of,
+)
 from torch import nn
 
 from mmagic_tome import ToMeError, apply_tome
 from mmagic_tome.models import find_adapter
-from mmagic_tome.models.diffusers_unet import DiffusersUNet, SpatioTemporalUNet
 
 
 @pytest.mark.parametrize("kind", NETWORKS.values(), ids=NETWORKS)
@@ -34,21 +42,24 @@ def test_every_network(kind, monkeypatch):
         assert torch.equal(run(network, inputs), baseline)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        dict(levels=3, mid_block_type=None),
-        dict(
-            levels=4,
-            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        ),
-        dict(levels=2, transformer_layers_per_block=(1, 3)),
-    ],
-    ids=["no middle block", "like Stable Diffusion", "several blocks a stack"],
-)
-def test_downsample_is_that_of_the_running_network(changes):
-    network = tiny_unet(**changes)
+LAYOUTS = {
+    "no middle block": dict(levels=3, mid_block_type=None),
+    "like Stable Diffusion": dict(
+        levels=4,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    ),
+    "several blocks a stack": dict(levels=2, transformer_layers_per_block=(1, 3)),
+}
+OTHERS = ("ControlNet", "Stable Video Diffusion")
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, *OTHERS])
+def test_downsample_is_that_of_the_running_network(layout):
+    if layout in OTHERS:
+        network, inputs = NETWORKS[layout].build(), NETWORKS[layout].inputs()
+    else:
+        network, inputs = tiny_unet(**LAYOUTS[layout]), tiny_inputs(size=32)
     adapter, found = find_adapter(network)
     assert found is network
     blocks = adapter.blocks(network)
@@ -58,23 +69,10 @@ def test_downsample_is_that_of_the_running_network(changes):
         block.grid_module.register_forward_pre_hook(
             lambda module, args: sizes.update({module: args[0].shape[-1]})
         )
-    run(network, tiny_inputs(size=32))
-    assert [block.downsample for block in blocks] == [32 // sizes[b.grid_module] for b in blocks]
-
-
-@pytest.mark.parametrize(
-    ("title", "kind", "levels", "scale"),
-    [
-        # One spatial stack each in the down block, the middle and two in the up block.
-        ("Stable Video Diffusion", SpatioTemporalUNet, [1, 2, 1, 1], None),
-        ("ControlNet", DiffusersUNet, [1, 2, 2], 1000.0),
-    ],
-)
-def test_adapters_of_other_networks(title, kind, levels, scale):
-    adapter, network = find_adapter(NETWORKS[title].build())
-    assert type(adapter) is kind and adapter.timestep_scale == scale
-    assert [block.downsample for block in adapter.blocks(network)] == levels
-    assert len(adapter.inner_modules(network, 1)) == (3 if scale is None else 0)
+    run(network, inputs)
+    whole = inputs["sample"].shape[-1]
+    assert [b.downsample for b in blocks] == [whole // sizes[b.grid_module] for b in blocks]
+    assert {b.downsample for b in blocks} > {1}
 
 
 def test_stacks_over_frames_are_unchanged():
@@ -134,3 +132,58 @@ def test_what_attention_on_the_image_itself_does_not_allow():
     apply_tome(network, ratio=0.5, plan_interval=2)
     with pytest.raises(ToMeError, match="received an attention_mask"):
         run(network, kandinsky_inputs(), encoder_attention_mask=torch.ones(2, 10))
+
+
+# --- across the frames of a clip ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", [["attn"], ["crossattn", "mlp"], ["block"]], ids="+".join)
+def test_clips_of_a_batch_do_not_mix_and_keep_their_own_text(targets):
+    network, inputs = motion_unet(), motion_inputs()
+    options = dict(ratio=0.5, targets=targets, across_frames=True)
+    handle = apply_tome(network, **options)
+    merged = run(network, inputs)
+    assert counts(handle) == {(FRAMES * 64, FRAMES * 32)}
+    assert "across_frames=True" in handle.summary()
+    for clip in range(2):
+        text = inputs["encoder_hidden_states"][clip * FRAMES : (clip + 1) * FRAMES]
+        alone = dict(inputs, sample=inputs["sample"][clip : clip + 1], encoder_hidden_states=text)
+        torch.testing.assert_close(run(network, alone)[0], merged[clip], rtol=1e-3, atol=1e-4)
+    if targets == ["attn"]:  # what a key stands for is counted through the frames
+        apply_tome(network, **options, prop_attn=True)
+        weighed = run(network, inputs)
+        assert weighed.isfinite().all() and (weighed - merged).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["plans alone", "residual"])
+def test_plans_and_residuals_of_a_clip_are_reused(residual):
+    network, inputs = motion_unet(), motion_inputs()
+    options = dict(plan_interval=2, residual=residual)
+    with apply_tome(network, ratio=0.5, targets=["mlp"], across_frames=True, **options) as handle:
+        steps = list(denoising(network, inputs, (500, 480)))
+        assert {row["plans"] for row in handle.stats()} == {1}
+    baseline = outputs_at(network, inputs, steps)
+    assert torch.equal(steps[0].output, baseline[0]) == residual
+    assert 0 < error(steps[1].output, baseline[1]) < (0.1 if residual else 0.5)
+
+
+def test_networks_without_frames_are_refused():
+    with pytest.raises(ToMeError, match="UNet2DConditionModel does not work frame by frame"):
+        apply_tome(tiny_unet(), across_frames=True)
+
+
+def test_attention_along_frames_inside_a_block_needs_all_positions(sd_folder):
+    """An option of MMagic's UNet that its configs leave off."""
+    models = pytest.importorskip("mmagic.registry").MODELS
+    config = tiny_config("AnimateDiff", sd_folder)["unet"]
+    network = randomise(models.build(dict(config, unet_use_temporal_attention=True)))
+    for target in ("block", "stack"):
+        with pytest.raises(ToMeError, match=r"along the frames of one position.*'attn', 'mlp'"):
+            apply_tome(network, targets=[target])
+    inputs = motion_inputs()
+    text = inputs["encoder_hidden_states"][::FRAMES]  # MMagic repeats it
+    baseline = run(network, inputs, encoder_hidden_states=text)
+    handle = apply_tome(network, ratio=0.5, targets=["attn", "mlp"], across_frames=True)
+    merged = run(network, inputs, encoder_hidden_states=text)
+    assert (merged - baseline).abs().max() > 1e-3
+    assert {row["kept"] for row in handle.stats()} == {FRAMES * 32}

@@ -5,32 +5,28 @@ import copy
 
 import pytest
 import torch
+from model_runs import Seen
 from tiny import error, run, tiny_inputs, tiny_unet
 
 from mmagic_tome import ToMeError, apply_tome
-from mmagic_tome.patch import find_patch
 from mmagic_tome.tome.state import TomePatch
 
 EVERYTHING = dict(max_downsample=8, targets=["attn", "crossattn", "mlp"])
 
 
-def context_of(unet):
-    """What is known during a call."""
-    return find_patch(unet, TomePatch).context
-
-
-def test_each_kind_of_target_merges_what_it_says(unet, tokens_into):
+def test_each_kind_of_target_merges_what_it_says(unet):
     inner = {"attn": "attn1.to_q", "crossattn": "attn2.to_q", "mlp": "ff.net.0.proj"}
     baseline = run(unet)
     # Everything below compares outputs; zeros would make all of it true.
     assert baseline.std() > 0.1 and error(run(unet, timestep=torch.tensor(1)), baseline) > 1e-3
     for kind in inner:
         network = copy.deepcopy(unet)
-        seen = tokens_into(network, *inner.values())
+        seen = Seen(network, *inner.values())
         apply_tome(network, ratio=0.25, max_downsample=4, targets=[kind])
         assert 1e-3 < error(run(network), baseline) < 0.6
         for other, suffix in inner.items():
-            assert set(seen[suffix]) == ({192, 48, 12} if other == kind else {256, 64, 16})
+            expected = {192, 48, 12} if other == kind else {256, 64, 16}
+            assert set(seen.lengths(suffix).values()) == expected
 
 
 def test_equals_tomesd_on_the_same_layout(unet):
@@ -107,23 +103,6 @@ def test_calls_that_are_refused(unet):
     block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
     with pytest.raises(ToMeError, match="called outside a forward of its network"):
         block(torch.ones(2, 256, 16))
-
-
-@pytest.mark.parametrize(
-    ("options", "held_at_ff"),
-    [
-        ({}, False),
-        (dict(targets=["attn", "mlp"]), True),
-        (dict(plan_interval=2, residual=True), False),
-    ],
-)
-def test_plans_are_freed_before_the_feed_forward(unet, options, held_at_ff):
-    apply_tome(unet, **options)
-    held = []
-    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
-    block.ff.net[0].register_forward_pre_hook(lambda *_: held.append(bool(context_of(unet).plans)))
-    run(unet)
-    assert held == [held_at_ff]
 
 
 def test_peak_memory_is_never_above_that_of_the_baseline():

@@ -4,7 +4,7 @@
 import pytest
 import torch
 import vits
-from vits import NAMES, build, inputs, result, tiny_timm
+from vits import BIASES, NAMES, build, inputs, result, tiny_timm
 
 from mmagic_tome.vit import apply_tome_vit
 
@@ -34,8 +34,9 @@ def test_compiles_as_one_graph(name):
     handle.source.zero_()
     torch.testing.assert_close(result(compiled, arguments), merged, rtol=1e-4, atol=1e-4)
     assert torch.equal(handle.size, size) and torch.equal(handle.source, source)
-    with handle.disabled():
-        torch.testing.assert_close(result(compiled, arguments), dense, rtol=1e-4, atol=1e-4)
+    if name in BIASES:  # one of every kind of attention: this is another graph
+        with handle.disabled():
+            torch.testing.assert_close(result(compiled, arguments), dense, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

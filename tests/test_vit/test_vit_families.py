@@ -67,12 +67,13 @@ def test_merging_duplicates_changes_nothing(name, attention):
         assert (result(model, arguments) - dense).abs().max() > 1e-3 * dense.abs().max()
 
 
+@pytest.mark.parametrize("metric", ["keys", "attention"])
 @pytest.mark.parametrize("name", NAMES)
-def test_bit_exact_at_zero_and_after_removal_also_of_copies(name):
+def test_bit_exact_at_zero_and_after_removal_also_of_copies(name, metric):
     model, arguments = build(name), inputs(name)
     keys, classes = list(model.state_dict()), [type(m) for m in model.modules()]
     dense = result(model, arguments)
-    handle = apply_tome_vit(model, r=0)
+    handle = apply_tome_vit(model, r=0, metric=metric)
     assert torch.equal(result(model, arguments), dense)
     handle.r = 4
     merged = result(model, arguments)
@@ -94,7 +95,7 @@ def test_bit_exact_at_zero_and_after_removal_also_of_copies(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("mmpretrain")])
 def test_gradients_and_checkpointing(name):
     model, arguments = build(name), inputs(name)
-    apply_tome_vit(model, r=6)
+    handle = apply_tome_vit(model, r=6)
     with torch.enable_grad():
         result(model, arguments).square().sum().backward()
         plain = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
@@ -107,8 +108,11 @@ def test_gradients_and_checkpointing(name):
         model.train()
         # A forward between the forward and its backward leaves other sizes behind.
         loss = result(model, arguments).square().sum()
+        handle.r = 2
         result(model, inputs(name, seed=4))
+        tokens = handle.tokens
         loss.backward()
+        assert handle.tokens == tokens  # what runs again is no new forward
     for key, parameter in model.named_parameters():
         if key in plain:
             torch.testing.assert_close(parameter.grad, plain[key], rtol=1e-3, atol=1e-4)

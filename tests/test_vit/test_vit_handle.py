@@ -141,9 +141,6 @@ def test_target_speedup_counts_operations():
     r = handle.tokens[0][0] - handle.tokens[0][1]
     assert handle.r == r and f"target_speedup=1.5 of the multiply-adds, r={r}" in handle.summary()
     assert dense / relative_cost(handle.tokens, 32, 48) >= 1.5
-    with apply_tome_vit(model, r=r - 1) as less:
-        result(model, arguments)
-        assert dense / relative_cost(less.tokens, 32, 48) < 1.5
     assert apply_tome_vit(model, target_speedup=50).r is None
     with pytest.raises(ToMeError, match="target_speedup=50 is out of reach with 37 tokens"):
         result(model, arguments)

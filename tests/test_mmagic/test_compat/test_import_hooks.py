@@ -56,15 +56,9 @@ def test_callbacks_enclose_the_first_import_only(module_file, monkeypatch):
     assert events == ["before a", "before b", "body", "after b", "after a"]
     importlib.reload(module)
     assert events[5:] == ["body"]
-
-
-def test_the_module_is_an_ordinary_one(module_file):
-    name = module_file("tome_hook_plain", "def f():\n    return 1\n")
-    around_import(name, contextlib.nullcontext)
-    module = importlib.import_module(name)
+    # It is an ordinary module.
     assert isinstance(module.__spec__.loader, importlib.machinery.SourceFileLoader)
-    assert module.__loader__ is module.__spec__.loader
-    assert "return 1" in inspect.getsource(module.f)
+    assert module.__loader__ is module.__spec__.loader and "body" in inspect.getsource(module)
 
 
 def test_callbacks_wait_again_after_a_failed_import(module_file):

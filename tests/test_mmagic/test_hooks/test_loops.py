@@ -143,20 +143,6 @@ def test_several_methods(make_runner, tmp_path):
     assert np.abs(drawn - expected).mean() < 1
 
 
-def test_numbers_depend_neither_on_batches_nor_on_the_global_generator(make_runner, tmp_path):
-    found = []
-    for batch in (2, 3):
-        runner = make_runner("val", tmp_path / str(batch))
-        runner._val_dataloader["batch_size"] = batch
-        torch.manual_seed(batch)
-        found.append(runner.val()["merging/psnr"])
-        assert get_handle(runner.model).ratio == 0.5
-    # To what the arithmetic of another batch size changes.
-    assert found[0] == pytest.approx(found[1], rel=1e-3)
-    runner = make_runner("val", tmp_path / "seed", loop=dict(seed=50))
-    assert runner.val()["merging/psnr"] != pytest.approx(found[0], rel=1e-3)
-
-
 def test_what_a_metric_or_a_loop_needs(make_runner, tmp_path):
     methods = [dict(name="merged", tome_cfg=dict(ratio=0.5))]
     for options, message in (

@@ -57,6 +57,7 @@ class Seen:
                 # Behind the module: in front of it other hooks see the unmerged tokens.
                 module.register_forward_hook(note, with_kwargs=True)
 
-    def lengths(self):
-        """name -> N."""
-        return {name: x.shape[1] for name, x in self.given.items()}
+    def lengths(self, ending=""):
+        """name -> N, of names with an ending."""
+        given = self.given.items()
+        return {name: x.shape[1] for name, x in given if name.endswith(ending)}
