@@ -34,21 +34,19 @@ def measure_cost(
     methods: Sequence[Method],
     rounds: int,
     folder: RunFolder,
-    numbers: Sequence[int] | None = None,
     progress: bool = True,
 ) -> None:
     """Add what a folder lacks of the rows ``round``, ``memory`` and ``flops``.
 
     Args:
-        runner: Its request's images are what is generated, and thrown away.
+        runner: The first batch of its request is what is generated, and thrown away.
         methods: All that are compared; they take turns within each round.
         rounds: Rounds that there shall be. Those of an earlier call count if all methods ran in
             them.
         folder: Where the rows go: those of a round all at once.
-        numbers: The images of a run. Default: None, the request's first batch.
         progress: Whether to show a bar.
     """
-    numbers = runner.request.batches()[0] if numbers is None else numbers
+    numbers = runner.request.batches()[0]
     turns = _missing_turns(folder, methods, rounds)
     once = [one for one in methods if not folder.has(kind="flops", method=one.name)]
     steps = sum(one.steps or runner.steps for one in methods) * len(turns)

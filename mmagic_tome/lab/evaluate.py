@@ -31,7 +31,7 @@ from .environment import environment
 from .files import whole_file
 from .methods import BASELINE, Method, check_names
 from .metrics import available
-from .metrics.base import Metric
+from .metrics.base import Metric, SetMetric
 from .progress import progress_bar
 from .ranks import share
 from .real import RealImages
@@ -64,7 +64,6 @@ def evaluate(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     real: RealImages | None = None,
-    cost_batch_size: int | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Compare methods with the baseline, which is always one of them.
@@ -78,7 +77,6 @@ def evaluate(
         folder: Of the run; what it has is not done again.
         dtype: Of the model. Default: None, the source's.
         real: Images for metrics of sets. Default: None, these compare with the baseline's.
-        cost_batch_size: Images per run that is timed. Default: None, the request's batch size.
         progress: Whether to show bars.
 
     Returns:
@@ -110,7 +108,6 @@ def evaluate(
     for method in methods:
         with method.on(runner.model):
             pass  # what cannot be applied fails here, and not after hours
-    numbers = request.batches()[0][:cost_batch_size]
     options = {one["name"]: dict(one) for one in metrics or () if isinstance(one, Mapping)}
     manifest = {
         "command": "evaluate",
@@ -126,14 +123,14 @@ def evaluate(
             for name, metric in chosen.items()
         },
         "real": None if real is None else {"images": len(real), "digest": real.digest()},
-        "images_per_timed_run": len(numbers),
+        "images_per_timed_run": len(request.batches()[0]),
     }
     show = progress and get_rank() == 0
     with folder.writing(manifest), _frozen():
         _meet(folder)
         for name, reason in left_out.items():
             _note(folder, f"metric {name} is left out: {reason}")
-        if real is None and any(getattr(metric, "needs_base", False) for metric in chosen.values()):
+        if real is None and any(isinstance(metric, SetMetric) for metric in chosen.values()):
             _note(folder, "without real images, metrics of sets compare with the baseline's images")
         latents = any(metric.of == "latents" for metric in chosen.values())
         _make_images(runner, methods, folder, latents, show)
@@ -148,7 +145,7 @@ def evaluate(
         measure_sets(folder, methods, chosen, runner.device, real, runner.size, show)
         _meet(folder)
         if rounds and get_rank() == 0:
-            measure_cost(runner, methods, rounds, folder, numbers, show)
+            measure_cost(runner, methods, rounds, folder, show)
     return table(folder)
 
 

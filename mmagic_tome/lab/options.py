@@ -236,10 +236,8 @@ def _evaluate(add: Callable[..., None]) -> None:
     add("--real", DIR, "real images for FID and others (default: the baseline's images)")
     add("--rounds", ZERO_OR_MORE, "interleaved rounds that measure cost; 0: none (default: 9)")
     ranks = "torchrun --nproc-per-node N tools/evaluate.py ... --launcher pytorch"
-    launchers = {"choices": ("none", "pytorch", "slurm", "mpi"), "default": "none"}
+    launchers = {"choices": ("none", "pytorch"), "default": "none"}
     add("--launcher", launchers, f"what started the processes: {ranks} (default: none)")
-    # torchrun of some versions adds it to every command.
-    add("--local-rank --local_rank", {"type": int}, argparse.SUPPRESS)
 
 
 def _benchmark(add: Callable[..., None]) -> None:

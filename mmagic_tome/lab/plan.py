@@ -37,7 +37,7 @@ DEFAULT_METHODS = ("tome:0.25", "tome:0.5", "tome:0.75")
 DEFAULT_FEWER_STEPS = (0.8, 0.65, 0.5)
 _REQUEST = tuple(field.name for field in fields(Request) if field.name != "prompts")
 _LISTS = ("methods", "fewer_steps", "only", "metrics")
-_COUNTS = ("limit", "images_per_prompt", "real_per_class", "cost_batch_size")
+_COUNTS = ("limit", "images_per_prompt")
 KEYS = ("prompts", "prompt_template", "real", "rounds", "dtype", *_LISTS, *_COUNTS, *_REQUEST)
 
 
@@ -50,7 +50,6 @@ class Plan:
     metrics: Sequence[Any] | None
     rounds: int
     real: RealImages | None
-    cost_batch_size: int | None
     dtype: torch.dtype | None
 
 
@@ -70,8 +69,7 @@ def plan_of(source: Source, **given: Any) -> Plan:
               of steps is stated.
             - ``only``: names of the methods to keep, with ``*`` and ``?``.
             - ``metrics``: names, or dicts of a ``name`` and options.
-            - ``real``: a folder; ``real_per_class``; ``rounds``; ``cost_batch_size``;
-              ``dtype``: ``'fp32'``, ``'fp16'`` or ``'bf16'``.
+            - ``real``: a folder; ``rounds``; ``dtype``: ``'fp32'``, ``'fp16'`` or ``'bf16'``.
             - fields of a :class:`Request`.
 
     Raises:
@@ -101,8 +99,7 @@ def plan_of(source: Source, **given: Any) -> Plan:
         methods=_methods(source, values, request.steps),
         metrics=values.get("metrics"),
         rounds=check_integer("evaluate: ", "rounds", values.get("rounds", 9), 0),
-        real=None if real is None else RealImages(real, values.get("real_per_class")),
-        cost_batch_size=values.get("cost_batch_size"),
+        real=None if real is None else RealImages(real),
         dtype=None if dtype is None else DTYPES[check_choice("evaluate: ", "dtype", dtype, DTYPES)],
     )
 

@@ -9,47 +9,43 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
-from mmengine.dist import broadcast_object_list, get_rank, get_world_size, init_dist
+from mmengine.dist import broadcast_object_list, get_rank, get_world_size
 
 from ..errors import ToMeError
 
 T = TypeVar("T")
 
 # Ranks wait for the slowest. One that dies is noticed by the launcher, at once, and not by this.
-PATIENCE_SECONDS = 7 * 24 * 3600
-# What each launcher sets in the environment of its processes.
-_MARKS = {"pytorch": "RANK", "slurm": "SLURM_PROCID", "mpi": "OMPI_COMM_WORLD_LOCAL_RANK"}
+PATIENCE = datetime.timedelta(days=7)
 
 
 def start_ranks(launcher: str, device: str | torch.device) -> torch.device:
     """Join the processes that a launcher has started.
 
     Args:
-        launcher: ``'none'`` for one process; ``'pytorch'`` (torchrun), ``'slurm'``, ``'mpi'``.
+        launcher: ``'none'`` for one process; ``'pytorch'`` for torchrun's.
         device: That is asked for.
 
     Returns:
         torch.device: That of this process: one GPU per local rank.
 
     Raises:
-        ToMeError: No launcher has started this process; it works on GPUs only.
+        ToMeError: torchrun has not started this process.
     """
     device = torch.device(device)
     if launcher == "none":
         return device
-    if _MARKS[launcher] not in os.environ:
+    if "RANK" not in os.environ:
         raise ToMeError(
-            f"--launcher {launcher}: this process was not started by it ({_MARKS[launcher]} is not "
-            "set); pytorch is for torchrun --nproc-per-node N"
+            "--launcher pytorch: this process was not started by it (RANK is not set); write "
+            "torchrun --nproc-per-node N tools/evaluate.py ..."
         )
+    # mmengine's function selects a GPU, also where there is none.
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, timeout=PATIENCE)
     if device.type == "cuda":
-        init_dist(launcher, backend="nccl", timeout=PATIENCE_SECONDS)
-        return torch.device("cuda", torch.cuda.current_device())
-    if launcher != "pytorch":
-        raise ToMeError(f"--launcher {launcher} is for GPUs; on CPUs use torchrun")
-    # mmengine's function selects a GPU whatever the backend.
-    patience = datetime.timedelta(seconds=PATIENCE_SECONDS)
-    torch.distributed.init_process_group("gloo", timeout=patience)
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     return device
 
 

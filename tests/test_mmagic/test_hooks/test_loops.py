@@ -185,7 +185,7 @@ def test_data_of_prompts(real_images, tmp_path):
     (tmp_path / "1.png").write_text("no image")
     for arguments, message in (
         ((["cat"], real_images), "4 images for 1 prompts"),
-        ((["cat"], tmp_path / "none"), "no folder"),
+        ((["cat"], tmp_path / "none"), "is not a folder"),
         (("cat",), "no .txt, .json or .csv file"),
         (([],), "at least one"),
     ):
