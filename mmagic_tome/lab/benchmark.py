@@ -15,7 +15,6 @@ import contextlib
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -26,14 +25,18 @@ from torch import Tensor, nn
 
 from ..errors import ToMeError
 from ..settings import Handles, Setting
+from ..timeline import scheduler_of
+from ..validate import check_choice, check_integer
+from .cost import record_calls
 from .environment import environment
 from .ideal import ideal
 from .measure import Clock, interleaved, interval, peak_memory
 from .methods import BASELINE, Method, check_names
-from .networks import Work, check_network, share_weights, work_on
+from .networks import Network, Work, check_network, share_weights, work_on
 from .progress import progress_bar
-from .recorded import SourceWork
+from .request import Request, make_request
 from .results import RunFolder
+from .runners import runner_of
 from .runners.base import Source
 
 MODES = ("eager", "compiled")
@@ -91,12 +94,23 @@ def benchmark(
         methods = default_methods(None if isinstance(network, str) else network.setting)
     methods = [BASELINE, *(method for method in methods if method.kind != "baseline")]
     check_methods(methods)
-    if mode not in MODES:
-        raise ToMeError(f"mode={mode!r} must be one of {', '.join(MODES)}")
+    check_choice("", "mode", mode, MODES)
+    for key, value in [
+        ("steps", steps),
+        ("rounds", rounds),
+        *(("batch", n) for n in batches or ()),
+    ]:
+        check_integer("", key, value, 1)
     timer = Clock(device, clock)
     by_name = isinstance(network, str)
-    asked = _Asked(timer.device, sizes, batches, dtypes, steps, request)
-    works = _named(network, asked) if by_name else _recorded(network, asked)
+    if by_name:
+        entry = check_network(network, sizes or ())
+        cases = itertools.product(sizes or [(entry.size, entry.size)], batches or [entry.batch])
+        works = _named(entry, list(cases), timer.device, dtypes, steps)
+    else:
+        cases = itertools.product(sizes or [None], batches or [1])
+        requests = [_request(network, *case, steps, request or {}) for case in cases]
+        works = _recorded(network, requests, timer.device, dtypes, steps)
     manifest = {
         "command": "benchmark",
         "network": network if by_name else network.path,
@@ -118,47 +132,55 @@ def benchmark(
     return frame
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """The cases to measure, as :func:`benchmark` takes them."""
-
-    device: torch.device
-    sizes: Sequence[tuple[int, int]] | None
-    batches: Sequence[int] | None
-    dtypes: Sequence[torch.dtype]
-    steps: int
-    request: Mapping[str, Any] | None
-
-
-def _named(name: str, asked: _Asked) -> Iterator[_Work]:
+def _named(
+    entry: Network,
+    cases: Sequence[tuple[tuple[int, int], int]],
+    device: torch.device,
+    dtypes: Sequence[torch.dtype],
+    steps: int,
+) -> Iterator[_Work]:
     """The work of every case on a network with random weights."""
-    entry = check_network(name, asked.sizes or ())
-    sizes, batches = asked.sizes or [(entry.size, entry.size)], asked.batches or [entry.batch]
-
-    def works() -> Iterator[_Work]:
-        for dtype in asked.dtypes or [torch.float32]:
-            built = entry.build(asked.device, dtype)
-            for size, batch in itertools.product(sizes, batches):
-                yield work_on(entry, built, size, batch, asked.steps), size, batch
-            del built
-
-    return works()
+    for dtype in dtypes or [torch.float32]:
+        built = entry.build(device, dtype)
+        for size, batch in cases:
+            yield work_on(entry, built, size, batch, steps), size, batch
+        del built
 
 
-def _recorded(source: Source, asked: _Asked) -> Iterator[_Work]:
-    """The work of every case on the network of a source."""
-    work = SourceWork(source, asked.device, asked.steps, asked.request)
-    cases = itertools.product(asked.sizes or [None], asked.batches or [1])
-    requests = [work.request(*case) for case in cases]
+def _request(
+    source: Source,
+    size: tuple[int, int] | None,
+    batch: int,
+    steps: int,
+    given: Mapping[str, Any],
+) -> Request:
+    """The request of a case, checked. Few schedulers can do a single step, so it has two."""
+    given = {"prompts": ["a red apple"], **given, "steps": max(2, steps), "batch_size": batch}
+    prompts = list(itertools.islice(itertools.cycle(given["prompts"]), batch))
+    request = make_request(source, **{**given, "prompts": prompts, "size": size})
+    source.check(request)
+    return request
 
-    def works() -> Iterator[_Work]:
-        for dtype in asked.dtypes or [None]:
-            model = work.load(requests[0], dtype)
-            for one in requests:
-                yield *work(model, one), one.batch_size
-            del model
 
-    return works()
+def _recorded(
+    source: Source,
+    requests: Sequence[Request],
+    device: torch.device,
+    dtypes: Sequence[torch.dtype],
+    steps: int,
+) -> Iterator[_Work]:
+    """The work of every case on the network of a source, called as its model calls it."""
+    for dtype in dtypes or [None]:
+        model = source.load(requests[0], device, dtype).model
+        for request in requests:
+            runner = runner_of(model, request, source)
+            with BASELINE.on(model):
+                calls = record_calls(runner, range(request.batch_size))
+            several = steps > 1
+            scheduler = scheduler_of(model) if several else None
+            work = Work(runner.network, calls if several else calls[:1], scheduler)
+            yield work, runner.size, request.batch_size
+        del model
 
 
 def check_methods(methods: Sequence[Method]) -> None:

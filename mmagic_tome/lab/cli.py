@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import sys
 import warnings
@@ -33,6 +34,11 @@ _RUNNER_VERBS = {
     "test": "MMagic's tools/test.py: the test loop of a config",
     "train": "MMagic's tools/train.py: the training of a config",
 }
+# Options that a network with random weights has no use for.
+_OF_MODELS = (
+    *("checkpoint", "cfg_options", "prompt", "prompt_file", "negative_prompt", "images", "masks"),
+    *("controls", "references", "frames", "guidance", "seed", "extra"),
+)
 # Verb -> its default config or network, and an example of options.
 _USUAL = {
     "infer": (
@@ -154,7 +160,7 @@ def _methods(args: argparse.Namespace, setting: Any) -> list[Any]:
     if args.ratio is not None:
         setting = setting.replace(ratio=args.ratio) if args.ratio else Setting(cache=setting.cache)
     if args.cache is not NOT_GIVEN:
-        setting = setting.replace(cache=args.cache)
+        setting = setting.replace(cache=None if args.cache == "none" else args.cache)
     found = [] if setting.baseline else [Method(setting.description, setting)]
     return found + [parse_method(text) for text in args.method]
 
@@ -233,19 +239,23 @@ def _quiet() -> None:
 # --- verbs ----------------------------------------------------------------------------------------
 
 
-def _infer(args: argparse.Namespace) -> None:
+def _infer(args: argparse.Namespace, maps: bool = False) -> None:
     from .devices import DTYPES, check_device
     from .infer import check, infer
     from .methods import BASELINE
 
     source, device = _source(args), check_device(args.device)
     request, method = _request(args, source), _method(args, source)
-    check(source, request, method, args.compare)
-    methods = [BASELINE, method] if args.compare else [method]
-    title = _title(source, request, device)
-    with _results(args, source.name, title, methods) as folder:
+    compare = maps or args.compare
+    if maps and method is BASELINE and args.ratio is None:  # a bare pipeline, say
+        args.ratio = 0.5
+        method = _method(args, source)
+    check(source, request, method, compare, maps)
+    methods = [BASELINE, method] if compare else [method]
+    rounds = None if maps else args.rounds
+    with _results(args, source.name, _title(source, request, device), methods) as folder:
         if folder:
-            how = {"compare": args.compare, "rounds": args.rounds, "folder": folder}
+            how = {"compare": compare, "maps": maps, "rounds": rounds, "folder": folder}
             infer(source, request, method, **how, device=device, dtype=DTYPES.get(args.dtype))
 
 
@@ -280,13 +290,13 @@ def _benchmark(args: argparse.Namespace) -> None:
     from .benchmark import benchmark, check_methods, default_methods
     from .devices import DTYPES, check_device
     from .methods import BASELINE
-    from .networks import NETWORKS, check_network
+    from .networks import check_network
+    from .request import parse_size
 
     device, network = check_device(args.device), args.config or args.default_config
+    sizes = [parse_size("", text) for text in args.size or ()]
     name, setting, request = network, Setting(), {}
-    if args.pipeline is None and not Path(network).suffix:
-        check_network(network, args.size or ())
-    if args.pipeline is not None or network not in NETWORKS:
+    if args.pipeline is not None or Path(network).suffix:
         network = _source(args)
         name, setting, request = network.name, network.setting, _given(args)
         for key in ("steps", "size", "batch_size"):  # lists, of the cases
@@ -294,14 +304,21 @@ def _benchmark(args: argparse.Namespace) -> None:
         if args.prompt or args.prompt_file:
             request["prompts"] = [prompt.text for prompt in _prompts(args)]
     else:
-        _check_unused(args, network)
+        check_network(network, sizes)
+        unused = [key for key in _OF_MODELS if vars(args)[key] not in (None, [], {})]
+        if unused:
+            raise ToMeError(
+                f"{', '.join(unused)}: no meaning for {network}, a network with random weights; "
+                "leave it out, or state a config or --pipeline"
+            )
     methods = _methods(args, setting) or default_methods(setting)
     check_methods(methods)
-    title = f"{name} on {device}: {args.rounds} rounds"
     dtypes = [DTYPES[one] for one in args.dtype or ()]
-    cases = (args.size, args.batch_size, dtypes, args.steps or 1, args.rounds)
+    steps = 1 if args.steps is None else args.steps
+    cases = (sizes, args.batch_size, dtypes, steps, args.rounds)
     how = {"mode": args.mode, "clock": args.clock, "request": request}
     how.update(with_ideal=not args.no_ideal, memory=not args.no_memory)
+    title = f"{name} on {device}: {args.rounds} rounds"
     with _results(args, name, title, [BASELINE, *methods]) as folder:
         if folder:
             benchmark(network, methods, *cases, folder, device, **how)
@@ -317,43 +334,9 @@ def _report(folder: Path) -> None:
     print(f"Report: {page}")
 
 
-def _check_unused(args: argparse.Namespace, network: str) -> None:
-    """Fail for options of a model, which a network with random weights has no use for."""
-    flags = {"checkpoint": "CHECKPOINT", "prompt": "--prompt", "prompt_file": "--prompt-file"}
-    flags.update(cfg_options="--cfg-options", extra="--extra-parameters", images="--img")
-    flags.update(masks="--mask", controls="--control", references="--reference")
-    cases = ("steps", "size", "batch_size")
-    for name in dict.fromkeys((*flags, *_given(args))):
-        if name not in cases and vars(args)[name] not in (None, [], {}):
-            flag = flags.get(name, "--" + name.replace("_", "-"))
-            raise ToMeError(
-                f"{flag} has no meaning for {network}, a network with random weights; leave it "
-                "out, or state a config or --pipeline"
-            )
-
-
-def _visualize(args: argparse.Namespace) -> None:
-    from .devices import DTYPES, check_device
-    from .methods import BASELINE
-    from .visualize import check, visualize
-
-    source, device = _source(args), check_device(args.device)
-    method = _method(args, source)
-    if method is BASELINE and args.ratio is None:  # a bare pipeline, say
-        args.ratio = 0.5
-        method = _method(args, source)
-    request = _request(args, source)
-    check(source, request, method)
-    title = _title(source, request, device)
-    with _results(args, source.name, title, [BASELINE, method]) as folder:
-        if folder:
-            how = {"device": device, "dtype": DTYPES.get(args.dtype)}
-            visualize(source, request, method, folder=folder, **how)
-
-
 _RUN = {
     "infer": _infer,
     "evaluate": _evaluate,
     "benchmark": _benchmark,
-    "visualize": _visualize,
+    "visualize": functools.partial(_infer, maps=True),
 }

@@ -13,6 +13,8 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from .files import whole_file
@@ -149,29 +151,24 @@ def fidelity(
     return figure
 
 
-def place_labels(axes: Any, points: Sequence[Point]) -> np.ndarray:
-    """Write the label of each point where it covers least.
+def place_labels(axes: Any, points: Sequence[Point]) -> list[Bbox]:
+    """Write the label of each point at the nearest place where it covers least; return where, in
+    pixels. Everything else is to be drawn before."""
+    pixel, room = axes.figure.dpi / 72, axes.get_window_extent()
+    spots = [axes.transData.transform((point.x, point.y)) for point in points]
+    taken = [Bbox([spot - 5 * pixel, spot + 5 * pixel]) for spot in spots]
+    for point in points:  # their intervals
+        ends = [(point.x if x is None else x, point.y) for x in (point.low, point.high)]
+        low, high = axes.transData.transform(ends)
+        taken.append(Bbox([low - 2, high + 2]))
+    labels: list[Bbox] = []
+    angles = np.arange(0, 2 * np.pi, np.pi / 8)
+    directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
-    Args:
-        axes: With everything else drawn on them.
-        points: What to name.
+    def covered(box: Bbox) -> int:
+        outside = (box.min < room.min).any() or (box.max > room.max).any()
+        return box.count_overlaps(taken) + 5 * box.count_overlaps(labels) + 10 * outside
 
-    Returns:
-        (n, 4): left, bottom, right and top of each label, in pixels.
-    """
-    pixel = axes.figure.dpi / 72
-    if not points:
-        return np.empty((0, 4))
-    ends = [(p.x, p.x) if p.low is None else (p.low, p.high) for p in points]
-    spots, low, high = (
-        axes.transData.transform([(x, point.y) for x, point in zip(xs, points)])
-        for xs in ([point.x for point in points], *zip(*ends))
-    )
-    marks, lines = np.hstack([spots - 5 * pixel, spots + 5 * pixel]), np.hstack([low - 2, high + 2])
-    taken = np.vstack([marks, lines])
-    angles, far = np.meshgrid(np.arange(0, 2 * np.pi, np.pi / 8), np.arange(6, 70, 4) * pixel)
-    directions = np.stack([np.cos(angles), np.sin(angles)], -1).reshape(-1, 2)
-    far = far.reshape(-1, 1)
     # From the right edge inwards: those have the fewest places to choose from.
     for point, spot in sorted(zip(points, spots), key=lambda pair: -pair[1][0]):
         text = point.name if point.label is None else point.label
@@ -180,24 +177,14 @@ def place_labels(axes: Any, points: Sequence[Point]) -> np.ndarray:
         line = {"arrowstyle": "-", "alpha": 0.5, "linewidth": 0.7}
         style = {"textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 9}
         note = axes.annotate(text, (point.x, point.y), (0, 0), arrowprops=line, **style)
-        note.arrow_patch.set_visible(False)  # not part of the label's size
-        size = np.array(note.get_window_extent().size)
-        centres = spot + directions * (far + size / 2)
-        boxes = np.hstack([centres - size / 2, centres + size / 2])
-        outside = size.prod() - _shared(boxes, axes.get_window_extent().extents[None])
-        cost = _shared(boxes, taken).sum(1) + 10 * outside[:, 0] + far[:, 0]
-        best = int(cost.argmin())
-        note.set_position((centres[best] - spot) / pixel)
-        note.arrow_patch.set_visible(bool(far[best] > 12 * pixel))
-        taken = np.vstack([taken, boxes[best]])
-    return taken[2 * len(points) :]
-
-
-def _shared(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """(n, m): the area that each of n boxes shares with each of m others."""
-    low = np.maximum(boxes[:, None, :2], others[:, :2])
-    high = np.minimum(boxes[:, None, 2:], others[:, 2:])
-    return np.prod(np.clip(high - low, 0, None), axis=2)
+        half = Text.get_window_extent(note).size / 2
+        offsets = [one * (far * pixel + half) for far in range(6, 70, 4) for one in directions]
+        boxes = [Bbox([spot + offset - half, spot + offset + half]) for offset in offsets]
+        costs = [covered(box) for box in boxes]
+        best = costs.index(min(costs))
+        note.set_position(offsets[best] / pixel)
+        labels.append(boxes[best])
+    return labels
 
 
 def difference_map(base: Image.Image, other: Image.Image) -> Image.Image:

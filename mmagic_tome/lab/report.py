@@ -28,8 +28,8 @@ from .metrics.base import Metric
 from .results import RunFolder
 from .table import table
 
-# Of the page: its largest images, and how much of them mail and browsers take.
-LARGEST_SIDE, MOST_IMAGES, MOST_BYTES = 512, 12, 12_000_000
+# Of the page: pixels of a side, and prompts.
+LARGEST_SIDE, MOST_IMAGES = 512, 12
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -234,7 +234,7 @@ def _draw(folder: RunFolder, frame: pd.DataFrame, metrics: Mapping[str, Metric])
 
 
 def _images(folder: RunFolder, metrics: Mapping[str, Metric]) -> list[dict[str, Any]]:
-    """What the page's script shows: prompts evenly spread, until it is too much."""
+    """What the page's script shows: prompts evenly spread."""
     images = {(row["method"], row["number"]): row for row in folder.find(kind="image")}
     said: dict[tuple[str, int], list[str]] = {}
     for row in folder.find(kind="metric"):
@@ -244,7 +244,6 @@ def _images(folder: RunFolder, metrics: Mapping[str, Metric]) -> list[dict[str, 
             values.append(f"{metric.label} {metric.text(row['value'])}")
     numbers = [number for method, number in images if method == "baseline"]
     found: list[dict[str, Any]] = []
-    used = 0
     for number in numbers[:: max(1, len(numbers) // MOST_IMAGES)][:MOST_IMAGES]:
         others = {
             method: {
@@ -254,9 +253,6 @@ def _images(folder: RunFolder, metrics: Mapping[str, Metric]) -> list[dict[str, 
             for (method, of), row in images.items()
             if of == number
         }
-        used += sum(len(one["image"]) for one in others.values())
-        if found and used > MOST_BYTES:
-            break
         row = images["baseline", number]
         base = others.pop("baseline")["image"]
         entry = {"prompt": row["prompt"], "seed": row["seed"], "baseline": base}

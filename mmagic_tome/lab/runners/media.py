@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 from ...errors import ToMeError
 from ..files import whole_file
@@ -108,3 +110,11 @@ def frame_strip(image: Image.Image | Sequence[Image.Image], count: int = 4) -> I
     for column, number in enumerate(numbers):
         strip.paste(image[number], (width * column, 0))
     return strip
+
+
+def to_tensor(images: Sequence[Any]) -> Tensor:
+    """PIL images of one size -> (B, 3, H, W) uint8 RGB; lists of frames -> (B, frames, 3, H, W)."""
+    if isinstance(images[0], (list, tuple)):
+        return torch.stack([to_tensor(frames) for frames in images])
+    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()

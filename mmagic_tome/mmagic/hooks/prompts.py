@@ -16,7 +16,7 @@ from ...errors import ToMeError
 from ...lab.prompts import read_prompts
 from ...lab.real import RealImages
 from ...lab.runners import load_image
-from .subject import to_tensor
+from ...lab.runners.media import to_tensor
 
 
 @DATASETS.register_module()

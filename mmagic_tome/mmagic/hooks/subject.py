@@ -6,9 +6,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from ...errors import ToMeError
 from ...lab.request import INPUTS, Request
 from ...lab.runners import runner_of
+from ...lab.runners.media import to_tensor
 from ...models import find_adapter
 
 
@@ -103,11 +103,3 @@ def generate(model: nn.Module, request: Request, steps: int | None = None) -> Ge
     """Generate all images of a request in one batch, with whatever is applied to the model."""
     output = runner_of(model, request).run(range(len(request)), steps)
     return Generated(to_tensor(output.images), output.latents, output.seconds / len(request))
-
-
-def to_tensor(images: Sequence[Any]) -> Tensor:
-    """PIL images of one size -> (B, 3, H, W) uint8 RGB; lists of frames -> (B, frames, 3, H, W)."""
-    if isinstance(images[0], (list, tuple)):
-        return torch.stack([to_tensor(frames) for frames in images])
-    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
