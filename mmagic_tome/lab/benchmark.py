@@ -30,7 +30,7 @@ from ..validate import check_choice, check_integer
 from .cost import record_calls
 from .environment import environment
 from .ideal import ideal
-from .measure import Clock, interleaved, interval, peak_memory
+from .measure import Clock, interleaved, peak_memory
 from .methods import BASELINE, Method, check_names
 from .networks import Network, Work, check_network, share_weights, work_on
 from .progress import progress_bar
@@ -38,6 +38,7 @@ from .request import Request, make_request
 from .results import RunFolder
 from .runners import runner_of
 from .runners.base import Source
+from .table import timing
 
 MODES = ("eager", "compiled")
 # The work of one case, its size, and its batch.
@@ -69,8 +70,8 @@ def benchmark(
             network is called as the model itself calls it.
         methods: Besides the baseline. Default: see :func:`default_methods`.
         sizes: (height, width) in pixels. Default: the network's own.
-        batches: Of the network, or images per call of a source's model. Default: the network's
-            own; 1.
+        batches: Of the network, or images per call of a source's model. Default: 2, one image
+            with guidance; 1.
         dtypes: Of the whole network. Default: float32; that of a source's weights.
         steps: So many calls at falling timesteps are one measurement. Default: 1; step caching and
             ``plan_interval`` have no effect in a single forward.
@@ -105,7 +106,9 @@ def benchmark(
     by_name = isinstance(network, str)
     if by_name:
         entry = check_network(network, sizes or ())
-        cases = itertools.product(sizes or [(entry.size, entry.size)], batches or [entry.batch])
+        cases = itertools.product(
+            sizes or [(entry.size, entry.size)], batches or [2]
+        )  # one image with guidance
         works = _named(entry, list(cases), timer.device, dtypes, steps)
     else:
         cases = itertools.product(sizes or [None], batches or [1])
@@ -340,25 +343,18 @@ def case_text(case: Mapping[str, Any]) -> str:
 def summary(folder: RunFolder) -> pd.DataFrame:
     """The figures of a folder, one row per case and method.
 
-    Columns: ``case`` in words and :data:`CASE`; ``method``, ``rounds``, ``seconds`` (median);
-    ``speedup`` over the baseline, its interval ``speedup_low``, ``speedup_high`` with ``coverage``,
-    and ``certain``, see :class:`~.measure.Interval`; ``memory`` (peak bytes);
-    ``relative_error`` of the output; ``note``: why a method could not be measured.
+    Columns: ``case`` in words and :data:`CASE`; ``method``; those of :func:`~.table.timing` with
+    the ``coverage`` of the interval; ``memory`` (peak bytes); ``relative_error`` of the output;
+    ``note``: why a method could not be measured.
     """
-    runs = {(case_text(row), row["method"]): row for row in folder.find(kind="run")}
+    seconds: dict[tuple[str, str], dict[int, float]] = {}
+    for row in folder.find(kind="case"):
+        seconds.setdefault((case_text(row), row["method"]), {})[row["turn"]] = row["seconds"]
     entries = []
-    for (case, name), row in runs.items():
-        known = {key: row[key] for key in CASE}
-        entry = {"case": case, **known, "method": name}
-        rounds = pd.DataFrame(folder.find(kind="case", **known))
-        if len(rounds) and name in set(rounds["method"]):
-            times = rounds.pivot_table("seconds", "turn", "method", aggfunc="last")
-            speedup = interval((times[BASELINE.name] / times[name]).dropna().tolist())
-            entry["rounds"] = int(times[name].count())
-            entry["seconds"] = float(times[name].median())
-            entry["speedup"], entry["coverage"] = speedup.median, speedup.coverage
-            entry["speedup_low"], entry["speedup_high"] = speedup.low, speedup.high
-            entry["certain"] = speedup.excludes(1)
+    for row in {(case_text(row), row["method"]): row for row in folder.find(kind="run")}.values():
+        case, name = case_text(row), row["method"]
+        both = (seconds.get((case, one), {}) for one in (BASELINE.name, name))
+        entry = {"case": case, **{key: row[key] for key in CASE}, "method": name, **timing(*both)}
         found = {"memory": row["peak_bytes"], "relative_error": row["relative_error"]}
         entries.append({**entry, **found, "note": row["note"]})
     return pd.DataFrame(entries)

@@ -8,13 +8,11 @@ of a sum may depend on the batch, so a batch that lacks an image is run as a who
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gc
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,14 +124,13 @@ def evaluate(
         "images_per_timed_run": len(request.batches()[0]),
     }
     show = progress and get_rank() == 0
-    with folder.writing(manifest), _frozen():
+    with folder.writing(manifest):
         _meet(folder)
         for name, reason in left_out.items():
             _note(folder, f"metric {name} is left out: {reason}")
         if real is None and any(isinstance(metric, SetMetric) for metric in chosen.values()):
             _note(folder, "without real images, metrics of sets compare with the baseline's images")
-        latents = any(metric.of == "latents" for metric in chosen.values())
-        _make_images(runner, methods, folder, latents, show)
+        _make_images(runner, methods, folder, show)
         _meet(folder)
         for method in methods:
             finite = [row["finite"] for row in folder.find(kind="image", method=method.name)]
@@ -147,17 +144,6 @@ def evaluate(
         if rounds and get_rank() == 0:
             measure_cost(runner, methods, rounds, folder, show)
     return table(folder)
-
-
-@contextlib.contextmanager
-def _frozen() -> Iterator[None]:
-    """Leave what is loaded out of garbage collections: every timed run begins with one, which would
-    take a second."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _check_metrics(asked: Sequence[Any] | None, left_out: Mapping[str, str]) -> None:
@@ -182,9 +168,7 @@ def _note(folder: RunFolder, text: str) -> None:
         folder.add({"kind": "note", "text": text})
 
 
-def _make_images(
-    runner: Runner, methods: Sequence[Method], folder: RunFolder, latents: bool, show: bool
-) -> None:
+def _make_images(runner: Runner, methods: Sequence[Method], folder: RunFolder, show: bool) -> None:
     done = {key for key, row in image_rows(folder).items() if (folder.path / row["file"]).is_file()}
     # Batches of all methods in one list, so that no rank waits between methods.
     missing = [
@@ -210,7 +194,7 @@ def _make_images(
                     folder.add({**known, "stats": stats, "summary": summary})
             for index, number in enumerate(numbers):
                 if (method.name, number) not in done:
-                    folder.add(_save(folder, runner, method, number, output, index, latents))
+                    folder.add(_save(folder, runner, method, number, output, index))
 
 
 def _save(
@@ -220,7 +204,6 @@ def _save(
     number: int,
     output: Output,
     index: int,
-    latents: bool,
 ) -> dict[str, Any]:
     """Write an image or a clip of a batch, and its final latents; return its row."""
     request, image = runner.request, output.images[index]
@@ -235,7 +218,7 @@ def _save(
         frames = np.concatenate([np.asarray(frame.convert("RGB")) for frame in image])
         files["strip"] = save_media(stem, Image.fromarray(frames), text=text)
         more["frames"] = len(image)
-    if latents and own is not None:
+    if own is not None:
         # Not in half precision: the error of rounding would be as large as that of caching.
         files["latents"] = stem.with_suffix(".pt")
         with whole_file(files["latents"]) as path:
@@ -254,7 +237,7 @@ def _save(
 
 
 def _drop_without_latents(folder: RunFolder, metrics: dict[str, Metric]) -> None:
-    """Leave out the metrics of latents where the images were made without them."""
+    """Leave out the metrics of latents where these cannot be seen."""
     if all("latents" in row for row in folder.find(kind="image")):
         return
     for name in [name for name, metric in metrics.items() if metric.of == "latents"]:

@@ -48,9 +48,6 @@ class Clock:
 
     Raises:
         ToMeError: Another kind; the CPU clock for work on a GPU.
-
-    Example:
-        >>> seconds, output = Clock("cuda")(lambda: network(x))
     """
 
     def __init__(self, device: str | torch.device, kind: str = "wall") -> None:
@@ -63,7 +60,6 @@ class Clock:
 
     def __call__(self, function: Callable[[], T]) -> tuple[float, T]:
         """Return (seconds, what ``function`` returned), synchronized at both ends."""
-        gc.collect()
         synchronize(self.device)
         start = self.now()
         result = function()
@@ -72,47 +68,56 @@ class Clock:
 
 
 class StepMarks:
-    """Marks the start and the end of every call of a module, inside a with statement.
-
-    Calls that step caching skips are marked too. On CUDA the marks are events, so nothing waits
-    for the device until :meth:`seconds`.
+    """Measures the seconds of every step of a run, inside a with statement: those of the calls of
+    its networks, also where step caching skips them. On CUDA the marks are events, so nothing
+    waits for the device until :meth:`seconds`.
 
     Args:
-        module: The network whose calls are the steps of a run.
-        device: Where it is.
-        on_step: Called without arguments after each call, such as ``bar.update``.
-
-    Example:
-        >>> with StepMarks(pipeline.unet, "cuda") as marks:
-        ...     pipeline("a red apple")
-        >>> marks.seconds()
+        networks: The network whose calls are the steps, or several.
+        device: Where they are.
+        on_step: Called without arguments after each step, such as ``bar.update``.
+        calls: Calls of a step. Default: 1. None: :meth:`end_step` is called after each step.
     """
 
     def __init__(
         self,
-        module: nn.Module,
+        networks: nn.Module | Sequence[nn.Module],
         device: str | torch.device,
         on_step: Callable[[], object] | None = None,
+        calls: int | None = 1,
     ) -> None:
-        self.module = module
+        self.networks = [networks] if isinstance(networks, nn.Module) else networks
         self.device = torch.device(device)
-        self.on_step = on_step
+        self.on_step, self.calls = on_step, calls
         self._spans: list[tuple[Any, Any]] = []
+        self._ends: list[int] = []  # number of spans at the end of each step
         self._interceptor = _Marking(self)
 
     def __enter__(self) -> StepMarks:
-        intercept(self.module, self._interceptor, first=True)
+        for network in self.networks:
+            intercept(network, self._interceptor, first=True)
         return self
 
     def __exit__(self, *error: object) -> None:
-        release(self.module, self._interceptor)
+        for network in self.networks:
+            release(network, self._interceptor)
+
+    def end_step(self, *_: Any) -> dict[str, Any]:
+        """Note the end of a step; diffusers' ``callback_on_step_end``, which changes nothing."""
+        self._ends.append(len(self._spans))
+        if self.on_step is not None:
+            self.on_step()
+        return {}
 
     def seconds(self) -> list[float]:
-        """Return the seconds of each call that ended without an error, in order."""
-        if self.device.type != "cuda":
-            return [end - start for start, end in self._spans]
+        """Return the seconds of each step with calls that ended without an error, in order."""
         synchronize(self.device)
-        return [start.elapsed_time(end) / 1000 for start, end in self._spans]
+        if self.device.type == "cuda":
+            calls = [start.elapsed_time(end) / 1000 for start, end in self._spans]
+        else:
+            calls = [end - start for start, end in self._spans]
+        ends = sorted({0, *self._ends, len(calls)})
+        return [sum(calls[first:last]) for first, last in zip(ends, ends[1:])]
 
     def _now(self) -> Any:
         if self.device.type != "cuda":
@@ -120,6 +125,11 @@ class StepMarks:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event
+
+    def _called(self, start: Any) -> None:
+        self._spans.append((start, self._now()))
+        if self.calls is not None and len(self._spans) % self.calls == 0:
+            self.end_step()
 
 
 class _Marking(Interceptor):
@@ -140,9 +150,7 @@ class _Marking(Interceptor):
             output = proceed(module, *args, **kwargs)
         else:
             output = following.call(module, proceed, args, kwargs)
-        self.marks._spans.append((start, self.marks._now()))
-        if self.marks.on_step is not None:
-            self.marks.on_step()
+        self.marks._called(start)
         return output
 
 
