@@ -76,11 +76,9 @@ def benchmark(
         steps: So many calls at falling timesteps are one measurement. Default: 1; step caching and
             ``plan_interval`` have no effect in a single forward.
         rounds: How often each method runs, after a run that is not counted.
-        folder: Rows go there. If it has rows of the same benchmark, only the missing ones are
-            measured.
-        device: Where to run.
+        folder: Rows go there; what it has of the same benchmark is not measured again.
+        device, clock: Where to run, and the ``kind`` of :class:`~.measure.Clock`.
         mode: ``'eager'`` or ``'compiled'``.
-        clock: See :class:`~.measure.Clock`.
         with_ideal: Whether to measure the ideal of each method that merges, see :mod:`.ideal`.
         memory: Whether to measure the peak of a fresh run.
         request: Given fields of a source's :class:`~.request.Request`.
@@ -187,11 +185,8 @@ def _recorded(
 
 
 def check_methods(methods: Sequence[Method]) -> None:
-    """Fail if :func:`benchmark` cannot compare these methods; nothing is loaded.
-
-    Raises:
-        ToMeError: Two of one name, one with steps of its own, one that is named as the ideal is.
-    """
+    """Raise ToMeError for two methods of one name, one with steps of its own, or one that is named
+    as the ideal is."""
     check_names(methods)
     for method in methods:
         if method.steps is not None:
@@ -223,10 +218,9 @@ class _Case:
     def run(self, methods: Sequence[Method], with_ideal: bool, memory: bool, rounds: int) -> None:
         """Make all methods ready, which measures their memory; then measure their times."""
         ideals: set[tuple] = set()
-        rows = []
         with contextlib.ExitStack() as stack:
             for method in methods:
-                rows.append(self._start(method, memory, stack))
+                self._start(method, memory, stack)
                 if not self.ready:  # not even the baseline runs
                     break
                 removed = self._removed(method) if with_ideal else None
@@ -236,24 +230,16 @@ class _Case:
                 ideals.add(removed)
                 stats = self.ready[method.name][1].tome.stats()
                 best = Method(name, function=partial(ideal, stats=stats))
-                rows.append(self._start(best, memory, stack))
-            known = {row["method"] for row in self._known()}
-            for row in rows:
-                if row["method"] not in known or row["note"]:
-                    self.folder.add(row)
+                self._start(best, memory, stack)
             self._measure(rounds)
 
-    def _known(self) -> list[dict[str, Any]]:
-        return self.folder.find(kind="run", note=None, **self.case)
-
-    def _start(self, method: Method, memory: bool, stack: contextlib.ExitStack) -> dict[str, Any]:
-        """Run a method for the first time: its row, which may say why it cannot run."""
-        memory = memory and all(row["method"] != method.name for row in self._known())
-        row = {"kind": "run", **self.case, "method": method.name}
+    def _start(self, method: Method, memory: bool, stack: contextlib.ExitStack) -> None:
+        """Run a method for the first time, and add its row, which may say why it cannot run."""
+        known = self.folder.has(kind="run", note=None, method=method.name, **self.case)
         found = dict.fromkeys(("relative_error", "peak_bytes", "note"))
         with contextlib.ExitStack() as own:
             try:
-                found.update(self._first_run(method, memory, own))
+                found.update(self._first_run(method, memory and not known, own))
             except Exception as error:  # whatever it is, the other methods can go on
                 kind = "" if isinstance(error, ToMeError) else f"{type(error).__name__}: "
                 found["note"] = (kind + " ".join(str(error).split()))[:300]
@@ -261,7 +247,8 @@ class _Case:
                 stack.push(own.pop_all())
         if self.timer.device.type == "cuda":
             torch.cuda.empty_cache()
-        return {**row, **found}
+        if found["note"] or not known:
+            self.folder.add({"kind": "run", **self.case, "method": method.name, **found})
 
     def _first_run(
         self, method: Method, memory: bool, stack: contextlib.ExitStack

@@ -31,19 +31,13 @@ _BRIGHT, _GREY = 190, 150.0
 
 @dataclass(frozen=True)
 class Record:
-    """The merge plan of one block at one step.
+    """The merge plan of one block at one step."""
 
-    Attributes:
-        step: From 0.
-        block: Dotted path of the block.
-        grid: (height, width) in tokens.
-        slot: (N,) int32, the merged token that holds each token, in rows of the grid; of the last
-            image in the network's batch, which with guidance is the one with the prompt.
-    """
-
-    step: int
-    block: str
-    grid: tuple[int, int]
+    step: int  #: from 0
+    block: str  #: dotted path
+    grid: tuple[int, int]  #: (height, width) in tokens
+    #: (N,) int32, the merged token that holds each token, in rows of the grid; of the last image in
+    #: the network's batch, which with guidance is the one with the prompt.
     slot: np.ndarray
 
     @property
@@ -118,19 +112,14 @@ def enlarged(image: Image.Image, grid: tuple[int, int]) -> Image.Image:
 
 
 def merge_map(slot: np.ndarray, grid: tuple[int, int], image: Image.Image) -> Image.Image:
-    """Paint groups of merged tokens over an image, in their mean colour and with a border.
-
-    A token that is alone shows the image as it is.
+    """Paint groups of merged tokens over an image, in their mean colour and with a border; a token
+    that is alone shows the image. After "Token Merging: Your ViT But Faster" (arXiv 2210.09461),
+    figure 4.
 
     Args:
         slot: (height * width,) the merged token that holds each token, in rows of the grid.
         grid: (height, width) in tokens.
-        image: PIL image that the grid covers; see :func:`enlarged`.
-
-    Returns:
-        PIL image in RGB, as large.
-
-    Source: "Token Merging: Your ViT But Faster" (arXiv 2210.09461), figure 4.
+        image: That the grid covers; see :func:`enlarged`.
     """
     pixels = np.asarray(image.convert("RGB"), np.float64)
     rows = np.arange(image.height) * grid[0] // image.height

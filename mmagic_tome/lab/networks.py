@@ -54,11 +54,8 @@ class Network:
         return UNet2DConditionModel(**self.arguments)
 
     def build(self, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
-        """The network with random weights, in eval mode and without gradients.
-
-        Weights are made where they stay, in their final precision, so building takes no more memory
-        than the network itself.
-        """
+        """The network with random weights, which are made where they stay, in their final
+        precision; in eval mode and without gradients."""
         with torch.device("meta"):
             network = self.make()
         # Not diffusers' own ``to``, which warns of precisions that matter with real weights only.
@@ -77,17 +74,11 @@ class Network:
 
 @dataclass
 class Work:
-    """A network and the calls of it that are one measurement.
+    """A network and the calls of it that are one measurement."""
 
-    Attributes:
-        network: The baseline; it is not changed.
-        calls: Arguments of each.
-        scheduler: Whose timesteps the calls have; None for a single call.
-    """
-
-    network: nn.Module
+    network: nn.Module  #: the baseline; it is not changed
     calls: list[Arguments]
-    scheduler: Any
+    scheduler: Any  #: whose timesteps the calls have; None for a single call
 
     def __call__(self, network: nn.Module) -> Tensor:
         """Run a copy of the network: the mean of its outputs."""
@@ -101,15 +92,8 @@ class Work:
 def work_on(
     entry: Network, network: nn.Module, size: tuple[int, int], batch: int, steps: int
 ) -> Work:
-    """Calls of a network at falling timesteps; 1 is a single forward.
-
-    Args:
-        entry: Of :data:`NETWORKS`.
-        network: Built from it.
-        size: (height, width) in pixels.
-        batch: Of the network.
-        steps: Number of calls.
-    """
+    """Calls of a network that was built from an entry, on (height, width) pixels, at so many
+    falling timesteps; 1 is a single forward."""
     weights, config = next(network.parameters()), network.config
     generator = torch.Generator().manual_seed(0)
 
@@ -133,15 +117,8 @@ def work_on(
 
 
 def check_network(name: str, sizes: Sequence[tuple[int, int]] = ()) -> Network:
-    """The entry of :data:`NETWORKS`.
-
-    Args:
-        name: Its key.
-        sizes: (height, width) in pixels that it must be able to work on.
-
-    Raises:
-        ToMeError: There is none; a size does not fit.
-    """
+    """The entry of :data:`NETWORKS`; ToMeError if there is none, or it cannot work on one of these
+    sizes, (height, width) in pixels."""
     if name not in NETWORKS:
         raise ToMeError(
             f"there is no network {name!r}; write one of {', '.join(NETWORKS)}, a config's "

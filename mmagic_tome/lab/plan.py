@@ -54,23 +54,19 @@ class Plan:
 
 
 def plan_of(source: Source, **given: Any) -> Plan:
-    """What to evaluate.
+    """What to evaluate: what is given, None and empty lists aside, else what the source's
+    ``evaluation`` and ``defaults`` say.
 
-    Args:
-        source: Its ``evaluation`` and ``defaults`` say what is not given.
-        **given: Of :data:`KEYS`; None and empty lists are as if not given.
-
-            - ``prompts``: a file, a built-in set or a list (see :func:`~.prompts.read_prompts`);
-              ``limit``, ``prompt_template`` with ``{}``, ``images_per_prompt``.
-            - ``methods``: :class:`Method`, dicts for :meth:`Method.from_dict`, or texts for
-              :func:`~.methods.parse_method`. Default: what the config applies, else ratios 0.25,
-              0.5 and 0.75.
-            - ``fewer_steps``: shares or numbers of steps. Default: 0.8, 0.65 and 0.5, if the number
-              of steps is stated.
-            - ``only``: names of the methods to keep, with ``*`` and ``?``.
-            - ``metrics``: names, or dicts of a ``name`` and options.
-            - ``real``: a folder; ``rounds``; ``dtype``: ``'fp32'``, ``'fp16'`` or ``'bf16'``.
-            - fields of a :class:`Request`.
+    - ``prompts``: a file, a built-in set or a list (see :func:`~.prompts.read_prompts`); ``limit``,
+      ``prompt_template`` with ``{}``, ``images_per_prompt``.
+    - ``methods``: :class:`Method`, dicts for :meth:`Method.from_dict`, or texts for
+      :func:`~.methods.parse_method`. Default: what the config applies, else ratios 0.25, 0.5, 0.75.
+    - ``fewer_steps``: shares or numbers of steps. Default: 0.8, 0.65 and 0.5, if the number of
+      steps is stated.
+    - ``only``: names of the methods to keep, with ``*`` and ``?``.
+    - ``metrics``: names, or dicts of a ``name`` and options.
+    - ``real``: a folder; ``rounds``; ``dtype``: ``'fp32'``, ``'fp16'`` or ``'bf16'``.
+    - fields of a :class:`Request`.
 
     Raises:
         ToMeError: An unknown key, a value out of range, no prompts.

@@ -49,33 +49,21 @@ CELL, MARGIN, LINE = 256, 16, 24  # of a sheet, in pixels
 
 @dataclass(frozen=True)
 class Point:
-    """A method in :func:`fidelity`.
-
-    Args:
-        name: Of the method.
-        kind: One of :data:`KINDS`; anything else looks like no other.
-        x, y: Speed-up and fidelity.
-        low, high: Interval of ``x``. Default: none.
-        label: Text beside the point. Default: None, the name; ``''`` for none.
-    """
+    """A method in :func:`fidelity`."""
 
     name: str
-    kind: str
-    x: float
-    y: float
-    low: float | None = None
+    kind: str  #: one of :data:`KINDS`; anything else looks like no other
+    x: float  #: speed-up
+    y: float  #: fidelity
+    low: float | None = None  #: interval of ``x``
     high: float | None = None
-    label: str | None = None
+    label: str | None = None  #: text beside the point; None: the name, '': none
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Write a figure, whole or not at all; the same figure gives the same bytes.
-
-    The suffix of ``path`` is the format.
-    """
-    look = {"format": Path(path).suffix[1:], "dpi": DPI, "metadata": {"Software": None}}
+    """Write a figure, whole or not at all; the same figure is the same bytes."""
     with whole_file(path) as part:
-        figure.savefig(part, **look)
+        figure.savefig(part, dpi=DPI, metadata={"Software": None})
     return Path(path)
 
 

@@ -18,17 +18,11 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets" / "prompts"
 
 @dataclass(frozen=True)
 class Prompt:
-    """One image to generate.
+    """One image to generate."""
 
-    Args:
-        text: What it should show.
-        negative: What it should not show. Default: None, nothing said.
-        seed: In [0, 2**32). Default: None, given by the image's number.
-    """
-
-    text: str
-    negative: str | None = None
-    seed: int | None = None
+    text: str  #: what it should show
+    negative: str | None = None  #: what it should not show
+    seed: int | None = None  #: in [0, 2**32); None: given by the image's number
 
 
 def read_prompts(source: str | Path | Sequence[Any]) -> list[Prompt]:
@@ -68,7 +62,7 @@ def read_prompts(source: str | Path | Sequence[Any]) -> list[Prompt]:
         entries = _numbered(where, source)
     try:
         prompts = [_prompt(entry, place) for place, entry in entries]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # no file, no text, no JSON
         raise ToMeError(f"cannot read prompts from {where}: {error}") from None
     if not prompts:
         raise ToMeError(f"{where} holds no prompts; write at least one")
@@ -82,10 +76,7 @@ def _read_txt(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ToMeError(f"{path} is no JSON: {error}") from None
+    entries = json.loads(path.read_text(encoding="utf-8-sig"))
     if not isinstance(entries, list):
         raise ToMeError(f"{path}: write a list of prompts, got {type(entries).__name__}")
     yield from _numbered(path, entries)
@@ -151,11 +142,8 @@ def request_fields(
         seed: Of the first image; image i has ``seed + i`` unless its prompt states one. A prompt's
             image j then has the stated one ``+ j``.
         negative: The negative prompt of those that state none.
-        template: A text with ``{}`` where the prompt goes. Default: None, the prompt itself.
+        template: A text with ``{}`` where the prompt goes, or it is an error. Default: None.
         images_per_prompt: Images of each, with different seeds.
-
-    Raises:
-        ToMeError: The template has no ``{}``.
     """
     if template is not None and "{}" not in template:
         raise ToMeError(f"prompt_template={template!r} has no {{}} where the prompt goes")

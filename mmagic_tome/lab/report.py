@@ -33,14 +33,8 @@ LARGEST_SIDE, MOST_IMAGES = 512, 12
 
 
 def write_report(folder: RunFolder) -> Path:
-    """Write ``table.md``, ``results.csv``, ``results.json``, plots and ``report.html``.
-
-    Args:
-        folder: Of a run, as far as it is.
-
-    Returns:
-        The page. It needs no other file and no network.
-    """
+    """Write ``table.md``, ``results.csv``, ``results.json``, plots and ``report.html`` of a run, as
+    far as it is; return the page, which needs no other file and no network."""
     (frame, missing), manifest = _frame(folder), folder.manifest
     metrics = {
         name: Metric(name, about["label"], None, about["unit"], about["higher_is_better"])
@@ -146,14 +140,8 @@ def save_record(
     rows: Sequence[Mapping[str, Any]],
     manifest: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write measured values with the command, the date, the machine and the versions.
-
-    Args:
-        path: A JSON file; each row is a line.
-        settings: What was measured.
-        rows: JSON-able; infinities and NaN become null.
-        manifest: Of a run's folder, which knows the machine. Default: None, this machine.
-    """
+    """Write measured values with the command, the date, the machine and the versions as JSON, each
+    row a line; infinities and NaN become null. Default machine: this one."""
     where = (manifest or {}).get("environment") or environment()
     record = {
         "command": _command(),
@@ -261,13 +249,8 @@ def _images(folder: RunFolder, metrics: Mapping[str, Metric]) -> list[dict[str, 
 
 
 def data_uri(path: Path, largest: int | None = None) -> str:
-    """Return an image file as a ``data:`` URI.
-
-    Args:
-        path: PNG or GIF.
-        largest: Pixels a side; a PNG of more than half of that becomes a JPEG. Default: None, the
-            file as it is.
-    """
+    """Return a PNG or GIF as a ``data:`` URI; with ``largest``, in pixels a side, a PNG of more than
+    half of that becomes a JPEG."""
     data, kind = path.read_bytes(), path.suffix[1:]
     image = Image.open(path)
     if largest and kind == "png" and max(image.size) > largest // 2:

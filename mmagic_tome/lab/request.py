@@ -22,38 +22,23 @@ INPUTS = ("images", "masks", "controls", "references")
 class Request:
     """What to generate: one image (or clip) per prompt.
 
-    Args:
-        prompts: The texts, at least one.
-        negative_prompt: What the images should not show; a list has one for each image. Default:
-            None, nothing.
-        steps: Denoising steps. Default: None, what the model's class has as its default.
-        guidance: Weight of classifier-free guidance; 1 or less is none. Default: None, as steps.
-        size: Height and width in pixels. Default: None, the model's own.
-        frames: Frames of a clip, for video models. Default: None, the model's own.
-        seed: Seed of the first image, below 2**32; image i has ``seed + i``. A list has one for
-            each image.
-        batch_size: Images per call of the model.
-        images, masks, controls, references: Paths or PIL images: the image to start from or to
-            inpaint, where to inpaint (white), the control image of a ControlNet, the subject
-            (ViCo, FastComposer). One serves all prompts; otherwise one for each.
-        extra: Further keyword arguments of the model's call, such as ``dict(strength=0.5)``.
-
-    Raises:
-        ToMeError: A list that does not have one entry for each prompt.
+    Where None is the default it stands for that of the model's class. Inputs are paths or PIL
+    images: one serves all prompts, otherwise there is one for each, or it is an error.
     """
 
     prompts: Sequence[str]
-    negative_prompt: str | Sequence[str] | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    size: tuple[int, int] | None = None
-    frames: int | None = None
-    seed: int | Sequence[int] = 0
-    batch_size: int = 1
-    images: Sequence[Any] = ()
-    masks: Sequence[Any] = ()
-    controls: Sequence[Any] = ()
-    references: Sequence[Any] = ()
+    negative_prompt: str | Sequence[str] | None = None  #: one for all images, or one for each
+    steps: int | None = None  #: denoising steps
+    guidance: float | None = None  #: weight of classifier-free guidance; 1 or less is none
+    size: tuple[int, int] | None = None  #: height and width in pixels
+    frames: int | None = None  #: of a clip, for video models
+    seed: int | Sequence[int] = 0  #: below 2**32; image i has ``seed + i``, or the list's i-th
+    batch_size: int = 1  #: images per call of the model
+    images: Sequence[Any] = ()  #: to start from or to inpaint
+    masks: Sequence[Any] = ()  #: where to inpaint (white)
+    controls: Sequence[Any] = ()  #: of a ControlNet
+    references: Sequence[Any] = ()  #: the subject (ViCo, FastComposer)
+    #: further keyword arguments of the model's call, such as ``dict(strength=0.5)``
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

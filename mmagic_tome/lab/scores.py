@@ -77,14 +77,8 @@ def measure_sets(
     size: tuple[int, int] | None = None,
     progress: bool = True,
 ) -> None:
-    """Add the values of sets of images that a folder lacks.
-
-    Every image goes once through each network, however many metrics share its features. Images
-    that are not finite are in no set.
-
-    Args:
-        real: What the sets are compared with. Default: None, the baseline's images.
-        size: (height, width) that real images are brought to.
+    """Add the values of sets of images that a folder lacks, compared with real images, which are
+    brought to a (height, width), or with the baseline's. Images that are not finite are in no set.
     """
     sets = {name: metric for name, metric in metrics.items() if isinstance(metric, SetMetric)}
     done = {(row["method"], row["metric"]) for row in folder.find(kind="metric", number=None)}

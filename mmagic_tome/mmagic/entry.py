@@ -51,9 +51,7 @@ _NEEDED = {
 def test_main(argv: Sequence[str] | None = None, prog: str = "test.py") -> int:
     """Run MMagic's ``tools/test.py``; return the exit code: 0, or 2 after a one-line error.
 
-    Args:
-        argv: The arguments. Default: those of the process.
-        prog: Name shown in help and errors.
+    Default arguments: those of the process. ``prog`` is the name shown in help and errors.
     """
     return _run("test", argv, prog)
 

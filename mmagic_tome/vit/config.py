@@ -155,12 +155,8 @@ def removed_per_block(r: Any, blocks: int) -> list[int]:
 
 
 def tokens_per_block(removed: Sequence[int], tokens: int, prefix: int) -> list[tuple[int, int]]:
-    """(before, after) merging in every block.
-
-    Args:
-        tokens (int): N, of the first block, protected ones included.
-        prefix (int): number of protected tokens.
-    """
+    """(before, after) merging in every block, from the tokens of the first, of which ``prefix`` are
+    protected."""
     counts = []
     for count in removed:
         kept = tokens - max(0, min(count, (tokens - prefix) // 2))

@@ -16,7 +16,6 @@ Without mmpretrain, in mmengine's root registry::
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +55,9 @@ def merging_builder(registry: Any) -> Callable[..., nn.Module]:
 def timm_model(name: str, **options: Any) -> nn.Module:
     """``type='TimmModel'``: ``timm.create_model(name, **options)`` in eval mode; random weights
     unless ``pretrained=True``."""
-    return _library("timm", "TimmModel").create_model(name, **options).eval()
+    import timm
+
+    return timm.create_model(name, **options).eval()
 
 
 def transformers_model(model: str, config: str, **options: Any) -> nn.Module:
@@ -67,18 +68,9 @@ def transformers_model(model: str, config: str, **options: Any) -> nn.Module:
         config (str): name of its config's class, such as 'VideoMAEConfig'.
         **options: of the config.
     """
-    transformers = _library("transformers", "TransformersModel")
-    for name in (model, config):
-        if not hasattr(transformers, name):
-            raise ToMeError(f"transformers {transformers.__version__} has no {name!r}")
+    import transformers
+
     return getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
-
-
-def _library(name: str, kind: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ToMeError(f"type={kind!r} needs {name}: pip install {name}") from error
 
 
 def register_root() -> None:

@@ -33,7 +33,7 @@ def test_text_json_csv_and_lists_say_the_same(tmp_path):
     ("name", "text", "complaint"),
     [
         ("p.txt", "# nothing\n\n", r"p\.txt holds no prompts"),
-        ("p.json", "[\n{", r"p\.json is no JSON: .* line 2"),
+        ("p.json", "[\n{", r"cannot read prompts from .*p\.json: .* line 2"),
         ("p.json", '{"prompt": "a"}', "write a list of prompts, got dict"),
         ("p.json", '["a", " "]', "entry 2: no prompt"),
         ("p.json", '[{"prompt": "a", "sed": 1}]', "entry 1: write a text or a dict"),

@@ -61,8 +61,7 @@ def available(
 
     Args:
         names: Of :data:`NAMES`; one with options is a mapping of ``name`` and these.
-        size: (height, width) of the images; None if not known.
-        count: Images that there will be of each method; None if not known.
+        size, count: (height, width) and number of the images of each method; None if not known.
 
     Returns:
         Name -> metric, and name -> why it is left out, in one line.

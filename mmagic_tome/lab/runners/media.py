@@ -49,22 +49,17 @@ def save_media(
     fps: int = 8,
     text: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write an image as PNG, or the frames of a clip as GIF and MP4; whole or not at all.
-
-    MP4 needs the package imageio-ffmpeg; without it a note says once that there is none.
+    """Write an image as PNG, or a clip, a list of frames of one size, as GIF and MP4; whole or not
+    at all. MP4 needs the package imageio-ffmpeg; without it a note says once that there is none.
 
     Args:
         path: Without a suffix.
-        image: An image; or a clip, the list of its frames, all of one size.
         fps: Frames per second of a clip. A GIF counts hundredths of a second.
         text: What to note in the file, such as prompt and seed: text chunks of a PNG, a comment in
             JSON of a GIF.
 
     Returns:
         Path: Of the PNG or GIF.
-
-    Raises:
-        ToMeError: The file cannot be written.
     """
     text = {key: str(value) for key, value in (text or {}).items()}
     path = Path(path)

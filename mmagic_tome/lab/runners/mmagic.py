@@ -33,13 +33,11 @@ _OWN_SIZES = ("image_reference", "reference_subject_images")
 
 
 class MMagicRunner(Runner):
-    """A model of MMagic's Stable Diffusion family with a request.
+    """A model of MMagic's Stable Diffusion family with a request; ToMeError if it is of another
+    class, or cannot serve the request.
 
     Two draws of MMagic's own are on the model's device, so that they differ between devices: of the
     encoded reference of ViCo, and of the noise on the references of attention injection.
-
-    Raises:
-        ToMeError: The model is of another class, or cannot serve the request.
     """
 
     fps = 8

@@ -155,13 +155,11 @@ class PipelineSource(Source):
 
 
 class PipelineRunner(Runner):
-    """Runs a diffusers pipeline; what is applied to it stays applied.
+    """Runs a diffusers pipeline; ToMeError if it cannot serve the request, or no adapter knows its
+    network.
 
     ``size`` is what is asked for until a run tells the size of the images: upscalers enlarge
     theirs, and some classes generate at sizes of their own.
-
-    Raises:
-        ToMeError: The pipeline cannot serve the request; no adapter knows its network.
     """
 
     def __init__(

@@ -229,15 +229,8 @@ def _bgr(images: Tensor) -> Tensor:
 
 
 def sheet(prompt: str, images: Mapping[str, Tensor]) -> np.ndarray:
-    """Images of one prompt, side by side over their differences to the first.
-
-    Args:
-        prompt: Title of the sheet.
-        images: Method -> (3, H, W) uint8, or (frames, 3, H, W), of which the first is shown.
-
-    Returns:
-        (height, width, 3) uint8.
-    """
+    """(height, width, 3) uint8: images of one prompt, (3, H, W) uint8 by method, or (frames, 3, H,
+    W), of which the first is shown, side by side over their differences to the first."""
     from ...lab.plots import contact_sheet, difference_map
 
     frames = [one if one.ndim == 3 else one[0] for one in images.values()]

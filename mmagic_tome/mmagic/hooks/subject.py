@@ -20,15 +20,8 @@ from ...models import find_adapter
 
 
 def model_of(runner, needed_by: str) -> nn.Module:
-    """The model of a runner, without a wrapper for distributed training.
-
-    Args:
-        runner: mmengine's runner.
-        needed_by: Name of the hook or loop, for the error.
-
-    Raises:
-        ToMeError: It is no diffusion model.
-    """
+    """The model of mmengine's runner, without a wrapper for distributed training; ToMeError, which
+    says what needs it, if it is no diffusion model."""
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     try:
         find_adapter(model)
