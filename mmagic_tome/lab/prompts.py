@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ToMeError
+from ..validate import check_integer
 
 KEYS = ("prompt", "negative_prompt", "seed")
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "prompts"
@@ -145,6 +146,7 @@ def request_fields(
         template: A text with ``{}`` where the prompt goes, or it is an error. Default: None.
         images_per_prompt: Images of each, with different seeds.
     """
+    check_integer("", "seed", seed, 0, 2**32 - 1)
     if template is not None and "{}" not in template:
         raise ToMeError(f"prompt_template={template!r} has no {{}} where the prompt goes")
     images: list[Prompt] = []

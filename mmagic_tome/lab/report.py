@@ -249,8 +249,8 @@ def _images(folder: RunFolder, metrics: Mapping[str, Metric]) -> list[dict[str, 
 
 
 def data_uri(path: Path, largest: int | None = None) -> str:
-    """Return a PNG or GIF as a ``data:`` URI; with ``largest``, in pixels a side, a PNG of more than
-    half of that becomes a JPEG."""
+    """Return a PNG or GIF as a ``data:`` URI; a PNG of more than half of ``largest`` pixels a side
+    becomes a JPEG."""
     data, kind = path.read_bytes(), path.suffix[1:]
     image = Image.open(path)
     if largest and kind == "png" and max(image.size) > largest // 2:
