@@ -22,39 +22,30 @@ from ..errors import ToMeError
 from . import options
 from .options import NOT_GIVEN, Parser, exit_code
 
-#: Verb -> what it does.
+#: Verb -> its default config or network, and what it does.
 VERBS = {
-    "infer": "generate images or clips; with --compare measure against the baseline",
-    "evaluate": "compare methods on many prompts: metrics, cost, a report",
-    "benchmark": "time and memory of one forward or some steps of a network, by methods",
-    "visualize": "which tokens are merged, and where images change",
-}
-# Those of MMagic's runner.
-_RUNNER_VERBS = {
-    "test": "MMagic's tools/test.py: the test loop of a config",
-    "train": "MMagic's tools/train.py: the training of a config",
+    "infer": (
+        "mmagic_tome::demo/sd-emoji_tome-balanced.py",
+        "generate images or clips; with --compare measure against the baseline",
+    ),
+    "evaluate": (
+        "mmagic_tome::demo/sd-emoji_tome-balanced.py",
+        "compare methods on many prompts: metrics, cost, a report",
+    ),
+    "benchmark": ("sd15", "time and memory of one forward or some steps of a network, by methods"),
+    "visualize": (
+        "mmagic_tome::demo/sd-emoji_tome-5e-1.py",
+        "which tokens are merged, and where images change",
+    ),
+    # Those of MMagic's runner.
+    "test": ("", "MMagic's tools/test.py: the test loop of a config"),
+    "train": ("", "MMagic's tools/train.py: the training of a config"),
 }
 # Options that a network with random weights has no use for.
 _OF_MODELS = (
     *("checkpoint", "cfg_options", "prompt", "prompt_file", "negative_prompt", "images", "masks"),
     *("controls", "references", "frames", "guidance", "seed", "extra"),
 )
-# Verb -> its default config or network, and an example of options.
-_USUAL = {
-    "infer": (
-        "mmagic_tome::demo/sd-emoji_tome-balanced.py",
-        "CONFIG --prompt 'red apple' --cache balanced --compare",
-    ),
-    "evaluate": (
-        "mmagic_tome::demo/sd-emoji_tome-balanced.py",
-        "CONFIG --prompt-file demo --limit 50 --method tome:0.5 --method steps:13",
-    ),
-    "benchmark": ("sd15", "sd15 --size 256 512 --method tome:0.5 --method tomesd:0.5"),
-    "visualize": (
-        "mmagic_tome::demo/sd-emoji_tome-5e-1.py",
-        "CONFIG --prompt 'red apple' --ratio 0.5",
-    ),
-}
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -65,14 +56,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         prog: Name shown in help and errors. Default: ``mmagic_tome VERB``.
     """
     verb, *words = [*(sys.argv[1:] if argv is None else argv)] or [""]
-    known = {**VERBS, **_RUNNER_VERBS}
     if verb in ("-h", "--help"):
-        print(f"usage: python -m mmagic_tome {'|'.join(known)} [options]\n")
-        print("\n".join(f"  {name:10} {about}" for name, about in known.items()))
+        print(f"usage: python -m mmagic_tome {'|'.join(VERBS)} [options]\n")
+        print("\n".join(f"  {name:10} {about}" for name, (_, about) in VERBS.items()))
         print("\nVERB --help explains the options of each.")
         return 0
     prog = prog or f"mmagic_tome {verb}".strip()
-    if verb in _RUNNER_VERBS:
+    if verb in ("test", "train"):
         from ..mmagic import entry
 
         return getattr(entry, f"{verb}_main")(words, prog)
@@ -85,7 +75,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             )
         if verb not in VERBS:
             wrong = f"there is no verb {verb!r}" if verb else "state a verb"
-            raise ToMeError(f"{wrong}; write one of {', '.join(known)}")
+            raise ToMeError(f"{wrong}; write one of {', '.join(VERBS)}")
         args = build_parser(verb, prog).parse_args(words)
         # Deprecation notes between libraries are not this command's business.
         warnings.filterwarnings("ignore")
@@ -96,13 +86,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def build_parser(verb: str, prog: str | None = None) -> Parser:
     """The parser of a verb. Options that are not given are None, empty or ``NOT_GIVEN``."""
-    default, example = _USUAL[verb]
-    parser = Parser(
-        prog=prog or f"mmagic_tome {verb}",
-        description=VERBS[verb],
-        epilog=f"example: python -m mmagic_tome {verb} {example}",
-        allow_abbrev=False,
-    )
+    default, about = VERBS[verb]
+    parser = Parser(prog=prog or f"mmagic_tome {verb}", description=about, allow_abbrev=False)
     options.add_options(parser, verb, default)
     return parser
 
@@ -141,14 +126,11 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _request(args: argparse.Namespace, source: Any) -> Any:
-    from .prompts import request_fields
+    from .prompts import request_for
     from .request import make_request
 
     given, prompts = _given(args), _prompts(args)
-    if prompts:
-        usual = {**source.defaults, **{key: one for key, one in given.items() if one is not None}}
-        given.update(request_fields(prompts, usual.get("seed", 0), usual.get("negative_prompt")))
-    return make_request(source, **given)
+    return request_for(source, prompts, given) if prompts else make_request(source, **given)
 
 
 def _methods(args: argparse.Namespace, setting: Any) -> list[Any]:

@@ -27,9 +27,9 @@ from ..validate import check_choice, check_integer, check_keys, did_you_mean
 from .devices import DTYPES
 from .methods import BASELINE, Method, check_names, fewer_steps, parse_method
 from .metrics import check_metric
-from .prompts import read_prompts, request_fields, spread
+from .prompts import read_prompts, request_for, spread
 from .real import RealImages
-from .request import Request, make_request
+from .request import Request
 from .runners.base import Source
 
 DEFAULT_METHODS = ("tome:0.25", "tome:0.5", "tome:0.75")
@@ -102,23 +102,12 @@ def plan_of(source: Source, **given: Any) -> Plan:
 
 def _request(source: Source, values: Mapping[str, Any]) -> Request:
     given = {key: values.get(key) for key in _REQUEST}
-    usual = {**source.defaults, **{key: one for key, one in given.items() if one is not None}}
     prompts = values.get("prompts", source.defaults.get("prompts"))
     if prompts is None:
         raise ToMeError("no prompts: pass a file, or one of the sets demo and demo-held-out")
-    for key in ("seed", "negative_prompt"):
-        if isinstance(usual.get(key), (list, tuple)):
-            raise ToMeError(f"evaluate: {key} is one for all; write others into the prompt file")
-    given.update(
-        request_fields(
-            spread(read_prompts(prompts), values.get("limit")),
-            usual.get("seed", 0),
-            usual.get("negative_prompt"),
-            values.get("prompt_template"),
-            values.get("images_per_prompt", 1),
-        )
-    )
-    return make_request(source, **given)
+    prompts = spread(read_prompts(prompts), values.get("limit"))
+    how = (values.get("prompt_template"), values.get("images_per_prompt", 1))
+    return request_for(source, prompts, given, *how)
 
 
 def _methods(source: Source, values: Mapping[str, Any], steps: int | None) -> list[Method]:

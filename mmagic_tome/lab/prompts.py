@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import ToMeError
 from ..validate import check_integer
+from .request import Request, make_request
 
 KEYS = ("prompt", "negative_prompt", "seed")
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "prompts"
@@ -129,23 +130,29 @@ def spread(prompts: Sequence[Prompt], limit: int | None) -> Sequence[Prompt]:
     return [prompts[place * count // limit] for place in range(limit)]
 
 
-def request_fields(
+def request_for(
+    source: Any,
     prompts: Sequence[Prompt],
-    seed: int = 0,
-    negative: str | None = None,
+    given: Mapping[str, Any],
     template: str | None = None,
     images_per_prompt: int = 1,
-) -> dict[str, Any]:
-    """The fields of a :class:`~.request.Request` that prompts decide.
+) -> Request:
+    """The request for some prompts.
 
     Args:
+        source: See :func:`~.request.make_request`.
         prompts: At least one.
-        seed: Of the first image; image i has ``seed + i`` unless its prompt states one. A prompt's
-            image j then has the stated one ``+ j``.
-        negative: The negative prompt of those that state none.
+        given: Other fields of the request. Its seed, or the source's, is that of the first image;
+            image i has ``seed + i`` unless its prompt states one. A prompt's image j then has the
+            stated one ``+ j``. Its negative prompt is that of prompts that state none.
         template: A text with ``{}`` where the prompt goes, or it is an error. Default: None.
         images_per_prompt: Images of each, with different seeds.
     """
+    usual = {**source.defaults, **{key: one for key, one in given.items() if one is not None}}
+    seed, negative = usual.get("seed", 0), usual.get("negative_prompt")
+    for key in ("seed", "negative_prompt"):
+        if isinstance(usual.get(key), (list, tuple)):
+            raise ToMeError(f"{key} is one for all prompts; write others into the prompt file")
     check_integer("", "seed", seed, 0, 2**32 - 1)
     if template is not None and "{}" not in template:
         raise ToMeError(f"prompt_template={template!r} has no {{}} where the prompt goes")
@@ -158,8 +165,9 @@ def request_fields(
             images.append(Prompt(text, unwanted, own % 2**32))
     # Where none is stated none is passed: not all models take one.
     stated = any(image.negative for image in images)
-    return {
+    fields = {
         "prompts": [image.text for image in images],
         "negative_prompt": [image.negative or "" for image in images] if stated else None,
         "seed": [image.seed for image in images],
     }
+    return make_request(source, **{**given, **fields})

@@ -15,7 +15,8 @@ from tiny import tiny_config, write_config
 from mmagic_tome import ToMeError
 from mmagic_tome.__main__ import main
 from mmagic_tome.assets import asset_path
-from mmagic_tome.lab.cli import VERBS, build_parser
+from mmagic_tome.lab.cli import _RUN as VERBS
+from mmagic_tome.lab.cli import build_parser
 from mmagic_tome.lab.options import exit_code
 
 pytest.importorskip("mmagic", reason="most of these models are MMagic's")

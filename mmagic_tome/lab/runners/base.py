@@ -39,7 +39,6 @@ class Source(ABC):
     """What is to be run, before any weights are loaded."""
 
     name: str  #: for folders and titles: the stem of a config or of a pipeline's folder
-    kind: str  #: 'mmagic' or 'diffusers'
     class_name: str  #: of the model or pipeline, such as 'StableDiffusion'
     setting: Setting  #: what the config itself applies; nothing for a bare pipeline
     defaults: dict[str, Any]  #: fields of a Request that the config states (`infer_cfg`)

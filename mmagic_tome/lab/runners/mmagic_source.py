@@ -199,8 +199,6 @@ class MMagicSource(Source):
             checkpoint is not there.
     """
 
-    kind = "mmagic"
-
     def __init__(self, config: Any, checkpoint: str | Path | None = None) -> None:
         self.config, self.path = config, str(config.filename or "")
         self.checkpoint = os.path.expanduser(checkpoint or config.get("load_from") or "")

@@ -48,8 +48,6 @@ class PipelineSource(Source):
         ToMeError: There is no such pipeline; diffusers has no such class.
     """
 
-    kind = "diffusers"
-
     def __init__(
         self,
         path: str | Path,

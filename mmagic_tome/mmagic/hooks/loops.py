@@ -22,10 +22,10 @@ from torch import Tensor
 
 from ...errors import ToMeError
 from ...lab.methods import BASELINE, Method, check_names
-from ...lab.runners import make_request
+from ...lab.runners import Output, make_request
 from ...settings import Handles, Setting
 from .metrics import BASELINE_KEYS
-from .subject import Generated, generate, iteration_of, model_of, part_of, undisturbed
+from .subject import generate, iteration_of, model_of, part_of, undisturbed
 
 # For how many samples the visualizer gets a sheet of all images.
 _SHEETS = 16
@@ -120,7 +120,7 @@ class _ImageLoop(BaseLoop):
             f"after_{self.mode}_iter", batch_idx=index, data_batch=batch, outputs=outputs
         )
 
-    def _generate(self, index: int, batch: Any) -> tuple[list[int], dict[str, Generated]]:
+    def _generate(self, index: int, batch: Any) -> tuple[list[int], dict[str, Output]]:
         """Numbers of a batch's images, and the images by method, the baseline's first."""
         prompts = [sample.get("prompt") for sample in batch["data_samples"]]
         if not all(isinstance(prompt, str) for prompt in prompts):
@@ -147,7 +147,7 @@ class _ImageLoop(BaseLoop):
                     self.runner.logger.info(f"{method.name}: {handle.summary()}")
         return numbers, made
 
-    def _judge(self, batch: Any, made: Mapping[str, Generated], warm: bool) -> list:
+    def _judge(self, batch: Any, made: Mapping[str, Output], warm: bool) -> list:
         """Pass the samples of each method to its metrics; return the last method's samples."""
         outputs: list = []
         baseline = made[BASELINE.name]
@@ -186,7 +186,7 @@ class ToMeValLoop(_ImageLoop):
     mode = "val"
 
 
-def _output(sample, made: Generated, baseline: Generated | None, i: int, warm: bool):
+def _output(sample, made: Output, baseline: Output | None, i: int, warm: bool):
     """The sample that metrics read: number ``i`` of a batch, by one method."""
     from mmagic.structures import DataSample
 

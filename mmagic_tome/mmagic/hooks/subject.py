@@ -6,15 +6,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from mmengine.model import is_model_wrapper
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import ToMeError
 from ...lab.request import INPUTS, Request
-from ...lab.runners import runner_of
+from ...lab.runners import Output, runner_of
 from ...lab.runners.media import to_tensor
 from ...models import find_adapter
 
@@ -83,16 +82,9 @@ def part_of(request: Request, numbers: Sequence[int], prompts: Sequence[str]) ->
     )
 
 
-class Generated(NamedTuple):
-    """Images, (B, 3, H, W) uint8 RGB, of clips (B, frames, 3, H, W); the final latents (B, ...), or
-    None where they cannot be seen; and the seconds of one image."""
-
-    images: Tensor
-    latents: Tensor | None
-    seconds: float
-
-
-def generate(model: nn.Module, request: Request, steps: int | None = None) -> Generated:
-    """Generate all images of a request in one batch, with whatever is applied to the model."""
+def generate(model: nn.Module, request: Request, steps: int | None = None) -> Output:
+    """All images of a request in one batch, with whatever is applied to the model; ``images`` as
+    :func:`to_tensor` returns them, and ``seconds`` of one image."""
     output = runner_of(model, request).run(range(len(request)), steps)
-    return Generated(to_tensor(output.images), output.latents, output.seconds / len(request))
+    output.images, output.seconds = to_tensor(output.images), output.seconds / len(request)
+    return output
