@@ -25,12 +25,9 @@ from ..errors import ToMeError
 
 
 def merging_builder(registry: Any) -> Callable[..., nn.Module]:
-    """The function behind ``type='ToMe'`` of a registry.
-
-    It takes ``model``, a config of that registry or a module, and the options of
-    :func:`~.apply.apply_tome_vit`. It returns the model itself with token merging, so
-    ``isinstance``, ``state_dict`` keys and methods stay.
-    """
+    """The function behind ``type='ToMe'`` of a registry, which takes ``model``, a config of that
+    registry or a module, and the options of :func:`~.apply.apply_tome_vit`, and returns the model
+    itself."""
 
     def build_tome_vit(model: Any, **options: Any) -> nn.Module:
         from .apply import apply_tome_vit
@@ -61,13 +58,9 @@ def timm_model(name: str, **options: Any) -> nn.Module:
 
 
 def transformers_model(model: str, config: str, **options: Any) -> nn.Module:
-    """``type='TransformersModel'``: a model with random weights, in eval mode.
-
-    Args:
-        model (str): name of its class, such as 'VideoMAEForVideoClassification'.
-        config (str): name of its config's class, such as 'VideoMAEConfig'.
-        **options: of the config.
-    """
+    """``type='TransformersModel'``: a model with random weights, in eval mode, from the name of its
+    class, such as 'VideoMAEForVideoClassification', that of its config's, and options of the
+    config."""
     import transformers
 
     return getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
