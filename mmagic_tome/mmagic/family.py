@@ -93,7 +93,7 @@ def _complete(model, given):
 
 
 def _set_tomesd(self):
-    """Apply ``self.tomesd_cfg``; nothing yet in the middle of ``__init__``, where MMagic calls it."""
+    """Apply ``self.tomesd_cfg``; not yet in the middle of ``__init__``, where MMagic calls it."""
     if _BUILDING not in self.__dict__ and self.tomesd_cfg is not None:
         apply_tome(self, translate_tomesd(self.tomesd_cfg))
 

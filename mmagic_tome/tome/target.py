@@ -46,8 +46,8 @@ class TargetHook(Hook):
         return JointPlan(plan, x.shape[1] - of_image, context.num_before)
 
     def merge(self, plan: Any, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple:
-        """(args, kwargs) of a call on merged tokens, and these tokens; ToMeError, which says what to
-        write instead, if the call cannot be merged."""
+        """(args, kwargs) of a call on merged tokens, and these tokens; ToMeError, which says what
+        to write instead, if the call cannot be merged."""
         target = self.target
         self._check_call(plan, x, kwargs)
         if target.bias is not None:
