@@ -94,19 +94,13 @@ def benchmark(
     methods = [BASELINE, *(method for method in methods if method.kind != "baseline")]
     check_methods(methods)
     check_choice("", "mode", mode, MODES)
-    for key, value in [
-        ("steps", steps),
-        ("rounds", rounds),
-        *(("batch", n) for n in batches or ()),
-    ]:
+    for key, value in (("steps", steps), ("rounds", rounds), ("batch", min(batches or [1]))):
         check_integer("", key, value, 1)
     timer = Clock(device, clock)
     by_name = isinstance(network, str)
     if by_name:
         entry = check_network(network, sizes or ())
-        cases = itertools.product(
-            sizes or [(entry.size, entry.size)], batches or [2]
-        )  # one image with guidance
+        cases = itertools.product(sizes or [(entry.size, entry.size)], batches or [2])
         works = _named(entry, list(cases), timer.device, dtypes, steps)
     else:
         cases = itertools.product(sizes or [None], batches or [1])
