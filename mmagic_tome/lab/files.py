@@ -13,11 +13,8 @@ from ..errors import ToMeError
 
 @contextlib.contextmanager
 def users_errors(path: Path) -> Iterator[None]:
-    """Say in one line that the disk is full or that a folder must not be written to.
-
-    Raises:
-        ToMeError: In place of the system's error.
-    """
+    """Raise ToMeError in place of the system's error: that the disk is full, or that a folder must
+    not be written to."""
     try:
         yield
     except OSError as error:

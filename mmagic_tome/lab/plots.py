@@ -97,13 +97,9 @@ def pareto_front(points: Sequence[Point], higher_is_better: bool = True) -> list
 def fidelity(
     panels: Mapping[str, Sequence[Point]], ylabel: str, higher_is_better: bool = True
 ) -> Figure:
-    """Draw fidelity against speed-up; what the Pareto front dominates is shaded.
-
-    Args:
-        panels: Title -> points. Those without a finite y, such as the PSNR of equal images, are
-            left out.
-        ylabel: Name and unit of the fidelity.
-        higher_is_better: False turns the axis round, so that better is always up.
+    """Draw fidelity against speed-up, a panel per title; what the Pareto front dominates is shaded.
+    Points without a finite y, such as the PSNR of equal images, are left out. ``higher_is_better``:
+    False turns the axis round, so that better is always up.
     """
     figure, all_axes = panels_of(1.6 + 6.8 * len(panels), 5.4, len(panels))
     drawn = [[point for point in points if math.isfinite(point.y)] for points in panels.values()]
@@ -190,16 +186,13 @@ def difference_map(base: Image.Image, other: Image.Image) -> Image.Image:
 def contact_sheet(
     title: str, heads: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]]
 ) -> Image.Image:
-    """Draw images side by side, one row per prompt, pixel by pixel.
+    """Draw images of one size side by side, pixel by pixel, as an RGB image; small ones are
+    enlarged by a whole factor.
 
     Args:
         title: First line of the sheet.
         heads: Text over each column, up to two lines, such as a method and its time.
-        rows: Caption, and an image for each head; all images have one size. Small ones are
-            enlarged by a whole factor.
-
-    Returns:
-        An RGB image.
+        rows: Caption, and an image for each head.
     """
     factor = max(1, -(-CELL // rows[0][1][0].width))
     width, height = (factor * side for side in rows[0][1][0].size)

@@ -20,18 +20,9 @@ PATIENCE = datetime.timedelta(days=7)
 
 
 def start_ranks(launcher: str, device: str | torch.device) -> torch.device:
-    """Join the processes that a launcher has started.
-
-    Args:
-        launcher: ``'none'`` for one process; ``'pytorch'`` for torchrun's.
-        device: That is asked for.
-
-    Returns:
-        torch.device: That of this process: one GPU per local rank.
-
-    Raises:
-        ToMeError: torchrun has not started this process.
-    """
+    """Join the processes that a launcher has started, ``'none'`` for one process or ``'pytorch'``
+    for torchrun's; return the device of this process: one GPU per local rank. ToMeError: torchrun
+    has not started it."""
     device = torch.device(device)
     if launcher == "none":
         return device

@@ -18,17 +18,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class RealImages:
-    """The real images below a folder.
-
-    Args:
-        folder: With the images, or sub-folders of them.
-
-    Attributes:
-        files: The images, in the order of their paths.
-
-    Raises:
-        ToMeError: The folder is not there or has no images.
-    """
+    """The real images below a folder, ``files`` in the order of their paths; ToMeError if it is not
+    there or has none."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
