@@ -44,9 +44,8 @@ evaluation = dict(
     prompts="imagenet",
     prompt_template="A high quality photograph of a {}.",
     images_per_prompt=2,
-    # The first five images of every class of the validation set, one sub-folder per class.
+    # The first five images of every class of the validation set.
     real=os.environ.get("IMAGENET_VAL", "../../data/imagenet/val"),
-    real_per_class=5,
     size=512,
     steps=50,
     guidance=7.5,

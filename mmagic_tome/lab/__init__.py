@@ -8,7 +8,7 @@ methods.py       what is compared: the baseline, settings, tomesd, DeepCache, fe
 measure.py       clock, interleaved rounds, intervals, memory, FLOPs
 metrics/         fidelity and quality of images, by name
 results.py       the folder of a run: a manifest, rows, images
-infer.py, evaluate.py, benchmark.py, visualize.py, tune.py    one file per command
+infer.py, evaluate.py, benchmark.py, tune.py    what the commands do
 maps.py          which tokens merge, painted over images
 networks.py      what the benchmark times; ideal.py: what no method can beat
 report.py        tables, plots and the report, from the rows of a folder

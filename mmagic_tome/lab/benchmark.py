@@ -15,7 +15,6 @@ import contextlib
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -26,15 +25,20 @@ from torch import Tensor, nn
 
 from ..errors import ToMeError
 from ..settings import Handles, Setting
+from ..timeline import scheduler_of
+from ..validate import check_choice, check_integer
+from .cost import record_calls
 from .environment import environment
 from .ideal import ideal
-from .measure import Clock, interleaved, interval, peak_memory
+from .measure import Clock, interleaved, peak_memory
 from .methods import BASELINE, Method, check_names
-from .networks import Work, check_network, share_weights, work_on
+from .networks import Network, Work, check_network, share_weights, work_on
 from .progress import progress_bar
-from .recorded import SourceWork
+from .request import Request, make_request
 from .results import RunFolder
+from .runners import runner_of
 from .runners.base import Source
+from .table import timing
 
 MODES = ("eager", "compiled")
 # The work of one case, its size, and its batch.
@@ -66,17 +70,15 @@ def benchmark(
             network is called as the model itself calls it.
         methods: Besides the baseline. Default: see :func:`default_methods`.
         sizes: (height, width) in pixels. Default: the network's own.
-        batches: Of the network, or images per call of a source's model. Default: the network's
-            own; 1.
+        batches: Of the network, or images per call of a source's model. Default: 2, one image
+            with guidance; 1.
         dtypes: Of the whole network. Default: float32; that of a source's weights.
         steps: So many calls at falling timesteps are one measurement. Default: 1; step caching and
             ``plan_interval`` have no effect in a single forward.
         rounds: How often each method runs, after a run that is not counted.
-        folder: Rows go there. If it has rows of the same benchmark, only the missing ones are
-            measured.
-        device: Where to run.
+        folder: Rows go there; what it has of the same benchmark is not measured again.
+        device, clock: Where to run, and the ``kind`` of :class:`~.measure.Clock`.
         mode: ``'eager'`` or ``'compiled'``.
-        clock: See :class:`~.measure.Clock`.
         with_ideal: Whether to measure the ideal of each method that merges, see :mod:`.ideal`.
         memory: Whether to measure the peak of a fresh run.
         request: Given fields of a source's :class:`~.request.Request`.
@@ -91,12 +93,19 @@ def benchmark(
         methods = default_methods(None if isinstance(network, str) else network.setting)
     methods = [BASELINE, *(method for method in methods if method.kind != "baseline")]
     check_methods(methods)
-    if mode not in MODES:
-        raise ToMeError(f"mode={mode!r} must be one of {', '.join(MODES)}")
+    check_choice("", "mode", mode, MODES)
+    for key, value in (("steps", steps), ("rounds", rounds), ("batch", min(batches or [1]))):
+        check_integer("", key, value, 1)
     timer = Clock(device, clock)
     by_name = isinstance(network, str)
-    asked = _Asked(timer.device, sizes, batches, dtypes, steps, request)
-    works = _named(network, asked) if by_name else _recorded(network, asked)
+    if by_name:
+        entry = check_network(network, sizes or ())
+        cases = itertools.product(sizes or [(entry.size, entry.size)], batches or [2])
+        works = _named(entry, list(cases), timer.device, dtypes, steps)
+    else:
+        cases = itertools.product(sizes or [None], batches or [1])
+        requests = [_request(network, *case, steps, request or {}) for case in cases]
+        works = _recorded(network, requests, timer.device, dtypes, steps)
     manifest = {
         "command": "benchmark",
         "network": network if by_name else network.path,
@@ -118,55 +127,60 @@ def benchmark(
     return frame
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """The cases to measure, as :func:`benchmark` takes them."""
-
-    device: torch.device
-    sizes: Sequence[tuple[int, int]] | None
-    batches: Sequence[int] | None
-    dtypes: Sequence[torch.dtype]
-    steps: int
-    request: Mapping[str, Any] | None
-
-
-def _named(name: str, asked: _Asked) -> Iterator[_Work]:
+def _named(
+    entry: Network,
+    cases: Sequence[tuple[tuple[int, int], int]],
+    device: torch.device,
+    dtypes: Sequence[torch.dtype],
+    steps: int,
+) -> Iterator[_Work]:
     """The work of every case on a network with random weights."""
-    entry = check_network(name, asked.sizes or ())
-    sizes, batches = asked.sizes or [(entry.size, entry.size)], asked.batches or [entry.batch]
-
-    def works() -> Iterator[_Work]:
-        for dtype in asked.dtypes or [torch.float32]:
-            built = entry.build(asked.device, dtype)
-            for size, batch in itertools.product(sizes, batches):
-                yield work_on(entry, built, size, batch, asked.steps), size, batch
-            del built
-
-    return works()
+    for dtype in dtypes or [torch.float32]:
+        built = entry.build(device, dtype)
+        for size, batch in cases:
+            yield work_on(entry, built, size, batch, steps), size, batch
+        del built
 
 
-def _recorded(source: Source, asked: _Asked) -> Iterator[_Work]:
-    """The work of every case on the network of a source."""
-    work = SourceWork(source, asked.device, asked.steps, asked.request)
-    cases = itertools.product(asked.sizes or [None], asked.batches or [1])
-    requests = [work.request(*case) for case in cases]
+def _request(
+    source: Source,
+    size: tuple[int, int] | None,
+    batch: int,
+    steps: int,
+    given: Mapping[str, Any],
+) -> Request:
+    """The request of a case, checked. Few schedulers can do a single step, so it has two."""
+    given = {"prompts": ["a red apple"], **given, "steps": max(2, steps), "batch_size": batch}
+    prompts = list(itertools.islice(itertools.cycle(given["prompts"]), batch))
+    request = make_request(source, **{**given, "prompts": prompts, "size": size})
+    source.check(request)
+    return request
 
-    def works() -> Iterator[_Work]:
-        for dtype in asked.dtypes or [None]:
-            model = work.load(requests[0], dtype)
-            for one in requests:
-                yield *work(model, one), one.batch_size
-            del model
 
-    return works()
+def _recorded(
+    source: Source,
+    requests: Sequence[Request],
+    device: torch.device,
+    dtypes: Sequence[torch.dtype],
+    steps: int,
+) -> Iterator[_Work]:
+    """The work of every case on the network of a source, called as its model calls it."""
+    for dtype in dtypes or [None]:
+        model = source.load(requests[0], device, dtype).model
+        for request in requests:
+            runner = runner_of(model, request, source)
+            with BASELINE.on(model):
+                calls = record_calls(runner, range(request.batch_size))
+            several = steps > 1
+            scheduler = scheduler_of(model) if several else None
+            work = Work(runner.network, calls if several else calls[:1], scheduler)
+            yield work, runner.size, request.batch_size
+        del model
 
 
 def check_methods(methods: Sequence[Method]) -> None:
-    """Fail if :func:`benchmark` cannot compare these methods; nothing is loaded.
-
-    Raises:
-        ToMeError: Two of one name, one with steps of its own, one that is named as the ideal is.
-    """
+    """Raise ToMeError for two methods of one name, one with steps of its own, or one that is named
+    as the ideal is."""
     check_names(methods)
     for method in methods:
         if method.steps is not None:
@@ -198,10 +212,9 @@ class _Case:
     def run(self, methods: Sequence[Method], with_ideal: bool, memory: bool, rounds: int) -> None:
         """Make all methods ready, which measures their memory; then measure their times."""
         ideals: set[tuple] = set()
-        rows = []
         with contextlib.ExitStack() as stack:
             for method in methods:
-                rows.append(self._start(method, memory, stack))
+                self._start(method, memory, stack)
                 if not self.ready:  # not even the baseline runs
                     break
                 removed = self._removed(method) if with_ideal else None
@@ -211,24 +224,16 @@ class _Case:
                 ideals.add(removed)
                 stats = self.ready[method.name][1].tome.stats()
                 best = Method(name, function=partial(ideal, stats=stats))
-                rows.append(self._start(best, memory, stack))
-            known = {row["method"] for row in self._known()}
-            for row in rows:
-                if row["method"] not in known or row["note"]:
-                    self.folder.add(row)
+                self._start(best, memory, stack)
             self._measure(rounds)
 
-    def _known(self) -> list[dict[str, Any]]:
-        return self.folder.find(kind="run", note=None, **self.case)
-
-    def _start(self, method: Method, memory: bool, stack: contextlib.ExitStack) -> dict[str, Any]:
-        """Run a method for the first time: its row, which may say why it cannot run."""
-        memory = memory and all(row["method"] != method.name for row in self._known())
-        row = {"kind": "run", **self.case, "method": method.name}
+    def _start(self, method: Method, memory: bool, stack: contextlib.ExitStack) -> None:
+        """Run a method for the first time, and add its row, which may say why it cannot run."""
+        known = self.folder.has(kind="run", note=None, method=method.name, **self.case)
         found = dict.fromkeys(("relative_error", "peak_bytes", "note"))
         with contextlib.ExitStack() as own:
             try:
-                found.update(self._first_run(method, memory, own))
+                found.update(self._first_run(method, memory and not known, own))
             except Exception as error:  # whatever it is, the other methods can go on
                 kind = "" if isinstance(error, ToMeError) else f"{type(error).__name__}: "
                 found["note"] = (kind + " ".join(str(error).split()))[:300]
@@ -236,7 +241,8 @@ class _Case:
                 stack.push(own.pop_all())
         if self.timer.device.type == "cuda":
             torch.cuda.empty_cache()
-        return {**row, **found}
+        if found["note"] or not known:
+            self.folder.add({"kind": "run", **self.case, "method": method.name, **found})
 
     def _first_run(
         self, method: Method, memory: bool, stack: contextlib.ExitStack
@@ -318,25 +324,18 @@ def case_text(case: Mapping[str, Any]) -> str:
 def summary(folder: RunFolder) -> pd.DataFrame:
     """The figures of a folder, one row per case and method.
 
-    Columns: ``case`` in words and :data:`CASE`; ``method``, ``rounds``, ``seconds`` (median);
-    ``speedup`` over the baseline, its interval ``speedup_low``, ``speedup_high`` with ``coverage``,
-    and ``certain``, see :class:`~.measure.Interval`; ``memory`` (peak bytes);
-    ``relative_error`` of the output; ``note``: why a method could not be measured.
+    Columns: ``case`` in words and :data:`CASE`; ``method``; those of :func:`~.table.timing` with
+    the ``coverage`` of the interval; ``memory`` (peak bytes); ``relative_error`` of the output;
+    ``note``: why a method could not be measured.
     """
-    runs = {(case_text(row), row["method"]): row for row in folder.find(kind="run")}
+    seconds: dict[tuple[str, str], dict[int, float]] = {}
+    for row in folder.find(kind="case"):
+        seconds.setdefault((case_text(row), row["method"]), {})[row["turn"]] = row["seconds"]
     entries = []
-    for (case, name), row in runs.items():
-        known = {key: row[key] for key in CASE}
-        entry = {"case": case, **known, "method": name}
-        rounds = pd.DataFrame(folder.find(kind="case", **known))
-        if len(rounds) and name in set(rounds["method"]):
-            times = rounds.pivot_table("seconds", "turn", "method", aggfunc="last")
-            speedup = interval((times[BASELINE.name] / times[name]).dropna().tolist())
-            entry["rounds"] = int(times[name].count())
-            entry["seconds"] = float(times[name].median())
-            entry["speedup"], entry["coverage"] = speedup.median, speedup.coverage
-            entry["speedup_low"], entry["speedup_high"] = speedup.low, speedup.high
-            entry["certain"] = speedup.excludes(1)
+    for row in {(case_text(row), row["method"]): row for row in folder.find(kind="run")}.values():
+        case, name = case_text(row), row["method"]
+        both = (seconds.get((case, one), {}) for one in (BASELINE.name, name))
+        entry = {"case": case, **{key: row[key] for key in CASE}, "method": name, **timing(*both)}
         found = {"memory": row["peak_bytes"], "relative_error": row["relative_error"]}
         entries.append({**entry, **found, "note": row["note"]})
     return pd.DataFrame(entries)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import sys
 import warnings
@@ -21,36 +22,34 @@ from ..errors import ToMeError
 from . import options
 from .options import MISSED, NOT_GIVEN, Parser, exit_code
 
-#: Verb -> what it does.
+#: Verb -> its default config or network, and what it does.
 VERBS = {
-    "infer": "generate images or clips; with --compare measure against the baseline",
-    "evaluate": "compare methods on many prompts: metrics, cost, a report",
-    "benchmark": "time and memory of one forward or some steps of a network, by methods",
-    "visualize": "which tokens are merged, and where images change",
-    "tune": "the tolerance of step caching for a speed-up or a PSNR; writes a config",
-}
-# Those of MMagic's runner.
-_RUNNER_VERBS = {
-    "test": "MMagic's tools/test.py: the test loop of a config",
-    "train": "MMagic's tools/train.py: the training of a config",
-}
-# Verb -> its default config or network, and an example of options.
-_USUAL = {
     "infer": (
         "mmagic_tome::demo/sd-emoji_tome-balanced.py",
-        "CONFIG --prompt 'red apple' --cache balanced --compare",
+        "generate images or clips; with --compare measure against the baseline",
     ),
     "evaluate": (
         "mmagic_tome::demo/sd-emoji_tome-balanced.py",
-        "CONFIG --prompt-file demo --limit 50 --method tome:0.5 --method steps:13",
+        "compare methods on many prompts: metrics, cost, a report",
     ),
-    "benchmark": ("sd15", "sd15 --size 256 512 --method tome:0.5 --method tomesd:0.5"),
+    "benchmark": ("sd15", "time and memory of one forward or some steps of a network, by methods"),
     "visualize": (
         "mmagic_tome::demo/sd-emoji_tome-5e-1.py",
-        "CONFIG --prompt 'red apple' --ratio 0.5",
+        "which tokens are merged, and where images change",
     ),
-    "tune": ("mmagic_tome::demo/sd-emoji.py", "CONFIG --psnr 45 --prompt-file prompts.txt"),
+    "tune": (
+        "mmagic_tome::demo/sd-emoji.py",
+        "the tolerance of step caching for a speed-up or a PSNR; writes a config",
+    ),
+    # Those of MMagic's runner.
+    "test": ("", "MMagic's tools/test.py: the test loop of a config"),
+    "train": ("", "MMagic's tools/train.py: the training of a config"),
 }
+# Options that a network with random weights has no use for.
+_OF_MODELS = (
+    *("checkpoint", "cfg_options", "prompt", "prompt_file", "negative_prompt", "images", "masks"),
+    *("controls", "references", "frames", "guidance", "seed", "extra"),
+)
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -61,14 +60,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         prog: Name shown in help and errors. Default: ``mmagic_tome VERB``.
     """
     verb, *words = [*(sys.argv[1:] if argv is None else argv)] or [""]
-    known = {**VERBS, **_RUNNER_VERBS}
     if verb in ("-h", "--help"):
-        print(f"usage: python -m mmagic_tome {'|'.join(known)} [options]\n")
-        print("\n".join(f"  {name:10} {about}" for name, about in known.items()))
+        print(f"usage: python -m mmagic_tome {'|'.join(VERBS)} [options]\n")
+        print("\n".join(f"  {name:10} {about}" for name, (_, about) in VERBS.items()))
         print("\nVERB --help explains the options of each.")
         return 0
     prog = prog or f"mmagic_tome {verb}".strip()
-    if verb in _RUNNER_VERBS:
+    if verb in ("test", "train"):
         from ..mmagic import entry
 
         return getattr(entry, f"{verb}_main")(words, prog)
@@ -76,7 +74,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     def run() -> int | None:
         if verb not in VERBS:
             wrong = f"there is no verb {verb!r}" if verb else "state a verb"
-            raise ToMeError(f"{wrong}; write one of {', '.join(known)}")
+            raise ToMeError(f"{wrong}; write one of {', '.join(VERBS)}")
         args = build_parser(verb, prog).parse_args(words)
         # Deprecation notes between libraries are not this command's business.
         warnings.filterwarnings("ignore")
@@ -87,13 +85,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def build_parser(verb: str, prog: str | None = None) -> Parser:
     """The parser of a verb. Options that are not given are None, empty or ``NOT_GIVEN``."""
-    default, example = _USUAL[verb]
-    parser = Parser(
-        prog=prog or f"mmagic_tome {verb}",
-        description=VERBS[verb],
-        epilog=f"example: python -m mmagic_tome {verb} {example}",
-        allow_abbrev=False,
-    )
+    default, about = VERBS[verb]
+    parser = Parser(prog=prog or f"mmagic_tome {verb}", description=about, allow_abbrev=False)
     options.add_options(parser, verb, default)
     return parser
 
@@ -132,14 +125,11 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _request(args: argparse.Namespace, source: Any) -> Any:
-    from .prompts import request_fields
+    from .prompts import request_for
     from .request import make_request
 
     given, prompts = _given(args), _prompts(args)
-    if prompts:
-        usual = {**source.defaults, **{key: one for key, one in given.items() if one is not None}}
-        given.update(request_fields(prompts, usual.get("seed", 0), usual.get("negative_prompt")))
-    return make_request(source, **given)
+    return request_for(source, prompts, given) if prompts else make_request(source, **given)
 
 
 def _methods(args: argparse.Namespace, setting: Any) -> list[Any]:
@@ -151,7 +141,7 @@ def _methods(args: argparse.Namespace, setting: Any) -> list[Any]:
     if args.ratio is not None:
         setting = setting.replace(ratio=args.ratio) if args.ratio else Setting(cache=setting.cache)
     if args.cache is not NOT_GIVEN:
-        setting = setting.replace(cache=args.cache)
+        setting = setting.replace(cache=None if args.cache == "none" else args.cache)
     found = [] if setting.baseline else [Method(setting.description, setting)]
     return found + [parse_method(text) for text in args.method]
 
@@ -230,19 +220,23 @@ def _quiet() -> None:
 # --- verbs ----------------------------------------------------------------------------------------
 
 
-def _infer(args: argparse.Namespace) -> None:
+def _infer(args: argparse.Namespace, maps: bool = False) -> None:
     from .devices import DTYPES, check_device
     from .infer import check, infer
     from .methods import BASELINE
 
     source, device = _source(args), check_device(args.device)
     request, method = _request(args, source), _method(args, source)
-    check(source, request, method, args.compare)
-    methods = [BASELINE, method] if args.compare else [method]
-    title = _title(source, request, device)
-    with _results(args, source.name, title, methods) as folder:
+    compare = maps or args.compare
+    if maps and method is BASELINE and args.ratio is None:  # a bare pipeline, say
+        args.ratio = 0.5
+        method = _method(args, source)
+    check(source, request, method, compare, maps)
+    methods = [BASELINE, method] if compare else [method]
+    rounds = None if maps else args.rounds
+    with _results(args, source.name, _title(source, request, device), methods) as folder:
         if folder:
-            how = {"compare": args.compare, "rounds": args.rounds, "folder": folder}
+            how = {"compare": compare, "maps": maps, "rounds": rounds, "folder": folder}
             infer(source, request, method, **how, device=device, dtype=DTYPES.get(args.dtype))
 
 
@@ -277,13 +271,13 @@ def _benchmark(args: argparse.Namespace) -> None:
     from .benchmark import benchmark, check_methods, default_methods
     from .devices import DTYPES, check_device
     from .methods import BASELINE
-    from .networks import NETWORKS, check_network
+    from .networks import check_network
+    from .request import parse_size
 
     device, network = check_device(args.device), args.config or args.default_config
+    sizes = [parse_size("", text) for text in args.size or ()]
     name, setting, request = network, Setting(), {}
-    if args.pipeline is None and not Path(network).suffix:
-        check_network(network, args.size or ())
-    if args.pipeline is not None or network not in NETWORKS:
+    if args.pipeline is not None or Path(network).suffix:
         network = _source(args)
         name, setting, request = network.name, network.setting, _given(args)
         for key in ("steps", "size", "batch_size"):  # lists, of the cases
@@ -291,14 +285,21 @@ def _benchmark(args: argparse.Namespace) -> None:
         if args.prompt or args.prompt_file:
             request["prompts"] = [prompt.text for prompt in _prompts(args)]
     else:
-        _check_unused(args, network)
+        check_network(network, sizes)
+        unused = [key for key in _OF_MODELS if vars(args)[key] not in (None, [], {})]
+        if unused:
+            raise ToMeError(
+                f"{', '.join(unused)}: no meaning for {network}, a network with random weights; "
+                "leave it out, or state a config or --pipeline"
+            )
     methods = _methods(args, setting) or default_methods(setting)
     check_methods(methods)
-    title = f"{name} on {device}: {args.rounds} rounds"
     dtypes = [DTYPES[one] for one in args.dtype or ()]
-    cases = (args.size, args.batch_size, dtypes, args.steps or 1, args.rounds)
+    steps = 1 if args.steps is None else args.steps
+    cases = (sizes, args.batch_size, dtypes, steps, args.rounds)
     how = {"mode": args.mode, "clock": args.clock, "request": request}
     how.update(with_ideal=not args.no_ideal, memory=not args.no_memory)
+    title = f"{name} on {device}: {args.rounds} rounds"
     with _results(args, name, title, [BASELINE, *methods]) as folder:
         if folder:
             benchmark(network, methods, *cases, folder, device, **how)
@@ -312,40 +313,6 @@ def _report(folder: Path) -> None:
     page = write_report(RunFolder(folder))
     print((folder / "table.md").read_text(encoding="utf-8"))
     print(f"Report: {page}")
-
-
-def _check_unused(args: argparse.Namespace, network: str) -> None:
-    """Fail for options of a model, which a network with random weights has no use for."""
-    flags = {"checkpoint": "CHECKPOINT", "prompt": "--prompt", "prompt_file": "--prompt-file"}
-    flags.update(cfg_options="--cfg-options", extra="--extra-parameters", images="--img")
-    flags.update(masks="--mask", controls="--control", references="--reference")
-    cases = ("steps", "size", "batch_size")
-    for name in dict.fromkeys((*flags, *_given(args))):
-        if name not in cases and vars(args)[name] not in (None, [], {}):
-            flag = flags.get(name, "--" + name.replace("_", "-"))
-            raise ToMeError(
-                f"{flag} has no meaning for {network}, a network with random weights; leave it "
-                "out, or state a config or --pipeline"
-            )
-
-
-def _visualize(args: argparse.Namespace) -> None:
-    from .devices import DTYPES, check_device
-    from .methods import BASELINE
-    from .visualize import check, visualize
-
-    source, device = _source(args), check_device(args.device)
-    method = _method(args, source)
-    if method is BASELINE and args.ratio is None:  # a bare pipeline, say
-        args.ratio = 0.5
-        method = _method(args, source)
-    request = _request(args, source)
-    check(source, request, method)
-    title = _title(source, request, device)
-    with _results(args, source.name, title, [BASELINE, method]) as folder:
-        if folder:
-            how = {"device": device, "dtype": DTYPES.get(args.dtype)}
-            visualize(source, request, method, folder=folder, **how)
 
 
 def _tune(args: argparse.Namespace) -> int | None:
@@ -375,6 +342,6 @@ _RUN = {
     "infer": _infer,
     "evaluate": _evaluate,
     "benchmark": _benchmark,
-    "visualize": _visualize,
+    "visualize": functools.partial(_infer, maps=True),
     "tune": _tune,
 }

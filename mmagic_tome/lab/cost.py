@@ -34,21 +34,14 @@ def measure_cost(
     methods: Sequence[Method],
     rounds: int,
     folder: RunFolder,
-    numbers: Sequence[int] | None = None,
     progress: bool = True,
 ) -> None:
     """Add what a folder lacks of the rows ``round``, ``memory`` and ``flops``.
 
-    Args:
-        runner: Its request's images are what is generated, and thrown away.
-        methods: All that are compared; they take turns within each round.
-        rounds: Rounds that there shall be. Those of an earlier call count if all methods ran in
-            them.
-        folder: Where the rows go: those of a round all at once.
-        numbers: The images of a run. Default: None, the request's first batch.
-        progress: Whether to show a bar.
+    The first batch of the runner's request is generated, and thrown away. Rounds of an earlier call
+    count if all methods ran in them; the rows of a round are added all at once.
     """
-    numbers = runner.request.batches()[0] if numbers is None else numbers
+    numbers = runner.request.batches()[0]
     turns = _missing_turns(folder, methods, rounds)
     once = [one for one in methods if not folder.has(kind="flops", method=one.name)]
     steps = sum(one.steps or runner.steps for one in methods) * len(turns)
@@ -73,9 +66,8 @@ def measure_cost(
                 _run(runner, method, numbers, bar, min(WARM_UP_STEPS, runner.steps))
         rows: list[dict[str, Any]] = []
         runs = {one.name: partial(_run, runner, one, numbers, bar, one.steps) for one in methods}
-        for turn, name, output in interleaved(
-            runs, turns, lambda turn, name: bar.set_postfix_str(f"{name}, round {turn + 1}")
-        ):
+        for turn, name, output in interleaved(runs, turns):
+            bar.set_postfix_str(f"round {turn + 1}")
             row = {"kind": "round", "method": name, "turn": turn, "images": len(numbers)}
             for key in ("seconds", "network_seconds", "step_seconds"):
                 row[key] = getattr(output, key)
@@ -106,9 +98,8 @@ def _run(
 def _memory_and_flops(
     runner: Runner, method: Method, numbers: Sequence[int], calls: list[Arguments], bar: tqdm
 ) -> list[dict[str, Any]]:
-    """The rows of a method, each figure of a method that was applied anew: what an earlier run
-    keeps between steps would be freed within the measurement, which would then come out too small.
-    """
+    """The rows of a method, which is applied anew for each figure: what an earlier run keeps would
+    be freed within the measurement, which would then come out too small."""
 
     def run() -> None:
         runner.run(numbers, method.steps, on_step=bar.update)

@@ -12,15 +12,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def check_device(name: str | torch.device | None = None) -> torch.device:
-    """The device of a name.
-
-    Args:
-        name: ``'cpu'``, ``'cuda'``, ``'cuda:N'`` or ``'mps'``. Default: None, CUDA if there is a
-            GPU, else the CPU.
-
-    Raises:
-        ToMeError: This machine has no such device.
-    """
+    """The device of a name: ``'cpu'``, ``'cuda'``, ``'cuda:N'`` or ``'mps'``. Default: CUDA if
+    there is a GPU, else the CPU. ToMeError: this machine has no such device."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -20,13 +20,9 @@ _PACKAGES = (*_MODELS, "numpy", "tomesd", "DeepCache")
 
 
 def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Return what times and images depend on besides the settings, as JSON has it.
-
-    Returns:
-        dict: ``versions`` of the packages that are installed, ``platform``, ``processor``,
-        ``cpus`` (cores), ``threads`` (torch's), ``gpu`` (None on a CPU); on CUDA ``gpu_memory``
-        (bytes) and ``cuda`` (version).
-    """
+    """Return what times and images depend on besides the settings, as JSON has it: ``versions`` of
+    the packages that are installed, ``platform``, ``processor``, ``cpus`` (cores), ``threads``
+    (torch's), ``gpu`` (None on a CPU); on CUDA ``gpu_memory`` (bytes) and ``cuda`` (version)."""
     versions = {"mmagic_tome": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         with suppress(metadata.PackageNotFoundError):

@@ -8,13 +8,11 @@ of a sum may depend on the batch, so a batch that lacks an image is run as a who
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gc
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +24,13 @@ from PIL import Image
 from torch import nn
 
 from ..errors import ToMeError
+from ..timeline import scheduler_of
 from .cost import measure_cost
 from .environment import environment
 from .files import whole_file
 from .methods import BASELINE, Method, check_names
 from .metrics import available
-from .metrics.base import Metric
+from .metrics.base import SetMetric
 from .progress import progress_bar
 from .ranks import share
 from .real import RealImages
@@ -64,7 +63,6 @@ def evaluate(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     real: RealImages | None = None,
-    cost_batch_size: int | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Compare methods with the baseline, which is always one of them.
@@ -78,7 +76,6 @@ def evaluate(
         folder: Of the run; what it has is not done again.
         dtype: Of the model. Default: None, the source's.
         real: Images for metrics of sets. Default: None, these compare with the baseline's.
-        cost_batch_size: Images per run that is timed. Default: None, the request's batch size.
         progress: Whether to show bars.
 
     Returns:
@@ -110,57 +107,37 @@ def evaluate(
     for method in methods:
         with method.on(runner.model):
             pass  # what cannot be applied fails here, and not after hours
-    numbers = request.batches()[0][:cost_batch_size]
     options = {one["name"]: dict(one) for one in metrics or () if isinstance(one, Mapping)}
-    manifest = {
-        "command": "evaluate",
-        **_manifest(runner, methods),
-        # What a table needs to know of a metric, and the options it was asked for with.
-        "metrics": {
-            name: {
-                "label": metric.label,
-                "unit": metric.unit,
-                "higher_is_better": metric.higher_is_better,
-                "options": options.get(name, {}),
-            }
-            for name, metric in chosen.items()
-        },
-        "real": None if real is None else {"images": len(real), "digest": real.digest()},
-        "images_per_timed_run": len(numbers),
-    }
+    manifest = _manifest(runner, methods)
+    for name, metric in chosen.items():
+        # What a table needs to know of it, and the options it was asked for with.
+        about = {key: getattr(metric, key) for key in ("label", "unit", "higher_is_better")}
+        manifest["metrics"][name] = {**about, "options": options.get(name, {})}
+    manifest["real"] = None if real is None else {"images": len(real), "digest": real.digest()}
     show = progress and get_rank() == 0
-    with folder.writing(manifest), _frozen():
+    with folder.writing(manifest):
         _meet(folder)
         for name, reason in left_out.items():
             _note(folder, f"metric {name} is left out: {reason}")
-        if real is None and any(getattr(metric, "needs_base", False) for metric in chosen.values()):
+        if real is None and any(isinstance(metric, SetMetric) for metric in chosen.values()):
             _note(folder, "without real images, metrics of sets compare with the baseline's images")
-        latents = any(metric.of == "latents" for metric in chosen.values())
-        _make_images(runner, methods, folder, latents, show)
+        _make_images(runner, methods, folder, show)
         _meet(folder)
         for method in methods:
             finite = [row["finite"] for row in folder.find(kind="image", method=method.name)]
             if not all(finite):
                 broken = f"{finite.count(False)} of {len(finite)} images of {method.name}"
                 _note(folder, f"{broken} are not finite")
-        _drop_without_latents(folder, chosen)
+        if not all("latents" in row for row in folder.find(kind="image")):
+            for name in [name for name, metric in chosen.items() if metric.of == "latents"]:
+                _note(folder, f"metric {name} is left out: no latents can be seen in this model")
+                del chosen[name]
         measure_images(folder, methods, chosen, runner.device, show)
         measure_sets(folder, methods, chosen, runner.device, real, runner.size, show)
         _meet(folder)
         if rounds and get_rank() == 0:
-            measure_cost(runner, methods, rounds, folder, numbers, show)
+            measure_cost(runner, methods, rounds, folder, show)
     return table(folder)
-
-
-@contextlib.contextmanager
-def _frozen() -> Iterator[None]:
-    """Leave what is loaded out of garbage collections: every timed run begins with one, which would
-    take a second."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _check_metrics(asked: Sequence[Any] | None, left_out: Mapping[str, str]) -> None:
@@ -173,11 +150,6 @@ def _meet(folder: RunFolder) -> None:
     """Wait for all ranks, and see what they wrote."""
     barrier()
     folder.reload()
-    if not folder.manifest:
-        raise ToMeError(
-            f"rank {get_rank()} does not see what rank 0 wrote to {folder.path}; --work-dir must "
-            "be on a file system that all machines share"
-        )
 
 
 def _note(folder: RunFolder, text: str) -> None:
@@ -185,9 +157,7 @@ def _note(folder: RunFolder, text: str) -> None:
         folder.add({"kind": "note", "text": text})
 
 
-def _make_images(
-    runner: Runner, methods: Sequence[Method], folder: RunFolder, latents: bool, show: bool
-) -> None:
+def _make_images(runner: Runner, methods: Sequence[Method], folder: RunFolder, show: bool) -> None:
     done = {key for key, row in image_rows(folder).items() if (folder.path / row["file"]).is_file()}
     # Batches of all methods in one list, so that no rank waits between methods.
     missing = [
@@ -213,56 +183,34 @@ def _make_images(
                     folder.add({**known, "stats": stats, "summary": summary})
             for index, number in enumerate(numbers):
                 if (method.name, number) not in done:
-                    folder.add(_save(folder, runner, method, number, output, index, latents))
+                    folder.add(_save(folder, runner, method, number, output, index))
 
 
 def _save(
-    folder: RunFolder,
-    runner: Runner,
-    method: Method,
-    number: int,
-    output: Output,
-    index: int,
-    latents: bool,
+    folder: RunFolder, runner: Runner, method: Method, number: int, output: Output, index: int
 ) -> dict[str, Any]:
     """Write an image or a clip of a batch, and its final latents; return its row."""
     request, image = runner.request, output.images[index]
-    own = None if output.latents is None else output.latents[index]
+    latents = None if output.latents is None else output.latents[index]
     named = {"prompt": request.prompts[number], "seed": request.seed_of(number)}
     text = {**named, "method": method.to_dict()}
     stem = folder.path / "images" / method.slug / f"{number:06d}"
     files = {"file": save_media(stem, image, fps=runner.fps, text=text)}
-    more: dict[str, Any] = {}
+    row = {"kind": "image", "method": method.name, "number": number, **named}
+    row["negative_prompt"] = (request.negatives([number]) or [None])[0]
+    # NaN is black in an image. Where latents cannot be seen images are taken as they are.
+    row["finite"] = latents is None or bool(torch.isfinite(latents).all())
     if isinstance(image, (list, tuple)):
         # GIF has 256 colours and MP4 loses detail; metrics need the pixels, below each other.
         frames = np.concatenate([np.asarray(frame.convert("RGB")) for frame in image])
         files["strip"] = save_media(stem, Image.fromarray(frames), text=text)
-        more["frames"] = len(image)
-    if latents and own is not None:
+        row["frames"] = len(image)
+    if latents is not None:
         # Not in half precision: the error of rounding would be as large as that of caching.
         files["latents"] = stem.with_suffix(".pt")
         with whole_file(files["latents"]) as path:
-            torch.save(own.clone(), path)
-    return {
-        "kind": "image",
-        "method": method.name,
-        "number": number,
-        **named,
-        "negative_prompt": (request.negatives([number]) or [None])[0],
-        # NaN is black in an image. Where latents cannot be seen images are taken as they are.
-        "finite": own is None or bool(torch.isfinite(own).all()),
-        **{key: path.relative_to(folder.path).as_posix() for key, path in files.items()},
-        **more,
-    }
-
-
-def _drop_without_latents(folder: RunFolder, metrics: dict[str, Metric]) -> None:
-    """Leave out the metrics of latents where the images were made without them."""
-    if all("latents" in row for row in folder.find(kind="image")):
-        return
-    for name in [name for name, metric in metrics.items() if metric.of == "latents"]:
-        _note(folder, f"metric {name} is left out: the folder has no latents of its images")
-        del metrics[name]
+            torch.save(latents.clone(), path)
+    return row | {key: path.relative_to(folder.path).as_posix() for key, path in files.items()}
 
 
 # --- what images depend on ------------------------------------------------------------------------
@@ -273,16 +221,16 @@ def _manifest(runner: Runner, methods: Sequence[Method]) -> dict[str, Any]:
 
     Weights count as loaded: a checkpoint that was replaced is noticed, one that was moved is not.
     """
-    source, request = runner.source, runner.request
-    where = environment(runner.device)
+    request, where = runner.request, environment(runner.device)
     return {
+        "command": "evaluate",
         "model": {
-            "class_name": type(runner.model).__name__ if source is None else source.class_name,
+            "class_name": runner.source.class_name,
             "weights": _weights(runner.model),
             "scheduler": runner.scheduler,
             "scheduler_config": _scheduler_config(runner.model),
         },
-        "name": "model" if source is None else source.name,
+        "name": runner.source.name,
         "request": {
             "images": len(request),
             "prompts": _digest(request),
@@ -293,10 +241,12 @@ def _manifest(runner: Runner, methods: Sequence[Method]) -> dict[str, Any]:
             "batch_size": request.batch_size,
             "extra": json.loads(json.dumps(dict(request.extra), default=str)),
         },
+        "images_per_timed_run": len(request.batches()[0]),
         "device": runner.device.type,
         "dtype": str(runner.dtype).replace("torch.", ""),
         "environment": {key: where[key] for key in ("gpu", "processor", "threads", "versions")},
         "methods": {method.name: method.to_dict() for method in methods},
+        "metrics": {},
     }
 
 
@@ -317,8 +267,7 @@ def _weights(model: Any) -> str:
 
 def _scheduler_config(model: Any) -> dict[str, Any] | None:
     """The scheduler's settings; MMagic's own schedulers do not tell theirs."""
-    scheduler = getattr(model, "test_scheduler", None) or getattr(model, "scheduler", None)
-    config = getattr(scheduler, "config", None)
+    config = getattr(scheduler_of(model), "config", None)
     if not isinstance(config, Mapping):
         return None
     # diffusers lists there, in any order, which settings a file did not name.

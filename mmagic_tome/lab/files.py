@@ -4,35 +4,23 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ToMeError
 
-# Errors of the system that the user can do something about.
-_USERS = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.ENOTDIR, errno.EEXIST),
-)
-
 
 @contextlib.contextmanager
 def users_errors(path: Path) -> Iterator[None]:
-    """Say in one line that the disk is full or that a folder must not be written to.
-
-    Raises:
-        ToMeError: In place of the system's error.
-    """
+    """Raise ToMeError in place of the system's error: that the disk is full, or that a folder must
+    not be written to."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _USERS:
-            raise
         raise ToMeError(
-            f"cannot write to {path}: {error.strerror}. What is there is whole: make room, or "
-            "choose another --work-dir, and go on with --resume"
+            f"cannot write to {path}: {error.strerror or error}. What is there is whole: make "
+            "room, or choose another --work-dir, and go on with --resume"
         ) from error
 
 

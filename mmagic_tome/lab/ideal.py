@@ -25,15 +25,9 @@ from ..tome.state import Target, TomePatch
 
 @contextlib.contextmanager
 def ideal(network: nn.Module, stats: Sequence[Mapping[str, Any]]) -> Iterator[None]:
-    """Let a network work on as many tokens as a method left, while entered.
-
-    Args:
-        network: The baseline.
-        stats: Of the method's handle of token merging, after a run.
-
-    Raises:
-        ToMeError: A target whose tokens come in parts.
-    """
+    """Let a network, the baseline, work on as many tokens as a method left, while entered: by the
+    ``stats`` of its handle of token merging, after a run. ToMeError: a target whose tokens come in
+    parts."""
     # Merging knows where targets begin and end; nothing of it stays in the network.
     sites = [site for site in stats if site["kept"] not in (site["tokens"], None)]
     kinds = list(dict.fromkeys(site["kind"] for site in sites))
@@ -59,13 +53,8 @@ def ideal(network: nn.Module, stats: Sequence[Mapping[str, Any]]) -> Iterator[No
 
 
 class _Take:
-    """Pre-hook that passes on the first tokens only, and a hook that pads.
-
-    Args:
-        adapter: Changes other arguments of a module, such as its rotary embeddings.
-        target: What the tokens go into.
-        tokens, kept: Of the image, before and after.
-    """
+    """Pre-hook that passes on the first ``kept`` of the image's tokens, and a hook that pads. The
+    adapter changes other arguments of a module, such as its rotary embeddings."""
 
     def __init__(self, adapter: ModelAdapter, target: Target, tokens: int, kept: int) -> None:
         self.adapter, self.target = adapter, target

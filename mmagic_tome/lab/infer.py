@@ -1,26 +1,28 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Generates images or clips; with ``compare`` also the baseline's, and measures both."""
+"""Generates images or clips; with ``compare`` also the baseline's, and measures both; with ``maps``
+also draws which tokens were merged."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import math
 import re
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import ToMeError
 from ..settings import Handles
+from ..validate import check_integer
+from . import maps as drawing
 from . import plots
 from .environment import environment
 from .files import whole_file
@@ -29,17 +31,30 @@ from .methods import BASELINE, Method
 from .progress import progress_bar
 from .request import Request
 from .runners import Output, Runner, Source, frame_strip, save_media
+from .runners.media import to_tensor
 
 ROWS_OF_SHEET = 16
 WARM_UP_STEPS = 2
 
 
-def check(source: Source, request: Request, method: Method, compare: bool = False) -> None:
+def check(
+    source: Source, request: Request, method: Method, compare: bool = False, maps: bool = False
+) -> None:
     """Fail if :func:`infer` cannot work; nothing is loaded.
 
     Raises:
-        ToMeError: The model cannot serve the request; there is nothing to compare.
+        ToMeError: The model cannot serve the request; there is nothing to compare or to draw.
     """
+    if maps and source.video:
+        raise ToMeError(
+            f"visualize draws images, and {source.class_name} makes clips; use infer --compare"
+        )
+    tome = getattr(method.setting, "tome", None)
+    if maps and (tome is None or tome.merges_nothing):
+        raise ToMeError(
+            f"{method.name!r} merges no tokens, so there is nothing to draw (step caching has no "
+            "merge maps); pass --ratio 0.5"
+        )
     source.check(request)
     if compare and method.kind == "baseline":
         raise ToMeError(
@@ -54,6 +69,7 @@ def infer(
     method: Method | None = None,
     *,
     compare: bool = False,
+    maps: bool = False,
     rounds: int | None = None,
     folder: str | Path,
     device: str | torch.device = "cpu",
@@ -67,6 +83,8 @@ def infer(
         method: What is applied. Default: None, what the config applies.
         compare: Also run the baseline, in interleaved rounds; measure the speed-up, and how close
             images and latents are to the baseline's; write ``compare.png``.
+        maps: Compare images once, one by one, and write the merge maps of each, see
+            :func:`~.maps.merge_sheet`.
         rounds: How often everything is run. Default: None, once; with ``compare`` as often as it
             takes for five pairs of runs, with which a speed-up can be certain.
         folder: Where files go.
@@ -81,24 +99,26 @@ def infer(
         KeyboardInterrupt: Its message tells what is complete.
     """
     method = method or Method(source.setting.description, source.setting)
-    check(source, request, method, compare)
+    check(source, request, method, compare, maps)
+    if rounds is not None:
+        check_integer("", "rounds", rounds, 1)
+    if maps:
+        request, compare, rounds = dataclasses.replace(request, batch_size=1), True, 1
     runner = source.load(request, device, dtype)
     methods = [BASELINE, method] if compare else [method]
     if rounds is None:
         rounds = math.ceil(FEWEST_ROUNDS / len(request.batches())) if compare else 1
-    run = _Run(runner, methods, Path(folder))
-    per_round = sum(one.steps or runner.steps for one in methods) * len(request.batches())
-    warm_up = min(WARM_UP_STEPS, runner.steps) * len(methods) if compare else 0
-    with progress_bar(per_round * rounds + warm_up, "generating", show=progress) as bar:
+    steps = sum(one.steps or runner.steps for one in methods) * len(request.batches()) * rounds
+    with progress_bar(steps, "generating", show=progress) as bar:
+        run = _Run(runner, methods, Path(folder), maps, bar)
         try:
-            if compare:
-                run.warm_up(bar)
-            run.rounds(rounds, bar)
+            run.rounds(rounds)
         except KeyboardInterrupt:
             there = f"; {len(run.images)} of {len(request)} are complete in {folder}"
             raise KeyboardInterrupt(there if run.images else "") from None
     result = run.result()
-    save_results(run.folder, result)
+    with whole_file(run.folder / "results.json") as path:
+        path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(report(result, run.folder))
     return result
 
@@ -106,14 +126,18 @@ def infer(
 class _Run:
     """Runs the method, or the baseline too, in rounds; writes the images of the first round."""
 
-    def __init__(self, runner: Runner, methods: Sequence[Method], folder: Path) -> None:
-        self.runner, self.methods, self.folder = runner, methods, folder
+    def __init__(
+        self, runner: Runner, methods: Sequence[Method], folder: Path, maps: bool, bar: tqdm
+    ) -> None:
+        self.runner, self.methods, self.folder, self.maps = runner, methods, folder, maps
+        self.bar = bar
         # Per image, of each run: of the whole call, and of the network alone.
         self.seconds = {method.name: {"whole": [], "network": []} for method in methods}
         self.images: list[dict[str, Any]] = []
-        self.rows: list[tuple[str, list[Image.Image]]] = []
-        self.applied: dict[str, Any] = {}
+        self.sheet: list[tuple[str, list[Image.Image]]] = []
+        self.records: list[drawing.Record] = []  # merge maps of the last run
         self.predicted: list[float] = []  # errors of the last batch's images, with a tolerance
+        self.applied: dict[str, Any] = {}
         self.settings = {
             "source": runner.source.path,
             "model": runner.source.class_name,
@@ -126,19 +150,15 @@ class _Run:
         }
         self.environment = environment(runner.device)
 
-    def warm_up(self, bar: tqdm) -> None:
-        """Run every method for two steps: a first run is slow."""
-        for method in self.methods:
-            with method.on(self.runner.model):
-                numbers = self.runner.request.batches()[0]
-                self.runner.run(numbers, min(WARM_UP_STEPS, self.runner.steps), bar.update)
-
-    def rounds(self, rounds: int, bar: tqdm) -> None:
-        """Run all methods on every batch, in balanced order."""
+    def rounds(self, rounds: int) -> None:
+        """Run all methods on every batch, in balanced order; before a comparison all warm up."""
         batches = self.runner.request.batches()
+        for method in self.methods if len(self.methods) > 1 else ():
+            with method.on(self.runner.model):
+                self.runner.run(batches[0], min(WARM_UP_STEPS, self.runner.steps))
         for turn in range(rounds * len(batches)):
             numbers = batches[turn % len(batches)]
-            calls = {one.name: partial(self._call, one, numbers, bar) for one in self.methods}
+            calls = {one.name: partial(self._call, one, numbers) for one in self.methods}
             outputs = {name: output for _, name, output in interleaved(calls, [turn])}
             for name, output in outputs.items():
                 self.seconds[name]["whole"].append(output.seconds / len(numbers))
@@ -147,10 +167,17 @@ class _Run:
                 for place, number in enumerate(numbers):
                     self._save(number, place, [outputs[one.name] for one in self.methods])
 
-    def _call(self, method: Method, numbers: Sequence[int], bar: tqdm) -> Output:
-        with method.on(self.runner.model) as handles:
-            output = self.runner.run(numbers, method.steps, bar.update)
-            if method is self.methods[-1]:
+    def _call(self, method: Method, numbers: Sequence[int]) -> Output:
+        is_last = method is self.methods[-1]
+        with method.on(self.runner.model) as handles, contextlib.ExitStack() as stack:
+            on_step = self.bar.update
+            if self.maps and is_last:
+                blocks = drawing.merged_blocks(handles.tome, drawing.MOST_BLOCKS)
+                recorder = stack.enter_context(drawing.Recorder(blocks))
+                self.records = recorder.records
+                on_step = partial(_next_step, recorder, self.bar)
+            output = self.runner.run(numbers, method.steps, on_step)
+            if is_last:
                 self.predicted = (handles.cache and handles.cache.predicted_error) or []
                 self.applied = {
                     "done": what_was_done(method, handles),
@@ -169,28 +196,31 @@ class _Run:
             "negative_prompt": (request.negatives([number]) or [""])[0],
             "versions": json.dumps(self.environment["versions"]),
         }
+        stem = str(self.folder / file_stem(number, prompt))
         images = [output.images[place] for output in outputs]
         for method, image in zip(self.methods, images):
-            applied = method is self.methods[-1]
-            path = self.folder / f"{file_stem(number, prompt)}{'' if applied else '_baseline'}"
+            key, end = (
+                ("file", "") if method is self.methods[-1] else ("baseline_file", "_baseline")
+            )
             text["method"] = json.dumps(method.to_dict())
-            file = save_media(path, image, self.runner.fps, text)
-            row["file" if applied else "baseline_file"] = file.name
+            row[key] = save_media(stem + end, image, self.runner.fps, text).name
         if len(images) > 1:
             row.update(fidelity(*outputs, place))
             if place < len(self.predicted):
                 row["predicted_error"] = self.predicted[place]
             if number < ROWS_OF_SHEET:
                 caption = f"{prompt}  (seed {row['seed']}, {fidelity_text(row)})"
-                self.rows.append((caption, [frame_strip(image) for image in images]))
+                self.sheet.append((caption, [frame_strip(image) for image in images]))
+        if self.maps:
+            sheet = drawing.merge_sheet(prompt, self.records, images[-1])
+            row["merge_sheet"] = save_media(f"{stem}_merge", sheet, text=text).name
         self.images.append(row)
 
     def result(self) -> dict[str, Any]:
         """What is in ``results.json``; the sheet is drawn."""
-        method = self.methods[-1]
         result: dict[str, Any] = {
             "settings": self.settings,
-            "method": method.to_dict(),
+            "method": self.methods[-1].to_dict(),
             "applied": self.applied,
             "seconds_per_image": self.seconds,
             "images": self.images,
@@ -202,18 +232,24 @@ class _Run:
         for key, part in (("speedup", "whole"), ("network_speedup", "network")):
             found = interval(ratios(base[part], other[part]))
             text = f"{found.text()}{'' if found.excludes(1) else ', within noise'}"
-            result[key] = {**asdict(found), "text": text}
+            result[key] = {**dataclasses.asdict(found), "text": text}
         # Over a small image there is no room for more, and ~ says the same.
         speedup = result["speedup"]["text"].removesuffix(", within noise")
         heads = [
-            f"baseline\n{statistics.median(base['whole']):.2f} s per image",
-            f"{self.applied['done']}: {speedup}\n"
-            f"{statistics.median(other['whole']):.2f} s per image",
+            f"baseline\n{median(base['whole']):.2f} s per image",
+            f"{self.applied['done']}: {speedup}\n{median(other['whole']):.2f} s per image",
+            f"difference\nbrightest: {plots.FULL_SCALE} of 255 and more",
         ]
         title = "{model}, {steps} steps, {size}, {device} {dtype}".format(**self.settings)
-        sheet = difference_sheet(title, heads, self.rows)
+        rows = [(caption, [*pair, plots.difference_map(*pair)]) for caption, pair in self.sheet]
+        sheet = plots.contact_sheet(title, heads, rows)
         result["compare"] = save_media(self.folder / "compare", sheet).name
         return result
+
+
+def _next_step(recorder: drawing.Recorder, bar: tqdm) -> None:
+    recorder.next_step()
+    bar.update()
 
 
 # --- words and figures ----------------------------------------------------------------------------
@@ -235,19 +271,14 @@ def fidelity(base: Output, other: Output, place: int) -> dict[str, float | None]
     from .metrics import paired
 
     psnr = paired("psnr")
-    value = psnr.mean(psnr(*(_pixels(one.images[place]) for one in (base, other))))
+    images = (one.images[place] for one in (base, other))
+    frames = (one if isinstance(one, (list, tuple)) else [one] for one in images)
+    value = psnr.mean(psnr(*map(to_tensor, frames)))
     error = None
     if base.latents is not None and other.latents is not None:
         both = (one.latents[place : place + 1] for one in (base, other))
         error = float(paired("latent_error")(*both))
     return {"psnr": value if math.isfinite(value) else None, "latent_error": error}
-
-
-def _pixels(image: Any) -> Tensor:
-    """(1, 3, H, W) uint8 of an image; (frames, 3, H, W) of a clip."""
-    frames = image if isinstance(image, (list, tuple)) else [image]
-    pixels = np.stack([np.asarray(frame.convert("RGB")) for frame in frames])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 def fidelity_text(row: Mapping[str, Any]) -> str:
@@ -259,21 +290,6 @@ def fidelity_text(row: Mapping[str, Any]) -> str:
     predicted = row.get("predicted_error")
     said = "" if predicted is None else f" (predicted {predicted:.4f})"
     return f"{text}, latent error {error:.4f}{said}"
-
-
-def difference_sheet(
-    title: str, heads: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]]
-) -> Image.Image:
-    """Draw pairs of images and their difference, see :func:`~.plots.contact_sheet`."""
-    heads = [*heads, f"difference\nbrightest: {plots.FULL_SCALE} of 255 and more"]
-    rows = [(caption, [*pair, plots.difference_map(*pair)]) for caption, pair in rows]
-    return plots.contact_sheet(title, heads, rows)
-
-
-def save_results(folder: Path, result: Mapping[str, Any]) -> None:
-    """Write ``results.json``."""
-    with whole_file(folder / "results.json") as path:
-        path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def file_stem(number: int, prompt: str) -> str:
@@ -288,7 +304,8 @@ def report(result: Mapping[str, Any], folder: Path) -> str:
     lines = [f"{len(images)} generated, with results.json: {folder}"]
     for row in images[:ROWS_OF_SHEET]:
         close = f"  {fidelity_text(row)}" if "psnr" in row else ""
-        lines.append(f"  {row['file']}{close}  {row['prompt']}")
+        maps = f"  {row['merge_sheet']}" if "merge_sheet" in row else ""
+        lines.append(f"  {row['file']}{close}{maps}  {row['prompt']}")
     if len(images) > ROWS_OF_SHEET:
         lines.append(f"  ... and {len(images) - ROWS_OF_SHEET} more")
     if "compare" in result:
@@ -296,8 +313,7 @@ def report(result: Mapping[str, Any], folder: Path) -> str:
     lines += ["", f"In the last run: {applied['done']}", *applied["summary"], ""]
     lines.append(f"Seconds per image, {result['settings']['steps']} steps [network alone]:")
     for name, one in result["seconds_per_image"].items():
-        whole, network = statistics.median(one["whole"]), statistics.median(one["network"])
-        lines.append(f"  {name}: {whole:.2f} [{network:.2f}]")
+        lines.append(f"  {name}: {median(one['whole']):.2f} [{median(one['network']):.2f}]")
     if "speedup" not in result:
         return "\n".join([*lines, "  without a warm-up; --compare measures the speed-up"])
     speedup, network = result["speedup"], result["network_speedup"]["text"]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -10,11 +11,17 @@ from functools import partial
 import numpy as np
 import torch
 from PIL import Image
+from scipy import ndimage
 from torch import nn
 
+from ..errors import ToMeError
 from ..handle import ToMeHandle
 from ..patch import find_patch
 from ..tome.state import TomePatch
+from .plots import contact_sheet
+
+# Of a sheet of merge maps; evenly spread.
+MOST_BLOCKS, MOST_STEPS = 8, 4
 
 # Pixels per token at least: borders would hide smaller ones.
 _TOKEN = 6
@@ -24,19 +31,13 @@ _BRIGHT, _GREY = 190, 150.0
 
 @dataclass(frozen=True)
 class Record:
-    """The merge plan of one block at one step.
+    """The merge plan of one block at one step."""
 
-    Attributes:
-        step: From 0.
-        block: Dotted path of the block.
-        grid: (height, width) in tokens.
-        slot: (N,) int32, the merged token that holds each token, in rows of the grid; of the last
-            image in the network's batch, which with guidance is the one with the prompt.
-    """
-
-    step: int
-    block: str
-    grid: tuple[int, int]
+    step: int  #: from 0
+    block: str  #: dotted path
+    grid: tuple[int, int]  #: (height, width) in tokens
+    #: (N,) int32, the merged token that holds each token, in rows of the grid; of the last image in
+    #: the network's batch, which with guidance is the one with the prompt.
     slot: np.ndarray
 
     @property
@@ -45,16 +46,17 @@ class Record:
         return int(self.slot.max()) + 1
 
 
-def merged_blocks(handle: ToMeHandle) -> dict[str, nn.Module]:
-    """The blocks in which tokens are merged, by dotted path, in running order."""
-    found = {}
+def merged_blocks(handle: ToMeHandle, most: int | None = None) -> dict[str, nn.Module]:
+    """The blocks in which tokens are merged, by dotted path, in running order; ``most`` of them at
+    most, evenly spread. Default: None, all."""
+    found = []
     for name, network in handle.networks.items():
         patch = find_patch(network, TomePatch)
         merged = {block.name for block in patch.blocks}
         for block in patch.adapter.blocks(network):
             if block.name in merged:
-                found[f"{name}.{block.name}" if name else block.name] = block.module
-    return found
+                found.append((f"{name}.{block.name}" if name else block.name, block.module))
+    return dict(found[place] for place in spread(len(found), most or len(found)))
 
 
 class Recorder:
@@ -110,26 +112,23 @@ def enlarged(image: Image.Image, grid: tuple[int, int]) -> Image.Image:
 
 
 def merge_map(slot: np.ndarray, grid: tuple[int, int], image: Image.Image) -> Image.Image:
-    """Paint groups of merged tokens over an image, in their mean colour and with a border.
-
-    A token that is alone shows the image as it is.
+    """Paint groups of merged tokens over an image, in their mean colour and with a border; a token
+    that is alone shows the image. After "Token Merging: Your ViT But Faster" (arXiv 2210.09461),
+    figure 4.
 
     Args:
         slot: (height * width,) the merged token that holds each token, in rows of the grid.
         grid: (height, width) in tokens.
-        image: PIL image that the grid covers; see :func:`enlarged`.
-
-    Returns:
-        PIL image in RGB, as large.
-
-    Source: "Token Merging: Your ViT But Faster" (arXiv 2210.09461), figure 4.
+        image: That the grid covers; see :func:`enlarged`.
     """
     pixels = np.asarray(image.convert("RGB"), np.float64)
     rows = np.arange(image.height) * grid[0] // image.height
     columns = np.arange(image.width) * grid[1] // image.width
     labels = slot.reshape(grid)[rows[:, None], columns]
     merged = (np.bincount(slot) > 1)[labels]
-    painted = np.where(merged[..., None], _mean_colours(pixels, labels), pixels)
+    groups = np.arange(slot.max() + 1)
+    means = [ndimage.mean(channel, labels, groups) for channel in np.moveaxis(pixels, 2, 0)]
+    painted = np.where(merged[..., None], np.stack(means, axis=1)[labels], pixels)
     # Left of or above another group, if one of the two is merged.
     border = np.zeros(labels.shape, bool)
     border[:, :-1] |= (labels[:, :-1] != labels[:, 1:]) & (merged[:, :-1] | merged[:, 1:])
@@ -139,12 +138,31 @@ def merge_map(slot: np.ndarray, grid: tuple[int, int], image: Image.Image) -> Im
     return Image.fromarray(painted.round().astype(np.uint8))
 
 
-def _mean_colours(pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(H, W, 3): the mean over all pixels with the same label."""
-    flat = labels.reshape(-1)
-    count = np.bincount(flat).clip(1)
-    sums = [np.bincount(flat, channel.reshape(-1)) for channel in np.moveaxis(pixels, 2, 0)]
-    return np.stack([total / count for total in sums], axis=1)[labels]
+def merge_sheet(title: str, records: Sequence[Record], image: Image.Image) -> Image.Image:
+    """Draw merge maps over an image: a row per block, a column for each of four steps at most.
+
+    Raises:
+        ToMeError: There is none.
+    """
+    if not records:
+        raise ToMeError(
+            "nothing was merged in this run, so there is nothing to draw: grids are too small or "
+            "the options merge nothing; pass a larger --size or --ratio"
+        )
+    steps = sorted({record.step for record in records})
+    steps = [steps[place] for place in spread(len(steps), MOST_STEPS)]
+    found = {(record.block, record.step): record for record in records}
+    image = enlarged(image, max(record.grid for record in records))
+    rows = []
+    for block in dict.fromkeys(record.block for record in records):
+        own = [record for record in records if record.block == block]
+        kept = sorted(record.kept for record in own)
+        ends = "-".join(map(str, dict.fromkeys([kept[0], kept[-1]])))
+        at = [found.get((block, step)) for step in steps]
+        # The image itself where nothing was merged.
+        maps = [image if one is None else merge_map(one.slot, one.grid, image) for one in at]
+        rows.append((f"{short_name(block)}: {own[0].slot.size} to {ends} tokens", maps))
+    return contact_sheet(title, [f"step {step + 1}" for step in steps], rows)
 
 
 def short_name(block: str) -> str:

@@ -26,8 +26,6 @@ from ..patch import Interceptor, intercept, interceptors_of, release
 
 T = TypeVar("T")
 
-# --- seconds --------------------------------------------------------------------------------------
-
 #: Wall time, or the CPU seconds of this process (all its threads).
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -39,18 +37,11 @@ def synchronize(device: str | torch.device) -> None:
 
 
 class Clock:
-    """Measures the seconds of a call.
+    """Measures the seconds of a call on a device.
 
-    Args:
-        device: Where the call works.
-        kind: ``'wall'`` (default), or ``'cpu'`` for a CPU that other programs use too. Threads
-            that wait for each other count, so use one thread with it.
-
-    Raises:
-        ToMeError: Another kind; the CPU clock for work on a GPU.
-
-    Example:
-        >>> seconds, output = Clock("cuda")(lambda: network(x))
+    ``kind`` is ``'wall'`` (default), or ``'cpu'`` for a CPU that other programs use too. Threads
+    that wait for each other count, so use one thread with it. ToMeError: another kind; the CPU
+    clock for work on a GPU.
     """
 
     def __init__(self, device: str | torch.device, kind: str = "wall") -> None:
@@ -63,7 +54,6 @@ class Clock:
 
     def __call__(self, function: Callable[[], T]) -> tuple[float, T]:
         """Return (seconds, what ``function`` returned), synchronized at both ends."""
-        gc.collect()
         synchronize(self.device)
         start = self.now()
         result = function()
@@ -72,47 +62,56 @@ class Clock:
 
 
 class StepMarks:
-    """Marks the start and the end of every call of a module, inside a with statement.
-
-    Calls that step caching skips are marked too. On CUDA the marks are events, so nothing waits
-    for the device until :meth:`seconds`.
+    """Measures the seconds of every step of a run, inside a with statement: those of the calls of
+    its networks, also where step caching skips them. On CUDA the marks are events, so nothing
+    waits for the device until :meth:`seconds`.
 
     Args:
-        module: The network whose calls are the steps of a run.
-        device: Where it is.
-        on_step: Called without arguments after each call, such as ``bar.update``.
-
-    Example:
-        >>> with StepMarks(pipeline.unet, "cuda") as marks:
-        ...     pipeline("a red apple")
-        >>> marks.seconds()
+        networks: The network whose calls are the steps, or several.
+        device: Where they are.
+        on_step: Called without arguments after each step, such as ``bar.update``.
+        calls: Calls of a step. Default: 1. None: :meth:`end_step` is called after each step.
     """
 
     def __init__(
         self,
-        module: nn.Module,
+        networks: nn.Module | Sequence[nn.Module],
         device: str | torch.device,
         on_step: Callable[[], object] | None = None,
+        calls: int | None = 1,
     ) -> None:
-        self.module = module
+        self.networks = [networks] if isinstance(networks, nn.Module) else networks
         self.device = torch.device(device)
-        self.on_step = on_step
+        self.on_step, self.calls = on_step, calls
         self._spans: list[tuple[Any, Any]] = []
+        self._ends: list[int] = []  # number of spans at the end of each step
         self._interceptor = _Marking(self)
 
     def __enter__(self) -> StepMarks:
-        intercept(self.module, self._interceptor, first=True)
+        for network in self.networks:
+            intercept(network, self._interceptor, first=True)
         return self
 
     def __exit__(self, *error: object) -> None:
-        release(self.module, self._interceptor)
+        for network in self.networks:
+            release(network, self._interceptor)
+
+    def end_step(self, *_: Any) -> dict[str, Any]:
+        """Note the end of a step; diffusers' ``callback_on_step_end``, which changes nothing."""
+        self._ends.append(len(self._spans))
+        if self.on_step is not None:
+            self.on_step()
+        return {}
 
     def seconds(self) -> list[float]:
-        """Return the seconds of each call that ended without an error, in order."""
-        if self.device.type != "cuda":
-            return [end - start for start, end in self._spans]
+        """Return the seconds of each step with calls that ended without an error, in order."""
         synchronize(self.device)
-        return [start.elapsed_time(end) / 1000 for start, end in self._spans]
+        if self.device.type == "cuda":
+            calls = [start.elapsed_time(end) / 1000 for start, end in self._spans]
+        else:
+            calls = [end - start for start, end in self._spans]
+        ends = sorted({0, *self._ends, len(calls)})
+        return [sum(calls[first:last]) for first, last in zip(ends, ends[1:])]
 
     def _now(self) -> Any:
         if self.device.type != "cuda":
@@ -120,6 +119,11 @@ class StepMarks:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event
+
+    def _called(self, start: Any) -> None:
+        self._spans.append((start, self._now()))
+        if self.calls is not None and len(self._spans) % self.calls == 0:
+            self.end_step()
 
 
 class _Marking(Interceptor):
@@ -140,9 +144,7 @@ class _Marking(Interceptor):
             output = proceed(module, *args, **kwargs)
         else:
             output = following.call(module, proceed, args, kwargs)
-        self.marks._spans.append((start, self.marks._now()))
-        if self.marks.on_step is not None:
-            self.marks.on_step()
+        self.marks._called(start)
         return output
 
 
@@ -150,16 +152,12 @@ class _Marking(Interceptor):
 
 
 def balanced_order(names: Sequence[str], turn: int) -> list[str]:
-    """Return the order in which methods run in a round.
+    """Return the order in which n methods run in round number ``turn``, counted from 0.
 
     A run leaves its mark on caches, on the heap and on the processor's clock. Over n rounds of n
     methods (2 n where n is odd), every method runs after every other one equally often, and equally
     often at every place of a round (Williams, Experimental designs balanced for the estimation of
     residual effects of treatments, 1949).
-
-    Args:
-        names: Of the n methods.
-        turn: Number of the round, from 0.
     """
     count = len(names)
     # 0, 1, n-1, 2, n-2, ...: every difference between neighbours occurs once.
@@ -172,7 +170,6 @@ def balanced_order(names: Sequence[str], turn: int) -> list[str]:
 def interleaved(
     calls: Mapping[str, Callable[[], T]],
     turns: Iterable[int],
-    progress: Callable[[int, str], object] | None = None,
 ) -> Iterator[tuple[int, str, T]]:
     """Call every method once per round, so that a machine slows down for all methods alike.
 
@@ -180,9 +177,8 @@ def interleaved(
     so that a collection takes milliseconds however many modules are loaded.
 
     Args:
-        calls: Per method a function that does one run; it may warm up, measure, or both.
+        calls: Name -> a function that does one run.
         turns: Numbers of the rounds, such as ``range(done, rounds)`` to go on.
-        progress: Called with the number of the round and the name before each call.
 
     Yields:
         tuple: Number of the round, name, and what the call returned.
@@ -193,8 +189,6 @@ def interleaved(
     try:
         for turn in turns:
             for name in balanced_order(list(calls), turn):
-                if progress is not None:
-                    progress(turn, name)
                 gc.collect()
                 yield turn, name, calls[name]()
     finally:
@@ -213,19 +207,13 @@ FEWEST_ROUNDS = 5
 
 @dataclass(frozen=True)
 class Interval:
-    """A median and its interval.
-
-    Attributes:
-        median, low, high: The median and the ends of the interval.
-        coverage: Probability that the true median is inside, ends included.
-        count: Number of values; with fewer than :data:`FEWEST_ROUNDS` nothing is certain.
-    """
+    """A median and its interval."""
 
     median: float
     low: float
     high: float
-    coverage: float
-    count: int = FEWEST_ROUNDS
+    coverage: float  #: probability that the true median is inside, ends included
+    count: int = FEWEST_ROUNDS  #: values; with fewer than this nothing is certain
 
     def excludes(self, value: float) -> bool:
         """Return whether the true median is certainly different from ``value``."""
@@ -240,17 +228,12 @@ class Interval:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Return the median of some values with its interval: that of the sign test.
+    """Return the median of the values of all rounds with its interval: that of the sign test.
 
     It lies between two of the sorted values and contains the true median with a known probability,
     whatever the distribution (Conover, Practical Nonparametric Statistics, section 3.2). Below six
     values not even the smallest and the largest reach 95 %; ``coverage`` is what they reach.
-
-    Args:
-        values: One per round.
-
-    Raises:
-        ToMeError: No values.
+    ToMeError without values.
     """
     if not values:
         raise ToMeError("no rounds were measured, so there is no median; run at least one round")
@@ -279,11 +262,9 @@ def peak_memory(function: Callable[[], Any], device: str | torch.device) -> int:
 
     On CUDA torch's allocator counts. On a CPU torch's profiler reports every allocation of a
     tensor, those inside operators too, and the peak is the largest sum: exact, and the same on
-    every run. Buffers that libraries such as oneDNN allocate on their own are not counted.
-
-    Call ``reset_run()`` of the handles before, so that no state kept by an earlier run is reused.
-    On a CPU tensors that existed before never count, not even if the call frees them; on CUDA a
-    call that frees them seems to need less.
+    every run. Buffers that libraries such as oneDNN allocate on their own are not counted. Tensors
+    that existed before do not count, but on CUDA a call that frees them seems to need less: call
+    ``reset_run()`` of the handles before.
     """
     gc.collect()
     if torch.device(device).type == "cuda":
@@ -336,22 +317,20 @@ def count_flops(function: Callable[[], Any], part: nn.Module | None = None) -> t
 
     Args:
         function: Called once, without gradients. Compiled code cannot be counted.
-        part: A module that ``function`` calls any number of times, but not within itself. None:
-            its share is 0.
+        part: A module that ``function`` calls any number of times. None: its share is 0.
     """
     counter = FlopCounterMode(display=False, custom_mapping=_MORE)
-    starts: list[int] = []
-    spans: list[int] = []
+    marks: list[int] = []  # totals at the start and the end of each call of the part
     hooks = []
     if part is not None:
+
+        def mark(*_: Any) -> None:
+            marks.append(counter.get_total_flops())
+
         # Outermost, so that merging around the module counts as a part of it.
         hooks = [
-            part.register_forward_pre_hook(
-                lambda *_: starts.append(counter.get_total_flops()), prepend=True
-            ),
-            part.register_forward_hook(
-                lambda *_: spans.append(counter.get_total_flops() - starts.pop())
-            ),
+            part.register_forward_pre_hook(mark, prepend=True),
+            part.register_forward_hook(mark),
         ]
     try:
         with counter, torch.no_grad():
@@ -359,7 +338,7 @@ def count_flops(function: Callable[[], Any], part: nn.Module | None = None) -> t
     finally:
         for hook in hooks:
             hook.remove()
-    return int(counter.get_total_flops()), int(sum(spans))
+    return int(counter.get_total_flops()), int(sum(marks[1::2]) - sum(marks[::2]))
 
 
 def _attention(query, key, value, *args, out_shape=None, **kwargs):

@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Networks of the shapes of published checkpoints, with random weights.
+"""UNets of the shapes of published checkpoints, with random weights.
 
 Time and memory of a forward depend on the shape and not on the values of the weights.
 """
@@ -7,7 +7,7 @@ Time and memory of a forward depend on the shape and not on the values of the we
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -17,85 +17,68 @@ from torch import Tensor, nn
 
 from ..errors import ToMeError
 from ..latents import tensors_of
+from .runners.base import check_size
 
 #: Positional and keyword arguments of a call of a network.
 Arguments = tuple[tuple, dict[str, Any]]
 # Timestep of a single forward, of 1000.
 _MIDDLE = 500
-_UNET = "UNet2DConditionModel"
-_SD3 = "SD3Transformer2DModel"
-_FLUX = "FluxTransformer2DModel"
 
 
 @dataclass(frozen=True)
 class Network:
-    """A denoising network of diffusers that can be built by name.
+    """A ``UNet2DConditionModel`` of diffusers that can be built by name.
 
     Attributes:
-        arguments: Of its constructor.
-        name: Of its class.
+        arguments: Of its constructor, where they are not the default: Stable Diffusion 1.
         factor: Pixels per position of the latents, per side.
         text: Number of text tokens.
         size: Default height and width in pixels.
-        batch: Default batch of the network; 2 is one image with guidance.
     """
 
     arguments: Mapping[str, Any]
-    name: str = _UNET
     factor: int = 8
     text: int = 77
     size: int = 512
-    batch: int = 2
 
     @property
     def unit(self) -> int:
-        """Pixels that height and width must be multiples of."""
-        # A UNet halves its sides at every level but the last; Stable Diffusion 3 has patches of 2.
+        """Pixels that height and width must be multiples of: all levels but the last halve them."""
         levels = len(self.arguments.get("block_out_channels", range(4)))
-        return self.factor * {_UNET: 2 ** (levels - 1), _SD3: 2, _FLUX: 1}[self.name]
+        return self.factor * 2 ** (levels - 1)
 
     def make(self) -> nn.Module:
         """The network, where torch's default device says."""
-        import diffusers
+        from diffusers import UNet2DConditionModel
 
-        return getattr(diffusers, self.name)(**self.arguments)
+        return UNet2DConditionModel(**self.arguments)
 
     def build(self, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
-        """The network with random weights, in eval mode and without gradients.
-
-        Weights are made where they stay, in their final precision, so building takes no more memory
-        than the network itself.
-        """
+        """The network with random weights, which are made where they stay, in their final
+        precision; in eval mode and without gradients."""
         with torch.device("meta"):
             network = self.make()
         # Not diffusers' own ``to``, which warns of precisions that matter with real weights only.
         network = nn.Module.to(network, dtype).to_empty(device=device)
         generator = torch.Generator(device).manual_seed(0)
-        for tensor in (*network.parameters(), *network.buffers()):
-            if tensor.is_floating_point():
+        for module in network.modules():
+            for name, tensor in module.named_parameters(recurse=False):
                 # About unit variance from layer to layer: nothing overflows in half precision, and
                 # nothing becomes so small that a CPU slows down on it.
                 bound = (3 / max(1, tensor[0].numel())) ** 0.5 if tensor.dim() > 1 else 0.1
                 tensor.data.uniform_(-bound, bound, generator=generator)
-        for module in network.modules():
-            if getattr(module, "weight", None) is not None and module.weight.dim() == 1:
-                module.weight.data.fill_(1)  # a norm
+                if name == "weight" and tensor.dim() == 1:
+                    tensor.data.fill_(1)  # a norm
         return network.eval().requires_grad_(False)
 
 
 @dataclass
 class Work:
-    """A network and the calls of it that are one measurement.
+    """A network and the calls of it that are one measurement."""
 
-    Attributes:
-        network: The baseline; it is not changed.
-        calls: Arguments of each.
-        scheduler: Whose timesteps the calls have; None for a single call.
-    """
-
-    network: nn.Module
+    network: nn.Module  #: the baseline; it is not changed
     calls: list[Arguments]
-    scheduler: Any
+    scheduler: Any  #: whose timesteps the calls have; None for a single call
 
     def __call__(self, network: nn.Module) -> Tensor:
         """Run a copy of the network: the mean of its outputs."""
@@ -109,53 +92,40 @@ class Work:
 def work_on(
     entry: Network, network: nn.Module, size: tuple[int, int], batch: int, steps: int
 ) -> Work:
-    """Calls of a network at falling timesteps; 1 is a single forward.
-
-    Args:
-        entry: Of :data:`NETWORKS`.
-        network: Built from it.
-        size: (height, width) in pixels.
-        batch: Of the network.
-        steps: Number of calls.
-    """
-    weights = next(network.parameters())
+    """Calls of a network that was built from an entry, on (height, width) pixels, at so many
+    falling timesteps; 1 is a single forward."""
+    weights, config = next(network.parameters()), network.config
     generator = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(weights)
+        return torch.randn(batch, *shape, generator=generator).to(weights)
 
-    grid = (size[0] // entry.factor, size[1] // entry.factor)
-    inputs = _INPUTS[entry.name](network.config, noise, batch, grid, entry.text)
-    if steps == 1:
-        return Work(network, [inputs(_MIDDLE)], None)
+    x = noise(config.in_channels, size[0] // entry.factor, size[1] // entry.factor)
+    known = dict(encoder_hidden_states=noise(entry.text, config.cross_attention_dim))
+    if config.addition_embed_type == "text_time":
+        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        times = torch.full((batch, 6), 512.0).to(weights)
+        known["added_cond_kwargs"] = dict(text_embeds=noise(width), time_ids=times)
     times = [round(1000 * (1 - step / steps)) - 1 for step in range(steps)]
-    scheduler = SimpleNamespace(timesteps=torch.tensor(times))
-    return Work(network, [inputs(time) for time in times], scheduler)
+    scheduler = SimpleNamespace(timesteps=torch.tensor(times)) if steps > 1 else None
+    # By position: tomesd and DeepCache read these two there.
+    calls = [
+        ((x, torch.tensor(time, device=x.device)), known)
+        for time in (times if steps > 1 else [_MIDDLE])
+    ]
+    return Work(network, calls, scheduler)
 
 
 def check_network(name: str, sizes: Sequence[tuple[int, int]] = ()) -> Network:
-    """The entry of :data:`NETWORKS`.
-
-    Args:
-        name: Its key.
-        sizes: (height, width) in pixels that it must be able to work on.
-
-    Raises:
-        ToMeError: There is none; a size does not fit.
-    """
+    """The entry of :data:`NETWORKS`; ToMeError if there is none, or it cannot work on one of these
+    sizes, (height, width) in pixels."""
     if name not in NETWORKS:
         raise ToMeError(
             f"there is no network {name!r}; write one of {', '.join(NETWORKS)}, a config's "
             "path, or --pipeline FOLDER"
         )
-    unit = NETWORKS[name].unit
-    for height, width in sizes:
-        if height % unit or width % unit:
-            near = "x".join(str(max(unit, round(n / unit) * unit)) for n in (height, width))
-            raise ToMeError(
-                f"size {height}x{width} does not fit {name}: height and width must be "
-                f"multiples of {unit}; the nearest is {near}"
-            )
+    for size in sizes:
+        check_size(name, size, NETWORKS[name].unit)
     return NETWORKS[name]
 
 
@@ -165,53 +135,6 @@ def share_weights(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
 
 
-# --- inputs of each class -------------------------------------------------------------------------
-
-
-def _unet_inputs(config, noise, batch, grid, text) -> Callable[[int], Arguments]:
-    x = noise(batch, config.in_channels, *grid)
-    known = dict(encoder_hidden_states=noise(batch, text, config.cross_attention_dim))
-    if config.addition_embed_type == "text_time":
-        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        known["added_cond_kwargs"] = dict(
-            text_embeds=noise(batch, width),
-            time_ids=torch.full((batch, 6), 512.0, device=x.device, dtype=x.dtype),
-        )
-    # By position: tomesd and DeepCache read these two there.
-    return lambda time: ((x, torch.tensor(time, device=x.device)), known)
-
-
-def _sd3_inputs(config, noise, batch, grid, text) -> Callable[[int], Arguments]:
-    known = dict(
-        hidden_states=noise(batch, config.in_channels, *grid),
-        encoder_hidden_states=noise(batch, text, config.joint_attention_dim),
-        pooled_projections=noise(batch, config.pooled_projection_dim),
-    )
-    device = known["hidden_states"].device
-    return lambda time: ((), {**known, "timestep": torch.full((batch,), float(time)).to(device)})
-
-
-def _flux_inputs(config, noise, batch, grid, text) -> Callable[[int], Arguments]:
-    hidden = noise(batch, grid[0] * grid[1], config.in_channels)
-    rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
-    positions = torch.stack((torch.zeros_like(rows), rows, columns), dim=-1).reshape(-1, 3)
-    known = dict(
-        hidden_states=hidden,
-        encoder_hidden_states=noise(batch, text, config.joint_attention_dim),
-        pooled_projections=noise(batch, config.pooled_projection_dim),
-        img_ids=positions.to(hidden),
-        txt_ids=torch.zeros(text, 3).to(hidden),
-        guidance=torch.full((batch,), 3.5).to(hidden),
-    )
-    return lambda time: ((), {**known, "timestep": torch.full((batch,), time / 1000).to(hidden)})
-
-
-_INPUTS = {_UNET: _unet_inputs, _SD3: _sd3_inputs, _FLUX: _flux_inputs}
-
-# --- shapes ---------------------------------------------------------------------------------------
-
-# Only arguments that differ from the defaults of the classes: Stable Diffusion 1, a smaller Stable
-# Diffusion 3, Flux.1.
 #: Name -> network.
 NETWORKS = {
     "small": Network(  # about the demo model's network
@@ -251,24 +174,5 @@ NETWORKS = {
             projection_class_embeddings_input_dim=2816,
         ),
         size=1024,
-    ),
-    "sd3": Network(  # medium
-        dict(
-            num_layers=24,
-            num_attention_heads=24,
-            caption_projection_dim=1536,
-            pos_embed_max_size=192,
-        ),
-        name=_SD3,
-        size=1024,
-        text=333,
-    ),
-    "flux": Network(  # dev
-        dict(guidance_embeds=True),
-        name=_FLUX,
-        size=1024,
-        factor=16,
-        batch=1,
-        text=512,
     ),
 }

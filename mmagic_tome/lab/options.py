@@ -1,12 +1,13 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Options of the commands, their values and exit codes; imports nothing slow."""
+"""Options of the commands and their exit codes; imports nothing slow. What reads a value checks it:
+``make_request``, ``plan_of``, the configs of the techniques."""
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import errno
-import math
 import os
 import sys
 from collections.abc import Callable
@@ -56,102 +57,44 @@ class Parser(argparse.ArgumentParser):
 
 
 class KeyValues(argparse.Action):
-    """KEY=VALUE ..., read by mmengine's ``DictAction``, whose import takes a second.
-
-    It makes ``'redapple'`` of ``'red apple'``, so values with spaces are read here.
-    """
+    """KEY=VALUE ...: a dict, see :func:`parse_value`."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         """Add the pairs to the dict in ``namespace``."""
+        found = dict(getattr(namespace, self.dest) or {})
         for text in values:
-            if "=" not in text[1:]:
+            key, equals, value = text.partition("=")
+            if not (key and equals):
                 parser.error(f"{option_string} takes KEY=VALUE, got {text!r}")
-        from mmengine.config import DictAction
-
-        action = DictAction(self.option_strings, self.dest)
-        for text in values:
-            key, _, value = text.partition("=")
-            try:
-                if " " not in value or (found := _spaced(value)) is NOT_GIVEN:
-                    action(parser, namespace, [text], option_string)
-                else:
-                    setattr(
-                        namespace, self.dest, {**(vars(namespace)[self.dest] or {}), key: found}
-                    )
-            except AssertionError as error:
-                parser.error(f"{option_string}: {error}")
+            found[key] = parse_value(value)
+        setattr(namespace, self.dest, found)
 
 
-def _spaced(value: str) -> Any:
-    """A value with spaces in it: what it is in Python, else a text; ``NOT_GIVEN`` of other lists,
-    such as ``[a, b]``."""
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return NOT_GIVEN if value.startswith(("(", "[")) else value
-
-
-# --- values ---------------------------------------------------------------------------------------
-
-
-def number(kind: type, low: float, below: float = math.inf) -> Callable[[str], Any]:
-    """An ``argparse`` type: a finite number of at least ``low`` and below ``below``."""
-
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not low <= value < below:
-            limit = f" and less than {below}" if below < math.inf else ""
-            raise argparse.ArgumentTypeError(f"expected at least {low}{limit}, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # as argparse says what a text is not
-    return parse
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """``(height, width)`` in pixels from ``'256'`` or ``'256x384'``."""
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise argparse.ArgumentTypeError(f"expected N or HxW in pixels, got {text!r}")
-    return int(parts[0]), int(parts[-1])
-
-
-def parse_tolerance(text: str) -> dict[str, float]:
-    """A ``cache_cfg`` from a tolerance."""
-    try:
-        return {"tolerance": float(text)}
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number; write 0.01") from None
-
-
-def parse_cache(text: str) -> Any:
-    """A ``cache_cfg`` from a name, or a dict or list in Python's spelling; None from 'none'."""
-    if text.lower() == "none":
-        return None
-    if not text.lstrip().startswith(("{", "[", "(")):
-        return text
-    try:
+def parse_value(text: str) -> Any:
+    """A value in Python's spelling, or in that of mmengine (``[a, b]``, ``a,b``, ``true``), which
+    is a text if it is nothing else."""
+    with contextlib.suppress(ValueError, SyntaxError):
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        wanted = "expected a name such as balanced, or a dict such as {'interval': 3}"
-        raise argparse.ArgumentTypeError(f"{wanted}, got {text!r}") from None
+    if " " in text and not text.startswith(("[", "(")):
+        return text  # mmengine would remove the spaces
+    from mmengine.config import DictAction
+
+    with contextlib.suppress(AssertionError):  # brackets that are not closed
+        return DictAction._parse_iterable(text)
+    return text
 
 
-# Kinds of options.
-TEXT, FILE, DIR = ({"metavar": name} for name in ("TEXT", "FILE", "DIR"))
-TEXTS = {"nargs": "+", "action": "extend", "default": [], "metavar": "TEXT"}
-FILES = {"nargs": "+", "metavar": "FILE"}
-REPEATED = {"action": "append", "default": []}
-N = {"type": number(int, 1), "metavar": "N"}
-ZERO_OR_MORE = {"type": number(int, 0), "metavar": "N"}
-SEED = {"type": number(int, 0, below=2**32), "metavar": "N"}  # torch's on the CPU has 32 bits
-WEIGHT = {"type": number(float, 0), "metavar": "W"}
-SIZE = {"type": parse_size, "metavar": "N|HxW"}
-TOLERANCE = {"type": parse_tolerance, "metavar": "E", "default": NOT_GIVEN}
-CACHE = {"type": parse_cache, "metavar": "NAME|DICT", "default": NOT_GIVEN}
-DTYPE = {"choices": ("fp32", "fp16", "bf16")}
-FLAG = {"action": "store_true"}
-KEY_VALUES = {"nargs": "+", "action": KeyValues, "default": {}, "metavar": "KEY=VALUE"}
+def tolerance(text: str) -> dict[str, float]:
+    """A ``cache_cfg`` of a tolerance."""
+    return {"tolerance": float(text)}
+
+
+_FILES = {"nargs": "+", "metavar": "FILE"}
+_PAIRS = {"nargs": "+", "action": KeyValues, "default": {}, "metavar": "KEY=VALUE"}
+_FLAG = {"action": "store_true"}
+_REPEATED = {"action": "append", "default": []}
+_N = {"type": int, "metavar": "N"}
+_ROUNDS = "interleaved rounds"
 
 
 def add_options(parser: argparse.ArgumentParser, verb: str, default: str) -> None:
@@ -160,115 +103,134 @@ def add_options(parser: argparse.ArgumentParser, verb: str, default: str) -> Non
     cases = verb == "benchmark"
     several = {"nargs": "+"} if cases else {}
 
-    def group(title: str) -> Callable[..., None]:
-        options = parser.add_argument_group(title)
+    add = parser.add_argument_group("what is run").add_argument
+    networks = ", or small, sd15, sd15-level0, sdxl (random weights)" if cases else ""
+    config = f"a file, or package::path{networks} (default: {default})"
+    add("config", nargs="?", help=config)
+    add("checkpoint", nargs="?", help="weights of a MMagic model (default: config's load_from)")
+    pipeline = "diffusers pipeline, a folder or id, not a config (default: none)"
+    add("--pipeline", metavar="DIR", help=pipeline)
+    changes = "changes of the config: tome_cfg.sx=4 ... (default: none)"
+    add("--cfg-options", **_PAIRS, help=changes)
 
-        def add(names: str, kind: dict[str, Any], about: str, to: Any = options, **changes) -> None:
-            to.add_argument(*names.split(), help=about, **{**kind, **changes})
-
-        add.options = options
-        return add
-
-    add = group("what is run")
-    networks = ", or small, sd15, sd15-level0, sdxl, sd3, flux (random weights)" if cases else ""
-    add("config", {"nargs": "?"}, f"a file, or package::path{networks} (default: {default})")
-    add("checkpoint", {"nargs": "?"}, "weights of a MMagic model (default: config's load_from)")
-    add("--pipeline", DIR, "diffusers pipeline, a folder or id, not a config (default: none)")
-    add("--cfg-options", KEY_VALUES, "changes of the config: tome_cfg.sx=4 ... (default: none)")
-
-    add = group("what to generate")
-    add("--prompt --text", TEXTS, "@FILE is as --prompt-file (default: the config's infer_cfg)")
+    add = parser.add_argument_group("what to generate").add_argument
+    texts = {"nargs": "+", "action": "extend", "default": [], "metavar": "TEXT"}
+    add(
+        "--prompt",
+        "--text",
+        **texts,
+        help="@FILE is as --prompt-file (default: the config's infer_cfg)",
+    )
     files = ".txt (a prompt per line), .json, .csv, demo, demo-held-out or imagenet"
-    add("--prompt-file", {**REPEATED, **FILE}, f"{files}; may be repeated (default: none)")
-    add("--negative-prompt", TEXT, "what images should not show (default: nothing)")
+    add(
+        "--prompt-file",
+        **_REPEATED,
+        metavar="FILE",
+        help=f"{files}; may be repeated (default: none)",
+    )
+    add("--negative-prompt", metavar="TEXT", help="what not to show (default: nothing)")
     each = "one for all, or one per prompt (default: none)"
-    add("--img", FILES, f"image to start from or to inpaint, {each}", dest="images")
-    add("--mask", FILES, f"where to inpaint (white), {each}", dest="masks")
-    add("--control", FILES, f"control image of a ControlNet, {each}", dest="controls")
-    add("--reference", FILES, f"image of the subject, {each}", dest="references")
-    add("--frames", N, "frames of a clip (default: the model's)")
-    add("--guidance", WEIGHT, "classifier-free guidance; 1 is none (default: the model's)")
-    add("--seed", SEED, "of the first image; image i has seed N + i (default: 0)")
+    add("--img", **_FILES, dest="images", help=f"image to start from or to inpaint, {each}")
+    add("--mask", **_FILES, dest="masks", help=f"where to inpaint (white), {each}")
+    add("--control", **_FILES, dest="controls", help=f"control image of a ControlNet, {each}")
+    add("--reference", **_FILES, dest="references", help=f"image of the subject, {each}")
+    add("--frames", **_N, help="frames of a clip (default: the model's)")
+    guidance = "classifier-free guidance; 1 is none (default: the model's)"
+    add("--guidance", type=float, metavar="W", help=guidance)
+    add("--seed", **_N, help="of the first image; image i has seed N + i (default: 0)")
     extra = "arguments of the model's call: strength=0.5 ... (default: none)"
-    add("--extra-parameters", KEY_VALUES, extra, dest="extra")
+    add("--extra-parameters", **_PAIRS, dest="extra", help=extra)
 
-    add = group("how it is run")
-    add("--device", {"metavar": "DEV"}, "cpu, cuda, cuda:1, ... (default: cuda, else cpu)")
+    add = parser.add_argument_group("how it is run").add_argument
+    add("--device", metavar="DEV", help="cpu, cuda, cuda:1, ... (default: cuda, else cpu)")
     steps = "of one measurement (default: 1)" if cases else "(default: the model's)"
-    add("--steps", N, f"denoising steps {steps}")
-    add("--size", SIZE, "height and width in pixels (default: the model's)", **several)
-    add("--batch-size", N, "images per call (default: 1)", **several)
-    add("--dtype", DTYPE, "precision of the model (default: that of its config)", **several)
+    add("--steps", **_N, help=f"denoising steps {steps}")
+    size = "height and width in pixels (default: the model's)"
+    add("--size", metavar="N|HxW", **several, help=size)
+    add("--batch-size", **_N, **several, help="images per call (default: 1)")
+    dtype = "precision of the model (default: that of its config)"
+    add("--dtype", choices=("fp32", "fp16", "bf16"), **several, help=dtype)
 
     if verb != "tune":
-        _applied(group("what is applied"))
+        _applied(parser.add_argument_group("what is applied"))
 
-    add = group("results")
-    add("--work-dir", DIR, "results go to DIR/<time> (default: work_dirs/<name of the config>)")
-    add("--dry-run", FLAG, "check all that needs no weights, and print it (default: run)")
+    add = parser.add_argument_group("results").add_argument
+    folder = "results go to DIR/<time> (default: work_dirs/<name of the config>)"
+    add("--work-dir", metavar="DIR", help=folder)
+    dry_run = "check all that needs no weights, and print it (default: run)"
+    add("--dry-run", **_FLAG, help=dry_run)
     if verb in ("evaluate", "benchmark", "tune"):
-        add("--resume", FLAG, "go on with the newest run in --work-dir (default: begin a new one)")
+        resume = "go on with the newest run in --work-dir (default: begin a new one)"
+        add("--resume", **_FLAG, help=resume)
     if verb in _OF_VERB:
-        _OF_VERB[verb](group(verb))
+        _OF_VERB[verb](parser.add_argument_group(verb))
 
 
-def _applied(add: Callable[..., None]) -> None:
+def _applied(applied: argparse._ArgumentGroup) -> None:
     ratio = "fraction of tokens to merge; 0 merges none (default: the config's)"
-    add("--ratio", WEIGHT, ratio, metavar="R")
-    names = "quality, balanced, fast, a dict, or none"
-    either = add.options.add_mutually_exclusive_group()
-    add("--cache", CACHE, f"step caching: {names} (default: the config's)", either)
+    applied.add_argument("--ratio", type=float, metavar="R", help=ratio)
+    add = applied.add_mutually_exclusive_group().add_argument
+    cache = {"dest": "cache", "default": NOT_GIVEN}
+    names = "step caching: quality, balanced, fast, a dict, or none (default: the config's)"
+    add("--cache", **cache, type=parse_value, metavar="NAME|DICT", help=names)
     error = "step caching: expected error of the final latent, such as 0.01 (default: the config's)"
-    add("--tolerance", TOLERANCE, error, either, dest="cache")
+    add("--tolerance", **cache, type=tolerance, metavar="E", help=error)
     short = "tome:0.5, cache:balanced, tolerance:0.01, tomesd:0.5, deepcache:3, steps:13"
     long = "NAME={'ratio': 0.5, 'cache': 'balanced', 'steps': 20}"
-    add("--method", {**REPEATED, **TEXT}, f"{short}, or {long} (default: what the config applies)")
+    method = f"{short}, or {long} (default: what the config applies)"
+    applied.add_argument("--method", **_REPEATED, metavar="TEXT", help=method)
 
 
-def _infer(add: Callable[..., None]) -> None:
-    add("--compare", FLAG, "run the baseline too: speed-up, fidelity, a sheet (default: do not)")
-    add("--rounds", N, "interleaved rounds (default: 1; with --compare for five pairs of runs)")
+def _infer(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    compare = "run the baseline too: speed-up, fidelity, a sheet (default: do not)"
+    add("--compare", **_FLAG, help=compare)
+    rounds = f"{_ROUNDS} (default: 1; with --compare for five pairs of runs)"
+    add("--rounds", **_N, help=rounds)
 
 
-def _evaluate(add: Callable[..., None]) -> None:
-    add("--limit", N, "so many of the prompts, evenly spread (default: all)")
+def _evaluate(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--limit", **_N, help="so many of the prompts, evenly spread (default: all)")
     fewer = "baseline with N steps, or a share (default: 0.8 0.65 0.5)"
-    add("--fewer-steps", WEIGHT, fewer, nargs="+", metavar="N")
-    add("--only", TEXT, "names of methods, with * and ? (default: all)", nargs="+")
-    add("--metrics", TEXT, "by name (default: those that need no download)", nargs="+")
-    add("--real", DIR, "real images for FID and others (default: the baseline's images)")
-    add("--rounds", ZERO_OR_MORE, "interleaved rounds that measure cost; 0: none (default: 9)")
+    add("--fewer-steps", type=float, nargs="+", metavar="N", help=fewer)
+    only = "names of methods, with * and ? (default: all)"
+    add("--only", nargs="+", metavar="TEXT", help=only)
+    metrics = "by name (default: those that need no download)"
+    add("--metrics", nargs="+", metavar="TEXT", help=metrics)
+    real = "real images for FID and others (default: the baseline's images)"
+    add("--real", metavar="DIR", help=real)
+    add("--rounds", **_N, help=f"{_ROUNDS} that measure cost; 0: none (default: 9)")
     ranks = "torchrun --nproc-per-node N tools/evaluate.py ... --launcher pytorch"
-    launchers = {"choices": ("none", "pytorch", "slurm", "mpi"), "default": "none"}
-    add("--launcher", launchers, f"what started the processes: {ranks} (default: none)")
+    launcher = f"what started the processes: {ranks} (default: none)"
+    launchers = ("none", "pytorch", "slurm", "mpi")
+    add("--launcher", choices=launchers, default="none", help=launcher)
     # torchrun of some versions adds it to every command.
-    add("--local-rank --local_rank", {"type": int}, argparse.SUPPRESS)
+    add("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
 
 
-def _benchmark(add: Callable[..., None]) -> None:
-    add("--rounds", N, "interleaved rounds (default: 7)", default=7)
-    mode = {"choices": ("eager", "compiled"), "default": "eager"}
-    add("--mode", mode, "compiled: torch.compile (default: eager)")
-    clock = {"choices": ("wall", "cpu"), "default": "wall"}
-    add("--clock", clock, "cpu: for a CPU that other programs use (default: wall)")
-    add("--no-ideal", FLAG, "without the ideal of each method (default: with it)")
-    add("--no-memory", FLAG, "without peak memory (default: with it)")
+def _benchmark(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--rounds", **_N, default=7, help=f"{_ROUNDS} (default: 7)")
+    mode = "compiled: torch.compile (default: eager)"
+    add("--mode", choices=("eager", "compiled"), default="eager", help=mode)
+    clock = "cpu: for a CPU that other programs use (default: wall)"
+    add("--clock", choices=("wall", "cpu"), default="wall", help=clock)
+    add("--no-ideal", **_FLAG, help="without the ideal of each method (default: with it)")
+    add("--no-memory", **_FLAG, help="without peak memory (default: with it)")
 
 
-def _tune(add: Callable[..., None]) -> None:
-    either = add.options.add_mutually_exclusive_group()
-    positive = {"type": number(float, 0), "metavar": "X"}
-    add("--speedup", positive, "so many times as fast as the baseline (default: none)", either)
-    add("--psnr", positive, "so close to the baseline's images, in dB (default: none)", either)
+def _tune(group: argparse._ArgumentGroup) -> None:
+    add = group.add_mutually_exclusive_group().add_argument
+    speedup = "so many times as fast as the baseline (default: none)"
+    add("--speedup", type=float, metavar="X", help=speedup)
+    add("--psnr", type=float, metavar="X", help="so close to the baseline, in dB (default: none)")
     ratios = "merging ratios to try (default: 0.25 0.5 where the finest level has 4096 tokens)"
-    add("--ratios", WEIGHT, ratios, nargs="*", metavar="R")
-    add("--limit", N, "images at most: half to search, half to check (default: 12)", default=12)
-    add("--rounds", N, "interleaved rounds (default: for five pairs of runs per setting)")
+    group.add_argument("--ratios", type=float, nargs="*", metavar="R", help=ratios)
+    limit = "images at most: half to search, half to check (default: 12)"
+    group.add_argument("--limit", **_N, default=12, help=limit)
+    rounds = f"{_ROUNDS} (default: for five pairs of runs per setting)"
+    group.add_argument("--rounds", **_N, help=rounds)
 
 
-_OF_VERB = {
-    "infer": _infer,
-    "evaluate": _evaluate,
-    "benchmark": _benchmark,
-    "tune": _tune,
-}
+_OF_VERB = {"infer": _infer, "evaluate": _evaluate, "benchmark": _benchmark, "tune": _tune}

@@ -27,9 +27,9 @@ from ..validate import check_choice, check_integer, check_keys, did_you_mean
 from .devices import DTYPES
 from .methods import BASELINE, Method, check_names, fewer_steps, parse_method
 from .metrics import check_metric
-from .prompts import read_prompts, request_fields, spread
+from .prompts import read_prompts, request_for, spread
 from .real import RealImages
-from .request import Request, make_request
+from .request import Request
 from .runners.base import Source
 
 DEFAULT_METHODS = ("tome:0.25", "tome:0.5", "tome:0.75")
@@ -37,7 +37,7 @@ DEFAULT_METHODS = ("tome:0.25", "tome:0.5", "tome:0.75")
 DEFAULT_FEWER_STEPS = (0.8, 0.65, 0.5)
 _REQUEST = tuple(field.name for field in fields(Request) if field.name != "prompts")
 _LISTS = ("methods", "fewer_steps", "only", "metrics")
-_COUNTS = ("limit", "images_per_prompt", "real_per_class", "cost_batch_size")
+_COUNTS = ("limit", "images_per_prompt")
 KEYS = ("prompts", "prompt_template", "real", "rounds", "dtype", *_LISTS, *_COUNTS, *_REQUEST)
 
 
@@ -50,29 +50,23 @@ class Plan:
     metrics: Sequence[Any] | None
     rounds: int
     real: RealImages | None
-    cost_batch_size: int | None
     dtype: torch.dtype | None
 
 
 def plan_of(source: Source, **given: Any) -> Plan:
-    """What to evaluate.
+    """What to evaluate: what is given, None and empty lists aside, else what the source's
+    ``evaluation`` and ``defaults`` say.
 
-    Args:
-        source: Its ``evaluation`` and ``defaults`` say what is not given.
-        **given: Of :data:`KEYS`; None and empty lists are as if not given.
-
-            - ``prompts``: a file, a built-in set or a list (see :func:`~.prompts.read_prompts`);
-              ``limit``, ``prompt_template`` with ``{}``, ``images_per_prompt``.
-            - ``methods``: :class:`Method`, dicts for :meth:`Method.from_dict`, or texts for
-              :func:`~.methods.parse_method`. Default: what the config applies, else ratios 0.25,
-              0.5 and 0.75.
-            - ``fewer_steps``: shares or numbers of steps. Default: 0.8, 0.65 and 0.5, if the number
-              of steps is stated.
-            - ``only``: names of the methods to keep, with ``*`` and ``?``.
-            - ``metrics``: names, or dicts of a ``name`` and options.
-            - ``real``: a folder; ``real_per_class``; ``rounds``; ``cost_batch_size``;
-              ``dtype``: ``'fp32'``, ``'fp16'`` or ``'bf16'``.
-            - fields of a :class:`Request`.
+    - ``prompts``: a file, a built-in set or a list (see :func:`~.prompts.read_prompts`); ``limit``,
+      ``prompt_template`` with ``{}``, ``images_per_prompt``.
+    - ``methods``: :class:`Method`, dicts for :meth:`Method.from_dict`, or texts for
+      :func:`~.methods.parse_method`. Default: what the config applies, else ratios 0.25, 0.5, 0.75.
+    - ``fewer_steps``: shares or numbers of steps. Default: 0.8, 0.65 and 0.5, if the number of
+      steps is stated.
+    - ``only``: names of the methods to keep, with ``*`` and ``?``.
+    - ``metrics``: names, or dicts of a ``name`` and options.
+    - ``real``: a folder; ``rounds``; ``dtype``: ``'fp32'``, ``'fp16'`` or ``'bf16'``.
+    - fields of a :class:`Request`.
 
     Raises:
         ToMeError: An unknown key, a value out of range, no prompts.
@@ -101,31 +95,19 @@ def plan_of(source: Source, **given: Any) -> Plan:
         methods=_methods(source, values, request.steps),
         metrics=values.get("metrics"),
         rounds=check_integer("evaluate: ", "rounds", values.get("rounds", 9), 0),
-        real=None if real is None else RealImages(real, values.get("real_per_class")),
-        cost_batch_size=values.get("cost_batch_size"),
+        real=None if real is None else RealImages(real),
         dtype=None if dtype is None else DTYPES[check_choice("evaluate: ", "dtype", dtype, DTYPES)],
     )
 
 
 def _request(source: Source, values: Mapping[str, Any]) -> Request:
     given = {key: values.get(key) for key in _REQUEST}
-    usual = {**source.defaults, **{key: one for key, one in given.items() if one is not None}}
     prompts = values.get("prompts", source.defaults.get("prompts"))
     if prompts is None:
         raise ToMeError("no prompts: pass a file, or one of the sets demo and demo-held-out")
-    for key in ("seed", "negative_prompt"):
-        if isinstance(usual.get(key), (list, tuple)):
-            raise ToMeError(f"evaluate: {key} is one for all; write others into the prompt file")
-    given.update(
-        request_fields(
-            spread(read_prompts(prompts), values.get("limit")),
-            usual.get("seed", 0),
-            usual.get("negative_prompt"),
-            values.get("prompt_template"),
-            values.get("images_per_prompt", 1),
-        )
-    )
-    return make_request(source, **given)
+    prompts = spread(read_prompts(prompts), values.get("limit"))
+    how = (values.get("prompt_template"), values.get("images_per_prompt", 1))
+    return request_for(source, prompts, given, *how)
 
 
 def _methods(source: Source, values: Mapping[str, Any], steps: int | None) -> list[Method]:

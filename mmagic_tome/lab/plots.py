@@ -13,6 +13,8 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from .files import whole_file
@@ -47,33 +49,21 @@ CELL, MARGIN, LINE = 256, 16, 24  # of a sheet, in pixels
 
 @dataclass(frozen=True)
 class Point:
-    """A method in :func:`fidelity`.
-
-    Args:
-        name: Of the method.
-        kind: One of :data:`KINDS`; anything else looks like no other.
-        x, y: Speed-up and fidelity.
-        low, high: Interval of ``x``. Default: none.
-        label: Text beside the point. Default: None, the name; ``''`` for none.
-    """
+    """A method in :func:`fidelity`."""
 
     name: str
-    kind: str
-    x: float
-    y: float
-    low: float | None = None
+    kind: str  #: one of :data:`KINDS`; anything else looks like no other
+    x: float  #: speed-up
+    y: float  #: fidelity
+    low: float | None = None  #: interval of ``x``
     high: float | None = None
-    label: str | None = None
+    label: str | None = None  #: text beside the point; None: the name, '': none
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Write a figure, whole or not at all; the same figure gives the same bytes.
-
-    The suffix of ``path`` is the format.
-    """
-    look = {"format": Path(path).suffix[1:], "dpi": DPI, "metadata": {"Software": None}}
+    """Write a figure, whole or not at all; the same figure is the same bytes."""
     with whole_file(path) as part:
-        figure.savefig(part, **look)
+        figure.savefig(part, dpi=DPI, metadata={"Software": None})
     return Path(path)
 
 
@@ -107,13 +97,9 @@ def pareto_front(points: Sequence[Point], higher_is_better: bool = True) -> list
 def fidelity(
     panels: Mapping[str, Sequence[Point]], ylabel: str, higher_is_better: bool = True
 ) -> Figure:
-    """Draw fidelity against speed-up; what the Pareto front dominates is shaded.
-
-    Args:
-        panels: Title -> points. Those without a finite y, such as the PSNR of equal images, are
-            left out.
-        ylabel: Name and unit of the fidelity.
-        higher_is_better: False turns the axis round, so that better is always up.
+    """Draw fidelity against speed-up, a panel per title; what the Pareto front dominates is shaded.
+    Points without a finite y, such as the PSNR of equal images, are left out. ``higher_is_better``:
+    False turns the axis round, so that better is always up.
     """
     figure, all_axes = panels_of(1.6 + 6.8 * len(panels), 5.4, len(panels))
     drawn = [[point for point in points if math.isfinite(point.y)] for points in panels.values()]
@@ -149,29 +135,24 @@ def fidelity(
     return figure
 
 
-def place_labels(axes: Any, points: Sequence[Point]) -> np.ndarray:
-    """Write the label of each point where it covers least.
+def place_labels(axes: Any, points: Sequence[Point]) -> list[Bbox]:
+    """Write the label of each point at the nearest place where it covers least; return where, in
+    pixels. Everything else is to be drawn before."""
+    pixel, room = axes.figure.dpi / 72, axes.get_window_extent()
+    spots = [axes.transData.transform((point.x, point.y)) for point in points]
+    taken = [Bbox([spot - 5 * pixel, spot + 5 * pixel]) for spot in spots]
+    for point in points:  # their intervals
+        ends = [(point.x if x is None else x, point.y) for x in (point.low, point.high)]
+        low, high = axes.transData.transform(ends)
+        taken.append(Bbox([low - 2, high + 2]))
+    labels: list[Bbox] = []
+    angles = np.arange(0, 2 * np.pi, np.pi / 8)
+    directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
-    Args:
-        axes: With everything else drawn on them.
-        points: What to name.
+    def covered(box: Bbox) -> int:
+        outside = (box.min < room.min).any() or (box.max > room.max).any()
+        return box.count_overlaps(taken) + 5 * box.count_overlaps(labels) + 10 * outside
 
-    Returns:
-        (n, 4): left, bottom, right and top of each label, in pixels.
-    """
-    pixel = axes.figure.dpi / 72
-    if not points:
-        return np.empty((0, 4))
-    ends = [(p.x, p.x) if p.low is None else (p.low, p.high) for p in points]
-    spots, low, high = (
-        axes.transData.transform([(x, point.y) for x, point in zip(xs, points)])
-        for xs in ([point.x for point in points], *zip(*ends))
-    )
-    marks, lines = np.hstack([spots - 5 * pixel, spots + 5 * pixel]), np.hstack([low - 2, high + 2])
-    taken = np.vstack([marks, lines])
-    angles, far = np.meshgrid(np.arange(0, 2 * np.pi, np.pi / 8), np.arange(6, 70, 4) * pixel)
-    directions = np.stack([np.cos(angles), np.sin(angles)], -1).reshape(-1, 2)
-    far = far.reshape(-1, 1)
     # From the right edge inwards: those have the fewest places to choose from.
     for point, spot in sorted(zip(points, spots), key=lambda pair: -pair[1][0]):
         text = point.name if point.label is None else point.label
@@ -180,24 +161,14 @@ def place_labels(axes: Any, points: Sequence[Point]) -> np.ndarray:
         line = {"arrowstyle": "-", "alpha": 0.5, "linewidth": 0.7}
         style = {"textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 9}
         note = axes.annotate(text, (point.x, point.y), (0, 0), arrowprops=line, **style)
-        note.arrow_patch.set_visible(False)  # not part of the label's size
-        size = np.array(note.get_window_extent().size)
-        centres = spot + directions * (far + size / 2)
-        boxes = np.hstack([centres - size / 2, centres + size / 2])
-        outside = size.prod() - _shared(boxes, axes.get_window_extent().extents[None])
-        cost = _shared(boxes, taken).sum(1) + 10 * outside[:, 0] + far[:, 0]
-        best = int(cost.argmin())
-        note.set_position((centres[best] - spot) / pixel)
-        note.arrow_patch.set_visible(bool(far[best] > 12 * pixel))
-        taken = np.vstack([taken, boxes[best]])
-    return taken[2 * len(points) :]
-
-
-def _shared(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """(n, m): the area that each of n boxes shares with each of m others."""
-    low = np.maximum(boxes[:, None, :2], others[:, :2])
-    high = np.minimum(boxes[:, None, 2:], others[:, 2:])
-    return np.prod(np.clip(high - low, 0, None), axis=2)
+        half = Text.get_window_extent(note).size / 2
+        offsets = [one * (far * pixel + half) for far in range(6, 70, 4) for one in directions]
+        boxes = [Bbox([spot + offset - half, spot + offset + half]) for offset in offsets]
+        costs = [covered(box) for box in boxes]
+        best = costs.index(min(costs))
+        note.set_position(offsets[best] / pixel)
+        labels.append(boxes[best])
+    return labels
 
 
 def difference_map(base: Image.Image, other: Image.Image) -> Image.Image:
@@ -215,16 +186,13 @@ def difference_map(base: Image.Image, other: Image.Image) -> Image.Image:
 def contact_sheet(
     title: str, heads: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]]
 ) -> Image.Image:
-    """Draw images side by side, one row per prompt, pixel by pixel.
+    """Draw images of one size side by side, pixel by pixel, as an RGB image; small ones are
+    enlarged by a whole factor.
 
     Args:
         title: First line of the sheet.
         heads: Text over each column, up to two lines, such as a method and its time.
-        rows: Caption, and an image for each head; all images have one size. Small ones are
-            enlarged by a whole factor.
-
-    Returns:
-        An RGB image.
+        rows: Caption, and an image for each head.
     """
     factor = max(1, -(-CELL // rows[0][1][0].width))
     width, height = (factor * side for side in rows[0][1][0].size)

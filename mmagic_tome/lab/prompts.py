@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import ToMeError
+from ..validate import check_integer
+from .request import Request, make_request
 
 KEYS = ("prompt", "negative_prompt", "seed")
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "prompts"
@@ -18,17 +20,11 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets" / "prompts"
 
 @dataclass(frozen=True)
 class Prompt:
-    """One image to generate.
+    """One image to generate."""
 
-    Args:
-        text: What it should show.
-        negative: What it should not show. Default: None, nothing said.
-        seed: In [0, 2**32). Default: None, given by the image's number.
-    """
-
-    text: str
-    negative: str | None = None
-    seed: int | None = None
+    text: str  #: what it should show
+    negative: str | None = None  #: what it should not show
+    seed: int | None = None  #: in [0, 2**32); None: given by the image's number
 
 
 def read_prompts(source: str | Path | Sequence[Any]) -> list[Prompt]:
@@ -68,7 +64,7 @@ def read_prompts(source: str | Path | Sequence[Any]) -> list[Prompt]:
         entries = _numbered(where, source)
     try:
         prompts = [_prompt(entry, place) for place, entry in entries]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # no file, no text, no JSON
         raise ToMeError(f"cannot read prompts from {where}: {error}") from None
     if not prompts:
         raise ToMeError(f"{where} holds no prompts; write at least one")
@@ -82,10 +78,7 @@ def _read_txt(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ToMeError(f"{path} is no JSON: {error}") from None
+    entries = json.loads(path.read_text(encoding="utf-8-sig"))
     if not isinstance(entries, list):
         raise ToMeError(f"{path}: write a list of prompts, got {type(entries).__name__}")
     yield from _numbered(path, entries)
@@ -137,26 +130,30 @@ def spread(prompts: Sequence[Prompt], limit: int | None) -> Sequence[Prompt]:
     return [prompts[place * count // limit] for place in range(limit)]
 
 
-def request_fields(
+def request_for(
+    source: Any,
     prompts: Sequence[Prompt],
-    seed: int = 0,
-    negative: str | None = None,
+    given: Mapping[str, Any],
     template: str | None = None,
     images_per_prompt: int = 1,
-) -> dict[str, Any]:
-    """The fields of a :class:`~.request.Request` that prompts decide.
+) -> Request:
+    """The request for some prompts.
 
     Args:
+        source: See :func:`~.request.make_request`.
         prompts: At least one.
-        seed: Of the first image; image i has ``seed + i`` unless its prompt states one. A prompt's
-            image j then has the stated one ``+ j``.
-        negative: The negative prompt of those that state none.
-        template: A text with ``{}`` where the prompt goes. Default: None, the prompt itself.
+        given: Other fields of the request. Its seed, or the source's, is that of the first image;
+            image i has ``seed + i`` unless its prompt states one. A prompt's image j then has the
+            stated one ``+ j``. Its negative prompt is that of prompts that state none.
+        template: A text with ``{}`` where the prompt goes, or it is an error. Default: None.
         images_per_prompt: Images of each, with different seeds.
-
-    Raises:
-        ToMeError: The template has no ``{}``.
     """
+    usual = {**source.defaults, **{key: one for key, one in given.items() if one is not None}}
+    seed, negative = usual.get("seed", 0), usual.get("negative_prompt")
+    for key in ("seed", "negative_prompt"):
+        if isinstance(usual.get(key), (list, tuple)):
+            raise ToMeError(f"{key} is one for all prompts; write others into the prompt file")
+    check_integer("", "seed", seed, 0, 2**32 - 1)
     if template is not None and "{}" not in template:
         raise ToMeError(f"prompt_template={template!r} has no {{}} where the prompt goes")
     images: list[Prompt] = []
@@ -168,8 +165,9 @@ def request_fields(
             images.append(Prompt(text, unwanted, own % 2**32))
     # Where none is stated none is passed: not all models take one.
     stated = any(image.negative for image in images)
-    return {
+    fields = {
         "prompts": [image.text for image in images],
         "negative_prompt": [image.negative or "" for image in images] if stated else None,
         "seed": [image.seed for image in images],
     }
+    return make_request(source, **{**given, **fields})

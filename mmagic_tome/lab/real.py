@@ -6,45 +6,29 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import ToMeError
+from .runners.media import load_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class RealImages:
-    """The real images below a folder.
+    """The real images below a folder, ``files`` in the order of their paths; ToMeError if it is not
+    there or has none."""
 
-    Args:
-        folder: With the images, or sub-folders of them.
-        per_class: Take the first so many of every sub-folder by name, as of ImageNet's validation
-            set with a sub-folder per class. Default: None, all.
-
-    Attributes:
-        files: The images, in the order of their paths.
-
-    Raises:
-        ToMeError: The folder is not there or has too few images.
-    """
-
-    def __init__(self, folder: str | Path, per_class: int | None = None) -> None:
+    def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
         if not self.folder.is_dir():
             raise ToMeError(f"real images: {folder} is not a folder")
-        found = (path for path in self.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-        classes: dict[Path, list[Path]] = {}
-        for path in sorted(found):
-            classes.setdefault(path.parent, []).append(path)
-        if not classes:
+        paths = sorted(self.folder.rglob("*"))
+        self.files = [path for path in paths if path.suffix.lower() in SUFFIXES]
+        if not self.files:
             raise ToMeError(f"real images: {folder} has no {', '.join(SUFFIXES)} files")
-        for path, files in classes.items():
-            if per_class is not None and len(files) < per_class:
-                raise ToMeError(
-                    f"real images: {path} has {len(files)} images, and real_per_class={per_class}"
-                )
-        self.files = [path for files in classes.values() for path in files[:per_class]]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -60,16 +44,6 @@ class RealImages:
         Raises:
             ToMeError: It cannot be read.
         """
-        from torchvision.transforms import functional as F
-
-        try:
-            image = Image.open(self.files[number]).convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:
-            raise ToMeError(f"real image {self.files[number]} cannot be read: {error}") from None
-        scale = max(size[0] / image.height, size[1] / image.width)
-        covering = [
-            max(size[0], round(image.height * scale)),
-            max(size[1], round(image.width * scale)),
-        ]
-        image = F.resize(image, covering, F.InterpolationMode.BICUBIC, antialias=True)
-        return F.pil_to_tensor(F.center_crop(image, list(size)))[None]
+        image = load_image(self.files[number])
+        fitted = np.array(ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC))
+        return torch.from_numpy(fitted).permute(2, 0, 1)[None]

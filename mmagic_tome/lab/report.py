@@ -28,19 +28,13 @@ from .metrics.base import Metric
 from .results import RunFolder
 from .table import table
 
-# Of the page: its largest images, and how much of them mail and browsers take.
-LARGEST_SIDE, MOST_IMAGES, MOST_BYTES = 512, 12, 12_000_000
+# Of the page: pixels of a side, and prompts.
+LARGEST_SIDE, MOST_IMAGES = 512, 12
 
 
 def write_report(folder: RunFolder) -> Path:
-    """Write ``table.md``, ``results.csv``, ``results.json``, plots and ``report.html``.
-
-    Args:
-        folder: Of a run, as far as it is.
-
-    Returns:
-        The page. It needs no other file and no network.
-    """
+    """Write ``table.md``, ``results.csv``, ``results.json``, plots and ``report.html`` of a run, as
+    far as it is; return the page, which needs no other file and no network."""
     (frame, missing), manifest = _frame(folder), folder.manifest
     metrics = {
         name: Metric(name, about["label"], None, about["unit"], about["higher_is_better"])
@@ -146,14 +140,8 @@ def save_record(
     rows: Sequence[Mapping[str, Any]],
     manifest: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write measured values with the command, the date, the machine and the versions.
-
-    Args:
-        path: A JSON file; each row is a line.
-        settings: What was measured.
-        rows: JSON-able; infinities and NaN become null.
-        manifest: Of a run's folder, which knows the machine. Default: None, this machine.
-    """
+    """Write measured values with the command, the date, the machine and the versions as JSON, each
+    row a line; infinities and NaN become null. Default machine: this one."""
     where = (manifest or {}).get("environment") or environment()
     record = {
         "command": _command(),
@@ -234,7 +222,7 @@ def _draw(folder: RunFolder, frame: pd.DataFrame, metrics: Mapping[str, Metric])
 
 
 def _images(folder: RunFolder, metrics: Mapping[str, Metric]) -> list[dict[str, Any]]:
-    """What the page's script shows: prompts evenly spread, until it is too much."""
+    """What the page's script shows: prompts evenly spread."""
     images = {(row["method"], row["number"]): row for row in folder.find(kind="image")}
     said: dict[tuple[str, int], list[str]] = {}
     for row in folder.find(kind="metric"):
@@ -244,7 +232,6 @@ def _images(folder: RunFolder, metrics: Mapping[str, Metric]) -> list[dict[str, 
             values.append(f"{metric.label} {metric.text(row['value'])}")
     numbers = [number for method, number in images if method == "baseline"]
     found: list[dict[str, Any]] = []
-    used = 0
     for number in numbers[:: max(1, len(numbers) // MOST_IMAGES)][:MOST_IMAGES]:
         others = {
             method: {
@@ -254,9 +241,6 @@ def _images(folder: RunFolder, metrics: Mapping[str, Metric]) -> list[dict[str, 
             for (method, of), row in images.items()
             if of == number
         }
-        used += sum(len(one["image"]) for one in others.values())
-        if found and used > MOST_BYTES:
-            break
         row = images["baseline", number]
         base = others.pop("baseline")["image"]
         entry = {"prompt": row["prompt"], "seed": row["seed"], "baseline": base}
@@ -265,13 +249,8 @@ def _images(folder: RunFolder, metrics: Mapping[str, Metric]) -> list[dict[str, 
 
 
 def data_uri(path: Path, largest: int | None = None) -> str:
-    """Return an image file as a ``data:`` URI.
-
-    Args:
-        path: PNG or GIF.
-        largest: Pixels a side; a PNG of more than half of that becomes a JPEG. Default: None, the
-            file as it is.
-    """
+    """Return a PNG or GIF as a ``data:`` URI; a PNG of more than half of ``largest`` pixels a side
+    becomes a JPEG."""
     data, kind = path.read_bytes(), path.suffix[1:]
     image = Image.open(path)
     if largest and kind == "png" and max(image.size) > largest // 2:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -22,38 +22,23 @@ INPUTS = ("images", "masks", "controls", "references")
 class Request:
     """What to generate: one image (or clip) per prompt.
 
-    Args:
-        prompts: The texts, at least one.
-        negative_prompt: What the images should not show; a list has one for each image. Default:
-            None, nothing.
-        steps: Denoising steps. Default: None, what the model's class has as its default.
-        guidance: Weight of classifier-free guidance; 1 or less is none. Default: None, as steps.
-        size: Height and width in pixels. Default: None, the model's own.
-        frames: Frames of a clip, for video models. Default: None, the model's own.
-        seed: Seed of the first image, below 2**32; image i has ``seed + i``. A list has one for
-            each image.
-        batch_size: Images per call of the model.
-        images, masks, controls, references: Paths or PIL images: the image to start from or to
-            inpaint, where to inpaint (white), the control image of a ControlNet, the subject
-            (ViCo, FastComposer). One serves all prompts; otherwise one for each.
-        extra: Further keyword arguments of the model's call, such as ``dict(strength=0.5)``.
-
-    Raises:
-        ToMeError: A list that does not have one entry for each prompt.
+    Where None is the default it stands for that of the model's class. Inputs are paths or PIL
+    images: one serves all prompts, otherwise there is one for each, or it is an error.
     """
 
     prompts: Sequence[str]
-    negative_prompt: str | Sequence[str] | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    size: tuple[int, int] | None = None
-    frames: int | None = None
-    seed: int | Sequence[int] = 0
-    batch_size: int = 1
-    images: Sequence[Any] = ()
-    masks: Sequence[Any] = ()
-    controls: Sequence[Any] = ()
-    references: Sequence[Any] = ()
+    negative_prompt: str | Sequence[str] | None = None  #: one for all images, or one for each
+    steps: int | None = None  #: denoising steps
+    guidance: float | None = None  #: weight of classifier-free guidance; 1 or less is none
+    size: tuple[int, int] | None = None  #: height and width in pixels
+    frames: int | None = None  #: of a clip, for video models
+    seed: int | Sequence[int] = 0  #: below 2**32; image i has ``seed + i``, or the list's i-th
+    batch_size: int = 1  #: images per call of the model
+    images: Sequence[Any] = ()  #: to start from or to inpaint
+    masks: Sequence[Any] = ()  #: where to inpaint (white)
+    controls: Sequence[Any] = ()  #: of a ControlNet
+    references: Sequence[Any] = ()  #: the subject (ViCo, FastComposer)
+    #: further keyword arguments of the model's call, such as ``dict(strength=0.5)``
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -114,68 +99,46 @@ def make_request(source: Any, **given: Any) -> Request:
         for key, value in entries.items():
             if value is None or (isinstance(value, (list, tuple)) and not value):
                 continue
-            value = _CHECKS[key](where, key, value)
+            value = _checked(where, key, value)
             values[key] = {**values.get(key, {}), **value} if key == "extra" else value
     if "prompts" not in values:
         raise ToMeError("no prompt: state at least one, or infer_cfg=dict(prompts=...) in a config")
     return Request(**values)
 
 
-def _listed(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, (list, tuple)) else [value]
+def _checked(where: str, key: str, value: Any) -> Any:
+    """The value of a field as :class:`Request` has it."""
+    listed = value if isinstance(value, (list, tuple)) else [value]
+    if key in ("steps", "frames", "batch_size"):
+        return check_integer(where, key, value, 1)
+    if key == "guidance":
+        return float(check_number(where, key, value, 0, math.inf))
+    if key == "size":
+        return parse_size(where, value)
+    if key == "extra":
+        if not isinstance(value, Mapping):
+            fail(where, key, value, "a dict of arguments of the model's call", dict(strength=0.5))
+        return dict(value)
+    for one in listed:
+        if key == "seed":
+            # torch takes more, but its generator on the CPU looks at 32 bits only, as numpy's does.
+            check_integer(where, key, one, 0, 2**32 - 1)
+        elif key in INPUTS and not isinstance(one, (str, Path, Image.Image)):
+            fail(where, key, one, "files or PIL images", ["image.png"])
+        elif key == "prompts" and not (isinstance(one, str) and one.strip()):
+            fail(where, key, one, "a text for each image", ["a red apple"])
+        elif key == "negative_prompt" and not isinstance(one, str):
+            fail(where, key, value, "a text, or one for each prompt", "blurry")
+    if key == "prompts":
+        return tuple(prompt.strip() for prompt in listed)
+    return tuple(listed) if key in INPUTS or isinstance(value, (list, tuple)) else value
 
 
-def _count(where: str, key: str, value: Any) -> int:
-    return check_integer(where, key, value, 1)
-
-
-def _seed(where: str, key: str, value: Any) -> int | tuple[int, ...]:
-    # torch takes more, but its generator on the CPU looks at 32 bits only, as numpy's does.
-    seeds = tuple(check_integer(where, key, one, 0, 2**32 - 1) for one in _listed(value))
-    return seeds if isinstance(value, (list, tuple)) else seeds[0]
-
-
-def _size(where: str, key: str, value: Any) -> tuple[int, int]:
-    sides = value.lower().split("x") if isinstance(value, str) else _listed(value)
+def parse_size(where: str, value: Any) -> tuple[int, int]:
+    """``(height, width)`` in pixels from 256, (256, 384), or as texts ``'256'``, ``'256x384'``."""
+    sides = value.lower().split("x") if isinstance(value, str) else value
+    sides = sides if isinstance(sides, (list, tuple)) else [sides]
     sides = [int(side) if str(side).isdecimal() else 0 for side in sides]
     if len(sides) not in (1, 2) or 0 in sides:
-        fail(where, key, value, "height and width in pixels", (512, 512))
+        fail(where, "size", value, "height and width in pixels", (512, 512))
     return sides[0], sides[-1]
-
-
-def _prompts(where: str, key: str, value: Any) -> tuple[str, ...]:
-    for prompt in _listed(value):
-        if not isinstance(prompt, str) or not prompt.strip():
-            fail(where, key, prompt, "a text for each image", ["a red apple"])
-    return tuple(prompt.strip() for prompt in _listed(value))
-
-
-def _negative_prompt(where: str, key: str, value: Any) -> str | tuple[str, ...]:
-    if not all(isinstance(one, str) for one in _listed(value)):
-        fail(where, key, value, "a text, or one for each prompt", "blurry")
-    return value if isinstance(value, str) else tuple(value)
-
-
-def _images(where: str, key: str, value: Any) -> tuple[Any, ...]:
-    for image in _listed(value):
-        if not isinstance(image, (str, Path, Image.Image)):
-            fail(where, key, image, "files or PIL images", ["image.png"])
-    return tuple(_listed(value))
-
-
-def _extra(where: str, key: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        fail(where, key, value, "a dict of arguments of the model's call", dict(strength=0.5))
-    return dict(value)
-
-
-_CHECKS: dict[str, Callable[[str, str, Any], Any]] = {
-    "prompts": _prompts,
-    "negative_prompt": _negative_prompt,
-    "guidance": lambda where, key, value: float(check_number(where, key, value, 0, math.inf)),
-    "size": _size,
-    "seed": _seed,
-    **dict.fromkeys(("steps", "frames", "batch_size"), _count),
-    **dict.fromkeys(INPUTS, _images),
-    "extra": _extra,
-}

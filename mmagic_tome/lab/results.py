@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -34,7 +33,6 @@ from .files import users_errors, whole_file
 FORMAT = 1
 # What may be added to a run; of the rest of the manifest nothing may change.
 _GROWING = ("methods", "metrics")
-_STAMP = re.compile(r"\d{8}_\d{6}(_\d+)?")
 
 
 def new_folder(work_dir: str | os.PathLike, resume: bool = False) -> Path:
@@ -46,33 +44,27 @@ def new_folder(work_dir: str | os.PathLike, resume: bool = False) -> Path:
     """
     found: list[Any] = [None]
     if get_rank() == 0:
-        found = [_newest(Path(work_dir)) if resume else _make(Path(work_dir))]
+        found = [(_newest if resume else _make)(Path(work_dir))]
     broadcast_object_list(found)
     return found[0]
 
 
 def _newest(work_dir: Path) -> Path:
     # Those without a manifest are of commands that do not go on, such as infer.
-    stamped = [path for path in work_dir.glob("*") if _STAMP.fullmatch(path.name)]
-    runs = [path for path in stamped if (path / "manifest.json").exists()]
+    runs = [path.parent for path in work_dir.glob("*/manifest.json")]
     if not runs:
         raise ToMeError(f"--resume: no run in {work_dir} to go on with; leave out --resume")
     return max(runs, key=lambda path: path.name)
 
 
 def _make(work_dir: Path) -> Path:
-    stamp = time.strftime("%Y%m%d_%H%M%S")
-    try:
-        work_dir.mkdir(parents=True, exist_ok=True)
-        path, number = work_dir / stamp, 0
-        while path.exists():  # of a run that began within the same second
-            number += 1
-            path = work_dir / f"{stamp}_{number}"
-        path.mkdir()
-    except OSError as error:  # whichever: nothing is there yet that a bug could be in
-        raise ToMeError(
-            f"cannot write to {work_dir}: {error.strerror}; choose another --work-dir"
-        ) from error
+    path = work_dir / time.strftime("%Y%m%d_%H%M%S")
+    number = 0
+    while path.exists():  # of a run that began within the same second
+        number += 1
+        path = path.with_name(f"{path.name[:15]}_{number}")
+    with users_errors(work_dir):
+        path.mkdir(parents=True)
     return path
 
 
@@ -101,28 +93,18 @@ class RunFolder:
         self._rows: list[dict[str, Any]] | None = None
         self._began = False
 
-    # --- what the run is of -------------------------------------------------------------------
-
     @property
     def manifest(self) -> dict[str, Any]:
-        """What everything in the folder depends on; empty in a new folder.
-
-        Raises:
-            ToMeError: It cannot be read.
-        """
+        """What everything in the folder depends on; empty in a new folder."""
         path = self.path / "manifest.json"
-        if not path.exists():
-            return {}
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except ValueError as error:
             raise ToMeError(f"cannot read {path}: {error}; start without --resume") from None
 
     @contextlib.contextmanager
     def writing(self, manifest: Mapping[str, Any]) -> Iterator[RunFolder]:
-        """Begin or go on with a run; no other process writes here meanwhile.
-
-        On ranks other than 0 it does nothing: rank 0 has the folder for all.
+        """Begin or go on with a run; no other process but the ranks of this one writes here.
 
         Args:
             manifest: JSON-able. It must equal that of an earlier run, but for additional names in
@@ -137,18 +119,15 @@ class RunFolder:
             return
         with users_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(self.path / ".lock")
-            try:
-                lock.acquire(timeout=0)
-            except filelock.Timeout:
-                raise ToMeError(
-                    f"another process writes to {self.path}; wait for it, or start without --resume"
-                ) from None
+        lock = filelock.FileLock(self.path / ".lock")
         try:
-            self._write_manifest(manifest)
-            yield self
-        finally:
-            lock.release()
+            with lock.acquire(timeout=0):
+                self._write_manifest(manifest)
+                yield self
+        except filelock.Timeout:
+            raise ToMeError(
+                f"another process writes to {self.path}; wait for it, or start without --resume"
+            ) from None
 
     def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
         held = self.manifest
@@ -168,29 +147,20 @@ class RunFolder:
             with whole_file(self.path / "manifest.json") as path:
                 path.write_text(json.dumps(new, indent=2, ensure_ascii=False), encoding="utf-8")
 
-    # --- rows ---------------------------------------------------------------------------------
-
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """All rows, in the order in which they were added; do not change the list.
-
-        They are read once: :meth:`reload` sees what other processes have added since.
-        """
+        """All rows in the order in which they were added, read once, see :meth:`reload`."""
         if self._rows is None:
             paths = sorted(self.path.glob("rows*.jsonl"))
             self._rows = [row for path in paths for row in _read_rows(path)]
         return self._rows
 
     def reload(self) -> None:
-        """Read the rows anew when they are next asked for."""
+        """Read the rows anew when they are next asked for: other processes may have added some."""
         self._rows = None
 
     def add(self, *rows: Mapping[str, Any]) -> None:
-        """Append rows; they are on the disk when this returns.
-
-        Raises:
-            ToMeError: The disk is full; the folder must not be written to.
-        """
+        """Append rows; they are on the disk when this returns. ToMeError where they cannot be."""
         held, rank = self.rows, get_rank()
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         path = self.path / (f"rows.{rank}.jsonl" if rank else "rows.jsonl")

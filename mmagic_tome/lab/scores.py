@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,14 +13,12 @@ from torch import Tensor
 
 from ..errors import ToMeError
 from .methods import BASELINE, Method
-from .metrics import set_features
-from .metrics.base import Metric, PairedMetric, SetMetric
+from .metrics.base import Metric, SetMetric
 from .progress import progress_bar
 from .ranks import share
 from .real import RealImages
 from .results import RunFolder
 
-Features = dict[str, dict[str, Tensor]]
 Rows = Mapping[tuple[str, int], dict[str, Any]]
 
 
@@ -36,22 +34,14 @@ def measure_images(
     device: torch.device,
     progress: bool = True,
 ) -> None:
-    """Add the values of single images that a folder lacks: of paired and of text metrics.
-
-    The value of an image that is not finite is None. Metrics of sets are passed over.
-    """
+    """Add the values of paired metrics that a folder lacks; None where an image is not finite."""
     rows = image_rows(folder)
     done = {(row["method"], row["number"], row["metric"]) for row in folder.find(kind="metric")}
-    asked = {method.name for method in methods}
+    asked = {method.name for method in methods} - {BASELINE.name}
+    paired = [name for name, metric in metrics.items() if not isinstance(metric, SetMetric)]
     work = []
     for method, number in rows:
-        names = [
-            name
-            for name, metric in metrics.items()
-            if not isinstance(metric, SetMetric)
-            and not (method == BASELINE.name and isinstance(metric, PairedMetric))
-            and (method, number, name) not in done
-        ]
+        names = [name for name in paired if (method, number, name) not in done]
         if method in asked and names:
             work.append((method, number, names))
     mine = share(work)
@@ -68,16 +58,12 @@ def measure_images(
 def _value(
     folder: RunFolder, metric: Metric, base: dict, row: dict, device: torch.device
 ) -> float | None:
-    paired = isinstance(metric, PairedMetric)
-    if not row["finite"] or (paired and not base["finite"]):
+    if not (row["finite"] and base["finite"]):
         return None
     if metric.of == "latents":
         values = metric(_latents(folder, base), _latents(folder, row))
-    elif paired:
-        values = metric(*(_pixels(folder, one).to(device) for one in (base, row)))
     else:
-        images = _pixels(folder, row).to(device)
-        values = metric(images, [row["prompt"]] * len(images))
+        values = metric(*(_pixels(folder, one).to(device) for one in (base, row)))
     # A clip has a value per frame.
     return float(values[0]) if len(values) == 1 else metric.mean(values)
 
@@ -91,53 +77,35 @@ def measure_sets(
     size: tuple[int, int] | None = None,
     progress: bool = True,
 ) -> None:
-    """Add the values of sets of images that a folder lacks.
-
-    Every image goes once through each network, however many metrics share its features. Images
-    that are not finite are in no set.
-
-    Args:
-        real: What the sets are compared with. Default: None, the baseline's images.
-        size: (height, width) that real images are brought to.
+    """Add the values of sets of images that a folder lacks, compared with real images, which are
+    brought to a (height, width), or with the baseline's. Images that are not finite are in no set.
     """
     sets = {name: metric for name, metric in metrics.items() if isinstance(metric, SetMetric)}
-    compared = [metric for metric in sets.values() if metric.needs_base]
     done = {(row["method"], row["metric"]) for row in folder.find(kind="metric", number=None)}
     work = []
     for method in methods:
-        # Without real images the baseline's are what the others are compared with.
-        alone = method.name == BASELINE.name and real is None
-        names = [name for name, metric in sets.items() if not (alone and metric.needs_base)]
-        names = [name for name in names if (method.name, name) not in done]
-        if names:
+        names = [name for name in sets if (method.name, name) not in done]
+        if names and (real is not None or method.name != BASELINE.name):
             work.append((method.name, names))
-    mine, base = share(work), None
+    mine, base = share(work), {}
     rows = image_rows(folder)
     with progress_bar(len(mine) + 1, "measuring sets", "set", progress) as bar:
         for method, names in mine:
-            if base is None and compared:
+            if not base:
                 bar.set_postfix_str("what they are compared with")
                 images = _finite(folder, rows, BASELINE.name)
                 if real is not None:
                     images = (real.read(number, size) for number in range(len(real)))
-                base = _features(compared, images, device)
+                base = _features(sets.values(), images, device)
             bar.set_postfix_str(method)
-            found = _features([sets[name] for name in names], _finite(folder, rows, method), device)
-            for name in names:
-                key, needs_base = sets[name].feature_key, sets[name].needs_base
-                values = sets[name].compute(base[key] if needs_base else None, found[key])
-                first, *others = values
-                folder.add(
-                    {
-                        "kind": "metric",
-                        "method": method,
-                        "metric": name,
-                        "number": None,
-                        "value": values[first],
-                        "others": {other: values[other] for other in others},
-                        "against": ("real images" if real else "baseline") if needs_base else None,
-                    }
-                )
+            chosen = {name: sets[name] for name in names}
+            found = _features(chosen.values(), _finite(folder, rows, method), device)
+            for name, metric in chosen.items():
+                values = metric.compute(base[metric.extract], found[metric.extract])
+                value, *others = values.items()
+                row = {"kind": "metric", "method": method, "metric": name, "number": None}
+                against = "real images" if real else "baseline"
+                folder.add({**row, "value": value[1], "others": dict(others), "against": against})
             bar.update()
 
 
@@ -149,14 +117,12 @@ def _finite(folder: RunFolder, rows: Rows, method: str) -> Iterator[Tensor]:
 
 
 def _features(
-    metrics: Sequence[SetMetric], images: Iterable[Tensor], device: torch.device
-) -> Features:
-    """Key -> layer -> features (images, D)."""
-    parts = [set_features(metrics, image, device) for image in images]
-    return {
-        key: {layer: torch.cat([part[key][layer] for part in parts]) for layer in layers}
-        for key, layers in parts[0].items()
-    }
+    metrics: Iterable[SetMetric], images: Iterable[Tensor], device: torch.device
+) -> dict[Callable, Tensor]:
+    """What extracts features -> these of all images, (N, D)."""
+    different = {metric.extract: metric for metric in metrics}
+    parts = [[one.features_of(image, device) for one in different.values()] for image in images]
+    return dict(zip(different, map(torch.cat, zip(*parts))))
 
 
 def _pixels(folder: RunFolder, row: Mapping[str, Any]) -> Tensor:

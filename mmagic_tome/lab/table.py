@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,7 @@ def table(folder: RunFolder) -> pd.DataFrame:
     Columns:
 
     - ``method``, ``label``, ``images`` (those that are finite);
-    - of interleaved rounds ``seconds`` per image (the median), ``speedup`` over the baseline (the
-      median of the ratios within rounds) with its interval ``speedup_low``, ``speedup_high`` and
-      ``certain`` (whether the interval excludes 1; None for the baseline), ``network_seconds`` and
-      ``network_speedup``, ``rounds``;
+    - those of :func:`timing`, of seconds per image, and ``network_seconds``, ``network_speedup``;
     - ``memory`` and ``network_memory``: peak bytes per image of tensors above the weights, of a run
       and of its network's calls; ``flops`` and ``network_flops`` per image;
     - per metric its mean under its name; of those of single images also ``<metric>_worst`` and
@@ -37,12 +35,18 @@ def table(folder: RunFolder) -> pd.DataFrame:
     """
     manifest = folder.manifest
     found = _grouped(folder)
-    base = _by_turn(found["round", BASELINE.name, None])
     rows = []
     for name, method in manifest.get("methods", {}).items():
         images = {row["number"] for row in found["image", name, None] if row["finite"]}
         row: Row = {"method": name, "label": method["label"], "images": len(images)}
-        row.update(_time(base, _by_turn(found["round", name, None]), name == BASELINE.name))
+        for prefix in ("", "network_"):
+            both = (
+                {one["turn"]: one[f"{prefix}seconds"] / one["images"] for one in rounds}
+                for rounds in (found["round", BASELINE.name, None], found["round", name, None])
+            )
+            times = timing(*both)
+            chosen = ("seconds", "speedup") if prefix else times
+            row.update({f"{prefix}{key}": times[key] for key in chosen if key in times})
         for one in found["memory", name, None]:
             row["memory"] = one["run_bytes"] / one["images"]
             row["network_memory"] = one["network_bytes"] / one["images"]
@@ -63,27 +67,32 @@ def _grouped(folder: RunFolder) -> dict[tuple[str, str | None, str | None], list
     return groups
 
 
-def _by_turn(rounds: list[Row]) -> dict[int, Row]:
-    return {row["turn"]: row for row in rounds}
+def timing(base: Mapping[int, float], seconds: Mapping[int, float]) -> Row:
+    """How fast a method was; empty without rounds.
 
+    Args:
+        base, seconds: Number of the round -> seconds, of the baseline and of the method. Rounds
+            that both have are compared: methods may have been added later.
 
-def _time(base: Mapping[int, Row], rounds: Mapping[int, Row], is_base: bool) -> Row:
-    """Compare rounds that both have: methods may have been added later."""
-    turns = sorted(set(base) & set(rounds))
+    Returns:
+        dict: ``seconds`` (the median), ``speedup`` over the baseline (the median of the ratios
+        within rounds) with its interval ``speedup_low``, ``speedup_high`` and ``coverage``,
+        ``certain`` (whether the interval excludes 1) and ``rounds``.
+    """
+    turns = sorted(set(base) & set(seconds))
     if not turns:
         return {}
-    found: Row = {}
-    for prefix in ("", "network_"):
-        seconds = [rounds[turn][f"{prefix}seconds"] for turn in turns]
-        speedups = ratios([base[turn][f"{prefix}seconds"] for turn in turns], seconds)
-        speedup = interval(speedups)
-        per_image = [rounds[turn][f"{prefix}seconds"] / rounds[turn]["images"] for turn in turns]
-        found[f"{prefix}seconds"] = float(np.median(per_image))
-        found[f"{prefix}speedup"] = speedup.median
-        if not prefix:
-            found["speedup_low"], found["speedup_high"] = speedup.low, speedup.high
-            found["certain"] = None if is_base else speedup.excludes(1)
-    return {**found, "rounds": len(turns)}
+    own = [seconds[turn] for turn in turns]
+    speedup = interval(ratios([base[turn] for turn in turns], own))
+    return {
+        "rounds": len(turns),
+        "seconds": median(own),
+        "speedup": speedup.median,
+        "speedup_low": speedup.low,
+        "speedup_high": speedup.high,
+        "coverage": speedup.coverage,
+        "certain": speedup.excludes(1),
+    }
 
 
 def _quality(name: str, about: Mapping[str, Any], rows: list[Row]) -> Row:

@@ -74,11 +74,9 @@ def _act(module, function):
 def register_config_package():
     """Let mmengine resolve ``mmagic_tome::...`` in ``_base_`` and ``get_config``.
 
-    mmengine keeps a closed table of the packages it takes configs from. The table is meant to map
-    a module to a distribution, whose recorded location is then joined with the module's name; for
-    an editable installation that is a folder that does not exist. Naming a module of the package
-    that is no distribution makes mmengine ask Python's import system instead, which is right in
-    every kind of installation.
+    Its table maps a module to a distribution, whose recorded location is wrong for an editable
+    installation. For the name of a module that is no distribution mmengine asks Python's import
+    system instead, which is right in every kind of installation.
     """
     table = sys.modules["mmengine.config.utils"].MODULE2PACKAGE
     table.setdefault("mmagic_tome", "mmagic_tome.version")

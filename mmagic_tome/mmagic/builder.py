@@ -8,25 +8,20 @@ from .config_keys import apply_keys, read_keys
 
 __all__ = ["build_tome"]
 
-# Keys that mmengine and MMagic put into, or look for in, the outermost model config:
-# they are meant for the model, so that is where they go.
+# Keys that mmengine and MMagic put into, or look for in, the outermost model config.
 _FOR_THE_MODEL = ("data_preprocessor", "init_cfg")
 # Options of vision transformers alone.
 _FOR_VITS = ("r", "target_speedup")
 
 
 def build_tome(model, tome_cfg=None, cache_cfg=None, **others):
-    """Build a model and apply token merging and step caching to it.
+    """Build a model and apply token merging and step caching to it: ``'ToMe'`` in MMagic's
+    ``MODELS``.
 
-    Registered as ``'ToMe'`` in MMagic's ``MODELS``. It is a function, not a class:
-    what it returns *is* the inner model, so ``isinstance``, ``state_dict`` keys and
-    every method stay what they are::
+    What it returns *is* the inner model, so ``isinstance``, ``state_dict`` keys and every method
+    stay what they are::
 
-        model = dict(
-            type='ToMe',
-            model=dict(type='StableDiffusion', ...),
-            tome_cfg=dict(ratio=0.5),
-            cache_cfg='balanced')
+        model = dict(type='ToMe', model=dict(type='StableDiffusion', ...), cache_cfg='balanced')
 
     Args:
         model (dict | nn.Module): Config of the inner model, or a model.
@@ -34,13 +29,9 @@ def build_tome(model, tome_cfg=None, cache_cfg=None, **others):
             Default: None, nothing is merged.
         cache_cfg (str | dict | list, optional): Named setting or options of
             :class:`mmagic_tome.StepCacheConfig`. Default: None, nothing is skipped.
-        **others: ``data_preprocessor`` and ``init_cfg`` are passed on to the inner
-            model unless it has its own. With ``r`` or ``target_speedup`` the model is a vision
-            transformer, and all are options of :func:`mmagic_tome.vit.apply_tome_vit`.
-            Nothing else is accepted.
-
-    Returns:
-        nn.Module: The inner model.
+        **others: ``data_preprocessor`` and ``init_cfg`` of the inner model, unless it has its own;
+            or, with ``r`` or ``target_speedup``, options of
+            :func:`mmagic_tome.vit.apply_tome_vit`.
 
     Raises:
         ToMeError: Before anything is built, for an invalid value or an unknown key; afterwards

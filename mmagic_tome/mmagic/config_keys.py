@@ -22,14 +22,11 @@ _SWITCHES = {"merge_attn": "attn", "merge_crossattn": "crossattn", "merge_mlp": 
 
 
 def read(key, **sources):
-    """The one value of a config key that several places of a config mean.
+    """The one value of a config key that several places of a config mean, or None.
 
     Args:
         key (str): One of :data:`KEYS`.
         **sources: Name of a place -> its value, or None where it is not there.
-
-    Returns:
-        ToMeConfig | tuple[StepCacheConfig] | None: None if it is nowhere.
 
     Raises:
         ToMeError: An invalid value, naming the place; places that contradict each other.
@@ -50,12 +47,7 @@ def read(key, **sources):
 
 
 def translate_tomesd(options):
-    """MMagic's own ``tomesd_cfg`` as options of :class:`mmagic_tome.ToMeConfig`.
-
-    Args:
-        options (dict | None): ``ratio``, ``max_downsample``, ``sx``, ``sy``, ``use_rand``,
-            ``merge_attn``, ``merge_crossattn``, ``merge_mlp``.
-    """
+    """MMagic's own ``tomesd_cfg`` (dict | None) as options of :class:`mmagic_tome.ToMeConfig`."""
     if options is None or not hasattr(options, "items"):
         return options
     options = dict(options)
@@ -70,15 +62,8 @@ def translate_tomesd(options):
 
 
 def read_keys(options):
-    """The values of the keys in one place.
-
-    Args:
-        options (mmengine.Config | dict | None): A whole config, or options of a model; what is
-            no mapping has no keys.
-
-    Returns:
-        dict[str, ToMeConfig | tuple[StepCacheConfig]]: Of the keys that are there.
-    """
+    """Key -> value of the keys in one place: a whole config (mmengine.Config | dict | None), or
+    options of a model."""
     get = getattr(options, "get", lambda key: None)  # mmengine.Config is not a Mapping
     translated = translate_tomesd(get("tomesd_cfg"))
     found = {
@@ -89,16 +74,10 @@ def read_keys(options):
 
 
 def apply_keys(model, configs, top_level=False):
-    """Apply what :func:`read_keys` returned.
+    """Apply what :func:`read_keys` returned to the model that a config describes.
 
-    Args:
-        model (nn.Module): The model that the config describes.
-        configs (dict): Of its own config, or of the top level.
-        top_level (bool): Whether they are of the top level, where a later config replaces an
-            earlier one. Default: False.
-
-    Raises:
-        ToMeError: The model's own config has said something else.
+    ``top_level``: whether it is of the top level, where a later config replaces an earlier one.
+    ToMeError if the model's own config has said something else.
     """
     own = model.__dict__.get(_RECORD, {})
     place = "at the top level" if top_level else "of type='ToMe'"

@@ -8,17 +8,11 @@ import this package first and then run the scripts of the installed MMagic, with
     python -m mmagic_tome test CONFIG [CHECKPOINT] [--work-dir ...] [--out ...] [--cfg-options ...]
     python -m mmagic_tome train CONFIG [--work-dir ...] [--resume] [--amp] [--auto-scale-lr] ...
 
-A script is loaded as a module and its ``main()`` called, so that its parser can be corrected:
-
-- CHECKPOINT may be left out: pretrained parts of a config (``from_pretrained``) are weights too.
-  Without it ``load_from`` of the config counts.
-- CONFIG may be ``mmagic_tome::demo/sd-emoji_eval.py``, or such a path in another package.
-- Before anything is built, a missing file, a config without a test (or training), or an ``--out``
-  that MMagic could not write after the test is an error.
-- ``--cfg-options`` keeps the spaces of texts.
-- ``--amp`` works for an ``optim_wrapper`` with one optimizer and no ``type``, as that of
-  DreamBooth; MMagic raises AssertionError or AttributeError.
-- ``--auto-scale-lr`` takes effect; MMagic parses it and ignores it.
+A script is loaded as a module and its ``main()`` called, so that its parser can be corrected
+(``docs/hooks.md``): CHECKPOINT may be left out, CONFIG may be a path in a package, and what is
+missing is an error before anything is built. ``--cfg-options`` keeps the spaces of texts, ``--amp``
+works for an ``optim_wrapper`` with one optimizer and no ``type``, where MMagic raises, and
+``--auto-scale-lr`` takes effect, where MMagic ignores it.
 """
 
 from __future__ import annotations
@@ -51,9 +45,7 @@ _NEEDED = {
 def test_main(argv: Sequence[str] | None = None, prog: str = "test.py") -> int:
     """Run MMagic's ``tools/test.py``; return the exit code: 0, or 2 after a one-line error.
 
-    Args:
-        argv: The arguments. Default: those of the process.
-        prog: Name shown in help and errors.
+    Default arguments: those of the process. ``prog`` is the name shown in help and errors.
     """
     return _run("test", argv, prog)
 

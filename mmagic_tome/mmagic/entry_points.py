@@ -59,15 +59,9 @@ def patch_init_model():
 
 
 def _patch(owner, name, config_of, model_of=lambda result, *_: result):
-    """Let a function that builds a model apply the keys of a config.
-
-    Args:
-        owner (object): What the function is an attribute of.
-        name (str): Its name.
-        config_of (Callable): Takes the function's arguments; returns the whole config.
-        model_of (Callable): Takes the function's result and positional arguments; returns the
-            model. Default: the result.
-    """
+    """Let the function ``owner.name``, which builds a model, apply the keys of the config that
+    ``config_of`` returns for its arguments to the model that ``model_of`` returns for its result
+    and arguments."""
     function = getattr(owner, name)
 
     @functools.wraps(function)

@@ -58,11 +58,8 @@ def patch(root):
 
 
 def _wrap_init(cls):
-    """Let ``cls.__init__`` take the keys, and apply them when the model is complete.
-
-    The outermost ``__init__`` of a model applies: only after it is the UNet the one that
-    will run (FastComposer replaces it, ViCo its transformers). So every one is wrapped.
-    """
+    """Let ``cls.__init__`` take the keys. The outermost ``__init__`` of a model applies them: only
+    after it is the UNet the one that will run (FastComposer replaces it, ViCo its transformers)."""
     init = vars(cls).get("__init__")
     if not inspect.isfunction(init) or hasattr(init, "takes_mmagic_tome"):
         return
@@ -96,10 +93,7 @@ def _complete(model, given):
 
 
 def _set_tomesd(self):
-    """Apply ``self.tomesd_cfg``.
-
-    MMagic calls it in the middle of ``__init__``, where it does nothing yet.
-    """
+    """Apply ``self.tomesd_cfg``; not yet in the middle of ``__init__``, where MMagic calls it."""
     if _BUILDING not in self.__dict__ and self.tomesd_cfg is not None:
         apply_tome(self, translate_tomesd(self.tomesd_cfg))
 

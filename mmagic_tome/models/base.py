@@ -162,15 +162,11 @@ class ModelAdapter:
         return timestep
 
     def inner_modules(self, network: nn.Module, num_outer_blocks: int) -> list[nn.Module]:
-        """Return the modules inside the outer blocks, in running order.
+        """Return the modules inside the outer blocks, in running order; empty if there are none.
 
-        The rest of the network needs no output of theirs but the last one's. Empty if the network
-        has too few blocks.
-
-        Args:
-            network: the network.
-            num_outer_blocks: at least 1. Levels of a UNet; elsewhere quarters of the longest
-                list of blocks, at each end (1 leaves the middle half).
+        The rest of the network needs no output of theirs but the last one's. ``num_outer_blocks``,
+        at least 1, counts levels of a UNet; elsewhere quarters of the longest list of blocks, at
+        each end (1 leaves the middle half).
         """
         blocks = {block.module for block in self.blocks(network)}
         lists = [list(one) for one in network.children() if isinstance(one, nn.ModuleList)]

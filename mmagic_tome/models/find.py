@@ -54,15 +54,9 @@ _REASONS = {
 
 
 def register_adapter(adapter: ModelAdapter) -> ModelAdapter:
-    """Make a model family of your own known to :func:`~mmagic_tome.apply_tome`; return its adapter.
-
-    Args:
-        adapter: takes precedence over those registered before. One of the same class replaces an
-            earlier one.
-
-    Raises:
-        ToMeError: not an instance of :class:`ModelAdapter`, or one without a description.
-    """
+    """Make a model family of your own known to :func:`~mmagic_tome.apply_tome`; return its adapter,
+    which takes precedence over those registered before and replaces one of the same class.
+    ToMeError: not an instance of :class:`ModelAdapter`, or one without a description."""
     if not isinstance(adapter, ModelAdapter) or not getattr(adapter, "description", None):
         raise ToMeError(
             "a model adapter is an instance of a subclass of mmagic_tome.models.ModelAdapter with "
@@ -85,12 +79,9 @@ class Denoiser:
 def find_adapter(model: object) -> tuple[ModelAdapter, nn.Module]:
     """Return the adapter and the network of a model; the first one where there are several.
 
-    Args:
-        model: a diffusers pipeline, a MMagic model, or the network itself, also wrapped by
-            DistributedDataParallel, torch.compile or MMagic's DiffusersWrapper.
-
-    Raises:
-        ToMeError: no network inside is of a known family; names the modules that were tried.
+    ``model`` is a diffusers pipeline, a MMagic model, or the network itself, also wrapped by
+    DistributedDataParallel, torch.compile or MMagic's DiffusersWrapper. ToMeError, which names the
+    modules that were tried: no network inside is of a known family.
     """
     first = _search_or_raise(model).served[0]
     return first.adapter, first.network
@@ -125,16 +116,9 @@ def find_denoisers(
 
 
 def find_controlnets(model: object, *, known: bool = False) -> list[Denoiser]:
-    """Return the ControlNets of a pipeline or MMagic model, empty if it has none.
-
-    They are named 'controlnet', or 'controlnet.nets.0' and so on where there are several.
-
-    Args:
-        known: leave out those that no adapter describes. Default False: they are an error.
-
-    Raises:
-        ToMeError: a ControlNet that no adapter describes.
-    """
+    """Return the ControlNets of a pipeline or MMagic model, empty if it has none. They are named
+    'controlnet', or 'controlnet.nets.0' and so on where there are several. One that no adapter
+    describes is a ToMeError, or left out if ``known``."""
     branches = (_attribute(layer, "controlnet") for layer in _layers(model))
     branch = next((one for one in branches if isinstance(one, nn.Module)), None)
     nets = _attribute(branch, "nets")

@@ -136,15 +136,9 @@ class HunyuanVideo(RotaryTransformer):
 
 @_disable_dynamo  # as torch.compiler.disable, without importing the compiler now
 def grid_of_ids(ids: Tensor) -> tuple[int, int]:
-    """Return (height, width) in tokens; cached as long as the tensor lives unchanged.
-
-    Args:
-        ids: (N, 3+) or (B, N, 3+): index of the image, row and column of every token.
-
-    Raises:
-        ToMeError: the tokens are not those of one image, row by row (as with reference images in
-            the same sequence).
-    """
+    """Return (height, width) in tokens from ids (N, 3+) or (B, N, 3+): index of the image, row and
+    column of every token; cached as long as the tensor lives unchanged. ToMeError: the tokens are
+    not those of one image, row by row (as with reference images in the same sequence)."""
     version = None if ids.is_inference() else ids._version
     known = _known_grids.get(ids)
     if known is None or known[0] != version:

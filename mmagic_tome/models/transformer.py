@@ -114,16 +114,14 @@ class RotaryTransformer(Transformer):
 
 
 def merge_rotary(table: Tensor | tuple[Tensor, ...], plan: Any) -> Any:
-    """Return the rows of the representatives of merged tokens.
+    """Return the rows of the representatives of merged tokens: S' rows, and for (S, D) and a batch
+    B > 1 :class:`RotaryRows`.
 
     Args:
         table: complex rows, or a tuple of cosines and sines; each (S, D), (B, S, D) or
             (1, S, 1, D). Where S exceeds the plan's number of tokens, the first rows are those of
             the text, which are kept.
         plan (MergePlan): for B batch entries.
-
-    Returns:
-        The same with S' rows; for (S, D) and B > 1, :class:`RotaryRows`.
     """
     if isinstance(table, Tensor):
         return _merged_rows(table, plan)
@@ -131,16 +129,13 @@ def merge_rotary(table: Tensor | tuple[Tensor, ...], plan: Any) -> Any:
 
 
 def merge_mask(mask: Tensor, plan: Any, num_before: int | None = None) -> Tensor:
-    """Return a mask over keys, or over queries and keys, for merged tokens.
+    """Return a mask over keys, or over queries and keys, for merged tokens: S' in place of S.
 
     Args:
         mask: (B, S), (B, 1, 1, S) or (B, 1, S, S); S exceeds the plan's number of tokens by that
             of the text tokens.
         plan (MergePlan): for B batch entries.
         num_before: how many text tokens precede the image tokens. Default None: all.
-
-    Returns:
-        The same with S' in place of S.
     """
     length = mask.shape[-1]
     kept = joint_plan(plan, length, num_before).representative

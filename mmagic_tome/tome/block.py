@@ -85,11 +85,8 @@ class BlockPreHook(StepHook):
         return plans
 
     def image_tokens(self, context: TomeContext, tokens: Tensor) -> Tensor:
-        """(B, N, C) tokens of the image, or of whole clips, out of what enters the block.
-
-        Raises:
-            ToMeError: the grid is not known, or does not fit.
-        """
+        """(B, N, C) tokens of the image, or of whole clips, out of what enters the block; ToMeError
+        if the grid is not known, or does not fit."""
         block = self.block
         if not context.running or context.grid is None:
             raise ToMeError(

@@ -75,11 +75,8 @@ def place(
 
 
 def blocks_to_merge(adapter: ModelAdapter, network: nn.Module, config: ToMeConfig) -> list[Block]:
-    """Blocks within ``max_downsample`` that have a wanted target, checked.
-
-    Raises:
-        ToMeError: there are none, or merging them is not possible as asked.
-    """
+    """Blocks within ``max_downsample`` that have a wanted target; ToMeError if there are none, or
+    merging them is not possible as asked."""
     name = type(network).__name__
     every = _with_all_targets(adapter.blocks(network), config.kinds)
     blocks = [block for block in every if not block.targets.keys().isdisjoint(config.kinds)]

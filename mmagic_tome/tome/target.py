@@ -35,12 +35,19 @@ class TargetHook(Hook):
         super().__init__(patch)
         self.target = target
 
-    def merge(self, plan: Any, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple:
-        """(args, kwargs) of a call on merged tokens, and these tokens.
+    def plan_of(self, x: Tensor, merged: bool = False) -> Any:
+        """The plan for tokens ``x``, which are merged or not; None where nothing is merged. In a
+        joint sequence ``x`` contains the text as well."""
+        context = self.patch.context
+        plan = context.plans.get(self.target.kind)
+        if plan is None or not self.target.joint:
+            return plan
+        of_image = plan.num_slots if merged else plan.num_tokens
+        return JointPlan(plan, x.shape[1] - of_image, context.num_before)
 
-        Raises:
-            ToMeError: the call cannot be merged; says what to write instead.
-        """
+    def merge(self, plan: Any, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple:
+        """(args, kwargs) of a call on merged tokens, and these tokens; ToMeError, which says what
+        to write instead, if the call cannot be merged."""
         target = self.target
         self._check_call(plan, x, kwargs)
         if target.bias is not None:
@@ -85,6 +92,14 @@ class TargetHook(Hook):
                     "merged tokens; merge self-attention only"
                 )
 
+    def unmerged(self, plan: Any, x: Tensor, merged: Tensor | None, out: Tensor) -> Tensor:
+        """What a run on merged tokens of ``x`` returns for all tokens."""
+        if self.target.kind == "attn_kv":
+            return out
+        if self.target.whole:
+            return x + plan.unmerge(out - merged)
+        return plan.unmerge(out)
+
 
 class TargetPreHook(TargetHook):
     """Merge what goes into the first module of a target; for a block or stack, keep it for the
@@ -93,9 +108,7 @@ class TargetPreHook(TargetHook):
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         context, target = self.patch.context, self.target
         x = args[0] if args else kwargs["hidden_states"]
-        plan = context.plans.get(target.kind)
-        if plan is not None and target.joint:
-            plan = JointPlan(plan, x.shape[1] - plan.num_tokens, context.num_before)
+        plan = self.plan_of(x)
         target.record(context, x, plan)
         if plan is None:
             return None
@@ -112,16 +125,14 @@ class TargetPostHook(TargetHook):
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         context, target = self.patch.context, self.target
-        plan = context.plans.get(target.kind)
+        merges = target.kind != "attn_kv" and context.plans.get(target.kind) is not None
+        plan = self.plan_of(target.tokens_of(output), merged=True) if merges else None
         if target.last:
             # The block's feed-forward needs the memory.
             context.plans = {}
-        if plan is None or target.kind == "attn_kv":
+        if plan is None:
             return None
-        y = target.tokens_of(output)
-        if target.joint:
-            plan = JointPlan(plan, y.shape[1] - plan.num_slots, context.num_before)
-        return target.replaced(output, plan.unmerge(y))
+        return target.replaced(output, plan.unmerge(target.tokens_of(output)))
 
 
 class WholePreHook(StepHook, TargetPreHook):
@@ -141,22 +152,16 @@ class WholePostHook(TargetHook, StepHook):
         plan, x, merged = context.pending.pop(target.name, (None, None, None))
         if plan is None:
             return None
-        change = target.tokens_of(output) - merged
-        return target.replaced(output, x + plan.unmerge(change))
+        return target.replaced(output, self.unmerged(plan, x, merged, target.tokens_of(output)))
 
 
 class SharedInputPreHook(TargetHook):
     """Merge the same tokens for a further module of a target; counted where the target begins."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        context = self.patch.context
         x = args[0] if args else kwargs["hidden_states"]
-        plan = context.plans.get(self.target.kind)
-        if plan is None:
-            return None
-        if self.target.joint:
-            plan = JointPlan(plan, x.shape[1] - plan.num_tokens, context.num_before)
-        return with_tokens(plan.merge(x), args, kwargs)
+        plan = self.plan_of(x)
+        return None if plan is None else with_tokens(plan.merge(x), args, kwargs)
 
 
 class ResidualPreHook(StepHook, TargetHook):
@@ -165,18 +170,16 @@ class ResidualPreHook(StepHook, TargetHook):
     def run(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         context, target = self.patch.context, self.target
         x = args[0] if args else kwargs["hidden_states"]
-        plan = context.plans.get(target.kind)
-        if plan is not None and target.joint:
-            plan = JointPlan(plan, x.shape[1] - plan.num_tokens, context.num_before)
+        plan = self.plan_of(x)
         known = target.name in context.state.residuals and not context.computes
         # With gradients, as in training, steps are unrelated: merged without a residual.
         if plan is None or not (known or torch.is_grad_enabled()):
             target.record(context, x, None)
-            context.pending[target.name] = ("baseline", plan, x, args, kwargs)
+            context.pending[target.name] = (plan, x, (args, kwargs), None)
             return None
         target.record(context, x, plan)
         args, kwargs, merged = self.merge(plan, x, args, kwargs)
-        context.pending[target.name] = ("merged", plan, x, merged)
+        context.pending[target.name] = (plan, x, None, merged)
         return args, kwargs
 
 
@@ -191,26 +194,18 @@ class ResidualPostHook(StepHook, TargetHook):
             return None
         if target.last:
             context.plans = {}
-        how, plan, x, *rest = context.pending.pop(target.name)
+        plan, x, baseline, merged = context.pending.pop(target.name)
         residuals, out = context.state.residuals, target.tokens_of(output)
-        if how == "merged":
-            y = self.unmerged(plan, x, *rest, out)
+        if baseline is None:
+            y = self.unmerged(plan, x, merged, out)
             if not torch.is_grad_enabled():
                 y = y + residuals[target.name]
             return target.replaced(output, y)
         # Where nothing was merged there is no residual to add.
         residuals.pop(target.name, None)
         if plan is not None:
-            residuals[target.name] = out - self.merged_output(plan, x, *rest)
+            residuals[target.name] = out - self.merged_output(plan, x, *baseline)
         return None
-
-    def unmerged(self, plan: Any, x: Tensor, merged: Tensor | None, out: Tensor) -> Tensor:
-        """What a merged run gives all tokens."""
-        if self.target.kind == "attn_kv":
-            return out
-        if self.target.whole:
-            return x + plan.unmerge(out - merged)
-        return plan.unmerge(out)
 
     def merged_output(self, plan: Any, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """The target once more, on merged tokens, past the hooks that are in the middle of it."""

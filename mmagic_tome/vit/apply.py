@@ -73,12 +73,9 @@ class ViTHandle(Handle[ViTPatch]):
     @property
     def r(self) -> Any:
         """Tokens to remove per block. Assign to change them from the next forward on; 0 merges
-        nothing.
+        nothing. ToMeError: an invalid r, or after removal.
 
         With ``target_speedup`` the r that was found for the last forward; None before the first.
-
-        Raises:
-            ToMeError: on assignment of an invalid r, or after removal.
         """
         if self.config.target_speedup is None or self.tokens is None:
             return self.config.r

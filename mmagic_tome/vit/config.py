@@ -155,12 +155,8 @@ def removed_per_block(r: Any, blocks: int) -> list[int]:
 
 
 def tokens_per_block(removed: Sequence[int], tokens: int, prefix: int) -> list[tuple[int, int]]:
-    """(before, after) merging in every block.
-
-    Args:
-        tokens (int): N, of the first block, protected ones included.
-        prefix (int): number of protected tokens.
-    """
+    """(before, after) merging in every block, from the tokens of the first, of which ``prefix`` are
+    protected."""
     counts = []
     for count in removed:
         kept = tokens - max(0, min(count, (tokens - prefix) // 2))
@@ -170,12 +166,9 @@ def tokens_per_block(removed: Sequence[int], tokens: int, prefix: int) -> list[t
 
 
 def relative_cost(counts: Sequence[tuple[int, int]], width: int, hidden: int) -> float:
-    """Multiply-adds of the blocks.
-
-    Attention and its four projections run on the n tokens before merging, the feed-forward on the m
-    tokens after it: 4 n C^2 + 2 n^2 C + 2 m C H, with C the width, H the hidden channels and
-    ``counts`` of :func:`tokens_per_block`.
-    """
+    """Multiply-adds of the blocks with ``counts`` of :func:`tokens_per_block`: attention and its
+    four projections run on the n tokens before merging, the feed-forward on the m tokens after it,
+    4 n C^2 + 2 n^2 C + 2 m C H, with C the width and H the hidden channels."""
     return float(
         sum(4 * n * width**2 + 2 * n**2 * width + 2 * m * width * hidden for n, m in counts)
     )

@@ -225,15 +225,9 @@ _UNSUPPORTED = {
 
 
 def find_vit(model: object) -> ViT:
-    """The one vision transformer inside ``model``.
-
-    Args:
-        model: a module of one of the families, or one that contains it, also wrapped by
-            DistributedDataParallel or torch.compile.
-
-    Raises:
-        ToMeError: there is none, or several.
-    """
+    """The one vision transformer inside ``model``: a module of one of the families, or one that
+    contains it, also wrapped by DistributedDataParallel or torch.compile. ToMeError: there is none,
+    or several."""
     found = []
     if isinstance(model, nn.Module):
         for family in FAMILIES:

@@ -41,15 +41,9 @@ class ViTContext(Context):
 
 
 class ViTPatch(Patch):
-    """Options, sizes of the model, and results of the last forward.
-
-    Attributes:
-        removed (list | None): tokens to remove per block; None: ``target_speedup`` chooses them
-            for the number of tokens of each forward.
-        blocks (list): dotted paths of the blocks.
-        size, source, tokens: of the last forward with merging enabled, see
-            :class:`~.apply.ViTHandle`.
-    """
+    """Options, sizes of the model, and results of the last forward with merging enabled, see
+    :class:`~.apply.ViTHandle`. ``removed`` are the tokens to remove per block; None:
+    ``target_speedup`` chooses them for the number of tokens of each forward."""
 
     context_type = ViTContext
 

@@ -16,7 +16,6 @@ Without mmpretrain, in mmengine's root registry::
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -26,12 +25,9 @@ from ..errors import ToMeError
 
 
 def merging_builder(registry: Any) -> Callable[..., nn.Module]:
-    """The function behind ``type='ToMe'`` of a registry.
-
-    It takes ``model``, a config of that registry or a module, and the options of
-    :func:`~.apply.apply_tome_vit`. It returns the model itself with token merging, so
-    ``isinstance``, ``state_dict`` keys and methods stay.
-    """
+    """The function behind ``type='ToMe'`` of a registry, which takes ``model``, a config of that
+    registry or a module, and the options of :func:`~.apply.apply_tome_vit`, and returns the model
+    itself."""
 
     def build_tome_vit(model: Any, **options: Any) -> nn.Module:
         from .apply import apply_tome_vit
@@ -56,29 +52,18 @@ def merging_builder(registry: Any) -> Callable[..., nn.Module]:
 def timm_model(name: str, **options: Any) -> nn.Module:
     """``type='TimmModel'``: ``timm.create_model(name, **options)`` in eval mode; random weights
     unless ``pretrained=True``."""
-    return _library("timm", "TimmModel").create_model(name, **options).eval()
+    import timm
+
+    return timm.create_model(name, **options).eval()
 
 
 def transformers_model(model: str, config: str, **options: Any) -> nn.Module:
-    """``type='TransformersModel'``: a model with random weights, in eval mode.
+    """``type='TransformersModel'``: a model with random weights, in eval mode, from the name of its
+    class, such as 'VideoMAEForVideoClassification', that of its config's, and options of the
+    config."""
+    import transformers
 
-    Args:
-        model (str): name of its class, such as 'VideoMAEForVideoClassification'.
-        config (str): name of its config's class, such as 'VideoMAEConfig'.
-        **options: of the config.
-    """
-    transformers = _library("transformers", "TransformersModel")
-    for name in (model, config):
-        if not hasattr(transformers, name):
-            raise ToMeError(f"transformers {transformers.__version__} has no {name!r}")
     return getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
-
-
-def _library(name: str, kind: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ToMeError(f"type={kind!r} needs {name}: pip install {name}") from error
 
 
 def register_root() -> None:

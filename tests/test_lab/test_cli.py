@@ -1,7 +1,6 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """The entrance of all commands: help, exit codes, what is found wrong before weights are loaded."""
 
-import errno
 import os
 import re
 import shlex
@@ -16,7 +15,8 @@ from tiny import tiny_config, write_config
 from mmagic_tome import ToMeError
 from mmagic_tome.__main__ import main
 from mmagic_tome.assets import asset_path
-from mmagic_tome.lab.cli import VERBS, build_parser
+from mmagic_tome.lab.cli import _RUN as VERBS
+from mmagic_tome.lab.cli import build_parser
 from mmagic_tome.lab.options import exit_code
 
 pytest.importorskip("mmagic", reason="most of these models are MMagic's")
@@ -32,7 +32,6 @@ def configs(sd_folder, tmp_path_factory):
     entries = {
         "plain": (model, {}),
         "tome": (model, tome),
-        "inpaint": (tiny_config("StableDiffusionInpaint", sd_folder), tome),
         "clips": (tiny_config("AnimateDiff", sd_folder), tome),
         "elsewhere": (tiny_config(folder="/nowhere/at/all"), tome),
         "evaluation": (
@@ -77,8 +76,7 @@ def test_every_tool_helps_from_anywhere_without_importing_torch(verb, tmp_path):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_explains_every_option_with_its_default(verb):
-    hidden = ("help", "local_rank")
-    actions = [one for one in build_parser(verb)._actions if one.dest not in hidden]
+    actions = [one for one in build_parser(verb)._actions if one.dest != "help"]
     assert len(actions) > 12
     assert [one.dest for one in actions if "(default: " not in (one.help or "")] == []
 
@@ -106,7 +104,8 @@ def test_commands_of_the_pages_have_options_that_there_are():
         ("['red apple', 'cat']", ["red apple", "cat"]),
         ("{'a b': 1}", {"a b": 1}),
         ("[a, b]", ["a", "b"]),
-        ("1,2", [1, 2]),
+        ("1,2", (1, 2)),
+        ("a,b", ["a", "b"]),
     ],
 )
 def test_values_keep_their_spaces(text, value):
@@ -143,7 +142,6 @@ def test_test_and_train_go_to_mmagics_runner(monkeypatch):
     [
         (ToMeError("no\n  such thing"), 2, "tool: error: no such thing\n"),
         (ToMeError("x" * 500), 2, f"tool: error: {'x' * 397}...\n"),
-        (OSError(errno.ENOSPC, "No space left"), 2, "tool: error: No space left\n"),
         (KeyboardInterrupt(), 130, "tool: interrupted\n"),
         (KeyboardInterrupt("; 1 of 2 done"), 130, "tool: interrupted; 1 of 2 done\n"),
         (SystemExit(0), 0, ""),
@@ -162,26 +160,6 @@ def test_a_bug_keeps_its_traceback():
         exit_code(lambda: 1 / 0, "tool")
 
 
-def test_a_reader_that_is_gone_gets_no_traceback():
-    code = (
-        "import sys\n"
-        "from mmagic_tome.lab.options import exit_code\n"
-        "def run():\n"
-        "    for _ in range(100_000): print('x')\n"
-        "sys.exit(exit_code(run, 'tool'))\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
-    process.stdout.readline()
-    process.stdout.close()
-    assert (process.wait(), process.stderr.read()) == (1, "")
-
-
 # --- what is found wrong before anything is loaded ------------------------------------------------
 
 WRONG = {
@@ -190,20 +168,16 @@ WRONG = {
     "config after prompts": ("infer --prompt cat {tome}", "put it first"),
     "no prompts": ("infer {tome}", "no prompt"),
     "@file missing": ("infer {tome} --prompt @no.txt", "no.txt"),
-    "prompt file empty": ("infer {tome} --prompt-file {tmp}/empty.txt", "holds no prompts"),
     "size does not fit": ("infer {tome} --prompt cat --size 64x60", "nearest is 64x64"),
-    "no steps": ("infer {tome} --steps 0", "at least 1"),
-    "seed too large": ("infer {tome} --seed 4294967296", "less than 4294967296"),
+    "seed too large": ("infer {tome} --prompt cat --seed 4294967296", "in [0, 4294967295]"),
     "ratio one": ("infer {tome} --prompt cat --ratio 1", "ratio=1.0 is above"),
-    "cache is no dict": ("infer {tome} --cache {{interval:3}}", "expected a name such as balanced"),
+    "cache is no dict": ("infer {tome} --prompt cat --cache {{interval:3}}", "no named setting"),
     "two methods": ("infer {tome} --prompt cat --method steps:3 --method steps:2", "only one"),
-    "method and ratio": ("infer {tome} --prompt cat --method steps:3 --ratio 0", "into --method"),
     "extra without value": ("infer {tome} --extra-parameters =3", "KEY=VALUE"),
-    "extra unknown": ("infer {tome} --prompt cat --extra-parameters etta=1", "no 'etta'"),
+    "method and ratio": ("infer {tome} --prompt cat --method steps:3 --ratio 0", "into --method"),
     "nothing to compare": ("infer {plain} --prompt cat --compare", "nothing to compare"),
     "device unknown": ("infer {tome} --prompt cat --device abacus", "abacus"),
     "dtype unknown": ("infer {tome} --dtype fp8", "fp8"),
-    "no input": ("infer {inpaint} --prompt cat", "--img"),
     "input unknown": ("infer {tome} --prompt cat --control {tmp}/text.txt", "--control"),
     "weights not there": ("infer {elsewhere} --prompt cat", "not there: /nowhere"),
     "pipeline is none": ("infer --pipeline {tmp} --prompt cat", "model_index.json"),
@@ -217,17 +191,13 @@ WRONG = {
         "did you mean 'psnr'",
     ),
     "network unknown": ("benchmark sd16 --dry-run", "write one of small, sd15"),
-    "unused checkpoint": ("benchmark small x.pth --dry-run", "CHECKPOINT has no meaning"),
-    "unused prompts": ("benchmark small --prompt-file demo --dry-run", "--prompt-file has no"),
-    "unused seed": ("benchmark small --seed 0 --dry-run", "--seed has no meaning"),
+    "unused checkpoint": ("benchmark small x.pth --dry-run", "checkpoint: no meaning"),
+    "unused prompts": ("benchmark small --prompt-file demo --dry-run", "prompt_file: no meaning"),
+    "unused seed": ("benchmark small --seed 0 --dry-run", "seed: no meaning"),
     "steps of its own": ("benchmark small --method steps:3 --dry-run", "use evaluate"),
     "nothing to resume": ("evaluate {tome} --prompt a --resume --work-dir {tmp}/x", "no run in"),
     "clips are not drawn": ("visualize {clips} --prompt cat", "AnimateDiff makes clips"),
     "nothing is merged": ("visualize {tome} --prompt cat --ratio 0", "nothing to draw"),
-    "other steps": (
-        "visualize {tome} --prompt cat --method a={{'ratio':.5,'steps':3}}",
-        "leave steps",
-    ),
 }
 
 
@@ -237,7 +207,6 @@ def test_bad_input_is_one_line_and_code_2(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("a prompt\n")
-    (tmp_path / "empty.txt").write_text("\n# nothing\n")
     (tmp_path / "broken.py").write_text("model = dict(\n")
     before = sorted(tmp_path.rglob("*"))
     words, expected = WRONG[case]

@@ -157,7 +157,7 @@ def test_defaults_of_a_config_and_what_overrides_them(results, configs):
     assert (found["settings"]["steps"], found["settings"]["guidance"]) == (3, 2.0)
     assert [(one["prompt"], one["seed"]) for one in found["images"]] == [("dog", 5), ("cat", 6)]
     _, found = results(
-        "b", *words, "--text", "a", "--seed", "0", "--cfg-options", "infer_cfg.steps=1"
+        "b", *words, "--prompt", "a", "--seed", "0", "--cfg-options", "infer_cfg.steps=1"
     )
     assert (found["settings"]["steps"], found["settings"]["guidance"]) == (1, 2.0)
     assert [(one["prompt"], one["seed"]) for one in found["images"]] == [("a", 0)]

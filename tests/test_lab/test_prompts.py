@@ -3,12 +3,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from mmagic_tome.errors import ToMeError
-from mmagic_tome.lab.prompts import Prompt, read_prompts, request_fields, spread
-from mmagic_tome.lab.request import Request
+from mmagic_tome.lab.prompts import Prompt, read_prompts, request_for, spread
 
 CAPTIONS = Path(__file__).parents[2] / "examples" / "demo_model"
 
@@ -33,7 +33,7 @@ def test_text_json_csv_and_lists_say_the_same(tmp_path):
     ("name", "text", "complaint"),
     [
         ("p.txt", "# nothing\n\n", r"p\.txt holds no prompts"),
-        ("p.json", "[\n{", r"p\.json is no JSON: .* line 2"),
+        ("p.json", "[\n{", r"cannot read prompts from .*p\.json: .* line 2"),
         ("p.json", '{"prompt": "a"}', "write a list of prompts, got dict"),
         ("p.json", '["a", " "]', "entry 2: no prompt"),
         ("p.json", '[{"prompt": "a", "sed": 1}]', "entry 1: write a text or a dict"),
@@ -77,14 +77,19 @@ def test_a_limit_is_spread_over_the_list():
 
 
 def test_every_image_has_a_seed_of_its_own():
+    source = SimpleNamespace(defaults={"negative_prompt": "blur"})
+    bare = SimpleNamespace(defaults={})
     prompts = [Prompt("a"), Prompt("b", "rain", 9), Prompt("c")]
-    request = Request(
-        **request_fields(prompts, seed=2**32 - 3, images_per_prompt=2, template="a {}.")
-    )
-    assert request.prompts == ["a a.", "a a.", "a b.", "a b.", "a c.", "a c."]
+    request = request_for(bare, prompts, {"seed": 2**32 - 3}, "a {}.", images_per_prompt=2)
+    assert request.prompts == ("a a.", "a a.", "a b.", "a b.", "a c.", "a c.")
     assert [request.seed_of(i) for i in range(6)] == [2**32 - 3, 2**32 - 2, 9, 10, 1, 2]
     assert request.negatives([0, 2]) == ["", "rain"]
-    assert request_fields(prompts[:1])["negative_prompt"] is None
-    assert request_fields(prompts[:2], negative="blur")["negative_prompt"] == ["blur", "rain"]
-    with pytest.raises(ToMeError, match=r"has no \{\} where the prompt goes"):
-        request_fields(prompts, template="an image")
+    assert request_for(bare, prompts[:1], {}).negative_prompt is None
+    assert request_for(source, prompts[:2], {"seed": None}).negatives([0, 1]) == ["blur", "rain"]
+    for given, template, said in [
+        ({}, "an image", r"has no \{\} where the prompt goes"),
+        ({"seed": -1}, None, "seed=-1 must be an integer in"),
+        ({"seed": [1, 2]}, None, "seed is one for all"),
+    ]:
+        with pytest.raises(ToMeError, match=said):
+            request_for(bare, prompts, given, template)

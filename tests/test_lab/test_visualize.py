@@ -69,9 +69,9 @@ def test_all_maps_of_a_mmagic_model(results, sd_folder, tmp_path):
         tmp_path / "tome.py", tiny_config(folder=sd_folder), tome_cfg=dict(ratio=0.5)
     )
     folder, found = results("all", "visualize", config, *QUICK, "--prompt", "a cat", "dog")
-    ends = (".png", "_baseline.png", "_merge.png", "_error.png")
+    ends = (".png", "_baseline.png", "_merge.png")
     expected = {f"{stem}{end}" for stem in ("0000_a-cat", "0001_dog") for end in ends}
-    assert {path.name for path in folder.iterdir()} == expected | {"results.json"}
+    assert {path.name for path in folder.iterdir()} == expected | {"results.json", "compare.png"}
     assert [image["prompt"] for image in found["images"]] == ["a cat", "dog"]
     assert all(image["psnr"] > 0 for image in found["images"])
     sheet = Image.open(folder / "0000_a-cat_merge.png")

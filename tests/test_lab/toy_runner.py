@@ -31,7 +31,7 @@ class ToySource(Source):
         video: Whether an image is a clip of three frames.
     """
 
-    name, kind, class_name, path = "toy", "diffusers", "Toy", "toy"
+    name, class_name, path = "toy", "Toy", "toy"
 
     def __init__(self, bad=(), video=False):
         self.setting, self.defaults, self.evaluation = Setting(), {}, {}

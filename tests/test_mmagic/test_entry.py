@@ -20,8 +20,8 @@ from mmagic_tome import apply_tome
 from mmagic_tome.lab.metrics import paired
 from mmagic_tome.lab.request import Request
 from mmagic_tome.lab.runners import runner_of
+from mmagic_tome.lab.runners.media import to_tensor
 from mmagic_tome.mmagic import entry
-from mmagic_tome.mmagic.hooks.subject import to_tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 EVAL = str(ROOT / "configs" / "demo" / "sd-emoji_eval.py")
@@ -145,7 +145,7 @@ def test_arguments_in_any_order_and_with_spaces(completed, tmp_path):
     assert completed("test", "mmagic_tome::demo/sd-emoji_eval.py").config.endswith("_eval.py")
     prompts = "test_dataloader.dataset.prompts=['red apple', 'sailboat']"
     args = completed("test", EVAL, "--cfg-options", prompts, "a.b=1,2")
-    expected = {"test_dataloader.dataset.prompts": ["red apple", "sailboat"], "a.b": [1, 2]}
+    expected = {"test_dataloader.dataset.prompts": ["red apple", "sailboat"], "a.b": (1, 2)}
     assert args.cfg_options == expected
 
 

@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Metrics by name: of pairs of images, of sets of images, of images and their prompts.
+"""Metrics by name: of pairs of images, of sets of images.
 
 ::
 
@@ -25,7 +25,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 
 from ...errors import ToMeError
 from ...validate import did_you_mean
@@ -33,9 +32,8 @@ from . import pairs, sets
 from .base import Metric, PairedMetric, SetMetric
 
 PAIRED = ("psnr", "ssim", "ms_ssim", "lpips", "latent_error", "efficientnet_lite0_distance")
-SETS = ("fid", "kid", "inception_score", "frechet_efficientnet_lite0")
-TEXT = ("clip_score",)
-NAMES = (*PAIRED, *SETS, *TEXT)
+SETS = ("fid", "kid", "frechet_efficientnet_lite0")
+NAMES = (*PAIRED, *SETS)
 
 _HUB_DOWNLOAD = torch.hub.download_url_to_file
 
@@ -63,8 +61,7 @@ def available(
 
     Args:
         names: Of :data:`NAMES`; one with options is a mapping of ``name`` and these.
-        size: (height, width) of the images; None if not known.
-        count: Images that there will be of each method; None if not known.
+        size, count: (height, width) and number of the images of each method; None if not known.
 
     Returns:
         Name -> metric, and name -> why it is left out, in one line.
@@ -96,14 +93,6 @@ def check_metric(entry: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     name = options.pop("name", None)
     _function(NAMES, name, options)
     return name, options
-
-
-def set_features(
-    metrics: Iterable[SetMetric], images: Tensor, device: str | torch.device = "cpu"
-) -> dict[str, dict[str, Tensor]]:
-    """Features of images for several metrics, each made once: ``feature_key`` -> features."""
-    different = {metric.feature_key: metric for metric in metrics}
-    return {key: metric.features_of(images, device) for key, metric in different.items()}
 
 
 def _build(known: Iterable[str], name: str, options: Mapping[str, Any]) -> Any:

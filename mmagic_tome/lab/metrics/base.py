@@ -1,12 +1,12 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""The three kinds of metrics, and the checks that they make."""
+"""The two kinds of metrics, and the checks that they make."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +14,10 @@ from torch import Tensor
 
 from ...errors import ToMeError
 
-Features = Mapping[str, Tensor]
-
 
 @dataclass(frozen=True)
 class Metric:
-    """What all kinds share. Images are (B, 3, H, W) uint8 RGB, and each is measured by itself."""
+    """What both kinds share. Images are (B, 3, H, W) uint8 RGB, and each is measured by itself."""
 
     name: str  #: key in NAMES
     label: str  #: title for tables
@@ -51,10 +49,6 @@ class Metric:
             return float(values.mean())
         return float(-10 * (10 ** (-values / 10)).mean().log10())
 
-    def _each(self, images: Iterable[Tensor], others: Iterable[Any]) -> Tensor:
-        values = [float(self.function(*pair)) for pair in zip(images, others)]
-        return torch.tensor(values, dtype=torch.float64)
-
     def text(self, value: float) -> str:
         """A value as a table shows it."""
         if self.unit == "dB":
@@ -78,61 +72,37 @@ class PairedMetric(Metric):
         if base.shape != other.shape:
             shapes = f"{tuple(base.shape)} of the baseline and {tuple(other.shape)}"
             raise ToMeError(f"{self.label} compares {self.of} of one shape, and got {shapes}")
-        return self._each(base.split(1), other.split(1))
-
-
-class TextMetric(Metric):
-    """Compares images with their prompts."""
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """One value per image, computed where the images are: (B,) float64 on the CPU."""
-        check_images(images)
-        if len(prompts) != len(images):
-            raise ToMeError(f"{self.label}: {len(images)} images came with {len(prompts)} prompts")
-        return self._each(images.split(1), prompts)
-
-
-class Extractor(NamedTuple):
-    """A network's features: ``extract`` takes (1, 3, H, W) uint8, returns layer -> (1, D)."""
-
-    key: str
-    extract: Callable[[Tensor], Features]
+        values = [float(self.function(*pair)) for pair in zip(base.split(1), other.split(1))]
+        return torch.tensor(values, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class SetMetric(Metric):
     """Compares a set of images with another one: real images, or the baseline's."""
 
-    extractor: Extractor | None = None  #: makes its features
-    needs_base: bool = True  #: whether there is another set (not for Inception Score)
-
-    @property
-    def feature_key(self) -> str:
-        """Metrics with the same one share their features: make them once."""
-        return self.extractor.key
+    #: (1, 3, H, W) uint8 -> (1, D) features; metrics with the same one share them.
+    extract: Callable[[Tensor], Tensor] | None = None
 
     @torch.no_grad()
-    def features_of(self, images: Tensor, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-        """Layer -> (B, D) float32 on the CPU; ``torch.cat`` joins those of more images."""
+    def features_of(self, images: Tensor, device: str | torch.device = "cpu") -> Tensor:
+        """(B, D) float32 on the CPU; ``torch.cat`` joins those of more images."""
         check_images(images)
-        rows = [self.extractor.extract(image.to(device)) for image in images.split(1)]
-        return {layer: torch.cat([row[layer] for row in rows]).float().cpu() for layer in rows[0]}
+        return torch.cat([self.extract(one.to(device)) for one in images.split(1)]).float().cpu()
 
-    def compute(self, base: Features | None, other: Features) -> dict[str, float]:
+    def compute(self, base: Tensor, other: Tensor) -> dict[str, float]:
         """Name -> value, the metric itself first, in float64; the order of images is irrelevant.
 
-        ``other`` are the features of the images to judge, ``base`` those of the other set: None
-        unless :attr:`needs_base`. ToMeError for too few images, or without ``base``.
+        Args:
+            base, other: (N, D) and (M, D), features of what is compared with and of the images.
+
+        Raises:
+            ToMeError: Too few images.
         """
-        if self.needs_base and base is None:
-            raise ToMeError(f"{self.label} compares with another set of images, and got none")
-        sets = []
-        for features in (other, base) if self.needs_base else (other,):
-            self.check(count=len(next(iter(features.values()))))
-            # Sorted, since libraries draw subsets by number.
-            sets.append({k: x[np.lexsort(x.numpy().T)].double() for k, x in features.items()})
-        return self.function(*sets)
+        for features in (base, other):
+            self.check(count=len(features))
+        # Sorted, since libraries draw subsets by number.
+        base, other = (x[np.lexsort(x.numpy().T)].double() for x in (base, other))
+        return self.function(other, base)
 
 
 def check_images(*batches: Tensor) -> None:

@@ -1,17 +1,16 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Metrics of pairs, from torchmetrics and our own, and of images and their prompts."""
+"""Metrics of pairs, from torchmetrics and our own."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 from functools import lru_cache
-from pathlib import Path
 
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from .base import PairedMetric, TextMetric
+from .base import PairedMetric
 
 
 def psnr() -> PairedMetric:
@@ -102,27 +101,3 @@ def efficientnet() -> nn.Module:
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that it loads
         network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
     return network.eval().requires_grad_(False)
-
-
-def clip_score(model: str = "openai/clip-vit-large-patch14") -> TextMetric:
-    """100 x the cosine of image and prompt in CLIP's space, at least 0 (Hessel et al., 2021).
-
-    torchmetrics' formula, whose code does not run with transformers 5. Values of different CLIPs
-    cannot be compared; text beyond the tokenizer's length is cut off.
-
-    Args:
-        model: A name on the Hugging Face hub, or a folder in transformers' layout.
-    """
-    from transformers import CLIPModel, CLIPProcessor
-
-    network = CLIPModel.from_pretrained(model).float().eval()
-    processor = CLIPProcessor.from_pretrained(model)
-
-    def function(image: Tensor, prompt: str) -> Tensor:
-        inputs = {"text": [prompt], "images": [image[0].cpu()]}
-        given = processor(**inputs, return_tensors="pt", truncation=True)
-        found = network.to(image.device)(**given.to(image.device))
-        return 100 * (found.image_embeds * found.text_embeds).sum().clamp_min(0)
-
-    label = f"CLIP score ({Path(model).name})"
-    return TextMetric("clip_score", label, function, higher_is_better=True)

@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Metrics of sets: FID, KID, Inception Score, EfficientNet's distance.
+"""Metrics of sets: FID, KID, EfficientNet's distance.
 
 ``weights`` is torch-fidelity's file of Inception-v3. Default: that in torch hub's cache.
 ``fewest`` is the smallest number of images that a metric takes; lower it for tests and curves.
@@ -8,28 +8,24 @@ All but KID depend on the number of images: compare only values of equally many.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .base import Extractor, Features, SetMetric
+from .base import SetMetric
 from .pairs import efficientnet
 
 
 @lru_cache(maxsize=1)
-def inception(weights: str | None) -> Extractor:
+def inception(weights: str | None) -> Callable[[Tensor], Tensor]:
     """torch-fidelity's Inception-v3, that of the FID paper."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    layers = ["2048", "logits_unbiased"]
-    network = FeatureExtractorInceptionV3("inception-v3-compat", layers, weights, verbose=False)
-
-    def extract(image: Tensor) -> Features:
-        return dict(zip(layers, network.to(image.device)(image)))
-
-    return Extractor(f"inception {weights}", extract)
+    network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], weights, verbose=False)
+    return lambda image: network.to(image.device)(image)[0]
 
 
 def fid(weights: str | None = None, fewest: int = 2048) -> SetMetric:
@@ -38,10 +34,10 @@ def fid(weights: str | None = None, fewest: int = 2048) -> SetMetric:
     With fewer images than the 2048 features, covariances are singular.
     """
 
-    def function(other: Features, base: Features) -> dict[str, float]:
-        return {"fid": frechet_distance(other["2048"], base["2048"])}
+    def function(x: Tensor, y: Tensor) -> dict[str, float]:
+        return {"fid": frechet_distance(x, y)}
 
-    return SetMetric("fid", "FID", function, fewest=fewest, extractor=inception(weights))
+    return SetMetric("fid", "FID", function, fewest=fewest, extract=inception(weights))
 
 
 def kid(weights: str | None = None, fewest: int = 50) -> SetMetric:
@@ -53,8 +49,7 @@ def kid(weights: str | None = None, fewest: int = 50) -> SetMetric:
     """
     from torch_fidelity import metric_kid
 
-    def function(other: Features, base: Features) -> dict[str, float]:
-        x, y = other["2048"], base["2048"]
+    def function(x: Tensor, y: Tensor) -> dict[str, float]:
         smaller = min(len(x), len(y))
         spread = smaller >= 100
         found = metric_kid.kid_features_to_metric(
@@ -69,21 +64,7 @@ def kid(weights: str | None = None, fewest: int = 50) -> SetMetric:
         deviation = {"kid_std": found[metric_kid.KEY_METRIC_KID_STD]} if spread else {}
         return {"kid": found[metric_kid.KEY_METRIC_KID_MEAN], **deviation}
 
-    return SetMetric("kid", "KID", function, fewest=fewest, extractor=inception(weights))
-
-
-def inception_score(weights: str | None = None, fewest: int = 1000) -> SetMetric:
-    """Inception Score over 10 splits (Salimans et al., 2016; torch-fidelity); 1 is worst."""
-    from torch_fidelity import metric_isc
-
-    def function(other: Features) -> dict[str, float]:
-        logits = other["logits_unbiased"]
-        found = metric_isc.isc_features_to_metric(logits, splits=min(10, len(logits)))
-        names = {"": metric_isc.KEY_METRIC_ISC_MEAN, "_std": metric_isc.KEY_METRIC_ISC_STD}
-        return {f"inception_score{ending}": found[key] for ending, key in names.items()}
-
-    options = {"higher_is_better": True, "fewest": fewest, "extractor": inception(weights)}
-    return SetMetric("inception_score", "Inception Score", function, **options, needs_base=False)
+    return SetMetric("kid", "KID", function, fewest=fewest, extract=inception(weights))
 
 
 def frechet_efficientnet_lite0(fewest: int = 50) -> SetMetric:
@@ -91,16 +72,15 @@ def frechet_efficientnet_lite0(fewest: int = 50) -> SetMetric:
     name, label = "frechet_efficientnet_lite0", "Frechet distance, EfficientNet-lite0"
     network = efficientnet()
 
-    def extract(image: Tensor) -> Features:
+    def extract(image: Tensor) -> Tensor:
         size = (224, 224)  # what it was trained with
         image = interpolate((image - 127.5) / 128, size, mode="bicubic", antialias=True)
-        return {"pooled": network.to(image.device).extract_features(image).mean((2, 3))}
+        return network.to(image.device).extract_features(image).mean((2, 3))
 
-    def function(other: Features, base: Features) -> dict[str, float]:
-        return {name: frechet_distance(other["pooled"], base["pooled"])}
+    def function(x: Tensor, y: Tensor) -> dict[str, float]:
+        return {name: frechet_distance(x, y)}
 
-    extractor = Extractor("efficientnet_lite0", extract)
-    return SetMetric(name, label, function, fewest=fewest, extractor=extractor)
+    return SetMetric(name, label, function, fewest=fewest, extract=extract)
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:

@@ -85,16 +85,8 @@ def _pipeline_source(config: Any) -> Source:
 
 
 def runner_of(model: Any, request: Request, source: Source | None = None) -> Runner:
-    """A runner around a model that is there already, and stays as it is.
-
-    Args:
-        model: A MMagic model of the Stable Diffusion family, or a diffusers pipeline.
-        request: What to generate.
-        source: What the model was loaded from. Default: None.
-
-    Raises:
-        ToMeError: It is neither; it cannot serve the request.
-    """
+    """A runner around a model that is there already, and stays as it is: one of MMagic's Stable
+    Diffusion family, or a diffusers pipeline. ToMeError: neither; it cannot serve the request."""
     if callable(getattr(model, "infer", None)):
         from .mmagic import MMagicRunner
 

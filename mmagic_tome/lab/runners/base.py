@@ -21,18 +21,12 @@ from .media import load_image
 
 @dataclass
 class Output:
-    """One call of a model.
+    """One call of a model."""
 
-    Attributes:
-        images: Per image a PIL image; of a video model a list of them, the frames.
-        latents: (B, ...) float32 on the CPU: what the VAE decoded; None where it cannot be seen.
-        seconds: Of the whole call, synchronized with the device.
-        step_seconds: Of each step's call of the network (skipped ones too).
-    """
-
-    images: list[Any]
-    latents: Tensor | None
-    seconds: float
+    images: list[Any]  #: per image a PIL image; of a video model a list of them, the frames
+    latents: Tensor | None  #: (B, ...) float32 on the CPU that the VAE decoded; None if not seen
+    seconds: float  #: of the whole call, synchronized with the device
+    #: Of each step's calls of the network, skipped ones too.
     step_seconds: list[float] = field(default_factory=list)
 
     @property
@@ -45,7 +39,6 @@ class Source(ABC):
     """What is to be run, before any weights are loaded."""
 
     name: str  #: for folders and titles: the stem of a config or of a pipeline's folder
-    kind: str  #: 'mmagic' or 'diffusers'
     class_name: str  #: of the model or pipeline, such as 'StableDiffusion'
     setting: Setting  #: what the config itself applies; nothing for a bare pipeline
     defaults: dict[str, Any]  #: fields of a Request that the config states (`infer_cfg`)
@@ -55,23 +48,15 @@ class Source(ABC):
 
     @abstractmethod
     def check(self, request: Request) -> None:
-        """Raise ToMeError for the first thing that the model cannot serve; nothing is loaded.
-
-        It is an input that the class needs or does not take, a file or weights that are not there,
-        a size that does not fit.
-        """
+        """Raise ToMeError for the first thing that the model cannot serve: an input that the class
+        needs or does not take, a file that is not there, a size. Nothing is loaded."""
 
     @abstractmethod
     def load(
         self, request: Request, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
     ) -> Runner:
-        """Load the weights; what the config applies is applied to the model (``setting``).
-
-        ``dtype`` is that of the whole model. Default: None, that of the weights.
-
-        Raises:
-            ToMeError: The weights cannot be loaded; the model does not take the config's options.
-        """
+        """Load the weights, in the ``dtype`` of the whole model (default: that of the weights), and
+        apply what the config applies (``setting``). ToMeError if one of these cannot be done."""
 
 
 class Runner(ABC):
@@ -101,13 +86,8 @@ class Runner(ABC):
         steps: int | None = None,
         on_step: Callable[[], object] | None = None,
     ) -> Output:
-        """Generate some of the request's images in one call.
-
-        Args:
-            numbers: Which, counted from 0.
-            steps: Denoising steps. Default: ``self.steps``.
-            on_step: Called without arguments after each step.
-        """
+        """Generate the request's images of these numbers, in so many denoising steps (default:
+        ``self.steps``); ``on_step`` is called without arguments after each step."""
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -116,16 +96,13 @@ class Runner(ABC):
 def check_inputs(
     name: str, request: Request, takes: Mapping[str, str], needs: Collection[str]
 ) -> None:
-    """Fail for inputs that a class does not take, that it lacks, or that cannot be read.
+    """Raise ToMeError for inputs that a class does not take, that it lacks, or that cannot be read.
 
     Args:
         name: Of the class.
         request: What to generate.
         takes: Those of :data:`INPUTS` that the class takes -> name of its argument.
         needs: Those of them that it needs, as fields of the request or in ``extra``.
-
-    Raises:
-        ToMeError: The first thing that does not fit.
     """
     for kind, flag in zip(INPUTS, ("--img", "--mask", "--control", "--reference")):
         given, argument = getattr(request, kind), takes.get(kind)
@@ -142,11 +119,8 @@ def check_inputs(
 
 
 def check_size(name: str, size: tuple[int, int] | None, unit: int) -> None:
-    """Fail if a class cannot make images of a (height, width); None is its own size.
-
-    Raises:
-        ToMeError: A side is no multiple of ``unit``; states the nearest size.
-    """
+    """Raise ToMeError, which states the nearest size, if height or width in pixels is no multiple
+    of ``unit``; None is the class's own size."""
     if size is not None and any(side % unit for side in size):
         near = "x".join(str(max(1, round(side / unit)) * unit) for side in size)
         raise ToMeError(

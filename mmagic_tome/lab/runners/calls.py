@@ -53,8 +53,7 @@ class PipelineCall:
             are used, as far as they are there.
 
     Attributes:
-        steps: Denoising steps by default; None if the class has no default.
-        guidance: Guidance weight by default; 0 if the class takes none.
+        steps, guidance: By default; None and 0 if the class has no default.
         video: Whether the class makes clips.
         arguments_of: Each of :data:`INPUTS` that the class takes -> name of the argument.
         needed: Those of them that it needs.

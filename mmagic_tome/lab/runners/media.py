@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 from ...errors import ToMeError
 from ..files import whole_file
@@ -47,22 +49,17 @@ def save_media(
     fps: int = 8,
     text: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write an image as PNG, or the frames of a clip as GIF and MP4; whole or not at all.
-
-    MP4 needs the package imageio-ffmpeg; without it a note says once that there is none.
+    """Write an image as PNG, or a clip, a list of frames of one size, as GIF and MP4; whole or not
+    at all. MP4 needs the package imageio-ffmpeg; without it a note says once that there is none.
 
     Args:
         path: Without a suffix.
-        image: An image; or a clip, the list of its frames, all of one size.
         fps: Frames per second of a clip. A GIF counts hundredths of a second.
         text: What to note in the file, such as prompt and seed: text chunks of a PNG, a comment in
             JSON of a GIF.
 
     Returns:
         Path: Of the PNG or GIF.
-
-    Raises:
-        ToMeError: The file cannot be written.
     """
     text = {key: str(value) for key, value in (text or {}).items()}
     path = Path(path)
@@ -108,3 +105,11 @@ def frame_strip(image: Image.Image | Sequence[Image.Image], count: int = 4) -> I
     for column, number in enumerate(numbers):
         strip.paste(image[number], (width * column, 0))
     return strip
+
+
+def to_tensor(images: Sequence[Any]) -> Tensor:
+    """PIL images of one size -> (B, 3, H, W) uint8 RGB; lists of frames -> (B, frames, 3, H, W)."""
+    if isinstance(images[0], (list, tuple)):
+        return torch.stack([to_tensor(frames) for frames in images])
+    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()

@@ -33,13 +33,11 @@ _OWN_SIZES = ("image_reference", "reference_subject_images")
 
 
 class MMagicRunner(Runner):
-    """A model of MMagic's Stable Diffusion family with a request.
+    """A model of MMagic's Stable Diffusion family with a request; ToMeError if it is of another
+    class, or cannot serve the request.
 
     Two draws of MMagic's own are on the model's device, so that they differ between devices: of the
     encoded reference of ViCo, and of the noise on the references of attention injection.
-
-    Raises:
-        ToMeError: The model is of another class, or cannot serve the request.
     """
 
     fps = 8
@@ -79,26 +77,24 @@ class MMagicRunner(Runner):
         steps: int | None = None,
         on_step: Callable[[], object] | None = None,
     ) -> Output:
-        # With one call per image there are seconds of all their steps; on_step ends all the same.
         parts = [[one] for one in numbers] if self._one_by_one(numbers) else [list(numbers)]
         calls = [(part, self._arguments(part, steps or self.steps)) for part in parts]
-        together = self.call.network_calls
-        called = itertools.count(1)
+        ended = itertools.count(1)
 
-        def on_call() -> None:
-            if next(called) % (together * len(parts)) == 0 and on_step is not None:
+        def on_step_of_part() -> None:
+            # With one call per image there are steps of each, and on_step is for those of all.
+            if on_step is not None and next(ended) % len(parts) == 0:
                 on_step()
 
-        marks = StepMarks(self.network, self.device, on_call)
+        marks = StepMarks(self.network, self.device, on_step_of_part, self.call.network_calls)
         # A NaN in latents becomes a black pixel and can no longer be told from a black one.
         with _quiet(self.model), first_arguments(self.model, "decode_latents") as latents, marks:
             seconds, samples = Clock(self.device)(lambda: [self._infer(*call) for call in calls])
-        each = marks.seconds()
         return Output(
             images=[image for one in samples for image in (_clips(one) if self.video else one)],
             latents=joined(latents, len(numbers)),
             seconds=seconds,
-            step_seconds=[sum(each[i : i + together]) for i in range(0, len(each), together)],
+            step_seconds=marks.seconds(),
         )
 
     def _infer(self, numbers: Sequence[int], arguments: Mapping[str, Any]) -> Any:

@@ -131,13 +131,9 @@ def check_request(cls: type, request: Request) -> None:
 def load_config(name: str | Path) -> Any:
     """mmengine's ``Config`` of a file, with its ``custom_imports`` done.
 
-    Args:
-        name: A path, or ``package::path``. The latter is looked up in ``.mim/configs`` of the
-            package (an OpenMMLab wheel) and in ``configs`` beside it (a checkout); nothing of the
-            package is imported.
-
-    Raises:
-        ToMeError: There is no such file; it is no config; it cannot be read.
+    ``package::path`` is looked up in ``.mim/configs`` of the package (an OpenMMLab wheel) and in
+    ``configs`` beside it (a checkout); nothing of the package is imported. ToMeError: there is no
+    such file; it is no config; it cannot be read.
     """
     path = _resolve(name)
     try:
@@ -170,11 +166,8 @@ def _resolve(name: str | Path) -> Path:
 
 
 def setting_of(config: Any) -> Setting:
-    """What a config applies to its model: of ``tome_cfg`` and ``cache_cfg``, wherever they are.
-
-    Raises:
-        ToMeError: Invalid options, or places that contradict each other.
-    """
+    """What a config applies to its model: of ``tome_cfg`` and ``cache_cfg``, wherever they are;
+    ToMeError if these are invalid or contradict each other."""
     found = {key: {key: config.get(key)} for key in ("tome_cfg", "cache_cfg")}
     model = config.get("model")
     while isinstance(model, dict):
@@ -197,19 +190,14 @@ def _check_paths(entry: Any, key: str) -> None:
 
 
 class MMagicSource(Source):
-    """A config of a class of MMagic's Stable Diffusion family, and a checkpoint.
-
-    Args:
-        config: mmengine's ``Config``.
-        checkpoint: File (or URL) with weights of the model or of a part of it, as MMagic's
-            training writes them. Default: None, the config's ``load_from``, if anything.
+    """mmengine's ``Config`` of a class of MMagic's Stable Diffusion family, and a checkpoint: a
+    file (or URL) with weights of the model or of a part of it, by default the config's
+    ``load_from``, if anything.
 
     Raises:
         ToMeError: MMagic is not installed; the config has no such model, or invalid options; the
             checkpoint is not there.
     """
-
-    kind = "mmagic"
 
     def __init__(self, config: Any, checkpoint: str | Path | None = None) -> None:
         self.config, self.path = config, str(config.filename or "")

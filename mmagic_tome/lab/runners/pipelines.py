@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import json
 import re
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...apply import apply_cache, apply_tome
 from ...errors import ToMeError
@@ -48,8 +47,6 @@ class PipelineSource(Source):
     Raises:
         ToMeError: There is no such pipeline; diffusers has no such class.
     """
-
-    kind = "diffusers"
 
     def __init__(
         self,
@@ -156,13 +153,11 @@ class PipelineSource(Source):
 
 
 class PipelineRunner(Runner):
-    """Runs a diffusers pipeline; what is applied to it stays applied.
+    """Runs a diffusers pipeline; ToMeError if it cannot serve the request, or no adapter knows its
+    network.
 
     ``size`` is what is asked for until a run tells the size of the images: upscalers enlarge
     theirs, and some classes generate at sizes of their own.
-
-    Raises:
-        ToMeError: The pipeline cannot serve the request; no adapter knows its network.
     """
 
     def __init__(
@@ -204,10 +199,12 @@ class PipelineRunner(Runner):
         on_step: Callable[[], object] | None = None,
     ) -> Output:
         arguments = self.call.arguments(self.request, numbers, steps or self.steps, self._size)
+        # Some pipelines call the network twice per step, with and without the text; those tell
+        # when a step ends, and of others every call is a step.
         told = "callback_on_step_end" in self.call.parameters
-        marks = _Steps(self.networks, self.device, on_step, told)
+        marks = StepMarks(self.networks, self.device, on_step, calls=None if told else 1)
         if told:
-            arguments["callback_on_step_end"] = marks.step_ended
+            arguments["callback_on_step_end"] = marks.end_step
         try:
             with _quiet(self.model), _decoded_latents(self.model) as decoded, marks:
                 seconds, result = Clock(self.device)(lambda: self.model(**arguments))
@@ -227,59 +224,6 @@ class PipelineRunner(Runner):
 
 
 # --- watching a run -------------------------------------------------------------------------------
-
-
-class _Steps:
-    """Times the steps of a run. Some pipelines call the network twice per step, with and without
-    the text; those tell when a step ends (``told``), and of others every call is a step."""
-
-    def __init__(
-        self,
-        networks: Sequence[nn.Module],
-        device: torch.device,
-        on_step: Callable[[], object] | None,
-        told: bool,
-    ) -> None:
-        self.on_step = on_step
-        self.told = told
-        self.count = 0
-        # For each network the step of each of its calls.
-        self.steps: list[list[int]] = [[] for _ in networks]
-        self.marks = [
-            StepMarks(network, device, functools.partial(self._called, calls))
-            for network, calls in zip(networks, self.steps)
-        ]
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> _Steps:
-        for marks in self.marks:
-            self._stack.enter_context(marks)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def _called(self, calls: list[int]) -> None:
-        calls.append(self.count)
-        if not self.told:
-            self.step_ended()
-
-    def step_ended(
-        self, pipeline: Any = None, step: int = 0, time: Any = None, tensors: Any = None
-    ) -> dict[str, Any]:
-        """What diffusers calls ``callback_on_step_end``; changes nothing."""
-        self.count += 1
-        if self.on_step is not None:
-            self.on_step()
-        return {}
-
-    def seconds(self) -> list[float]:
-        """Seconds of each step with a call of a network."""
-        found: dict[int, float] = {}
-        for marks, calls in zip(self.marks, self.steps):
-            for step, seconds in zip(calls, marks.seconds()):
-                found[step] = found.get(step, 0.0) + seconds
-        return [found[step] for step in sorted(found)]
 
 
 @contextlib.contextmanager

@@ -17,12 +17,10 @@ PATCHES = []
 
 
 def patch_of(module, lasting=False):
-    """Declare a patch of the import of a module.
+    """Declare a patch of the import of a module whose import (or use) shows the symptom.
 
-    Args:
-        module (str): The module whose import (or use) shows the symptom.
-        lasting (bool): Whether the patch changes something that is used after the import as well,
-            and so makes sense for a module that was imported earlier. Default: False.
+    ``lasting``: whether it changes something that is used after the import as well, and so makes
+    sense for a module that was imported earlier.
     """
 
     def declare(function):
@@ -73,7 +71,7 @@ def replace_method(owner, name):
 
 
 class Absent(types.ModuleType):
-    """Stands in for a module that is not there; its names say so where they are used."""
+    """In place of a module that is not there; its names say so where they are called."""
 
     def __init__(self, name, remedy):
         super().__init__(name)
@@ -82,17 +80,7 @@ class Absent(types.ModuleType):
     def __getattr__(self, name):
         if name.startswith("__"):  # what the import system asks for
             raise AttributeError(name)
-        return _Missing(f"{self.__name__}.{name} is used here, but {self.remedy}")
-
-
-class _Missing:
-    def __init__(self, message):
-        self.message = message
+        return Absent(f"{self.__name__}.{name}", self.remedy)
 
     def __call__(self, *args, **kwargs):
-        raise ImportError(self.message)
-
-    def __getattr__(self, name):  # a class method, such as from_pretrained
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
+        raise ImportError(f"{self.__name__} is used here, but {self.remedy}")

@@ -14,26 +14,16 @@ __all__ = ["around_import", "when_imported"]
 
 
 def around_import(name, callback):
-    """Enter a context manager around the next import of a module that succeeds.
-
-    Args:
-        name (str): Full name of a module that is not imported yet.
-        callback (Callable[[], ContextManager]): Called when the module's code is
-            about to run. The context it returns encloses that code, and learns of
-            an exception that ends it; it is called again at the next attempt then.
-    """
+    """Enter the context manager that ``callback()`` returns around the code of a module that is not
+    imported yet. After an exception it is called again at the next attempt."""
     _IMPORT_HOOK.waiting.setdefault(name, []).append(callback)
     if _IMPORT_HOOK not in sys.meta_path:
         sys.meta_path.insert(0, _IMPORT_HOOK)
 
 
 def when_imported(name, action):
-    """Call ``action()`` right after the next import of a module that succeeds; now if it has.
-
-    Args:
-        name (str): Full name of a module.
-        action (Callable[[], Any]): Called once, without arguments.
-    """
+    """Call ``action()`` once, right after the next import of a module that succeeds; now if it
+    has."""
     if name in sys.modules:
         action()
         return

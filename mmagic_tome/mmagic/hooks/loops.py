@@ -25,11 +25,11 @@ from torch import Tensor
 from ...errors import ToMeError
 from ...lab.methods import BASELINE, Method, check_names
 from ...lab.request import Request
-from ...lab.runners import make_request
+from ...lab.runners import Output, make_request
 from ...settings import Handles, Setting
 from .metrics import BASELINE_KEYS
 from .profile import Profile
-from .subject import Generated, generate, iteration_of, model_of, part_of, undisturbed
+from .subject import generate, iteration_of, model_of, part_of, undisturbed
 
 # For how many samples the visualizer gets a sheet of all images.
 _SHEETS = 16
@@ -132,7 +132,7 @@ class _ImageLoop(BaseLoop):
             f"after_{self.mode}_iter", batch_idx=index, data_batch=batch, outputs=outputs
         )
 
-    def _generate(self, index: int, batch: Any) -> tuple[list[int], dict[str, Generated]]:
+    def _generate(self, index: int, batch: Any) -> tuple[list[int], dict[str, Output]]:
         """Numbers of a batch's images, and the images by method, the baseline's first."""
         prompts = [sample.get("prompt") for sample in batch["data_samples"]]
         if not all(isinstance(prompt, str) for prompt in prompts):
@@ -159,11 +159,11 @@ class _ImageLoop(BaseLoop):
                     self.runner.logger.info(f"{method.name}: {handle.summary()}")
         return numbers, made
 
-    def _timed(self, method: str, request: Request, steps: int | None = None) -> Generated:
+    def _timed(self, method: str, request: Request, steps: int | None = None) -> Output:
         with self._profile.of(method) if self._profile is not None else nullcontext():
             return generate(self.model, request, steps)
 
-    def _judge(self, batch: Any, made: Mapping[str, Generated], warm: bool) -> list:
+    def _judge(self, batch: Any, made: Mapping[str, Output], warm: bool) -> list:
         """Pass the samples of each method to its metrics; return the last method's samples."""
         outputs: list = []
         baseline = made[BASELINE.name]
@@ -202,7 +202,7 @@ class ToMeValLoop(_ImageLoop):
     mode = "val"
 
 
-def _output(sample, made: Generated, baseline: Generated | None, i: int, warm: bool):
+def _output(sample, made: Output, baseline: Output | None, i: int, warm: bool):
     """The sample that metrics read: number ``i`` of a batch, by one method."""
     from mmagic.structures import DataSample
 
@@ -245,15 +245,8 @@ def _bgr(images: Tensor) -> Tensor:
 
 
 def sheet(prompt: str, images: Mapping[str, Tensor]) -> np.ndarray:
-    """Images of one prompt, side by side over their differences to the first.
-
-    Args:
-        prompt: Title of the sheet.
-        images: Method -> (3, H, W) uint8, or (frames, 3, H, W), of which the first is shown.
-
-    Returns:
-        (height, width, 3) uint8.
-    """
+    """(height, width, 3) uint8: images of one prompt, (3, H, W) uint8 by method, or (frames, 3, H,
+    W), of which the first is shown, side by side over their differences to the first."""
     from ...lab.plots import contact_sheet, difference_map
 
     frames = [one if one.ndim == 3 else one[0] for one in images.values()]

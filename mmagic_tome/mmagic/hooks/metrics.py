@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...errors import ToMeError
 from ...lab.metrics import available
-from ...lab.metrics.base import PairedMetric, TextMetric
+from ...lab.metrics.base import SetMetric
 
 #: Keys of the baseline in a sample.
 BASELINE_KEYS = ("baseline_img", "baseline_latents")
@@ -64,51 +64,39 @@ class ToMeMetric(_SampleMetric):
         if missing:
             raise ToMeError(missing[metric])
         self.metric, self.device = found[metric], device
-        #: Key in a sample of what images are compared with; None if with nothing.
-        self.reference: str | None = "baseline_img" if against == "baseline" else "gt_img"
-        if isinstance(self.metric, TextMetric) or not getattr(self.metric, "needs_base", True):
-            self.reference = None
-        elif self.metric.of == "latents":
+        #: Key in a sample of what images are compared with.
+        self.reference = "baseline_img" if against == "baseline" else "gt_img"
+        if self.metric.of == "latents":
             self.reference = "baseline_latents"
 
     def process(self, data_batch, data_samples) -> None:
         for sample in data_samples:
-            if self.reference and sample.get(self.reference) is None:
+            if sample.get(self.reference) is None:
                 raise ToMeError(
                     f"{self.metric.label} compares with {self.reference}, which the samples do not "
                     "have; use ToMeTestLoop, or ToMePromptDataset(images=FOLDER) for real images"
                 )
-            if isinstance(self.metric, TextMetric):
-                images = _frames(sample["fake_img"]).to(self.device)
-                result = self.metric(images, [sample["prompt"]] * len(images))
-            elif not isinstance(self.metric, PairedMetric):
-                base = self.reference and self._features(sample, self.reference)
-                result = (base, self._features(sample, "fake_img"))
+            keys = (self.reference, "fake_img")
+            if isinstance(self.metric, SetMetric):
+                result = [self._features(sample, key) for key in keys]
             elif self.metric.of == "latents":
                 result = self.metric(sample["baseline_latents"][None], sample["latents"][None])
             else:
-                pair = [
-                    _frames(sample[key]).to(self.device) for key in (self.reference, "fake_img")
-                ]
-                result = self.metric(*pair)
+                result = self.metric(*(_frames(sample[key]).to(self.device) for key in keys))
             self.results.append(result)
 
-    def _features(self, sample: dict[str, Any], key: str) -> dict[str, Tensor]:
+    def _features(self, sample: dict[str, Any], key: str) -> Tensor:
         """Features of an image, made once for all metrics that share them."""
         known = sample.setdefault("features", {})
-        place = (self.metric.feature_key, key)
+        place = (self.metric.extract, key)
         if place not in known:
             known[place] = self.metric.features_of(_frames(sample[key]), self.device)
         return known[place]
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
-        if isinstance(self.metric, (PairedMetric, TextMetric)):
-            return {self.metric.name: self.metric.mean(torch.cat(results))}
-        sets = [
-            rows[0] and {layer: torch.cat([row[layer] for row in rows]) for layer in rows[0]}
-            for rows in zip(*results)
-        ]
-        return self.metric.compute(*sets)
+        if isinstance(self.metric, SetMetric):
+            return self.metric.compute(*map(torch.cat, zip(*results)))
+        return {self.metric.name: self.metric.mean(torch.cat(results))}
 
 
 @METRICS.register_module()

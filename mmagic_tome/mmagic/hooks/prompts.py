@@ -14,10 +14,9 @@ from torch.utils.data import Dataset
 
 from ...errors import ToMeError
 from ...lab.prompts import read_prompts
+from ...lab.real import RealImages
 from ...lab.runners import load_image
-from .subject import to_tensor
-
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+from ...lab.runners.media import to_tensor
 
 
 @DATASETS.register_module()
@@ -43,10 +42,7 @@ class ToMePromptDataset(Dataset):
         self.prompts = [prompt.text for prompt in read_prompts(prompts)]
         self.files: list[Path] = []
         if images is not None:
-            folder = Path(images).expanduser()
-            if not folder.is_dir():
-                raise ToMeError(f"images of ToMePromptDataset: there is no folder {images}")
-            self.files = sorted(f for f in folder.iterdir() if f.suffix.lower() in _SUFFIXES)
+            self.files = RealImages(images).files
             if len(self.files) != len(self.prompts):
                 raise ToMeError(
                     f"images of ToMePromptDataset: {images} has {len(self.files)} images for "

@@ -6,29 +6,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from mmengine.model import is_model_wrapper
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import ToMeError
 from ...lab.request import INPUTS, Request
-from ...lab.runners import runner_of
+from ...lab.runners import Output, runner_of
+from ...lab.runners.media import to_tensor
 from ...models import find_adapter
 
 
 def model_of(runner, needed_by: str) -> nn.Module:
-    """The model of a runner, without a wrapper for distributed training.
-
-    Args:
-        runner: mmengine's runner.
-        needed_by: Name of the hook or loop, for the error.
-
-    Raises:
-        ToMeError: It is no diffusion model.
-    """
+    """The model of mmengine's runner, without a wrapper for distributed training; ToMeError, which
+    says what needs it, if it is no diffusion model."""
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     try:
         find_adapter(model)
@@ -90,24 +82,9 @@ def part_of(request: Request, numbers: Sequence[int], prompts: Sequence[str]) ->
     )
 
 
-class Generated(NamedTuple):
-    """Images, (B, 3, H, W) uint8 RGB, of clips (B, frames, 3, H, W); the final latents (B, ...), or
-    None where they cannot be seen; and the seconds of one image."""
-
-    images: Tensor
-    latents: Tensor | None
-    seconds: float
-
-
-def generate(model: nn.Module, request: Request, steps: int | None = None) -> Generated:
-    """Generate all images of a request in one batch, with whatever is applied to the model."""
+def generate(model: nn.Module, request: Request, steps: int | None = None) -> Output:
+    """All images of a request in one batch, with whatever is applied to the model; ``images`` as
+    :func:`to_tensor` returns them, and ``seconds`` of one image."""
     output = runner_of(model, request).run(range(len(request)), steps)
-    return Generated(to_tensor(output.images), output.latents, output.seconds / len(request))
-
-
-def to_tensor(images: Sequence[Any]) -> Tensor:
-    """PIL images of one size -> (B, 3, H, W) uint8 RGB; lists of frames -> (B, frames, 3, H, W)."""
-    if isinstance(images[0], (list, tuple)):
-        return torch.stack([to_tensor(frames) for frames in images])
-    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    output.images, output.seconds = to_tensor(output.images), output.seconds / len(request)
+    return output

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from numbers import Real
-from typing import Any
 
 import numpy as np
 from mmengine.hooks import Hook
@@ -24,15 +23,14 @@ class ToMeHook(Hook):
     The config applies them, by ``tome_cfg`` and ``cache_cfg``.
 
     Args:
-        schedule: ``dict(by='iter', points=[(0, 0.0), (100, 0.5)])``: the ratio at iterations,
-            linear in between, constant before the first and after the last. In training the
-            iterations are the runner's; in a test or validation of its own, its batches.
-            Validation during training runs at the ratio that training has reached. Default: None,
-            the ratio stays.
+        schedule: ``[(0, 0.0), (100, 0.5)]``: the ratio at iterations, linear in between, constant
+            before the first and after the last. In training the iterations are the runner's; in a
+            test or validation of its own, its batches. Validation during training runs at the
+            ratio that training has reached. Default: none, the ratio stays.
         summary: Whether to log tables of what was merged and skipped after the run. Default: True.
 
     Raises:
-        ToMeError: When built: a schedule of another form. At the start of the run: nothing is
+        ToMeError: When built: iterations that do not rise. At the start of the run: nothing is
             applied; no diffusion model; a schedule without token merging, or with a ratio that
             it cannot have.
 
@@ -42,8 +40,11 @@ class ToMeHook(Hook):
 
     priority = "ABOVE_NORMAL"
 
-    def __init__(self, schedule: Mapping[str, Any] | None = None, summary: bool = True) -> None:
-        self.points = _points(schedule)
+    def __init__(self, schedule: Sequence[tuple[int, float]] = (), summary: bool = True) -> None:
+        places = [place for place, _ in schedule]
+        if places != sorted(set(places)):
+            raise ToMeError(f"schedule of ToMeHook: iterations must rise, got {schedule!r}")
+        self.points = list(schedule)
         self.summary = summary
         self.handle: ToMeHandle | None = None
 
@@ -91,22 +92,3 @@ class ToMeHook(Hook):
 
     def before_test_iter(self, runner, batch_idx, data_batch=None) -> None:
         self._set(batch_idx)
-
-
-def _points(schedule: Mapping[str, Any] | None) -> list[tuple[int, float]]:
-    """Checked points of a schedule; [] for none."""
-    if schedule is None:
-        return []
-    try:
-        given = dict(schedule)
-        points = [(int(place), float(ratio)) for place, ratio in given.pop("points")]
-        by = given.pop("by", "iter")
-    except (TypeError, ValueError, KeyError):
-        points, given, by = [], {}, None
-    places = [place for place, _ in points]
-    if not points or given or by != "iter" or places != sorted(set(places)) or places[0] < 0:
-        raise ToMeError(
-            "schedule of ToMeHook: write dict(by='iter', points=[(0, 0.0), (100, 0.5)]), with "
-            f"rising iterations from 0 on; got {schedule!r}"
-        )
-    return points

@@ -29,7 +29,7 @@ def config_of(folder, **entries):
 def test_a_config_of_a_pipeline_is_loaded_with_its_setting(folder):
     config = config_of(folder, tome_cfg=dict(ratio=0.25), evaluation=dict(metrics=["psnr"]))
     source = runners.open_source(config, cfg_options={"tome_cfg.ratio": 0.5})
-    assert (source.kind, source.name, source.path) == ("diffusers", "mine", "configs/mine.py")
+    assert (source.name, source.path) == ("mine", "configs/mine.py")
     assert source.setting == Setting.coerce(dict(ratio=0.5))
     assert source.evaluation == dict(metrics=["psnr"])
     request = runners.make_request(source)

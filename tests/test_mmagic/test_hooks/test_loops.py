@@ -20,9 +20,9 @@ from mmagic_tome.lab.metrics import paired, set_metric
 from mmagic_tome.lab.metrics.sets import frechet_distance
 from mmagic_tome.lab.request import Request
 from mmagic_tome.lab.runners import runner_of
+from mmagic_tome.lab.runners.media import to_tensor
 from mmagic_tome.mmagic.hooks.loops import sheet
 from mmagic_tome.mmagic.hooks.prompts import ToMePromptDataset
-from mmagic_tome.mmagic.hooks.subject import to_tensor
 
 PROMPTS = ["a cat", "a dog", "cat", "dog"]
 FRECHET = dict(type="ToMeMetric", metric="frechet_efficientnet_lite0", fewest=2)
@@ -171,7 +171,7 @@ def test_data_of_prompts(real_images, tmp_path):
     (tmp_path / "1.png").write_text("no image")
     for arguments, message in (
         ((["cat"], real_images), "4 images for 1 prompts"),
-        ((["cat"], tmp_path / "none"), "no folder"),
+        ((["cat"], tmp_path / "none"), "is not a folder"),
         (("cat",), "no .txt, .json or .csv file"),
         (([],), "at least one"),
     ):
