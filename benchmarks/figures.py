@@ -151,16 +151,16 @@ def listed(page: Path, name: str, pick: str = "", by_speed: bool = False) -> str
     return data.table(["", *COLUMNS], cells)
 
 
-def presets(page: Path, guidance: str, fewer: str) -> str:
-    """The named settings at 20 steps, each beside as many fewer steps as take the same time."""
+def presets(page: Path, what: str, fewer: str) -> str:
+    """The named settings, each beside as many fewer steps as take the same time."""
     data = Data(page, "tolerance")
     cells: dict[tuple, list[str]] = {}
-    for row in data.rows:
+    for row in sorted(data.rows, key=_cell):
         name = NAMED.get(row["method"])
-        if name is None or row["steps"] != 20:
+        if name is None:
             continue
-        place = row["scheduler"], row["guidance"]
-        line = cells.setdefault(place, [f"{place[0]}, {guidance} {place[1]:g}"])
+        place = row["scheduler"], row["guidance"], row["steps"]
+        line = cells.setdefault(place, [what.format(*place)])
         speed, psnr = _speed(data, row), [one["psnr"] for one in row["images"]]
         beside = _fewer_steps(data, row, speed.median)
         line.append(
@@ -168,6 +168,11 @@ def presets(page: Path, guidance: str, fewer: str) -> str:
             + ("" if beside is None else f" ({fewer} {beside:.1f})")
         )
     return data.table(["", *(f"`{name}`" for name in NAMED.values())], [*cells.values()])
+
+
+def _cell(row: Row) -> tuple:
+    """By what rows of tolerances are sorted."""
+    return row["steps"], row["guidance"], row["scheduler"]
 
 
 def _baseline(data: Data, row: Row) -> Row:
@@ -215,6 +220,7 @@ def tolerance_pareto(page: Path) -> str:
     return data.plot("pareto", plots.fidelity(panels, PSNR), "Fidelity against speed-up")
 
 
+@matplotlib.rc_context(plots.STYLE)
 def calibration(page: Path) -> str:
     """Realised against predicted error of every image."""
     data = Data(page, "tolerance")
@@ -351,7 +357,7 @@ def tolerance(page: Path) -> str:
     """Runs with a tolerance: time, predicted and realised errors, fewer steps beside them."""
     data = Data(page, "tolerance")
     cells = []
-    for row in data.rows:
+    for row in sorted(data.rows, key=_cell):
         if not row["method"].startswith("tolerance"):
             continue
         speed = _speed(data, row)
@@ -421,8 +427,8 @@ _GROUPS = ("downsample", "block", "timestep_range", "targets", "targets, residua
 _GROUPS += ("ratios", "plan_interval", "share_plans", "residual")
 _SHORT = r"baseline|fixed: .*|ToMe 0.5(, prop_attn)?|tomesd 0.5|DeepCache 2|1[036] steps"
 FIGURES: Mapping[str, Callable[[Path], str]] = {
-    "presets": partial(presets, guidance="guidance", fewer="fewer steps:"),
-    "presets-zh": partial(presets, guidance="引导", fewer="减少步数："),
+    "presets": partial(presets, what="{}, guidance {:g}, {} steps", fewer="fewer steps:"),
+    "presets-zh": partial(presets, what="{}，引导 {:g}，{} 步", fewer="减少步数："),
     "pareto": tolerance_pareto,
     "calibration": calibration,
     "pareto-both": partial(
