@@ -119,8 +119,8 @@ def test_demo_runs_from_the_wheel(installed, tmp_path):
     assert (folder / result["compare"]).is_file()
     # Without a config the named setting that users are told to start with.
     regions = result["applied"]["stats"]["step caching"]
-    assert [row["region"] for row in regions] == ["network", "inner"]
-    assert all(row["skipped"] > 0 for row in regions)
+    assert [row["region"] for row in regions] == ["network", "inner", "innermost"]
+    assert any(row["skipped"] > 0 for row in regions)
 
 
 def test_configs_of_the_wheel_serve_as_bases(installed, tmp_path):

@@ -118,7 +118,7 @@ def test_logarithms_of_sigma():
 def test_schedulers_of_four_outputs_are_warned_of():
     """MMagic generates with its test_scheduler; the other one is for training."""
     unet, pndm = tiny_unet(), diffusers.PNDMScheduler()
-    for name in ("PNDMScheduler", "IPNDMScheduler"):
+    for name in ("PNDMScheduler", "IPNDMScheduler", "LMSDiscreteScheduler"):
         with pytest.warns(UserWarning, match=f"^{name} amplifies.*or set error_feedback=0"):
             scheduler = getattr(diffusers, name)()
             apply_cache(SimpleNamespace(unet=unet, scheduler=scheduler), FIXED["both"])

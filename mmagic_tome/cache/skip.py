@@ -21,7 +21,7 @@ from ..timeline import Timeline
 from .config import StepCacheConfig
 from .extrapolate import placeholder, undefined_like
 from .regions import RegionState, RegionStats, next_skips
-from .tolerance import AMPLIFIED_ERROR, REGIONS, RELATIVE_ERROR, Budget
+from .tolerance import REGIONS, WITHOUT_FEEDBACK, Budget
 
 # Calls in a row that begin a run of their own before a warning says so.
 _LONE_CALLS = 8
@@ -113,7 +113,7 @@ class CachePatch(Patch):
     def new_states(self) -> dict[str, RegionState]:
         """What is kept for every region in one guidance branch."""
         configs = {name: self._region_configs[name] for name in self.regions}
-        if self.tolerance is not None and self.timeline.amplifies:
+        if self.tolerance is not None and self.timeline.amplification is not None:
             configs = {name: one.replace(error_feedback=0.0) for name, one in configs.items()}
         return {name: RegionState(config) for name, config in configs.items()}
 
@@ -238,8 +238,11 @@ class NetworkCall(Interceptor):
         """The region to skip at a step: decided at the first of its calls, for all branches."""
         patch: CachePatch = self.patch
         if run.state is None:
-            relative = AMPLIFIED_ERROR if patch.timeline.amplifies else RELATIVE_ERROR
-            run.state = Budget(patch.tolerance, relative)
+            run.state = Budget(patch.tolerance)
+            amplified = patch.timeline.amplification
+            if amplified is not None:
+                errors = {name: amplified * one for name, one in WITHOUT_FEEDBACK.items()}
+                run.state.relative = errors
         budget: Budget = run.state
         if len(run.called) == 1:
             if budget.ahead != time:  # otherwise its ControlNet was called first

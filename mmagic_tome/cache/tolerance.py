@@ -34,9 +34,9 @@ from .config import StepCacheConfig
 #: model: without feedback the inner regions err 0.3 and 0.1 times as much as the network; feedback
 #: leaves somewhat more than half of an error.
 RELATIVE_ERROR = {"network": 0.7, "inner": 0.18, "innermost": 0.09}
-#: The same for schedulers that amplify what alternates from step to step, as error feedback does:
-#: without it, and three times as much of an error arrives.
-AMPLIFIED_ERROR = {"network": 3.0, "inner": 0.9, "innermost": 0.3}
+#: The same without error feedback, which is not used where the scheduler amplifies what alternates
+#: from step to step (:attr:`..timeline.Timeline.amplification`).
+WITHOUT_FEEDBACK = {"network": 1.0, "inner": 0.3, "innermost": 0.1}
 #: How each of them is extrapolated.
 REGIONS = {
     "network": StepCacheConfig(error_feedback=0.5),

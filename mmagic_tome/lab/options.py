@@ -205,8 +205,6 @@ def _evaluate(group: argparse._ArgumentGroup) -> None:
     launcher = f"what started the processes: {ranks} (default: none)"
     launchers = ("none", "pytorch", "slurm", "mpi")
     add("--launcher", choices=launchers, default="none", help=launcher)
-    # torchrun of some versions adds it to every command.
-    add("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
 
 
 def _benchmark(group: argparse._ArgumentGroup) -> None:

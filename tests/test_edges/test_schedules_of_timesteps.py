@@ -43,7 +43,6 @@ def test_stable_video_diffusion(alone):
         ("EulerDiscrete", dict(timestep_spacing="trailing")),
         ("EulerDiscrete", dict(use_karras_sigmas=True)),
         *((name, {}) for name in ("DPMSolverMultistep", "UniPCMultistep", "DEISMultistep")),
-        ("LMSDiscrete", {}),
     ],
     ids=str,
 )

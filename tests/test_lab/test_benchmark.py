@@ -63,7 +63,7 @@ def test_all_methods_on_a_network(tmp_path):
 
 
 def test_what_several_steps_save_is_what_is_not_computed(tmp_path, monkeypatch):
-    from mmagic_tome.cache.skip import skips_of_run
+    from mmagic_tome.cache.regions import skips_of_run
 
     monkeypatch.setattr(module, "Clock", CountedWork)
     caching = Method.from_dict(dict(name="caching", cache_cfg={"region": "network"}))
