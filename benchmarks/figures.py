@@ -201,6 +201,24 @@ def _fewer_steps(data: Data, row: Row, speed: float) -> float | None:
     return None
 
 
+def peers(page: Path) -> str:
+    """Operations and PSNR of step caching by other authors, by sampler."""
+    data = Data(page, "step_caching_peers")
+    cells: dict[str, dict[str, str]] = {}
+    for row in data.rows:
+        if row["kind"] == "baseline":
+            continue
+        found = [
+            statistics.mean(one[key] for one in row["images"]) for key in ("psnr", "converged")
+        ]
+        text = f"{1 / statistics.mean(row['operations']):.2f}x: {found[0]:.1f} ({found[1]:.1f})"
+        head = f"{row['scheduler']}, guidance {row['guidance']:g}"
+        cells.setdefault(row["method"], {})[head] = text
+    heads = list(dict.fromkeys(head for line in cells.values() for head in line))
+    lines = [[name, *(line.get(head, "") for head in heads)] for name, line in cells.items()]
+    return data.table(["", *heads], lines)
+
+
 def tolerance_pareto(page: Path) -> str:
     """PSNR against whole-run speed-up of tolerances and of fewer steps, on three samplers."""
     data = Data(page, "tolerance")
@@ -431,6 +449,7 @@ FIGURES: Mapping[str, Callable[[Path], str]] = {
     "presets-zh": partial(presets, what="{}，引导 {:g}，{} 步", fewer="减少步数："),
     "pareto": tolerance_pareto,
     "calibration": calibration,
+    "peers": peers,
     "pareto-both": partial(
         pareto, name="pareto_both", steps=[20, 50], named=r"(?!ToFu|ToMA|SiTo|import|prune|CA-).*"
     ),
