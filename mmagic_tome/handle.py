@@ -97,7 +97,8 @@ class CacheHandle(Handle[CachePatch]):
     def description(self) -> str:
         """The tolerance; or every region with its interval and timestep range."""
         if self._patch.tolerance is not None:
-            return f"tolerance {self._patch.tolerance:g}"
+            inner = ", inner region alone" if self.config[0].region == "inner" else ""
+            return f"tolerance {self._patch.tolerance:g}{inner}"
         return ", ".join(
             f"{one.region} every {one.interval} steps in [{one.timestep_range[0]:g}, "
             f"{one.timestep_range[1]:g})"

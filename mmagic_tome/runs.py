@@ -175,7 +175,8 @@ class Run:
             self.shapes = [x.new_empty(()).expand(x.shape) for x in outputs or latents]
         if self.input is None:
             self.input = self.sample(latents)
-        if self.copies is None:
+        # Two prompts with one seed begin with equal inputs, as copies for guidance do.
+        if self.copies is None or (self.step == 1 and len(self.called) == 1):
             self.copies = count_copies(self.input)
         if outputs:
             newest = sampled([cropped(y, x) for x, y in zip(latents, outputs)])

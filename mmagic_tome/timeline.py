@@ -20,7 +20,10 @@ from typing import Any
 # -9 over 24): what alternates from step to step comes out (55 + 59 + 37 + 9) / 24 = 6.7 times as
 # large. Values: how many times as large errors of the demo model arrived, without error feedback
 # (IPNDM: not measured, taken for LMS).
-_FOUR_OUTPUTS = {"PNDMScheduler": 3.0, "IPNDMScheduler": 9.0, "LMSDiscreteScheduler": 9.0}
+_FOUR_OUTPUTS = {"PNDMScheduler": 3.0, "IPNDMScheduler": 15.0, "LMSDiscreteScheduler": 15.0}
+# Others that amplify, by less: exponential integrators of order 2, and whatever is of order 3.
+_AMPLIFYING = {"DEISMultistepScheduler": 3.0}
+_THIRD_ORDER = 3.0
 # Smallest sigma that EDM and Stable Video Diffusion train with (arXiv 2206.00364, table 1, rounded
 # to that of the published scheduler configs), and the exponent of their schedule.
 _SIGMA_MIN, _RHO = 0.002, 7
@@ -67,10 +70,14 @@ class Timeline:
         except TypeError:  # None, or an object of a user's own without weak references
             self._model = lambda: None
         self._timesteps: tuple[Any, list[float]] | None = None
+        self._amplified: float | None = None  # of a scheduler that is known no more
 
     def __reduce__(self) -> tuple:
         # A pickle belongs to another pipeline, or to none.
-        return Timeline, (None, self.scale)
+        return Timeline, (None, self.scale), {"_amplified": self.amplification}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._amplified = state["_amplified"]
 
     def __deepcopy__(self, memo: dict) -> Timeline:
         # As part of a pipeline it goes on with the copy of the scheduler.
@@ -81,8 +88,14 @@ class Timeline:
     @property
     def amplification(self) -> float | None:
         """How many times as large the scheduler makes errors that differ from step to step; None
-        if it does not."""
-        return _FOUR_OUTPUTS.get(scheduler_name(self.scheduler()))
+        if it does not, or is not known."""
+        scheduler = self.scheduler()
+        if scheduler is None:
+            return self._amplified
+        name = scheduler_name(scheduler)
+        order = getattr(getattr(scheduler, "config", None), "solver_order", None) or 1
+        found = (_FOUR_OUTPUTS | _AMPLIFYING).get(name)
+        return found or (_THIRD_ORDER if order > 2 else None)
 
     def scheduler(self) -> Any:
         """The scheduler that the model has now, or had last; None if it never had one."""

@@ -107,7 +107,8 @@ class StepCacheConfig:
         if given:
             raise ToMeError(
                 f"{_WHERE}a tolerance decides by itself what to skip and where; leave out "
-                f"{', '.join(given)}, or leave out tolerance"
+                f"{', '.join(given)}, or leave out tolerance and the names that stand for one "
+                f"({', '.join(PRESETS)})"
             )
 
     def replace(self, **changes: Any) -> StepCacheConfig:
@@ -153,6 +154,8 @@ def coerce_cache(config: CacheSpec = None, **options: Any) -> tuple[StepCacheCon
             )
         configs = PRESETS[config]
     else:
+        if is_number(config):
+            raise ToMeError(f"cache_cfg={config!r} is no step cache; write tolerance={config!r}")
         given = config if isinstance(config, (list, tuple)) else [config]
         if not given or not all(isinstance(one, (StepCacheConfig, Mapping)) for one in given):
             raise ToMeError(

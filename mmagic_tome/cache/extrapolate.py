@@ -56,6 +56,8 @@ def _per_image(values: Tensor, like: Tensor) -> Tensor:
     """Values of the images in the shape that multiplies ``like``, whose batch has one or more
     copies of the images, for guidance."""
     values = values.to(like.device, like.dtype, non_blocking=True)
+    if values.dim() == 0:  # of one image without a batch
+        return values
     return values.repeat(len(like) // len(values)).reshape(-1, *[1] * (like.dim() - 1))
 
 
@@ -105,9 +107,12 @@ class OutputHistory:
         """The output at a timestep, in the structure of the last one; ``slope`` as of
         :func:`extrapolate`."""
         last = slice(-1 - self.order, None)
+        every = list(zip(*self.outputs[last]))
+        # Some models return a list with a tensor per image (Z-Image).
+        one_each = slope is not None and len(every) > 1
+        slopes = [slope[i % len(slope)] if one_each else slope for i in range(len(every))]
         guesses = [
-            extrapolate(self.times[last], outputs, time, slope)
-            for outputs in zip(*self.outputs[last])
+            extrapolate(self.times[last], outputs, time, own) for outputs, own in zip(every, slopes)
         ]
         if self.error_feedback:
             self.guesses.append((time, [guess.clone() for guess in guesses]))

@@ -41,9 +41,12 @@ class CacheContext(Context):
         self.computed: Any = None  # what the network returned, before error feedback
         self.lone_calls = 0  # in a row that began a run
         self.run_skips = 0  # regions skipped in the run so far
+        # With a tolerance: the budget of the run that was called last, until its end.
+        self.budget: Budget | None = None
 
     def forget_run(self) -> None:
         self.tracker.clear()
+        self.budget = None
 
     def stop(self) -> None:
         super().stop()
@@ -243,12 +246,16 @@ class NetworkCall(Interceptor):
             if amplified is not None:
                 errors = {name: amplified * one for name, one in WITHOUT_FEEDBACK.items()}
                 run.state.relative = errors
+            before = patch.context.budget
+            if before is not None and time < before.time:
+                run.state.go_on(before)
         budget: Budget = run.state
         if len(run.called) == 1:
             if budget.ahead != time:  # otherwise its ControlNet was called first
                 patch.choose(run, time)
-            budget.ahead = None
+            budget.ahead, budget.time = None, time
             patch.budget = budget
+            patch.context.budget = None if run.last else budget
         region = budget.skipped[-1]
         patch.context.slope = budget.slope
         # A branch that was not there before computes what it cannot extrapolate.
@@ -259,9 +266,13 @@ class NetworkCall(Interceptor):
         and is called after it, will be skipped."""
         patch: CachePatch = self.patch
         for other in patch.leader.context.tracker.runs:
-            follows = other.input is not None and run.previous is not None
-            if not follows or other.time <= time or not torch.equal(other.input, run.previous):
+            if other.input is None or run.previous is None or other.time <= time:
                 continue
+            # In guess mode a ControlNet gets one of the copies for guidance.
+            images = len(run.previous)
+            if not torch.equal(other.input[:images], run.previous):
+                continue
+            latents = tuple(torch.cat([x] * (len(other.input) // images)) for x in latents)
             budget: Budget | None = other.state
             if budget is None:
                 break
@@ -298,14 +309,14 @@ class NetworkCall(Interceptor):
         if patch.leader is not None:
             return  # the network that it is called for says so
         if run.last and not context.run_skips and patch.tolerance != 0:
-            given, why = "timestep_range", "too few steps lie in timestep_range"
+            given, why = "a wider timestep_range", "too few steps lie in timestep_range"
             if patch.tolerance is not None:
-                given, why = "tolerance", "the tolerance is too small for its steps"
+                given, why = "a larger tolerance", "the tolerance is too small for its steps"
             patch.warn_once(
                 "nothing",
                 f"step caching skipped nothing in a run of {run.step + 1} step"
                 f"{'' if run.step == 0 else 's'}: {why}, or the scheduler adds noise at every "
-                f"step. Use more steps, a wider {given}, or a deterministic scheduler",
+                f"step. Use more steps, {given}, or a deterministic scheduler",
             )
 
 

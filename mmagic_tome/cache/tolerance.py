@@ -63,10 +63,17 @@ class Budget:
     relative: Mapping[str, float] = field(default_factory=lambda: RELATIVE_ERROR)
     spent: Tensor | None = None  # (B,) sum of squares of the predicted errors
     skipped: list[str | None] = field(default_factory=list)  # region per step; None: computed
+    errors: Tensor | None = None  # (B,) predicted of the last skip
+    time: float = 0.0  # timestep of the last step
     ahead: float | None = None  # timestep of a step that was decided before the network was called
     slope: Tensor | None = None  # (B,) of the present step's extrapolation; None: the line
     weights: Tensor | None = None  # of the sampler, at the step before
     remaining: float | None = None  # share of the schedule that remained, at the step before
+
+    def go_on(self, before: Budget) -> None:
+        """Take over what was spent by a run that this one seems to continue: the input of its next
+        step did not follow from it, since noise was added or latents were edited."""
+        self.spent, self.skipped = before.spent, [*before.skipped]
 
     def _steps_left(self, remaining: float) -> int:
         """Steps from this one to the end of the run, from the share of the schedule that remains;
@@ -90,6 +97,8 @@ class Budget:
         chosen = None
         if curvature is not None and steps_left > 1 and self.tolerance > 0:
             spent = torch.zeros_like(curvature) if self.spent is None else self.spent
+            if spent.shape != curvature.shape:  # a batch that changed on the way
+                spent = spent.max().expand_as(curvature)
             left = (self.tolerance**2 - spent).clamp_min(0)
             allowed = (left * max(2 / steps_left, _SHARE)).sqrt()
             for region, relative in self.relative.items():
@@ -97,13 +106,14 @@ class Budget:
                     continue
                 t1, t2 = known[region]
                 errors = curvature * abs((time - t2) * (time - t1)) * relative
-                # A second skip in a row buys less for its error: out of an even share alone.
-                again = region == "network" == self.skipped[-1]
-                most = (left / steps_left).sqrt() if again else allowed
+                more, most = errors**2, allowed**2
+                if region == "network" == self.skipped[-1]:
+                    # Two errors in a row have one sign, and buy less: out of an even share alone.
+                    more, most = (errors + self.errors) ** 2 - self.errors**2, left / steps_left
                 # The image that errs most decides for its batch.
-                if bool((errors <= most).all()):
-                    chosen = region
-                    self.spent = spent + errors**2
+                if bool((more <= most).all()):
+                    chosen, self.errors = region, errors
+                    self.spent = spent + more
                     break
         self.skipped.append(chosen)
         return chosen

@@ -226,14 +226,14 @@ def _manifest(runner: Runner, methods: Sequence[Method]) -> dict[str, Any]:
         "command": "evaluate",
         "model": {
             "class_name": runner.source.class_name,
-            "weights": _weights(runner.model),
+            "weights": weights_digest(runner.model),
             "scheduler": runner.scheduler,
             "scheduler_config": _scheduler_config(runner.model),
         },
         "name": runner.source.name,
         "request": {
             "images": len(request),
-            "prompts": _digest(request),
+            "prompts": request_digest(request),
             "steps": runner.steps,
             "guidance": runner.guidance,
             "size": list(runner.size),
@@ -250,7 +250,7 @@ def _manifest(runner: Runner, methods: Sequence[Method]) -> dict[str, Any]:
     }
 
 
-def _weights(model: Any) -> str:
+def weights_digest(model: Any) -> str:
     """A hash of all parameters and buffers of a model or pipeline, with their names."""
     parts = {"": model} if isinstance(model, nn.Module) else getattr(model, "components", {})
     digest = hashlib.blake2b(digest_size=16)
@@ -276,7 +276,7 @@ def _scheduler_config(model: Any) -> dict[str, Any] | None:
     return json.loads(json.dumps(settings, default=str), parse_constant=str)
 
 
-def _digest(request: Request) -> str:
+def request_digest(request: Request) -> str:
     """A hash of prompts, negative prompts, seeds and input images."""
     numbers = range(len(request))
     texts = [list(request.prompts), request.negatives(numbers), [*map(request.seed_of, numbers)]]

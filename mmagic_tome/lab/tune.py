@@ -29,6 +29,7 @@ from ..errors import ToMeError
 from ..settings import Setting
 from ..validate import check_number
 from . import plots
+from .evaluate import request_digest, weights_digest
 from .files import whole_file
 from .infer import WARM_UP_STEPS, infer
 from .methods import Method, fewer_steps
@@ -159,10 +160,9 @@ def tune(
     folder, parts = Path(folder), split(request, limit)
     runner = source.load(parts["search"], device, dtype)
     check(source, replace(request, steps=runner.steps), cfg_options)  # those of the model's class
-    loaded, own = copy.copy(source), Setting(source.setting.tome)
+    loaded, own, rows = copy.copy(source), Setting(source.setting.tome), []
     loaded.load = lambda request, *_: runner_of(runner.model, request, loaded)
     how = {"rounds": rounds, "device": device, "dtype": dtype, "progress": progress}
-    rows: list[Row] = []
 
     def measure(part: str, method: Method) -> Row:
         path = folder / part / method.slug
@@ -190,6 +190,8 @@ def tune(
             pass  # what cannot be applied fails here
     settings = {key: str(getattr(runner, key)) for key in ("steps", "guidance", "size", "dtype")}
     settings |= {part: [*zip(one.prompts, one.seed)] for part, one in parts.items()}
+    settings |= {"images": request_digest(request), "weights": weights_digest(runner.model)}
+    settings |= {"setting": [str(own.tome), request.batch_size, str(dict(request.extra))]}
     settings |= {"model": source.path, "device": str(runner.device), "scheduler": runner.scheduler}
     with RunFolder(folder).writing({"command": "tune", **settings}):
         found = target.best(search(lambda x: measure("search", method(x)), target))

@@ -83,7 +83,7 @@ def test_bad_options_are_named(options, said):
     ("config", "options", "said"),
     [
         ("balance", {}, "no named setting; write 'balanced'"),
-        (2, {}, "cache_cfg=2 is no step cache"),
+        (0.02, {}, "cache_cfg=0.02 is no step cache; write tolerance=0.02"),
         ([], {}, r"cache_cfg=\[\]"),
         ([2], {}, r"cache_cfg=\[2\] is no step cache"),
         ([dict(region="inner"), dict(region="inner", interval=3)], {}, "'inner' twice"),

@@ -1,0 +1,104 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Runs with a tolerance that are not one image of one prompt with one scheduler to the end."""
+
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DEISMultistepScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+from tiny import tiny_inputs, tiny_unet
+from tiny_pipelines import PIPELINES
+
+from mmagic_tome import apply_cache, get_handle
+from mmagic_tome.cache.extrapolate import OutputHistory
+
+TRAINED = dict(beta_schedule="scaled_linear", prediction_type="v_prediction")
+
+
+@torch.no_grad()
+def denoise(pipeline, steps=20, edit=None, **inputs):
+    """The final latents; ``edit`` (number of a step) adds noise after it."""
+    scheduler = pipeline.scheduler
+    scheduler.set_timesteps(steps)
+    inputs = {**tiny_inputs(size=16), **inputs}
+    x = inputs["sample"]
+    for i, time in enumerate(scheduler.timesteps):
+        output = pipeline.unet(**{**inputs, "sample": x, "timestep": time}).sample
+        x = scheduler.step(output, time, x).prev_sample
+        if i == edit:
+            x = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    return x
+
+
+def ddim():
+    return DDIMScheduler(clip_sample=False, **TRAINED)
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_outputs_in_a_list_have_the_slope_of_their_image(images):
+    history = OutputHistory(1, 0.0)
+    zeros, ones = ([torch.full((4, 1, 2, 2), value)] * images for value in (0.0, 1.0))
+    history.record(2.0, zeros)
+    history.record(1.0, ones)
+    slopes = torch.arange(images) - 0.5
+    guesses = history.extrapolate(0.0, slopes)
+    assert [one.mean().item() for one in guesses] == pytest.approx((1 + slopes).tolist())
+
+
+def test_an_edited_run_goes_on_with_its_budget():
+    pipeline = SimpleNamespace(unet=tiny_unet(), scheduler=ddim())
+    handle = apply_cache(pipeline, tolerance=0.05)
+    denoise(pipeline, edit=9)
+    assert len(handle.steps) == 20 and handle.predicted_error[0] <= 0.05
+    assert any(step != "computed" for step in handle.steps[:9])
+    denoise(pipeline)  # and the next image has one of its own
+    assert len(handle.steps) == 20
+
+
+def test_prompts_with_one_seed_are_no_copies_for_guidance():
+    pipeline = SimpleNamespace(unet=tiny_unet(), scheduler=ddim())
+    handle = apply_cache(pipeline, tolerance=0.05)
+    given = tiny_inputs(size=16)
+    same = torch.cat([given["sample"][:1]] * 2)
+    denoise(pipeline, sample=same, encoder_hidden_states=given["encoder_hidden_states"])
+    assert len(handle.predicted_error) == 2
+
+
+def test_which_schedulers_amplify():
+    amplified = {}
+    for kind, options in (
+        (DDIMScheduler, {}),
+        (UniPCMultistepScheduler, {}),
+        (UniPCMultistepScheduler, dict(solver_order=3)),
+        (DEISMultistepScheduler, {}),
+        (PNDMScheduler, {}),
+        (LMSDiscreteScheduler, {}),
+    ):
+        pipeline = SimpleNamespace(unet=tiny_unet(), scheduler=kind(**options))
+        (patch,) = apply_cache(pipeline, tolerance=0.01)._patches
+        found = patch.timeline.amplification
+        amplified[kind.__name__, bool(options)] = found
+        # A pickled network no longer has the scheduler, and still knows.
+        network = pickle.loads(pickle.dumps(pipeline.unet))
+        assert get_handle(network, "cache")._patches[0].timeline.amplification == found
+    assert [key for key, value in amplified.items() if value is None] == [
+        ("DDIMScheduler", False),
+        ("UniPCMultistepScheduler", False),
+    ]
+
+
+def test_a_controlnet_in_guess_mode_is_skipped_too():
+    case = PIPELINES["ControlNet"]
+    pipeline = case.pipeline()
+    ran = []
+    pipeline.controlnet.conv_in.register_forward_hook(lambda *call: ran.append(1))
+    with apply_cache(pipeline, tolerance=0.5) as handle:
+        case.run(pipeline, num_inference_steps=12, guess_mode=True)
+        assert len(ran) == 12 - handle.steps.count("network") < 12
