@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # Elements per image that are compared, so that nothing grows with the size of a video.
-_SAMPLES = 1 << 14
+_SAMPLES = 1 << 12
 
 
 def read_timestep(timestep: Any) -> tuple[float | None, bool]:
