@@ -443,7 +443,6 @@ def matching_sentence(page: Path) -> str:
 
 _GROUPS = ("downsample", "block", "timestep_range", "targets", "targets, residual", "method")
 _GROUPS += ("ratios", "plan_interval", "share_plans", "residual")
-_SHORT = r"baseline|fixed: .*|ToMe 0.5(, prop_attn)?|tomesd 0.5|DeepCache 2|1[036] steps"
 FIGURES: Mapping[str, Callable[[Path], str]] = {
     "presets": partial(presets, what="{}, guidance {:g}, {} steps", fewer="fewer steps:"),
     "presets-zh": partial(presets, what="{}，引导 {:g}，{} 步", fewer="减少步数："),

@@ -25,19 +25,18 @@ from typing import Any
 import torch
 from demo import SCHEDULERS, demo_pipeline, set_scheduler
 from peers import adaptive_diffusion, easycache, fbcache, sada, spectrum, taylorseer, zeus
-from tolerance import SIZE, decode, run, shares
+from tolerance import CHOSEN, SIZE, decode, psnr, relative_error, run, shares
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from mmagic_tome import apply_cache
 from mmagic_tome.lab.methods import Method
-from mmagic_tome.lab.prompts import read_prompts
+from mmagic_tome.lab.prompts import read_prompts, spread
 from mmagic_tome.lab.report import save_record
 from mmagic_tome.models import find_adapter
 
 DATA = Path(__file__).parent / "data/step_caching_peers.json"
-CHOSEN = ("DDIM", "Euler", "DPM-Solver++ 2M", "UniPC")
 TOLERANCES = (0.005, 0.01, 0.02, 0.05, 0.1)
 SHARES = (0.8, 0.65, 0.5, 0.4, 0.3)  # of the steps
 BETTER = ("DPM-Solver++ 2M", "UniPC")  # samplers that users take to need fewer steps
@@ -158,7 +157,7 @@ class Bench:
                 if baseline is None:
                     baseline, image = latents, decoded
                 found = {
-                    "error": float((latents - baseline).norm() / baseline.norm()),
+                    "error": relative_error(latents, baseline),
                     "psnr": psnr(decoded, image),
                     "converged": psnr(decoded, converged),
                 }
@@ -168,12 +167,6 @@ class Bench:
                 row["operations"].append(round(done, 4))
                 row["images"].append({key: float(f"{value:.4g}") for key, value in found.items()})
         return list(rows.values())
-
-
-def psnr(one: Tensor, other: Tensor) -> float:
-    """In dB, of images in 0 ... 1; at most 120."""
-    square = float((one - other).square().mean())
-    return -10 * math.log10(max(square, 1e-12))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -216,7 +209,7 @@ def main() -> None:
     cells = [] if args.table else [one for one in cells if one not in done]
     if cells:
         every = [one.text for one in read_prompts("demo-held-out")]
-        prompts = every[:: len(every) // args.images][: args.images]
+        prompts = spread(every, args.images)
         bench = Bench(prompts, Path(f"work_dirs/step_caching_peers/{args.images}_images"))
         settings = {"model": "demo model", "size": f"{SIZE}x{SIZE}", "images": args.images}
         settings.update(dtype="float32", captions="held out", left_if_skipped=bench.left)

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from mmagic_tome import apply_cache
-from mmagic_tome.lab.prompts import read_prompts
+from mmagic_tome.lab.prompts import read_prompts, spread
 from mmagic_tome.lab.report import save_record
 from mmagic_tome.models import find_adapter
 
@@ -72,14 +73,15 @@ def decode(pipeline: Any, latents: Tensor) -> Tensor:
     return (image / 2 + 0.5).clamp(0, 1)
 
 
-def closeness(pipeline: Any, latents: Tensor, baseline: Tensor) -> dict[str, float]:
-    """Relative error of the latents and PSNR of the images."""
-    one, other = decode(pipeline, latents), decode(pipeline, baseline)
+def psnr(one: Tensor, other: Tensor) -> float:
+    """In dB, of images in 0 ... 1; at most 120."""
     square = float((one - other).square().mean())
-    return {
-        "error": float((latents - baseline).norm() / baseline.norm()),
-        "psnr": float(-10 * torch.tensor(max(square, 1e-12)).log10()),
-    }
+    return -10 * math.log10(max(square, 1e-12))
+
+
+def relative_error(latents: Tensor, baseline: Tensor) -> float:
+    """Of the final latents."""
+    return float((latents - baseline).norm() / baseline.norm())
 
 
 @torch.no_grad()
@@ -111,6 +113,7 @@ def cell(
                     operations = sum(left[step] for step in cache.steps) / steps
             drawn[method] = latents, operations, seconds, more
         baseline = drawn["baseline"][0]
+        image = decode(pipeline, baseline)
         for method in methods:
             latents, operations, seconds, more = drawn[method]
             row = {"scheduler": scheduler, "guidance": guidance, "steps": steps, "method": method}
@@ -118,7 +121,11 @@ def cell(
             row["operations"].append(round(operations, 4))
             row["seconds"].append(round(seconds, 4))
             if method != "baseline":
-                found = closeness(pipeline, latents, baseline) | more
+                found = {
+                    "error": relative_error(latents, baseline),
+                    "psnr": psnr(decode(pipeline, latents), image),
+                    **more,
+                }
                 row["images"].append({key: float(f"{one:.4g}") for key, one in found.items()})
     return list(rows.values())
 
@@ -138,11 +145,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     every = [one.text for one in read_prompts("demo-held-out")]
-    prompts = every[:: len(every) // args.images][: args.images]
+    prompts = spread(every, args.images)
     pipeline = demo_pipeline()
     left = shares(pipeline)
-    rows = known()
-    done = {(row["scheduler"], row["guidance"], row["steps"]) for row in rows}
+    done = {(row["scheduler"], row["guidance"], row["steps"]) for row in known()}
     cells = list(itertools.product(args.schedulers, args.guidance, args.steps))
     for one in tqdm([one for one in cells if one not in done], unit="cell"):
         new = cell(pipeline, *one, prompts, left)

@@ -179,14 +179,19 @@ class Run:
         if self.copies is None or (self.step == 1 and len(self.called) == 1):
             self.copies = count_copies(self.input)
         if outputs:
-            newest = sampled([cropped(y, x) for x, y in zip(latents, outputs)])
+            newest = self._sample_like(latents, outputs)
             if newest.shape == self.input.shape:
                 self.branch.outputs = [*self.branch.outputs[-1:], newest]
-                if computed is not None:
+                if computed is output:  # without error feedback
+                    self.branch.keep(self.time, newest)
+                elif computed is not None:
                     found = tensors_of(computed)
-                    self.branch.keep(
-                        self.time, sampled([cropped(y, x) for x, y in zip(latents, found)])
-                    )
+                    self.branch.keep(self.time, self._sample_like(latents, found))
+
+    @staticmethod
+    def _sample_like(latents: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
+        """A sample of outputs, cropped as their inputs are."""
+        return sampled([cropped(y, x) for x, y in zip(latents, outputs)])
 
 
 class RunTracker:

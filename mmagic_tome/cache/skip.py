@@ -21,7 +21,7 @@ from ..timeline import Timeline
 from .config import StepCacheConfig
 from .extrapolate import placeholder, undefined_like
 from .regions import RegionState, RegionStats, next_skips
-from .tolerance import REGIONS, WITHOUT_FEEDBACK, Budget
+from .tolerance import REGIONS, Budget, relative_errors
 
 # Calls in a row that begin a run of their own before a warning says so.
 _LONE_CALLS = 8
@@ -241,11 +241,7 @@ class NetworkCall(Interceptor):
         """The region to skip at a step: decided at the first of its calls, for all branches."""
         patch: CachePatch = self.patch
         if run.state is None:
-            run.state = Budget(patch.tolerance)
-            amplified = patch.timeline.amplification
-            if amplified is not None:
-                errors = {name: amplified * one for name, one in WITHOUT_FEEDBACK.items()}
-                run.state.relative = errors
+            run.state = Budget(patch.tolerance, relative_errors(patch.timeline.amplification))
             before = patch.context.budget
             if before is not None and time < before.time:
                 run.state.go_on(before)

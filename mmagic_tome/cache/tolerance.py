@@ -37,6 +37,16 @@ RELATIVE_ERROR = {"network": 0.7, "inner": 0.18, "innermost": 0.09}
 #: The same without error feedback, which is not used where the scheduler amplifies what alternates
 #: from step to step (:attr:`..timeline.Timeline.amplification`).
 WITHOUT_FEEDBACK = {"network": 1.0, "inner": 0.3, "innermost": 0.1}
+
+
+def relative_errors(amplification: float | None) -> Mapping[str, float]:
+    """Region -> relative error of skipping it with a scheduler, see :attr:`Timeline.amplification
+    <mmagic_tome.timeline.Timeline.amplification>`."""
+    if amplification is None:
+        return RELATIVE_ERROR
+    return {region: amplification * error for region, error in WITHOUT_FEEDBACK.items()}
+
+
 #: How each of them is extrapolated.
 REGIONS = {
     "network": StepCacheConfig(error_feedback=0.5),
@@ -100,13 +110,13 @@ class Budget:
             if spent.shape != curvature.shape:  # a batch that changed on the way
                 spent = spent.max().expand_as(curvature)
             left = (self.tolerance**2 - spent).clamp_min(0)
-            allowed = (left * max(2 / steps_left, _SHARE)).sqrt()
+            share = max(2 / steps_left, _SHARE)
             for region, relative in self.relative.items():
                 if region not in known or not self._may_skip(region):
                     continue
                 t1, t2 = known[region]
                 errors = curvature * abs((time - t2) * (time - t1)) * relative
-                more, most = errors**2, allowed**2
+                more, most = errors**2, left * share
                 if region == "network" == self.skipped[-1]:
                     # Two errors in a row have one sign, and buy less: out of an even share alone.
                     more, most = (errors + self.errors) ** 2 - self.errors**2, left / steps_left
