@@ -12,13 +12,16 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
+
+_TINY = 1e-30
 
 
 @dataclass
 class Fit:
-    """How an input follows from the last steps, in float64 on the CPU.
+    """How an input follows from the last steps, in float64.
 
     Args:
         residual: the largest relative residual of an image.
@@ -34,9 +37,9 @@ class Fit:
 
     residual: float = math.inf
     shares: dict[Hashable, float] = field(default_factory=dict)
-    weights: Tensor | None = None
-    rates: Tensor | None = None
-    norms: Tensor | None = None
+    weights: np.ndarray | None = None
+    rates: np.ndarray | None = None
+    norms: np.ndarray | None = None
 
 
 def fit_input(
@@ -58,11 +61,14 @@ def fit_input(
         copies: equal parts of the batch, 2 with classifier-free guidance.
     """
 
+    def batch(tensor: Tensor) -> Tensor:
+        return tensor.unflatten(0, (copies, -1))
+
     def parts(tensor: Tensor) -> list[Tensor]:
         # A guided sampler combines what was predicted for all copies of an image.
-        return [part.repeat(copies, 1) for part in tensor.chunk(copies)]
+        return [part.expand(copies, -1, -1) for part in tensor.chunk(copies)]
 
-    columns, owner, ages = [last], [None], [0]
+    columns, owner, ages = [batch(last)], [None], [0]
     for branch, known in outputs.items():
         for age, output in enumerate(known):
             for part in parts(output):
@@ -70,64 +76,68 @@ def fit_input(
                 owner.append(branch)
                 ages.append(age)
     if previous is not None:
-        columns.append(previous)
+        columns.append(batch(previous))
     count = len(columns)
     columns += [part for step in rates for rate in step for part in parts(rate)]
     wide = torch.float64 if x.device.type in ("cpu", "cuda") else torch.float32
-    rows = torch.stack([*columns, x], dim=1).to(wide)
-    products = (rows @ rows.mT).cpu().double()
-    if not products.isfinite().all():
+    rows = torch.stack([*columns, batch(x)], dim=2).to(wide).flatten(0, 1)
+    # What follows has a dozen rows and columns: NumPy takes a third of torch's time for it.
+    products = (rows @ rows.mT).cpu().double().numpy()
+    if not np.isfinite(products).all():
         return Fit()
     images = products[: len(products) // copies]
-    fit = Fit(norms=images[:, -1, -1].sqrt())
+    fit = Fit(norms=np.sqrt(images[:, -1, -1]))
     if rates:
         each = (len(columns) - count) // len(rates)
         block = images[:, count:-1, count:-1]
         fit.rates = block.reshape(len(images), len(rates), each, len(rates), each)
-    products = _moving(_chosen(products, [*range(count), -1]))
+    products = _moving(_without(products, slice(count, -1)))
     weights = _least_squares(products)
-    length = products.sum(0).diagonal().sqrt().clamp_min(1e-30)
+    length = np.sqrt(products.sum(0).diagonal()).clip(_TINY)
+    shares = np.abs(weights * length[:-1] / length[-1])
     fit.shares = dict.fromkeys(outputs, 0.0)
-    for branch, age, weight in zip(owner[1:], ages[1:], (weights * length[:-1] / length[-1])[1:]):
+    for branch, age, share in zip(owner[1:], ages[1:], shares[1:]):
         if age == 0:
-            fit.shares[branch] += float(abs(weight))
-    weights = torch.cat([weights, weights.new_tensor([-1.0])])
-    residuals = torch.einsum("k,bkl,l->b", weights, products, weights).clamp_min(0)
-    own = products[:, -1, -1].clamp_min(1e-30)
-    fit.residual = float((residuals / own).max().sqrt())
+            fit.shares[branch] += float(share)
+    weights = np.append(weights, -1.0)
+    residuals = (products @ weights @ weights).clip(0)
+    own = products[:, -1, -1].clip(_TINY)
+    fit.residual = float(np.sqrt((residuals / own).max()))
     if rates:
         fit.weights = _weights(products, ages[1:])
     return fit
 
 
-def _weights(products: Tensor, ages: Sequence[int]) -> Tensor | None:
+def _weights(products: np.ndarray, ages: Sequence[int]) -> np.ndarray | None:
     """See :class:`Fit`: of outputs with these ages, which are the columns from the second on."""
     number = ages.count(0)
     if number == 0 or ages.count(1) not in (0, number):
         return None
     # The input before the last would make it ambiguous: it follows from the others.
-    weights = _least_squares(_chosen(products, [*range(len(ages) + 1), -1]))[1:]
+    weights = _least_squares(_without(products, slice(len(ages) + 1, -1)))[1:]
     found = [weights[[i for i, one in enumerate(ages) if one == age]] for age in sorted(set(ages))]
-    return torch.stack(found).sum(0)
+    return np.sum(found, axis=0)
 
 
-def _chosen(products: Tensor, columns: list[int]) -> Tensor:
-    return products[:, columns][:, :, columns]
+def _without(products: np.ndarray, columns: slice) -> np.ndarray:
+    """Inner products without those of some columns."""
+    kept = np.delete(np.arange(products.shape[1]), columns)
+    return products[:, kept[:, None], kept]
 
 
-def _moving(products: Tensor) -> Tensor:
+def _moving(products: np.ndarray) -> np.ndarray:
     """Without images whose input is only scaled: conditioning, such as ViCo's reference image."""
     new, last, both = products[:, -1, -1], products[:, 0, 0], products[:, 0, -1]
     moves = new * last - both**2 > 1e-10 * new * last
     return products[moves] if moves.any() else products
 
 
-def _least_squares(products: Tensor) -> Tensor:
+def _least_squares(products: np.ndarray) -> np.ndarray:
     """(K,) weights with which K columns explain the last one, from (B, K + 1, K + 1) inner
     products."""
     total = products.sum(0)
     # Columns of unit length: outputs may be a thousand times smaller than inputs.
-    length = total.diagonal().sqrt().clamp_min(1e-30)
+    length = np.sqrt(total.diagonal()).clip(_TINY)
     gram = total / length / length[:, None]
-    weights = torch.linalg.pinv(gram[:-1, :-1], hermitian=True, rtol=1e-10) @ gram[:-1, -1]
+    weights = np.linalg.pinv(gram[:-1, :-1], rcond=1e-10, hermitian=True) @ gram[:-1, -1]
     return weights * length[-1] / length[:-1]

@@ -347,7 +347,10 @@ class InnerCall(Interceptor):
         output = proceed(module, *args, **kwargs)
         for region, is_last in self.parts.items():
             if not is_last:
-                context.state[region].placeholders[self.index] = placeholder(output)
+                # Shapes stay the same within a run.
+                known = context.state[region].placeholders
+                if self.index not in known:
+                    known[self.index] = placeholder(output)
             elif not context.skipped:
                 # What follows from an extrapolated region is not an output to extrapolate from.
                 output = patch.record(region, output)

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,6 +64,7 @@ _GROWTH = 1.25
 _STEADY = 0.7
 # Slopes are at most this far from 0.
 _STEEPEST = 1.2
+_TINY = 1e-30
 
 
 @dataclass
@@ -71,13 +73,13 @@ class Budget:
 
     tolerance: float
     relative: Mapping[str, float] = field(default_factory=lambda: RELATIVE_ERROR)
-    spent: Tensor | None = None  # (B,) sum of squares of the predicted errors
+    spent: np.ndarray | None = None  # (B,) sum of squares of the predicted errors
     skipped: list[str | None] = field(default_factory=list)  # region per step; None: computed
-    errors: Tensor | None = None  # (B,) predicted of the last skip
+    errors: np.ndarray | None = None  # (B,) predicted of the last skip
     time: float = 0.0  # timestep of the last step
     ahead: float | None = None  # timestep of a step that was decided before the network was called
     slope: Tensor | None = None  # (B,) of the present step's extrapolation; None: the line
-    weights: Tensor | None = None  # of the sampler, at the step before
+    weights: np.ndarray | None = None  # of the sampler, at the step before
     remaining: float | None = None  # share of the schedule that remained, at the step before
 
     def go_on(self, before: Budget) -> None:
@@ -106,10 +108,10 @@ class Budget:
         curvature = self._curvature(run.fitted, run.times)
         chosen = None
         if curvature is not None and steps_left > 1 and self.tolerance > 0:
-            spent = torch.zeros_like(curvature) if self.spent is None else self.spent
+            spent = np.zeros_like(curvature) if self.spent is None else self.spent
             if spent.shape != curvature.shape:  # a batch that changed on the way
-                spent = spent.max().expand_as(curvature)
-            left = (self.tolerance**2 - spent).clamp_min(0)
+                spent = np.full_like(curvature, spent.max())
+            left = (self.tolerance**2 - spent).clip(0)
             share = max(2 / steps_left, _SHARE)
             for region, relative in self.relative.items():
                 if region not in known or not self._may_skip(region):
@@ -137,7 +139,7 @@ class Budget:
             return self.skipped[-in_a_row:] != ["network"] * in_a_row
         return [one for one in self.skipped if one != "network"][-1:] in ([], [None])
 
-    def _curvature(self, fit: Fit | None, times: Sequence[float]) -> Tensor | None:
+    def _curvature(self, fit: Fit | None, times: Sequence[float]) -> np.ndarray | None:
         """(B,) second divided differences of the outputs, times the sampler's weights and relative
         to the latent; None if they are not known. Sets :attr:`slope`."""
         self.slope = None
@@ -148,19 +150,19 @@ class Budget:
             return None
         growth = 1.0
         if before is not None and before.shape == fit.weights.shape:
-            growth = float(fit.weights.norm() / before.norm().clamp_min(1e-30))
+            growth = np.linalg.norm(fit.weights) / max(np.linalg.norm(before), _TINY)
         weights = fit.weights * min(max(growth, 1.0), _GROWTH)
         # Inner products of the sampler's combination of the outputs' last two rates of change.
-        rates = torch.einsum("bkplq,p,q->bkl", fit.rates, weights, weights)[:, -2:, -2:]
+        rates = (fit.rates[:, -2:, :, -2:] @ weights).swapaxes(2, 3) @ weights
         earlier, both, later = rates[:, 0, 0], rates[:, 0, 1], rates[:, 1, 1]
-        slope = (both / earlier.clamp_min(1e-30)).clamp(-_STEEPEST, _STEEPEST)
-        slope = torch.where(slope < _STEADY, slope, 1.0)
+        slope = (both / earlier.clip(_TINY)).clip(-_STEEPEST, _STEEPEST)
+        slope = np.where(slope < _STEADY, slope, 1.0)
         if bool((slope != 1).any()):
-            self.slope = slope
-        change = (later - 2 * slope * both + slope**2 * earlier).clamp_min(0).sqrt()
-        return change / abs(times[-1] - times[-3]) / fit.norms.clamp_min(1e-30)
+            self.slope = torch.from_numpy(slope)
+        change = np.sqrt((later - 2 * slope * both + slope**2 * earlier).clip(0))
+        return change / abs(times[-1] - times[-3]) / fit.norms.clip(_TINY)
 
     @property
     def predicted(self) -> list[float]:
         """Predicted error of the final latent so far, relative, per image; [] before any skip."""
-        return [] if self.spent is None else self.spent.sqrt().tolist()
+        return [] if self.spent is None else np.sqrt(self.spent).tolist()
