@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 _TINY = 1e-30
+# Pairs of neighbours that are tried; relative error of an exact combination; share of the elements
+# that is too few to be a part that is kept, or to be the rest.
+_PAIRS, _EXACT, _FEW = 64, 1e-3, 0.05
 
 
 @dataclass
@@ -49,6 +52,7 @@ def fit_input(
     outputs: Mapping[Hashable, Sequence[Tensor]],
     rates: Sequence[Sequence[Tensor]],
     copies: int,
+    whole: Tensor,
 ) -> Fit:
     """Explain an input by what came before it.
 
@@ -59,6 +63,7 @@ def fit_input(
         rates: per interval between computed outputs, the oldest first: of each branch the change of
             its output per unit of the timestep. Empty if they are not asked for.
         copies: equal parts of the batch, 2 with classifier-free guidance.
+        whole: (B * copies, n) sample of the input, of which ``x`` and all others may be a part.
     """
 
     def batch(tensor: Tensor) -> Tensor:
@@ -80,16 +85,16 @@ def fit_input(
     count = len(columns)
     columns += [part for step in rates for rate in step for part in parts(rate)]
     wide = torch.float64 if x.device.type in ("cpu", "cuda") else torch.float32
-    rows = torch.stack([*columns, batch(x)], dim=2).to(wide).flatten(0, 1)
+    rows = torch.stack([*columns, batch(whole), batch(x)], dim=2).to(wide).flatten(0, 1)
     # What follows has a dozen rows and columns: NumPy takes a third of torch's time for it.
     products = (rows @ rows.mT).cpu().double().numpy()
     if not np.isfinite(products).all():
         return Fit()
     images = products[: len(products) // copies]
-    fit = Fit(norms=np.sqrt(images[:, -1, -1]))
+    fit = Fit(norms=np.sqrt(images[:, -2, -2]))
     if rates:
         each = (len(columns) - count) // len(rates)
-        block = images[:, count:-1, count:-1]
+        block = images[:, count:-2, count:-2]
         fit.rates = block.reshape(len(images), len(rates), each, len(rates), each)
     products = _moving(_without(products, slice(count, -1)))
     weights = _least_squares(products)
@@ -106,6 +111,37 @@ def fit_input(
     if rates:
         fit.weights = _weights(products, ages[1:])
     return fit
+
+
+def held_elements(x: Tensor, last: Tensor, previous: Tensor) -> Tensor:
+    """Find what a pipeline puts back at every step, as inpainting does with the part to keep.
+
+    There an input is clean latents and noise in a proportion of the step: the same combination of
+    the two inputs before for all such elements, whatever the network said. It is found by trying
+    the combinations that pairs of neighbours suggest (RANSAC: Fischler and Bolles, Communications
+    of the ACM 24(6), 1981).
+
+    Args:
+        x, last, previous: (B, n) samples of an input and of the two before.
+
+    Returns:
+        Tensor: (B, n) bool, all False where no such combination holds for many elements.
+    """
+    wide = torch.float64 if x.device.type in ("cpu", "cuda") else torch.float32
+    x, last, previous = x.to(wide), last.to(wide), previous.to(wide)
+    first = torch.arange(_PAIRS, device=x.device) * (x.shape[1] - 1) // _PAIRS
+    # Cramer's rule: x = a last + b previous at an element and at its neighbour.
+    (x1, x2), (l1, l2), (p1, p2) = ((y[:, first], y[:, first + 1]) for y in (x, last, previous))
+    determinant = l1 * p2 - l2 * p1
+    determinant = torch.where(determinant.abs() < _TINY, torch.inf, determinant)
+    a, b = (x1 * p2 - x2 * p1) / determinant, (l1 * x2 - l2 * x1) / determinant
+    guesses = a[..., None] * last[:, None] + b[..., None] * previous[:, None]
+    scale = x.square().mean(1).sqrt()[:, None, None]
+    held = (guesses - x[:, None]).abs() <= _EXACT * scale  # (B, pairs, n)
+    best = held.sum(2).argmax(1)
+    held = held[torch.arange(len(x), device=x.device), best]
+    share = held.double().mean(1, keepdim=True)
+    return held & (share > _FEW) & (share < 1 - _FEW)
 
 
 def _weights(products: np.ndarray, ages: Sequence[int]) -> np.ndarray | None:

@@ -18,12 +18,15 @@ from typing import Any
 
 # They extrapolate with a cubic through the last four outputs (Adams-Bashforth, weights 55, -59, 37,
 # -9 over 24): what alternates from step to step comes out (55 + 59 + 37 + 9) / 24 = 6.7 times as
-# large. Values: how many times as large errors of the demo model arrived, without error feedback
-# (IPNDM: not measured, taken for LMS).
-_FOUR_OUTPUTS = {"PNDMScheduler": 3.0, "IPNDMScheduler": 15.0, "LMSDiscreteScheduler": 15.0}
+# large. Errors of the demo model arrived up to 15 times as large, without error feedback.
+_FOUR_OUTPUTS = dict.fromkeys(
+    ("PNDMScheduler", "IPNDMScheduler", "LMSDiscreteScheduler"), 15.0
+)  # fmt: skip
 # Others that amplify, by less: exponential integrators of order 2, and whatever is of order 3.
 _AMPLIFYING = {"DEISMultistepScheduler": 3.0}
 _THIRD_ORDER = 3.0
+# They use an output twice, the second time to correct the step before: its errors too.
+_CORRECTING = {"UniPCMultistepScheduler": 1.5}
 # Smallest sigma that EDM and Stable Video Diffusion train with (arXiv 2206.00364, table 1, rounded
 # to that of the published scheduler configs), and the exponent of their schedule.
 _SIGMA_MIN, _RHO = 0.002, 7
@@ -70,7 +73,7 @@ class Timeline:
         except TypeError:  # None, or an object of a user's own without weak references
             self._model = lambda: None
         self._timesteps: tuple[Any, list[float]] | None = None
-        self._amplified: float | None = None  # of a scheduler that is known no more
+        self._amplified = (1.0, False)  # of a scheduler that is known no more
 
     def __reduce__(self) -> tuple:
         # A pickle belongs to another pipeline, or to none.
@@ -86,16 +89,16 @@ class Timeline:
         return twin
 
     @property
-    def amplification(self) -> float | None:
-        """How many times as large the scheduler makes errors that differ from step to step; None
-        if it does not, or is not known."""
+    def amplification(self) -> tuple[float, bool]:
+        """How many times as large the scheduler makes errors of outputs, 1 if it is not known; and
+        whether mostly those that alternate from step to step, as error feedback makes them."""
         scheduler = self.scheduler()
         if scheduler is None:
             return self._amplified
         name = scheduler_name(scheduler)
         order = getattr(getattr(scheduler, "config", None), "solver_order", None) or 1
-        found = (_FOUR_OUTPUTS | _AMPLIFYING).get(name)
-        return found or (_THIRD_ORDER if order > 2 else None)
+        found = (_FOUR_OUTPUTS | _AMPLIFYING).get(name, _THIRD_ORDER if order > 2 else None)
+        return (_CORRECTING.get(name, 1.0), False) if found is None else (found, True)
 
     def scheduler(self) -> Any:
         """The scheduler that the model has now, or had last; None if it never had one."""

@@ -70,8 +70,8 @@ class OutputHistory:
         self.error_feedback = error_feedback
         self.times: list[float] = []
         self.outputs: list[list[Tensor]] = []
-        # (timestep, what was extrapolated) since the last computed step.
-        self.guesses: list[tuple[float, list[Tensor]]] = []
+        # Arguments of :meth:`extrapolate` since the last computed step: what it returned follows.
+        self.guesses: list[tuple[float, Tensor | None]] = []
         self._leaves: list[Any] = []
         self._structure: Any = None
 
@@ -82,6 +82,8 @@ class OutputHistory:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if self.outputs and _shapes(tensors) != _shapes(self.outputs[-1]):
             self.times, self.outputs, self.guesses = [], [], []
+        guesses = [(at, self._guess(at, slope)) for at, slope in self.guesses]
+        self.guesses = []
         if self.times and self.times[-1] == time:  # two evaluations at one timestep
             self.times, self.outputs = self.times[:-1], self.outputs[:-1]
         # Interpolation between neighbours takes two, whatever the order.
@@ -92,7 +94,6 @@ class OutputHistory:
         self.outputs = [*self.outputs, copies][-1 - kept :]
         self._leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._structure = structure
-        guesses, self.guesses = self.guesses, []
         if not guesses or len(self.times) < 2:
             return output
         mended = list(tensors)
@@ -106,17 +107,19 @@ class OutputHistory:
     def extrapolate(self, time: float, slope: Tensor | None = None) -> Any:
         """The output at a timestep, in the structure of the last one; ``slope`` as of
         :func:`extrapolate`."""
+        if self.error_feedback:
+            self.guesses.append((time, slope))
+        return self._in_structure(self._guess(time, slope))
+
+    def _guess(self, time: float, slope: Tensor | None) -> list[Tensor]:
         last = slice(-1 - self.order, None)
         every = list(zip(*self.outputs[last]))
         # Some models return a list with a tensor per image (Z-Image).
         one_each = slope is not None and len(every) > 1
         slopes = [slope[i % len(slope)] if one_each else slope for i in range(len(every))]
-        guesses = [
+        return [
             extrapolate(self.times[last], outputs, time, own) for outputs, own in zip(every, slopes)
         ]
-        if self.error_feedback:
-            self.guesses.append((time, [guess.clone() for guess in guesses]))
-        return self._in_structure(guesses)
 
     def _in_structure(self, tensors: Sequence[Tensor]) -> Any:
         found = iter(tensors)

@@ -116,7 +116,7 @@ class CachePatch(Patch):
     def new_states(self) -> dict[str, RegionState]:
         """What is kept for every region in one guidance branch."""
         configs = {name: self._region_configs[name] for name in self.regions}
-        if self.tolerance is not None and self.timeline.amplification is not None:
+        if self.tolerance is not None and self.timeline.amplification[1]:
             configs = {name: one.replace(error_feedback=0.0) for name, one in configs.items()}
         return {name: RegionState(config) for name, config in configs.items()}
 
@@ -241,7 +241,7 @@ class NetworkCall(Interceptor):
         """The region to skip at a step: decided at the first of its calls, for all branches."""
         patch: CachePatch = self.patch
         if run.state is None:
-            run.state = Budget(patch.tolerance, relative_errors(patch.timeline.amplification))
+            run.state = Budget(patch.tolerance, relative_errors(*patch.timeline.amplification))
             before = patch.context.budget
             if before is not None and time < before.time:
                 run.state.go_on(before)

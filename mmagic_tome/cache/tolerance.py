@@ -11,8 +11,8 @@ The error is predicted before a step is skipped, per image, from what the run ha
    solvers (Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section III.1).
 2. *Error of the latent.* A sampler's next latent is a linear combination of latents and outputs;
    the weights of the outputs, guidance scale included, follow from the run (:mod:`..fits`).
-3. *Error of the run.* Errors of the steps add up like independent ones: the square root of the sum
-   of their squares.
+3. *Error of the run.* What follows one line errs to one side: errors since the last computed step
+   are summed. Others add up like independent ones: the square root of the sum of their squares.
 
 How well these predict the final error, and the constants below: ``docs/research/tolerance.md``.
 """
@@ -40,12 +40,11 @@ RELATIVE_ERROR = {"network": 0.7, "inner": 0.18, "innermost": 0.09}
 WITHOUT_FEEDBACK = {"network": 1.0, "inner": 0.3, "innermost": 0.1}
 
 
-def relative_errors(amplification: float | None) -> Mapping[str, float]:
-    """Region -> relative error of skipping it with a scheduler, see :attr:`Timeline.amplification
-    <mmagic_tome.timeline.Timeline.amplification>`."""
-    if amplification is None:
-        return RELATIVE_ERROR
-    return {region: amplification * error for region, error in WITHOUT_FEEDBACK.items()}
+def relative_errors(factor: float, alternating: bool) -> Mapping[str, float]:
+    """Region -> relative error of skipping it with a scheduler; arguments as
+    :attr:`Timeline.amplification <mmagic_tome.timeline.Timeline.amplification>` has them."""
+    errors = WITHOUT_FEEDBACK if alternating else RELATIVE_ERROR
+    return {region: factor * error for region, error in errors.items()}
 
 
 #: How each of them is extrapolated.
@@ -75,7 +74,7 @@ class Budget:
     relative: Mapping[str, float] = field(default_factory=lambda: RELATIVE_ERROR)
     spent: np.ndarray | None = None  # (B,) sum of squares of the predicted errors
     skipped: list[str | None] = field(default_factory=list)  # region per step; None: computed
-    errors: np.ndarray | None = None  # (B,) predicted of the last skip
+    since: np.ndarray | None = None  # (B,) sum of the predicted errors since a computed step
     time: float = 0.0  # timestep of the last step
     ahead: float | None = None  # timestep of a step that was decided before the network was called
     slope: Tensor | None = None  # (B,) of the present step's extrapolation; None: the line
@@ -119,14 +118,17 @@ class Budget:
                 t1, t2 = known[region]
                 errors = curvature * abs((time - t2) * (time - t1)) * relative
                 more, most = errors**2, left * share
+                if self.slope is None and self.since is not None:
+                    more = (errors + self.since) ** 2 - self.since**2
                 if region == "network" == self.skipped[-1]:
-                    # Two errors in a row have one sign, and buy less: out of an even share alone.
-                    more, most = (errors + self.errors) ** 2 - self.errors**2, left / steps_left
+                    most = left / steps_left  # a second skip in a row buys less: an even share
                 # The image that errs most decides for its batch.
                 if bool((more <= most).all()):
-                    chosen, self.errors = region, errors
-                    self.spent = spent + more
+                    chosen, self.spent = region, spent + more
+                    self.since = errors if self.since is None else errors + self.since
                     break
+        if chosen is None:
+            self.since = None
         self.skipped.append(chosen)
         return chosen
 
@@ -159,8 +161,9 @@ class Budget:
         slope = np.where(slope < _STEADY, slope, 1.0)
         if bool((slope != 1).any()):
             self.slope = torch.from_numpy(slope)
+        scale = abs(times[-1] - times[-3]) * fit.norms.clip(_TINY)
         change = np.sqrt((later - 2 * slope * both + slope**2 * earlier).clip(0))
-        return change / abs(times[-1] - times[-3]) / fit.norms.clip(_TINY)
+        return change / scale
 
     @property
     def predicted(self) -> list[float]:
