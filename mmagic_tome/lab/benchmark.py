@@ -108,7 +108,8 @@ def benchmark(
         works = _recorded(network, requests, timer.device, dtypes, steps)
     manifest = {
         "command": "benchmark",
-        "network": network if by_name else network.path,
+        "model": network if by_name else network.name,
+        "source": network if by_name else network.path,
         "clock": clock,
         "environment": environment(device),
         "methods": {method.name: method.to_dict() for method in methods},

@@ -30,7 +30,7 @@ from mmengine.dist import broadcast_object_list, get_rank
 from ..errors import ToMeError
 from .files import users_errors, whole_file
 
-FORMAT = 1
+FORMAT = 2
 # What may be added to a run; of the rest of the manifest nothing may change.
 _GROWING = ("methods", "metrics")
 
@@ -74,7 +74,7 @@ class RunFolder:
     Rows are JSON-able dicts with a ``kind``::
 
         {'kind': 'image', 'method', 'number', 'prompt', 'negative_prompt', 'seed', 'finite', 'file',
-         'strip' and 'frames' of a clip, 'latents'}
+         'strip' and 'frames' of a clip, 'latents', 'predicted_error' or None}
         {'kind': 'metric', 'method', 'metric', 'number', 'value'}    # None: of no finite image
         {'kind': 'metric', 'method', 'metric', 'number': None, 'value', 'others', 'against'}  # sets
         {'kind': 'applied', 'method', 'stats', 'summary'}            # of the first batch

@@ -186,6 +186,14 @@ WRONG = {
         "infer {tome} --prompt cat --work-dir /proc/no",
         "cannot write to /proc/no",
     ),
+    "work dir of a dry run": (
+        "evaluate {tome} --prompt cat --work-dir /proc/no --dry-run",
+        "cannot write to /proc/no",
+    ),
+    "work dir of a dry run is a file": (
+        "benchmark small --work-dir {tmp}/text.txt --dry-run",
+        "cannot write",
+    ),
     "metric unknown": (
         "evaluate {tome} --prompt cat --metrics psnr snr --dry-run",
         "did you mean 'psnr'",

@@ -23,11 +23,12 @@ from mmagic_tome.lab.ranks import share, start_ranks
 from mmagic_tome.lab.real import RealImages
 from mmagic_tome.lab.results import RunFolder
 from mmagic_tome.lab.runners import open_source
-from mmagic_tome.lab.table import table
+from mmagic_tome.lab.table import image_table, table
 
 HALF = Method.from_dict(dict(name="half", tome_cfg=dict(ratio=0.5)))
 CACHED = Method.from_dict(dict(name="Cached!", cache_cfg=dict(region="network")))
 FEWER = Method("3 steps", steps=3)
+TOLERANT = parse_method("tolerance:0.5")
 METHODS = [HALF, CACHED, FEWER]
 METRICS = ["psnr", "ssim", "latent_error"]
 
@@ -122,6 +123,22 @@ def test_the_table_is_what_a_hand_computes_from_rows(finished):
     # But for the timesteps themselves.
     memory = found["memory"]
     assert memory["3 steps"] == pytest.approx(memory["baseline"], rel=1e-4)
+
+
+def test_predicted_errors_stand_beside_measured_ones(tmp_path):
+    folder = RunFolder(tmp_path)
+    request = toy_request(steps=12)
+    found = run(folder, [TOLERANT, HALF], request=request).set_index("method")
+    rows = folder.find(kind="image", method=TOLERANT.name)
+    predicted = [row["predicted_error"] for row in rows]
+    assert len(set(predicted)) == 5 and all(0 < one <= 0.5 for one in predicted)
+    assert found.loc[TOLERANT.name, "predicted_error"] == pytest.approx(np.mean(predicted))
+    assert found["predicted_error"].isna()[["baseline", "half"]].all()
+    frame = image_table(folder).set_index(["method", "number"])
+    assert list(frame.loc[TOLERANT.name, "predicted_error"]) == predicted
+    measured = [row["value"] for row in folder.find(metric="latent_error", method=TOLERANT.name)]
+    assert list(frame.loc[TOLERANT.name, "latent_error"]) == measured
+    assert frame.loc["half", "predicted_error"].isna().all()
 
 
 def test_a_round_has_its_steps_and_its_order_is_balanced(finished):
@@ -308,7 +325,7 @@ def test_models_are_evaluated_with_every_kind_of_method(kind, sd_folder, tmp_pat
     made = len(folder.rows)
     run(folder, methods, rounds=1, request=request, source=opened(kind, sd_folder, tmp_path))
     assert len(RunFolder(folder.path).rows) == made
-    assert folder.manifest["model"]["scheduler"] in ("DDIMScheduler", "EditDDIMScheduler")
+    assert folder.manifest["loaded"]["scheduler"] in ("DDIMScheduler", "EditDDIMScheduler")
 
 
 # --- metrics --------------------------------------------------------------------------------------

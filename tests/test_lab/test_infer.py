@@ -61,6 +61,7 @@ def test_images_say_how_they_were_made(results, configs):
         "prompt": "grüner Drache 🐉",
         "negative_prompt": "dog",
         "seed": "8",
+        "model": "tome",
         "source": configs["tome"],
         "steps": "2",
         "guidance": "3.0",
