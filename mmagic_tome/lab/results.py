@@ -78,7 +78,7 @@ class RunFolder:
         {'kind': 'metric', 'method', 'metric', 'number', 'value'}    # None: of no finite image
         {'kind': 'metric', 'method', 'metric', 'number': None, 'value', 'others', 'against'}  # sets
         {'kind': 'applied', 'method', 'stats', 'summary'}            # of the first batch
-        {'kind': 'round', 'method', 'turn', 'seconds', 'network_seconds', 'step_seconds', 'images'}
+        {'kind': 'round', 'method', 'turn', 'seconds', 'network_seconds', 'images'}
         {'kind': 'memory', 'method', 'run_bytes', 'network_bytes', 'images'}
         {'kind': 'flops', 'method', 'run', 'network', 'images'}
         {'kind': 'environment', ...}                                 # when rounds began

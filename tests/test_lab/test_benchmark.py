@@ -4,6 +4,7 @@
 import numpy as np
 import pytest
 import torch
+from fixed_steps import skips_of_run
 from tiny import tiny_unet_config
 from torch import nn
 
@@ -63,8 +64,6 @@ def test_all_methods_on_a_network(tmp_path):
 
 
 def test_what_several_steps_save_is_what_is_not_computed(tmp_path, monkeypatch):
-    from mmagic_tome.cache.regions import skips_of_run
-
     monkeypatch.setattr(module, "Clock", CountedWork)
     caching = Method.from_dict(dict(name="caching", cache_cfg={"region": "network"}))
     methods = [caching, Method("DeepCache", deepcache=2), OURS]

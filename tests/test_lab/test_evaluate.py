@@ -141,14 +141,12 @@ def test_predicted_errors_stand_beside_measured_ones(tmp_path):
     assert frame.loc["half", "predicted_error"].isna().all()
 
 
-def test_a_round_has_its_steps_and_its_order_is_balanced(finished):
+def test_the_order_of_rounds_is_balanced(finished):
     rows = finished.find(kind="round")
     by_turn = [[row["method"] for row in rows if row["turn"] == turn] for turn in range(2)]
     assert set(by_turn[0]) == set(by_turn[1]) and by_turn[0] != by_turn[1]
     for row in rows:
-        assert len(row["step_seconds"]) == (3 if row["method"] == "3 steps" else 6)
-        assert row["network_seconds"] == pytest.approx(sum(row["step_seconds"]))
-        assert row["network_seconds"] < row["seconds"]
+        assert 0 < row["network_seconds"] < row["seconds"]
     assert finished.manifest["images_per_timed_run"] == 2
     (row,) = finished.find(kind="image", method="Cached!", number=3)
     with Image.open(finished.path / row["file"]) as image:

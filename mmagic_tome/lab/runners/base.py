@@ -7,7 +7,7 @@ import contextlib
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,13 +26,7 @@ class Output:
     images: list[Any]  #: per image a PIL image; of a video model a list of them, the frames
     latents: Tensor | None  #: (B, ...) float32 on the CPU that the VAE decoded; None if not seen
     seconds: float  #: of the whole call, synchronized with the device
-    #: Of each step's calls of the network, skipped ones too.
-    step_seconds: list[float] = field(default_factory=list)
-
-    @property
-    def network_seconds(self) -> float:
-        """The part of ``seconds`` that the network took."""
-        return sum(self.step_seconds)
+    network_seconds: float  #: the part of it that calls of the network took, skipped ones too
 
 
 class Source(ABC):

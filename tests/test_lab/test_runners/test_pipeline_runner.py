@@ -61,7 +61,7 @@ def test_images_are_those_of_a_call_of_the_pipeline_itself(pipeline_folder, name
     runner = source.load(request)
     ended = []
     output = runner.run([0, 1], on_step=lambda: ended.append(1))
-    assert len(output.step_seconds) == len(ended) == 2
+    assert len(ended) == 2
     assert 0 < output.network_seconds < output.seconds
 
     inputs = {"image": [IMAGE] * 2} if {"images", "controls"} & set(INPUTS.get(name, ())) else {}
