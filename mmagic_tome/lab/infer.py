@@ -138,17 +138,7 @@ class _Run:
         self.records: list[drawing.Record] = []  # merge maps of the last run
         self.predicted: list[float | None] = []  # errors of the last batch's images
         self.applied: dict[str, Any] = {}
-        self.settings = {
-            "model": runner.source.name,
-            "source": runner.source.path,
-            "class_name": runner.source.class_name,
-            "steps": runner.steps,
-            "guidance": runner.guidance,
-            "size": "{}x{}".format(*runner.size),
-            "scheduler": runner.scheduler,
-            "dtype": str(runner.dtype).replace("torch.", ""),
-            "device": str(runner.device),
-        }
+        self.settings = runner.settings
         self.environment = environment(runner.device)
 
     def rounds(self, rounds: int) -> None:

@@ -188,16 +188,11 @@ def tune(
     for one in (None, *(ratios or ())):
         with method(HIGH, one).on(runner.model):
             pass  # what cannot be applied fails here
-    settings = {key: str(getattr(runner, key)) for key in ("steps", "guidance", "size", "dtype")}
-    settings |= {part: [*zip(one.prompts, one.seed)] for part, one in parts.items()}
+    settings = runner.settings | {
+        part: [*zip(one.prompts, one.seed)] for part, one in parts.items()
+    }
     settings |= {"images": request_digest(request), "weights": weights_digest(runner.model)}
     settings |= {"setting": [str(own.tome), request.batch_size, str(dict(request.extra))]}
-    settings |= {
-        "model": source.name,
-        "source": source.path,
-        "device": str(runner.device),
-        "scheduler": runner.scheduler,
-    }
     with RunFolder(folder).writing({"command": "tune", **settings}):
         found = target.best(search(lambda x: measure("search", method(x)), target))
         if ratios is None:

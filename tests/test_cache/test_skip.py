@@ -8,7 +8,7 @@ import pytest
 import torch
 from denoise import STEPS, denoise, denoising, inputs_at, outputs_at
 from fixed_steps import FIXED, skips_of_run
-from tiny import QUICK, tiny_inputs, tiny_model, tiny_sd_folder, tiny_unet
+from tiny import QUICK, error, tiny_inputs, tiny_model, tiny_sd_folder, tiny_unet
 from tiny_transformers import TRANSFORMERS
 from tiny_unets import NETWORKS
 
@@ -23,10 +23,6 @@ EACH = [dict(**WIDE), dict(**WIDE, region="inner", error_feedback=1)]
 @pytest.fixture
 def unet():
     return tiny_unet(levels=3)
-
-
-def error(a, b):
-    return ((a - b).square().mean() / b.square().mean()).sqrt().item()
 
 
 def counts(handle):

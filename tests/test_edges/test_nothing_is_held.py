@@ -20,7 +20,7 @@ from mmagic_tome.patch import find_patch
 from mmagic_tome.tome.state import TomePatch
 
 APPLY = {
-    **{name: KEEPERS[name] for name in SETTINGS},
+    **{name: KEEPERS[name] for name in (*SETTINGS, "tolerance")},
     "merging": partial(apply_tome, ratio=0.5),
     "residual": partial(
         apply_tome, ratio=0.5, targets=["attn", "mlp"], plan_interval=2, residual=True

@@ -73,6 +73,22 @@ class Runner(ABC):
     scheduler: str  #: name of its class, such as 'DDIMScheduler'
     dtype: torch.dtype  #: of the network's weights
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What images depend on besides prompts, seeds and method, as JSON has it; of a runner with
+        a source."""
+        return {
+            "model": self.source.name,
+            "source": self.source.path,
+            "class_name": self.source.class_name,
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "size": "{}x{}".format(*self.size),
+            "scheduler": self.scheduler,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+        }
+
     @abstractmethod
     def run(
         self,
