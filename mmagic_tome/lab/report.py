@@ -107,13 +107,16 @@ def _columns(frame: pd.DataFrame, metrics: Mapping[str, Metric]) -> dict[str, li
         found["times as fast"] = [_cell(one.median, one.text()) for one in intervals]
     of = "" if "case" in frame else " / image"
     shown = {f"s{of}": ("seconds", "{:.4g}".format)}
+    predicted = {"predicted latent error ↓": ("predicted_error", "{:#.4g}".format)}
     for name, metric in metrics.items():
         arrow = "↑" if metric.higher_is_better else "↓"
         shown[f"{metric.label} {arrow}"] = (name, metric.text)
+        if name == "latent_error":
+            shown |= predicted
         if name in ("psnr", "latent_error"):  # a mean hides the images that came out badly
             shown[f"{metric.label}, worst 5 % {arrow}"] = (f"{name}_p5", metric.text)
             shown[f"{metric.label}, worst {arrow}"] = (f"{name}_worst", metric.text)
-    shown["predicted latent error ↓"] = ("predicted_error", "{:#.4g}".format)
+    shown |= predicted
     shown[f"memory{of}, MiB"] = ("memory", lambda value: f"{value / 2**20:.1f}")
     shown[f"TFLOP{of}"] = ("flops", lambda value: f"{value / 1e12:.4g}")
     shown["error"] = ("relative_error", "{:.3g}".format)

@@ -73,7 +73,8 @@ def test_caches_end_with_the_run(apply):
     # Without a pipeline at the last step: only samples of the last latents, to tell the next run.
     apply(network := tiny_unet())
     denoise(network, tiny_inputs(), TIMES)
-    assert tensors_kept(network) <= 6
+    # With a tolerance those of the last outputs, which predict its errors, too.
+    assert tensors_kept(network) <= (10 if apply is APPLY["tolerance"] else 6)
 
 
 @each
