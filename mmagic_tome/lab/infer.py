@@ -25,7 +25,7 @@ from ..validate import check_integer
 from . import maps as drawing
 from . import plots
 from .environment import environment
-from .files import whole_file
+from .files import write_text
 from .measure import FEWEST_ROUNDS, interleaved, interval, ratios
 from .methods import BASELINE, Method, predicted_errors
 from .progress import progress_bar
@@ -117,8 +117,8 @@ def infer(
             there = f"; {len(run.images)} of {len(request)} are complete in {folder}"
             raise KeyboardInterrupt(there if run.images else "") from None
     result = run.result()
-    with whole_file(run.folder / "results.json") as path:
-        path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+    write_text(run.folder / "results.json", text)
     print(report(result, run.folder))
     return result
 

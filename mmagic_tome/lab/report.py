@@ -22,7 +22,7 @@ from PIL import Image
 from . import plots
 from .benchmark import CASE, summary
 from .environment import environment
-from .files import whole_file
+from .files import write_text
 from .measure import Interval
 from .metrics.base import Metric
 from .results import RunFolder
@@ -55,8 +55,7 @@ def write_report(folder: RunFolder) -> Path:
     save_record(folder.path / "results.json", settings, _rows(folder, frame), manifest)
     texts = markdown(list(columns), [[text for text, _ in line] for line in cells])
     lines = [about, "", texts, "", *(f"- {note}" for note in notes), f"- `{command}`", ""]
-    with whole_file(folder.path / "table.md") as path:
-        path.write_text("\n".join(lines), encoding="utf-8")
+    write_text(folder.path / "table.md", "\n".join(lines))
     drawn = _draw(folder, frame, metrics)
 
     images = _images(folder, metrics)
@@ -75,8 +74,7 @@ def write_report(folder: RunFolder) -> Path:
         environment={**where, "versions": versions, "date": time.strftime("%Y-%m-%d")},
         command=command,
     )
-    with whole_file(folder.path / "report.html") as path:
-        path.write_text(html, encoding="utf-8")
+    write_text(folder.path / "report.html", html)
     return folder.path / "report.html"
 
 
@@ -166,8 +164,7 @@ def save_record(
     lines = [json.dumps(json.loads(json.dumps(row), **clean), ensure_ascii=False) for row in rows]
     lines = ",\n".join(f"  {line}" for line in lines)
     text = json.dumps(record, indent=1, ensure_ascii=False).replace('"ROWS"', f"[\n{lines}\n ]")
-    with whole_file(path) as part:
-        part.write_text(text + "\n", encoding="utf-8")
+    write_text(path, text + "\n")
 
 
 def _rows(folder: RunFolder, frame: pd.DataFrame) -> list[dict[str, Any]]:

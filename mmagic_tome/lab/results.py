@@ -28,7 +28,7 @@ import filelock
 from mmengine.dist import broadcast_object_list, get_rank
 
 from ..errors import ToMeError
-from .files import users_errors, whole_file
+from .files import users_errors, write_text
 
 FORMAT = 2
 # What may be added to a run; of the rest of the manifest nothing may change.
@@ -144,8 +144,8 @@ class RunFolder:
                 )
             new = {**held, **both}
         if new != held:
-            with whole_file(self.path / "manifest.json") as path:
-                path.write_text(json.dumps(new, indent=2, ensure_ascii=False), encoding="utf-8")
+            text = json.dumps(new, indent=2, ensure_ascii=False)
+            write_text(self.path / "manifest.json", text)
 
     @property
     def rows(self) -> list[dict[str, Any]]:

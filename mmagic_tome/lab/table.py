@@ -119,14 +119,6 @@ def _quality(name: str, about: Mapping[str, Any], rows: list[Row]) -> Row:
         return {}
     if rows[-1]["number"] is None:
         return {name: rows[-1]["value"], **rows[-1]["others"]}
-    values = np.array([row["value"] for row in rows if row["value"] is not None])
-    if not len(values):
-        return {}
-    metric = Metric(name, about["label"], function=None, unit=about["unit"])
-    # From the worst on; an image's own value, since that of identical images may be infinite.
-    ordered = np.sort(values)[:: 1 if about["higher_is_better"] else -1]
-    return {
-        name: metric.mean(values),
-        f"{name}_worst": ordered[0],
-        f"{name}_p5": ordered[int(0.05 * (len(ordered) - 1))],
-    }
+    values = [row["value"] for row in rows if row["value"] is not None]
+    metric = Metric(name, about["label"], None, about["unit"], about["higher_is_better"])
+    return metric.figures(values) if values else {}
