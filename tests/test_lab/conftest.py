@@ -60,7 +60,7 @@ def configs(sd_folder, tmp_path_factory):
     infer_cfg = dict(prompts=["dog", "cat"], steps=3, guidance=2.0, size=64, seed=5)
     half = dict(name="half", tome_cfg=tome)
     evaluation = dict(prompts=["cat", "dog"], steps=4, size=64, methods=[half], rounds=0)
-    evaluation.update(images_per_prompt=1, fewer_steps=[0.5], metrics=["psnr"])
+    evaluation.update(images_per_prompt=1, fewer_steps=[0.5], metrics=["psnr", "latent_error"])
     entries = {
         "plain": (model, {}),
         "tome": (model, dict(tome_cfg=tome)),
