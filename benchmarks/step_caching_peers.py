@@ -25,16 +25,14 @@ from typing import Any
 import torch
 from demo import SCHEDULERS, demo_pipeline, set_scheduler
 from peers import adaptive_diffusion, easycache, fbcache, sada, spectrum, taylorseer, zeus
-from tolerance import CHOSEN, SIZE, decode, psnr, relative_error, run, shares
+from tolerance import CHOSEN, SIZE, decode, operations, psnr, relative_error, run, shares
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from mmagic_tome import apply_cache
 from mmagic_tome.lab.methods import Method
 from mmagic_tome.lab.prompts import read_prompts, spread
 from mmagic_tome.lab.report import save_record
-from mmagic_tome.models import find_adapter
 
 DATA = Path(__file__).parent / "data/step_caching_peers.json"
 TOLERANCES = (0.005, 0.01, 0.02, 0.05, 0.1)
@@ -73,31 +71,20 @@ class Bench:
     def __init__(self, prompts: Sequence[str], cache: Path) -> None:
         self.pipeline, self.prompts, self.cache = demo_pipeline(), prompts, cache
         self.left = shares(self.pipeline) | self._parts()
-        self.left["DeepCache"] = self._deepcache()
-
-    def _flops(self) -> dict[str, int]:
-        """Operations of the network in one or two steps, by module."""
-        with FlopCounterMode(display=False) as counter:
-            self.pipeline("a", num_inference_steps=2, output_type="latent", guidance_scale=3.0)
-        counts = counter.get_flop_counts().items()
-        return {module: sum(kinds.values()) for module, kinds in counts}
 
     def _parts(self) -> dict[str, float]:
         """Shares of a call that are left where methods skip less than the whole network."""
-        name, counts = type(find_adapter(self.pipeline)[1]).__name__, self._flops()
+        counts, two_steps = operations(self.pipeline), operations(self.pipeline, 2)
 
         def share(*modules: str) -> float:
-            return sum(counts.get(f"{name}.{one}", 0) for one in modules) / counts[name]
+            return sum(counts.get(one, 0) for one in modules) / counts[""]
 
         head = share("conv_out")
         block = [f"down_blocks.0.{part}.0" for part in ("resnets", "attentions")]
-        return {"head": head, "first block": head + share("conv_in", "time_embedding", *block)}
-
-    def _deepcache(self) -> float:
-        """Share of a call that is left where DeepCache skips; of two steps it skips the second."""
-        name, whole = type(find_adapter(self.pipeline)[1]).__name__, self._flops()
-        with Method("DeepCache", deepcache=2).on(self.pipeline):
-            return 2 * self._flops()[name] / whole[name] - 1
+        with Method("DeepCache", deepcache=2).on(self.pipeline):  # it skips the second
+            left = 2 * operations(self.pipeline, 2)[""] / two_steps[""] - 1
+        first = head + share("conv_in", "time_embedding", *block)
+        return {"head": head, "first block": first, "DeepCache": left}
 
     def solution(self, scheduler: str, steps: int, guidance: float, number: int) -> Tensor:
         """The final latents of the unchanged model, from the cache if they are there. Leaves the

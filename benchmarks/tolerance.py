@@ -42,19 +42,24 @@ TOLERANCES = (0.005, 0.01, 0.02, 0.05)
 SHARES = (0.8, 0.65, 0.5, 0.4)  # of the steps
 
 
+def operations(pipeline: Any, steps: int = 1) -> dict[str, int]:
+    """Path of a module of the network, '' for all of it -> its operations in so many steps."""
+    name = type(find_adapter(pipeline)[1]).__name__
+    with FlopCounterMode(display=False) as counter:
+        pipeline("a", num_inference_steps=steps, output_type="latent", guidance_scale=3.0)
+    counts = counter.get_flop_counts().items()
+    return {path.removeprefix(name).lstrip("."): sum(one.values()) for path, one in counts}
+
+
 def shares(pipeline: Any) -> dict[str, float]:
     """Region -> share of the operations of a call that are left if it is skipped."""
     adapter, network = find_adapter(pipeline)
-    name = type(network).__name__
-    with FlopCounterMode(display=False) as counter:
-        pipeline("a", num_inference_steps=1, output_type="latent", guidance_scale=3.0)
-    counts = {module: sum(one.values()) for module, one in counter.get_flop_counts().items()}
+    counts = operations(pipeline)
     names = {module: path for path, module in network.named_modules()}
     found = {"computed": 1.0, "network": 0.0}
     for region, depth in (("inner", 1), ("innermost", 2)):
         inside = [names[module] for module in adapter.inner_modules(network, depth)]
-        skipped = sum(counts.get(f"{name}.{one}", 0) for one in inside)
-        found[region] = 1 - skipped / counts[name]
+        found[region] = 1 - sum(counts.get(one, 0) for one in inside) / counts[""]
     return found
 
 

@@ -95,15 +95,8 @@ class CacheHandle(Handle[CachePatch]):
 
     @property
     def description(self) -> str:
-        """The tolerance; or every region with its interval and timestep range."""
-        if self._patch.tolerance is not None:
-            inner = ", inner region alone" if self.config[0].region == "inner" else ""
-            return f"tolerance {self._patch.tolerance:g}{inner}"
-        return ", ".join(
-            f"{one.region} every {one.interval} steps in [{one.timestep_range[0]:g}, "
-            f"{one.timestep_range[1]:g})"
-            for one in self.config
-        )
+        """Those of every step cache in a few words."""
+        return ", ".join(one.description for one in self.config)
 
     def reset_stats(self) -> None:
         for patch in self._patches:

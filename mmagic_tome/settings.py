@@ -100,11 +100,7 @@ class Setting:
         words = [] if self.tome is None else [self.tome.description]
         if self.cache is not None:
             name = next((name for name, one in PRESETS.items() if one == self.cache), None)
-            tolerance = self.cache[0].tolerance
-            if name is None and tolerance is not None:
-                words.append(f"tolerance={tolerance:g}")
-            else:
-                words.append(f"cache={name or to_plain(self.cache)!r}")
+            words += [f"cache={name!r}"] if name else [one.description for one in self.cache]
         return ", ".join(words) or "baseline"
 
     def replace(self, **changes: Any) -> Setting:

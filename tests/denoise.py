@@ -5,6 +5,7 @@ those of a sampler do. So its calls are one run (``mmagic_tome/runs.py``)."""
 from typing import Any, NamedTuple
 
 import torch
+from tiny import tiny_inputs
 
 STEPS = tuple(range(900, 0, -100))
 _LATENTS = ("sample", "hidden_states", "x")
@@ -47,6 +48,23 @@ def denoise(network, inputs, steps=STEPS):
 def outputs_at(network, inputs, steps):
     """What a network returns for the latents of ``steps``, each a :class:`Step`; stacked."""
     return torch.stack([network(**inputs_at(inputs, s.time, s.latent))[0] for s in steps])
+
+
+@torch.no_grad()
+def denoised(pipeline, steps=20, edit=None, **inputs):
+    """The final latents of a pipeline's UNet by its scheduler; ``edit`` (number of a step) adds
+    noise after it, ``inputs`` are arguments of the call."""
+    unet, scheduler = pipeline.unet, pipeline.scheduler
+    scheduler.set_timesteps(steps)
+    inputs = {**tiny_inputs(size=16), **inputs}
+    x = inputs["sample"]
+    for i, time in enumerate(scheduler.timesteps):
+        given = scheduler.scale_model_input(x, time)
+        output = unet(**{**inputs, "sample": given, "timestep": time}).sample
+        x = scheduler.step(output, time, x).prev_sample
+        if i == edit:
+            x = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    return x
 
 
 def inputs_at(inputs, time, latent=None):

@@ -40,6 +40,12 @@ def test_description():
     setting = Setting.coerce({"prop_attn": True, "cache": "fast"})
     assert setting.description == "ratio=0.5, prop_attn=True, cache='fast'"
     assert ToMeConfig(ratio=min, method="prune").description == "ratio=min, method='prune'"
+    inner = {"tolerance": 0.02, "region": "inner"}
+    for cache in (inner, {"tolerance": 0.5}, {"interval": 3}):
+        setting = Setting.coerce({"cache": cache})
+        with setting.apply(tiny_unet()) as handles:
+            assert handles.cache.description == setting.description
+    assert Setting.coerce({"cache": inner}).description == "tolerance 0.02, inner region alone"
 
 
 def test_invalid_settings_change_nothing():

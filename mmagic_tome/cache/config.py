@@ -119,6 +119,15 @@ class StepCacheConfig:
         """All options as JSON has them; ``StepCacheConfig(**options)`` is the inverse."""
         return plain(asdict(self))
 
+    @property
+    def description(self) -> str:
+        """The tolerance; or the region with its interval and timestep range."""
+        if self.tolerance is not None:
+            inner = ", inner region alone" if self.region == "inner" else ""
+            return f"tolerance {self.tolerance:g}{inner}"
+        low, high = self.timestep_range
+        return f"{self.region} every {self.interval} steps in [{low:g}, {high:g})"
+
 
 #: Named settings, all of them tolerances: they mean the same on every model, scheduler and guidance
 #: scale. What each of them skips is up to the run.

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,23 +57,6 @@ def next_skips(
             if region == "network":
                 break  # the inner region is part of it
     return skips
-
-
-def skips_of_run(configs: Sequence[StepCacheConfig], num_steps: int) -> list[set[str]]:
-    """The regions that are skipped at each step of a run, without running it.
-
-    Args:
-        configs: step caches, the larger region first.
-        num_steps: steps of the scheduler.
-    """
-    states = {config.region: RegionState(config) for config in configs}
-    steps = []
-    for left in reversed(range(num_steps)):
-        steps.append(next_skips(states, left, left / num_steps, left == 0))
-        for region, state in states.items():
-            if not steps[-1] & {region, "network"}:
-                state.history.times.append(left)
-    return steps
 
 
 @dataclass

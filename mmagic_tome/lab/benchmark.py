@@ -27,7 +27,7 @@ from ..errors import ToMeError
 from ..settings import Handles, Setting
 from ..timeline import scheduler_of
 from ..validate import check_choice, check_integer
-from .cost import record_calls
+from .cost import add_rounds, missing_turns, record_calls
 from .environment import environment
 from .ideal import ideal
 from .measure import Clock, interleaved, peak_memory
@@ -108,7 +108,8 @@ def benchmark(
         works = _recorded(network, requests, timer.device, dtypes, steps)
     manifest = {
         "command": "benchmark",
-        "network": network if by_name else network.path,
+        "model": network if by_name else network.name,
+        "source": network if by_name else network.path,
         "clock": clock,
         "environment": environment(device),
         "methods": {method.name: method.to_dict() for method in methods},
@@ -284,21 +285,23 @@ class _Case:
         return tuple((site["target"], site["kept"]) for site in stats)
 
     def _measure(self, rounds: int) -> None:
-        rows = self.folder.find(kind="case", **self.case)
-        done = {(row["method"], row["turn"]) for row in rows}
-        needed = [{(name, turn) for name in self.ready} for turn in range(rounds)]
-        turns = [turn for turn in range(rounds) if needed[turn] - done]
+        if not self.ready:
+            return
+        turns = missing_turns(self.folder.find(kind="case", **self.case), self.ready, rounds)
 
         def measured(network: nn.Module, handles: Handles) -> float:
             handles.reset_run()
-            return self.timer(lambda: self.work(network))[0]
+            seconds = self.timer(lambda: self.work(network))[0]
+            bar.update()
+            return seconds
 
         calls = {name: partial(measured, *ready) for name, ready in self.ready.items()}
         with progress_bar(len(turns) * len(calls), case_text(self.case), "run") as bar:
-            for turn, name, seconds in interleaved(calls, turns):
-                row = {"method": name, "turn": turn, "seconds": seconds}
-                self.folder.add({"kind": "case", **self.case, **row})
-                bar.update()
+            rows = (
+                {"kind": "case", **self.case, "method": name, "turn": turn, "seconds": seconds}
+                for turn, name, seconds in interleaved(calls, turns)
+            )
+            add_rounds(self.folder, rows, len(calls))
 
 
 def _compiled(network: nn.Module) -> nn.Module:

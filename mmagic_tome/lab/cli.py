@@ -163,9 +163,10 @@ def _method(args: argparse.Namespace, source: Any) -> Any:
 def _results(
     args: argparse.Namespace, name: str, title: str, methods: Sequence[Any]
 ) -> Iterator[Path | None]:
-    """Print what is run, on one rank; yield a folder for results, or None in a dry run.
+    """Print what is run, on one rank; yield a folder for results, or None in a dry run, which tries
+    whether it can be made.
 
-    An empty folder is not left behind.
+    Empty folders are not left behind.
     """
     from mmengine.dist import get_rank
 
@@ -173,26 +174,24 @@ def _results(
 
     _quiet()
     work_dir = Path(args.work_dir or f"work_dirs/{name}")
+    new = [path for path in (work_dir, *work_dir.parents) if not path.exists()]
+    folder = new_folder(work_dir, getattr(args, "resume", False))
     if get_rank() == 0:
         print(title)
         for one in methods:
             print(f"  {one.name}" + (f" ({one.label})" if one.label != one.name else ""))
         if args.dry_run:
             print(f"results would go to {work_dir}/<time>; nothing was run")
-    if args.dry_run:
-        yield None
-        return
-    folder = new_folder(work_dir, getattr(args, "resume", False))
     try:
-        yield folder
+        yield None if args.dry_run else folder
     except KeyboardInterrupt:
         if not (hasattr(args, "resume") and (folder / "manifest.json").exists()):
             raise
         raise KeyboardInterrupt(f"; --resume goes on with {folder}") from None
     finally:
         with contextlib.suppress(OSError):
-            folder.rmdir()
-            work_dir.rmdir()
+            for path in (folder, *new):
+                path.rmdir()
 
 
 def _title(source: Any, request: Any, device: Any) -> str:

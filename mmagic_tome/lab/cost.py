@@ -7,8 +7,10 @@ ranks to different devices.
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,7 +44,7 @@ def measure_cost(
     count if all methods ran in them; the rows of a round are added all at once.
     """
     numbers = runner.request.batches()[0]
-    turns = _missing_turns(folder, methods, rounds)
+    turns = missing_turns(folder.find(kind="round"), [one.name for one in methods], rounds)
     once = [one for one in methods if not folder.has(kind="flops", method=one.name)]
     steps = sum(one.steps or runner.steps for one in methods) * len(turns)
     steps += min(WARM_UP_STEPS, runner.steps) * (len(methods) if turns else 0)
@@ -64,28 +66,33 @@ def measure_cost(
                 # Of step caching, that so short a run skips nothing.
                 warnings.simplefilter("ignore")
                 _run(runner, method, numbers, bar, min(WARM_UP_STEPS, runner.steps))
-        rows: list[dict[str, Any]] = []
         runs = {one.name: partial(_run, runner, one, numbers, bar, one.steps) for one in methods}
-        for turn, name, output in interleaved(runs, turns):
-            bar.set_postfix_str(f"round {turn + 1}")
-            row = {"kind": "round", "method": name, "turn": turn, "images": len(numbers)}
-            for key in ("seconds", "network_seconds", "step_seconds"):
-                row[key] = getattr(output, key)
-            rows.append(row)
-            if len(rows) == len(methods):
-                folder.add(*rows)
-                rows.clear()
+        rows = (
+            {
+                **{"kind": "round", "method": name, "turn": turn, "images": len(numbers)},
+                **{"seconds": output.seconds, "network_seconds": output.network_seconds},
+            }
+            for turn, name, output in interleaved(runs, turns)
+        )
+        add_rounds(folder, rows, len(methods))
 
 
-def _missing_turns(folder: RunFolder, methods: Sequence[Method], rounds: int) -> range:
-    """Numbers for the rounds that are missing: a round counts if all methods ran in it."""
-    ran: dict[str, set[int]] = {method.name: set() for method in methods}
-    first = 0
-    for row in folder.find(kind="round"):
-        first = max(first, row["turn"] + 1)
-        ran.setdefault(row["method"], set()).add(row["turn"])
-    complete = set.intersection(*(ran[method.name] for method in methods))
+def missing_turns(rows: Iterable[Mapping[str, Any]], names: Iterable[str], rounds: int) -> range:
+    """Numbers for the rounds that are missing from rows with ``method`` and ``turn``: a round
+    counts if all methods of these names ran in it."""
+    ran: dict[str, set[int]] = defaultdict(set)
+    for row in rows:
+        ran[row["method"]].add(row["turn"])
+    first = 1 + max(set.union(*ran.values()), default=-1) if ran else 0
+    complete = set.intersection(*(ran[name] for name in names))
     return range(first, first + max(0, rounds - len(complete)))
+
+
+def add_rounds(folder: RunFolder, rows: Iterable[Mapping[str, Any]], methods: int) -> None:
+    """Add the rows of interleaved runs of so many methods, those of a round all at once."""
+    rows = iter(rows)
+    while batch := list(itertools.islice(rows, methods)):
+        folder.add(*batch)
 
 
 def _run(

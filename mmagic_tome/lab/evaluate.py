@@ -28,7 +28,7 @@ from ..timeline import scheduler_of
 from .cost import measure_cost
 from .environment import environment
 from .files import whole_file
-from .methods import BASELINE, Method, check_names
+from .methods import BASELINE, Method, check_names, predicted_errors
 from .metrics import available
 from .metrics.base import SetMetric
 from .progress import progress_bar
@@ -181,9 +181,11 @@ def _make_images(runner: Runner, methods: Sequence[Method], folder: RunFolder, s
                     summary = "\n".join(handle.summary() for handle in handles)
                     known = {"kind": "applied", "method": method.name}
                     folder.add({**known, "stats": stats, "summary": summary})
+                predicted = predicted_errors(handles, count)
             for index, number in enumerate(numbers):
                 if (method.name, number) not in done:
-                    folder.add(_save(folder, runner, method, number, output, index))
+                    row = _save(folder, runner, method, number, output, index)
+                    folder.add({**row, "predicted_error": predicted[index]})
 
 
 def _save(
@@ -224,13 +226,13 @@ def _manifest(runner: Runner, methods: Sequence[Method]) -> dict[str, Any]:
     request, where = runner.request, environment(runner.device)
     return {
         "command": "evaluate",
-        "model": {
+        "model": runner.source.name,
+        "loaded": {
             "class_name": runner.source.class_name,
             "weights": weights_digest(runner.model),
             "scheduler": runner.scheduler,
             "scheduler_config": _scheduler_config(runner.model),
         },
-        "name": runner.source.name,
         "request": {
             "images": len(request),
             "prompts": request_digest(request),

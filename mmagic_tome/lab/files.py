@@ -41,3 +41,9 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text in UTF-8, whole or not at all; see :func:`whole_file`."""
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")

@@ -25,9 +25,9 @@ from ..validate import check_integer
 from . import maps as drawing
 from . import plots
 from .environment import environment
-from .files import whole_file
+from .files import write_text
 from .measure import FEWEST_ROUNDS, interleaved, interval, ratios
-from .methods import BASELINE, Method
+from .methods import BASELINE, Method, predicted_errors
 from .progress import progress_bar
 from .request import Request
 from .runners import Output, Runner, Source, frame_strip, save_media
@@ -117,8 +117,8 @@ def infer(
             there = f"; {len(run.images)} of {len(request)} are complete in {folder}"
             raise KeyboardInterrupt(there if run.images else "") from None
     result = run.result()
-    with whole_file(run.folder / "results.json") as path:
-        path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+    write_text(run.folder / "results.json", text)
     print(report(result, run.folder))
     return result
 
@@ -136,18 +136,9 @@ class _Run:
         self.images: list[dict[str, Any]] = []
         self.sheet: list[tuple[str, list[Image.Image]]] = []
         self.records: list[drawing.Record] = []  # merge maps of the last run
-        self.predicted: list[float] = []  # errors of the last batch's images, with a tolerance
+        self.predicted: list[float | None] = []  # errors of the last batch's images
         self.applied: dict[str, Any] = {}
-        self.settings = {
-            "source": runner.source.path,
-            "model": runner.source.class_name,
-            "steps": runner.steps,
-            "guidance": runner.guidance,
-            "size": "{}x{}".format(*runner.size),
-            "scheduler": runner.scheduler,
-            "dtype": str(runner.dtype).replace("torch.", ""),
-            "device": str(runner.device),
-        }
+        self.settings = runner.settings
         self.environment = environment(runner.device)
 
     def rounds(self, rounds: int) -> None:
@@ -178,7 +169,7 @@ class _Run:
                 on_step = partial(_next_step, recorder, self.bar)
             output = self.runner.run(numbers, method.steps, on_step)
             if is_last:
-                self.predicted = (handles.cache and handles.cache.predicted_error) or []
+                self.predicted = predicted_errors(handles, len(numbers))
                 self.applied = {
                     "done": what_was_done(method, handles),
                     "stats": {handle.technique: handle.stats() for handle in handles},
@@ -205,9 +196,7 @@ class _Run:
             text["method"] = json.dumps(method.to_dict())
             row[key] = save_media(stem + end, image, self.runner.fps, text).name
         if len(images) > 1:
-            row.update(fidelity(*outputs, place))
-            if place < len(self.predicted):
-                row["predicted_error"] = self.predicted[place]
+            row.update(fidelity(*outputs, place), predicted_error=self.predicted[place])
             if number < ROWS_OF_SHEET:
                 caption = f"{prompt}  (seed {row['seed']}, {fidelity_text(row)})"
                 self.sheet.append((caption, [frame_strip(image) for image in images]))
@@ -240,7 +229,7 @@ class _Run:
             f"{self.applied['done']}: {speedup}\n{median(other['whole']):.2f} s per image",
             f"difference\nbrightest: {plots.FULL_SCALE} of 255 and more",
         ]
-        title = "{model}, {steps} steps, {size}, {device} {dtype}".format(**self.settings)
+        title = "{class_name}, {steps} steps, {size}, {device} {dtype}".format(**self.settings)
         rows = [(caption, [*pair, plots.difference_map(*pair)]) for caption, pair in self.sheet]
         sheet = plots.contact_sheet(title, heads, rows)
         result["compare"] = save_media(self.folder / "compare", sheet).name
@@ -287,7 +276,7 @@ def fidelity_text(row: Mapping[str, Any]) -> str:
     error = row["latent_error"]
     if error is None:
         return text
-    predicted = row.get("predicted_error")
+    predicted = row["predicted_error"]
     said = "" if predicted is None else f" (predicted {predicted:.4f})"
     return f"{text}, latent error {error:.4f}{said}"
 

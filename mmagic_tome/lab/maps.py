@@ -19,6 +19,7 @@ from ..handle import ToMeHandle
 from ..patch import find_patch
 from ..tome.state import TomePatch
 from .plots import contact_sheet
+from .runners.media import evenly
 
 # Of a sheet of merge maps; evenly spread.
 MOST_BLOCKS, MOST_STEPS = 8, 4
@@ -56,7 +57,7 @@ def merged_blocks(handle: ToMeHandle, most: int | None = None) -> dict[str, nn.M
         for block in patch.adapter.blocks(network):
             if block.name in merged:
                 found.append((f"{name}.{block.name}" if name else block.name, block.module))
-    return dict(found[place] for place in spread(len(found), most or len(found)))
+    return dict(found[place] for place in evenly(len(found), most or len(found)))
 
 
 class Recorder:
@@ -150,7 +151,7 @@ def merge_sheet(title: str, records: Sequence[Record], image: Image.Image) -> Im
             "the options merge nothing; pass a larger --size or --ratio"
         )
     steps = sorted({record.step for record in records})
-    steps = [steps[place] for place in spread(len(steps), MOST_STEPS)]
+    steps = [steps[place] for place in evenly(len(steps), MOST_STEPS)]
     found = {(record.block, record.step): record for record in records}
     image = enlarged(image, max(record.grid for record in records))
     rows = []
@@ -171,8 +172,3 @@ def short_name(block: str) -> str:
     first = next((place for place, word in enumerate(words) if word.isdigit()), len(words))
     names = [word for word in words[:first] if word != "attentions"]
     return " ".join([*names, ".".join(word for word in words if word.isdigit())])
-
-
-def spread(count: int, most: int) -> list[int]:
-    """At most ``most`` of the numbers below ``count``: the first, the last, and evenly between."""
-    return sorted(set(np.linspace(0, count - 1, min(most, count)).round().astype(int).tolist()))

@@ -61,17 +61,19 @@ class Clock:
         return self.now() - start, result
 
 
-class StepMarks:
-    """Measures the seconds of every step of a run, inside a with statement: those of the calls of
-    its networks, also where step caching skips them. On CUDA the marks are events, so nothing
-    waits for the device until :meth:`seconds`.
+class StepMarks(Interceptor):
+    """Measures the seconds of every call of some networks, inside a with statement, also of calls
+    that step caching skips. On CUDA the marks are events, so nothing waits for the device until
+    :meth:`seconds`.
 
     Args:
-        networks: The network whose calls are the steps, or several.
+        networks: The network whose calls are the steps of a run, or several.
         device: Where they are.
         on_step: Called without arguments after each step, such as ``bar.update``.
         calls: Calls of a step. Default: 1. None: :meth:`end_step` is called after each step.
     """
+
+    skips = True  # around what runs in place of the network: a cache, other marks
 
     def __init__(
         self,
@@ -80,38 +82,47 @@ class StepMarks:
         on_step: Callable[[], object] | None = None,
         calls: int | None = 1,
     ) -> None:
+        super().__init__(patch=None)
         self.networks = [networks] if isinstance(networks, nn.Module) else networks
         self.device = torch.device(device)
         self.on_step, self.calls = on_step, calls
         self._spans: list[tuple[Any, Any]] = []
-        self._ends: list[int] = []  # number of spans at the end of each step
-        self._interceptor = _Marking(self)
 
     def __enter__(self) -> StepMarks:
         for network in self.networks:
-            intercept(network, self._interceptor, first=True)
+            intercept(network, self, first=True)
         return self
 
     def __exit__(self, *error: object) -> None:
         for network in self.networks:
-            release(network, self._interceptor)
+            release(network, self)
 
     def end_step(self, *_: Any) -> dict[str, Any]:
         """Note the end of a step; diffusers' ``callback_on_step_end``, which changes nothing."""
-        self._ends.append(len(self._spans))
         if self.on_step is not None:
             self.on_step()
         return {}
 
     def seconds(self) -> list[float]:
-        """Return the seconds of each step with calls that ended without an error, in order."""
+        """Return the seconds of each call that ended without an error, in order."""
         synchronize(self.device)
         if self.device.type == "cuda":
-            calls = [start.elapsed_time(end) / 1000 for start, end in self._spans]
+            return [start.elapsed_time(end) / 1000 for start, end in self._spans]
+        return [end - start for start, end in self._spans]
+
+    def call(self, module: nn.Module, proceed: Callable, args: tuple, kwargs: dict) -> Any:
+        everyone = interceptors_of(module)
+        inner = (one for one in everyone[everyone.index(self) + 1 :] if one.skips)
+        following = next(inner, None)
+        start = self._now()
+        if following is None:
+            output = proceed(module, *args, **kwargs)
         else:
-            calls = [end - start for start, end in self._spans]
-        ends = sorted({0, *self._ends, len(calls)})
-        return [sum(calls[first:last]) for first, last in zip(ends, ends[1:])]
+            output = following.call(module, proceed, args, kwargs)
+        self._spans.append((start, self._now()))
+        if self.calls is not None and len(self._spans) % self.calls == 0:
+            self.end_step()
+        return output
 
     def _now(self) -> Any:
         if self.device.type != "cuda":
@@ -119,33 +130,6 @@ class StepMarks:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event
-
-    def _called(self, start: Any) -> None:
-        self._spans.append((start, self._now()))
-        if self.calls is not None and len(self._spans) % self.calls == 0:
-            self.end_step()
-
-
-class _Marking(Interceptor):
-    """Runs around a call of the module, or around what runs in its place (a cache, other marks)."""
-
-    skips = True
-
-    def __init__(self, marks: StepMarks) -> None:
-        super().__init__(patch=None)
-        self.marks = marks
-
-    def call(self, module: nn.Module, proceed: Callable, args: tuple, kwargs: dict) -> Any:
-        everyone = interceptors_of(module)
-        inner = (one for one in everyone[everyone.index(self) + 1 :] if one.skips)
-        following = next(inner, None)
-        start = self.marks._now()
-        if following is None:
-            output = proceed(module, *args, **kwargs)
-        else:
-            output = following.call(module, proceed, args, kwargs)
-        self.marks._called(start)
-        return output
 
 
 # --- rounds ---------------------------------------------------------------------------------------
@@ -239,12 +223,9 @@ def interval(values: Sequence[float]) -> Interval:
         raise ToMeError("no rounds were measured, so there is no median; run at least one round")
     ordered = sorted(values)
     count = len(ordered)
-    # On each side this many values are outside. ``ppf`` is the smallest number whose probability
-    # reaches (1 - LEVEL) / 2, so one less stays below.
-    drop = int(binom.ppf((1 - LEVEL) / 2, count, 0.5))
-    if binom.cdf(drop, count, 0.5) > (1 - LEVEL) / 2:
-        drop -= 1
-    drop = max(drop, 0)
+    # So many values may be outside on each side.
+    outside = [n for n in range(count // 2) if 2 * binom.cdf(n, count, 0.5) <= 1 - LEVEL]
+    drop = max(outside, default=0)
     coverage = max(0.0, 1 - 2 * float(binom.cdf(drop, count, 0.5)))
     return Interval(median(ordered), ordered[drop], ordered[-1 - drop], coverage, count)
 

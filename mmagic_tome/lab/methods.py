@@ -212,6 +212,16 @@ class Method:
 BASELINE = Method("baseline")
 
 
+def predicted_errors(handles: Handles, count: int) -> list[float | None]:
+    """The relative error of the final latents that step caching with a tolerance predicted in the
+    last run, of each of its images; None where it is not known: without a tolerance, or where the
+    images were made one after the other."""
+    predicted = handles.cache and handles.cache.predicted_error
+    if predicted == []:  # nothing was skipped
+        return [0.0] * count
+    return predicted if predicted and len(predicted) == count else [None] * count
+
+
 def _setting(tome: Any, cache: Any) -> Setting | ViTConfig | None:
     if tome is None and cache is None:
         return None

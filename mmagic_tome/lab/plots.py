@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Point:
     name: str
     kind: str  #: one of :data:`KINDS`; anything else looks like no other
     x: float  #: speed-up
-    y: float  #: fidelity
+    y: float  #: fidelity; infinite where the output is the baseline's
     low: float | None = None  #: interval of ``x``
     high: float | None = None
     label: str | None = None  #: text beside the point; None: the name, '': none
@@ -98,21 +98,32 @@ def fidelity(
     panels: Mapping[str, Sequence[Point]], ylabel: str, higher_is_better: bool = True
 ) -> Figure:
     """Draw fidelity against speed-up, a panel per title; what the Pareto front dominates is shaded.
-    Points without a finite y, such as the PSNR of equal images, are left out. ``higher_is_better``:
-    False turns the axis round, so that better is always up.
+
+    An infinite y, such as the PSNR of equal images, is at the upper edge, labelled 'identical'; a
+    point whose y is NaN is left out. ``higher_is_better``: False turns the axis round, so that
+    better is always up.
     """
     figure, all_axes = panels_of(1.6 + 6.8 * len(panels), 5.4, len(panels))
-    drawn = [[point for point in points if math.isfinite(point.y)] for points in panels.values()]
+    known = [point.y for points in panels.values() for point in points if math.isfinite(point.y)]
+    lowest, highest = (min(known), max(known)) if known else (0.0, 1.0)
+    top = highest + 0.15 * ((highest - lowest) or 1)
+    drawn = [
+        [_at_edge(point, top) for point in points if not math.isnan(point.y)]
+        for points in panels.values()
+    ]
     for axes, title, points in zip(all_axes, panels, drawn):
         axes.set(title=title, xlabel="times as fast as the baseline")
         axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
         for point in points:
             colour, shape = KINDS.get(point.kind, OTHER)
             look = {"color": colour, "fmt": shape, "markersize": 7, "elinewidth": 1, "alpha": 0.9}
+            look["clip_on"] = False  # whole at the upper edge too
             if point.low is not None and point.high is not None:
                 look["xerr"] = [[max(0, point.x - point.low)], [max(0, point.high - point.x)]]
             axes.errorbar(point.x, point.y, label=point.kind, **look)
         axes.margins(0.1)
+        if any(point.y == top for point in points):
+            axes.set_ylim(top=top)
     for axes, points in zip(all_axes, drawn):
         limits = axes.axis()
         front = pareto_front(points, higher_is_better)
@@ -133,6 +144,14 @@ def fidelity(
     for axes, points in zip(all_axes, drawn):
         place_labels(axes, points)
     return figure
+
+
+def _at_edge(point: Point, edge: float) -> Point:
+    """A point that can be drawn: one whose output is the baseline's is at the edge."""
+    if math.isfinite(point.y):
+        return point
+    name = point.name if point.label is None else point.label
+    return replace(point, y=edge, label=f"{name}, identical" if name else "identical")
 
 
 def place_labels(axes: Any, points: Sequence[Point]) -> list[Bbox]:

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def read_prompts(source: str | Path | Sequence[Any]) -> list[Prompt]:
             - a list as in a JSON file, or of :class:`Prompt`.
 
     Raises:
-        ToMeError: There is nothing to read, or an entry is wrong; names the file and the line.
+        ToMeError: There is nothing to read, or an entry is wrong; names the file and the entry.
     """
     if source == "imagenet":
         from torchvision.models._meta import _IMAGENET_CATEGORIES
@@ -51,53 +52,43 @@ def read_prompts(source: str | Path | Sequence[Any]) -> list[Prompt]:
         source = list(_IMAGENET_CATEGORIES)
     if source in ("demo", "demo-held-out"):
         source = ASSETS / f"{source.replace('-', '_')}.txt"
+    where: Any = "prompts"
     if isinstance(source, (str, Path)):
         where = Path(source).expanduser()
-        if where.suffix.lower() not in _READERS:
+        read = _READERS.get(where.suffix.lower())
+        if read is None:
             raise ToMeError(
                 f"prompts: {source} is no .txt, .json or .csv file and no built-in set; there are "
                 "demo, demo-held-out and imagenet"
             )
-        entries = _READERS[where.suffix.lower()](where)
-    else:
-        where = "prompts"
-        entries = _numbered(where, source)
-    try:
-        prompts = [_prompt(entry, place) for place, entry in entries]
-    except (OSError, ValueError) as error:  # no file, no text, no JSON
-        raise ToMeError(f"cannot read prompts from {where}: {error}") from None
+        try:
+            source = read(where.read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError) as error:  # no file, no text, no JSON
+            raise ToMeError(f"cannot read prompts from {where}: {error}") from None
+    prompts = [_prompt(entry, f"{where}, entry {n}") for n, entry in enumerate(source, start=1)]
     if not prompts:
         raise ToMeError(f"{where} holds no prompts; write at least one")
     return prompts
 
 
-def _read_txt(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        if line.strip() and not line.lstrip().startswith("#"):
-            yield f"{path}, line {number}", line
+def _read_txt(text: str) -> list[str]:
+    lines = [line.strip() for line in text.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
 
 
-def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    entries = json.loads(path.read_text(encoding="utf-8-sig"))
+def _read_json(text: str) -> list[Any]:
+    entries = json.loads(text)
     if not isinstance(entries, list):
-        raise ToMeError(f"{path}: write a list of prompts, got {type(entries).__name__}")
-    yield from _numbered(path, entries)
+        raise ValueError(f"write a list of prompts, not of type {type(entries).__name__}")
+    return entries
 
 
-def _numbered(where: str | Path, entries: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    for number, entry in enumerate(entries, start=1):
-        yield f"{where}, entry {number}", entry
-
-
-def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        if "prompt" not in (rows.fieldnames or ()):
-            raise ToMeError(f"{path}, line 1: no column 'prompt' among {rows.fieldnames}")
-        for row in rows:
-            # Other columns may say what they like.
-            given = {key: row[key] for key in KEYS if row.get(key)}
-            yield f"{path}, line {rows.line_num}", given
+def _read_csv(text: str) -> list[dict[str, str]]:
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    if "prompt" not in (rows.fieldnames or ()):
+        raise ValueError(f"no column 'prompt' among {rows.fieldnames}")
+    # Other columns may say what they like.
+    return [{key: row[key] for key in KEYS if row.get(key)} for row in rows]
 
 
 _READERS = {".txt": _read_txt, ".json": _read_json, ".csv": _read_csv}

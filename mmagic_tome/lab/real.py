@@ -6,13 +6,11 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import ToMeError
-from .runners.media import load_image
+from .runners.media import load_image, to_tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -45,5 +43,4 @@ class RealImages:
             ToMeError: It cannot be read.
         """
         image = load_image(self.files[number])
-        fitted = np.array(ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC))
-        return torch.from_numpy(fitted).permute(2, 0, 1)[None]
+        return to_tensor([ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)])

@@ -22,19 +22,20 @@ from PIL import Image
 from . import plots
 from .benchmark import CASE, summary
 from .environment import environment
-from .files import whole_file
+from .files import write_text
 from .measure import Interval
 from .metrics.base import Metric
 from .results import RunFolder
-from .table import table
+from .table import image_table, table
 
 # Of the page: pixels of a side, and prompts.
 LARGEST_SIDE, MOST_IMAGES = 512, 12
 
 
 def write_report(folder: RunFolder) -> Path:
-    """Write ``table.md``, ``results.csv``, ``results.json``, plots and ``report.html`` of a run, as
-    far as it is; return the page, which needs no other file and no network."""
+    """Write ``table.md``, ``results.csv``, ``images.csv`` (a line per image), ``results.json``,
+    plots and ``report.html`` of a run, as far as it is; return the page, which needs no other file
+    and no network."""
     (frame, missing), manifest = _frame(folder), folder.manifest
     metrics = {
         name: Metric(name, about["label"], None, about["unit"], about["higher_is_better"])
@@ -47,12 +48,14 @@ def write_report(folder: RunFolder) -> Path:
     about = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
     command = _command()
 
+    frame.insert(0, "model", settings["model"])
     frame.to_csv(folder.path / "results.csv", index=False)
+    if folder.has(kind="image"):
+        image_table(folder).to_csv(folder.path / "images.csv", index=False)
     save_record(folder.path / "results.json", settings, _rows(folder, frame), manifest)
     texts = markdown(list(columns), [[text for text, _ in line] for line in cells])
     lines = [about, "", texts, "", *(f"- {note}" for note in notes), f"- `{command}`", ""]
-    with whole_file(folder.path / "table.md") as path:
-        path.write_text("\n".join(lines), encoding="utf-8")
+    write_text(folder.path / "table.md", "\n".join(lines))
     drawn = _draw(folder, frame, metrics)
 
     images = _images(folder, metrics)
@@ -60,7 +63,7 @@ def write_report(folder: RunFolder) -> Path:
     versions = ", ".join(f"{name} {number}" for name, number in where.pop("versions").items())
     template = Environment(loader=PackageLoader(__package__), autoescape=True)
     html = template.get_template("report.html.j2").render(
-        title=f"{settings.get('model', folder.path.name)}: methods compared",
+        title=f"{settings['model']}: methods compared",
         about=about,
         heads=list(columns),
         rows=cells,
@@ -71,8 +74,7 @@ def write_report(folder: RunFolder) -> Path:
         environment={**where, "versions": versions, "date": time.strftime("%Y-%m-%d")},
         command=command,
     )
-    with whole_file(folder.path / "report.html") as path:
-        path.write_text(html, encoding="utf-8")
+    write_text(folder.path / "report.html", html)
     return folder.path / "report.html"
 
 
@@ -103,12 +105,16 @@ def _columns(frame: pd.DataFrame, metrics: Mapping[str, Metric]) -> dict[str, li
         found["times as fast"] = [_cell(one.median, one.text()) for one in intervals]
     of = "" if "case" in frame else " / image"
     shown = {f"s{of}": ("seconds", "{:.4g}".format)}
+    predicted = {"predicted latent error ↓": ("predicted_error", "{:#.4g}".format)}
     for name, metric in metrics.items():
         arrow = "↑" if metric.higher_is_better else "↓"
         shown[f"{metric.label} {arrow}"] = (name, metric.text)
+        if name == "latent_error":
+            shown |= predicted
         if name in ("psnr", "latent_error"):  # a mean hides the images that came out badly
             shown[f"{metric.label}, worst 5 % {arrow}"] = (f"{name}_p5", metric.text)
             shown[f"{metric.label}, worst {arrow}"] = (f"{name}_worst", metric.text)
+    shown |= predicted
     shown[f"memory{of}, MiB"] = ("memory", lambda value: f"{value / 2**20:.1f}")
     shown[f"TFLOP{of}"] = ("flops", lambda value: f"{value / 1e12:.4g}")
     shown["error"] = ("relative_error", "{:.3g}".format)
@@ -158,8 +164,7 @@ def save_record(
     lines = [json.dumps(json.loads(json.dumps(row), **clean), ensure_ascii=False) for row in rows]
     lines = ",\n".join(f"  {line}" for line in lines)
     text = json.dumps(record, indent=1, ensure_ascii=False).replace('"ROWS"', f"[\n{lines}\n ]")
-    with whole_file(path) as part:
-        part.write_text(text + "\n", encoding="utf-8")
+    write_text(path, text + "\n")
 
 
 def _rows(folder: RunFolder, frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -183,9 +188,9 @@ def _kind(folder: RunFolder, name: str) -> str:
 
 def _settings(manifest: Mapping[str, Any], frame: pd.DataFrame) -> dict[str, Any]:
     request = manifest.get("request", {})
-    found = {"model": manifest.get("name") or manifest.get("network"), **request}
+    found = {"model": manifest["model"], **request}
     found |= {key: manifest.get(key) for key in ("dtype", "clock", "images_per_timed_run")}
-    found["scheduler"] = manifest.get("model", {}).get("scheduler")
+    found["scheduler"] = manifest.get("loaded", {}).get("scheduler")
     if "case" in frame and frame["case"].nunique() == 1:
         found |= {key: frame[key].iloc[0] for key in CASE}
         found["batch_size"] = found.pop("batch")
@@ -224,19 +229,22 @@ def _draw(folder: RunFolder, frame: pd.DataFrame, metrics: Mapping[str, Metric])
 def _images(folder: RunFolder, metrics: Mapping[str, Metric]) -> list[dict[str, Any]]:
     """What the page's script shows: prompts evenly spread."""
     images = {(row["method"], row["number"]): row for row in folder.find(kind="image")}
-    said: dict[tuple[str, int], list[str]] = {}
+    said: dict[tuple[str, int], list[str]] = {key: [] for key in images}
     for row in folder.find(kind="metric"):
         if row["metric"] in metrics and row["number"] is not None and row["value"] is not None:
             metric = metrics[row["metric"]]
-            values = said.setdefault((row["method"], row["number"]), [])
-            values.append(f"{metric.label} {metric.text(row['value'])}")
+            text = f"{metric.label} {metric.text(row['value'])}"
+            said[row["method"], row["number"]].append(text)
+    for key, row in images.items():
+        if row.get("predicted_error") is not None:
+            said[key].append(f"predicted latent error {row['predicted_error']:#.4g}")
     numbers = [number for method, number in images if method == "baseline"]
     found: list[dict[str, Any]] = []
     for number in numbers[:: max(1, len(numbers) // MOST_IMAGES)][:MOST_IMAGES]:
         others = {
             method: {
                 "image": data_uri(folder.path / row["file"], LARGEST_SIDE),
-                "values": said.get((method, number), []),
+                "values": said[method, number],
             }
             for (method, of), row in images.items()
             if of == number

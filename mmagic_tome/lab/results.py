@@ -28,9 +28,9 @@ import filelock
 from mmengine.dist import broadcast_object_list, get_rank
 
 from ..errors import ToMeError
-from .files import users_errors, whole_file
+from .files import users_errors, write_text
 
-FORMAT = 1
+FORMAT = 2
 # What may be added to a run; of the rest of the manifest nothing may change.
 _GROWING = ("methods", "metrics")
 
@@ -74,11 +74,11 @@ class RunFolder:
     Rows are JSON-able dicts with a ``kind``::
 
         {'kind': 'image', 'method', 'number', 'prompt', 'negative_prompt', 'seed', 'finite', 'file',
-         'strip' and 'frames' of a clip, 'latents'}
+         'strip' and 'frames' of a clip, 'latents', 'predicted_error' or None}
         {'kind': 'metric', 'method', 'metric', 'number', 'value'}    # None: of no finite image
         {'kind': 'metric', 'method', 'metric', 'number': None, 'value', 'others', 'against'}  # sets
         {'kind': 'applied', 'method', 'stats', 'summary'}            # of the first batch
-        {'kind': 'round', 'method', 'turn', 'seconds', 'network_seconds', 'step_seconds', 'images'}
+        {'kind': 'round', 'method', 'turn', 'seconds', 'network_seconds', 'images'}
         {'kind': 'memory', 'method', 'run_bytes', 'network_bytes', 'images'}
         {'kind': 'flops', 'method', 'run', 'network', 'images'}
         {'kind': 'environment', ...}                                 # when rounds began
@@ -144,8 +144,8 @@ class RunFolder:
                 )
             new = {**held, **both}
         if new != held:
-            with whole_file(self.path / "manifest.json") as path:
-                path.write_text(json.dumps(new, indent=2, ensure_ascii=False), encoding="utf-8")
+            text = json.dumps(new, indent=2, ensure_ascii=False)
+            write_text(self.path / "manifest.json", text)
 
     @property
     def rows(self) -> list[dict[str, Any]]:

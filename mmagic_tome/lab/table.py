@@ -29,7 +29,9 @@ def table(folder: RunFolder) -> pd.DataFrame:
     - ``memory`` and ``network_memory``: peak bytes per image of tensors above the weights, of a run
       and of its network's calls; ``flops`` and ``network_flops`` per image;
     - per metric its mean under its name; of those of single images also ``<metric>_worst`` and
-      ``<metric>_p5``, which 5 % of the images are worse than; of sets what else belongs to it.
+      ``<metric>_p5``, which 5 % of the images are worse than; of sets what else belongs to it;
+    - ``predicted_error``: the mean of what step caching with a tolerance predicted for the relative
+      error of the final latents, which ``latent_error`` measures.
 
     Columns of what was not measured are missing.
     """
@@ -55,8 +57,25 @@ def table(folder: RunFolder) -> pd.DataFrame:
             row["network_flops"] = one["network"] / one["images"]
         for metric, about in manifest.get("metrics", {}).items():
             row.update(_quality(metric, about, found["metric", name, metric]))
+        predicted = [one.get("predicted_error") for one in found["image", name, None]]
+        if predicted and None not in predicted:
+            row["predicted_error"] = float(np.mean(predicted))
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def image_table(folder: RunFolder) -> pd.DataFrame:
+    """One row per image: ``method``, ``number``, ``prompt``, ``seed``, the metrics of single
+    images, None where it is not finite, and ``predicted_error``, see :func:`table`."""
+    images: dict[tuple[str, int], Row] = {}
+    for row in folder.find(kind="image"):
+        keys = ("method", "number", "prompt", "seed")
+        images[row["method"], row["number"]] = {key: row[key] for key in keys}
+        images[row["method"], row["number"]]["predicted_error"] = row.get("predicted_error")
+    for row in folder.find(kind="metric"):
+        if row["number"] is not None:
+            images[row["method"], row["number"]][row["metric"]] = row["value"]
+    return pd.DataFrame(images.values()).dropna(axis="columns", how="all")
 
 
 def _grouped(folder: RunFolder) -> dict[tuple[str, str | None, str | None], list[Row]]:
@@ -100,14 +119,6 @@ def _quality(name: str, about: Mapping[str, Any], rows: list[Row]) -> Row:
         return {}
     if rows[-1]["number"] is None:
         return {name: rows[-1]["value"], **rows[-1]["others"]}
-    values = np.array([row["value"] for row in rows if row["value"] is not None])
-    if not len(values):
-        return {}
-    metric = Metric(name, about["label"], function=None, unit=about["unit"])
-    # From the worst on; an image's own value, since that of identical images may be infinite.
-    ordered = np.sort(values)[:: 1 if about["higher_is_better"] else -1]
-    return {
-        name: metric.mean(values),
-        f"{name}_worst": ordered[0],
-        f"{name}_p5": ordered[int(0.05 * (len(ordered) - 1))],
-    }
+    values = [row["value"] for row in rows if row["value"] is not None]
+    metric = Metric(name, about["label"], None, about["unit"], about["higher_is_better"])
+    return metric.figures(values) if values else {}

@@ -30,7 +30,7 @@ from ..settings import Setting
 from ..validate import check_number
 from . import plots
 from .evaluate import request_digest, weights_digest
-from .files import whole_file
+from .files import write_text
 from .infer import WARM_UP_STEPS, infer
 from .methods import Method, fewer_steps
 from .metrics import paired
@@ -188,11 +188,11 @@ def tune(
     for one in (None, *(ratios or ())):
         with method(HIGH, one).on(runner.model):
             pass  # what cannot be applied fails here
-    settings = {key: str(getattr(runner, key)) for key in ("steps", "guidance", "size", "dtype")}
-    settings |= {part: [*zip(one.prompts, one.seed)] for part, one in parts.items()}
+    settings = runner.settings | {
+        part: [*zip(one.prompts, one.seed)] for part, one in parts.items()
+    }
     settings |= {"images": request_digest(request), "weights": weights_digest(runner.model)}
     settings |= {"setting": [str(own.tome), request.batch_size, str(dict(request.extra))]}
-    settings |= {"model": source.path, "device": str(runner.device), "scheduler": runner.scheduler}
     with RunFolder(folder).writing({"command": "tune", **settings}):
         found = target.best(search(lambda x: measure("search", method(x)), target))
         if ratios is None:
@@ -242,8 +242,9 @@ def _read(path: Path) -> dict[str, Any]:
     images, base = result["images"], result["seconds_per_image"]["baseline"]
     if any(math.isnan(one["latent_error"] or 0) for one in images):
         raise ToMeError(f"{path.parent}: images are not finite; try another --dtype")
-    values = sorted(math.inf if one["psnr"] is None else one["psnr"] for one in images)
-    worst, mean = values[int(0.05 * (len(values) - 1))], psnr.mean(values)
+    values = [math.inf if one["psnr"] is None else one["psnr"] for one in images]
+    found = psnr.figures(values)
+    worst, mean = found["psnr_p5"], found["psnr"]
     return {
         "kind": "fewer steps" if result["method"]["steps"] else result["method"]["label"],
         **{"images": len(values), "psnr": worst, "psnr_mean": mean},
@@ -294,6 +295,6 @@ def write_config(
         for key, options in values.items():
             lines += [f"mmagic_tome.apply_{key.removesuffix('_cfg')}(pipeline, {options!r})"]
         text = "\n".join([*lines, ""])
-    with whole_file(folder / f"{source.name}_tuned.py") as path:
-        path.write_text(text, encoding="utf-8")
-    return folder / f"{source.name}_tuned.py"
+    path = folder / f"{source.name}_tuned.py"
+    write_text(path, text)
+    return path

@@ -1,6 +1,10 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Step caching by other authors: formulas by hand, decisions on made-up runs, tiny pipelines."""
 
+import importlib
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -333,3 +337,15 @@ def test_wrong_options_and_models_say_what_to_write(pipeline):
     with pytest.raises(ToMeError, match="FirstBlockCacheConfig"), fbcache.method(1).function(wan):
         pass
     assert "forward" not in vars(wan.transformer)
+
+
+# --- operations -----------------------------------------------------------------------------------
+
+
+def test_shares_of_operations_are_those_of_the_record(monkeypatch, tmp_path):
+    """Of the inner regions, of the first block, and of the branch that DeepCache computes."""
+    folder = Path(__file__).parents[2] / "benchmarks"
+    monkeypatch.syspath_prepend(folder)
+    bench = importlib.import_module("step_caching_peers").Bench(["a"], tmp_path)
+    record = json.loads((folder / "data" / "step_caching_peers.json").read_text())
+    assert bench.left == pytest.approx(record["settings"]["left_if_skipped"])

@@ -7,14 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from denoise import STEPS, denoise, denoising, inputs_at, outputs_at
-from fixed_steps import FIXED
-from tiny import QUICK, tiny_inputs, tiny_model, tiny_sd_folder, tiny_unet
+from fixed_steps import FIXED, skips_of_run
+from tiny import QUICK, error, tiny_inputs, tiny_model, tiny_sd_folder, tiny_unet
 from tiny_transformers import TRANSFORMERS
 from tiny_unets import NETWORKS
 
 from mmagic_tome import ToMeError, apply_cache, apply_tome, get_handle
-from mmagic_tome.cache import coerce_cache
-from mmagic_tome.cache.regions import skips_of_run
 
 INPUTS = tiny_inputs()
 WIDE = dict(timestep_range=(0.0, 1.0))
@@ -25,10 +23,6 @@ EACH = [dict(**WIDE), dict(**WIDE, region="inner", error_feedback=1)]
 @pytest.fixture
 def unet():
     return tiny_unet(levels=3)
-
-
-def error(a, b):
-    return ((a - b).square().mean() / b.square().mean()).sqrt().item()
 
 
 def counts(handle):
@@ -52,14 +46,14 @@ def counts(handle):
     ],
 )
 def test_steps_that_are_skipped(num_steps, options, expected):
-    steps = skips_of_run(coerce_cache(options), num_steps)
+    steps = skips_of_run(options, num_steps)
     assert [i for i, step in enumerate(steps) if "network" in step] == expected
 
 
 def test_first_and_last_steps_are_computed():
     for name, configs in FIXED.items():
         for num_steps in range(1, 60):
-            steps = skips_of_run(coerce_cache(configs), num_steps)
+            steps = skips_of_run(configs, num_steps)
             assert len(steps) == num_steps
             assert not any([*steps[:2], steps[-1]]), (name, num_steps)
 
@@ -74,7 +68,7 @@ def test_a_run_skips_what_is_foreseen(unet, configs):
     for _ in denoising(unet, INPUTS, times.tolist()):
         seen.append({row["region"] for row in handle.stats() if row["skipped"]})
         handle.reset_stats()
-    assert seen == skips_of_run(coerce_cache(configs), len(times))
+    assert seen == skips_of_run(configs, len(times))
 
 
 # --- the network ----------------------------------------------------------------------------------
@@ -117,7 +111,7 @@ def test_error_feedback_adds_what_was_wrong_at_the_next_computed_step(unet, orde
     with apply_cache(unet, **options):
         steps = list(denoising(unet, INPUTS))
     baseline = outputs_at(unet, INPUTS, steps)
-    skips = skips_of_run(coerce_cache(options), len(steps))
+    skips = skips_of_run(options, len(steps))
     computed = [i for i, step in enumerate(skips) if not step]
     for before, i in zip([0, *computed], computed):
         expected = baseline[i]

@@ -1,17 +1,16 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Runs that keep a tolerance: predicted errors, decisions, and what a pipeline shows of them."""
 
-import copy
-import pickle
 import warnings
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from denoise import denoised as denoise
 from diffusers import DDIMScheduler, PNDMScheduler
 from samplers import SCHEDULERS, TRAINED, scheduler_of
-from tiny import tiny_inputs, tiny_unet
+from tiny import tiny_unet
 
 from mmagic_tome import ToMeError, apply_cache, get_handle
 from mmagic_tome.cache.extrapolate import extrapolate
@@ -135,20 +134,6 @@ def pipeline_of(unet, name="DDIM", steps=20):
     return SimpleNamespace(unet=unet, scheduler=scheduler_of(name, steps))
 
 
-@torch.no_grad()
-def denoise(pipeline, steps=20, seed=0, size=16):
-    """The final latents."""
-    unet, scheduler = pipeline.unet, pipeline.scheduler
-    scheduler.set_timesteps(steps)
-    inputs = tiny_inputs(seed=seed, size=size)
-    x = inputs["sample"]
-    for time in scheduler.timesteps:
-        given = scheduler.scale_model_input(x, time)
-        output = unet(**{**inputs, "sample": given, "timestep": time}).sample
-        x = scheduler.step(output, time, x).prev_sample
-    return x
-
-
 def relative(x, y):
     return float(((x - y).flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1)).max())
 
@@ -236,18 +221,6 @@ def test_only_the_inner_region_on_request(pipeline):
         denoise(pipeline)
         skipped = set(handle.steps)
     assert "network" not in skipped and "inner" in skipped
-
-
-def test_copies_pickles_and_interleaved_runs(pipeline):
-    apply_cache(pipeline, tolerance=0.1)
-    expected = denoise(pipeline)
-    for copied in (copy.deepcopy(pipeline), pickle.loads(pickle.dumps(pipeline))):
-        assert torch.equal(denoise(copied), expected)
-        assert get_handle(copied.unet, "cache").config[0].tolerance == 0.1
-    other = denoise(pipeline, seed=5)
-    denoise(pipeline, steps=7, size=24)
-    assert torch.equal(denoise(pipeline), expected)
-    assert torch.equal(denoise(pipeline, seed=5), other)
 
 
 def test_a_run_in_which_nothing_can_be_skipped_says_so(pipeline):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from denoise import denoised as denoise
 from diffusers import (
     DDIMScheduler,
     DEISMultistepScheduler,
@@ -20,21 +21,6 @@ from mmagic_tome import apply_cache, get_handle
 from mmagic_tome.cache.extrapolate import OutputHistory
 
 TRAINED = dict(beta_schedule="scaled_linear", prediction_type="v_prediction")
-
-
-@torch.no_grad()
-def denoise(pipeline, steps=20, edit=None, **inputs):
-    """The final latents; ``edit`` (number of a step) adds noise after it."""
-    scheduler = pipeline.scheduler
-    scheduler.set_timesteps(steps)
-    inputs = {**tiny_inputs(size=16), **inputs}
-    x = inputs["sample"]
-    for i, time in enumerate(scheduler.timesteps):
-        output = pipeline.unet(**{**inputs, "sample": x, "timestep": time}).sample
-        x = scheduler.step(output, time, x).prev_sample
-        if i == edit:
-            x = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
-    return x
 
 
 def ddim():

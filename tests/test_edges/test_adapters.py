@@ -58,28 +58,6 @@ def test_a_controlnet_is_skipped_with_the_network(title):
         assert relative(image, baseline) < 0.5
 
 
-def test_lora_after_applying_step_caching():
-    pytest.importorskip("peft")
-    load = PIPELINES["LoRA"].prepare
-    case, plain = sd15_pipeline()
-    load(plain)
-    apply_cache(plain, FIXED["both"])
-    expected = generate(case, plain)
-
-    case, pipeline = sd15_pipeline()
-    handle = apply_cache(pipeline, FIXED["both"])
-    without = generate(case, pipeline)
-    load(pipeline)
-    assert torch.equal(generate(case, pipeline), expected)
-    pipeline.fuse_lora(components=["unet"])
-    assert relative(generate(case, pipeline), expected) < 1e-3
-    pipeline.unfuse_lora(components=["unet"])
-    pipeline.unload_lora_weights()
-    handle.reset_stats()
-    assert relative(generate(case, pipeline), without) < 1e-3  # unfusing rounds
-    assert skips(handle) == SKIPS["both"]
-
-
 @pytest.mark.parametrize("title", ["Flux.1", "Kandinsky 2.2"])
 def test_lora_on_a_hooked_linear(title):
     peft = pytest.importorskip("peft")

@@ -20,7 +20,7 @@ from mmagic_tome.patch import find_patch
 from mmagic_tome.tome.state import TomePatch
 
 APPLY = {
-    **{name: KEEPERS[name] for name in SETTINGS},
+    **{name: KEEPERS[name] for name in (*SETTINGS, "tolerance")},
     "merging": partial(apply_tome, ratio=0.5),
     "residual": partial(
         apply_tome, ratio=0.5, targets=["attn", "mlp"], plan_interval=2, residual=True
@@ -73,7 +73,8 @@ def test_caches_end_with_the_run(apply):
     # Without a pipeline at the last step: only samples of the last latents, to tell the next run.
     apply(network := tiny_unet())
     denoise(network, tiny_inputs(), TIMES)
-    assert tensors_kept(network) <= 6
+    # With a tolerance those of the last outputs, which predict its errors, too.
+    assert tensors_kept(network) <= (10 if apply is APPLY["tolerance"] else 6)
 
 
 @each

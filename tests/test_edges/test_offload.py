@@ -11,14 +11,22 @@ from mmagic_tome import apply_cache, apply_tome, remove_cache, remove_tome
 accelerate = pytest.importorskip("accelerate")
 
 
+CPU = torch.device("cpu")
+
+
 def offload(pipeline, how):
+    """To the same device, since there is no other: what accelerate wraps is the same."""
     if how == "model":
         pipeline.enable_model_cpu_offload(device="cpu")
+    elif how == "group":
+        options = dict(onload_device=CPU, offload_device=CPU, offload_type="block_level")
+        pipeline.unet.enable_group_offload(**options, num_blocks_per_group=1)
     else:
         # enable_sequential_cpu_offload(device="cpu") fails inside accelerate without a GPU; this
         # is what it does to each model.
         for model in (pipeline.unet, pipeline.vae):
-            accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+            accelerate.cpu_offload(model, execution_device=CPU)
+        assert pipeline.unet.conv_in.weight.is_meta
 
 
 @pytest.mark.parametrize("first", ["offload", "cache"])
@@ -48,3 +56,22 @@ def test_skipping_goes_on_in_later_images_and_removal_is_exact(setting, how, fir
         assert torch.equal(generate(case, pipeline), images[0])
         assert skips(handle) == SKIPS[setting]
     assert torch.equal(generate(case, pipeline), baseline)
+
+
+@pytest.mark.parametrize("how", ["sequential", "group"])
+@pytest.mark.parametrize("first", ["merging", "offload"])
+def test_merging_weights_that_are_there_only_while_their_layer_runs(how, first):
+    case, pipeline = sd15_pipeline()
+    options, steps = dict(ratio=0.5, targets=["attn", "mlp"]), dict(num_inference_steps=2)
+    baseline = generate(case, pipeline, **steps)
+    with apply_tome(pipeline, **options):
+        expected = generate(case, pipeline, **steps)
+    if first == "offload":
+        offload(pipeline, how)
+    handle = apply_tome(pipeline, **options)
+    if first == "merging":
+        offload(pipeline, how)
+    assert torch.equal(generate(case, pipeline, **steps), expected)
+    assert {(row["kept"], row["calls"]) for row in handle.stats()} == {(32, 2)}
+    handle.remove()
+    assert torch.equal(generate(case, pipeline, **steps), baseline)

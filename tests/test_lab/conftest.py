@@ -49,6 +49,36 @@ def no_loading(monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def configs(sd_folder, tmp_path_factory):
+    """Config files of one random MMagic model by name, each with something of its own."""
+    pytest.importorskip("mmagic")
+    from tiny import tiny_config, write_config
+
+    folder = tmp_path_factory.mktemp("configs")
+    model, clips = tiny_config(folder=sd_folder), tiny_config("AnimateDiff", sd_folder)
+    tome = dict(ratio=0.5)
+    infer_cfg = dict(prompts=["dog", "cat"], steps=3, guidance=2.0, size=64, seed=5)
+    half = dict(name="half", tome_cfg=tome)
+    evaluation = dict(prompts=["cat", "dog"], steps=4, size=64, methods=[half], rounds=0)
+    evaluation.update(images_per_prompt=1, fewer_steps=[0.5], metrics=["psnr", "latent_error"])
+    entries = {
+        "plain": (model, {}),
+        "tome": (model, dict(tome_cfg=tome)),
+        "wrapped": (dict(type="ToMe", model=model, tome_cfg=tome), {}),
+        "cache": ({**model, "cache_cfg": "fast"}, {}),
+        "cache_on_top": (model, dict(cache_cfg="fast")),
+        "clips": (clips, dict(tome_cfg=tome)),
+        "elsewhere": (tiny_config(folder="/nowhere/at/all"), dict(tome_cfg=tome)),
+        "defaults": (model, dict(infer_cfg=infer_cfg)),
+        "evaluation": (model, dict(evaluation=evaluation)),
+    }
+    return {
+        name: write_config(folder / f"{name}.py", model, **more)
+        for name, (model, more) in entries.items()
+    }
+
+
+@pytest.fixture(scope="session")
 def pipeline_folder(tmp_path_factory):
     """Folder of a pipeline by its name in tiny_folders.py, written once."""
     import tiny_folders

@@ -1,15 +1,15 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """The benchmark on tiny networks."""
 
-import numpy as np
 import pytest
 import torch
+from fixed_steps import skips_of_run
 from tiny import tiny_unet_config
 from torch import nn
 
 from mmagic_tome import ToMeError
 from mmagic_tome.lab import benchmark as module
-from mmagic_tome.lab.benchmark import CASE, benchmark, default_methods, summary
+from mmagic_tome.lab.benchmark import CASE, benchmark, default_methods
 from mmagic_tome.lab.methods import Method, parse_method
 from mmagic_tome.lab.networks import NETWORKS, Network, Work
 from mmagic_tome.lab.results import RunFolder
@@ -63,8 +63,6 @@ def test_all_methods_on_a_network(tmp_path):
 
 
 def test_what_several_steps_save_is_what_is_not_computed(tmp_path, monkeypatch):
-    from mmagic_tome.cache.regions import skips_of_run
-
     monkeypatch.setattr(module, "Clock", CountedWork)
     caching = Method.from_dict(dict(name="caching", cache_cfg={"region": "network"}))
     methods = [caching, Method("DeepCache", deepcache=2), OURS]
@@ -153,24 +151,6 @@ def test_what_cannot_run_is_noted_and_the_others_go_on(tmp_path, monkeypatch):
     assert notes[4, "baseline"] == "OutOfMemoryError: CUDA out of memory"
     with pytest.raises(ToMeError, match="nothing could be measured: OutOfMemoryError"):
         benchmark("tiny", methods, batches=[4], rounds=1, folder=tmp_path / "other")
-
-
-def test_figures_of_known_times(tmp_path):
-    """A machine that slows down does not show; and by numpy."""
-    slow = np.array([1, 1, 3, 1, 1.5, 1, 1])
-    times = {"baseline": 10 * slow, "ours": 6 * slow * [1, 1.01, 0.99, 1, 1.02, 1, 0.98]}
-    case = dict(zip(CASE, ([64, 64], 2, "float32", "eager", 1)))
-    folder = RunFolder(tmp_path)
-    for name, seconds in times.items():
-        row = dict.fromkeys(("peak_bytes", "relative_error", "note"))
-        folder.add({**row, "kind": "run", "method": name, **case})
-        for turn, value in enumerate(seconds):
-            folder.add(dict(kind="case", method=name, turn=turn, seconds=value, **case))
-    row = summary(folder).set_index("method").loc["ours"]
-    speedups = times["baseline"] / times["ours"]
-    assert row["speedup"] == pytest.approx(np.median(speedups)) and row["certain"]
-    assert (row["speedup_low"], row["speedup_high"]) == (speedups.min(), speedups.max())
-    assert row["seconds"] == pytest.approx(np.median(times["ours"]))
 
 
 @pytest.mark.parametrize("name", ["sd", "wan"])

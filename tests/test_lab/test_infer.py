@@ -12,37 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_config, tiny_model, write_config
+from tiny import tiny_model
 
 from mmagic_tome.__main__ import main
 
 pytest.importorskip("mmagic", reason="most of these models are MMagic's")
 
 QUICK = ["--size", "64", "--steps", "2", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def configs(sd_folder, tmp_path_factory):
-    """Config files of one random model, by name."""
-    folder = tmp_path_factory.mktemp("configs")
-    model = tiny_config(folder=sd_folder)
-    tome = dict(ratio=0.5)
-    clips = tiny_config("AnimateDiff", sd_folder)
-    entries = {
-        "plain": (model, {}),
-        "tome": (model, dict(tome_cfg=tome)),
-        "wrapped": (dict(type="ToMe", model=model, tome_cfg=tome), {}),
-        "cache": ({**model, "cache_cfg": "fast"}, {}),
-        "clips": (clips, {}),
-        "defaults": (
-            model,
-            dict(infer_cfg=dict(prompts=["dog", "cat"], steps=3, guidance=2.0, size=64, seed=5)),
-        ),
-    }
-    return {
-        name: write_config(folder / f"{name}.py", model, **more)
-        for name, (model, more) in entries.items()
-    }
 
 
 def pixels(path):
@@ -61,6 +37,7 @@ def test_images_say_how_they_were_made(results, configs):
         "prompt": "grüner Drache 🐉",
         "negative_prompt": "dog",
         "seed": "8",
+        "model": "tome",
         "source": configs["tome"],
         "steps": "2",
         "guidance": "3.0",

@@ -34,17 +34,17 @@ def test_text_json_csv_and_lists_say_the_same(tmp_path):
     [
         ("p.txt", "# nothing\n\n", r"p\.txt holds no prompts"),
         ("p.json", "[\n{", r"cannot read prompts from .*p\.json: .* line 2"),
-        ("p.json", '{"prompt": "a"}', "write a list of prompts, got dict"),
+        ("p.json", '{"prompt": "a"}', "write a list of prompts, not of type dict"),
         ("p.json", '["a", " "]', "entry 2: no prompt"),
         ("p.json", '[{"prompt": "a", "sed": 1}]', "entry 1: write a text or a dict"),
         ("p.json", '[{"prompt": "a", "seed": -1}]', "entry 1: seed must be in"),
         ("p.json", '[{"prompt": "a", "negative_prompt": 1}]', "negative_prompt must be a text"),
-        ("p.csv", "text\na\n", "line 1: no column 'prompt'"),
-        ("p.csv", 'prompt,seed\n"two\nlines",1\na,many\n', r"p\.csv, line 4: seed must be"),
+        ("p.csv", "text\na\n", "no column 'prompt'"),
+        ("p.csv", 'prompt,seed\n"two\nlines",1\na,many\n', r"p\.csv, entry 2: seed must be"),
         ("p.yaml", "- a", r"no \.txt, \.json or \.csv file and no built-in set"),
     ],
 )
-def test_an_error_names_the_file_and_the_line(tmp_path, name, text, complaint):
+def test_an_error_names_the_file_and_the_entry(tmp_path, name, text, complaint):
     with pytest.raises(ToMeError, match=complaint):
         read_prompts(write(tmp_path / name, text))
 

@@ -32,8 +32,8 @@ def fill(folder):
     """A run as ``evaluate`` leaves it, with the baseline's images red, all others' blue."""
     metric = {"label": "PSNR", "unit": "dB", "higher_is_better": True, "options": {}}
     manifest = {
-        "name": "sd-emoji",
-        "model": {"scheduler": "DDIMScheduler"},
+        "model": "sd-emoji",
+        "loaded": {"scheduler": "DDIMScheduler"},
         "request": {"images": IMAGES, "steps": 20, "size": [64, 64], "prompts": "0f3a"},
         "dtype": "float32",
         "environment": environment(),
@@ -50,6 +50,7 @@ def fill(folder):
                 file = images / f"{number}.png"
                 Image.new("RGB", (64, 64), "blue" if place else "red").save(file)
                 row["file"] = file.relative_to(folder.path).as_posix()
+                row["predicted_error"] = 0.25 if name == "balanced" else None
                 folder.add({**row, "prompt": PROMPT, "finite": True})
                 if psnr is not None:
                     row = {"kind": "metric", "method": name, "metric": "psnr", "number": number}
@@ -89,6 +90,10 @@ def test_files_hold_the_same_values_as_the_rows(folder):
             mean = -10 * math.log10(error) if error else math.inf  # of squared errors
             assert frame["psnr"][place] == pytest.approx(mean)
             assert (f"{mean:.2f} dB" if error else "identical") in table
+    images = pd.read_csv(folder.path / "images.csv")
+    assert list(images.columns) == ["method", "number", "prompt", "seed", "predicted_error", "psnr"]
+    assert list(images["psnr"].dropna()) == [35, 36, 37, 56, 57, 58, *[math.inf] * 3]
+    assert set(frame["model"]) == {"sd-emoji"} and frame["predicted_error"][2] == 0.25
     assert "~1.0" in table, "the speed-up of merging is not certain"
     assert [row["kind"] for row in record["rows"]][1:] == ["merging", "caching", "fewer steps"]
     assert record["settings"] == {
@@ -138,11 +143,13 @@ def test_a_browser_sorts_the_table_and_uncovers_images(folder, tmp_path):
     found = run_in_page((folder.path / "report.html").read_text(), tmp_path, LOOK)
     names = [name for name, *_ in METHODS]
     assert found["heads"][:2] == ["method", "times as fast"] and "PSNR ↑" in found["heads"]
+    assert found["heads"][-1] == "predicted latent error ↓"
     # By speed-up up and down, by PSNR: the baseline has none and is last.
     orders = [(0, 1, 2, 3), (0, 1, 3, 2), (2, 3, 1, 0), (1, 2, 3, 0)]
     assert found["orders"] == [[names[place] for place in order] for order in orders]
     assert found["prompt"] == PROMPT
-    assert found["captions"] == [f"seed 7 · PSNR {psnr}.00 dB" for psnr in (35, 56)]
+    predicted = "seed 7 · PSNR 56.00 dB · predicted latent error 0.2500"
+    assert found["captions"] == ["seed 7 · PSNR 35.00 dB", predicted]
     assert found["clips"] == ["inset(0px 0px 0px 50%)", "inset(0px 0px 0px 75%)"]
     assert found["shown"] and found["errors"] == []
 
@@ -159,7 +166,7 @@ def test_a_benchmark_has_a_report_too(tmp_path):
     folder = RunFolder(tmp_path)
     case = {"size": [64, 32], "batch": 2, "dtype": "float32", "mode": "eager", "steps": 1}
     methods = {n: {"name": n, "kind": k, "label": label} for n, k, label, _, _ in METHODS[:3]}
-    manifest = {"command": "benchmark", "network": "small", "clock": "wall", "methods": methods}
+    manifest = {"command": "benchmark", "model": "small", "clock": "wall", "methods": methods}
     with folder.writing(manifest):
         for place, name in enumerate(methods):
             note = "needs several steps" if place == 2 else None

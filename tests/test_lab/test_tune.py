@@ -9,7 +9,6 @@ import runpy
 import pandas as pd
 import pytest
 from PIL import Image
-from tiny import tiny_config, write_config
 
 from mmagic_tome import ToMeError, get_handle
 from mmagic_tome.lab import tune as module
@@ -130,9 +129,8 @@ def test_no_prompt_is_in_both_parts_and_images_keep_what_is_theirs():
 
 
 @pytest.fixture
-def config(sd_folder, tmp_path):
-    pytest.importorskip("mmagic")
-    return write_config(tmp_path / "tiny.py", tiny_config(folder=sd_folder), cache_cfg="fast")
+def config(configs):
+    return configs["cache_on_top"]
 
 
 @pytest.fixture
@@ -158,7 +156,7 @@ def test_a_config_is_written_that_infer_runs(config, command, tmp_path):
     assert code == 0, err
     (folder,) = work_dir.iterdir()
     assert "search: cat, a\n" in out and "check: dog, b\n" in out and "psnr 1 is met" in out
-    new = folder / "tiny_tuned.py"
+    new = folder / "cache_on_top_tuned.py"
     source = open_source(new)
     assert source.setting.cache[0].tolerance == HIGH and source.defaults["steps"] == 8
     assert source.config.custom_imports.imports == ["mmagic_tome"]
@@ -180,10 +178,10 @@ def test_a_missed_speed_up_is_said_and_ends_with_1(config, command, figures, tmp
     code, out, _ = command(*words, "--work-dir", tmp_path / "out")
     assert code == 1 and "speedup 9 is out of reach" in out and "speedup 9 is missed" in out
     assert "instead of it 1 steps: " in out  # as fast as was asked for
-    assert list(tmp_path.glob("out/*/tiny_tuned.py"))
+    assert list(tmp_path.glob("out/*/cache_on_top_tuned.py"))
 
 
-def test_a_check_that_misses_goes_one_step_on(config, figures, sd_folder, tmp_path, capsys):
+def test_a_check_that_misses_goes_one_step_on(config, figures, tmp_path, capsys):
     speed = {"tolerance-0.5": 1.9, "tolerance-0.022": 1.6}
     figures(lambda part, name: speed.get(name, 1.1) - (part == "check") * 0.2)
     request = Request(PROMPTS, steps=6, size=(64, 64))

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_config, tiny_inputs, tiny_unet, write_config
+from tiny import tiny_inputs, tiny_unet
 
 from mmagic_tome import apply_tome
-from mmagic_tome.lab.maps import Recorder, enlarged, merge_map, merged_blocks, short_name, spread
+from mmagic_tome.lab.maps import Recorder, enlarged, merge_map, merged_blocks, short_name
+from mmagic_tome.lab.runners.media import evenly
 
 QUICK = ["--size", "64", "--steps", "4", "--device", "cpu"]
 
@@ -60,15 +61,11 @@ def test_names_are_short_and_numbers_evenly_spread():
     assert short_name("down_blocks.0.attentions.1.transformer_blocks.0") == "down 0.1.0"
     assert short_name("mid_block.attentions.0.transformer_blocks.0") == "mid 0.0"
     assert short_name("single_transformer_blocks.12") == "single_transformer 12"
-    assert spread(9, 4) == [0, 3, 5, 8] and spread(3, 4) == [0, 1, 2] and spread(3, 1) == [0]
+    assert evenly(9, 4) == [0, 3, 5, 8] and evenly(3, 4) == [0, 1, 2] and evenly(3, 1) == [0]
 
 
-def test_all_maps_of_a_mmagic_model(results, sd_folder, tmp_path):
-    pytest.importorskip("mmagic")
-    config = write_config(
-        tmp_path / "tome.py", tiny_config(folder=sd_folder), tome_cfg=dict(ratio=0.5)
-    )
-    folder, found = results("all", "visualize", config, *QUICK, "--prompt", "a cat", "dog")
+def test_all_maps_of_a_mmagic_model(results, configs):
+    folder, found = results("all", "visualize", configs["tome"], *QUICK, "--prompt", "a cat", "dog")
     ends = (".png", "_baseline.png", "_merge.png")
     expected = {f"{stem}{end}" for stem in ("0000_a-cat", "0001_dog") for end in ends}
     assert {path.name for path in folder.iterdir()} == expected | {"results.json", "compare.png"}

@@ -76,7 +76,7 @@ class ToyRunner(Runner):
             if number in self.source.bad:
                 latents[place] = float("nan")
         images = [self._image(one) for one in latents]
-        return Output(images, latents, time.perf_counter() - start, marks.seconds())
+        return Output(images, latents, time.perf_counter() - start, sum(marks.seconds()))
 
     def _image(self, latents):
         pixels = torch.nn.functional.interpolate(latents[None, :3], size=SIDE, mode="bilinear")[0]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,18 @@ class Metric:
         if self.unit != "dB":
             return float(values.mean())
         return float(-10 * (10 ** (-values / 10)).mean().log10())
+
+    def figures(self, values: Sequence[float]) -> dict[str, float]:
+        """Of the values of images: the mean as NAME, the worst as NAME_worst, and as NAME_p5 that
+        which 5 % of the images are worse than."""
+        # From the worst on; an image's own value, since that of identical images may be infinite.
+        ordered = sorted(values, reverse=not self.higher_is_better)
+        p5 = ordered[int(0.05 * (len(ordered) - 1))]
+        return {
+            self.name: self.mean(values),
+            f"{self.name}_worst": ordered[0],
+            f"{self.name}_p5": p5,
+        }
 
     def text(self, value: float) -> str:
         """A value as a table shows it."""

@@ -7,7 +7,7 @@ import contextlib
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,13 +26,7 @@ class Output:
     images: list[Any]  #: per image a PIL image; of a video model a list of them, the frames
     latents: Tensor | None  #: (B, ...) float32 on the CPU that the VAE decoded; None if not seen
     seconds: float  #: of the whole call, synchronized with the device
-    #: Of each step's calls of the network, skipped ones too.
-    step_seconds: list[float] = field(default_factory=list)
-
-    @property
-    def network_seconds(self) -> float:
-        """The part of ``seconds`` that the network took."""
-        return sum(self.step_seconds)
+    network_seconds: float  #: the part of it that calls of the network took, skipped ones too
 
 
 class Source(ABC):
@@ -78,6 +72,22 @@ class Runner(ABC):
     fps: int  #: frames per second of clips
     scheduler: str  #: name of its class, such as 'DDIMScheduler'
     dtype: torch.dtype  #: of the network's weights
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What images depend on besides prompts, seeds and method, as JSON has it; of a runner with
+        a source."""
+        return {
+            "model": self.source.name,
+            "source": self.source.path,
+            "class_name": self.source.class_name,
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "size": "{}x{}".format(*self.size),
+            "scheduler": self.scheduler,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+        }
 
     @abstractmethod
     def run(

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ...errors import ToMeError
 from ...models.find import DENOISERS
@@ -138,7 +139,27 @@ class PipelineCall:
             if getattr(request, field) is not None and not taken:
                 raise ToMeError(f"{self.name} takes no {field}; leave it out")
         check_size(self.name, request.size, self.unit)
+        self._check_sizes(request)
         self._check_extra(request)
+
+    def _loaded(self, request: Request, numbers: Sequence[int]) -> dict[str, list[Image.Image]]:
+        """The inputs of a call by their fields."""
+        return {
+            field: [load_image(image) for image in request.inputs(field, numbers)]
+            for field in self.arguments_of
+        }
+
+    def _check_sizes(self, request: Request) -> None:
+        """Fail if the inputs of a call differ in size and no size is stated, to which they would be
+        brought: some classes would join their pixels, others stretch all to the first's size."""
+        for numbers in request.batches() if request.size is None else ():
+            sizes = _sizes(self._loaded(request, numbers))
+            if len(sizes) > 1:
+                found = ", ".join(f"{field} of {w}x{h}" for (w, h), field in sizes.items())
+                raise ToMeError(
+                    f"{self.name} takes inputs of one size in a call, and a batch has {found} "
+                    "(width x height): state --size, to which all are brought, or resize them"
+                )
 
     def _check_extra(self, request: Request) -> None:
         setters = {**_FIELDS, self.guidance_name: "guidance"}
@@ -165,8 +186,8 @@ class PipelineCall:
     ) -> dict[str, Any]:
         """Keyword arguments of a call for some images of a request that :meth:`check` has seen.
 
-        ``size`` is height and width in pixels; where the class takes none, images are resized to
-        it.
+        ``size`` is height and width in pixels; images are resized to it where the class takes none,
+        or they differ in size.
         """
         seeds = [request.seed_of(number) for number in numbers]
         found = {
@@ -180,12 +201,14 @@ class PipelineCall:
             "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
             "output_type": "pil",
         }
-        for field, argument in self.arguments_of.items():
-            images = [load_image(image) for image in request.inputs(field, numbers)]
-            if "height" not in self.parameters:
+        loaded = self._loaded(request, numbers)
+        resized = "height" not in self.parameters or len(_sizes(loaded)) > 1
+        for field, images in loaded.items():
+            if resized:
                 images = [image.resize((size[1], size[0])) for image in images]
             # Some pipelines take one image, but no list of one.
-            found[argument] = images[0] if len(images) == 1 else images or None
+            one = images[0] if len(images) == 1 else images or None
+            found[self.arguments_of[field]] = one
         known = {key: value for key, value in found.items() if key in self.parameters}
         return {key: value for key, value in known.items() if value is not None} | request.extra
 
@@ -208,6 +231,15 @@ class PipelineCall:
         if not sides:
             return 1024, 1024  # what Z-Image has in its code
         return sides[0] * self._factor, sides[1] * self._factor
+
+
+def _sizes(inputs: Mapping[str, Sequence[Image.Image]]) -> dict[tuple[int, int], str]:
+    """(width, height) -> the first field that has it; references may have any size."""
+    found: dict[tuple[int, int], str] = {}
+    for field, images in inputs.items():
+        for image in images if field != "references" else ():
+            found.setdefault(image.size, field)
+    return found
 
 
 def _vae_factor(config: Mapping[str, Any]) -> int:

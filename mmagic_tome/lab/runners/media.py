@@ -99,12 +99,17 @@ def frame_strip(image: Image.Image | Sequence[Image.Image], count: int = 4) -> I
     an image stays as it is."""
     if isinstance(image, Image.Image):
         return image
-    numbers = np.linspace(0, len(image) - 1, min(count, len(image))).round().astype(int)
+    numbers = evenly(len(image), count)
     width, height = image[0].size
     strip = Image.new("RGB", (width * len(numbers), height))
     for column, number in enumerate(numbers):
         strip.paste(image[number], (width * column, 0))
     return strip
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """At most ``most`` of the numbers below ``count``: the first, the last, and evenly between."""
+    return sorted(set(np.linspace(0, count - 1, min(most, count)).round().astype(int).tolist()))
 
 
 def to_tensor(images: Sequence[Any]) -> Tensor:

@@ -94,7 +94,7 @@ class MMagicRunner(Runner):
             images=[image for one in samples for image in (_clips(one) if self.video else one)],
             latents=joined(latents, len(numbers)),
             seconds=seconds,
-            step_seconds=marks.seconds(),
+            network_seconds=sum(marks.seconds()),
         )
 
     def _infer(self, numbers: Sequence[int], arguments: Mapping[str, Any]) -> Any:

@@ -219,7 +219,7 @@ class PipelineRunner(Runner):
             images=images,
             latents=joined(decoded, len(numbers)),
             seconds=seconds,
-            step_seconds=marks.seconds(),
+            network_seconds=sum(marks.seconds()),
         )
 
 

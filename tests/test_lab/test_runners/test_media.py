@@ -19,15 +19,6 @@ def _notes_again():
     media._writes_mp4.cache_clear()
 
 
-def test_a_png_says_how_it_was_made(tmp_path):
-    text = dict(prompt="ein roter Äpfel 苹果", seed=7)
-    path = media.save_media(tmp_path / "new" / "000000_v1.5", FRAMES[3], text=text)
-    assert path == tmp_path / "new" / "000000_v1.5.png"
-    image = Image.open(path)
-    assert image.text == dict(prompt="ein roter Äpfel 苹果", seed="7")
-    assert np.array_equal(np.asarray(image), np.asarray(FRAMES[3]))
-
-
 def test_a_clip_is_a_gif_and_where_that_can_be_an_mp4(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(media.importlib.util, "find_spec", lambda name: None)
     path = media.save_media(tmp_path / "clip", FRAMES, fps=10, text=dict(seed=7))

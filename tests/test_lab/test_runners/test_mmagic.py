@@ -95,8 +95,7 @@ def test_every_class_makes_the_same_image_alone_and_in_a_batch(kind, folder):
     assert both.latents.isfinite().all() and not torch.equal(both.latents, merged.latents)
     scheduler = getattr(runner.model, runner.call.scheduler)
     assert len(ended) == len(scheduler.timesteps) == 2
-    calls = 2 if runner.call.alone else 1
-    assert len(both.step_seconds) == 2 * calls and 0 < both.network_seconds < both.seconds
+    assert 0 < both.network_seconds < both.seconds
 
     alone = runner.run([1])
     torch.testing.assert_close(alone.latents, both.latents[1:], rtol=0, atol=1e-3)
@@ -136,7 +135,7 @@ def test_noise_of_a_whole_batch_is_never_drawn(folder):
         ended = []
         both = runner.run([0, 1], on_step=lambda ended=ended: ended.append(1))
         assert torch.equal(runner.run([1]).latents, both.latents[1:])
-        assert len(ended) == 2 and len(both.step_seconds) == 4
+        assert len(ended) == 2
 
 
 def test_a_text_that_is_cut_is_no_obstacle_to_a_batch(folder):
