@@ -131,15 +131,25 @@ class CacheHandle(Handle[CachePatch]):
         budget = self._patch.budget
         return None if budget is None else [region or "computed" for region in budget.skipped]
 
+    @property
+    def speedup(self) -> float | None:
+        """With a tolerance, of the last run: how many times as fast its steps were as if all had
+        been computed, by the clock; without text encoder and decoder. None without a tolerance, and
+        where too few steps were computed to tell."""
+        budget = self._patch.budget
+        return None if budget is None else budget.speedup
+
     def summary(self) -> str:
-        """As of every handle; with a tolerance also the steps of the last run and the error that
-        was predicted for its images."""
+        """As of every handle; with a tolerance also the steps of the last run, how much faster they
+        were, and the error that was predicted for its images."""
         text, budget = super().summary(), self._patch.budget
         if budget is None:
             return text
         marks = "".join(_MARKS[region] for region in budget.skipped)
         predicted = ", ".join(f"{error:.4f}" for error in budget.predicted) or "0"
+        speedup = budget.speedup
+        faster = "" if speedup is None else f"\nits steps: {speedup:.2f} times as fast"
         return (
             f"{text}\nlast run: {marks}  (# computed, j innermost skipped, i inner skipped, "
-            f". network skipped)\npredicted error of its final latents: {predicted}"
+            f". network skipped){faster}\npredicted error of its final latents: {predicted}"
         )

@@ -21,6 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -80,11 +82,12 @@ class Budget:
     slope: Tensor | None = None  # (B,) of the present step's extrapolation; None: the line
     weights: np.ndarray | None = None  # of the sampler, at the step before
     remaining: float | None = None  # share of the schedule that remained, at the step before
+    began: list[float] = field(default_factory=list)  # seconds of a clock, when each step began
 
     def go_on(self, before: Budget) -> None:
         """Take over what was spent by a run that this one seems to continue: the input of its next
         step did not follow from it, since noise was added or latents were edited."""
-        self.spent, self.skipped = before.spent, [*before.skipped]
+        self.spent, self.skipped, self.began = before.spent, [*before.skipped], [*before.began]
 
     def _steps_left(self, remaining: float) -> int:
         """Steps from this one to the end of the run, from the share of the schedule that remains;
@@ -130,6 +133,8 @@ class Budget:
         if chosen is None:
             self.since = None
         self.skipped.append(chosen)
+        # The inner products above have waited for the device: what was asked of it is done.
+        self.began.append(perf_counter())
         return chosen
 
     def _may_skip(self, region: str) -> bool:
@@ -169,3 +174,14 @@ class Budget:
     def predicted(self) -> list[float]:
         """Predicted error of the final latent so far, relative, per image; [] before any skip."""
         return [] if self.spent is None else np.sqrt(self.spent).tolist()
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times as fast the steps were, all but the last, as if each had taken as long as
+        the median computed one, with all that a pipeline does between them; None after few steps.
+        """
+        seconds = [after - before for before, after in zip(self.began, self.began[1:])]
+        computed = [one for one, region in zip(seconds, self.skipped) if region is None]
+        if len(computed) < 2 or not sum(seconds):
+            return None
+        return median(computed) * len(seconds) / sum(seconds)

@@ -166,7 +166,7 @@ def test_a_smaller_tolerance_is_closer_and_zero_is_the_baseline(name):
 
 def test_what_a_run_says_of_itself(pipeline):
     handle = apply_cache(pipeline, tolerance=0.1)
-    assert handle.predicted_error is handle.steps is None
+    assert handle.predicted_error is handle.steps is handle.speedup is None
     assert "tolerance 0.1 (not run yet)" in handle.summary()
     denoise(pipeline)
     assert len(handle.steps) == 20 and set(handle.steps) <= {"computed", *RELATIVE_ERROR}
@@ -179,8 +179,17 @@ def test_what_a_run_says_of_itself(pipeline):
     assert handle.steps[-1] == "computed" == handle.steps[0]
     summary = handle.summary()
     assert "last run: #" in summary and f"{handle.predicted_error[0]:.4f}" in summary
+    assert f"{handle.speedup:.2f} times as fast" in summary
     handle.reset_stats()
     assert handle.steps is None
+
+
+def test_the_speed_up_of_a_run_is_that_of_its_steps():
+    budget = Budget(0.1, skipped=[None, None, "network", None, None])
+    assert budget.speedup is None
+    budget.began = [0.0, 8.0, 10.0, 10.5, 12.5]  # the first step compiles, say; the last is open
+    assert budget.speedup == pytest.approx(4 * 2.0 / 12.5)
+    assert Budget(0.1, skipped=[None], began=[0.0]).speedup is None
 
 
 def test_predictions_rest_on_what_was_computed(pipeline, monkeypatch):
