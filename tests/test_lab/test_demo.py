@@ -109,7 +109,7 @@ def test_warnings_of_the_run_are_shown(demo):
     ("change", "message"),
     [
         (dict(prompt="  "), "write prompts="),
-        (dict(size="63"), "divisible by 8|nearest"),
+        (dict(size="63"), "the nearest is 64x64|divisible by"),
         (dict(steps=0), "write steps=1"),
         (dict(guidance=-1.0), "at least 0"),
         (dict(tolerance=0.0), "nothing to compare; raise one of them"),
@@ -283,7 +283,7 @@ def test_a_visitor_moves_the_tolerance_merges_and_errs(browser, served, tmp_path
     browser.press("Enter", 13, "\r")
     browser.wait("document.querySelector('#report [role=alert]') !== null")
     text = browser.run("document.querySelector('#report [role=alert]').innerText")
-    assert "63" in text and "8" in text
+    assert "63x63 does not fit" in text and "the nearest is 64x64" in text
     browser.click("#size input, #size textarea")
     browser.type("64x64")
     browser.click("#generate")
