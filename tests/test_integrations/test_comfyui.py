@@ -4,6 +4,7 @@ there is one (``COMFYUI_PATH=folder of ComfyUI``, or its package ``comfy`` on th
 
 import logging
 
+import comfy_engine
 import pytest
 import torch
 from comfy_standin import Flow, Patcher, Sampling, sample
@@ -202,3 +203,53 @@ def test_only_the_finest_grid_is_merged():
 def test_what_cannot_be_done_is_an_error(unet, tolerance, ratio, message):
     with pytest.raises(ToMeError, match=message):
         accelerated(Patcher(Sampling(), unet), tolerance, ratio)
+
+
+# --- ComfyUI's own engine -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def comfy():
+    return comfy_engine.engine()
+
+
+@pytest.fixture(scope="module")
+def generate(comfy):
+    """Sample the latent of the demo model with a MODEL, in ComfyUI."""
+    apple, nothing = comfy_engine.texts("red apple", "")
+    noise = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def run(model, sampler="euler", steps=12):
+        how = (steps, 3.0, sampler, "sgm_uniform", apple, nothing)
+        with torch.inference_mode():
+            return comfy.sample.sample(
+                model, noise, *how, torch.zeros_like(noise), seed=0, disable_pbar=True
+            )
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "euler_ancestral"])
+def test_comfyui_itself_skips_steps_of_a_trained_model(comfy, generate, sampler):
+    model = comfy_engine.demo_model(comfy)
+    wanted = generate(model, sampler)
+    fast = accelerated(model, 0.05)
+    found = generate(fast, sampler)
+    assert wanted.isfinite().all() and error(found, wanted) <= 2 * 0.05
+    steps = steps_of(fast)
+    assert len(steps) == 12 and steps[-1] == "computed"
+    assert ("network" in steps) == (sampler != "euler_ancestral"), "noise cannot be foreseen"
+    assert torch.equal(generate(model, sampler), wanted), "the original is as it was"
+
+
+@pytest.mark.slow
+def test_comfyui_itself_merges_tokens(comfy, generate):
+    model = comfy_engine.demo_model(comfy)
+    wanted = generate(model)
+    (merging,) = NODE().apply(model, 0.0, 0.5)
+    found = generate(merging)
+    patches = merging.model_options["transformer_options"]["patches"]["attn1_patch"]
+    assert patches[0].__self__.tokens == (1024, 512)
+    assert 0 < error(found, wanted) < 0.2
+    assert torch.equal(generate(model), wanted)
