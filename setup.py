@@ -112,8 +112,6 @@ class BuildPyWithMim(build_py):
 EXTRAS = {name: read_requirements(name) for name in ("demo", "docs", "eval", "tests")}
 EXTRAS["mmagic"] = read_requirements("mminstall")
 EXTRAS["all"] = sorted({line for lines in EXTRAS.values() for line in lines})
-# As they were called before.
-EXTRAS["optional"], EXTRAS["mim"] = EXTRAS["eval"], EXTRAS["mmagic"]
 URL = os.environ.get("PROJECT_URL", "").rstrip("/")
 
 setup(
@@ -131,7 +129,6 @@ setup(
     keywords="token merging, step caching, diffusion models, Stable Diffusion, OpenMMLab, MMagic",
     classifiers=[
         "Development Status :: 4 - Beta",
-        "License :: OSI Approved :: Apache Software License",
         "Operating System :: OS Independent",
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.9",

@@ -19,6 +19,7 @@ from mmagic_tome.merging import bipartite_match, random_layout, tokens_to_remove
 from mmagic_tome.merging.random import step_key
 
 _CELL = 2  # side of the cells that keep one token each
+_NEARLY = 0.9999  # samplers may round sigmas
 _LOG = logging.getLogger("mmagic_tome")
 
 
@@ -99,7 +100,7 @@ class StepCaching:
         kind = getattr(getattr(model, "model_type", None), "name", "")
         self.predicts_v = kind.startswith("V_PREDICTION")
         self._given: Tensor | None = None  # ComfyUI's tensor, a new one in every run
-        self._sigmas: Tensor | None = None  # without the 0 at its end
+        self._sigmas: Tensor | None = None  # of its steps
         self._warned = False
 
     def __call__(self, apply_model: Any, args: dict[str, Any]) -> Tensor:
@@ -126,7 +127,7 @@ class StepCaching:
             prediction = self.calls(
                 compute, latents, self.timesteps(sigma), branch=_branch(args, options)
             )
-        if bool((sigma == self._sigmas[-1]).all()):
+        if bool((sigma * _NEARLY <= self._sigmas[-1]).all()):
             self._log()
         if computed and prediction is computed[1]:
             return computed[0]  # bit for bit, where nothing was added to it
@@ -141,17 +142,17 @@ class StepCaching:
         return 1.0, -sigma
 
     def _begin(self, sigmas: Tensor | None, sigma: Tensor) -> bool:
-        """Note the schedule of a new run; whether a call at sigma may be skipped: it is part of the
-        schedule (UniPC evaluates once more after its end)."""
+        """Note the schedule of a new run; whether a call at sigma is one of its steps."""
         if sigmas is None:
             self._warn_of_old_version()
             return False
         if sigmas is not self._given:
-            self._given, self._sigmas = sigmas, sigmas[sigmas > 0]
+            # Its end is no step: 0, what is left of the noise, or UniPC's 0.001.
+            self._given, self._sigmas = sigmas, sigmas[:-1][sigmas[:-1] > 0]
             if len(self._sigmas):
                 self.calls.timesteps = self.timesteps(self._sigmas)
             self.calls.handle.reset_stats()
-        return len(self._sigmas) > 0 and bool((sigma >= self._sigmas[-1]).all())
+        return len(self._sigmas) > 0 and bool((sigma >= _NEARLY * self._sigmas[-1]).all())
 
     def timesteps(self, sigmas: Tensor) -> Tensor:
         """Timesteps of sigmas; between those of the training, interpolated."""

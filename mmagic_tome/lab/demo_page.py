@@ -246,6 +246,7 @@ def report_of(found: Comparison) -> str:
         + f"<pre>{escape(found.code)}</pre>"
         f'<details><summary class="soft">What the handles say</summary>'
         f"<pre>{escape(found.summary)}</pre></details>"
-        '<p class="soft">Seconds are of one run each, so they vary; the errors are relative and of '
-        "the final latent. <code>python -m mmagic_tome infer --compare</code> repeats the runs.</p>"
+        '<p class="soft">Seconds are of one run each, so the speed-up is not certain (~): '
+        "<code>python -m mmagic_tome infer --compare</code> repeats the runs. Errors are those of "
+        "the final latent, relative.</p>"
     )

@@ -114,6 +114,16 @@ def test_a_run_does_not_leak_into_the_next():
     assert torch.equal(sample(fast, sigmas(), seed=1), first)
 
 
+@pytest.mark.parametrize("end", [0.0, 0.001, 0.02], ids=["zero", "UniPC", "noise is left"])
+def test_the_last_step_is_computed_wherever_it_ends(end):
+    schedule = sigmas()
+    schedule[-1] = end
+    fast = accelerated(Patcher(Sampling()), 0.3)
+    sample(fast, schedule)
+    assert len(steps_of(fast)) == STEPS and steps_of(fast)[-1] == "computed"
+    assert "network" in steps_of(fast)
+
+
 def test_noise_that_a_sampler_adds_keeps_the_tolerance():
     def run(model):
         generator = torch.Generator().manual_seed(5)
@@ -230,7 +240,7 @@ def generate(comfy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "euler_ancestral"])
+@pytest.mark.parametrize("sampler", ["euler", "uni_pc", "euler_ancestral"])
 def test_comfyui_itself_skips_steps_of_a_trained_model(comfy, generate, sampler):
     model = comfy_engine.demo_model(comfy)
     wanted = generate(model, sampler)
