@@ -2,13 +2,18 @@
 """The ComfyUI node: on a stand-in with its calling convention, always; on its own engine, where
 there is one (``COMFYUI_PATH=folder of ComfyUI``, or its package ``comfy`` on the path)."""
 
+import importlib.util
 import logging
+import shutil
+import sys
+from pathlib import Path
 
 import comfy_engine
 import pytest
 import torch
 from comfy_standin import Flow, Patcher, Sampling, sample
 
+import integrations.comfyui
 from integrations.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from integrations.comfyui.nodes import TokenMerging
 from mmagic_tome import ToMeError
@@ -45,6 +50,18 @@ def test_the_node_is_described_as_comfyui_wants_it():
     for name in ("tolerance", "ratio"):
         kind, options = inputs[name]
         assert kind == "FLOAT" and options["min"] == 0 <= options["default"] <= options["max"]
+
+
+def test_a_copy_of_the_folder_is_a_custom_node(tmp_path, monkeypatch):
+    folder = tmp_path / "custom_nodes" / "mmagic_tome"
+    shutil.copytree(Path(integrations.comfyui.__file__).parent, folder)
+    name = str(folder).replace(".", "_x_")  # ComfyUI's name for the module: its path
+    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    assert [*module.NODE_CLASS_MAPPINGS] == ["MMagicToMe"]
+    monkeypatch.delitem(sys.modules, f"{name}.nodes")
 
 
 # --- step caching ---------------------------------------------------------------------------------
