@@ -5,9 +5,13 @@ As in other OpenMMLab projects, ``configs/``, ``tools/`` and
 ``model-index.yml`` travel inside the package as ``mmagic_tome/.mim/``, where
 ``_base_ = 'mmagic_tome::...'``, ``mmengine.hub.get_config`` and ``mim run``
 look for them: copied into a wheel, linked in an editable installation.
+
+``PROJECT_URL=https://... make wheel`` states where the repository is published. Links of the README
+that lead into the repository become absolute with it, and plain text without it.
 """
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -32,9 +36,28 @@ def read_requirements(name):
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
-def read_readme():
+def read_readme(url):
+    """Return the README for a page outside of the repository.
+
+    Args:
+        url: Of the repository, such as ``https://HOST/OWNER/mmagic_tome``. Empty: links into it
+            become plain text, images of it are left out.
+    """
     readme = ROOT / "README.md"
-    return readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+
+    def absolute(match):
+        image, words, target = match.groups()
+        if re.match(r"[a-z]+:", target):
+            return match[0]
+        if not url:
+            return "" if image else words
+        if target.startswith("#"):
+            return f"[{words}]({url}{target})"
+        return f"{image}[{words}]({url}/{'raw' if image else 'blob'}/main/{target})"
+
+    # Words in brackets may have brackets in them, as code does.
+    return re.sub(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)", absolute, text)
 
 
 def asset_files():
@@ -86,28 +109,33 @@ class BuildPyWithMim(build_py):
                 shutil.copy2(source, target / item)
 
 
-EXTRAS = {name: read_requirements(name) for name in ("optional", "tests")}
-EXTRAS["mim"] = read_requirements("mminstall")
+EXTRAS = {name: read_requirements(name) for name in ("demo", "docs", "eval", "tests")}
+EXTRAS["mmagic"] = read_requirements("mminstall")
 EXTRAS["all"] = sorted({line for lines in EXTRAS.values() for line in lines})
+URL = os.environ.get("PROJECT_URL", "").rstrip("/")
 
 setup(
     name=PACKAGE,
     version=read_version(),
-    description="Faster diffusion models by merging redundant tokens, for MMagic and diffusers",
-    long_description=read_readme(),
+    description=(
+        "Faster diffusion models without training: token merging and step caching, for diffusers "
+        "and MMagic"
+    ),
+    long_description=read_readme(URL),
     long_description_content_type="text/markdown",
+    url=URL or None,
     author="mmagic_tome authors",
-    license="Apache License 2.0",
-    keywords="token merging, diffusion models, Stable Diffusion, OpenMMLab, MMagic",
+    license="Apache-2.0",
+    keywords="token merging, step caching, diffusion models, Stable Diffusion, OpenMMLab, MMagic",
     classifiers=[
         "Development Status :: 4 - Beta",
-        "License :: OSI Approved :: Apache Software License",
         "Operating System :: OS Independent",
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.9",
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Topic :: Scientific/Engineering :: Image Processing",
     ],

@@ -10,9 +10,11 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_SOURCE = shutil.ignore_patterns(
@@ -84,12 +86,49 @@ def test_wheel_holds_what_it_should(wheel):
     assert len(weights) >= 3, "the demo model (unet, vae, text_encoder) is package data"
     assert sum(path.stat().st_size for path in weights) <= 24e6
 
-    # No version of torch may be forced on a user's CUDA environment.
-    assert "Provides-Extra: mim" in metadata
+    # A bare install brings torch and diffusers; no version may be forced on a user's environment.
+    assert requirements(metadata) == {"torch", "diffusers"}
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist")]
-    required = [line for line in required if "extra ==" not in line]
-    assert any("torch>=" in line for line in required)
-    assert not [line for line in required if "==" in line]
+    assert not [line for line in required if "==" in line and "extra ==" not in line]
+    extras = set(re.findall(r"^Provides-Extra: (.+)$", metadata, re.M))
+    assert {"mmagic", "eval", "demo", "docs"} <= extras
+
+
+def requirements(metadata, extra=None):
+    """Names of what the package asks for; those of an extra alone."""
+    found = set()
+    for line in re.findall(r"^Requires-Dist: (.+)$", metadata, re.M):
+        one = Requirement(line)
+        wanted = one.marker is None if extra is None else one.marker is not None
+        if wanted and (extra is None or one.marker.evaluate({"extra": extra})):
+            found.add(one.name)
+    return found
+
+
+def test_package_index_takes_it(wheel, source, tmp_path):
+    run(sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path, cwd=source)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    printed = run(sys.executable, "-m", "twine", "check", "--strict", wheel, archive, cwd=tmp_path)
+    assert printed.count("PASSED") == 2
+
+
+@pytest.mark.parametrize("url", ["", "https://example.org/us/mmagic_tome"])
+def test_readme_has_no_relative_links_outside_of_the_repository(source, tmp_path, url):
+    command = ["setup.py", "--quiet", "egg_info", "--egg-base", tmp_path]
+    run(sys.executable, *command, cwd=source, PROJECT_URL=url)
+    (info,) = tmp_path.rglob("PKG-INFO")
+    text = info.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^()\s]+)\)", text)
+    assert targets and all(target.startswith("http") for target in targets)
+    own = [target for target in targets if "example.org" in target]
+    assert bool(own) == bool(url)
+    for target in own:
+        path = re.sub(r"#.*", "", target.removeprefix(url)).replace("/raw/", "/blob/")
+        assert (ROOT / path.removeprefix("/blob/main/").lstrip("/")).exists(), target
+    # As many links as there are, or their words alone.
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    words = [w for i, w in re.findall(r"(!?)\[([^\[\]]+)\]\([^()\s]+\)", readme) if not i]
+    assert all(word in text for word in words)
 
 
 def test_source_distribution_builds_the_same_wheel(source, wheel, tmp_path):
@@ -103,6 +142,126 @@ def test_source_distribution_builds_the_same_wheel(source, wheel, tmp_path):
     (rebuilt,) = (tmp_path / "wheel").glob("*.whl")
     with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(rebuilt) as second:
         assert sorted(first.namelist()) == sorted(second.namelist())
+
+
+# --- environments with nothing but what the wheel asks for ----------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alone(wheel, tmp_path_factory):
+    """Runs this Python with the wheel, what it (or an extra) asks for, what that asks for, and no
+    other package: site-packages are links to the installed ones, so nothing is downloaded."""
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = archive.read(next(n for n in archive.namelist() if n.endswith("METADATA")))
+    metadata = metadata.decode()
+
+    def environment(extra=None):
+        folder = tmp_path_factory.mktemp("alone")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
+        wanted = requirements(metadata) | (requirements(metadata, extra) if extra else set())
+        for name in closure(wanted):
+            for file in distribution(name).files or ():
+                top = file.parts[0]
+                if top not in ("..", "__pycache__") and not (folder / top).exists():
+                    (folder / top).symlink_to(Path(distribution(name).locate_file(top)))
+        return functools.partial(run, sys.executable, "-S", PYTHONPATH=str(folder))
+
+    return environment
+
+
+def closure(names):
+    """Names of distributions, and of all that they need here."""
+    found, pending = set(), [Requirement(name) for name in names]
+    while pending:
+        one = pending.pop()
+        key = re.sub(r"[-_.]+", "-", one.name).lower(), frozenset(one.extras)
+        if key in found or (one.marker and not one.marker.evaluate({"extra": ""})):
+            continue
+        found.add(key)
+        for line in distribution(one.name).requires or ():
+            needed = Requirement(line)
+            contexts = [{"extra": extra} for extra in one.extras or [""]]
+            if needed.marker is None or any(map(needed.marker.evaluate, contexts)):
+                needed.marker = None
+                pending.append(needed)
+    return {name for name, _ in found}
+
+
+BARE = """
+import importlib.util, torch
+import mmagic_tome
+from diffusers import DDIMScheduler, UNet2DConditionModel
+for name in ("transformers", "mmengine", "scipy", "matplotlib", "torchvision", "gradio"):
+    assert importlib.util.find_spec(name) is None, name
+torch.manual_seed(0)
+attention = dict(cross_attention_dim=16, attention_head_dim=4, norm_num_groups=8)
+blocks = dict(
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+)
+network = UNet2DConditionModel(
+    sample_size=16, block_out_channels=(32, 64), layers_per_block=1, **attention, **blocks
+).eval()
+text, noise = torch.randn(1, 5, 16), torch.randn(1, 4, 16, 16)
+
+class Model:
+    unet, scheduler = network, DDIMScheduler()
+
+def generate(x=noise):
+    Model.scheduler.set_timesteps(12)
+    with torch.no_grad():
+        for t in Model.scheduler.timesteps:
+            x = Model.scheduler.step(network(x, t, text).sample, t, x).prev_sample
+    return x
+
+baseline = generate()
+with mmagic_tome.apply_cache(Model, tolerance=0.5) as cache, mmagic_tome.apply_tome(Model) as tome:
+    assert not torch.equal(generate(), baseline)
+    print(cache.summary(), tome.summary(), sep="\\n")
+    assert any(row["skipped"] for row in cache.stats()) and tome.stats()[0]["kept"] == 128
+assert torch.equal(generate(), baseline)
+"""
+
+
+def test_bare_install_merges_and_caches(alone, tmp_path):
+    printed = alone()("-W", "error::UserWarning:mmagic_tome", "-c", BARE, cwd=tmp_path)
+    assert "step caching in UNet2DConditionModel" in printed and "removed" in printed
+
+
+def test_demo_extra_suffices_for_the_page(alone, tmp_path):
+    script = """
+import importlib.util
+from mmagic_tome.lab.demo import Demo, demo_source
+from mmagic_tome.lab.demo_page import build_page, report_of
+assert not any(map(importlib.util.find_spec, ("mmengine", "mmagic", "torchvision")))
+demo = Demo(demo_source(), steps=4, size=64)
+found = demo.compare(demo.first)
+print(len(build_page(demo).fns), len(found.steps), "figures" in report_of(found))
+"""
+    printed = alone("demo")("-W", "ignore", "-c", script, cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert re.search(r"[1-9]\d* 4 True", printed)
+
+
+def test_eval_extra_suffices_for_the_commands(alone, tmp_path):
+    from mmagic_tome.assets import asset_path
+
+    command = ["-m", "mmagic_tome", "infer", "--pipeline", asset_path("demo_model"), "--compare"]
+    options = [
+        "--steps",
+        "6",
+        "--size",
+        "64",
+        "--rounds",
+        "1",
+        "--device",
+        "cpu",
+        "--prompt",
+        "cat",
+    ]
+    python = alone("eval")
+    printed = python("-W", "ignore", *command, *options, "--tolerance", "0.1", cwd=tmp_path)
+    assert "speed-up" in printed
 
 
 def test_demo_runs_from_the_wheel(installed, tmp_path):

@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""The commands: ``python -m mmagic_tome infer|evaluate|benchmark|visualize|tune|test|train``.
+"""The commands: ``python -m mmagic_tome infer|evaluate|benchmark|visualize|tune|demo|test|train``.
 
 ``tools/VERB.py`` are the same. Nothing slow is imported before the options are parsed. Exit codes:
 0 done, 1 target of ``tune`` missed, 2 bad input (one line on stderr), 130 interrupted.
@@ -40,6 +40,10 @@ VERBS = {
     "tune": (
         "mmagic_tome::demo/sd-emoji.py",
         "the tolerance of step caching for a speed-up or a PSNR; writes a config",
+    ),
+    "demo": (
+        "the demo model",
+        "a page in the browser: the baseline beside an accelerated run",
     ),
     # Those of MMagic's runner.
     "test": ("", "MMagic's tools/test.py: the test loop of a config"),
@@ -211,9 +215,10 @@ def _quiet() -> None:
             notes = importlib.import_module(f"{name}.utils.logging")
             notes.set_verbosity_error()
             notes.disable_progress_bar()
-    from mmengine.logging import MMLogger
+    with contextlib.suppress(ImportError):
+        from mmengine.logging import MMLogger
 
-    MMLogger.get_current_instance().setLevel("WARNING")
+        MMLogger.get_current_instance().setLevel("WARNING")
 
 
 # --- verbs ----------------------------------------------------------------------------------------
@@ -337,10 +342,24 @@ def _tune(args: argparse.Namespace) -> int | None:
     return 0 if found["met"] else MISSED
 
 
+def _demo(args: argparse.Namespace) -> None:
+    from .demo import Demo, demo_source
+    from .demo_page import check_gradio, launch
+    from .devices import DTYPES, check_device
+
+    check_gradio()
+    source = demo_source(args.config, args.checkpoint, args.pipeline, args.cfg_options)
+    device, prompts = check_device(args.device), _prompts(args)
+    _quiet()
+    given = {**_given(args), "prompts": [prompt.text for prompt in prompts]}
+    launch(Demo(source, device, DTYPES.get(args.dtype), **given), args.host, args.port)
+
+
 _RUN = {
     "infer": _infer,
     "evaluate": _evaluate,
     "benchmark": _benchmark,
     "visualize": functools.partial(_infer, maps=True),
     "tune": _tune,
+    "demo": _demo,
 }

@@ -151,6 +151,9 @@ def add_options(parser: argparse.ArgumentParser, verb: str, default: str) -> Non
     dtype = "precision of the model (default: that of its config)"
     add("--dtype", choices=("fp32", "fp16", "bf16"), **several, help=dtype)
 
+    if verb == "demo":  # the rest is set on the page
+        _demo(parser.add_argument_group(verb))
+        return
     if verb != "tune":
         _applied(parser.add_argument_group("what is applied"))
 
@@ -229,6 +232,13 @@ def _tune(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--limit", **_N, default=12, help=limit)
     rounds = f"{_ROUNDS} (default: for five pairs of runs per setting)"
     group.add_argument("--rounds", **_N, help=rounds)
+
+
+def _demo(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    host = "address to listen at; 0.0.0.0: all of this machine's (default: 127.0.0.1)"
+    add("--host", metavar="ADDRESS", default="127.0.0.1", help=host)
+    add("--port", **_N, help="port to listen at (default: the first free one from 7860 on)")
 
 
 _OF_VERB = {"infer": _infer, "evaluate": _evaluate, "benchmark": _benchmark, "tune": _tune}

@@ -82,7 +82,7 @@ def test_values_keep_their_spaces(text, value):
 def test_verbs_are_listed_and_unknown_ones_refused(command):
     code, out, _ = command("--help")
     assert code == 0 and all(f"  {verb} " in out for verb in (*VERBS, "test", "train"))
-    known = "write one of infer, evaluate, benchmark, visualize, tune, test, train\n"
+    known = "write one of infer, evaluate, benchmark, visualize, tune, demo, test, train\n"
     for words in ((), ("paint",)):
         code, out, err = command(*words)
         assert code == 2 and not out and err.count("\n") == 1 and known in err

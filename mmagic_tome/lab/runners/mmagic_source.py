@@ -25,7 +25,7 @@ from .base import Source, check_inputs, check_size, flat
 if TYPE_CHECKING:
     from .mmagic import MMagicRunner
 
-_NEEDED = "pip install 'mmagic_tome[mim]' && pip install --no-deps mmagic==1.2.0"
+_NEEDED = "pip install 'mmagic_tome[mmagic]' && pip install --no-deps mmagic==1.2.0"
 
 
 # --- classes --------------------------------------------------------------------------------------
