@@ -333,6 +333,18 @@ def test_plans_and_residuals_of_steps(way, monkeypatch):
     torch.testing.assert_close(*runs, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_residual_compiles_in_parts(channels):
+    torch._dynamo.reset()
+    network, inputs = tiny_unet(levels=1), tiny_inputs()
+    apply_tome(network, ratio=0.5, prop_attn=True, plan_interval=2, residual=True)
+    expected = denoise(network, inputs, (900, 800, 700))
+    found = denoise(torch.compile(network, backend="eager"), inputs, (900, 800, 700))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("processor", ["AttnProcessor", "SlicedAttnProcessor"])
 def test_attention_that_is_written_out_adds_the_mask(unet, processor, channels):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ToMeError
+from ..graphs import eager_only
 from ..merging.joint import JointPlan
 from ..merging.proportional import KeyWeighing, log_sizes
 from ..patch import Hook, Interceptor
@@ -236,6 +237,16 @@ class WeighKeys(Interceptor):
         self.image_last = image_last
 
     def call(self, module: nn.Module, proceed: Callable, args: tuple, kwargs: dict) -> Any:
+        # Hooks of a residual are not compiled, and a mode does not cross from there into graphs.
+        weighed = self.eager if self.patch.config.residual else self.weighed
+        return weighed(module, proceed, args, kwargs)
+
+    @eager_only()
+    def eager(self, *call: Any) -> Any:
+        return self.weighed(*call)
+
+    def weighed(self, module: nn.Module, proceed: Callable, args: tuple, kwargs: dict) -> Any:
+        """The call with its keys weighed; ToMeError if it does not let them."""
         weighing = self.patch.context.weighing = KeyWeighing(self.image_last)
         with weighing:
             output = proceed(module, *args, **kwargs)
