@@ -17,7 +17,6 @@ Each part is a process of its own with a time limit. What it has measured stays 
 so a second call goes on; the files are written from what is there, after every call::
 
     python benchmarks/gpu.py                                  # all parts, then: make figures
-    python benchmarks/gpu.py --parts compiled --seconds-per-part 600
     OMP_NUM_THREADS=1 python benchmarks/gpu.py --device cpu --parts attention
 """
 
@@ -79,8 +78,7 @@ class Bench:
     """Where and how large to measure, and the folder of what was found."""
 
     def __init__(self, device: str, work_dir: Path, small: bool) -> None:
-        self.device, self.small = torch.device(device), small
-        self.work_dir = work_dir
+        self.device, self.work_dir, self.small = torch.device(device), work_dir, small
         self.on_gpu = self.device.type == "cuda"
         self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
         self.batches = [2, 8] if self.on_gpu and not small else [2]
@@ -103,7 +101,7 @@ class Bench:
 
 
 def say(*words: Any) -> None:
-    """Progress, at once."""
+    """Progress."""
     print(time.strftime("%H:%M:%S"), *words, flush=True)
 
 
@@ -281,9 +279,11 @@ def collect(bench: Bench, out: Path) -> list[Path]:
 
 
 def _rounds(bench: Bench, part: str, values: Callable[[dict], dict]) -> list[dict[str, Any]]:
-    """A row per case and method of the cases that were measured in all rounds."""
+    """A row per case and method of whole cases; interrupted rounds were measured again."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in sorted(bench.folder(part).find(kind=part), key=lambda row: row["turn"]):
+    found = bench.folder(part).find(kind=part)
+    last = {(row["turn"], row["case"], row["method"]): row for row in found}
+    for row in sorted(last.values(), key=lambda row: row["turn"]):
         held = rows.setdefault((row["case"], row["method"]), {})
         for key, value in values(row).items():
             held.setdefault(key, []).append(value)
@@ -307,8 +307,8 @@ def _networks(bench: Bench, mode: str) -> list[dict[str, Any]]:
             continue
         case = f"{name}, {pixels}², batch {batch}, {mode}"
         for row in json.loads(summary(folder).to_json(orient="records")):
-            turns = folder.find(kind="case", method=row["method"])
-            seconds = [one["seconds"] for one in sorted(turns, key=lambda one: one["turn"])]
+            rounds = folder.find(kind="case", method=row["method"])
+            seconds = [*{one["turn"]: one["seconds"] for one in rounds}.values()]
             if len(seconds) == bench.rounds:
                 row = {key: row[key] for key in ("method", "dtype", "memory", "relative_error")}
                 rows.append({"case": case, **row, "round_seconds": seconds})
