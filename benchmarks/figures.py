@@ -441,6 +441,64 @@ def matching_sentence(page: Path) -> str:
     )
 
 
+def _by_case(data: Data) -> dict[str, dict[str, Row]]:
+    """Case -> method -> row, of the records of ``gpu.py``."""
+    cases: dict[str, dict[str, Row]] = {}
+    for row in data.rows:
+        cases.setdefault(row["case"], {})[row["method"]] = row
+    return cases
+
+
+def attention(page: Path, name: str) -> str:
+    """How many times as long attention takes if it weighs keys."""
+    data, cells = Data(page, name), []
+    for case, rows in _by_case(data).items():
+        base = rows["baseline"]["round_seconds"]
+        line = [case, f"{1000 * statistics.median(base):.4g}"]
+        for method in ("mask", "channels"):
+            line.append(interval(ratios(rows[method]["round_seconds"], base)).text())
+        cells.append(line)
+    return data.table(["", "no weights, ms", "mask", "channels"], cells)
+
+
+def gpu_networks(page: Path) -> str:
+    """Speed-ups and peak memory of whole networks."""
+    data = Data(page, "gpu_networks")
+    methods = [one for one in dict.fromkeys(r["method"] for r in data.rows) if one != "baseline"]
+    cells = []
+    for case, rows in _by_case(data).items():
+        base = rows["baseline"]
+        line = [case, f"{1000 * statistics.median(base['round_seconds']):.4g}"]
+        for row in map(rows.get, methods):
+            both = row and ratios(base["round_seconds"], row["round_seconds"])
+            line.append(interval(both).text() if both else "")
+        memory = [rows[one]["memory"] / 2**20 for one in ("baseline", *methods) if one in rows]
+        cells.append([*line, " / ".join(f"{one:.0f}" for one in memory)])
+    return data.table(["", "baseline, ms", *methods, "peak memory in this order, MiB"], cells)
+
+
+def gpu_caching(page: Path) -> str:
+    """Milliseconds of computed and of skipped steps."""
+    data, cells = Data(page, "gpu_caching"), []
+    for row in data.rows:
+        line = [row["case"], row["method"]]
+        for key in ("computed", "skipped"):
+            steps = [seconds for one in row[key] for seconds in one]
+            line.append(f"{1000 * statistics.median(steps):.3g}" if steps else "")
+        cells.append(line)
+    return data.table(["", "step cache", "computed step, ms", "skipped step, ms"], cells)
+
+
+def if_measured(figure: Callable[[Path], str], name: str) -> Callable[[Path], str]:
+    """A figure of data that may not be there yet; a note in its place as long as they are not."""
+
+    def found(page: Path) -> str:
+        here = any((root / f"benchmarks/data/{name}.json").exists() for root in page.parents)
+        return figure(page) if here else "*Not measured yet.*"
+
+    return found
+
+
 _GROUPS = ("downsample", "block", "timestep_range", "targets", "targets, residual", "method")
 _GROUPS += ("ratios", "plan_interval", "share_plans", "residual")
 FIGURES: Mapping[str, Callable[[Path], str]] = {
@@ -473,6 +531,13 @@ FIGURES: Mapping[str, Callable[[Path], str]] = {
     "run-continuity": continuity,
     "tolerance": tolerance,
     "operations": operations,
+    "attention-cpu": partial(attention, name="cpu_attention"),
+    "gpu-attention": if_measured(partial(attention, name="gpu_attention"), "gpu_attention"),
+    "gpu-networks": if_measured(gpu_networks, "gpu_networks"),
+    "gpu-caching": if_measured(gpu_caching, "gpu_caching"),
+    "gpu-frontier": if_measured(
+        partial(listed, name="gpu_frontier", by_speed=True), "gpu_frontier"
+    ),
     "vit-correlation": vit_correlation,
     "vit-quality-224": partial(vit_quality, size=224),
     "vit-quality-518": partial(vit_quality, size=518),

@@ -1,12 +1,19 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Proportional attention: keys weigh as much as the tokens that they represent."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
+from denoise import denoise
 from tiny import error, run, tiny_inputs, tiny_unet
 from tiny_transformers import TRANSFORMERS
+from tiny_unets import NETWORKS
+from torch.overrides import TorchFunctionMode
 
 from mmagic_tome import ToMeError, apply_tome
+from mmagic_tome.merging import proportional
 from mmagic_tome.methods import METHODS
 from mmagic_tome.patch import find_patch
 from mmagic_tome.tome.state import TomePatch
@@ -107,8 +114,259 @@ def test_transformers_of_one_stream(family, target):
     assert error(outputs[2], outputs[0]) < 1
 
 
-def test_networks_whose_attention_takes_no_mask():
-    networks = [TRANSFORMERS[name].build() for name in ("Flux.1", "Wan 2.1, 2.2 (video)")]
-    for network in networks:
-        with pytest.raises(ToMeError, match="no mask to weigh keys by; write prop_attn=False"):
-            apply_tome(network, prop_attn=True)
+class Attention(TorchFunctionMode):
+    """Notes the keys and the mask of every call of ``scaled_dot_product_attention``."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            bound = dict(zip(("query", "key", "value", "attn_mask"), args), **(kwargs or {}))
+            self.calls.append((bound["key"], bound.get("attn_mask")))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def channels(monkeypatch):
+    """Further channels in place of a mask, as on a GPU."""
+    monkeypatch.setattr(proportional, "prefers_channels", lambda query: True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", TRANSFORMERS.values(), ids=TRANSFORMERS)
+def test_the_weights_are_those_of_the_image_in_every_transformer(family, monkeypatch):
+    """Of all N + T tokens, text tokens have 1 / (N + T) of the weight each; and channels do what
+    the mask does."""
+    network, inputs = family.build(), family.inputs()
+    for name, value in inputs.items():
+        if "mask" in name:
+            inputs[name] = torch.ones_like(value)
+    text = "cap_feats" if "cap_feats" in inputs else "encoder_hidden_states"
+    apply_tome(network, ratio=0.5, prop_attn=True)
+    slots, firsts, outputs = family.tokens() // 2, [], []
+    for change in (0, 1):
+        if change and text in inputs:
+            texts = inputs[text]
+            inputs[text] = (
+                [one + change for one in texts] if isinstance(texts, list) else texts + change
+            )
+        with Attention() as seen:
+            outputs.append(as_tensor(network(**inputs, return_dict=False)[0]))
+        # The blocks that a text passes before it meets the image have other keys.
+        firsts.append(next(c for c in seen.calls if c[0].shape[-2] >= slots and c[1] is not None))
+    (key, mask), (other, _) = firsts
+    of_text = (key != other).any(-1).any(1)
+    counted = mask.float().softmax(-1)[:, 0, 0]
+    tokens = key.shape[-2] + slots
+    torch.testing.assert_close(
+        counted[of_text], torch.full((int(of_text.sum()),), 1 / tokens), rtol=1e-5, atol=0
+    )
+    assert not of_text.all(1).any() and counted.max() > 1.5 / tokens
+    monkeypatch.setattr(proportional, "prefers_channels", lambda query: True)
+    with Attention() as seen:
+        again = as_tensor(network(**inputs, return_dict=False)[0])
+    torch.testing.assert_close(again, outputs[1], rtol=1e-4, atol=1e-4)
+    masked = [mask for key, mask in seen.calls if mask is not None]
+    if not any("mask" in name for name in inputs):
+        assert not masked and max(key.shape[-1] for key, _ in seen.calls) == 16  # eight more
+
+
+def as_tensor(output):
+    return torch.stack(output) if isinstance(output, list) else output
+
+
+# --- further channels -----------------------------------------------------------------------------
+
+
+def attention(dtype, width=40, of_values=None, seed=0):
+    """Queries, keys, values and sizes of keys."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (
+        torch.randn(2, 3, n, d, generator=generator, dtype=torch.float64).to(dtype)
+        for n, d in ((33, width), (17, width), (17, of_values or width))
+    )
+    return q, k, v, torch.randint(1, 60, (2, 17), generator=generator)
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize(("width", "of_values"), [(40, 40), (64, 64), (7, 5), (22, 22), (64, 16)])
+def test_channels_are_the_mask_with_gradients(width, of_values, scale):
+    q, k, v, size = attention(torch.float64, width, of_values)
+    log_size = proportional.log_sizes(size, q.dtype)
+    found = []
+    for channels in (True, False):
+        inputs = [one.clone().requires_grad_() for one in (q, k, v)]
+        if channels:
+            out = proportional.attention_with_channels(*inputs, log_size, scale=scale)
+        else:
+            mask = log_size[:, None, None]
+            out = F.scaled_dot_product_attention(*inputs, attn_mask=mask, scale=scale)
+        out.square().sum().backward()
+        found.append([out, *(one.grad for one in inputs)])
+    for one, two in zip(*found):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [40, 64, 80, 128])
+def test_channels_lose_less_than_a_mask_in_half_precision(dtype, width):
+    """The weights that attention gives to keys of equal scores: exactly their sizes."""
+    _, k, v, size = attention(dtype, width)
+    v = torch.eye(17, dtype=dtype).expand(2, 3, -1, -1)
+    log_size = proportional.log_sizes(size, dtype)
+    exact = (size / size.sum(1, keepdim=True))[:, None, None]
+    q = torch.zeros_like(k)
+    masked = F.scaled_dot_product_attention(q, k, v, attn_mask=log_size.to(dtype)[:, None, None])
+    channels = proportional.attention_with_channels(q, k, v, log_size)
+    worst = [((one / exact) - 1).abs().max().item() for one in (channels, masked)]
+    assert worst[0] < torch.finfo(dtype).eps
+    assert worst[0] < worst[1]
+
+
+def test_a_gpu_in_half_precision_gets_channels(monkeypatch):
+    def query(dtype=torch.bfloat16, width=64, device="cuda"):
+        shape = torch.empty(1, 1, 1, width).shape
+        return SimpleNamespace(
+            device=torch.device(device), dtype=dtype, shape=shape, dim=lambda: len(shape)
+        )
+
+    for capability, expected in ((8, True), (9, True), (7, False)):
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda _, c=capability: SimpleNamespace(major=c)
+        )
+        assert proportional.prefers_channels(query()) == expected
+        assert not proportional.prefers_channels(query(torch.float32))
+        assert not proportional.prefers_channels(query(width=256))
+        assert not proportional.prefers_channels(query(device="cpu"))
+
+
+def networks():
+    """Name -> (network, inputs) of every way in which keys are weighed."""
+    found = {"unet": (tiny_unet(levels=2), tiny_inputs())}
+    for name in ("DiT", "Stable Diffusion 3", "Flux.1"):
+        found[name] = TRANSFORMERS[name].build(), TRANSFORMERS[name].inputs()
+    return found
+
+
+WAYS = pytest.mark.parametrize("way", ["unet", "DiT", "Stable Diffusion 3", "Flux.1"])
+
+
+@WAYS
+def test_networks_have_the_gradients_of_the_mask(way, monkeypatch):
+    network, inputs = networks()[way]
+    network.double()
+    inputs = {
+        k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v
+        for k, v in inputs.items()
+    }
+    apply_tome(network, ratio=0.5, prop_attn=True)
+    found = []
+    for channels in (False, True):
+        monkeypatch.setattr(proportional, "prefers_channels", lambda query, c=channels: c)
+        network.zero_grad()
+        output = network(**inputs, return_dict=False)[0]
+        output.square().sum().backward()
+        found.append([output, *(p.grad for p in network.parameters() if p.grad is not None)])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.slow
+@WAYS
+@torch.no_grad()
+def test_compiles_as_one_graph(way, channels):
+    torch._dynamo.reset()
+    network, inputs = networks()[way]
+    apply_tome(network, ratio=0.5, prop_attn=True)
+    expected = network(**inputs, return_dict=False)[0]
+    masks = []
+
+    def backend(graph, example_inputs):
+        masks.extend(
+            node.kwargs.get("attn_mask")
+            for node in graph.graph.nodes
+            if node.target is F.scaled_dot_product_attention
+        )
+        return graph.forward
+
+    if way == "Flux.1":  # its grid cannot be read inside of a graph
+        network.compile_repeated_blocks(fullgraph=True, backend=backend)
+        model = network
+    else:
+        model = torch.compile(network, fullgraph=True, backend=backend)
+    found = model(**inputs, return_dict=False)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert masks and not any(masks)
+    torch._dynamo.reset()
+
+
+@WAYS
+@torch.no_grad()
+def test_nothing_stays_behind(way, channels):
+    network, inputs = networks()[way]
+    classes, before = [type(one) for one in network.modules()], network(**inputs)[0]
+    handle = apply_tome(network, ratio=0.5, prop_attn=True)
+    assert not torch.equal(network(**inputs)[0], before)
+    with handle.disabled():
+        assert torch.equal(network(**inputs)[0], before)
+    handle.remove()
+    assert [type(one) for one in network.modules()] == classes
+    assert torch.equal(network(**inputs)[0], before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["unet", "Stable Diffusion 3"])
+def test_plans_and_residuals_of_steps(way, monkeypatch):
+    network, inputs = networks()[way]
+    apply_tome(network, ratio=0.5, prop_attn=True, plan_interval=2, residual=True)
+    runs = []
+    for channels in (False, True):
+        monkeypatch.setattr(proportional, "prefers_channels", lambda query, c=channels: c)
+        runs.append(
+            denoise(
+                network,
+                lambda t: {**inputs, "timestep": torch.full_like(inputs["timestep"], t)},
+            )
+        )
+    torch.testing.assert_close(*runs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_residual_compiles_in_parts(channels):
+    torch._dynamo.reset()
+    network, inputs = tiny_unet(levels=1), tiny_inputs()
+    apply_tome(network, ratio=0.5, prop_attn=True, plan_interval=2, residual=True)
+    expected = denoise(network, inputs, (900, 800, 700))
+    found = denoise(torch.compile(network, backend="eager"), inputs, (900, 800, 700))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("processor", ["AttnProcessor", "SlicedAttnProcessor"])
+def test_attention_that_is_written_out_adds_the_mask(unet, processor, channels):
+    from diffusers.models import attention_processor
+
+    apply_tome(unet, prop_attn=True)
+    expected = run(unet)
+    options = (2,) if processor.startswith("Sliced") else ()
+    for module in unet.modules():
+        if hasattr(module, "set_processor"):
+            module.set_processor(getattr(attention_processor, processor)(*options))
+    torch.testing.assert_close(run(unet), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_weigh_keys_is_an_error():
+    def written_out(attn, hidden_states, encoder_hidden_states=None, **kwargs):
+        return hidden_states, encoder_hidden_states
+
+    network, inputs = networks()["Stable Diffusion 3"]
+    apply_tome(network, prop_attn=True)
+    network.set_attn_processor(written_out)
+    with pytest.raises(ToMeError, match=r"attn does not call scaled_dot_product_attention"):
+        network(**inputs)
+    with pytest.raises(ToMeError, match="no mask to weigh keys by; write prop_attn=False"):
+        apply_tome(NETWORKS["Kandinsky 2.2: attention on the image itself"].build(), prop_attn=True)

@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""UNets of the shapes of published checkpoints, with random weights.
+"""Networks of the shapes of published checkpoints, with random weights.
 
 Time and memory of a forward depend on the shape and not on the values of the weights.
 """
@@ -7,7 +7,7 @@ Time and memory of a forward depend on the shape and not on the values of the we
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -23,35 +23,39 @@ from .runners.base import check_size
 Arguments = tuple[tuple, dict[str, Any]]
 # Timestep of a single forward, of 1000.
 _MIDDLE = 500
+_UNET, _SD3, _FLUX = "UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel"
 
 
 @dataclass(frozen=True)
 class Network:
-    """A ``UNet2DConditionModel`` of diffusers that can be built by name.
+    """A denoising network of diffusers that can be built by name.
 
     Attributes:
-        arguments: Of its constructor, where they are not the default: Stable Diffusion 1.
+        arguments: Of its constructor, where they are not the default of the class.
+        name: Of its class. Default: a UNet, whose defaults are Stable Diffusion 1.
         factor: Pixels per position of the latents, per side.
         text: Number of text tokens.
         size: Default height and width in pixels.
     """
 
     arguments: Mapping[str, Any]
+    name: str = _UNET
     factor: int = 8
     text: int = 77
     size: int = 512
 
     @property
     def unit(self) -> int:
-        """Pixels that height and width must be multiples of: all levels but the last halve them."""
+        """Pixels that height and width must be multiples of: all levels of a UNet but the last
+        halve them; Stable Diffusion 3 has patches of 2."""
         levels = len(self.arguments.get("block_out_channels", range(4)))
-        return self.factor * 2 ** (levels - 1)
+        return self.factor * {_UNET: 2 ** (levels - 1), _SD3: 2, _FLUX: 1}[self.name]
 
     def make(self) -> nn.Module:
         """The network, where torch's default device says."""
-        from diffusers import UNet2DConditionModel
+        import diffusers
 
-        return UNet2DConditionModel(**self.arguments)
+        return getattr(diffusers, self.name)(**self.arguments)
 
     def build(self, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
         """The network with random weights, which are made where they stay, in their final
@@ -60,6 +64,8 @@ class Network:
             network = self.make()
         # Not diffusers' own ``to``, which warns of precisions that matter with real weights only.
         network = nn.Module.to(network, dtype).to_empty(device=device)
+        for buffer in network.buffers():  # a table of positions
+            buffer.zero_()
         generator = torch.Generator(device).manual_seed(0)
         for module in network.modules():
             for name, tensor in module.named_parameters(recurse=False):
@@ -94,26 +100,61 @@ def work_on(
 ) -> Work:
     """Calls of a network that was built from an entry, on (height, width) pixels, at so many
     falling timesteps; 1 is a single forward."""
-    weights, config = next(network.parameters()), network.config
+    weights = next(network.parameters())
     generator = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(batch, *shape, generator=generator).to(weights)
 
-    x = noise(config.in_channels, size[0] // entry.factor, size[1] // entry.factor)
-    known = dict(encoder_hidden_states=noise(entry.text, config.cross_attention_dim))
-    if config.addition_embed_type == "text_time":
-        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        times = torch.full((batch, 6), 512.0).to(weights)
-        known["added_cond_kwargs"] = dict(text_embeds=noise(width), time_ids=times)
+    grid = (size[0] // entry.factor, size[1] // entry.factor)
+    call = _CALLS[entry.name](network.config, noise, grid, entry.text)
     times = [round(1000 * (1 - step / steps)) - 1 for step in range(steps)]
     scheduler = SimpleNamespace(timesteps=torch.tensor(times)) if steps > 1 else None
+    return Work(network, [call(time) for time in (times if steps > 1 else [_MIDDLE])], scheduler)
+
+
+_Noise = Callable[..., Tensor]
+
+
+def _unet_call(config: Any, noise: _Noise, grid: tuple[int, int], text: int) -> Callable:
+    x = noise(config.in_channels, *grid)
+    known = dict(encoder_hidden_states=noise(text, config.cross_attention_dim))
+    if config.addition_embed_type == "text_time":
+        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        times = x.new_full((len(x), 6), 512.0)
+        known["added_cond_kwargs"] = dict(text_embeds=noise(width), time_ids=times)
     # By position: tomesd and DeepCache read these two there.
-    calls = [
-        ((x, torch.tensor(time, device=x.device)), known)
-        for time in (times if steps > 1 else [_MIDDLE])
-    ]
-    return Work(network, calls, scheduler)
+    return lambda time: ((x, torch.tensor(time, device=x.device)), known)
+
+
+def _sd3_call(config: Any, noise: _Noise, grid: tuple[int, int], text: int) -> Callable:
+    x = noise(config.in_channels, *grid)
+    known = dict(
+        hidden_states=x,
+        encoder_hidden_states=noise(text, config.joint_attention_dim),
+        pooled_projections=noise(config.pooled_projection_dim),
+    )
+    return lambda time: ((), {**known, "timestep": x.new_full((len(x),), time)})
+
+
+def _flux_call(config: Any, noise: _Noise, grid: tuple[int, int], text: int) -> Callable:
+    x = noise(grid[0] * grid[1], config.in_channels)
+    rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
+    places = torch.stack((torch.zeros_like(rows), rows, columns), dim=-1).reshape(-1, 3)
+    known = dict(
+        hidden_states=x,
+        encoder_hidden_states=noise(text, config.joint_attention_dim),
+        pooled_projections=noise(config.pooled_projection_dim),
+        img_ids=places.to(x),
+        txt_ids=x.new_zeros(text, 3),
+    )
+    if config.guidance_embeds:
+        known["guidance"] = x.new_full((len(x),), 3.5)
+    return lambda time: ((), {**known, "timestep": x.new_full((len(x),), time / 1000)})
+
+
+# Class -> what makes (timestep -> arguments of a call).
+_CALLS = {_UNET: _unet_call, _SD3: _sd3_call, _FLUX: _flux_call}
 
 
 def check_network(name: str, sizes: Sequence[tuple[int, int]] = ()) -> Network:
@@ -175,4 +216,16 @@ NETWORKS = {
         ),
         size=1024,
     ),
+    "sd3": Network(  # medium
+        dict(
+            num_layers=24,
+            num_attention_heads=24,
+            caption_projection_dim=1536,
+            pos_embed_max_size=192,
+        ),
+        name=_SD3,
+        size=1024,
+        text=333,
+    ),
+    "flux": Network(dict(guidance_embeds=True), name=_FLUX, size=1024, factor=16, text=512),  # dev
 }

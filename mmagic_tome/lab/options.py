@@ -104,7 +104,7 @@ def add_options(parser: argparse.ArgumentParser, verb: str, default: str) -> Non
     several = {"nargs": "+"} if cases else {}
 
     add = parser.add_argument_group("what is run").add_argument
-    networks = ", or small, sd15, sd15-level0, sdxl (random weights)" if cases else ""
+    networks = ", or small, sd15, sd15-level0, sdxl, sd3, flux (random weights)" if cases else ""
     config = f"a file, or package::path{networks} (default: {default})"
     add("config", nargs="?", help=config)
     add("checkpoint", nargs="?", help="weights of a MMagic model (default: config's load_from)")

@@ -33,6 +33,9 @@ class Block:
         context_argument: the self-attention's argument for the tokens of keys and values.
         mask_argument: the self-attention's argument for a bias (B, 1, keys) that is added to the
             scores of keys. Default None: it has none.
+        image_keys: of a self-attention without such an argument, where the image's keys are in
+            the ``scaled_dot_product_attention`` that it calls: 'first', 'last' (the others are
+            the text's). Default None: not known, so its keys cannot be weighed.
         output_index: kind -> index of the image tokens in the tuple that is returned. Default 0,
             or no tuple.
         joint_sequence: kinds whose module receives text and image tokens in one sequence, the
@@ -51,6 +54,7 @@ class Block:
     second_attention: dict[str, nn.Module] = field(default_factory=dict)
     context_argument: str = "encoder_hidden_states"
     mask_argument: str | None = None
+    image_keys: str | None = None
     output_index: dict[str, int] = field(default_factory=dict)
     joint_sequence: tuple[str, ...] = ()
     joint: tuple[str, ...] = ()

@@ -28,6 +28,7 @@ _DOUBLE = ("transformer_blocks", TEXT_FIRST)
 _SINGLE = dict(TEXT_FIRST, **MLP_FIRST, joint_sequence=("attn", "mlp"))
 _SINGLE_CHROMA = dict(JOINT, **MLP_FIRST, joint_sequence=("attn", "mlp", "block"))
 _SINGLE_FLUX2 = dict(JOINT, mlp=None, joint_sequence=("attn", "block"))
+_VIDEO = dict(JOINT, image_keys="first")
 
 # Ids tensor -> (version, grid). Pipelines build the tensor once per image, so the grid is read,
 # which synchronizes with the device, once per image instead of at every step.
@@ -118,8 +119,8 @@ class HunyuanVideo(RotaryTransformer):
     mask_position = 3
     image_first = True
     lists = (
-        ("transformer_blocks", JOINT),
-        ("single_transformer_blocks", dict(JOINT, **MLP_FIRST, joint_sequence=("mlp",))),
+        ("transformer_blocks", _VIDEO),
+        ("single_transformer_blocks", dict(_VIDEO, **MLP_FIRST, joint_sequence=("mlp",))),
     )
 
     def blocks(self, network: nn.Module) -> list[Block]:

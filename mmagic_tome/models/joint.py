@@ -33,7 +33,7 @@ class SD3(Transformer):
     description = "Stable Diffusion 3 and 3.5 (SD3Transformer2DModel)"
     class_names = ("SD3Transformer2DModel",)
     timestep_position = 3
-    lists = (("transformer_blocks", TEXT_FIRST),)
+    lists = (("transformer_blocks", dict(TEXT_FIRST, image_keys="first")),)
 
     def blocks(self, network: nn.Module) -> list[Block]:
         return [

@@ -26,10 +26,15 @@ TABLE_OF_ALL = "every block receives the rotary table of all tokens. Write targe
 BASIC = dict(attn="attn1", crossattn="attn2", mlp="ff")
 # Blocks with one stream and rotary embeddings:
 _ONE_TABLE = "queries and keys share one rotary table, so they must be the same tokens. "
-ROTARY = dict(BASIC, refused={"attn_kv": _ONE_TABLE + _OTHER_METHOD, "stack": TABLE_OF_ALL})
+ROTARY = dict(
+    BASIC,
+    image_keys="first",
+    refused={"attn_kv": _ONE_TABLE + _OTHER_METHOD, "stack": TABLE_OF_ALL},
+)
 # Blocks with joint attention of image and text tokens:
 JOINT = dict(
     joint=("attn", "block"),
+    image_keys="last",
     refused={
         "attn_kv": SAME_TOKENS,
         "stack": "text tokens pass from block to block as well. Write targets='block'",

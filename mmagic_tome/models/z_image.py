@@ -19,7 +19,11 @@ from ..errors import ToMeError
 from .base import argument
 from .transformer import SAME_TOKENS, TABLE_OF_ALL, RotaryTransformer
 
-_COMMON = dict(mlp="feed_forward", refused={"attn_kv": SAME_TOKENS, "stack": TABLE_OF_ALL})
+_COMMON = dict(
+    mlp="feed_forward",
+    image_keys="first",
+    refused={"attn_kv": SAME_TOKENS, "stack": TABLE_OF_ALL},
+)
 _TEXT = dict(_COMMON, joint_sequence=("attn", "mlp", "block"))
 _JOINT = dict(_TEXT, joint=("attn", "block"))
 

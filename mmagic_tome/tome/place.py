@@ -18,7 +18,7 @@ from ..schedules import SELF_ATTENTION, Place
 from .block import BlockPreHook
 from .network import GridPreHook, NetworkPostHook, NetworkPreHook, RunSignals
 from .state import BlockState, Target, TomePatch
-from .target import target_hooks
+from .target import WeighKeys, target_hooks
 
 
 def place(
@@ -64,9 +64,12 @@ def place(
                 joint=kind in block.joint_sequence,
                 context_argument=block.context_argument,
                 output_index=block.output_index.get(kind, 0),
-                bias=block.mask_argument if config.prop_attn and kind in SELF_ATTENTION else None,
+                weighs=config.prop_attn and kind in SELF_ATTENTION,
+                bias=block.mask_argument,
             )
             patch.targets.append(target)
+            if target.weighs:
+                intercept(modules[0], WeighKeys(patch, target, block.image_keys == "last"))
             for path, hook in target_hooks(patch, target):
                 register(network.get_submodule(path), hook)
         patch.targets[-1].last = True
@@ -120,7 +123,8 @@ def _check_block(block: Block, config: ToMeConfig) -> None:
     for kind in config.kinds:
         if kind in block.refused:
             raise ToMeError(f"{block.name} cannot be merged at {kind!r}: {block.refused[kind]}")
-        if config.prop_attn and kind in SELF_ATTENTION and block.mask_argument is None:
+        weighs = config.prop_attn and kind in SELF_ATTENTION
+        if weighs and block.mask_argument is None and block.image_keys is None:
             raise ToMeError(
                 f"prop_attn=True: self-attention of {block.name} takes no mask to weigh keys by; "
                 "write prop_attn=False"

@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..config import ToMeConfig
 from ..merging import FramePlan, GridLayout, JointPlan, random_layout, regular_layout
+from ..merging.proportional import KeyWeighing
 from ..merging.random import hashed_integers
 from ..patch import Context, Patch, hooks_of, keep_last, register, unregister
 from ..runs import RunTracker
@@ -77,6 +78,8 @@ class TomeContext(Context):
         self.shared: dict[tuple, Any] = {}
         self.computes = True  #: whether the block that runs computes its plans at this step
         self.pending: dict[str, Any] = {}  #: target -> what its pre-hook leaves its post-hook
+        #: Of the attention that runs, where it weighs keys.
+        self.weighing: KeyWeighing | None = None
         self.network: nn.Module | None = None  #: that runs, where targets run a second time
 
     def forget_run(self) -> None:
@@ -126,7 +129,8 @@ class Target:
     joint: bool  # whether it is called with text and image tokens in one sequence
     context_argument: str  # of its attention, for the tokens of keys and values
     output_index: int  # of the image's tokens in what it returns
-    bias: str | None  # argument of its attention for log(size) of the keys; None: not given
+    weighs: bool  # whether its attention weighs keys by their size
+    bias: str | None  # argument of its attention for these weights; None: it takes no mask
     last: bool = False  # of its block
     tokens: int | None = None  # of the image, at the last call
     kept: int | None = None  # of these, after merging

@@ -16,14 +16,17 @@ Extrapolating R along the timestep, and a residual without a second run of f, we
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ToMeError
+from ..graphs import eager_only
 from ..merging.joint import JointPlan
-from ..patch import Hook
+from ..merging.proportional import KeyWeighing, log_sizes
+from ..patch import Hook, Interceptor
 from .network import StepHook
 from .state import Target, TomePatch
 
@@ -50,11 +53,12 @@ class TargetHook(Hook):
         to write instead, if the call cannot be merged."""
         target = self.target
         self._check_call(plan, x, kwargs)
-        if target.bias is not None:
-            # softmax then counts a merged key as often as it stands for tokens. Inverses of soft
-            # merging may have sizes below 0; nothing else comes near to this.
-            size = plan.size.float().clamp_min(1e-3).log().to(x.dtype)
-            kwargs = {**kwargs, target.bias: size[:, None]}
+        if target.weighs:
+            # softmax then counts a merged key as often as it stands for tokens.
+            log_size, weighing = log_sizes(plan.size, x.dtype), self.patch.context.weighing
+            weighing.log_size, weighing.masked = log_size, target.bias is not None
+            if weighing.masked:
+                kwargs = {**kwargs, target.bias: log_size.to(x.dtype)[:, None]}
         merged = plan.merge(x)
         if target.kind == "attn_kv":
             return args, {**kwargs, target.context_argument: merged}, None
@@ -219,6 +223,39 @@ class ResidualPostHook(StepHook, TargetHook):
             y = target.tokens_of(context.network.get_submodule(path).forward(*args, **kwargs))
         context.pending, context.plans = pending, plans
         return self.unmerged(plan, x, merged, y)
+
+
+class WeighKeys(Interceptor):
+    """Around an attention whose keys are weighed, see :class:`KeyWeighing`. Its target's hooks run
+    inside, and say by what."""
+
+    skips = True
+
+    def __init__(self, patch: TomePatch, target: Target, image_last: bool) -> None:
+        super().__init__(patch)
+        self.target = target
+        self.image_last = image_last
+
+    def call(self, module: nn.Module, proceed: Callable, args: tuple, kwargs: dict) -> Any:
+        # Hooks of a residual are not compiled, and a mode does not cross from there into graphs.
+        weighed = self.eager if self.patch.config.residual else self.weighed
+        return weighed(module, proceed, args, kwargs)
+
+    @eager_only()
+    def eager(self, *call: Any) -> Any:
+        return self.weighed(*call)
+
+    def weighed(self, module: nn.Module, proceed: Callable, args: tuple, kwargs: dict) -> Any:
+        """The call with its keys weighed; ToMeError if it does not let them."""
+        weighing = self.patch.context.weighing = KeyWeighing(self.image_last)
+        with weighing:
+            output = proceed(module, *args, **kwargs)
+        if weighing.log_size is not None and not weighing.masked:
+            raise ToMeError(
+                f"{self.target.name} does not call scaled_dot_product_attention, so its keys "
+                "cannot be weighed; use the model's default attention, or write prop_attn=False"
+            )
+        return output
 
 
 def target_hooks(patch: TomePatch, target: Target) -> list[tuple[str, TargetHook]]:

@@ -102,6 +102,7 @@ class Family:
     def block(self, name: str, layer: nn.Module) -> ViTBlock:
         """The modules of the block at ``name``."""
         found = [type(one) for one in (layer, getattr(layer, self.attention, None))]
+        found = [getattr(kind, "_intercepted_class", kind) for kind in found]
         wanted = [getattr(sys.modules[self.library], kind) for kind in self.types]
         if wanted and found != wanted:
             raise ToMeError(

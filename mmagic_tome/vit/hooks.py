@@ -16,6 +16,7 @@ average of several draws.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from .. import patch as patches
 from ..errors import ToMeError
 from ..merging.plan import gather_tokens
+from ..merging.proportional import KeyWeighing, log_sizes
 from ..merging.sequence import combine, match_tokens, total_size
 from ..patch import Hook
 from .families import ViT
@@ -44,6 +46,8 @@ def register(vit: ViT, patch: ViTPatch) -> None:
         patches.register(block.module, BlockPostHook(patch, index))
         patches.register(block.first, FirstPreHook(patch, index))
         patches.register(block.attention, attention)
+        if patch.config.prop_attn:
+            patches.intercept(block.attention, WeighKeys(patch))
         if not isinstance(vit.mask, str):
             vit.mask.inject(block.attention, attention)
         metric = patch.config.metric
@@ -167,7 +171,7 @@ class AttentionPreHook(BlockHook):
     """Proportional attention: softmax(Q K^T / sqrt(d) + log s), s the sizes of the key tokens.
 
     A token of size s receives the attention of s tokens. The bias is an additive mask, so that the
-    model's own attention, fused or not, keeps doing the work.
+    model's own attention, fused or not, keeps doing the work; see :class:`WeighKeys`.
     """
 
     def __init__(self, patch: ViTPatch, index: int, mask: str | type[Injection]) -> None:
@@ -208,7 +212,22 @@ class AttentionPreHook(BlockHook):
         size = self.patch.context.size
         if size is None or not self.patch.config.prop_attn:
             return None
-        return size.log().to(x.dtype)[:, None, None, :]
+        log_size, weighing = log_sizes(size, x.dtype), self.patch.context.weighing
+        weighing.log_size, weighing.masked = log_size, True
+        return log_size.to(x.dtype)[:, None, None, :]
+
+
+class WeighKeys(patches.Interceptor):
+    """Around an attention: where its bias would cost a GPU the fast kernel, keys are weighed
+    without it, see :class:`~..merging.proportional.KeyWeighing`."""
+
+    skips = True
+
+    def call(self, module: nn.Module, proceed: Callable, args: tuple, kwargs: dict) -> Any:
+        # Its hooks run inside, and say what the keys weigh.
+        self.patch.context.weighing = KeyWeighing()
+        with self.patch.context.weighing:
+            return proceed(module, *args, **kwargs)
 
 
 class MetricPostHook(Hook):

@@ -86,8 +86,11 @@ def proportional_attention(
     eager = sys.modules[type(module).__module__].eager_attention_forward
     attention = _implementations().get_interface(proxy.own._attn_implementation, eager)
     bias = proxy.hook.bias(query)
-    if bias is not None:
-        attention_mask = bias if attention_mask is None else attention_mask + bias
+    if bias is not None and attention_mask is not None:
+        # A mask of the model itself, which further channels cannot replace.
+        proxy.hook.patch.context.weighing.log_size = None
+        bias = attention_mask + bias
+    attention_mask = attention_mask if bias is None else bias
     return attention(module, query, key, value, attention_mask, **kwargs)
 
 

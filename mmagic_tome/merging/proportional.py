@@ -1,0 +1,164 @@
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Proportional attention: softmax(Q K^T / sqrt(d) + log s) V, where s is the number of tokens that
+a key represents (ToMe, arXiv 2210.09461, section 3).
+
+``log s`` can reach ``scaled_dot_product_attention`` in two ways:
+
+- as an additive mask. The flash kernels of GPUs take none, so a slower kernel runs;
+- as further channels of queries and keys (:func:`attention_with_channels`): the query's value times
+  the key's adds ``log s`` to the scaled product. No mask is left, so the flash kernel runs.
+
+:func:`prefers_channels` chooses per call. Attention that takes a mask receives one, so that it is
+exact with any implementation. Inside of :class:`KeyWeighing` a call of
+``scaled_dot_product_attention`` exchanges this mask for channels, or gets what it lacks where
+attention takes no mask. That concerns the calls of one thread, and replaces nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+# Largest head size of the flash kernels; they take multiples of this many channels.
+_WIDEST, _MULTIPLE = 256, 8
+
+
+def log_sizes(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """Log of the sizes (B, M) of keys, in ``dtype`` but at least in single precision.
+
+    Inverses of soft merging may have sizes below 0, which count as 0.001.
+    """
+    return size.to(torch.promote_types(dtype, torch.float32)).clamp_min(1e-3).log()
+
+
+class KeyWeighing(TorchFunctionMode):
+    """Weighs the keys of the next call of ``scaled_dot_product_attention`` inside of it.
+
+    Args:
+        image_last: Whether the weighed keys follow all others, such as those of a text. Default
+            False: they precede them.
+
+    Attributes:
+        log_size: :func:`log_sizes` of the keys to weigh, (B, M); the call takes it away. Default
+            None: there is nothing to weigh.
+        masked: Whether the attention receives a mask that adds ``log_size``. Default False.
+    """
+
+    def __init__(self, image_last: bool = False) -> None:
+        super().__init__()
+        self.image_last = image_last
+        self.log_size: Tensor | None = None
+        self.masked = False
+
+    def __torch_function__(
+        self,
+        func: Callable,
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.unflatten:  # written in Python, in a way that dynamo cannot trace
+            return args[0].unflatten(*args[1:], **kwargs)
+        if self.log_size is None or func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        log_size, self.log_size = self.log_size, None
+        return self.weighed(log_size, *args, **kwargs)
+
+    def weighed(
+        self,
+        log_size: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **options: Any,
+    ) -> Tensor:
+        """``scaled_dot_product_attention`` with ``log_size`` added to the scores of the image's
+        keys."""
+        options.update(dropout_p=dropout_p, is_causal=is_causal)
+        others = key.shape[-2] - log_size.shape[-1]
+        log_size = F.pad(log_size, (others, 0) if self.image_last else (0, others))
+        own = attn_mask is not None and not self.masked  # a mask of the model itself
+        if prefers_channels(query) and not own:
+            return attention_with_channels(query, key, value, log_size, **options)
+        if attn_mask is None or own:
+            mask = log_size.to(query.dtype)[:, None, None]
+            if own and attn_mask.dtype == torch.bool:
+                mask = mask.masked_fill(~attn_mask, -math.inf)
+            elif own:
+                mask = mask + attn_mask
+            attn_mask = mask
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, **options)
+
+
+def prefers_channels(query: Tensor) -> bool:
+    """Return whether a mask would cost queries (B, H, N, d) the flash kernel: on a GPU that has one
+    (compute capability 8 or newer), in half precision, with a head size that it takes.
+
+    On a CPU a mask costs little, and on short sequences less than the copies that channels need
+    (``docs/methods.md``).
+    """
+    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    fits = query.dim() == 4 and _width(query.shape[-1]) <= _WIDEST
+    return fits and torch.cuda.get_device_properties(query.device).major >= 8
+
+
+def attention_with_channels(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_size: Tensor,
+    scale: float | None = None,
+    **options: Any,
+) -> Tensor:
+    """``scaled_dot_product_attention`` with ``log s`` added to the scores of keys, without a mask.
+
+    The query's further channel would be sqrt(d) and the key's log s: scaled by 1 / sqrt(d), their
+    product is log s. Half precision rounds both. So the query's is a power of two near sqrt(d), the
+    key's makes up for the difference, and what rounding it loses is in a second channel. Sums of
+    products are taken in single precision, as in any kernel. The head size is padded with zeros to
+    a multiple of 8.
+
+    Args:
+        query: (B, H, N, d).
+        key: (B, H, M, d).
+        value: (B, H, M, e).
+        log_size: (B, M) or (1, M), see :func:`log_sizes`.
+        scale: Of the products. Default: 1 / sqrt(d), of the head size without further channels.
+        **options: Of ``scaled_dot_product_attention``.
+
+    Returns:
+        Tensor: (B, H, N, e).
+    """
+    width, of_values = query.shape[-1], value.shape[-1]
+    scale = width**-0.5 if scale is None else scale
+    more = _width(width) - width
+    unit = 2.0 ** round(-math.log2(scale))
+    weight = (log_size / (scale * unit))[:, None, :, None]
+    high = weight.to(key.dtype)
+    low = (weight - high).to(key.dtype)
+    of_keys = F.pad(torch.cat([high, low], dim=-1), (0, more - 2))
+    of_queries = F.pad(query.new_full((1, 1, 1, 2), unit), (0, more - 2))
+    out = F.scaled_dot_product_attention(
+        torch.cat([query, of_queries.expand(*query.shape[:-1], more)], dim=-1),
+        torch.cat([key, of_keys.expand(*key.shape[:-1], more)], dim=-1),
+        F.pad(value, (0, width + more - of_values)),
+        scale=scale,
+        **options,
+    )
+    return out[..., :of_values]
+
+
+def _width(head_size: int) -> int:
+    """The head size with two further channels, padded."""
+    return -(-(head_size + 2) // _MULTIPLE) * _MULTIPLE
