@@ -2,11 +2,12 @@
 """The demo diffusion transformer: how it is trained and exported, and what is shipped."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
+from PIL import Image
 from test_demo_model_training import TOOLS, tools  # noqa: F401  (a fixture)
 
 import mmagic_tome
@@ -96,7 +97,9 @@ def test_it_is_trained_and_exported_as_a_pipeline(tools, tiny, tmp_path):  # noq
     arguments = (folder, "StableDiffusion3Pipeline", tools["export_dit"].INDEX, 20)
     written = tools["export"].export(parts, tmp_path / "tokenizer", *arguments)
     assert 0 < written < tools["export"].LIMIT
-    source = runners.open_source(pipeline=folder)
+    # A third text encoder that is not there must be named, as for Stable Diffusion 3 itself.
+    entry = dict(from_pretrained=str(folder), text_encoder_3=None, tokenizer_3=None)
+    source = runners.open_source(Config(dict(pipeline=entry), cfg_text=" ", filename="dit.py"))
     request = runners.make_request(source, prompts=["red apple"], steps=2, size=64)
     runner = source.load(request)
     assert runner.model.tokenizer_max_length == 20
@@ -121,17 +124,15 @@ def test_shipped_files_are_small_and_name_no_machine():
 
 @shipped
 def test_the_demo_runs_and_draws_on_white(tmp_path):
-    """What `make demo-dit` does, smaller."""
+    """What `make demo-dit` does, for one prompt."""
     source = runners.open_source(str(ROOT / "configs" / "demo" / "sd3-emoji_tome-balanced.py"))
-    request = runners.make_request(source, prompts=["red apple"], steps=12, size=128)
+    request = runners.make_request(source, prompts=["red apple"])
     result = infer(source, request, compare=True, rounds=1, folder=tmp_path, progress=False)
-    assert Path(tmp_path, result["compare"]).is_file()
+    assert (tmp_path / result["compare"]).is_file()
     (entry,) = result["images"]
-    assert entry["psnr"] > 25
-    from PIL import Image
-
+    assert entry["psnr"] is None or entry["psnr"] > 25
     image = np.asarray(Image.open(tmp_path / entry["baseline_file"]).convert("RGB"), float)
-    corners = image[[2, 2, -3, -3], [2, -3, 2, -3]]
-    assert corners.min() > 200
-    red, green, _ = image[50:78, 50:78].mean((0, 1))
+    assert image[[2, 2, -3, -3], [2, -3, 2, -3]].min() > 200
+    middle = len(image) // 2
+    red, green, _ = image[middle - 6 : middle + 6, middle - 6 : middle + 6].mean((0, 1))
     assert red > green + 40

@@ -9,15 +9,19 @@ _base_ = []
 from mmagic_tome.assets import asset_path  # noqa: E402
 
 # Where the weights are depends on how the package was installed.
-pipeline = dict(from_pretrained=asset_path("demo_dit"))
+pipeline = dict(
+    from_pretrained=asset_path("demo_dit"),
+    # diffusers wants to be told that this model has no third text encoder.
+    text_encoder_3=None,
+    tokenizer_3=None,
+)
 
-# What `tools/infer.py` generates by default: 1024 image tokens.
+# What `tools/infer.py` generates by default, at the size of the weights.
 infer_cfg = dict(
     prompts=["red apple", "smiling face with sunglasses", "sailboat"],
     steps=20,
     guidance=3.0,
-    size=256,
-    # The third text encoder, which this model lacks, is replaced by tokens of
-    # zeros. The pipeline's default is 256 of them; fewer take less time.
+    # The pipeline appends tokens of zeros in place of the third text encoder.
+    # Its default is 256 of them; fewer take less time.
     extra=dict(max_sequence_length=1),
 )

@@ -184,7 +184,7 @@ RECIPES["mixed"] = [
 
 # The diffusion transformer, on one core. A step at 64 px (64 tokens) costs a tenth of one at 256 px
 # for the same images: what captions mean is learned there, and the other sizes follow.
-DIT = Stage("dit_64", steps=6000, batch=32, lr=1e-3, lr_end=1e-3, warmup=200, size=64, ema=0.999)
+DIT = Stage("dit_64", steps=3000, batch=32, lr=1e-3, lr_end=1e-3, warmup=200, size=64, ema=0.999)
 DIT_MIXED = replace(
     DIT,
     name="dit_mixed",
