@@ -71,6 +71,7 @@ def flow_loss(transformer, encoders, latents, prompts: Prompts, stage: Stage, de
         size, _ = stage.draw(step, seed)
         n = math.ceil(stage.batch_at(size) / parts)
         picks = torch.randperm(count, generator=generator)[:n]
+        n = len(picks)  # there may be fewer captions
         x = latents[size][picks]
         # Times spread evenly over the batch: less noise in the loss.
         u = (torch.arange(n) + torch.rand(n, generator=generator)) / n
