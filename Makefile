@@ -19,10 +19,10 @@ STAMP := $(VENV)/.installed-$(firstword $(shell cat $(SETUP_FILES) | cksum))
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format benchmark figures wheel clean
+.PHONY: help venv demo demo-dit test lint format benchmark figures wheel clean
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) OUT=$(OUT) PYTEST_ARGS='$(PYTEST_ARGS)'"
 
 venv: $(STAMP) ## create .venv with the pinned versions (only when they changed)
@@ -40,6 +40,9 @@ $(STAMP):
 
 demo: $(STAMP) ## generate images, the baseline's and faster ones side by side
 	$(PY) tools/infer.py configs/demo/sd-emoji_tome-balanced.py --compare --work-dir $(OUT) $(DEMO_ARGS)
+
+demo-dit: $(STAMP) ## the same with the demo diffusion transformer
+	$(PY) tools/infer.py configs/demo/sd3-emoji_tome-balanced.py --compare --work-dir $(OUT)-dit $(DEMO_ARGS)
 
 test: lint ## lint and all tests
 	$(PY) -m pytest $(PYTEST_ARGS)

@@ -82,9 +82,10 @@ def test_wheel_holds_what_it_should(wheel):
     strays = [n for n in names if not re.match(r"mmagic_tome(/|-[\d.]+\.dist-info/)", n)]
     assert not strays, "configs/ and tools/ stay out of site-packages itself"
     assert not [n for n in names if n.endswith((".pyc", ".part")) or "__pycache__" in n]
-    weights = [ROOT / name for name in names if name.endswith(".safetensors")]
-    assert len(weights) >= 3, "the demo model (unet, vae, text_encoder) is package data"
-    assert sum(path.stat().st_size for path in weights) <= 24e6
+    for model in ("demo_model", "demo_dit"):
+        weights = [n for n in names if f"/{model}/" in n and n.endswith(".safetensors")]
+        assert len(weights) >= 3, "the demo models (network, vae, text encoders) are package data"
+        assert sum((ROOT / name).stat().st_size for name in weights) <= 24e6
 
     # A bare install brings torch and diffusers; no version may be forced on a user's environment.
     assert requirements(metadata) == {"torch", "diffusers"}

@@ -14,6 +14,7 @@ REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))  # the package beside these tools
 DEFAULT_WORK_DIR = "work_dirs/demo_model"
 ASSETS = REPO / "mmagic_tome" / "assets" / "demo_model"
+DIT_ASSETS = ASSETS.with_name("demo_dit")
 
 
 class ToolError(RuntimeError):

@@ -57,14 +57,27 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def load_pipeline(folder: Path, device: str = "cpu"):
-    if not (folder / "model_index.json").is_file():
+    path = folder / "model_index.json"
+    if not path.is_file():
         raise ToolError(f"--model {folder}: no model_index.json there")
     common.repair_torchvision()
-    from diffusers import StableDiffusionPipeline
+    import diffusers
 
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    index = json.loads(path.read_text(encoding="utf-8"))
+    # Stable Diffusion 3 insists on being told which of its text encoders are not there.
+    absent = {
+        name: None
+        for name, kind in index.items()
+        if kind == [None, None] and name.startswith(("text_encoder", "tokenizer"))
+    }
+    kind = getattr(diffusers, index["_class_name"])
+    pipeline = kind.from_pretrained(folder, torch_dtype=torch.float32, **absent)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def network(pipeline):
+    return getattr(pipeline, "transformer", None) or pipeline.unet
 
 
 def candidates(data, path: Path | None) -> list[int]:
@@ -91,6 +104,8 @@ def choose(concepts: list[int], count: int) -> list[int]:
 def generate(pipeline, prompts, size, steps, guidance, seed, batch, dtype="float32") -> np.ndarray:
     """uint8 pictures; prompt i has seed + i, whatever the batch."""
     out = []
+    # In place of a third text encoder: as few tokens of zeros as possible.
+    extra = {"max_sequence_length": 1} if hasattr(pipeline, "text_encoder_3") else {}
     for start in tqdm(range(0, len(prompts), batch), desc="generating"):
         texts = prompts[start : start + batch]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(texts))]
@@ -103,6 +118,7 @@ def generate(pipeline, prompts, size, steps, guidance, seed, batch, dtype="float
                 guidance_scale=guidance,
                 generator=generators,
                 output_type="np",
+                **extra,
             ).images
         out.append((pictures * 255).round().astype(np.uint8))
     return np.concatenate(out)
@@ -162,7 +178,7 @@ def main() -> None:
     out = args.out or args.work_dir / "evaluation"
     pipeline = load_pipeline(args.model, args.device)
     factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-    size = args.size or pipeline.unet.config.sample_size * factor
+    size = args.size or network(pipeline).config.sample_size * factor
     if size % (factor * 4):
         raise ToolError(f"--size {size}: give a multiple of {factor * 4}")
     from images import Data

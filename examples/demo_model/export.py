@@ -19,7 +19,7 @@ import common
 import torch
 from common import ASSETS, DEFAULT_WORK_DIR, ToolError, run_tool, save_json
 
-LIMIT = 24_000_000  # bytes of weights that the package may carry
+LIMIT = 24_000_000  # bytes of weights that a model of the package may have
 CLASSES = {
     "scheduler": ["diffusers", "DDIMScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],
@@ -27,10 +27,28 @@ CLASSES = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+INDEX = {
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    **CLASSES,
+}
 
 
-def export(modules: dict, tokenizer_folder: Path, out: Path) -> int:
-    """Write the parts in diffusers layout; returns the bytes of weights."""
+def export(
+    modules: dict,
+    tokenizer_folder: Path,
+    out: Path,
+    pipeline: str = "StableDiffusionPipeline",
+    index: dict = INDEX,
+    prompt_tokens: int | None = None,
+) -> int:
+    """Write the parts in diffusers layout; returns the bytes of weights.
+
+    The tokenizer is written for every entry of `index` whose name starts with "tokenizer" and that
+    is not None; `prompt_tokens` is its length of a prompt (default: as it has it).
+    """
     import diffusers
 
     size = sum(
@@ -49,25 +67,27 @@ def export(modules: dict, tokenizer_folder: Path, out: Path) -> int:
         values = json.loads(config.read_text(encoding="utf-8"))
         values.pop("_name_or_path", None)  # where this machine had it
         save_json(config, values)
-    (out / "tokenizer").mkdir(exist_ok=True)
-    for path in sorted(tokenizer_folder.iterdir()):
-        shutil.copyfile(path, out / "tokenizer" / path.name)
+    for name, kind in index.items():
+        if name.startswith("tokenizer") and kind != [None, None]:
+            copy_tokenizer(tokenizer_folder, out / name, prompt_tokens)
     save_json(
         out / "model_index.json",
-        {
-            "_class_name": "StableDiffusionPipeline",
-            "_diffusers_version": diffusers.__version__,
-            "feature_extractor": [None, None],
-            "image_encoder": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
-            **CLASSES,
-        },
+        {"_class_name": pipeline, "_diffusers_version": diffusers.__version__, **index},
     )
     weights = list(out.rglob("*.safetensors"))
     for path in weights:
         path.chmod(0o644)  # safetensors writes them for the owner only
     return sum(p.stat().st_size for p in weights)
+
+
+def copy_tokenizer(folder: Path, out: Path, prompt_tokens: int | None = None) -> None:
+    out.mkdir(exist_ok=True)
+    for path in sorted(folder.iterdir()):
+        shutil.copyfile(path, out / path.name)
+    if prompt_tokens is not None:
+        config = out / "tokenizer_config.json"
+        values = json.loads(config.read_text(encoding="utf-8"))
+        save_json(config, {**values, "model_max_length": prompt_tokens})
 
 
 def main() -> None:

@@ -63,7 +63,7 @@ def plot_losses(work_dir: Path) -> None:
         log = json.loads(path.read_text(encoding="utf-8"))
         if log["losses"]:
             steps, _, losses = zip(*log["losses"])
-            ax = axes[1 if path.stem.startswith("unet") else 0]
+            ax = axes[0 if path.stem.startswith(("vae", "decoder")) else 1]
             ax.plot(steps, losses, label=f"{path.stem} ({log['seconds'] / 60:.0f} min)")
     for ax in axes:
         ax.set_xlabel("step")

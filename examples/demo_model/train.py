@@ -8,6 +8,8 @@ Recipes
   cpu   two cores, about two hours: most steps on 64 and 128 px images, in resumable pieces
   cpu_256  the same and about six hours more on 256 px images (4096 tokens)
   mixed  one core for hours, from --start-from on: 128 and 256 px mixed, more concepts
+  dit   one core for hours: the diffusion transformer; its VAE and the start of its text encoder
+        come from --start-from (default: the shipped model)
   gpu   one large GPU, under 25 minutes: bf16, finishing on 256 px images
 """
 
@@ -25,6 +27,7 @@ import torch
 from common import ASSETS, DEFAULT_WORK_DIR, ToolError, run_tool
 from images import Data
 from stages import RECIPES, Stage
+from train_dit import train_dit
 from train_unet import train_unet
 from train_vae import train_decoder, train_vae
 
@@ -42,14 +45,19 @@ def main() -> None:
         args.start_from = ASSETS
     common.repair_torchvision()
     data = Data(args.work_dir)
-    previous = {"vae": None, "unet": None}
+    previous: dict[str, str] = {}
     for stage in RECIPES[args.recipe]:
         kind = stage.name.split("_")[0]
         if args.only is None or stage.name in args.only:
-            run = {"vae": train_vae, "decoder": train_decoder, "unet": train_unet}[kind]
-            before = previous["unet" if kind == "unet" else "vae"]
+            run = {
+                "vae": train_vae,
+                "decoder": train_decoder,
+                "unet": train_unet,
+                "dit": train_dit,
+            }[kind]
+            before = previous.get("vae" if kind == "decoder" else kind)
             run(with_options(stage, args), before, data, args.work_dir, args)
-        previous["unet" if kind == "unet" else "vae"] = stage.name
+        previous["vae" if kind == "decoder" else kind] = stage.name
 
 
 def check_stages(args) -> None:

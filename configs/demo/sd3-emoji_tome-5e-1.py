@@ -1,0 +1,4 @@
+_base_ = "./sd3-emoji.py"
+
+custom_imports = dict(imports=["mmagic_tome"], allow_failed_imports=False)
+tome_cfg = dict(ratio=0.5)

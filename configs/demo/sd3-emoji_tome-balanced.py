@@ -1,0 +1,4 @@
+_base_ = "./sd3-emoji.py"
+
+custom_imports = dict(imports=["mmagic_tome"], allow_failed_imports=False)
+cache_cfg = "balanced"
