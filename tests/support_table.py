@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""The tables of docs/support.md and README.md, made from the lists that the tests go through.
+"""The tables of docs/reference/support.md and README.md, from the lists that the tests go through.
 
 ``python tests/support_table.py`` writes them; a test fails when one is out of date.
 """
@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).parent / "test_vit"))  # for its list of mode
 
 _ROOT = Path(__file__).parents[1]
 CONFIGS = _ROOT / "configs"
-PAGE, README = _ROOT / "docs" / "support.md", _ROOT / "README.md"
+PAGE, README = _ROOT / "docs" / "reference" / "support.md", _ROOT / "README.md"
 _NETWORKS = (*NETWORKS.values(), *TRANSFORMERS.values())
 _TARGETS = ("attn", "attn_kv", "crossattn", "mlp", "block", "stack")
 
@@ -44,7 +44,7 @@ def mmagic():
     for file in sorted(file for name in FOLDERS for file in (CONFIGS / name).glob("*.py")):
         config, path = Config.fromfile(str(file)), f"{file.parent.name}/{file.name}"
         names, called = rows.setdefault(config.model.type, ([], set()))
-        names.append(f"[{file.stem}](../configs/{path})")
+        names.append(f"[{file.stem}](../../configs/{path})")
         called.update(filter(None, [INFERENCER.get(path)]))
         if "attention_injection" in config.model or "inference_method" in config:
             called.add("controlnet_animation")
