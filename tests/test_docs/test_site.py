@@ -35,6 +35,12 @@ def test_every_page_can_be_reached():
     assert set(PAGES) - found == set()
 
 
+def test_every_image_is_shown():
+    shown = {target for page in PAGES for target, _ in links_of(page)}
+    images = {str(path.relative_to(ROOT)) for path in (ROOT / "docs/images").rglob("*.png")}
+    assert images and images <= shown
+
+
 def test_pages_that_code_and_messages_name_are_there():
     named = set()
     for folder in (
