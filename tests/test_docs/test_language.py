@@ -4,7 +4,7 @@
 import re
 
 import pytest
-from pages import pages, prose_of, without_code
+from pages import pages, prose_of, text_of, without_code
 
 # A page has one purpose.
 MOST_WORDS = 1200
@@ -30,6 +30,11 @@ def words(text):
 @pytest.mark.parametrize("page", PAGES)
 def test_pages_are_short(page):
     assert words(prose_of(page)) < MOST_WORDS
+
+
+@pytest.mark.parametrize("page", ["README.md", "README_zh-CN.md"])
+def test_readmes_fit_into_200_lines(page):
+    assert len(text_of(page).splitlines()) <= 200
 
 
 @pytest.mark.parametrize("page", PAGES)
