@@ -156,3 +156,19 @@ def test_code_of_pages_runs(page, world, tmp_path, no_default_scope):
             if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
                 check(statement.targets[0].id, names[statement.targets[0].id])
     assert mmagic_tome.remove_tome(world) in (True, False)
+
+
+def test_summary_of_the_page_is_that_of_the_demo_model():
+    """The prompt 'red apple' at guidance 3, 20 steps of DDIM, seed 0."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(asset_path("demo_model")).to(torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    handle = mmagic_tome.apply_cache(pipeline, tolerance=0.01)
+    seed = torch.Generator().manual_seed(0)
+    pipeline("red apple", num_inference_steps=20, guidance_scale=3.0, generator=seed)
+    (shown,) = code_of("docs/get_started/diffusers.md", "")
+    *lines, predicted = handle.summary().splitlines()
+    assert shown.splitlines()[:-1] == lines
+    numbers = [float(line.split()[-1]) for line in (predicted, shown.splitlines()[-1])]
+    assert numbers[0] == pytest.approx(numbers[1], abs=2e-4)
