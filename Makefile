@@ -19,7 +19,7 @@ STAMP := $(VENV)/.installed-$(firstword $(shell cat $(SETUP_FILES) | cksum))
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-dit test lint format benchmark figures wheel clean
+.PHONY: help venv demo demo-dit test lint format benchmark figures docs wheel clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,11 +61,14 @@ benchmark: $(STAMP) ## time baseline, merging, tomesd and the ideal (BENCHMARK_A
 figures: $(STAMP) ## write all tables and plots of the pages from benchmarks/data
 	$(PY) benchmarks/figures.py
 
+docs: $(STAMP) ## build the documentation into site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --site-dir site
+
 wheel: $(STAMP) ## build dist/*.whl
 	rm -rf build dist
 	$(PY) -m pip --disable-pip-version-check wheel . --quiet --no-deps --no-build-isolation --wheel-dir dist
 	@ls -l dist
 
 clean: ## remove build products and outputs (.venv stays)
-	rm -rf build dist outputs work_dirs *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist outputs site work_dirs *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name '.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

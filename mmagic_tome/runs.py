@@ -4,7 +4,8 @@
 What a pipeline says is believed: diffusers' pipelines end a run (``_reset_stateful_cache``) and
 name guidance branches (``cache_context``). Otherwise a call continues a run only if its input
 follows from that run: a sampler computes the next latent as a linear combination of the last
-latents and outputs, so a least-squares fit leaves a small residual (``docs/architecture.md``).
+latents and outputs, so a least-squares fit leaves a small residual
+(``docs/project/architecture.md``).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""The tables of docs/support.md and README.md, made from the lists that the tests go through.
+"""The tables of docs/reference/support.md, from the lists that the tests go through.
 
 ``python tests/support_table.py`` writes them; a test fails when one is out of date.
 """
@@ -18,18 +18,17 @@ sys.path.append(str(Path(__file__).parent / "test_vit"))  # for its list of mode
 
 _ROOT = Path(__file__).parents[1]
 CONFIGS = _ROOT / "configs"
-PAGE, README = _ROOT / "docs" / "support.md", _ROOT / "README.md"
+PAGE = _ROOT / "docs" / "reference" / "support.md"
 _NETWORKS = (*NETWORKS.values(), *TRANSFORMERS.values())
 _TARGETS = ("attn", "attn_kv", "crossattn", "mlp", "block", "stack")
 
 
 def networks():
-    """The networks in Markdown: targets, regions that can be skipped, grids and what compiles
-    without a graph break."""
-    head = ("model", "class in diffusers", "targets", "regions of step caching")
-    head += ("grids tested, in tokens", "`torch.compile(fullgraph=True)` of")
+    """The networks in Markdown: targets, regions that can be skipped, proportional attention and
+    what compiles without a graph break."""
+    head = ("model", "class", "merging around", "step caching", "`prop_attn`", "one graph of")
     rows = [
-        (one.title, one.class_name, _targets(one), _regions(one), _grids(one), one.compiles)
+        (one.title, one.class_name, _targets(one), _regions(one), _weights(one), one.compiles)
         for one in _NETWORKS
     ]
     return _table(head, rows)
@@ -44,7 +43,7 @@ def mmagic():
     for file in sorted(file for name in FOLDERS for file in (CONFIGS / name).glob("*.py")):
         config, path = Config.fromfile(str(file)), f"{file.parent.name}/{file.name}"
         names, called = rows.setdefault(config.model.type, ([], set()))
-        names.append(f"[{file.stem}](../configs/{path})")
+        names.append(f"[{file.stem}](../../configs/{path})")
         called.update(filter(None, [INFERENCER.get(path)]))
         if "attention_injection" in config.model or "inference_method" in config:
             called.add("controlnet_animation")
@@ -60,8 +59,8 @@ def vits():
     """Vision transformers in Markdown."""
     from vits import FAMILIES, build
 
-    rows = [(name, f"`{type(build(name)).__name__}`") for name in FAMILIES]
-    return _table(("tested as", "class"), rows)
+    classes = dict.fromkeys(f"`{type(build(name)).__name__}`" for name in FAMILIES)
+    return ", ".join(classes) + "\n"
 
 
 def pipelines():
@@ -73,15 +72,9 @@ def pipelines():
     return _table(("model or option", "pipeline in diffusers"), rows)
 
 
-def short():
-    """The networks for the README: targets only."""
-    return _table(("model", "targets"), [(one.title, _targets(one)) for one in _NETWORKS])
-
-
 # file -> {name of a table: what makes it}
 TABLES = {
     PAGE: {"networks": networks, "mmagic": mmagic, "pipelines": pipelines, "vits": vits},
-    README: {"support": short},
 }
 
 
@@ -120,8 +113,13 @@ def _accepted(values, apply):
     return _code(accepted)
 
 
-def _grids(one):
-    return ", ".join(f"{height}x{width}" for height, width in one.grids)
+def _weights(one):
+    """Whether the network accepts proportional attention."""
+    try:
+        apply_tome(one.build(), ratio=0.5, prop_attn=True).remove()
+    except ToMeError:
+        return "no"
+    return "yes"
 
 
 def _code(words):

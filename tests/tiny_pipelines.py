@@ -1,8 +1,8 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Pipelines of diffusers, small enough for tests, with random weights everywhere.
 
-``PIPELINES`` is what the tests of all of them go through; docs/support.md lists it. Those around
-the networks of tiny_transformers.py have no text encoders and no decoder.
+``PIPELINES`` is what the tests of all of them go through; docs/reference/support.md lists it. Those
+around the networks of tiny_transformers.py have no text encoders and no decoder.
 """
 
 import inspect

@@ -1,7 +1,7 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Diffusion transformers small enough for tests, with random weights everywhere.
 
-``TRANSFORMERS`` is what the tests of all of them go through; docs/support.md lists it.
+``TRANSFORMERS`` is what the tests of all of them go through; docs/reference/support.md lists it.
 """
 
 import inspect

@@ -1,7 +1,7 @@
 # Every way to make the demo model faster, at several strengths: measured time against error.
 #   python tools/evaluate.py configs/benchmarks/frontier_demo.py
 # With 50 steps: frontier_demo_50.py.
-# The names are those of the published tables (docs/research/frontier.md).
+# The names are those of the published tables (docs/benchmarks/demo_model.md).
 _base_ = "../demo/sd-emoji.py"
 
 _network = dict(region="network", error_feedback=0.5, timestep_range=(0.1, 0.65))

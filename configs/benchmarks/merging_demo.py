@@ -2,7 +2,7 @@
 # from ToMe at ratio 0.5 around the finest level's self-attention. One round of cost is enough for
 # the operations of the levels.
 #   python tools/evaluate.py configs/benchmarks/merging_demo.py --rounds 1
-# The names are those of the published tables (docs/research/merging.md).
+# The names are those of the published tables (docs/benchmarks/merging.md).
 _base_ = "../demo/sd-emoji.py"
 
 _targets = ("mlp", "crossattn", "block", "stack")

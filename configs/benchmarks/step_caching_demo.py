@@ -1,5 +1,5 @@
 # Which region of the demo model to skip at which steps, and how to extrapolate its output: one
-# change at a time (docs/research/step_caching.md).
+# change at a time (docs/benchmarks/fixed_steps.md).
 #   python tools/evaluate.py configs/benchmarks/step_caching_demo.py --rounds 0
 _base_ = "../demo/sd-emoji.py"
 

@@ -1,3 +1,4 @@
+# The demo model with step caching, the recommended setting.
 _base_ = "./sd-emoji.py"
 
 custom_imports = dict(imports=["mmagic_tome"], allow_failed_imports=False)

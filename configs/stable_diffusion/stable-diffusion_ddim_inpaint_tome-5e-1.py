@@ -3,3 +3,13 @@ _base_ = "mmagic::stable_diffusion/stable-diffusion_ddim_denoisingunet-inpaint.p
 
 custom_imports = dict(imports=["mmagic_tome"], allow_failed_imports=False)
 tome_cfg = dict(ratio=0.5)
+
+# Weights of $SD_INPAINT_WEIGHTS, a folder in diffusers layout or a name on the model hub: the name in MMagic's
+# own config has left it.
+weights = "{{$SD_INPAINT_WEIGHTS:stable-diffusion-v1-5/stable-diffusion-inpainting}}"
+model = dict(
+    unet=dict(from_pretrained=weights),
+    vae=dict(from_pretrained=weights),
+    text_encoder=dict(pretrained_model_name_or_path=weights),
+    tokenizer=weights,
+)

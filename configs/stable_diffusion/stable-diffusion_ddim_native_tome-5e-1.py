@@ -5,7 +5,12 @@ _base_ = "mmagic::stable_diffusion/stable-diffusion_ddim_denoisingunet.py"
 custom_imports = dict(imports=["mmagic_tome"], allow_failed_imports=False)
 tome_cfg = dict(ratio=0.5)
 
+# Text encoder of $SD_WEIGHTS, a folder in diffusers layout or a name on the model hub: the name in
+# MMagic's own config has left it.
+weights = "{{$SD_WEIGHTS:stable-diffusion-v1-5/stable-diffusion-v1-5}}"
 model = dict(
+    text_encoder=dict(pretrained_model_name_or_path=weights),
+    tokenizer=weights,
     unet=dict(
         _delete_=True,
         type="DenoisingUnet",

@@ -1,5 +1,5 @@
 # ViT-S/14 with real weights, the baseline: predicts where people look. The weights come with a Python
-# package (docs/vit.md), read by examples/focus_vit.py of a checkout. Nothing in it merges.
+# package (docs/howto/vision_transformers.md), read by examples/focus_vit.py of a checkout. Nothing in it merges.
 custom_imports = dict(imports=["mmagic_tome", "examples.focus_vit"], allow_failed_imports=False)
 
 model = dict(type="FocusViT")

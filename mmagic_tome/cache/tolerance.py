@@ -14,7 +14,7 @@ The error is predicted before a step is skipped, per image, from what the run ha
 3. *Error of the run.* What follows one line errs to one side: errors since the last computed step
    are summed. Others add up like independent ones: the square root of the sum of their squares.
 
-How well these predict the final error, and the constants below: ``docs/research/tolerance.md``.
+How well these predict the final error, and the constants below: ``docs/benchmarks/tolerance.md``.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class ToFu(Method):
         prune_depth (float): fraction of the merged blocks, in running order, that prune; in
             [0, 1]. Block number i of n prunes if i / n < prune_depth. Default 0.5: the paper
             decides by a test of linearity; half of the depth was reported as a good switch for
-            ViT-B, for UNets it is our choice (docs/methods.md).
+            ViT-B, for UNets it is our choice (docs/explanation/method_notes.md).
 
     Source: "Token Fusion: Bridging the Gap between Token Pruning and Token Merging" (Kim et al.,
     WACV 2024, arXiv 2312.01026).

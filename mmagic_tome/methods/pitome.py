@@ -38,7 +38,8 @@ class PiToMe(Method):
 
     Args:
         margin (float): m at the first merged block, in [0, 1]; it falls linearly with the
-            block's number to margin / num_blocks at the last. Default 0.9 (see docs/methods.md).
+            block's number to margin / num_blocks at the last. Default 0.9
+            (docs/explanation/method_notes.md).
         alpha (float): slope below the margin, at least 0. Default 1.
 
     Source: "Accelerating Transformers with Spectrum-Preserving Token Merging" (Tran et al.,

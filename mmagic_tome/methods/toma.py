@@ -55,7 +55,7 @@ class ToMA(Method):
 
     Source: "ToMA: Token Merge with Attention for Diffusion Models" (Lu et al., ICML 2025, arXiv
     2509.10918). The axis of the softmax and its temperature are our choice, by the error of
-    self-attention on the demo model, see docs/methods.md.
+    self-attention on the demo model, see docs/explanation/method_notes.md.
     """
 
     def __init__(

@@ -9,10 +9,10 @@ import this package first and then run the scripts of the installed MMagic, with
     python -m mmagic_tome train CONFIG [--work-dir ...] [--resume] [--amp] [--auto-scale-lr] ...
 
 A script is loaded as a module and its ``main()`` called, so that its parser can be corrected
-(``docs/hooks.md``): CHECKPOINT may be left out, CONFIG may be a path in a package, and what is
-missing is an error before anything is built. ``--cfg-options`` keeps the spaces of texts, ``--amp``
-works for an ``optim_wrapper`` with one optimizer and no ``type``, where MMagic raises, and
-``--auto-scale-lr`` takes effect, where MMagic ignores it.
+(``docs/reference/hooks.md``): CHECKPOINT may be left out, CONFIG may be a path in a package, and
+what is missing is an error before anything is built. ``--cfg-options`` keeps the spaces of texts,
+``--amp`` works for an ``optim_wrapper`` with one optimizer and no ``type``, where MMagic raises,
+and ``--auto-scale-lr`` takes effect, where MMagic ignores it.
 """
 
 from __future__ import annotations

@@ -48,7 +48,8 @@ _REASONS = {
         "network that it controls"
     ),
     ".*(Transformer([123]D)?(Model)?|DiT(2D)?Model)": (
-        "no adapter is written for this transformer (docs/support.md: what cannot be merged)"
+        "no adapter is written for this transformer "
+        "(docs/reference/support.md: what cannot be merged)"
     ),
 }
 
@@ -60,7 +61,7 @@ def register_adapter(adapter: ModelAdapter) -> ModelAdapter:
     if not isinstance(adapter, ModelAdapter) or not getattr(adapter, "description", None):
         raise ToMeError(
             "a model adapter is an instance of a subclass of mmagic_tome.models.ModelAdapter with "
-            f"a description, got {adapter!r}; see docs/adding_a_model.md"
+            f"a description, got {adapter!r}; see docs/howto/add_a_model.md"
         )
     ADAPTERS[:] = [adapter, *(other for other in ADAPTERS if type(other) is not type(adapter))]
     return adapter
@@ -196,7 +197,7 @@ def _search_or_raise(model: object) -> _Found:
         f"found no supported network in a {type(model).__name__} (tried: "
         f"{', '.join(found.tried)}). {reason}Supported: {known}. Pass one of these, or a pipeline "
         "or model that contains one; for a model of your own write an adapter: "
-        "docs/adding_a_model.md"
+        "docs/howto/add_a_model.md"
     )
 
 

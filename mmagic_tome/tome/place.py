@@ -89,7 +89,7 @@ def blocks_to_merge(adapter: ModelAdapter, network: nn.Module, config: ToMeConfi
         if not known:
             there = (
                 f"none of its modules is a block as in {adapter.description}. For blocks of your "
-                "own write a model adapter: docs/adding_a_model.md"
+                "own write a model adapter: docs/howto/add_a_model.md"
             )
         raise ToMeError(
             f"{name} has no transformer block with a target {' or '.join(config.kinds)}, so there "

@@ -11,7 +11,7 @@ With ``residual`` what merging loses is added (M merges, U unmerges)::
     steps in between             U(f(M x)) + R
 
 Extrapolating R along the timestep, and a residual without a second run of f, were measured and lose
-(``docs/research/merging.md``).
+(``docs/benchmarks/merging.md``).
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ OURS = Path(__file__).resolve().parents[2] / "configs"
 LISTED = sorted(
     str(file.relative_to(OURS)) for name in mmagic_hub.FOLDERS for file in OURS.glob(f"{name}/*.py")
 )
-CONFIGS = [name for name in LISTED if not name.endswith("_eval.py")]
+CONFIGS = [name for name in LISTED if not name.endswith("_eval.py") and "_cache-" not in name]
+CACHED = [name for name in LISTED if "_cache-" in name]
 EVALUATIONS = [name for name in LISTED if name.endswith("_eval.py")]
 ANIMATION = "controlnet/controlnet-animation_tome-5e-1.py"
 
@@ -116,6 +117,20 @@ def test_our_configs(name, hub, build):
     model.tome_handle.reset_stats()
     shares = {expected.ratio, (expected.controlnet_config or expected).ratio}
     assert check(model, lambda: mmagic_hub.infer(model, **given)) == shares
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_our_configs_with_step_caching(name, hub, build):
+    config = ours(name, hub)
+    model, given = build(config), mmagic_hub.arguments(config.model)
+    given["num_inference_steps"] = 8
+    assert model.cache_handle.description == "tolerance 0.02"
+    assert (model.tome_handle is not None) == ("_tome-" in name)
+    cached = mmagic_hub.infer(model, **given)
+    assert np.isfinite(cached).all() and len(model.cache_handle.steps) == 8
+    assert remove_cache(model)
+    if model.tome_handle is not None:
+        assert all(row["kept"] < row["tokens"] for row in model.tome_handle.stats())
 
 
 def test_attention_injection_joins_the_keys_of_a_reference(hub, build):

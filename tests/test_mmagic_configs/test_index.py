@@ -17,14 +17,27 @@ DENOISERS = [name for name in CONFIGS if name.split("/")[1] not in ("vit", "vide
 
 
 @pytest.mark.parametrize("name", DENOISERS)
-def test_configs_can_be_read_and_merge_if_their_name_says_so(name, monkeypatch):
+def test_configs_can_be_read_and_do_what_their_name_says(name, monkeypatch):
     monkeypatch.setenv("SD_WEIGHTS", "/some/folder")
+    monkeypatch.setenv("SD_INPAINT_WEIGHTS", "/some/folder")
     config = load_config(ROOT / name)
     assert config.get("default_scope", "mmagic") == "mmagic"
-    assert setting_of(config).baseline != ("_tome-" in name)
-    if name.endswith("_local.py"):
-        sources = (config.model.unet.from_pretrained, config.model.tokenizer)
-        assert sources == ("/some/folder", "/some/folder")
+    setting = setting_of(config)
+    assert setting.baseline != ("_tome-" in name or "_cache-" in name)
+    if "_cache-" in name:
+        assert setting.cache[0].tolerance == 0.02 and (setting.tome is None) != ("_tome-" in name)
+    if name.split("/")[1] in mmagic_hub.FOLDERS and "_xl" not in name and "animation" not in name:
+        assert config.model.tokenizer == "/some/folder"
+        assert config.model.vae.get("from_pretrained", "/some/folder") == "/some/folder"
+    assert "runwayml" not in str(config.model), "this name has left the hub"
+
+
+def test_every_algorithm_has_the_settings_that_are_advised():
+    for folder in {*mmagic_hub.FOLDERS} - {"controlnet_animation"}:
+        names = [path.stem for path in (ROOT / "configs" / folder).glob("*.py")]
+        (stem,) = {name[: -len("_eval")] for name in names if name.endswith("_eval")}
+        plain = stem.removesuffix("_tome-5e-1")
+        assert {f"{plain}_cache-balanced", stem, f"{stem}_cache-balanced"} <= set(names)
 
 
 def test_every_config_is_in_the_index_and_measured_in_its_page():
@@ -48,8 +61,10 @@ def test_every_config_is_in_the_index_and_measured_in_its_page():
             if not of_mmagic:
                 continue
             assert model["Name"] == name.stem and f"]({name.name})" in page
-            # The same with other weights, and with an evaluation.
-            stem = name.stem.removesuffix("_local").removesuffix("_eval")
+            if "_cache-" in name.stem:  # operations depend on the run
+                assert model["Results"][0]["Metrics"] == {}
+                continue
+            stem = name.stem.removesuffix("_eval")
             row = re.search(rf"^\| {stem} \| [^|]+ \| ([\d.]+) \| ([\d.]+) \|", page, re.M)
             baseline, merged = map(float, row.groups())
             assert 0 < merged < baseline

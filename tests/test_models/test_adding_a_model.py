@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""The worked example of docs/adding_a_model.md, as it stands there."""
+"""The worked example of docs/howto/add_a_model.md, as it stands there."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 from mmagic_tome import ToMeError, apply_tome
 from mmagic_tome.models import ADAPTERS, ModelAdapter, register_adapter
 
-PAGE = Path(__file__).parents[2] / "docs" / "adding_a_model.md"
+PAGE = Path(__file__).parents[2] / "docs" / "howto" / "add_a_model.md"
 CODE = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
 
 

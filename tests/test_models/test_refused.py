@@ -118,7 +118,7 @@ def test_unsupported_networks_are_named_with_the_reason(name, reason):
     said = f"found no supported network in a {name}.*{reason}.*up_blocks.*FluxTransformer2DModel"
     network = type(name, (nn.Module,), {})()
     for apply in (apply_tome, apply_cache):
-        with pytest.raises(ToMeError, match=f"{said}.*docs/adding_a_model.md"):
+        with pytest.raises(ToMeError, match=f"{said}.*docs/howto/add_a_model.md"):
             apply(network)
     assert get_handle(network) is None and not remove_tome(network)
 

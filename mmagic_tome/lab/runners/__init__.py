@@ -60,7 +60,8 @@ def open_source(
 
         config = load_config(config)
     config.merge_from_dict(dict(cfg_options or {}))
-    if config.get("pipeline") is None:
+    # MMagic's configs for training call their list of data transforms "pipeline".
+    if config.get("pipeline") is None or isinstance(config.pipeline, (list, tuple)):
         from .mmagic import MMagicSource
 
         source = MMagicSource(config, checkpoint=checkpoint)

@@ -67,6 +67,8 @@ def test_a_config_file_names_class_and_precision_of_a_pipeline(folder, tmp_path)
         (dict(config=Config(dict(pipeline={}))), r"write pipeline=dict\(from_pretrained=FOLDER\)"),
         (dict(config=Config(dict(model={})), checkpoint="/no/c.pth"), "/no/c.pth is not there"),
         (dict(config=Config(dict(model={}, load_from="no.pth"))), "no.pth is not there"),
+        # A list is MMagic's transforms of training data.
+        (dict(config=Config(dict(model={}, pipeline=[{}], load_from="no.pth"))), "is not there"),
     ],
 )
 def test_what_cannot_be_opened_is_refused_in_one_line(arguments, message):
