@@ -9,12 +9,7 @@ _base_ = []
 from mmagic_tome.assets import asset_path  # noqa: E402
 
 # Where the weights are depends on how the package was installed.
-pipeline = dict(
-    from_pretrained=asset_path("demo_dit"),
-    # diffusers wants to be told that this model has no third text encoder.
-    text_encoder_3=None,
-    tokenizer_3=None,
-)
+pipeline = dict(from_pretrained=asset_path("demo_dit"))
 
 # What `tools/infer.py` generates by default, at the size of the weights.
 infer_cfg = dict(

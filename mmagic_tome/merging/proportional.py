@@ -105,7 +105,7 @@ def prefers_channels(query: Tensor) -> bool:
     (compute capability 8 or newer), in half precision, with a head size that it takes.
 
     On a CPU a mask costs little, and on short sequences less than the copies that channels need
-    (``docs/methods.md``).
+    (``docs/explanation/proportional_attention.md``).
     """
     if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
         return False

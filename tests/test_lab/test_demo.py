@@ -164,8 +164,8 @@ def comparison(**changes):
     image = np.zeros((8, 8, 3), np.uint8)
     output = SimpleNamespace(images=[image], seconds=2.0)
     fields = dict(
-        baseline=output, accelerated=Output([image], None, 1.0, 0.9), psnr=41.26, latent_error=0.0123,
-        predicted_error=0.02, steps=["computed", "network", "inner", "computed"], merged=[],
+        baseline=output, accelerated=Output([image], None, 1.0, 0.9), psnr=41.26,
+        latent_error=0.0123, predicted_error=0.02, steps=["computed", "network", "inner", "computed"], merged=[],
         summary="a < b", code="call()", notes=[],
     )  # fmt: skip
     return Comparison(**{**fields, **changes})

@@ -81,6 +81,10 @@ class PipelineSource(Source):
             for part, value in index.items()
             if isinstance(value, list) and len(value) == 2 and value[1]
         }
+        # diffusers wants to be told of some that they are not there, such as SD3's third encoder.
+        taken = inspect.signature(self.pipeline_class).parameters
+        unused = [part for part in taken if index.get(part) == [None, None]]
+        self.options = {**dict.fromkeys(unused), **self.options}
         self.call = PipelineCall(self.pipeline_class, self._configs())
         self.video = self.call.video
 
