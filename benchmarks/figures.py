@@ -44,6 +44,8 @@ NETWORKS = {
     "sd15": "Stable Diffusion 1.5, random weights",
     "sd15-level0": "finest level of Stable Diffusion 1.5, random weights",
 }
+# Tasks of pipelines, in full.
+TASKS = {"text": "from text", "img2img": "from an image, strength 0.5", "inpaint": "inpainting"}
 PSNR = "PSNR to the baseline images (dB)"
 Row = dict[str, Any]
 
@@ -241,30 +243,54 @@ def tolerance_pareto(page: Path) -> str:
 @matplotlib.rc_context(plots.STYLE)
 def calibration(page: Path) -> str:
     """Realised against predicted error of every image."""
-    data = Data(page, "tolerance")
-    guidances = sorted({row["guidance"] for row in data.rows})
-    figure, all_axes = plots.panels_of(1.6 + 4.4 * len(guidances), 4.6, len(guidances))
+    data = Data(page, "calibration")
+    tasks = list(dict.fromkeys(row["task"] for row in data.rows))
+    figure, all_axes = plots.panels_of(1.6 + 4.4 * len(tasks), 4.6, len(tasks))
     names = list(dict.fromkeys(row["scheduler"] for row in data.rows))
     looks = [look for kind, look in plots.KINDS.items() if kind != "baseline"]
     ends = (5e-4, 0.5)
-    for axes, guidance in zip(all_axes, guidances):
+    for axes, task in zip(all_axes, tasks):
         axes.plot(ends, ends, color="black", linewidth=1)
         axes.fill_between(ends, [end / 2 for end in ends], [end * 2 for end in ends], alpha=0.12)
         for name, (colour, shape) in zip(names, looks):
             images = [
                 (one["predicted"], one["error"])
                 for row in data.rows
-                if (row["scheduler"], row["guidance"]) == (name, guidance)
+                if (row["scheduler"], row["task"]) == (name, task)
                 for one in row["images"]
-                if one.get("predicted")
+                if one["predicted"]
             ]
             if images:
-                axes.plot(*zip(*images), shape, color=colour, label=name, alpha=0.6, markersize=4)
-        axes.set(title=f"guidance {guidance:g}", xlabel="predicted error", xscale="log")
+                axes.plot(*zip(*images), shape, color=colour, label=name, alpha=0.5, markersize=4)
+        axes.set(title=TASKS[task], xlabel="predicted error", xscale="log")
         axes.set(yscale="log", xlim=ends, ylim=ends)
     all_axes[0].set_ylabel("realised error of the final latent")
     plots.legend(figure)
     return data.plot("calibration", figure, "Realised against predicted error of every image")
+
+
+def calibration_table(page: Path) -> str:
+    """Realised error over predicted error, by setting: median, and between 5 % and 95 %."""
+    data = Data(page, "calibration")
+    cells: dict[tuple[str, int, str], dict[float, list[dict[str, float]]]] = {}
+    for row in data.rows:
+        cell = cells.setdefault((row["task"], row["size"], row["scheduler"]), {})
+        cell.setdefault(row["guidance"], []).extend(row["images"])
+    guidances = sorted({row["guidance"] for row in data.rows})
+    lines = []
+    for (task, size, scheduler), by_guidance in cells.items():
+        line = [f"{TASKS[task]}, {size} px", scheduler]
+        for guidance in guidances:
+            images = by_guidance.get(guidance, [])
+            found = [one["error"] / one["predicted"] for one in images if one["predicted"]]
+            if not found:
+                line.append("nothing skipped" if images else "")
+                continue
+            low, middle, high = np.quantile(found, (0.05, 0.5, 0.95))
+            few = f", {len(found)} of {len(images)}" if len(found) < len(images) else ""
+            line.append(f"{middle:.2f} ({low:.2f} - {high:.2f}{few})")
+        lines.append(line)
+    return data.table(["", "", *(f"guidance {one:g}" for one in guidances)], lines)
 
 
 def pareto(page: Path, name: str, steps: Sequence[int], named: str) -> str:
@@ -506,6 +532,7 @@ FIGURES: Mapping[str, Callable[[Path], str]] = {
     "presets-zh": partial(presets, what="{}，引导 {:g}，{} 步", fewer="减少步数："),
     "pareto": tolerance_pareto,
     "calibration": calibration,
+    "calibration_table": calibration_table,
     "peers": peers,
     "pareto-both": partial(
         pareto, name="pareto_both", steps=[20, 50], named=r"(?!ToFu|ToMA|SiTo|import|prune|CA-).*"

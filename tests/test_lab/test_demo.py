@@ -165,7 +165,8 @@ def comparison(**changes):
     output = SimpleNamespace(images=[image], seconds=2.0)
     fields = dict(
         baseline=output, accelerated=Output([image], None, 1.0, 0.9), psnr=41.26,
-        latent_error=0.0123, predicted_error=0.02, steps=["computed", "network", "inner", "computed"], merged=[],
+        latent_error=0.0123, predicted_error=0.02, merged=[],
+        steps=["computed", "network", "inner", "computed"],
         summary="a < b", code="call()", notes=[],
     )  # fmt: skip
     return Comparison(**{**fields, **changes})
