@@ -241,7 +241,8 @@ class NetworkCall(Interceptor):
         """The region to skip at a step: decided at the first of its calls, for all branches."""
         patch: CachePatch = self.patch
         if run.state is None:
-            run.state = Budget(patch.tolerance, relative_errors(*patch.timeline.amplification))
+            errors = relative_errors(patch.adapter.inner_errors, *patch.timeline.amplification)
+            run.state = Budget(patch.tolerance, errors)
             before = patch.context.budget
             if before is not None and time < before.time:
                 run.state.go_on(before)

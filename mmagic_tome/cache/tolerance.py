@@ -32,21 +32,26 @@ from ..fits import Fit
 from ..runs import Run
 from .config import StepCacheConfig
 
-#: Regions that may be skipped, the cheapest run first -> error that is left of skipping each,
-#: relative to an extrapolated output of the network without error feedback. Measured on the demo
-#: model: without feedback the inner regions err 0.3 and 0.1 times as much as the network; feedback
-#: leaves somewhat more than half of an error.
-RELATIVE_ERROR = {"network": 0.7, "inner": 0.18, "innermost": 0.09}
-#: The same without error feedback, which is not used where the scheduler amplifies what alternates
-#: from step to step (:attr:`..timeline.Timeline.amplification`).
-WITHOUT_FEEDBACK = {"network": 1.0, "inner": 0.3, "innermost": 0.1}
+#: Regions that may be skipped, the cheapest run first -> share of an error that error feedback
+#: leaves (``docs/explanation/error_control.md``).
+LEFT_BY_FEEDBACK = {"network": 0.7, "inner": 0.6, "innermost": 0.9}
 
 
-def relative_errors(factor: float, alternating: bool) -> Mapping[str, float]:
-    """Region -> relative error of skipping it with a scheduler; arguments as
-    :attr:`Timeline.amplification <mmagic_tome.timeline.Timeline.amplification>` has them."""
-    errors = WITHOUT_FEEDBACK if alternating else RELATIVE_ERROR
-    return {region: factor * error for region, error in errors.items()}
+def relative_errors(
+    inner_errors: tuple[float, float] = (0.3, 0.1), factor: float = 1.0, alternating: bool = False
+) -> Mapping[str, float]:
+    """Region -> error that is left of skipping it, relative to an extrapolated output of the
+    network without error feedback.
+
+    Args:
+        inner_errors: see :class:`~mmagic_tome.models.ModelAdapter`.
+        factor, alternating: see :attr:`Timeline.amplification
+            <mmagic_tome.timeline.Timeline.amplification>`; there is no feedback to what alternates.
+    """
+    return {
+        region: factor * error * (1.0 if alternating else left)
+        for (region, left), error in zip(LEFT_BY_FEEDBACK.items(), (1.0, *inner_errors))
+    }
 
 
 #: How each of them is extrapolated.
@@ -73,7 +78,7 @@ class Budget:
     """What one run may err, and what it has spent: per image, relative to the latent's norm."""
 
     tolerance: float
-    relative: Mapping[str, float] = field(default_factory=lambda: RELATIVE_ERROR)
+    relative: Mapping[str, float] = field(default_factory=relative_errors)
     spent: np.ndarray | None = None  # (B,) sum of squares of the predicted errors
     skipped: list[str | None] = field(default_factory=list)  # region per step; None: computed
     since: np.ndarray | None = None  # (B,) sum of the predicted errors since a computed step
@@ -103,7 +108,7 @@ class Budget:
         Args:
             run: the run, at the first call of its step.
             time: timestep of the step.
-            known: regions out of :data:`RELATIVE_ERROR` that can be skipped here -> timesteps of
+            known: regions out of :data:`REGIONS` that can be skipped here -> timesteps of
                 their last two computed outputs.
         """
         steps_left = 0 if run.remaining is None or run.last else self._steps_left(run.remaining)

@@ -133,6 +133,10 @@ class ModelAdapter:
             noise is 0. Default 1000.0; 1.0 where pipelines divide by 1000. None: no fixed scale.
         has_frames: whether blocks receive the frames of a clip as batch entries, all of the first
             clip before those of the second. Default False.
+        inner_errors: how much the output errs if the region inside one or two outer blocks
+            (:meth:`inner_modules`) is extrapolated, relative to extrapolating the output itself.
+            Default (0.9, 0.9), measured on a transformer: what its first blocks compute hardly
+            matters once the others are extrapolated.
         takes_masks: whether masks that blocks or attention receive fit merged tokens, because
             they cover text only or :meth:`adapt` merges them. Default False: a mask is an error.
     """
@@ -143,6 +147,7 @@ class ModelAdapter:
     timestep_name: str = "timestep"
     timestep_scale: float | None = 1000.0
     has_frames: bool = False
+    inner_errors: tuple[float, float] = (0.9, 0.9)
     takes_masks: bool = False
 
     def matches(self, module: nn.Module) -> bool:

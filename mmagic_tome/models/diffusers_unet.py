@@ -46,6 +46,7 @@ class DiffusersUNet(ModelAdapter):
     Grid: the last two sizes of the stack's (B, C, h, w) input.
     """
 
+    inner_errors = (0.3, 0.1)  # at every guidance scale and scheduler of the demo model
     context_argument = "encoder_hidden_states"
     description = (
         "diffusers UNets (UNet2DConditionModel and others with down_blocks and up_blocks) and "

@@ -15,8 +15,9 @@ from tiny import tiny_unet
 from mmagic_tome import ToMeError, apply_cache, get_handle
 from mmagic_tome.cache.extrapolate import extrapolate
 from mmagic_tome.cache.skip import CachePatch
-from mmagic_tome.cache.tolerance import RELATIVE_ERROR, Budget
+from mmagic_tome.cache.tolerance import REGIONS, Budget, relative_errors
 from mmagic_tome.fits import Fit, fit_input
+from mmagic_tome.models import ADAPTERS, find_adapter
 
 
 def test_the_second_difference_predicts_a_parabola_exactly():
@@ -82,7 +83,7 @@ def one_fit(error, rate=0.0):
 def decide(budget, error, remaining, last=False, rate=0.0):
     fit = one_fit(error, rate)
     run = SimpleNamespace(fitted=fit, times=[3.0, 2.0, 1.0], remaining=remaining, last=last)
-    return budget.decide(run, 0.0, dict.fromkeys(RELATIVE_ERROR, (2.0, 1.0)))
+    return budget.decide(run, 0.0, dict.fromkeys(REGIONS, (2.0, 1.0)))
 
 
 def test_the_cheapest_region_that_keeps_the_budget_is_skipped():
@@ -91,7 +92,7 @@ def test_the_cheapest_region_that_keeps_the_budget_is_skipped():
         decide(budget, [10.0], 1.0)  # the stride of the schedule is not known yet
         assert decide(budget, [error], 0.9) == chosen
         assert budget.skipped == [None, chosen]
-        spent = 0 if chosen is None else error * RELATIVE_ERROR[chosen]
+        spent = 0 if chosen is None else error * relative_errors()[chosen]
         assert budget.predicted == ([] if chosen is None else pytest.approx([spent]))
     for last, tolerance in ((True, 0.01), (False, 0.0)):
         budget = Budget(tolerance)
@@ -105,8 +106,18 @@ def test_errors_since_a_computed_step_are_summed():
     for i, error in enumerate([10.0, 0.001, 0.002, 10.0, 0.001]):
         decide(budget, [error], 1 - i / 100, rate=1.0)
     assert budget.skipped == [None, "network", "network", None, "network"]
-    own = RELATIVE_ERROR["network"]
+    own = relative_errors()["network"]
     assert budget.predicted == pytest.approx([own * (0.003**2 + 0.001**2) ** 0.5])
+
+
+def test_errors_of_regions_are_those_of_the_model_and_the_scheduler():
+    assert relative_errors() == pytest.approx({"network": 0.7, "inner": 0.18, "innermost": 0.09})
+    unet = find_adapter(tiny_unet())[0]
+    transformer = next(one for one in ADAPTERS if "SD3Transformer2DModel" in one.class_names)
+    found = relative_errors(unet.inner_errors, 3.0, alternating=True)
+    assert found == pytest.approx({"network": 3.0, "inner": 0.9, "innermost": 0.3})
+    # Inside a transformer hardly anything is to be had that the whole does not give.
+    assert min(relative_errors(transformer.inner_errors).values()) > 0.5
 
 
 def test_a_run_spends_at_most_its_tolerance_and_the_worst_image_decides():
@@ -169,7 +180,7 @@ def test_what_a_run_says_of_itself(pipeline):
     assert handle.predicted_error is handle.steps is handle.speedup is None
     assert "tolerance 0.1 (not run yet)" in handle.summary()
     denoise(pipeline)
-    assert len(handle.steps) == 20 and set(handle.steps) <= {"computed", *RELATIVE_ERROR}
+    assert len(handle.steps) == 20 and set(handle.steps) <= {"computed", *REGIONS}
     # Every step is counted once: skipped as a whole, in part, or computed.
     rows = {row["region"]: row for row in handle.stats()}
     assert list(rows) == ["network", "inner"]  # two levels have one inside
