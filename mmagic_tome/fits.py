@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 _TINY = 1e-30
-# Pairs of neighbours that are tried; relative error of an exact combination; share of the elements
-# that is too few to be a part that is kept, or to be the rest.
-_PAIRS, _EXACT, _FEW = 64, 1e-3, 0.05
+# Pairs of neighbours that are tried; shares of the elements between which a kept part lies.
+_PAIRS, _FEW, _MOST = 64, 0.05, 0.99
 
 
 @dataclass
@@ -113,7 +112,7 @@ def fit_input(
     return fit
 
 
-def held_elements(x: Tensor, last: Tensor, previous: Tensor) -> Tensor:
+def held_elements(x: Tensor, last: Tensor, previous: Tensor, exact: float = 1e-4) -> Tensor:
     """Find what a pipeline puts back at every step, as inpainting does with the part to keep.
 
     There an input is clean latents and noise in a proportion of the step: the same combination of
@@ -123,25 +122,34 @@ def held_elements(x: Tensor, last: Tensor, previous: Tensor) -> Tensor:
 
     Args:
         x, last, previous: (B, n) samples of an input and of the two before.
+        exact: largest error of such a combination, relative to the input's root mean square.
 
     Returns:
         Tensor: (B, n) bool, all False where no such combination holds for many elements.
     """
     wide = torch.float64 if x.device.type in ("cpu", "cuda") else torch.float32
     x, last, previous = x.to(wide), last.to(wide), previous.to(wide)
-    first = torch.arange(_PAIRS, device=x.device) * (x.shape[1] - 1) // _PAIRS
+    # Scattered by an odd stride: even ones meet the same columns of an image again and again.
+    first = (torch.arange(_PAIRS, device=x.device) * 40503 + 7) % (x.shape[1] - 1)
     # Cramer's rule: x = a last + b previous at an element and at its neighbour.
     (x1, x2), (l1, l2), (p1, p2) = ((y[:, first], y[:, first + 1]) for y in (x, last, previous))
     determinant = l1 * p2 - l2 * p1
     determinant = torch.where(determinant.abs() < _TINY, torch.inf, determinant)
     a, b = (x1 * p2 - x2 * p1) / determinant, (l1 * x2 - l2 * x1) / determinant
     guesses = a[..., None] * last[:, None] + b[..., None] * previous[:, None]
-    scale = x.square().mean(1).sqrt()[:, None, None]
-    held = (guesses - x[:, None]).abs() <= _EXACT * scale  # (B, pairs, n)
-    best = held.sum(2).argmax(1)
-    held = held[torch.arange(len(x), device=x.device), best]
+    bound = exact * x.square().mean(1).sqrt()[:, None]
+    held = (guesses - x[:, None]).abs() <= bound[..., None]  # (B, pairs, n)
+    held = held[torch.arange(len(x), device=x.device), held.sum(2).argmax(1)]
+    # The combination of all that agree, which rounding harms less than that of a pair.
+    two = torch.stack([last, previous], 1) * held[:, None]
+    gram, seen = two @ two.mT, two @ x[..., None]
+    determinant = gram[:, 0, 0] * gram[:, 1, 1] - gram[:, 0, 1] ** 2
+    determinant = torch.where(determinant.abs() < _TINY, torch.inf, determinant)[:, None]
+    a = (seen[:, 0] * gram[:, 1, 1, None] - seen[:, 1] * gram[:, 0, 1, None]) / determinant
+    b = (seen[:, 1] * gram[:, 0, 0, None] - seen[:, 0] * gram[:, 0, 1, None]) / determinant
+    held = (a * last + b * previous - x).abs() <= bound
     share = held.double().mean(1, keepdim=True)
-    return held & (share > _FEW) & (share < 1 - _FEW)
+    return held & (share > _FEW) & (share < _MOST)
 
 
 def _weights(products: np.ndarray, ages: Sequence[int]) -> np.ndarray | None:

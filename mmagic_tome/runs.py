@@ -32,6 +32,8 @@ _AT_ONE_TIMESTEP = 0.01
 # A residual above this may be that of inpainting, and must fall to this fraction of it where what
 # is put back is left out.
 _INEXACT, _BETTER = 0.003, 0.2
+# It is looked for at so many steps of a run.
+_SEARCHES = 4
 # Of two runs that a call may continue, the better one must fit this many times as well.
 _CLEARLY = 2.0
 # Share of the new input that a guidance branch must explain to be part of a run.
@@ -112,7 +114,7 @@ class Run:
     # (B, n), 0 where the pipeline puts latents back at every step, as inpainting does, 1 elsewhere;
     # None if it does not, or was not looked for yet.
     free: Tensor | None = None
-    searched: bool = False
+    searched: int = 0  # steps at which it was looked for
     worst: float = 0.0  # the largest residual so far
     fitted: Fit | None = None  # how the present step's input follows from the last step
     state: Any = None  # what the technique keeps for the run
@@ -143,11 +145,15 @@ class Run:
         x = self.sample(latents)
         fit = self._fit(x)
         inexact = _INEXACT < fit.residual <= self.bound
-        if not self.searched and inexact and self.times and self.previous is not None:
-            self.searched = True
-            self.free = (~held_elements(x, self.input, self.previous)).to(x)
+        untried = self.free is None and self.searched < _SEARCHES
+        if inexact and untried and self.times and self.previous is not None:
+            self.searched += 1
+            # Rounding of half precision hides what is put back, and leaves a residual.
+            rounding = torch.finfo(latents[0].dtype).eps
+            held = held_elements(x, self.input, self.previous, max(1e-4, 4 * rounding))
+            self.free = (~held).to(x)
             better = self._fit(x)
-            if better.residual < _BETTER * fit.residual:
+            if better.residual < (_BETTER if rounding < 1e-5 else 0.5) * fit.residual:
                 return better
             self.free = None
         return fit

@@ -86,6 +86,7 @@ class Timeline:
         # As part of a pipeline it goes on with the copy of the scheduler.
         twin = Timeline(None, self.scale)
         twin._scheduler = copy.deepcopy(self.scheduler(), memo)
+        twin._amplified = self._amplified
         return twin
 
     @property

@@ -96,7 +96,7 @@ class StepCaching:
 
     def __init__(self, tolerance: float, model: Any, before: Any = None) -> None:
         self.calls = CachedCalls({"tolerance": tolerance}, timestep_scale=None)
-        self.sampling, self.before = model.model_sampling, before
+        self.model, self.before = model, before
         kind = getattr(getattr(model, "model_type", None), "name", "")
         self.predicts_v = kind.startswith("V_PREDICTION")
         self._given: Tensor | None = None  # ComfyUI's tensor, a new one in every run
@@ -133,6 +133,11 @@ class StepCaching:
             return computed[0]  # bit for bit, where nothing was added to it
         return scale * x + slope * prediction
 
+    @property
+    def sampling(self) -> Any:
+        """The model's sampling: other nodes may replace it until the model is loaded."""
+        return self.model.model_sampling
+
     def _denoised(self, sigma: Tensor, x: Tensor) -> tuple[Any, Tensor]:
         """(a, b) of ``denoised = a x + b prediction``."""
         sigma = sigma.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
@@ -151,6 +156,7 @@ class StepCaching:
             self._given, self._sigmas = sigmas, sigmas[:-1][sigmas[:-1] > 0]
             if len(self._sigmas):
                 self.calls.timesteps = self.timesteps(self._sigmas)
+            self.calls.reset_run()  # the last one may have been interrupted
             self.calls.handle.reset_stats()
         return len(self._sigmas) > 0 and bool((sigma >= _NEARLY * self._sigmas[-1]).all())
 
@@ -158,8 +164,8 @@ class StepCaching:
         """Timesteps of sigmas; between those of the training, interpolated."""
         known = getattr(self.sampling, "log_sigmas", None)
         if known is None:
-            return self.sampling.timestep(sigmas).double()
-        known, wanted = known.double(), sigmas.to(known.device).double().log()
+            return self.sampling.timestep(sigmas).cpu().double()
+        known, wanted = known.cpu().double(), sigmas.cpu().double().log()
         above = torch.searchsorted(known, wanted.contiguous()).clamp(1, len(known) - 1)
         low, high = known[above - 1], known[above]
         return above - 1 + ((wanted - low) / (high - low)).clamp(0, 1)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ToMeError
 from ..handle import CacheHandle
 from ..models.base import ModelAdapter
 from ..patch import interceptors_of
@@ -45,7 +46,12 @@ class CachedCalls:
     def __init__(self, config: CacheSpec = None, timestep_scale: float | None = 1000.0) -> None:
         self._network = Function()
         self._model = _Model()
-        self._patch = CachePatch(coerce_cache(config), _Adapter(timestep_scale), self._model)
+        configs = coerce_cache(config)
+        if any(one.region != "network" for one in configs):
+            raise ToMeError(
+                "a function has no inner region: write region='network', or leave region out"
+            )
+        self._patch = CachePatch(configs, _Adapter(timestep_scale), self._model)
         self._patch.place(self._network)
         self.handle = CacheHandle([("", self._network, self._patch)])
 
@@ -57,7 +63,7 @@ class CachedCalls:
 
     @timesteps.setter
     def timesteps(self, values: Sequence[float]) -> None:
-        self._model.scheduler.timesteps = torch.as_tensor(values, dtype=torch.float64)
+        self._model.scheduler.timesteps = torch.as_tensor(values).cpu().double()
 
     def __call__(
         self,

@@ -188,6 +188,7 @@ class NetworkCall(Interceptor):
             computed = context.computed
         except BaseException:
             context.tracker.drop()
+            context.budget = None
             raise
         finally:
             context.stop()

@@ -142,7 +142,7 @@ def attention_with_channels(
     """
     width, of_values = query.shape[-1], value.shape[-1]
     scale = width**-0.5 if scale is None else scale
-    more = _width(width) - width
+    more = _width(max(width, of_values - 2)) - width  # values may be wider
     unit = 2.0 ** round(-math.log2(scale))
     weight = (log_size / (scale * unit))[:, None, :, None]
     high = weight.to(key.dtype)

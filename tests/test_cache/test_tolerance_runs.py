@@ -1,6 +1,7 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Runs with a tolerance that are not one image of one prompt with one scheduler to the end."""
 
+import copy
 import pickle
 from types import SimpleNamespace
 
@@ -74,6 +75,8 @@ def test_which_schedulers_amplify():
         # A pickled network no longer has the scheduler, and still knows.
         network = pickle.loads(pickle.dumps(pipeline.unet))
         assert get_handle(network, "cache")._patches[0].timeline.amplification == found
+        network = copy.deepcopy(network)
+        assert get_handle(network, "cache")._patches[0].timeline.amplification == found
     assert [key for key, (_, alternating) in amplified.items() if not alternating] == [
         ("DDIMScheduler", False),
         ("UniPCMultistepScheduler", False),
@@ -88,3 +91,23 @@ def test_a_controlnet_in_guess_mode_is_skipped_too():
     with apply_cache(pipeline, tolerance=0.5) as handle:
         case.run(pipeline, num_inference_steps=12, guess_mode=True)
         assert len(ran) == 12 - handle.steps.count("network") < 12
+
+
+def test_what_an_interrupted_run_spent_is_forgotten():
+    """The next run may start lower, as image-to-image does, and owes nothing."""
+    pipeline = SimpleNamespace(unet=tiny_unet(), scheduler=DDIMScheduler(clip_sample=False))
+    handle = apply_cache(pipeline, tolerance=0.2)
+
+    def stop(module, args):
+        if len(handle.steps) >= 12:
+            raise KeyboardInterrupt
+
+    hook = pipeline.unet.conv_in.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        denoise(pipeline)
+    hook.remove()
+    inputs = tiny_inputs(seed=1)
+    pipeline.scheduler.set_timesteps(20)
+    with torch.no_grad():
+        pipeline.unet(**{**inputs, "timestep": pipeline.scheduler.timesteps[14]})
+    assert handle.steps == ["computed"] and not handle.predicted_error
