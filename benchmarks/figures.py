@@ -248,7 +248,7 @@ def calibration(page: Path) -> str:
     figure, all_axes = plots.panels_of(1.6 + 4.4 * len(tasks), 4.6, len(tasks))
     names = list(dict.fromkeys(row["scheduler"] for row in data.rows))
     looks = [look for kind, look in plots.KINDS.items() if kind != "baseline"]
-    ends = (5e-4, 0.5)
+    ends = (1e-3, 0.2)
     for axes, task in zip(all_axes, tasks):
         axes.plot(ends, ends, color="black", linewidth=1)
         axes.fill_between(ends, [end / 2 for end in ends], [end * 2 for end in ends], alpha=0.12)
@@ -264,6 +264,8 @@ def calibration(page: Path) -> str:
                 axes.plot(*zip(*images), shape, color=colour, label=name, alpha=0.5, markersize=4)
         axes.set(title=TASKS[task], xlabel="predicted error", xscale="log")
         axes.set(yscale="log", xlim=ends, ylim=ends)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(LogFormatter())
     all_axes[0].set_ylabel("realised error of the final latent")
     plots.legend(figure)
     return data.plot("calibration", figure, "Realised against predicted error of every image")

@@ -25,7 +25,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # configs import examples
 
 from mmagic_tome.errors import ToMeError
-from mmagic_tome.lab.maps import enlarged, merge_map, spread
+from mmagic_tome.lab.maps import enlarged, merge_map
 from mmagic_tome.lab.plots import contact_sheet
 from mmagic_tome.patch import find_patch
 from mmagic_tome.vit import ViTConfig, ViTHandle, apply_tome_vit, find_vit, get_vit_handle
@@ -64,7 +64,8 @@ def draw(
         plain = enlarged(square, grid)
         maps = [plain if one is None else merge_map(one, grid, plain) for one in sources]
         heads = [f"block {block}: {kept}" for block, (_, kept) in enumerate(handle.tokens, 1)]
-        shown = spread(len(maps), COLUMNS)
+        places = np.linspace(0, len(maps) - 1, min(COLUMNS, len(maps)))
+        shown = sorted(set(places.round().astype(int).tolist()))
         row = [plain, *(maps[block] for block in shown)]
         heads = ["image", *(heads[block] for block in shown)]
         sheet = contact_sheet(path.stem, heads, [("tokens left after each block", row)])

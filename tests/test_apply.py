@@ -101,7 +101,7 @@ def test_no_target_of_the_wanted_kind():
     network.mid_block = None
     with pytest.raises(ToMeError, match="no transformer block") as error:
         apply_tome(network)
-    for text in ("UNet2DConditionModel", "with down_blocks and up_blocks", "adding_a_model.md"):
+    for text in ("UNet2DConditionModel", "with down_blocks and up_blocks", "add_a_model.md"):
         assert text in str(error.value)
     # In a pipeline another network may have some.
     unet = tiny_unet(levels=1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import mmagic_tome  # noqa: F401  (first: it mends a torchvision that does not fit torch)
-from mmagic_tome.cache.calls import CachedCalls
+from mmagic_tome.calls import CachedCalls
 from mmagic_tome.errors import ToMeError
 from mmagic_tome.merging import bipartite_match, random_layout, tokens_to_remove
 from mmagic_tome.merging.random import step_key

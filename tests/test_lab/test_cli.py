@@ -54,6 +54,8 @@ def test_commands_of_the_pages_have_options_that_there_are():
     commands = re.compile(r"(?:tools/(\w+)\.py|-m mmagic_tome (\w+))([^\n`]*)")
     found = 0
     for page in pages:
+        if page.name == "commands.md":  # made of the parsers
+            continue
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
         for tool, module, words in commands.findall(text):
             verb = tool or module

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ToMeError
-from ..handle import CacheHandle
-from ..models.base import ModelAdapter
-from ..patch import interceptors_of
-from .config import CacheSpec, coerce_cache
-from .skip import CachePatch
+from .cache.config import CacheSpec, coerce_cache
+from .cache.skip import CachePatch
+from .errors import ToMeError
+from .handle import CacheHandle
+from .models.base import ModelAdapter
+from .patch import interceptors_of
 
 
 class CachedCalls:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mmagic_tome import ToMeError
-from mmagic_tome.cache.calls import CachedCalls
+from mmagic_tome.calls import CachedCalls
 
 STEPS = 20
 TIMES = torch.linspace(999, 49, STEPS)
