@@ -16,16 +16,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from demo import SCHEDULERS, demo_pipeline, set_scheduler
 from PIL import Image
-from tolerance import relative_error
+from tolerance import CHOSEN as DETERMINISTIC
+from tolerance import known, relative_error
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,7 +34,7 @@ from mmagic_tome.lab.prompts import read_prompts, spread
 from mmagic_tome.lab.report import save_record
 
 DATA = Path(__file__).parent / "data/calibration.json"
-CHOSEN = ("DDIM", "Euler", "DPM-Solver++ 2M", "UniPC", "PNDM", "Euler ancestral")
+CHOSEN = (*DETERMINISTIC, "PNDM", "Euler ancestral")
 TASKS = ("text", "img2img", "inpaint")
 STRENGTH = 0.5
 KEYS = ("task", "size", "scheduler", "guidance", "steps")
@@ -103,21 +103,14 @@ def cell(
     return {**one, "tolerance": tolerance, "images": images}
 
 
-def known() -> list[dict[str, Any]]:
-    """The rows that are in the file."""
-    return json.loads(DATA.read_text())["rows"] if DATA.exists() else []
-
-
-def measure(
-    one: Sequence[dict[str, Any]], prompts: Sequence[str], tolerance: float, draw: Callable = cell
-) -> None:
+def measure(wanted: Sequence[dict[str, Any]], prompts: Sequence[str], tolerance: float) -> None:
     """Measure the settings that are not in the file yet."""
-    done = {tuple(row[key] for key in KEYS) for row in known()}
+    done = {tuple(row[key] for key in KEYS) for row in known(DATA)}
     made = pipelines(demo_pipeline())
-    for setting in tqdm([s for s in one if tuple(s.values()) not in done], unit="cell"):
-        row = draw(made, setting, prompts, tolerance)
+    for setting in tqdm([s for s in wanted if tuple(s.values()) not in done], unit="cell"):
+        row = cell(made, setting, prompts, tolerance)
         settings = {"model": "demo model", "batch_size": 1, "dtype": "float32"}
-        save_record(DATA, {**settings, "captions": "held out"}, [*known(), row])
+        save_record(DATA, {**settings, "captions": "held out"}, [*known(DATA), row])
 
 
 def main() -> None:

@@ -135,9 +135,9 @@ def cell(
     return list(rows.values())
 
 
-def known() -> list[dict[str, Any]]:
-    """The rows that are in the file."""
-    return json.loads(DATA.read_text())["rows"] if DATA.exists() else []
+def known(data: Path = DATA) -> list[dict[str, Any]]:
+    """The rows that are in a file; none if it is not there."""
+    return json.loads(data.read_text())["rows"] if data.exists() else []
 
 
 def main() -> None:

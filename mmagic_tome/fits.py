@@ -83,8 +83,7 @@ def fit_input(
         columns.append(batch(previous))
     count = len(columns)
     columns += [part for step in rates for rate in step for part in parts(rate)]
-    wide = torch.float64 if x.device.type in ("cpu", "cuda") else torch.float32
-    rows = torch.stack([*columns, batch(whole), batch(x)], dim=2).to(wide).flatten(0, 1)
+    rows = torch.stack([*columns, batch(whole), batch(x)], dim=2).to(_wide(x)).flatten(0, 1)
     # What follows has a dozen rows and columns: NumPy takes a third of torch's time for it.
     products = (rows @ rows.mT).cpu().double().numpy()
     if not np.isfinite(products).all():
@@ -127,8 +126,7 @@ def held_elements(x: Tensor, last: Tensor, previous: Tensor, exact: float = 1e-4
     Returns:
         Tensor: (B, n) bool, all False where no such combination holds for many elements.
     """
-    wide = torch.float64 if x.device.type in ("cpu", "cuda") else torch.float32
-    x, last, previous = x.to(wide), last.to(wide), previous.to(wide)
+    x, last, previous = (y.to(_wide(y)) for y in (x, last, previous))
     # Scattered by an odd stride: even ones meet the same columns of an image again and again.
     first = (torch.arange(_PAIRS, device=x.device) * 40503 + 7) % (x.shape[1] - 1)
     # Cramer's rule: x = a last + b previous at an element and at its neighbour.
@@ -150,6 +148,11 @@ def held_elements(x: Tensor, last: Tensor, previous: Tensor, exact: float = 1e-4
     held = (a * last + b * previous - x).abs() <= bound
     share = held.double().mean(1, keepdim=True)
     return held & (share > _FEW) & (share < _MOST)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The widest type that the device of a tensor computes in."""
+    return torch.float64 if x.device.type in ("cpu", "cuda") else torch.float32
 
 
 def _weights(products: np.ndarray, ages: Sequence[int]) -> np.ndarray | None:

@@ -19,9 +19,7 @@ from typing import Any
 # They extrapolate with a cubic through the last four outputs (Adams-Bashforth, weights 55, -59, 37,
 # -9 over 24): what alternates from step to step comes out (55 + 59 + 37 + 9) / 24 = 6.7 times as
 # large. Errors of the demo model arrived up to 15 times as large, without error feedback.
-_FOUR_OUTPUTS = dict.fromkeys(
-    ("PNDMScheduler", "IPNDMScheduler", "LMSDiscreteScheduler"), 15.0
-)  # fmt: skip
+_FOUR_OUTPUTS = dict.fromkeys(("PNDMScheduler", "IPNDMScheduler", "LMSDiscreteScheduler"), 15.0)
 # Others that amplify, by less: exponential integrators of order 2, and whatever is of order 3.
 _AMPLIFYING = {"DEISMultistepScheduler": 3.0}
 _THIRD_ORDER = 3.0
