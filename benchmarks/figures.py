@@ -537,7 +537,10 @@ FIGURES: Mapping[str, Callable[[Path], str]] = {
     "calibration_table": calibration_table,
     "peers": peers,
     "pareto-both": partial(
-        pareto, name="pareto_both", steps=[20, 50], named=r"(?!ToFu|ToMA|SiTo|import|prune|CA-).*"
+        pareto,
+        name="pareto_both",
+        steps=[20, 50],
+        named=r"fixed: \w+|DeepCache .|\d+ steps|network every 2nd|attn_kv .*residual|PiToMe 0.5",
     ),
     "sd15-fixed": partial(speedups, name="sd15_20_steps", methods=FIXED, last=" and "),
     "sd15-fixed-zh": partial(speedups, name="sd15_20_steps", methods=FIXED, last=", "),

@@ -38,16 +38,17 @@ import torch.nn.functional as F
 
 from mmagic_tome import ToMeError
 from mmagic_tome.assets import asset_path
-from mmagic_tome.lab.benchmark import benchmark, summary
+from mmagic_tome.lab.benchmark import benchmark
 from mmagic_tome.lab.environment import environment
 from mmagic_tome.lab.evaluate import evaluate
-from mmagic_tome.lab.measure import Clock, StepMarks, interleaved
+from mmagic_tome.lab.measure import StepMarks, interleaved, timed
 from mmagic_tome.lab.methods import BASELINE, Method
 from mmagic_tome.lab.networks import NETWORKS, share_weights, work_on
 from mmagic_tome.lab.plan import plan_of
 from mmagic_tome.lab.report import save_record, write_report
 from mmagic_tome.lab.results import RunFolder
 from mmagic_tome.lab.runners import open_source
+from mmagic_tome.lab.table import table
 from mmagic_tome.merging.proportional import attention_with_channels, log_sizes
 
 # Part -> seconds; 480 together.
@@ -83,8 +84,6 @@ class Bench:
         self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
         self.batches = [2, 8] if self.on_gpu and not small else [2]
         self.rounds = 2 if small else ROUNDS
-        # Other programs use a CPU too.
-        self.clock = "wall" if self.on_gpu else "cpu"
 
     def cases(self) -> list[tuple[str, int, int]]:
         """(network, pixels, batch), small batches first."""
@@ -116,7 +115,6 @@ def missing(folder: RunFolder, methods: Iterable[str], rounds: int, **keys: Any)
 
 def attention(bench: Bench) -> None:
     """Time of a call of ``scaled_dot_product_attention`` by how keys are weighed."""
-    timer = Clock(bench.device, bench.clock)
     shapes = {"small": (2, 64, 32, 40)} if bench.small else ATTENTION
     dtypes = [bench.dtype] if bench.on_gpu else [torch.float32, torch.bfloat16]
     with bench.folder("attention").writing(bench.manifest("attention")) as folder:
@@ -130,8 +128,8 @@ def attention(bench: Bench) -> None:
                 for call in calls.values():
                     call()
                 # Long enough for the clock: about ten milliseconds.
-                repeats = max(1, min(200, round(0.01 / timer(calls["baseline"])[0])))
-                runs = {one: partial(_repeat, timer, repeats, calls[one]) for one in calls}
+                repeats = max(1, min(200, round(0.01 / _repeat(bench, 1, calls["baseline"]))))
+                runs = {one: partial(_repeat, bench, repeats, calls[one]) for one in calls}
                 for turn, method, seconds in interleaved(runs, turns):
                     row = dict(kind="attention", case=case, method=method, turn=turn)
                     folder.add(row | {"seconds": seconds})
@@ -159,7 +157,7 @@ def _attention_calls(
     }
 
 
-def _repeat(timer: Clock, repeats: int, call: Callable[[], Any]) -> float:
+def _repeat(bench: Bench, repeats: int, call: Callable[[], Any]) -> float:
     """Seconds per call."""
 
     def several() -> None:
@@ -167,7 +165,7 @@ def _repeat(timer: Clock, repeats: int, call: Callable[[], Any]) -> float:
             call()
 
     with torch.inference_mode():
-        return timer(several)[0] / repeats
+        return timed(several, bench.device)[0] / repeats
 
 
 def networks(bench: Bench, mode: str) -> None:
@@ -175,14 +173,14 @@ def networks(bench: Bench, mode: str) -> None:
     methods = [Method.from_dict(one) for one in METHODS]
     for name, pixels, batch in bench.cases():
         folder = bench.folder(mode, f"{name}-{pixels}-{batch}")
-        known = [BASELINE.name, *(row["method"] for row in folder.find(kind="run", note=None))]
-        if folder.manifest and not missing(folder, known, bench.rounds, kind="case"):
+        known = [BASELINE.name, *(row["method"] for row in folder.find(kind="memory"))]
+        if folder.manifest and not missing(folder, known, bench.rounds, kind="round"):
             continue
         began = time.perf_counter()
         try:
             benchmark(
-                name, methods, [(pixels, pixels)], [batch], [bench.dtype], 1, bench.rounds,
-                folder.path, bench.device, mode=mode, clock=bench.clock, with_ideal=False,
+                name, methods, (pixels, pixels), batch, bench.dtype, 1, bench.rounds,
+                folder.path, bench.device, mode=mode,
             )  # fmt: skip
         except (ToMeError, torch.OutOfMemoryError) as error:
             say(f"{name}, {pixels}², batch {batch}: {error}")
@@ -266,7 +264,7 @@ def collect(bench: Bench, out: Path) -> list[Path]:
         "caching": _rounds(bench, "caching", lambda row: {key: row[key] for key in both}),
         "networks": [row for mode in ("eager", "compiled") for row in _networks(bench, mode)],
     }
-    settings = dict(model="random weights", clock=bench.clock)
+    settings = dict(model="random weights")
     records = {name: (settings, rows) for name, rows in found.items() if rows}
     report = bench.folder("frontier").path / "results.json"
     if report.exists():
@@ -303,15 +301,14 @@ def _networks(bench: Bench, mode: str) -> list[dict[str, Any]]:
     rows = []
     for name, pixels, batch in bench.cases():
         folder = bench.folder(mode, f"{name}-{pixels}-{batch}")
-        if not folder.has(kind="run"):
-            continue
         case = f"{name}, {pixels}², batch {batch}, {mode}"
-        for row in json.loads(summary(folder).to_json(orient="records")):
-            rounds = folder.find(kind="case", method=row["method"])
+        for row in json.loads(table(folder).to_json(orient="records")):
+            rounds = folder.find(kind="round", method=row["method"])
             seconds = [*{one["turn"]: one["seconds"] for one in rounds}.values()]
             if len(seconds) == bench.rounds:
-                row = {key: row[key] for key in ("method", "dtype", "memory", "relative_error")}
-                rows.append({"case": case, **row, "round_seconds": seconds})
+                row = {key: row[key] for key in ("method", "memory", "relative_error")}
+                dtype = folder.manifest["dtype"]
+                rows.append({"case": case, "dtype": dtype, **row, "round_seconds": seconds})
     return rows
 
 

@@ -82,14 +82,14 @@ def count(file: str) -> dict[str, Any]:
     def step() -> None:
         run(network, control, call, steps)
 
-    baseline = count_flops(step)[0] / steps
+    baseline = count_flops(step) / steps
     handles = [apply_tome(network, options.replace(controlnet=False))]
     if options.controlnet_config is not None:
         handles.append(apply_tome(control, options.controlnet_config))
     # Tensors without data cannot be compared: every call continues the run.
     fits = dict(same_input=lambda *_: False, fit=lambda r, _: (0.0, dict.fromkeys(r.branches, 1)))
     with mock.patch.multiple(runs.Run, **fits), mock.patch("torch.equal", return_value=True):
-        merged = count_flops(step)[0] / steps
+        merged = count_flops(step) / steps
     assert all(row["kept"] < row["tokens"] for handle in handles for row in handle.stats())
     path = Path(file)
     pixels = f"{8 * call.get('sample', call.get('x_t')).shape[-1]}²"

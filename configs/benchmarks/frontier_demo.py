@@ -15,8 +15,7 @@ _fixed = {
 
 evaluation = dict(
     prompts="demo",
-    limit=64,
-    images_per_prompt=2,
+    limit=128,
     steps=20,
     guidance=3.0,
     batch_size=8,

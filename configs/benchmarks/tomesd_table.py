@@ -5,6 +5,8 @@ _base_ = []
 
 import os  # noqa: E402
 
+from torchvision.models._meta import _IMAGENET_CATEGORIES as classes  # noqa: E402
+
 default_scope = "mmagic"
 custom_imports = dict(imports=["mmagic_tome"], allow_failed_imports=False)
 
@@ -41,9 +43,7 @@ model = dict(
 ratios = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 evaluation = dict(
     # Two images of each of the 1000 classes.
-    prompts="imagenet",
-    prompt_template="A high quality photograph of a {}.",
-    images_per_prompt=2,
+    prompts=[f"A high quality photograph of a {name}." for name in classes for _ in range(2)],
     # The first five images of every class of the validation set.
     real=os.environ.get("IMAGENET_VAL", "../../data/imagenet/val"),
     size=512,
@@ -59,4 +59,4 @@ evaluation = dict(
     metrics=["fid", "psnr", "ssim", "ms_ssim", "lpips", "latent_error"],
     rounds=15,
 )
-del os
+del os, classes

@@ -11,16 +11,17 @@ import argparse
 import contextlib
 import functools
 import importlib
+import itertools
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import ToMeError
 from . import options
-from .options import MISSED, NOT_GIVEN, Parser, exit_code
+from .options import MISSED, Parser, exit_code
 
 #: Verb -> its default config or network, and what it does.
 VERBS = {
@@ -49,11 +50,6 @@ VERBS = {
     "test": ("", "MMagic's tools/test.py: the test loop of a config"),
     "train": ("", "MMagic's tools/train.py: the training of a config"),
 }
-# Options that a network with random weights has no use for.
-_OF_MODELS = (
-    *("checkpoint", "cfg_options", "prompt", "prompt_file", "negative_prompt", "images", "masks"),
-    *("controls", "references", "frames", "guidance", "seed", "extra"),
-)
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -80,6 +76,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             wrong = f"there is no verb {verb!r}" if verb else "state a verb"
             raise ToMeError(f"{wrong}; write one of {', '.join(VERBS)}")
         args = build_parser(verb, prog).parse_args(words)
+        if verb != "benchmark":
+            # Before torch and the libraries of models are imported, which takes long.
+            args.prompts, args.given = _prompts(args), _given(args)
         # Deprecation notes between libraries are not this command's business.
         warnings.filterwarnings("ignore")
         return _RUN[verb](args)
@@ -88,14 +87,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def build_parser(verb: str, prog: str | None = None) -> Parser:
-    """The parser of a verb. Options that are not given are None, empty or ``NOT_GIVEN``."""
+    """The parser of a verb. Options that are not given are None or empty."""
     default, about = VERBS[verb]
     parser = Parser(prog=prog or f"mmagic_tome {verb}", description=about, allow_abbrev=False)
     options.add_options(parser, verb, default)
     return parser
 
 
-# --- what is run ----------------------------------------------------------------------------------
+# --- what was asked for ---------------------------------------------------------------------------
 
 
 def _source(args: argparse.Namespace) -> Any:
@@ -122,18 +121,18 @@ def _prompts(args: argparse.Namespace) -> list[Any]:
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
-    """Fields of a request but for the prompts; None and empty ones are not given."""
-    from .request import Request
+    """Fields of a request but for the prompts; None and empty ones are not given. Files must be
+    there."""
+    from .request import INPUTS, Request, make_request
 
-    return {field.name: vars(args)[field.name] for field in fields(Request)[1:]}
-
-
-def _request(args: argparse.Namespace, source: Any) -> Any:
-    from .prompts import request_for
-    from .request import make_request
-
-    given, prompts = _given(args), _prompts(args)
-    return request_for(source, prompts, given) if prompts else make_request(source, **given)
+    given = {field.name: vars(args)[field.name] for field in fields(Request)[1:]}
+    for image in itertools.chain(*(given[kind] or () for kind in INPUTS)):
+        if not Path(image).expanduser().is_file():
+            raise ToMeError(f"image {image} does not exist")
+    if args.config and "::" not in args.config and not Path(args.config).expanduser().exists():
+        raise ToMeError(f"config {args.config} does not exist")
+    make_request(None, **{**given, **dict.fromkeys(INPUTS), "prompts": ["-"]})
+    return given
 
 
 def _methods(args: argparse.Namespace, setting: Any) -> list[Any]:
@@ -144,58 +143,52 @@ def _methods(args: argparse.Namespace, setting: Any) -> list[Any]:
 
     if args.ratio is not None:
         setting = setting.replace(ratio=args.ratio) if args.ratio else Setting(cache=setting.cache)
-    if args.cache is not NOT_GIVEN:
+    if args.cache is not None:
         setting = setting.replace(cache=None if args.cache == "none" else args.cache)
     found = [] if setting.baseline else [Method(setting.description, setting)]
     return found + [parse_method(text) for text in args.method]
 
 
-def _method(args: argparse.Namespace, source: Any) -> Any:
-    """The one method that is applied: that of ``--method``, else what the config applies."""
-    from .methods import BASELINE
+def _is_changed(args: argparse.Namespace) -> bool:
+    return args.ratio is not None or args.cache is not None
 
-    if args.method and (args.ratio is not None or args.cache is not NOT_GIVEN):
+
+def _method(args: argparse.Namespace, setting: Any, default: str | None) -> Any:
+    """The one method that is applied: that of ``--method``, else what the config applies, else the
+    default, of which a line tells."""
+    from .methods import BASELINE, parse_method
+
+    if args.method and _is_changed(args):
         raise ToMeError(
             "--ratio, --cache and --tolerance change the config's setting; write them into --method"
         )
     if len(args.method) > 1:
         raise ToMeError("only one --method can be applied; evaluate compares several")
-    return [BASELINE, *_methods(args, source.setting)][-1]
+    found = _methods(args, setting)
+    if found or default is None or _is_changed(args):
+        return [BASELINE, *found][-1]
+    print(f"no method is stated: the baseline is compared with --method {default}")
+    return parse_method(default)
 
 
-@contextlib.contextmanager
-def _results(
-    args: argparse.Namespace, name: str, title: str, methods: Sequence[Any]
-) -> Iterator[Path | None]:
-    """Print what is run, on one rank; yield a folder for results, or None in a dry run, which tries
-    whether it can be made.
-
-    Empty folders are not left behind.
-    """
+def _folder(
+    args: argparse.Namespace, verb: str, name: str, title: str, methods: Sequence[Any]
+) -> Path | None:
+    """Print what is run, on one rank; return the folder for results, or None in a dry run."""
     from mmengine.dist import get_rank
 
     from .results import new_folder
 
     _quiet()
     work_dir = Path(args.work_dir or f"work_dirs/{name}")
-    new = [path for path in (work_dir, *work_dir.parents) if not path.exists()]
-    folder = new_folder(work_dir, getattr(args, "resume", False))
+    folder = new_folder(work_dir, verb if args.resume else "")
     if get_rank() == 0:
         print(title)
         for one in methods:
             print(f"  {one.name}" + (f" ({one.label})" if one.label != one.name else ""))
         if args.dry_run:
             print(f"results would go to {work_dir}/<time>; nothing was run")
-    try:
-        yield None if args.dry_run else folder
-    except KeyboardInterrupt:
-        if not (hasattr(args, "resume") and (folder / "manifest.json").exists()):
-            raise
-        raise KeyboardInterrupt(f"; --resume goes on with {folder}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            for path in (folder, *new):
-                path.rmdir()
+    return None if args.dry_run else folder
 
 
 def _title(source: Any, request: Any, device: Any) -> str:
@@ -228,20 +221,20 @@ def _infer(args: argparse.Namespace, maps: bool = False) -> None:
     from .devices import DTYPES, check_device
     from .infer import check, infer
     from .methods import BASELINE
+    from .prompts import request_for
 
     source, device = _source(args), check_device(args.device)
-    request, method = _request(args, source), _method(args, source)
-    compare = maps or args.compare
-    if maps and method is BASELINE and args.ratio is None:  # a bare pipeline, say
-        args.ratio = 0.5
-        method = _method(args, source)
+    request, compare = request_for(source, args.prompts, args.given), maps or args.compare
+    default = "tome:0.5" if maps else "cache:balanced"
+    method = _method(args, source.setting, default if compare else None)
     check(source, request, method, compare, maps)
     methods = [BASELINE, method] if compare else [method]
     rounds = None if maps else args.rounds
-    with _results(args, source.name, _title(source, request, device), methods) as folder:
-        if folder:
-            how = {"compare": compare, "maps": maps, "rounds": rounds, "folder": folder}
-            infer(source, request, method, **how, device=device, dtype=DTYPES.get(args.dtype))
+    title = _title(source, request, device)
+    folder = _folder(args, "infer", source.name, title, methods)
+    if folder:
+        how = {"compare": compare, "maps": maps, "rounds": rounds, "folder": folder}
+        infer(source, request, method, **how, device=device, dtype=DTYPES.get(args.dtype))
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -255,19 +248,18 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     source, device = _source(args), start_ranks(args.launcher, check_device(args.device))
     keys = ("limit", "fewer_steps", "only", "metrics", "real", "rounds", "dtype")
-    given = {key: vars(args)[key] for key in keys}
-    given["prompts"] = _prompts(args)
+    given = {**args.given, **{key: vars(args)[key] for key in keys}, "prompts": args.prompts}
     # Without any of these the config's own list of methods counts.
-    if args.method or args.ratio is not None or args.cache is not NOT_GIVEN:
+    if args.method or _is_changed(args):
         given["methods"] = _methods(args, source.setting)
-    plan = plan_of(source, **given, **_given(args))
+    plan = plan_of(source, **given)
     source.check(plan.request)
     title = _title(source, plan.request, device)
-    with _results(args, source.name, title, [BASELINE, *plan.methods]) as folder:
-        if folder:
-            evaluate(source, folder=folder, device=device, **vars(plan))
-        if folder and get_rank() == 0:
-            _report(folder)
+    folder = _folder(args, "evaluate", source.name, title, [BASELINE, *plan.methods])
+    if folder:
+        evaluate(source, folder=folder, device=device, **vars(plan))
+    if folder and get_rank() == 0:
+        _report(folder)
 
 
 def _benchmark(args: argparse.Namespace) -> None:
@@ -278,36 +270,17 @@ def _benchmark(args: argparse.Namespace) -> None:
     from .networks import check_network
     from .request import parse_size
 
-    device, network = check_device(args.device), args.config or args.default_config
-    sizes = [parse_size("", text) for text in args.size or ()]
-    name, setting, request = network, Setting(), {}
-    if args.pipeline is not None or Path(network).suffix:
-        network = _source(args)
-        name, setting, request = network.name, network.setting, _given(args)
-        for key in ("steps", "size", "batch_size"):  # lists, of the cases
-            del request[key]
-        if args.prompt or args.prompt_file:
-            request["prompts"] = [prompt.text for prompt in _prompts(args)]
-    else:
-        check_network(network, sizes)
-        unused = [key for key in _OF_MODELS if vars(args)[key] not in (None, [], {})]
-        if unused:
-            raise ToMeError(
-                f"{', '.join(unused)}: no meaning for {network}, a network with random weights; "
-                "leave it out, or state a config or --pipeline"
-            )
-    methods = _methods(args, setting) or default_methods(setting)
+    name, device = args.network, check_device(args.device)
+    size = args.size and parse_size("", args.size)
+    check_network(name, size)
+    methods = _methods(args, Setting()) or default_methods()
     check_methods(methods)
-    dtypes = [DTYPES[one] for one in args.dtype or ()]
-    steps = 1 if args.steps is None else args.steps
-    cases = (sizes, args.batch_size, dtypes, steps, args.rounds)
-    how = {"mode": args.mode, "clock": args.clock, "request": request}
-    how.update(with_ideal=not args.no_ideal, memory=not args.no_memory)
+    case = (size, args.batch_size, DTYPES.get(args.dtype), args.steps, args.rounds)
     title = f"{name} on {device}: {args.rounds} rounds"
-    with _results(args, name, title, [BASELINE, *methods]) as folder:
-        if folder:
-            benchmark(network, methods, *cases, folder, device, **how)
-            _report(folder)
+    folder = _folder(args, "benchmark", name, title, [BASELINE, *methods])
+    if folder:
+        benchmark(name, methods, *case, folder, device, args.mode)
+        _report(folder)
 
 
 def _report(folder: Path) -> None:
@@ -321,24 +294,25 @@ def _report(folder: Path) -> None:
 
 def _tune(args: argparse.Namespace) -> int | None:
     from .devices import DTYPES, check_device
+    from .prompts import request_for
     from .tune import Target, check, split, tune
 
     if args.speedup is None and args.psnr is None:
         raise ToMeError("state what to tune for: --speedup 1.5, or --psnr 45")
     source, device = _source(args), check_device(args.device)
-    request, key = _request(args, source), "speedup" if args.psnr is None else "psnr"
-    target = Target(key, vars(args)[key])
-    check(source, request, args.cfg_options)
+    request = request_for(source, args.prompts, args.given)
+    target = Target("speedup", args.speedup) if args.psnr is None else Target("psnr_p5", args.psnr)
     parts = split(request, args.limit)
+    check(source, request, args.cfg_options)
     title = f"{_title(source, parts['search'], device)}; tuned for {target}"
     for part, one in parts.items():
         title += f"\n  {part}: {', '.join(one.prompts)}"
-    with _results(args, source.name, title, ()) as folder:
-        if not folder:
-            return None
-        how = {"folder": folder, "device": device, "dtype": DTYPES.get(args.dtype)}
-        how.update(ratios=args.ratios, cfg_options=args.cfg_options)
-        found = tune(source, request, target, limit=args.limit, rounds=args.rounds, **how)
+    folder = _folder(args, "tune", source.name, title, ())
+    if not folder:
+        return None
+    how = {"device": device, "dtype": DTYPES.get(args.dtype), "cfg_options": args.cfg_options}
+    how.update(folder=folder, limit=args.limit, rounds=args.rounds)
+    found = tune(source, request, target, **how)
     return 0 if found["met"] else MISSED
 
 
@@ -349,9 +323,9 @@ def _demo(args: argparse.Namespace) -> None:
 
     check_gradio()
     source = demo_source(args.config, args.checkpoint, args.pipeline, args.cfg_options)
-    device, prompts = check_device(args.device), _prompts(args)
+    device = check_device(args.device)
     _quiet()
-    given = {**_given(args), "prompts": [prompt.text for prompt in prompts]}
+    given = {**args.given, "prompts": [prompt.text for prompt in args.prompts]}
     launch(Demo(source, device, DTYPES.get(args.dtype), **given), args.host, args.port)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -17,10 +18,12 @@ from ..config import ToMeConfig
 from ..errors import ToMeError
 from ..settings import Setting
 from ..timeline import scheduler_of
-from .infer import WARM_UP_STEPS, fidelity
+from .cost import WARM_UP_STEPS
 from .methods import BASELINE, Method
+from .metrics import paired
 from .request import Request, make_request
 from .runners import Output, Source, open_source, runner_of
+from .runners.media import to_tensor
 
 #: Name on the page -> class in diffusers. Only those that fit the model's own scheduler are shown.
 SCHEDULERS = {
@@ -72,7 +75,6 @@ class Comparison:
     latent_error: float | None  #: measured; None if latents are not known
     predicted_error: float | None  #: None without a tolerance
     steps: list[str]  #: of each step 'computed' or the region that was skipped
-    merged: list[str]  #: token counts before and after merging, a line per target and grid
     summary: str  #: of the handles
     code: str  #: what to write to get the same
     notes: list[str]  #: warnings of this package, such as that nothing was skipped
@@ -130,7 +132,7 @@ class Demo:
             given["prompts"] = ["a red apple on a wooden table"]
         request = make_request(source, **given)
         self.prompts = list(dict.fromkeys(request.prompts))
-        self._request = replace(request, prompts=self.prompts[:1], **_of_first(request))
+        self._request = replace(request.part([0]), batch_size=1)
         self._baselines: OrderedDict[Choice, Output] = OrderedDict()
         runner = source.load(self._request, device, dtype)
         self.model = runner.model
@@ -191,10 +193,9 @@ class Demo:
             return Comparison(
                 baseline,
                 accelerated,
-                **fidelity(baseline, accelerated, 0),
+                **_fidelity(baseline, accelerated),
                 predicted_error=None if predicted is None else max(predicted, default=0.0),
                 steps=steps,
-                merged=[] if handles.tome is None else _merged(handles.tome),
                 summary="\n\n".join(handle.summary() for handle in handles),
                 code=_code(method.setting),
                 notes=notes,
@@ -211,15 +212,11 @@ class Demo:
         return setting
 
     def _checked(self, choice: Choice) -> Request:
-        given = {name: getattr(self._request, name) for name in ("extra", "frames")}
-        inputs = ("images", "masks", "controls", "references")
-        given.update({name: getattr(self._request, name) for name in inputs})
-        for name in ("seed", "steps", "guidance"):
-            given[name] = getattr(choice, name)
+        given = {name: getattr(choice, name) for name in ("seed", "steps", "guidance")}
         given["negative_prompt"] = choice.negative_prompt.strip() or None
         given["size"] = choice.size.strip() or None
         given["prompts"] = [choice.prompt]
-        request = make_request(_Nothing, **given)
+        request = make_request(None, **{**vars(self._request), **given})
         self.source.check(request)
         return request
 
@@ -237,10 +234,15 @@ class Demo:
         self.model.scheduler = cls.from_config(self._scheduler.config)
 
 
-class _Nothing:
-    """A source without defaults: the page states everything."""
-
-    defaults: Mapping[str, Any] = {}
+def _fidelity(base: Output, other: Output) -> dict[str, float | None]:
+    """``psnr`` and ``latent_error`` of the first image, see :class:`Comparison`."""
+    psnr, error = paired("psnr"), None
+    images = (one.images[0] for one in (base, other))
+    frames = (one if isinstance(one, (list, tuple)) else [one] for one in images)
+    value = psnr.mean(psnr(*map(to_tensor, frames)))
+    if base.latents is not None and other.latents is not None:
+        error = float(paired("latent_error")(base.latents[:1], other.latents[:1]))
+    return {"psnr": value if math.isfinite(value) else None, "latent_error": error}
 
 
 @contextlib.contextmanager
@@ -252,15 +254,6 @@ def _own_warnings() -> Iterator[list[str]]:
         yield notes
     package = Path(__file__).resolve().parents[1]
     notes += [str(one.message) for one in caught if package in Path(one.filename).parents]
-
-
-def _of_first(request: Request) -> dict[str, Any]:
-    """What belongs to the first of several prompts."""
-    found: dict[str, Any] = {"seed": request.seed_of(0), "batch_size": 1}
-    found["negative_prompt"] = (request.negatives([0]) or [None])[0]
-    for name in ("images", "masks", "controls", "references"):
-        found[name] = tuple(request.inputs(name, [0]))
-    return found
 
 
 def _start_of(setting: Setting) -> dict[str, Any]:
@@ -275,20 +268,6 @@ def _start_of(setting: Setting) -> dict[str, Any]:
         if setting.cache is None:
             found["tolerance"] = 0.0
     return found
-
-
-def _merged(handle: Any) -> list[str]:
-    """Token counts before and after merging, a line for every kind of target and grid."""
-    counts: dict[tuple, int] = {}
-    for row in handle.stats():
-        if row["tokens"] is not None:
-            key = row["kind"], row["tokens"], row["kept"]
-            counts[key] = counts.get(key, 0) + 1
-    return [
-        f"{kind}: {tokens} tokens, {kept} after merging, in {count} "
-        f"block{'' if count == 1 else 's'}"
-        for (kind, tokens, kept), count in counts.items()
-    ]
 
 
 def _code(setting: Setting) -> str:

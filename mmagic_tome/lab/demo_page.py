@@ -220,8 +220,7 @@ def report_of(found: Comparison) -> str:
         "PSNR to the baseline": psnr,
     }
     if found.predicted_error is not None:
-        of = "predicted error, of caching alone" if found.merged else "predicted error"
-        figures[of] = f"{found.predicted_error:.4f}"
+        figures["predicted error of caching"] = f"{found.predicted_error:.4f}"
     if found.latent_error is not None:
         figures["measured error"] = f"{found.latent_error:.4f}"
     cards = "".join(
@@ -236,14 +235,12 @@ def report_of(found: Comparison) -> str:
         for step, (kind, words) in _CELLS.items()
         if step in found.steps
     )
-    merged = "<br>".join(map(escape, found.merged))
     notes = "".join(f'<p class="note" role="status">{escape(note)}</p>' for note in found.notes)
     return (
         f'{notes}<div class="figures">{cards}</div>'
         f'<div class="steps" role="img" aria-label="steps of the run">{cells}</div>'
         f'<p class="legend soft">{legend}</p>'
-        + (f'<p class="soft merged">{merged}</p>' if merged else "")
-        + f"<pre>{escape(found.code)}</pre>"
+        f"<pre>{escape(found.code)}</pre>"
         f'<details><summary class="soft">What the handles say</summary>'
         f"<pre>{escape(found.summary)}</pre></details>"
         '<p class="soft">Seconds are of one run each, so the speed-up is not certain (~): '

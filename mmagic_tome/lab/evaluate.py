@@ -42,14 +42,7 @@ from .scores import image_rows, measure_images, measure_sets
 from .table import table
 
 # Those that need no download.
-DEFAULT_METRICS = (
-    "psnr",
-    "ssim",
-    "ms_ssim",
-    "latent_error",
-    "efficientnet_lite0_distance",
-    "frechet_efficientnet_lite0",
-)
+DEFAULT_METRICS = ("psnr", "ssim", "ms_ssim", "latent_error")
 
 
 def evaluate(
@@ -65,17 +58,45 @@ def evaluate(
     real: RealImages | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Compare methods with the baseline, which is always one of them.
+    """Load a model and compare methods with the baseline, see :func:`evaluate_runner`.
 
     Args:
         source, request, device: What is run, on which images, where.
+        dtype: Of the model. Default: None, the source's.
+    """
+    folder = folder if isinstance(folder, RunFolder) else RunFolder(folder)
+    held = folder.manifest
+    if held:
+        # Sums in another order differ in their last bits.
+        torch.set_num_threads(held["environment"]["threads"])
+    runner = source.load(request, device, dtype)
+    return evaluate_runner(runner, methods, metrics, rounds, folder, real=real, progress=progress)
+
+
+def evaluate_runner(
+    runner: Runner,
+    methods: Sequence[Method],
+    metrics: Sequence[str | Mapping[str, Any]] | None = None,
+    rounds: int = 9,
+    folder: RunFolder | str | os.PathLike = "work_dirs/evaluate",
+    *,
+    real: RealImages | None = None,
+    memory: bool = True,
+    command: str = "evaluate",
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Compare methods with the baseline, which is always one of them.
+
+    Args:
+        runner: What is run, on which images.
         methods: What is applied, one after the other.
         metrics: Names, or dicts of a ``name`` and options, all of which must be computable.
             Default: None, of :data:`DEFAULT_METRICS` those that are; a note says what is left out.
         rounds: Interleaved rounds in which time is measured; 0 leaves out time, memory and FLOPs.
         folder: Of the run; what it has is not done again.
-        dtype: Of the model. Default: None, the source's.
         real: Images for metrics of sets. Default: None, these compare with the baseline's.
+        memory: Whether to measure memory and FLOPs too.
+        command: Which is to go on with the folder.
         progress: Whether to show bars.
 
     Returns:
@@ -88,27 +109,15 @@ def evaluate(
     folder = folder if isinstance(folder, RunFolder) else RunFolder(folder)
     methods = [BASELINE, *(one for one in methods if one.name != BASELINE.name)]
     check_names(methods)
-    source.check(request)
     asked = DEFAULT_METRICS if metrics is None else metrics
-    chosen, left_out = available(asked, request.size, len(request))
-    _check_metrics(metrics, left_out)
-    held = folder.manifest
-    if held:
-        # Sums in another order differ in their last bits.
-        torch.set_num_threads(held["environment"]["threads"])
-    runner = source.load(request, device, dtype)
-    for name, metric in list(chosen.items()):
-        try:
-            metric.check(runner.size)  # which may be known only now
-        except ToMeError as error:
-            left_out[name] = str(error)
-            del chosen[name]
-    _check_metrics(metrics, left_out)
+    chosen, left_out = available(asked, runner.size, len(runner.request))
+    if metrics is not None and left_out:  # one that was asked for by name must work
+        raise ToMeError(next(iter(left_out.values())))
     for method in methods:
         with method.on(runner.model):
             pass  # what cannot be applied fails here, and not after hours
     options = {one["name"]: dict(one) for one in metrics or () if isinstance(one, Mapping)}
-    manifest = _manifest(runner, methods)
+    manifest = manifest_of(runner, methods, command)
     for name, metric in chosen.items():
         # What a table needs to know of it, and the options it was asked for with.
         about = {key: getattr(metric, key) for key in ("label", "unit", "higher_is_better")}
@@ -118,32 +127,26 @@ def evaluate(
     with folder.writing(manifest):
         _meet(folder)
         for name, reason in left_out.items():
-            _note(folder, f"metric {name} is left out: {reason}")
+            folder.note(f"metric {name} is left out: {reason}")
         if real is None and any(isinstance(metric, SetMetric) for metric in chosen.values()):
-            _note(folder, "without real images, metrics of sets compare with the baseline's images")
-        _make_images(runner, methods, folder, show)
+            folder.note("without real images, metrics of sets compare with the baseline's images")
+        make_images(runner, methods, folder, show)
         _meet(folder)
         for method in methods:
             finite = [row["finite"] for row in folder.find(kind="image", method=method.name)]
             if not all(finite):
                 broken = f"{finite.count(False)} of {len(finite)} images of {method.name}"
-                _note(folder, f"{broken} are not finite")
+                folder.note(f"{broken} are not finite")
         if not all("latents" in row for row in folder.find(kind="image")):
             for name in [name for name, metric in chosen.items() if metric.of == "latents"]:
-                _note(folder, f"metric {name} is left out: no latents can be seen in this model")
+                folder.note(f"metric {name} is left out: no latents can be seen in this model")
                 del chosen[name]
         measure_images(folder, methods, chosen, runner.device, show)
         measure_sets(folder, methods, chosen, runner.device, real, runner.size, show)
         _meet(folder)
         if rounds and get_rank() == 0:
-            measure_cost(runner, methods, rounds, folder, show)
+            measure_cost(runner, methods, rounds, folder, memory, show)
     return table(folder)
-
-
-def _check_metrics(asked: Sequence[Any] | None, left_out: Mapping[str, str]) -> None:
-    """A metric that was asked for by name must work."""
-    if asked is not None and left_out:
-        raise ToMeError(next(iter(left_out.values())))
 
 
 def _meet(folder: RunFolder) -> None:
@@ -152,12 +155,8 @@ def _meet(folder: RunFolder) -> None:
     folder.reload()
 
 
-def _note(folder: RunFolder, text: str) -> None:
-    if get_rank() == 0 and not folder.has(kind="note", text=text):
-        folder.add({"kind": "note", "text": text})
-
-
-def _make_images(runner: Runner, methods: Sequence[Method], folder: RunFolder, show: bool) -> None:
+def make_images(runner: Runner, methods: Sequence[Method], folder: RunFolder, show: bool) -> None:
+    """Make the images that a folder lacks, by all methods."""
     done = {key for key, row in image_rows(folder).items() if (folder.path / row["file"]).is_file()}
     # Batches of all methods in one list, so that no rank waits between methods.
     missing = [
@@ -195,11 +194,13 @@ def _save(
     request, image = runner.request, output.images[index]
     latents = None if output.latents is None else output.latents[index]
     named = {"prompt": request.prompts[number], "seed": request.seed_of(number)}
-    text = {**named, "method": method.to_dict()}
+    negative = (request.negatives([number]) or [None])[0]
+    text = {**runner.settings, **named, "negative_prompt": negative or ""}
+    text["method"] = json.dumps(method.to_dict())
     stem = folder.path / "images" / method.slug / f"{number:06d}"
     files = {"file": save_media(stem, image, fps=runner.fps, text=text)}
     row = {"kind": "image", "method": method.name, "number": number, **named}
-    row["negative_prompt"] = (request.negatives([number]) or [None])[0]
+    row["negative_prompt"] = negative
     # NaN is black in an image. Where latents cannot be seen images are taken as they are.
     row["finite"] = latents is None or bool(torch.isfinite(latents).all())
     if isinstance(image, (list, tuple)):
@@ -218,14 +219,14 @@ def _save(
 # --- what images depend on ------------------------------------------------------------------------
 
 
-def _manifest(runner: Runner, methods: Sequence[Method]) -> dict[str, Any]:
+def manifest_of(runner: Runner, methods: Sequence[Method], command: str) -> dict[str, Any]:
     """What images depend on, to be compared when a run goes on.
 
     Weights count as loaded: a checkpoint that was replaced is noticed, one that was moved is not.
     """
     request, where = runner.request, environment(runner.device)
     return {
-        "command": "evaluate",
+        "command": command,
         "model": runner.source.name,
         "loaded": {
             "class_name": runner.source.class_name,
@@ -267,15 +268,12 @@ def weights_digest(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _scheduler_config(model: Any) -> dict[str, Any] | None:
+def _scheduler_config(model: Any) -> dict[str, str]:
     """The scheduler's settings; MMagic's own schedulers do not tell theirs."""
     config = getattr(scheduler_of(model), "config", None)
-    if not isinstance(config, Mapping):
-        return None
+    settings = config.items() if isinstance(config, Mapping) else ()
     # diffusers lists there, in any order, which settings a file did not name.
-    settings = {key: value for key, value in config.items() if key != "_use_default_values"}
-    # DPM-Solver's has an infinity, for which JSON has no word.
-    return json.loads(json.dumps(settings, default=str), parse_constant=str)
+    return {key: str(value) for key, value in settings if key != "_use_default_values"}
 
 
 def request_digest(request: Request) -> str:

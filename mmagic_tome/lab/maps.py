@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,10 +18,13 @@ from ..errors import ToMeError
 from ..handle import ToMeHandle
 from ..patch import find_patch
 from ..tome.state import TomePatch
+from .methods import Method
 from .plots import contact_sheet
-from .runners.media import evenly
+from .results import RunFolder
+from .runners.base import Runner
+from .runners.media import evenly, save_media
 
-# Of a sheet of merge maps; evenly spread.
+# Of a sheet; evenly spread.
 MOST_BLOCKS, MOST_STEPS = 8, 4
 
 # Pixels per token at least: borders would hide smaller ones.
@@ -75,7 +78,7 @@ class Recorder:
 
     def __init__(self, blocks: dict[str, nn.Module]) -> None:
         self.blocks, self.records = blocks, []
-        self._step, self._stack = 0, ExitStack()
+        self._step, self._stack = 0, contextlib.ExitStack()
 
     def __enter__(self) -> Recorder:
         for name, block in self.blocks.items():
@@ -100,6 +103,21 @@ class Recorder:
         if slots is not None and plan.num_slots < slots.shape[1]:
             slot = slots[-1].detach().to("cpu", torch.int32).numpy()
             self.records.append(Record(self._step, name, tuple(patch.context.grid), slot))
+
+
+def draw_maps(runner: Runner, method: Method, folder: RunFolder) -> None:
+    """Run a method that merges on every image once more, and write what merged: a sheet beside each
+    of its images in a folder."""
+    for number, prompt in enumerate(runner.request.prompts):
+        (row,) = folder.find(kind="image", method=method.name, number=number)
+        image = Image.open(folder.path / row["file"])
+        with contextlib.ExitStack() as stack:
+            handles = stack.enter_context(method.on(runner.model))
+            blocks = merged_blocks(handles.tome, MOST_BLOCKS)
+            recorder = stack.enter_context(Recorder(blocks))
+            runner.run([number], method.steps, recorder.next_step)
+        path = (folder.path / row["file"]).with_suffix("")
+        save_media(f"{path}_merge", merge_sheet(prompt, recorder.records, image))
 
 
 # --- painting -------------------------------------------------------------------------------------
@@ -162,13 +180,5 @@ def merge_sheet(title: str, records: Sequence[Record], image: Image.Image) -> Im
         at = [found.get((block, step)) for step in steps]
         # The image itself where nothing was merged.
         maps = [image if one is None else merge_map(one.slot, one.grid, image) for one in at]
-        rows.append((f"{short_name(block)}: {own[0].slot.size} to {ends} tokens", maps))
+        rows.append((f"{block}: {own[0].slot.size} to {ends} tokens", maps))
     return contact_sheet(title, [f"step {step + 1}" for step in steps], rows)
-
-
-def short_name(block: str) -> str:
-    """``down_blocks.0.attentions.1.transformer_blocks.0`` -> ``down 0.1.0``."""
-    words = block.replace("_blocks", "").replace("_block", "").split(".")
-    first = next((place for place, word in enumerate(words) if word.isdigit()), len(words))
-    names = [word for word in words[:first] if word != "attentions"]
-    return " ".join([*names, ".".join(word for word in words if word.isdigit())])

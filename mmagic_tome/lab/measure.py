@@ -26,9 +26,6 @@ from ..patch import Interceptor, intercept, interceptors_of, release
 
 T = TypeVar("T")
 
-#: Wall time, or the CPU seconds of this process (all its threads).
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-
 
 def synchronize(device: str | torch.device) -> None:
     """Return when the device has finished all its work; at once on a CPU."""
@@ -36,29 +33,13 @@ def synchronize(device: str | torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class Clock:
-    """Measures the seconds of a call on a device.
-
-    ``kind`` is ``'wall'`` (default), or ``'cpu'`` for a CPU that other programs use too. Threads
-    that wait for each other count, so use one thread with it. ToMeError: another kind; the CPU
-    clock for work on a GPU.
-    """
-
-    def __init__(self, device: str | torch.device, kind: str = "wall") -> None:
-        self.device = torch.device(device)
-        if kind not in CLOCKS:
-            raise ToMeError(f"there is no clock {kind!r}; write one of {', '.join(CLOCKS)}")
-        if kind == "cpu" and self.device.type != "cpu":
-            raise ToMeError(f"CPU seconds do not measure {self.device.type}; write clock='wall'")
-        self.now = CLOCKS[kind]
-
-    def __call__(self, function: Callable[[], T]) -> tuple[float, T]:
-        """Return (seconds, what ``function`` returned), synchronized at both ends."""
-        synchronize(self.device)
-        start = self.now()
-        result = function()
-        synchronize(self.device)
-        return self.now() - start, result
+def timed(function: Callable[[], T], device: str | torch.device) -> tuple[float, T]:
+    """Call a function; return (seconds, what it returned), synchronized at both ends."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = function()
+    synchronize(device)
+    return time.perf_counter() - start, result
 
 
 class StepMarks(Interceptor):
@@ -207,6 +188,8 @@ class Interval:
         """Return such as ``'1.45x (1.42-1.61)'``; ``'~1.05x (0.97-1.12)'`` if 1 is possible."""
         if self.low == self.high == 1:  # the baseline by itself
             return f"{self.median:.2f}x"
+        if self.count == 1:
+            return f"~{self.median:.2f}x (one pair gives no interval)"
         mark = "" if self.excludes(1) else "~"
         return f"{mark}{self.median:.2f}x ({self.low:.2f}-{self.high:.2f})"
 
@@ -289,37 +272,17 @@ def _allocations(events: list[Any]) -> Iterator[tuple[int, int, int]]:
 # --- floating-point operations --------------------------------------------------------------------
 
 
-def count_flops(function: Callable[[], Any], part: nn.Module | None = None) -> tuple[int, int]:
-    """Return the operations of a call, one multiply-add counting two, and those of one module.
+def count_flops(function: Callable[[], Any]) -> int:
+    """Return the operations of a call without gradients, one multiply-add counting two.
 
     Matrix products, convolutions and attention count (``torch.utils.flop_counter``), the products
     by which merging finds similar tokens included, in 8 bits too. By convention, element-wise work,
-    normalization, gathering and averaging do not.
-
-    Args:
-        function: Called once, without gradients. Compiled code cannot be counted.
-        part: A module that ``function`` calls any number of times. None: its share is 0.
+    normalization, gathering and averaging do not. Compiled code cannot be counted.
     """
     counter = FlopCounterMode(display=False, custom_mapping=_MORE)
-    marks: list[int] = []  # totals at the start and the end of each call of the part
-    hooks = []
-    if part is not None:
-
-        def mark(*_: Any) -> None:
-            marks.append(counter.get_total_flops())
-
-        # Outermost, so that merging around the module counts as a part of it.
-        hooks = [
-            part.register_forward_pre_hook(mark, prepend=True),
-            part.register_forward_hook(mark),
-        ]
-    try:
-        with counter, torch.no_grad():
-            function()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return int(counter.get_total_flops()), int(sum(marks[1::2]) - sum(marks[::2]))
+    with counter, torch.no_grad():
+        function()
+    return int(counter.get_total_flops())
 
 
 def _attention(query, key, value, *args, out_shape=None, **kwargs):

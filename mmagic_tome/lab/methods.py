@@ -14,14 +14,13 @@ from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
 
-from .. import apply_tome, remove_cache, remove_tome
+from .. import remove_cache, remove_tome
 from ..errors import ToMeError
 from ..methods import METHODS
 from ..models import find_adapter
 from ..settings import Handles, Setting
-from ..validate import check_keys
+from ..validate import check_integer, check_keys, check_number
 from ..version import __version__
-from ..vit import ViTConfig
 
 # What a config's entry and the command line may say besides options of a setting.
 KEYS = ("name", "tome_cfg", "cache_cfg", "tomesd", "deepcache", "steps")
@@ -42,8 +41,7 @@ class Method:
 
     Args:
         name: Unique in a comparison; appears in tables and plots.
-        setting: This package's token merging, step caching or both; a :class:`ViTConfig` for
-            vision transformers.
+        setting: This package's token merging, step caching or both.
         tomesd: Options of ``tomesd.apply_patch``, or a ratio.
         deepcache: Options of ``DeepCacheSDHelper.set_params``, or the interval.
         steps: Denoising steps. Default: None, those of the request.
@@ -60,7 +58,7 @@ class Method:
     """
 
     name: str
-    setting: Setting | ViTConfig | None = field(default=None, hash=False)
+    setting: Setting | None = field(default=None, hash=False)
     tomesd: Mapping[str, Any] | None = field(default=None, hash=False)
     deepcache: Mapping[str, Any] | None = field(default=None, hash=False)
     steps: int | None = None
@@ -72,44 +70,33 @@ class Method:
         ways = [way for way in _WAYS if getattr(self, way) is not None]
         if len(ways) > 1:
             raise ToMeError(f"method {self.name!r} has {' and '.join(ways)}; write two methods")
-        if self.steps is not None and not (type(self.steps) is int and self.steps > 0):
-            raise ToMeError(
-                f"method {self.name!r}: steps must be a whole number above 0, got {self.steps!r}"
-            )
+        where = f"method {self.name!r}: "
+        if self.steps is not None:
+            check_integer(where, "steps", self.steps, 1)
         if self.tomesd is not None:
-            options = self._of_package("tomesd", self.tomesd, "ratio", example=0.5)
+            options = self._of_package("tomesd", self.tomesd, "ratio")
+            # It caps larger ratios without a word.
             most = 1 - 1 / (options.get("sx", 2) * options.get("sy", 2))
-            if not 0 <= options["ratio"] <= most:
-                raise ToMeError(
-                    f"method {self.name!r}: tomesd merges at most {most:g} of the tokens and "
-                    f"silently caps larger ratios, got {options['ratio']!r}"
-                )
+            check_number(where, "ratio", options.get("ratio"), 0, most, 0.5)
             object.__setattr__(self, "tomesd", options)
         if self.deepcache is not None:
-            options = self._of_package("DeepCache", self.deepcache, "cache_interval", example=3)
+            options = self._of_package("DeepCache", self.deepcache, "cache_interval")
+            check_integer(where, "cache_interval", options.get("cache_interval"), 1, default=3)
             object.__setattr__(self, "deepcache", options)
 
-    def _of_package(self, package: str, given: Any, key: str, example: float) -> dict[str, Any]:
-        """Options of a package; ``key`` is a number of the example's type and may be alone."""
-        options = dict(given) if isinstance(given, Mapping) else {key: given}
-        value = options.get(key)
-        whole = isinstance(example, int)
-        if type(value) not in ((int,) if whole else (int, float)) or value < whole:
-            raise ToMeError(
-                f"method {self.name!r}: {package} takes options such as dict({key}={example}), "
-                f"got {given!r}"
-            )
+    def _of_package(self, package: str, given: Any, key: str) -> dict[str, Any]:
+        """Options of a package; the value of ``key`` may be alone."""
         if importlib.util.find_spec(package) is None:
             raise ToMeError(
                 f"method {self.name!r} needs {package}, which is not installed: "
                 f"pip install {_INSTALL[package]}"
             )
-        return options
+        return dict(given) if isinstance(given, Mapping) else {key: given}
 
     @property
     def kind(self) -> str:
         """'baseline', 'ours', 'tomesd', 'deepcache', 'function' or 'fewer steps'."""
-        if self.setting is not None and not getattr(self.setting, "baseline", False):
+        if self.setting is not None and not self.setting.baseline:
             return "ours"
         for way in _WAYS[1:]:
             if getattr(self, way) is not None:
@@ -120,9 +107,8 @@ class Method:
     def label(self) -> str:
         """What is done to the model, in words: 'merging', 'merging and caching', '13 steps' ..."""
         if self.kind == "ours":
-            tome = getattr(self.setting, "tome", self.setting) is not None
-            cache = getattr(self.setting, "cache", None) is not None
-            return " and ".join(["merging"] * tome + ["caching"] * cache)
+            both = {"merging": self.setting.tome, "caching": self.setting.cache}
+            return " and ".join(name for name, one in both.items() if one is not None)
         if self.kind == "fewer steps":
             return f"{self.steps} steps"
         return {"deepcache": "DeepCache", "function": self.name}.get(self.kind, self.kind)
@@ -166,22 +152,18 @@ class Method:
             context = _with_deepcache(model, self.deepcache)
         elif self.function is not None:
             context = self.function(model)
-        elif isinstance(self.setting, ViTConfig):
-            context = apply_tome(model, self.setting.to_dict())
         else:
             context = (self.setting or Setting()).apply(model)
         with context as applied:
-            vit = Handles(applied if self.setting is not None else None)
-            yield applied if isinstance(applied, Handles) else vit
+            yield applied if isinstance(applied, Handles) else Handles()
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> Method:
         """The method that an entry of a config means.
 
         It has ``name`` and one or more of ``tome_cfg`` (options of token merging, which may have
-        the key ``cache``; an empty dict merges by default options; with ``r`` or
-        ``target_speedup`` those of a vision transformer), ``cache_cfg``, ``tomesd``, ``deepcache``,
-        ``steps``.
+        the key ``cache``; an empty dict merges by default options), ``cache_cfg``, ``tomesd``,
+        ``deepcache``, ``steps``.
 
         Raises:
             ToMeError: A wrong entry, named.
@@ -200,7 +182,7 @@ class Method:
             setting = _setting(given.pop("tome_cfg", None), given.pop("cache_cfg", None))
         except ToMeError as error:
             raise ToMeError(f"method {name!r}: {error}") from None
-        if setting is not None and getattr(setting, "baseline", False):
+        if setting is not None and setting.baseline:
             raise ToMeError(
                 f"method {name!r} neither merges nor skips anything; write "
                 "tome_cfg=dict(ratio=0.5) or cache_cfg='balanced'"
@@ -222,13 +204,9 @@ def predicted_errors(handles: Handles, count: int) -> list[float | None]:
     return predicted if predicted and len(predicted) == count else [None] * count
 
 
-def _setting(tome: Any, cache: Any) -> Setting | ViTConfig | None:
+def _setting(tome: Any, cache: Any) -> Setting | None:
     if tome is None and cache is None:
         return None
-    if isinstance(tome, Mapping) and ("r" in tome or "target_speedup" in tome):
-        if cache is not None:
-            raise ToMeError("r is for vision transformers, which have no step caching")
-        return ViTConfig.coerce(tome)
     if isinstance(tome, Mapping) and not tome:
         tome = {"ratio": 0.5}
     setting = Setting.coerce(tome)

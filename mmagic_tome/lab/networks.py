@@ -7,7 +7,7 @@ Time and memory of a forward depend on the shape and not on the values of the we
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -157,16 +157,15 @@ def _flux_call(config: Any, noise: _Noise, grid: tuple[int, int], text: int) -> 
 _CALLS = {_UNET: _unet_call, _SD3: _sd3_call, _FLUX: _flux_call}
 
 
-def check_network(name: str, sizes: Sequence[tuple[int, int]] = ()) -> Network:
-    """The entry of :data:`NETWORKS`; ToMeError if there is none, or it cannot work on one of these
-    sizes, (height, width) in pixels."""
+def check_network(name: str, size: tuple[int, int] | None = None) -> Network:
+    """The entry of :data:`NETWORKS`; ToMeError if there is none, or it cannot work on a size,
+    (height, width) in pixels. Default: None, its own."""
     if name not in NETWORKS:
         raise ToMeError(
-            f"there is no network {name!r}; write one of {', '.join(NETWORKS)}, a config's "
-            "path, or --pipeline FOLDER"
+            f"there is no network {name!r}; write one of {', '.join(NETWORKS)}; "
+            "evaluate measures configs and pipelines"
         )
-    for size in sizes:
-        check_size(name, size, NETWORKS[name].unit)
+    check_size(name, size, NETWORKS[name].unit)
     return NETWORKS[name]
 
 

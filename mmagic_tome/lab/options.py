@@ -7,8 +7,6 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import errno
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +14,6 @@ from typing import Any
 from ..errors import ToMeError
 
 INTERRUPTED, BAD_INPUT, MISSED = 130, 2, 1
-#: Of an option whose value may be None.
-NOT_GIVEN = object()
 
 
 def exit_code(run: Callable[[], int | None], prog: str) -> int:
@@ -37,15 +33,6 @@ def exit_code(run: Callable[[], int | None], prog: str) -> int:
     except KeyboardInterrupt as error:
         print(f"{prog}: interrupted{error}", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        # Nobody reads the output any more; Python would complain when it flushes at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(f"{prog}: error: {error.strerror}", file=sys.stderr)
-        return BAD_INPUT
 
 
 class Parser(argparse.ArgumentParser):
@@ -99,35 +86,53 @@ _ROUNDS = "interleaved rounds"
 
 def add_options(parser: argparse.ArgumentParser, verb: str, default: str) -> None:
     """Add the options of a verb to its parser; ``default`` is what is run if nothing is stated."""
-    parser.set_defaults(default_config=default)
-    cases = verb == "benchmark"
-    several = {"nargs": "+"} if cases else {}
-
     add = parser.add_argument_group("what is run").add_argument
-    networks = ", or small, sd15, sd15-level0, sdxl, sd3, flux (random weights)" if cases else ""
-    config = f"a file, or package::path{networks} (default: {default})"
-    add("config", nargs="?", help=config)
-    add("checkpoint", nargs="?", help="weights of a MMagic model (default: config's load_from)")
-    pipeline = "diffusers pipeline, a folder or id, not a config (default: none)"
-    add("--pipeline", metavar="DIR", help=pipeline)
-    changes = "changes of the config: tome_cfg.sx=4 ... (default: none)"
-    add("--cfg-options", **_PAIRS, help=changes)
+    if verb == "benchmark":
+        shapes = "small, sd15, sd15-level0, sdxl, sd3 or flux, with random weights"
+        add("network", nargs="?", default=default, help=f"{shapes} (default: {default})")
+    else:
+        parser.set_defaults(default_config=default)
+        add("config", nargs="?", help=f"a file, or package::path (default: {default})")
+        weights = "weights of a MMagic model (default: config's load_from)"
+        add("checkpoint", nargs="?", help=weights)
+        pipeline = "diffusers pipeline, a folder or id, not a config (default: none)"
+        add("--pipeline", metavar="DIR", help=pipeline)
+        changes = "changes of the config: tome_cfg.sx=4 ... (default: none)"
+        add("--cfg-options", **_PAIRS, help=changes)
+        _request(parser.add_argument_group("what to generate"))
 
-    add = parser.add_argument_group("what to generate").add_argument
+    add = parser.add_argument_group("how it is run").add_argument
+    add("--device", metavar="DEV", help="cpu, cuda, cuda:1, ... (default: cuda, else cpu)")
+    steps = "of one measurement (default: 1)" if verb == "benchmark" else "(default: the model's)"
+    add("--steps", **_N, help=f"denoising steps {steps}")
+    size = "height and width in pixels (default: the model's)"
+    add("--size", metavar="N|HxW", help=size)
+    batch = 2 if verb == "benchmark" else 1
+    add("--batch-size", **_N, help=f"images per call (default: {batch})")
+    dtype = "precision of the model (default: its own)"
+    add("--dtype", choices=("fp32", "fp16", "bf16"), help=dtype)
+    if verb in ("infer", "evaluate", "benchmark", "visualize"):
+        _applied(parser.add_argument_group("what is applied"))
+    if verb != "demo":
+        add = parser.add_argument_group("results").add_argument
+        folder = "results go to DIR/<time> (default: work_dirs/<name of the config>)"
+        add("--work-dir", metavar="DIR", help=folder)
+        dry_run = "check all that needs no weights, and print it (default: run)"
+        add("--dry-run", **_FLAG, help=dry_run)
+        resume = "go on with the newest run in --work-dir (default: begin a new one)"
+        add("--resume", **_FLAG, help=resume)
+    if verb in _OF_VERB:
+        _OF_VERB[verb](parser.add_argument_group(verb))
+
+
+def _request(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     texts = {"nargs": "+", "action": "extend", "default": [], "metavar": "TEXT"}
-    add(
-        "--prompt",
-        "--text",
-        **texts,
-        help="@FILE is as --prompt-file (default: the config's infer_cfg)",
-    )
-    files = ".txt (a prompt per line), .json, .csv, demo, demo-held-out or imagenet"
-    add(
-        "--prompt-file",
-        **_REPEATED,
-        metavar="FILE",
-        help=f"{files}; may be repeated (default: none)",
-    )
+    prompts = "@FILE is as --prompt-file (default: the config's infer_cfg)"
+    add("--prompt", "--text", **texts, help=prompts)
+    files = ".txt (a prompt per line), .json, .csv, demo or demo-held-out"
+    several = f"{files}; may be repeated (default: none)"
+    add("--prompt-file", **_REPEATED, metavar="FILE", help=several)
     add("--negative-prompt", metavar="TEXT", help="what not to show (default: nothing)")
     each = "one for all, or one per prompt (default: none)"
     add("--img", **_FILES, dest="images", help=f"image to start from or to inpaint, {each}")
@@ -141,43 +146,15 @@ def add_options(parser: argparse.ArgumentParser, verb: str, default: str) -> Non
     extra = "arguments of the model's call: strength=0.5 ... (default: none)"
     add("--extra-parameters", **_PAIRS, dest="extra", help=extra)
 
-    add = parser.add_argument_group("how it is run").add_argument
-    add("--device", metavar="DEV", help="cpu, cuda, cuda:1, ... (default: cuda, else cpu)")
-    steps = "of one measurement (default: 1)" if cases else "(default: the model's)"
-    add("--steps", **_N, help=f"denoising steps {steps}")
-    size = "height and width in pixels (default: the model's)"
-    add("--size", metavar="N|HxW", **several, help=size)
-    add("--batch-size", **_N, **several, help="images per call (default: 1)")
-    dtype = "precision of the model (default: that of its config)"
-    add("--dtype", choices=("fp32", "fp16", "bf16"), **several, help=dtype)
-
-    if verb == "demo":  # the rest is set on the page
-        _demo(parser.add_argument_group(verb))
-        return
-    if verb != "tune":
-        _applied(parser.add_argument_group("what is applied"))
-
-    add = parser.add_argument_group("results").add_argument
-    folder = "results go to DIR/<time> (default: work_dirs/<name of the config>)"
-    add("--work-dir", metavar="DIR", help=folder)
-    dry_run = "check all that needs no weights, and print it (default: run)"
-    add("--dry-run", **_FLAG, help=dry_run)
-    if verb in ("evaluate", "benchmark", "tune"):
-        resume = "go on with the newest run in --work-dir (default: begin a new one)"
-        add("--resume", **_FLAG, help=resume)
-    if verb in _OF_VERB:
-        _OF_VERB[verb](parser.add_argument_group(verb))
-
 
 def _applied(applied: argparse._ArgumentGroup) -> None:
     ratio = "fraction of tokens to merge; 0 merges none (default: the config's)"
     applied.add_argument("--ratio", type=float, metavar="R", help=ratio)
     add = applied.add_mutually_exclusive_group().add_argument
-    cache = {"dest": "cache", "default": NOT_GIVEN}
     names = "step caching: quality, balanced, fast, a dict, or none (default: the config's)"
-    add("--cache", **cache, type=parse_value, metavar="NAME|DICT", help=names)
+    add("--cache", type=parse_value, metavar="NAME|DICT", help=names)
     error = "step caching: expected error of the final latent, such as 0.01 (default: the config's)"
-    add("--tolerance", **cache, type=tolerance, metavar="E", help=error)
+    add("--tolerance", dest="cache", type=tolerance, metavar="E", help=error)
     short = "tome:0.5, cache:balanced, tolerance:0.01, tomesd:0.5, deepcache:3, steps:13"
     long = "NAME={'ratio': 0.5, 'cache': 'balanced', 'steps': 20}"
     method = f"{short}, or {long} (default: what the config applies)"
@@ -188,7 +165,7 @@ def _infer(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     compare = "run the baseline too: speed-up, fidelity, a sheet (default: do not)"
     add("--compare", **_FLAG, help=compare)
-    rounds = f"{_ROUNDS} (default: 1; with --compare for five pairs of runs)"
+    rounds = f"{_ROUNDS} with --compare (default: five or more)"
     add("--rounds", **_N, help=rounds)
 
 
@@ -215,10 +192,6 @@ def _benchmark(group: argparse._ArgumentGroup) -> None:
     add("--rounds", **_N, default=7, help=f"{_ROUNDS} (default: 7)")
     mode = "compiled: torch.compile (default: eager)"
     add("--mode", choices=("eager", "compiled"), default="eager", help=mode)
-    clock = "cpu: for a CPU that other programs use (default: wall)"
-    add("--clock", choices=("wall", "cpu"), default="wall", help=clock)
-    add("--no-ideal", **_FLAG, help="without the ideal of each method (default: with it)")
-    add("--no-memory", **_FLAG, help="without peak memory (default: with it)")
 
 
 def _tune(group: argparse._ArgumentGroup) -> None:
@@ -226,11 +199,9 @@ def _tune(group: argparse._ArgumentGroup) -> None:
     speedup = "so many times as fast as the baseline (default: none)"
     add("--speedup", type=float, metavar="X", help=speedup)
     add("--psnr", type=float, metavar="X", help="so close to the baseline, in dB (default: none)")
-    ratios = "merging ratios to try (default: 0.25 0.5 where the finest level has 4096 tokens)"
-    group.add_argument("--ratios", type=float, nargs="*", metavar="R", help=ratios)
     limit = "images at most: half to search, half to check (default: 12)"
     group.add_argument("--limit", **_N, default=12, help=limit)
-    rounds = f"{_ROUNDS} (default: for five pairs of runs per setting)"
+    rounds = f"{_ROUNDS} per setting (default: five or more)"
     group.add_argument("--rounds", **_N, help=rounds)
 
 
@@ -241,4 +212,10 @@ def _demo(group: argparse._ArgumentGroup) -> None:
     add("--port", **_N, help="port to listen at (default: the first free one from 7860 on)")
 
 
-_OF_VERB = {"infer": _infer, "evaluate": _evaluate, "benchmark": _benchmark, "tune": _tune}
+_OF_VERB = {
+    "infer": _infer,
+    "evaluate": _evaluate,
+    "benchmark": _benchmark,
+    "tune": _tune,
+    "demo": _demo,
+}

@@ -37,8 +37,7 @@ DEFAULT_METHODS = ("tome:0.25", "tome:0.5", "tome:0.75")
 DEFAULT_FEWER_STEPS = (0.8, 0.65, 0.5)
 _REQUEST = tuple(field.name for field in fields(Request) if field.name != "prompts")
 _LISTS = ("methods", "fewer_steps", "only", "metrics")
-_COUNTS = ("limit", "images_per_prompt")
-KEYS = ("prompts", "prompt_template", "real", "rounds", "dtype", *_LISTS, *_COUNTS, *_REQUEST)
+KEYS = ("prompts", "limit", "real", "rounds", "dtype", *_LISTS, *_REQUEST)
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ def plan_of(source: Source, **given: Any) -> Plan:
     """What to evaluate: what is given, None and empty lists aside, else what the source's
     ``evaluation`` and ``defaults`` say.
 
-    - ``prompts``: a file, a built-in set or a list (see :func:`~.prompts.read_prompts`); ``limit``,
-      ``prompt_template`` with ``{}``, ``images_per_prompt``.
+    - ``prompts``: a file, a built-in set or a list (see :func:`~.prompts.read_prompts`);
+      ``limit``.
     - ``methods``: :class:`Method`, dicts for :meth:`Method.from_dict`, or texts for
       :func:`~.methods.parse_method`. Default: what the config applies, else ratios 0.25, 0.5, 0.75.
     - ``fewer_steps``: shares or numbers of steps. Default: 0.8, 0.65 and 0.5, if the number of
@@ -82,9 +81,8 @@ def plan_of(source: Source, **given: Any) -> Plan:
     for key in _LISTS:
         if key in values and not isinstance(values[key], (list, tuple)):
             raise ToMeError(f"evaluate: {key} must be a list, got {values[key]!r}")
-    for key in _COUNTS:
-        if values.get(key) is not None:
-            check_integer("evaluate: ", key, values[key], 1)
+    if values.get("limit") is not None:
+        check_integer("evaluate: ", "limit", values["limit"], 1)
     for entry in values.get("metrics") or ():
         check_metric(entry)
 
@@ -105,9 +103,7 @@ def _request(source: Source, values: Mapping[str, Any]) -> Request:
     prompts = values.get("prompts", source.defaults.get("prompts"))
     if prompts is None:
         raise ToMeError("no prompts: pass a file, or one of the sets demo and demo-held-out")
-    prompts = spread(read_prompts(prompts), values.get("limit"))
-    how = (values.get("prompt_template"), values.get("images_per_prompt", 1))
-    return request_for(source, prompts, given, *how)
+    return request_for(source, spread(read_prompts(prompts), values.get("limit")), given)
 
 
 def _methods(source: Source, values: Mapping[str, Any], steps: int | None) -> list[Method]:

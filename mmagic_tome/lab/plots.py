@@ -13,9 +13,8 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Text
-from matplotlib.transforms import Bbox
-from PIL import Image
+from matplotlib.font_manager import findfont
+from PIL import Image, ImageDraw, ImageFont
 
 from .files import whole_file
 
@@ -45,6 +44,7 @@ STYLE = {
 DPI = 150
 FULL_SCALE = 64  # levels of 255: differences this large and larger are brightest
 CELL, MARGIN, LINE = 256, 16, 24  # of a sheet, in pixels
+_LABEL = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,10 @@ def fidelity(
             if point.low is not None and point.high is not None:
                 look["xerr"] = [[max(0, point.x - point.low)], [max(0, point.high - point.x)]]
             axes.errorbar(point.x, point.y, label=point.kind, **look)
+            label = point.name if point.label is None else point.label
+            # Other methods are compared with fewer steps, and often close above them.
+            place = (0, -14 if point.kind == "fewer steps" else 6)
+            axes.annotate(label, (point.x, point.y), place, **_LABEL)
         axes.margins(0.1)
         if any(point.y == top for point in points):
             axes.set_ylim(top=top)
@@ -139,10 +143,6 @@ def fidelity(
     where = dict(xy=(1, 1.01), xycoords="axes fraction", ha="right", va="bottom")
     all_axes[-1].annotate("higher and further right is better", color="#555555", **where)
     legend(figure)
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # labels go inside the axes, which stay where they are
-    for axes, points in zip(all_axes, drawn):
-        place_labels(axes, points)
     return figure
 
 
@@ -152,42 +152,6 @@ def _at_edge(point: Point, edge: float) -> Point:
         return point
     name = point.name if point.label is None else point.label
     return replace(point, y=edge, label=f"{name}, identical" if name else "identical")
-
-
-def place_labels(axes: Any, points: Sequence[Point]) -> list[Bbox]:
-    """Write the label of each point at the nearest place where it covers least; return where, in
-    pixels. Everything else is to be drawn before."""
-    pixel, room = axes.figure.dpi / 72, axes.get_window_extent()
-    spots = [axes.transData.transform((point.x, point.y)) for point in points]
-    taken = [Bbox([spot - 5 * pixel, spot + 5 * pixel]) for spot in spots]
-    for point in points:  # their intervals
-        ends = [(point.x if x is None else x, point.y) for x in (point.low, point.high)]
-        low, high = axes.transData.transform(ends)
-        taken.append(Bbox([low - 2, high + 2]))
-    labels: list[Bbox] = []
-    angles = np.arange(0, 2 * np.pi, np.pi / 8)
-    directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-
-    def covered(box: Bbox) -> int:
-        outside = (box.min < room.min).any() or (box.max > room.max).any()
-        return box.count_overlaps(taken) + 5 * box.count_overlaps(labels) + 10 * outside
-
-    # From the right edge inwards: those have the fewest places to choose from.
-    for point, spot in sorted(zip(points, spots), key=lambda pair: -pair[1][0]):
-        text = point.name if point.label is None else point.label
-        if not text:
-            continue
-        line = {"arrowstyle": "-", "alpha": 0.5, "linewidth": 0.7}
-        style = {"textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 9}
-        note = axes.annotate(text, (point.x, point.y), (0, 0), arrowprops=line, **style)
-        half = Text.get_window_extent(note).size / 2
-        offsets = [one * (far * pixel + half) for far in range(6, 70, 4) for one in directions]
-        boxes = [Bbox([spot + offset - half, spot + offset + half]) for offset in offsets]
-        costs = [covered(box) for box in boxes]
-        best = costs.index(min(costs))
-        note.set_position(offsets[best] / pixel)
-        labels.append(boxes[best])
-    return labels
 
 
 def difference_map(base: Image.Image, other: Image.Image) -> Image.Image:
@@ -201,42 +165,39 @@ def difference_map(base: Image.Image, other: Image.Image) -> Image.Image:
     return Image.fromarray((255 * colours).round().astype(np.uint8))
 
 
-@matplotlib.rc_context(STYLE)
 def contact_sheet(
     title: str, heads: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]]
 ) -> Image.Image:
     """Draw images of one size side by side, pixel by pixel, as an RGB image; small ones are
-    enlarged by a whole factor.
+    enlarged by a whole factor, and texts that are too long are cut.
 
     Args:
         title: First line of the sheet.
-        heads: Text over each column, up to two lines, such as a method and its time.
+        heads: Text over each column, such as a method.
         rows: Caption, and an image for each head.
     """
-    factor = max(1, -(-CELL // rows[0][1][0].width))
-    width, height = (factor * side for side in rows[0][1][0].size)
+    first = rows[0][1][0]
+    factor = max(1, -(-CELL // first.width))
+    width, height = factor * first.width, factor * first.height
     room = len(heads) * (width + MARGIN) - MARGIN
-    whole, total = room + 2 * MARGIN, 2 * MARGIN + 3 * LINE + len(rows) * (height + LINE + MARGIN)
-    figure = Figure(figsize=(whole / 100, total / 100), dpi=100)
-    canvas = FigureCanvasAgg(figure)
+    total = 2 * MARGIN + 2 * LINE + len(rows) * (height + LINE + MARGIN)
+    sheet = Image.new("RGB", (room + 2 * MARGIN, total), "white")
+    font = ImageFont.truetype(findfont("DejaVu Sans"), 14)
 
     def write(text: str, x: int, y: int, room: int) -> None:
-        note = figure.text(x / whole, 1 - y / total, text, va="top", fontsize=11)
-        while text and (width := note.get_window_extent().width) > room:
-            text = text[: min(len(text) - 1, int(len(text) * room / width))]
-            note.set_text(text.rstrip() + "…")
+        line = Image.new("RGB", (room, LINE), "white")
+        ImageDraw.Draw(line).text((0, 2), " ".join(text.split()), "black", font)
+        sheet.paste(line, (x, y))
 
     columns = [MARGIN + place * (width + MARGIN) for place in range(len(heads))]
     write(title, MARGIN, MARGIN, room)
     for x, head in zip(columns, heads):
-        for line, text in enumerate(head.split("\n"), 1):
-            write(text, x, MARGIN + line * LINE, width)
-    top = MARGIN + 3 * LINE
+        write(head, x, MARGIN + LINE, width)
+    top = MARGIN + 2 * LINE
     for caption, images in rows:
         for x, image in zip(columns, images):
-            pixels = np.asarray(image.convert("RGB")).repeat(factor, 0).repeat(factor, 1)
-            figure.figimage(pixels, x, total - top - height)
-        write(" ".join(caption.split()), MARGIN, top + height + 4, room)
+            size = (factor * image.width, factor * image.height)
+            sheet.paste(image.convert("RGB").resize(size, Image.Resampling.NEAREST), (x, top))
+        write(caption, MARGIN, top + height, room)
         top += height + LINE + MARGIN
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+    return sheet

@@ -36,7 +36,6 @@ def read_prompts(source: str | Path | Sequence[Any]) -> list[Prompt]:
 
             - ``'demo'``: the 228 captions that the demo model was trained on;
             - ``'demo-held-out'``: 561 captions of the same kinds that it was not trained on;
-            - ``'imagenet'``: the names of the classes of ImageNet-1k, as torchvision has them;
             - a ``.txt`` file: one prompt per line, ``#`` begins a comment;
             - a ``.json`` file: a list of texts or of objects with ``prompt`` and optionally
               ``negative_prompt`` and ``seed``;
@@ -46,10 +45,6 @@ def read_prompts(source: str | Path | Sequence[Any]) -> list[Prompt]:
     Raises:
         ToMeError: There is nothing to read, or an entry is wrong; names the file and the entry.
     """
-    if source == "imagenet":
-        from torchvision.models._meta import _IMAGENET_CATEGORIES
-
-        source = list(_IMAGENET_CATEGORIES)
     if source in ("demo", "demo-held-out"):
         source = ASSETS / f"{source.replace('-', '_')}.txt"
     where: Any = "prompts"
@@ -59,7 +54,7 @@ def read_prompts(source: str | Path | Sequence[Any]) -> list[Prompt]:
         if read is None:
             raise ToMeError(
                 f"prompts: {source} is no .txt, .json or .csv file and no built-in set; there are "
-                "demo, demo-held-out and imagenet"
+                "demo and demo-held-out"
             )
         try:
             source = read(where.read_text(encoding="utf-8-sig"))
@@ -121,44 +116,32 @@ def spread(prompts: Sequence[Prompt], limit: int | None) -> Sequence[Prompt]:
     return [prompts[place * count // limit] for place in range(limit)]
 
 
-def request_for(
-    source: Any,
-    prompts: Sequence[Prompt],
-    given: Mapping[str, Any],
-    template: str | None = None,
-    images_per_prompt: int = 1,
-) -> Request:
+def request_for(source: Any, prompts: Sequence[Prompt], given: Mapping[str, Any]) -> Request:
     """The request for some prompts.
 
     Args:
         source: See :func:`~.request.make_request`.
-        prompts: At least one.
+        prompts: Without any those of ``given`` or of the source count.
         given: Other fields of the request. Its seed, or the source's, is that of the first image;
-            image i has ``seed + i`` unless its prompt states one. A prompt's image j then has the
-            stated one ``+ j``. Its negative prompt is that of prompts that state none.
-        template: A text with ``{}`` where the prompt goes, or it is an error. Default: None.
-        images_per_prompt: Images of each, with different seeds.
+            image i has ``seed + i`` unless its prompt states one. Its negative prompt is that of
+            prompts that state none.
     """
+    if not prompts:
+        return make_request(source, **given)
     usual = {**source.defaults, **{key: one for key, one in given.items() if one is not None}}
     seed, negative = usual.get("seed", 0), usual.get("negative_prompt")
     for key in ("seed", "negative_prompt"):
         if isinstance(usual.get(key), (list, tuple)):
             raise ToMeError(f"{key} is one for all prompts; write others into the prompt file")
     check_integer("", "seed", seed, 0, 2**32 - 1)
-    if template is not None and "{}" not in template:
-        raise ToMeError(f"prompt_template={template!r} has no {{}} where the prompt goes")
-    images: list[Prompt] = []
-    for prompt in prompts:
-        for turn in range(images_per_prompt):
-            text = prompt.text if template is None else template.replace("{}", prompt.text)
-            own = seed + len(images) if prompt.seed is None else prompt.seed + turn
-            unwanted = negative if prompt.negative is None else prompt.negative
-            images.append(Prompt(text, unwanted, own % 2**32))
-    # Where none is stated none is passed: not all models take one.
-    stated = any(image.negative for image in images)
+    negatives = [negative if one.negative is None else one.negative for one in prompts]
     fields = {
-        "prompts": [image.text for image in images],
-        "negative_prompt": [image.negative or "" for image in images] if stated else None,
-        "seed": [image.seed for image in images],
+        "prompts": [one.text for one in prompts],
+        # Where none is stated none is passed: not all models take one.
+        "negative_prompt": [one or "" for one in negatives] if any(negatives) else None,
+        "seed": [
+            (seed + number) % 2**32 if one.seed is None else one.seed
+            for number, one in enumerate(prompts)
+        ],
     }
     return make_request(source, **{**given, **fields})

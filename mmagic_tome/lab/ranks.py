@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -17,8 +16,6 @@ T = TypeVar("T")
 
 # Ranks wait for the slowest. One that dies is noticed by the launcher, at once, and not by this.
 PATIENCE_SECONDS = 7 * 24 * 3600
-# What each launcher sets in the environment of its processes.
-_MARKS = {"pytorch": "RANK", "slurm": "SLURM_PROCID", "mpi": "OMPI_COMM_WORLD_LOCAL_RANK"}
 
 
 def start_ranks(launcher: str, device: str | torch.device) -> torch.device:
@@ -32,24 +29,23 @@ def start_ranks(launcher: str, device: str | torch.device) -> torch.device:
         torch.device: That of this process: one GPU per local rank.
 
     Raises:
-        ToMeError: No launcher has started this process; it works on GPUs only.
+        ToMeError: No launcher has started this process.
     """
     device = torch.device(device)
     if launcher == "none":
         return device
-    if _MARKS[launcher] not in os.environ:
+    try:
+        if device.type == "cuda":
+            init_dist(launcher, backend="nccl", timeout=PATIENCE_SECONDS)
+            return torch.device("cuda", torch.cuda.current_device())
+        # mmengine's function selects a GPU whatever the backend.
+        patience = datetime.timedelta(seconds=PATIENCE_SECONDS)
+        torch.distributed.init_process_group("gloo", timeout=patience)
+    except (KeyError, ValueError) as error:  # of an environment variable
         raise ToMeError(
-            f"--launcher {launcher}: this process was not started by it ({_MARKS[launcher]} is not "
-            "set); pytorch is for torchrun --nproc-per-node N"
-        )
-    if device.type == "cuda":
-        init_dist(launcher, backend="nccl", timeout=PATIENCE_SECONDS)
-        return torch.device("cuda", torch.cuda.current_device())
-    if launcher != "pytorch":
-        raise ToMeError(f"--launcher {launcher} is for GPUs; on CPUs use torchrun")
-    # mmengine's function selects a GPU whatever the backend.
-    patience = datetime.timedelta(seconds=PATIENCE_SECONDS)
-    torch.distributed.init_process_group("gloo", timeout=patience)
+            f"--launcher {launcher}: this process was not started by it ({error}); pytorch is for "
+            "torchrun --nproc-per-node N, on CPUs too"
+        ) from error
     return device
 
 

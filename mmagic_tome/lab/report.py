@@ -20,41 +20,35 @@ from jinja2 import Environment, PackageLoader
 from PIL import Image
 
 from . import plots
-from .benchmark import CASE, summary
 from .environment import environment
 from .files import write_text
-from .measure import Interval
 from .metrics.base import Metric
 from .results import RunFolder
-from .table import image_table, table
+from .table import speedup_text, table
 
 # Of the page: pixels of a side, and prompts.
 LARGEST_SIDE, MOST_IMAGES = 512, 12
 
 
 def write_report(folder: RunFolder) -> Path:
-    """Write ``table.md``, ``results.csv``, ``images.csv`` (a line per image), ``results.json``,
-    plots and ``report.html`` of a run, as far as it is; return the page, which needs no other file
-    and no network."""
-    (frame, missing), manifest = _frame(folder), folder.manifest
+    """Write ``table.md``, ``results.csv``, ``results.json``, plots and ``report.html`` of a run, as
+    far as it is; return the page, which needs no other file and no network."""
+    frame, manifest = table(folder), folder.manifest
     metrics = {
         name: Metric(name, about["label"], None, about["unit"], about["higher_is_better"])
         for name, about in manifest.get("metrics", {}).items()
     }
     columns = _columns(frame, metrics)
     cells = [[column[place] for column in columns.values()] for place in range(len(frame))]
-    settings, notes = _settings(manifest, frame), [row["text"] for row in folder.find(kind="note")]
-    notes += [f"{row['case']}, {row['method']}: {row['note']}" for row in missing]
+    settings, notes = _settings(manifest), [row["text"] for row in folder.find(kind="note")]
     about = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
     command = _command()
 
     frame.insert(0, "model", settings["model"])
     frame.to_csv(folder.path / "results.csv", index=False)
-    if folder.has(kind="image"):
-        image_table(folder).to_csv(folder.path / "images.csv", index=False)
     save_record(folder.path / "results.json", settings, _rows(folder, frame), manifest)
-    texts = markdown(list(columns), [[text for text, _ in line] for line in cells])
-    lines = [about, "", texts, "", *(f"- {note}" for note in notes), f"- `{command}`", ""]
+    lines = [about, "", markdown(list(columns), cells), ""]
+    lines += [*(f"- {note}" for note in notes), f"- `{command}`", ""]
     write_text(folder.path / "table.md", "\n".join(lines))
     drawn = _draw(folder, frame, metrics)
 
@@ -81,29 +75,12 @@ def write_report(folder: RunFolder) -> Path:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def _frame(folder: RunFolder) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """The table of an evaluation, or of a benchmark; and what could not be measured."""
-    if not folder.has(kind="case"):
-        return table(folder), []
-    found = summary(folder)
-    ran = found["note"].isna()
-    frame = found[ran].dropna(axis="columns", how="all")
-    return frame.reset_index(drop=True), found[~ran].to_dict("records")
-
-
-def _columns(frame: pd.DataFrame, metrics: Mapping[str, Metric]) -> dict[str, list[tuple]]:
-    """Head -> (text, value to sort by) of each method; only of what was measured."""
-    found = {"method": [(name, name) for name in frame["method"]]}
-    if "case" in frame and frame["case"].nunique() > 1:
-        found["case"] = [(case, case) for case in frame["case"]]
+def _columns(frame: pd.DataFrame, metrics: Mapping[str, Metric]) -> dict[str, list[str]]:
+    """Head -> text of each method; only of what was measured."""
+    found = {"method": list(frame["method"])}
     if "speedup" in frame:
-        ends = ["speedup", "speedup_low", "speedup_high", "rounds"]
-        intervals = [
-            Interval(median, low, high, math.nan, count)
-            for median, low, high, count in frame[ends].itertuples(index=False)
-        ]
-        found["times as fast"] = [_cell(one.median, one.text()) for one in intervals]
-    of = "" if "case" in frame else " / image"
+        found["times as fast"] = [speedup_text(row) for row in frame.to_dict("records")]
+    of = " / image" if "images" in frame else ""
     shown = {f"s{of}": ("seconds", "{:.4g}".format)}
     predicted = {"predicted latent error ↓": ("predicted_error", "{:#.4g}".format)}
     for name, metric in metrics.items():
@@ -120,14 +97,8 @@ def _columns(frame: pd.DataFrame, metrics: Mapping[str, Metric]) -> dict[str, li
     shown["error"] = ("relative_error", "{:.3g}".format)
     for head, (key, text) in shown.items():
         if key in frame:
-            found[head] = [_cell(value, text(value)) for value in frame[key]]
+            found[head] = ["" if math.isnan(one) else text(one) for one in frame[key]]
     return found
-
-
-def _cell(value: float, text: str) -> tuple[str, Any]:
-    if math.isnan(value):
-        return "", ""
-    return text, value if math.isfinite(value) else "Infinity"  # as the page's script has it
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -172,10 +143,9 @@ def _rows(folder: RunFolder, frame: pd.DataFrame) -> list[dict[str, Any]]:
     found = []
     for row in json.loads(frame.to_json(orient="records")):
         row["kind"] = _kind(folder, row["method"])
-        keys = {key: row[key] for key in ("method", *CASE) if key in row}
-        rounds = folder.find(kind="case" if "case" in row else "round", **keys)
+        rounds = folder.find(kind="round", method=row["method"])
         rounds = sorted(rounds, key=lambda one: one["turn"])
-        row["round_seconds"] = [one["seconds"] / one.get("images", 1) for one in rounds]
+        row["round_seconds"] = [one["seconds"] / one["images"] for one in rounds]
         found.append({key: value for key, value in row.items() if value not in (None, [])})
     return found
 
@@ -186,16 +156,11 @@ def _kind(folder: RunFolder, name: str) -> str:
     return method["kind"] if method["kind"] == "fewer steps" else method["label"]
 
 
-def _settings(manifest: Mapping[str, Any], frame: pd.DataFrame) -> dict[str, Any]:
-    request = manifest.get("request", {})
-    found = {"model": manifest["model"], **request}
-    found |= {key: manifest.get(key) for key in ("dtype", "clock", "images_per_timed_run")}
+def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    found = {"model": manifest["model"], **manifest.get("request", {})}
+    found |= {key: manifest.get(key) for key in ("dtype", "mode", "images_per_timed_run")}
     found["scheduler"] = manifest.get("loaded", {}).get("scheduler")
-    if "case" in frame and frame["case"].nunique() == 1:
-        found |= {key: frame[key].iloc[0] for key in CASE}
-        found["batch_size"] = found.pop("batch")
     found["size"] = "x".join(map(str, found.get("size") or ()))
-    found = json.loads(json.dumps(found, default=int))  # pandas has numbers of its own
     return {key: value for key, value in found.items() if value and key != "prompts"}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,16 @@ class Request:
         given = getattr(self, kind)
         return [given[number if len(given) > 1 else 0] for number in numbers] if given else []
 
+    def part(self, numbers: Sequence[int]) -> Request:
+        """The request for some of its images alone."""
+        return replace(
+            self,
+            prompts=[self.prompts[number] for number in numbers],
+            negative_prompt=self.negatives(numbers),
+            seed=[self.seed_of(number) for number in numbers],
+            **{kind: self.inputs(kind, numbers) for kind in INPUTS},
+        )
+
     def batches(self) -> list[range]:
         """The numbers of the images of each batch."""
         count, step = len(self), self.batch_size
@@ -83,7 +93,8 @@ def make_request(source: Any, **given: Any) -> Request:
     """What to generate: what is given, else what the config says, else the defaults.
 
     Args:
-        source: A :class:`~.runners.Source`; its ``defaults`` are the config's ``infer_cfg``.
+        source: A :class:`~.runners.Source`; its ``defaults`` are the config's ``infer_cfg``. None
+            has no defaults.
         **given: Fields of :class:`Request`; None and empty lists are as if not given. ``extra`` is
             merged with the config's, key by key.
 
@@ -93,7 +104,8 @@ def make_request(source: Any, **given: Any) -> Request:
     """
     known = [field.name for field in fields(Request)]
     values: dict[str, Any] = {}
-    for what, entries in (("infer_cfg of the config", source.defaults), ("a request", given)):
+    defaults = {} if source is None else source.defaults
+    for what, entries in (("infer_cfg of the config", defaults), ("a request", given)):
         check_keys(what, entries, known)
         where = "" if entries is given else f"{what}: "
         for key, value in entries.items():

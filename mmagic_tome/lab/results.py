@@ -35,36 +35,37 @@ FORMAT = 2
 _GROWING = ("methods", "metrics")
 
 
-def new_folder(work_dir: str | os.PathLike, resume: bool = False) -> Path:
+def new_folder(work_dir: str | os.PathLike, resume: str = "") -> Path:
     """The folder for a run below ``work_dir``, named by the time as mmengine does it; the same on
-    all ranks. With ``resume`` it is the newest that is there.
+    all ranks. The first file makes it. With ``resume``, a command, it is the newest of that one.
 
     Raises:
         ToMeError: There is none to go on with; nothing can be written there.
     """
     found: list[Any] = [None]
     if get_rank() == 0:
-        found = [(_newest if resume else _make)(Path(work_dir))]
+        found = [_newest(Path(work_dir), resume) if resume else _make(Path(work_dir))]
     broadcast_object_list(found)
     return found[0]
 
 
-def _newest(work_dir: Path) -> Path:
-    # Those without a manifest are of commands that do not go on, such as infer.
-    runs = [path.parent for path in work_dir.glob("*/manifest.json")]
-    if not runs:
+def _newest(work_dir: Path, command: str) -> Path:
+    runs = [RunFolder(path.parent) for path in work_dir.glob("*/manifest.json")]
+    names = [run.path.name for run in runs if run.manifest.get("command") == command]
+    if not names:
         raise ToMeError(f"--resume: no run in {work_dir} to go on with; leave out --resume")
-    return max(runs, key=lambda path: path.name)
+    return work_dir / max(names)
 
 
 def _make(work_dir: Path) -> Path:
+    there = next(path for path in (work_dir, *work_dir.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ToMeError(f"cannot write to {there}; choose another --work-dir")
     path = work_dir / time.strftime("%Y%m%d_%H%M%S")
     number = 0
     while path.exists():  # of a run that began within the same second
         number += 1
         path = path.with_name(f"{path.name[:15]}_{number}")
-    with users_errors(work_dir):
-        path.mkdir(parents=True)
     return path
 
 
@@ -79,13 +80,12 @@ class RunFolder:
         {'kind': 'metric', 'method', 'metric', 'number': None, 'value', 'others', 'against'}  # sets
         {'kind': 'applied', 'method', 'stats', 'summary'}            # of the first batch
         {'kind': 'round', 'method', 'turn', 'seconds', 'network_seconds', 'images'}
-        {'kind': 'memory', 'method', 'run_bytes', 'network_bytes', 'images'}
-        {'kind': 'flops', 'method', 'run', 'network', 'images'}
-        {'kind': 'environment', ...}                                 # when rounds began
+        {'kind': 'memory', 'method', 'run_bytes', 'images'}          # benchmark: 'relative_error'
+        {'kind': 'flops', 'method', 'run', 'images'}
         {'kind': 'note', 'text'}
 
-    Seconds, bytes and operations are of a run of so many images; ``network`` is the part of the
-    network's calls.
+    Seconds, bytes and operations are of a run of so many images; ``network_seconds`` is the part of
+    the network's calls.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -124,6 +124,8 @@ class RunFolder:
             with lock.acquire(timeout=0):
                 self._write_manifest(manifest)
                 yield self
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"; --resume goes on with {self.path}") from None
         except filelock.Timeout:
             raise ToMeError(
                 f"another process writes to {self.path}; wait for it, or start without --resume"
@@ -175,6 +177,11 @@ class RunFolder:
                 file.flush()
                 os.fsync(file.fileno())
         held += map(json.loads, lines)
+
+    def note(self, text: str) -> None:
+        """Add a note for the report, once; ranks other than 0 write none."""
+        if get_rank() == 0 and not self.has(kind="note", text=text):
+            self.add({"kind": "note", "text": text})
 
     def find(self, **keys: Any) -> list[dict[str, Any]]:
         """The rows that have these values, such as ``find(kind='metric', method='baseline')``."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -18,6 +17,7 @@ from .progress import progress_bar
 from .ranks import share
 from .real import RealImages
 from .results import RunFolder
+from .runners.media import to_tensor
 
 Rows = Mapping[tuple[str, int], dict[str, Any]]
 
@@ -125,15 +125,20 @@ def _features(
     return dict(zip(different, map(torch.cat, zip(*parts))))
 
 
-def _pixels(folder: RunFolder, row: Mapping[str, Any]) -> Tensor:
-    """The image of a row, (1, 3, H, W) uint8; of a clip (frames, 3, H, W)."""
-    path, frames = folder.path / row.get("strip", row["file"]), row.get("frames", 1)
+def read_frames(folder: RunFolder, row: Mapping[str, Any]) -> list[Image.Image]:
+    """The image of a row, or the frames of its clip, without loss."""
+    path, count = folder.path / row.get("strip", row["file"]), row.get("frames", 1)
     try:
         image = Image.open(path).convert("RGB")
     except (OSError, ValueError) as error:
         raise ToMeError(f"cannot read {path}: {error}; start without --resume") from None
-    pixels = np.array(image).reshape(frames, image.height // frames, image.width, 3)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    height = image.height // count
+    return [image.crop((0, n * height, image.width, (n + 1) * height)) for n in range(count)]
+
+
+def _pixels(folder: RunFolder, row: Mapping[str, Any]) -> Tensor:
+    """The image of a row, (1, 3, H, W) uint8; of a clip (frames, 3, H, W)."""
+    return to_tensor(read_frames(folder, row))
 
 
 def _latents(folder: RunFolder, row: Mapping[str, Any]) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .measure import interval, ratios
+from .measure import Interval, interval, ratios
 from .methods import BASELINE
 from .metrics.base import Metric
 from .results import RunFolder
@@ -26,56 +26,42 @@ def table(folder: RunFolder) -> pd.DataFrame:
 
     - ``method``, ``label``, ``images`` (those that are finite);
     - those of :func:`timing`, of seconds per image, and ``network_seconds``, ``network_speedup``;
-    - ``memory`` and ``network_memory``: peak bytes per image of tensors above the weights, of a run
-      and of its network's calls; ``flops`` and ``network_flops`` per image;
+    - ``memory``: peak bytes per image of tensors above the weights; ``flops`` per image;
     - per metric its mean under its name; of those of single images also ``<metric>_worst`` and
       ``<metric>_p5``, which 5 % of the images are worse than; of sets what else belongs to it;
     - ``predicted_error``: the mean of what step caching with a tolerance predicted for the relative
-      error of the final latents, which ``latent_error`` measures.
+      error of the final latents, which ``latent_error`` measures;
+    - ``relative_error`` of a network's output, in a benchmark.
 
-    Columns of what was not measured are missing.
+    Columns of what was not measured are missing, and so are methods that could not run.
     """
     manifest = folder.manifest
     found = _grouped(folder)
     rows = []
     for name, method in manifest.get("methods", {}).items():
-        images = {row["number"] for row in found["image", name, None] if row["finite"]}
-        row: Row = {"method": name, "label": method["label"], "images": len(images)}
-        for prefix in ("", "network_"):
-            both = (
-                {one["turn"]: one[f"{prefix}seconds"] / one["images"] for one in rounds}
-                for rounds in (found["round", BASELINE.name, None], found["round", name, None])
-            )
-            times = timing(*both)
-            chosen = ("seconds", "speedup") if prefix else times
-            row.update({f"{prefix}{key}": times[key] for key in chosen if key in times})
+        row: Row = {}
+        images = found["image", name, None]
+        if images:
+            row["images"] = len({one["number"] for one in images if one["finite"]})
+        both = [found["round", one, None] for one in (BASELINE.name, name)]
+        row.update(timing(*(_seconds(rounds, "seconds") for rounds in both)))
+        network = timing(*(_seconds(rounds, "network_seconds") for rounds in both))
+        if network:
+            row.update(network_seconds=network["seconds"], network_speedup=network["speedup"])
         for one in found["memory", name, None]:
             row["memory"] = one["run_bytes"] / one["images"]
-            row["network_memory"] = one["network_bytes"] / one["images"]
+            if "relative_error" in one:
+                row["relative_error"] = one["relative_error"]
         for one in found["flops", name, None]:
             row["flops"] = one["run"] / one["images"]
-            row["network_flops"] = one["network"] / one["images"]
         for metric, about in manifest.get("metrics", {}).items():
             row.update(_quality(metric, about, found["metric", name, metric]))
-        predicted = [one.get("predicted_error") for one in found["image", name, None]]
+        predicted = [one.get("predicted_error") for one in images]
         if predicted and None not in predicted:
             row["predicted_error"] = float(np.mean(predicted))
-        rows.append(row)
+        if row:
+            rows.append({"method": name, "label": method["label"], **row})
     return pd.DataFrame(rows)
-
-
-def image_table(folder: RunFolder) -> pd.DataFrame:
-    """One row per image: ``method``, ``number``, ``prompt``, ``seed``, the metrics of single
-    images, None where it is not finite, and ``predicted_error``, see :func:`table`."""
-    images: dict[tuple[str, int], Row] = {}
-    for row in folder.find(kind="image"):
-        keys = ("method", "number", "prompt", "seed")
-        images[row["method"], row["number"]] = {key: row[key] for key in keys}
-        images[row["method"], row["number"]]["predicted_error"] = row.get("predicted_error")
-    for row in folder.find(kind="metric"):
-        if row["number"] is not None:
-            images[row["method"], row["number"]][row["metric"]] = row["value"]
-    return pd.DataFrame(images.values()).dropna(axis="columns", how="all")
 
 
 def _grouped(folder: RunFolder) -> dict[tuple[str, str | None, str | None], list[Row]]:
@@ -84,6 +70,11 @@ def _grouped(folder: RunFolder) -> dict[tuple[str, str | None, str | None], list
     for row in folder.rows:
         groups[row["kind"], row.get("method"), row.get("metric")].append(row)
     return groups
+
+
+def _seconds(rounds: list[Row], key: str) -> dict[int, float]:
+    """Number of a round -> seconds per image."""
+    return {one["turn"]: one[key] / one["images"] for one in rounds if key in one}
 
 
 def timing(base: Mapping[int, float], seconds: Mapping[int, float]) -> Row:
@@ -112,6 +103,12 @@ def timing(base: Mapping[int, float], seconds: Mapping[int, float]) -> Row:
         "coverage": speedup.coverage,
         "certain": speedup.excludes(1),
     }
+
+
+def speedup_text(row: Mapping[str, Any]) -> str:
+    """The speed-up of a row of :func:`table` with its interval, see ``Interval.text``."""
+    ends = [row[f"speedup{end}"] for end in ("", "_low", "_high")]
+    return Interval(*ends, row["coverage"], int(row["rounds"])).text()
 
 
 def _quality(name: str, about: Mapping[str, Any], rows: list[Row]) -> Row:

@@ -2,7 +2,6 @@
 """Commands as a shell calls them."""
 
 import functools
-import json
 
 import pytest
 
@@ -21,16 +20,16 @@ def command(capfd):
 
 
 @pytest.fixture
-def results(command, tmp_path):
-    """Call a command that must succeed; the folder and the content of its results.json."""
+def runs(command, tmp_path):
+    """Call a command that must succeed; the folder of its run, and what it printed."""
+    from mmagic_tome.lab.results import RunFolder
 
     def call(work_dir, *words):
         work_dir = tmp_path / str(work_dir)
         code, out, err = command(*words, "--work-dir", work_dir)
         assert code == 0, err
         (folder,) = work_dir.iterdir()
-        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        return folder, {**found, "printed": out}
+        return RunFolder(folder), out
 
     return call
 
@@ -60,7 +59,7 @@ def configs(sd_folder, tmp_path_factory):
     infer_cfg = dict(prompts=["dog", "cat"], steps=3, guidance=2.0, size=64, seed=5)
     half = dict(name="half", tome_cfg=tome)
     evaluation = dict(prompts=["cat", "dog"], steps=4, size=64, methods=[half], rounds=0)
-    evaluation.update(images_per_prompt=1, fewer_steps=[0.5], metrics=["psnr", "latent_error"])
+    evaluation.update(fewer_steps=[0.5], metrics=["psnr", "latent_error"])
     entries = {
         "plain": (model, {}),
         "tome": (model, dict(tome_cfg=tome)),

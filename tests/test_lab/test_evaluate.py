@@ -19,7 +19,7 @@ from mmagic_tome.lab.methods import Method, parse_method
 from mmagic_tome.lab.ranks import share, start_ranks
 from mmagic_tome.lab.results import RunFolder
 from mmagic_tome.lab.runners import open_source
-from mmagic_tome.lab.table import image_table, table
+from mmagic_tome.lab.table import table
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +116,6 @@ def test_predicted_errors_stand_beside_measured_ones(tmp_path):
     assert len(set(predicted)) == 5 and all(0 < one <= 0.5 for one in predicted)
     assert found.loc[TOLERANT.name, "predicted_error"] == pytest.approx(np.mean(predicted))
     assert found["predicted_error"].isna()[["baseline", "half"]].all()
-    frame = image_table(folder).set_index(["method", "number"])
-    assert list(frame.loc[TOLERANT.name, "predicted_error"]) == predicted
-    measured = [row["value"] for row in folder.find(metric="latent_error", method=TOLERANT.name)]
-    assert list(frame.loc[TOLERANT.name, "latent_error"]) == measured
-    assert frame.loc["half", "predicted_error"].isna().all()
 
 
 def test_the_order_of_rounds_is_balanced(finished):
@@ -153,7 +148,6 @@ def test_memory_of_a_caching_method_is_that_of_a_fresh_process(finished, tmp_pat
     # It keeps outputs from step to step, which the baseline does not.
     kept = after_others["run_bytes"] - base["run_bytes"]
     assert kept > 2 * 2 * 4 * 16 * 16 * 4  # two outputs of two images, in float32
-    assert after_others["network_bytes"] - base["network_bytes"] == pytest.approx(kept, rel=0.1)
 
 
 # --- going on -------------------------------------------------------------------------------------
@@ -271,8 +265,7 @@ def test_launchers_say_what_they_need(monkeypatch):
     assert start_ranks("none", "cpu") == torch.device("cpu")
     with pytest.raises(ToMeError, match="pytorch: this process was not started by it"):
         start_ranks("pytorch", "cpu")
-    monkeypatch.setenv("SLURM_PROCID", "0")
-    with pytest.raises(ToMeError, match="slurm is for GPUs"):
+    with pytest.raises(ToMeError, match="slurm: this process was not started by it"):
         start_ranks("slurm", "cpu")
     assert share(range(3)) == [0, 1, 2]
 
@@ -295,8 +288,6 @@ def test_models_are_evaluated_with_every_kind_of_method(kind, pipeline_folder, r
     found = run(folder, methods, rounds=1, request=three, source=source()).set_index("method")
     assert found["psnr"].notna().sum() == found["latent_error"].gt(0).sum() == 4
     assert (found["flops"][1:] < found.loc["baseline", "flops"]).all()
-    assert (found["network_flops"] < found["flops"]).all()
-    assert (found["network_memory"] <= found["memory"]).all()
     # The same again, read anew, is the same run.
     made = len(folder.rows)
     run(folder, methods, rounds=1, request=three, source=source())

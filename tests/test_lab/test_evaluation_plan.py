@@ -40,12 +40,12 @@ def test_options_are_taken_over_the_config_and_that_over_infer_cfg():
 
 def test_prompts_are_a_set_or_a_file_beside_the_config(tmp_path):
     (tmp_path / "prompts.csv").write_text("prompt,seed\na cat,5\na dog,\n")
-    one = source(prompts="prompts.csv", images_per_prompt=2, prompt_template="photo of {}")
+    one = source(prompts="prompts.csv")
     one.path = str(tmp_path / "config.py")
     request = plan_of(one, negative_prompt="rain").request
-    assert list(request.prompts) == ["photo of a cat"] * 2 + ["photo of a dog"] * 2
-    assert [request.seed_of(number) for number in range(4)] == [5, 6, 2, 3]
-    assert request.negatives([0, 3]) == ["rain", "rain"]
+    assert list(request.prompts) == ["a cat", "a dog"]
+    assert [request.seed_of(number) for number in range(2)] == [5, 1]
+    assert request.negatives([0, 1]) == ["rain", "rain"]
 
 
 def test_without_methods_the_config_s_setting_or_three_ratios_are_compared():

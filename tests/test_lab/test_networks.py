@@ -1,11 +1,10 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Networks by name, and the ideal on them."""
+"""Networks by name."""
 
 import pytest
 import torch
-from tiny import tiny_inputs, tiny_unet, tiny_unet_config
+from tiny import tiny_unet_config
 
-from mmagic_tome.lab.ideal import ideal
 from mmagic_tome.lab.methods import Method
 from mmagic_tome.lab.networks import NETWORKS, Network, work_on
 
@@ -69,40 +68,3 @@ def test_steps_fall_and_keep_their_inputs():
     with torch.inference_mode():
         outputs = [work.network(*args, **kwargs).sample for args, kwargs in work.calls]
         torch.testing.assert_close(work(work.network), torch.stack(outputs).mean(0))
-
-
-def tokens_of(unet):
-    """Tokens that queries, keys of self-attention, and the feed-forward receive."""
-    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
-    found, hooks = [], []
-    for layer in (block.attn1.to_q, block.attn1.to_k, block.ff.net[0].proj):
-        hooks.append(layer.register_forward_pre_hook(lambda m, a: found.append(a[0].shape[1])))
-    with torch.no_grad():
-        output = unet(**tiny_inputs()).sample
-    for hook in hooks:
-        hook.remove()
-    return tuple(found), output
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        (dict(), (128, 128, 256)),
-        (dict(targets=["attn_kv"]), (256, 128, 256)),
-        (dict(method="todo"), (256, 64, 256)),
-        (dict(targets="block"), (128, 128, 128)),
-        (dict(targets=["attn", "mlp"], ratio=0.25), (192, 192, 192)),
-    ],
-)
-def test_the_ideal_works_on_as_many_tokens_as_ours(options, expected):
-    unet = tiny_unet()
-    before = tokens_of(unet)
-    method = Method.from_dict(dict(name="ours", tome_cfg={"ratio": 0.5, **options}))
-    with method.on(unet) as handles:
-        ours = tokens_of(unet)
-        stats = handles.tome.stats()
-    with ideal(unet, stats):
-        found = tokens_of(unet)
-    assert ours[0] == found[0] == expected and before[0] == (256, 256, 256)
-    assert not torch.equal(found[1], before[1]) and not torch.equal(found[1], ours[1])
-    assert torch.equal(tokens_of(unet)[1], before[1])

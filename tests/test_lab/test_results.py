@@ -16,16 +16,21 @@ MANIFEST = {"steps": 4, "size": (64, 64), "methods": {"half": {"ratio": 0.5}}}
 
 
 def test_a_new_folder_is_named_by_the_time_and_resume_takes_the_newest(tmp_path):
-    first, second = new_folder(tmp_path / "work"), new_folder(tmp_path / "work")
-    assert first != second
+    made = []
+    for command in ("evaluate", "evaluate", "infer"):
+        made.append(new_folder(tmp_path / "work"))
+        with RunFolder(made[-1]).writing({"command": command}):
+            pass
+    first, second, _ = made
+    assert len({*made}) == 3 and new_folder(tmp_path / "work", "evaluate") == second
     assert first.name[:15] == second.name[:15] or first.name < second.name
     (tmp_path / "work" / "zzz_no_run").mkdir()
-    for folder in (first, second):
-        (folder / "manifest.json").write_text("{}")
-    new_folder(tmp_path / "work")  # of a command that does not go on: it has no manifest
-    assert new_folder(tmp_path / "work", resume=True) == second
+    assert new_folder(tmp_path / "work", "evaluate") == second
     with pytest.raises(ToMeError, match=r"no run in .* to go on with; leave out --resume"):
-        new_folder(tmp_path / "other", resume=True)
+        new_folder(tmp_path / "other", "evaluate")
+    (tmp_path / "file").touch()
+    with pytest.raises(ToMeError, match=r"cannot write to .*file; choose another --work-dir"):
+        new_folder(tmp_path / "file")
 
 
 def test_rows_are_found_by_another_process(tmp_path):

@@ -8,7 +8,7 @@ from PIL import Image
 from tiny import tiny_inputs, tiny_unet
 
 from mmagic_tome import apply_tome
-from mmagic_tome.lab.maps import Recorder, enlarged, merge_map, merged_blocks, short_name
+from mmagic_tome.lab.maps import Recorder, enlarged, merge_map, merged_blocks
 from mmagic_tome.lab.runners.media import evenly
 
 QUICK = ["--size", "64", "--steps", "4", "--device", "cpu"]
@@ -57,27 +57,23 @@ def test_borders_are_seen_on_dark_and_on_bright_colours(colour, line):
     assert (painted[5] == line).all() and (painted[4] == colour).all()
 
 
-def test_names_are_short_and_numbers_evenly_spread():
-    assert short_name("down_blocks.0.attentions.1.transformer_blocks.0") == "down 0.1.0"
-    assert short_name("mid_block.attentions.0.transformer_blocks.0") == "mid 0.0"
-    assert short_name("single_transformer_blocks.12") == "single_transformer 12"
+def test_numbers_are_evenly_spread():
     assert evenly(9, 4) == [0, 3, 5, 8] and evenly(3, 4) == [0, 1, 2] and evenly(3, 1) == [0]
 
 
-def test_all_maps_of_a_mmagic_model(results, configs):
-    folder, found = results("all", "visualize", configs["tome"], *QUICK, "--prompt", "a cat", "dog")
-    ends = (".png", "_baseline.png", "_merge.png")
-    expected = {f"{stem}{end}" for stem in ("0000_a-cat", "0001_dog") for end in ends}
-    assert {path.name for path in folder.iterdir()} == expected | {"results.json", "compare.png"}
-    assert [image["prompt"] for image in found["images"]] == ["a cat", "dog"]
-    assert all(image["psnr"] > 0 for image in found["images"])
-    sheet = Image.open(folder / "0000_a-cat_merge.png")
+def test_all_maps_of_a_mmagic_model(runs, configs):
+    run, printed = runs("all", "visualize", configs["tome"], *QUICK, "--prompt", "a cat", "dog")
+    sheets = sorted(run.path.glob("images/*/*_merge.png"))
+    assert [sheet.name for sheet in sheets] == ["000000_merge.png", "000001_merge.png"]
+    assert (run.path / "compare.png").is_file() and "PSNR " in printed
+    sheet = Image.open(sheets[0])
     assert sheet.height > 3 * 256 and sheet.width > 4 * 256
 
 
-def test_a_pipeline_with_caching_has_no_maps_of_skipped_steps(results, pipeline_folder):
-    folder, _ = results(
+def test_a_pipeline_with_caching_has_no_maps_of_skipped_steps(runs, pipeline_folder):
+    run, _ = runs(
         *("out", "visualize", "--pipeline", pipeline_folder("sd"), "--prompt", "cat", *QUICK),
         *("--method", "both={'ratio': 0.5, 'cache': {'timestep_range': [0, 1]}}"),
     )
-    assert 256 < Image.open(folder / "0000_cat_merge.png").width < 4 * 256
+    sheet = Image.open(run.path / "images/both/000000_merge.png")
+    assert 256 < sheet.width < 4 * 256

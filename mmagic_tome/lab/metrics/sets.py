@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Metrics of sets: FID, KID, EfficientNet's distance.
+"""Metrics of sets: FID, KID.
 
 ``weights`` is torch-fidelity's file of Inception-v3. Default: that in torch hub's cache.
 ``fewest`` is the smallest number of images that a metric takes; lower it for tests and curves.
@@ -13,10 +13,8 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from .base import SetMetric
-from .pairs import efficientnet
 
 
 @lru_cache(maxsize=1)
@@ -43,44 +41,25 @@ def fid(weights: str | None = None, fewest: int = 2048) -> SetMetric:
 def kid(weights: str | None = None, fewest: int = 50) -> SetMetric:
     """Kernel inception distance (Binkowski et al., 2018; torch-fidelity); 0 is best.
 
-    Unbiased, so that it may be slightly below 0: the mean over 100 random subsets, and their
-    standard deviation ``kid_std``. A subset has 1000 images, but at most half of the smaller set,
-    or all subsets would be alike. Sets of less than 100 are compared as a whole: no ``kid_std``.
+    Unbiased, so that it may be slightly below 0: the mean over 100 random subsets of 1000 images.
+    Smaller sets are compared as a whole.
     """
     from torch_fidelity import metric_kid
 
     def function(x: Tensor, y: Tensor) -> dict[str, float]:
-        smaller = min(len(x), len(y))
-        spread = smaller >= 100
+        size = min(len(x), len(y), 1000)
         found = metric_kid.kid_features_to_metric(
             x,
             y,
-            kid_subsets=100 if spread else 1,
-            kid_subset_size=min(1000, smaller // 2) if spread else smaller,
+            kid_subsets=100 if len(x) > size or len(y) > size else 1,
+            kid_subset_size=size,
             kid_kernel="poly",
             rng_seed=2020,
             verbose=False,
         )
-        deviation = {"kid_std": found[metric_kid.KEY_METRIC_KID_STD]} if spread else {}
-        return {"kid": found[metric_kid.KEY_METRIC_KID_MEAN], **deviation}
+        return {"kid": found[metric_kid.KEY_METRIC_KID_MEAN]}
 
     return SetMetric("kid", "KID", function, fewest=fewest, extract=inception(weights))
-
-
-def frechet_efficientnet_lite0(fewest: int = 50) -> SetMetric:
-    """Fréchet distance of EfficientNet-lite0's 1280 pooled features; no download. Not FID."""
-    name, label = "frechet_efficientnet_lite0", "Frechet distance, EfficientNet-lite0"
-    network = efficientnet()
-
-    def extract(image: Tensor) -> Tensor:
-        size = (224, 224)  # what it was trained with
-        image = interpolate((image - 127.5) / 128, size, mode="bicubic", antialias=True)
-        return network.to(image.device).extract_features(image).mean((2, 3))
-
-    def function(x: Tensor, y: Tensor) -> dict[str, float]:
-        return {name: frechet_distance(x, y)}
-
-    return SetMetric(name, label, function, fewest=fewest, extract=extract)
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 
 from ...errors import ToMeError
 from ...models.find import DENOISERS
@@ -22,23 +21,12 @@ from .media import load_image
 DECODERS = ("vae", "movq", "vqgan")
 # Names of the guidance weight. Some pipelines have several; the one with a number as default acts.
 _GUIDANCE = ("guidance_scale", "true_cfg_scale", "max_guidance_scale")
-# Arguments that are fields of a request -> the field; None for those that a runner sets.
-_FIELDS = {
-    "prompt": "prompts",
-    "negative_prompt": "negative_prompt",
-    "num_inference_steps": "steps",
-    "height": "size",
-    "width": "size",
-    "num_frames": "frames",
-    "generator": "seed",
-    "output_type": None,
-    "return_dict": None,
-    "latents": None,
-    "num_images_per_prompt": None,
-    "num_videos_per_prompt": None,
-    "callback_on_step_end": None,
-    "callback_on_step_end_tensor_inputs": None,
-}
+# Arguments that fields of a request set, or a runner.
+_FIELDS = (
+    *("prompt", "negative_prompt", "num_inference_steps", "height", "width", "num_frames"),
+    *("generator", "output_type", "return_dict", "latents", "num_images_per_prompt"),
+    *("num_videos_per_prompt", "callback_on_step_end", "callback_on_step_end_tensor_inputs"),
+)
 # Only pipelines that make clips have one of these.
 _CLIPS = ("num_frames", "frames", "video", "control_video")
 # Pipelines that start from an image although their signature does not insist on it.
@@ -139,47 +127,8 @@ class PipelineCall:
             if getattr(request, field) is not None and not taken:
                 raise ToMeError(f"{self.name} takes no {field}; leave it out")
         check_size(self.name, request.size, self.unit)
-        self._check_sizes(request)
-        self._check_extra(request)
-
-    def _loaded(self, request: Request, numbers: Sequence[int]) -> dict[str, list[Image.Image]]:
-        """The inputs of a call by their fields."""
-        return {
-            field: [load_image(image) for image in request.inputs(field, numbers)]
-            for field in self.arguments_of
-        }
-
-    def _check_sizes(self, request: Request) -> None:
-        """Fail if the inputs of a call differ in size and no size is stated, to which they would be
-        brought: some classes would join their pixels, others stretch all to the first's size."""
-        for numbers in request.batches() if request.size is None else ():
-            sizes = _sizes(self._loaded(request, numbers))
-            if len(sizes) > 1:
-                found = ", ".join(f"{field} of {w}x{h}" for (w, h), field in sizes.items())
-                raise ToMeError(
-                    f"{self.name} takes inputs of one size in a call, and a batch has {found} "
-                    "(width x height): state --size, to which all are brought, or resize them"
-                )
-
-    def _check_extra(self, request: Request) -> None:
-        setters = {**_FIELDS, self.guidance_name: "guidance"}
-        elsewhere = {
-            name: f"the field {field!r} sets it" if field else "the runner sets it"
-            for name, field in setters.items()
-        }
-        known = [name for name in self.parameters if name not in elsewhere]
-        check_keys(f"the call of {self.name}", request.extra, known, elsewhere)
-        given = {self.arguments_of[field] for field in self.arguments_of if getattr(request, field)}
-        given |= {*_FIELDS, *request.extra}
-        missing = [
-            name
-            for name, parameter in self.parameters.items()
-            if parameter.default is parameter.empty and name not in given
-        ]
-        if missing:
-            raise ToMeError(
-                f"{self.name} needs {', '.join(missing)}, which must be among the extra parameters"
-            )
+        known = [name for name in self.parameters if name not in (*_FIELDS, self.guidance_name)]
+        check_keys(f"the call of {self.name}", request.extra, known)
 
     def arguments(
         self, request: Request, numbers: Sequence[int], steps: int, size: tuple[int, int]
@@ -187,7 +136,7 @@ class PipelineCall:
         """Keyword arguments of a call for some images of a request that :meth:`check` has seen.
 
         ``size`` is height and width in pixels; images are resized to it where the class takes none,
-        or they differ in size.
+        or they differ in size: some classes would join their pixels, others stretch all.
         """
         seeds = [request.seed_of(number) for number in numbers]
         found = {
@@ -201,8 +150,12 @@ class PipelineCall:
             "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
             "output_type": "pil",
         }
-        loaded = self._loaded(request, numbers)
-        resized = "height" not in self.parameters or len(_sizes(loaded)) > 1
+        loaded = {
+            field: [load_image(image) for image in request.inputs(field, numbers)]
+            for field in self.arguments_of
+        }
+        sizes = {one.size for field in loaded if field != "references" for one in loaded[field]}
+        resized = "height" not in self.parameters or len(sizes) > 1
         for field, images in loaded.items():
             if resized:
                 images = [image.resize((size[1], size[0])) for image in images]
@@ -231,15 +184,6 @@ class PipelineCall:
         if not sides:
             return 1024, 1024  # what Z-Image has in its code
         return sides[0] * self._factor, sides[1] * self._factor
-
-
-def _sizes(inputs: Mapping[str, Sequence[Image.Image]]) -> dict[tuple[int, int], str]:
-    """(width, height) -> the first field that has it; references may have any size."""
-    found: dict[tuple[int, int], str] = {}
-    for field, images in inputs.items():
-        for image in images if field != "references" else ():
-            found.setdefault(image.size, field)
-    return found
 
 
 def _vae_factor(config: Mapping[str, Any]) -> int:

@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import json
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,8 +19,6 @@ from torch import Tensor
 
 from ...errors import ToMeError
 from ..files import whole_file
-
-_LOGGER = logging.getLogger(__name__)
 
 
 def load_image(image: str | os.PathLike | Image.Image, mode: str = "RGB") -> Image.Image:
@@ -50,7 +46,7 @@ def save_media(
     text: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write an image as PNG, or a clip, a list of frames of one size, as GIF and MP4; whole or not
-    at all. MP4 needs the package imageio-ffmpeg; without it a note says once that there is none.
+    at all. MP4 needs the package imageio-ffmpeg.
 
     Args:
         path: Without a suffix.
@@ -72,7 +68,7 @@ def save_media(
             image.save(part, format="PNG", pnginfo=info)
         return path
     frames = [frame.convert("RGB") for frame in image]
-    if _writes_mp4():
+    if importlib.util.find_spec("imageio_ffmpeg") is not None:
         import imageio
 
         with whole_file(path.with_name(f"{path.name}.mp4")) as part:
@@ -83,15 +79,6 @@ def save_media(
     with whole_file(path) as part:
         frames[0].save(part, format="GIF", save_all=True, append_images=frames[1:], **options)
     return path
-
-
-@functools.cache
-def _writes_mp4() -> bool:
-    """Whether clips can be written as MP4; notes it once if not."""
-    if importlib.util.find_spec("imageio_ffmpeg") is not None:
-        return True
-    _LOGGER.warning("clips are written as GIF only: MP4 needs `pip install imageio-ffmpeg`")
-    return False
 
 
 def frame_strip(image: Image.Image | Sequence[Image.Image], count: int = 4) -> Image.Image:

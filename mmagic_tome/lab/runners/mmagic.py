@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ...models import find_adapter
 from ...timeline import scheduler_name
-from ..measure import Clock, StepMarks
+from ..measure import StepMarks, timed
 from ..request import Request
 from .base import Output, Runner, first_arguments, flat, joined
 from .media import load_image
@@ -89,7 +89,7 @@ class MMagicRunner(Runner):
         marks = StepMarks(self.network, self.device, on_step_of_part, self.call.network_calls)
         # A NaN in latents becomes a black pixel and can no longer be told from a black one.
         with _quiet(self.model), first_arguments(self.model, "decode_latents") as latents, marks:
-            seconds, samples = Clock(self.device)(lambda: [self._infer(*call) for call in calls])
+            seconds, samples = timed(lambda: [self._infer(*call) for call in calls], self.device)
         return Output(
             images=[image for one in samples for image in (_clips(one) if self.video else one)],
             latents=joined(latents, len(numbers)),

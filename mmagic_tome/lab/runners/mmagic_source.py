@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import inspect
 import os
@@ -136,6 +137,8 @@ def load_config(name: str | Path) -> Any:
     such file; it is no config; it cannot be read.
     """
     path = _resolve(name)
+    if not path.exists():
+        raise ToMeError(f"config {name} does not exist")
     try:
         from mmengine.config import Config
 
@@ -148,21 +151,14 @@ def load_config(name: str | Path) -> Any:
 
 def _resolve(name: str | Path) -> Path:
     package, separator, relative = str(name).partition("::")
-    folders = [Path()]
-    if separator:
-        spec = importlib.util.find_spec(package) if package.isidentifier() else None
-        if spec is None or not spec.origin:
-            raise ToMeError(f"config {name}: no package {package!r} is installed")
-        root = Path(spec.origin).parent
-        folders = [root / ".mim" / "configs", root.parent / "configs"]
-    for path in [folder / Path(relative or name).expanduser() for folder in folders]:
-        if path.is_file():
-            if path.suffix not in (".py", ".json", ".yaml", ".yml"):
-                raise ToMeError(f"config {name} is not a .py, .json, .yaml or .yml file")
-            return path
-        if path.is_dir():
-            raise ToMeError(f"config {name} is a folder, not a file")
-    raise ToMeError(f"config {name} does not exist")
+    if not separator:
+        return Path(name).expanduser()
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.origin:
+        raise ToMeError(f"config {name}: no package {package!r} is installed")
+    root = Path(spec.origin).parent
+    found = [root / ".mim" / "configs" / relative, root.parent / "configs" / relative]
+    return next((path for path in found if path.is_file()), found[0])
 
 
 def setting_of(config: Any) -> Setting:
@@ -179,24 +175,14 @@ def setting_of(config: Any) -> Setting:
     return Setting(*(read(key, **places) for key, places in found.items()))
 
 
-def _check_paths(entry: Any, key: str) -> None:
-    """Fail if an entry of a config names local files or folders that are not there."""
-    for name, value in entry.items() if isinstance(entry, Mapping) else ():
-        _check_paths(value, f"{key}.{name}")
-    # No name on a hub starts like this.
-    local = isinstance(entry, str) and entry.startswith(("/", "./", "../", "~"))
-    if local and not Path(entry).expanduser().exists():
-        raise ToMeError(f"{key} of the config is not there: {entry}")
-
-
 class MMagicSource(Source):
     """mmengine's ``Config`` of a class of MMagic's Stable Diffusion family, and a checkpoint: a
     file (or URL) with weights of the model or of a part of it, by default the config's
     ``load_from``, if anything.
 
     Raises:
-        ToMeError: MMagic is not installed; the config has no such model, or invalid options; the
-            checkpoint is not there.
+        ToMeError: The config has no model, or invalid options; the checkpoint is not there. When
+            it is first used: MMagic is not installed; the model is of another class.
     """
 
     def __init__(self, config: Any, checkpoint: str | Path | None = None) -> None:
@@ -212,12 +198,25 @@ class MMagicSource(Source):
             self.model = self.model.get("model")
         if not isinstance(self.model, dict) or "type" not in self.model:
             raise ToMeError(f"config {self.path} has no model=dict(type=...)")
-        self.cls = _class_of(self.model["type"])
-        self.call = call_of(self.cls)
-        self.class_name, self.video = self.cls.__name__, self.call.video
+        kind = self.model["type"]
+        self.class_name = kind if isinstance(kind, str) else kind.__name__
         self.name = Path(config.filename or self.class_name).stem
         self.defaults = dict(config.get("infer_cfg") or {})
         self.evaluation = dict(config.get("evaluation") or {})
+
+    @functools.cached_property
+    def cls(self) -> type:
+        """The model's class. Importing MMagic takes long, so it waits for other checks."""
+        return _class_of(self.model["type"])
+
+    @property
+    def call(self) -> Call:
+        """How the class is called."""
+        return call_of(self.cls)
+
+    @property
+    def video(self) -> bool:
+        return self.call.video
 
     def check(self, request: Request) -> None:
         check_request(self.cls, request)
@@ -230,7 +229,6 @@ class MMagicSource(Source):
         most = motion.get("temporal_position_encoding_max_len")
         if most and (request.frames or 0) > most:
             raise ToMeError(f"the model makes at most {most} frames, got frames={request.frames}")
-        _check_paths(self.model, "model")
 
     def load(
         self, request: Request, device: str | torch.device = "cpu", dtype: torch.dtype | None = None

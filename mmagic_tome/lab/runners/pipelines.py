@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import json
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,18 +18,15 @@ from torch import Tensor
 from ...apply import apply_cache, apply_tome
 from ...errors import ToMeError
 from ...mmagic.config_keys import read_keys
-from ...models import find_adapter, find_denoisers
+from ...models import find_denoisers
 from ...models.find import DENOISERS
 from ...settings import Setting
 from ...timeline import scheduler_name
 from ..devices import DTYPES
-from ..measure import Clock, StepMarks
+from ..measure import StepMarks, timed
 from ..request import Request
 from .base import Output, Runner, Source, first_arguments, joined
 from .calls import DECODERS, PipelineCall
-
-# Frames per second that models were trained at, by the beginning of their pipelines' names.
-_FPS = {"Wan": 16, "SkyReels": 24, "HunyuanVideo": 15}
 
 
 class PipelineSource(Source):
@@ -41,8 +38,7 @@ class PipelineSource(Source):
         config: mmengine's ``Config`` that names it and states the setting, ``infer_cfg`` and
             ``evaluation``. Default: None, nothing of these.
         options: Further arguments of ``from_pretrained``, such as ``torch_dtype='bfloat16'`` or
-            ``variant='fp16'``. Default: None. A folder that has weights of one variant only is
-            loaded from that one.
+            ``variant='fp16'``. Default: None.
 
     Raises:
         ToMeError: There is no such pipeline; diffusers has no such class.
@@ -74,19 +70,27 @@ class PipelineSource(Source):
             self.options["torch_dtype"] = dtype
         index = _read_json(_find_file(self.folder, "model_index.json"))
         self.class_name = type or index.get("_class_name")
-        self.pipeline_class = _pipeline_class(self.class_name)
         # Component -> its class; those of the pipeline that are not used are [None, None].
         self.parts = {
             part: value[1]
             for part, value in index.items()
             if isinstance(value, list) and len(value) == 2 and value[1]
         }
-        # diffusers wants to be told of some that they are not there, such as SD3's third encoder.
-        taken = inspect.signature(self.pipeline_class).parameters
-        unused = [part for part in taken if index.get(part) == [None, None]]
-        self.options = {**dict.fromkeys(unused), **self.options}
-        self.call = PipelineCall(self.pipeline_class, self._configs())
-        self.video = self.call.video
+        self._unused = [part for part, value in index.items() if value == [None, None]]
+
+    @functools.cached_property
+    def pipeline_class(self) -> Any:
+        """The pipeline's class. Importing it takes long, so it waits for other checks."""
+        return _pipeline_class(self.class_name)
+
+    @functools.cached_property
+    def call(self) -> PipelineCall:
+        """What the class takes."""
+        return PipelineCall(self.pipeline_class, self._configs())
+
+    @property
+    def video(self) -> bool:
+        return self.call.video
 
     def _configs(self) -> dict[str, Mapping[str, Any]]:
         configs = {}
@@ -97,34 +101,16 @@ class PipelineSource(Source):
         return configs
 
     def check(self, request: Request) -> None:
-        self._check_network()
         self.call.check(request)
-
-    def _check_network(self) -> None:
-        """Fail unless an adapter knows a network of the pipeline: built without memory."""
-        import diffusers
-
-        error = ToMeError(
-            f"{self.class_name} has no denoising network to merge or to skip; its components are "
-            f"{', '.join(self.parts)}"
-        )
-        for part in [name for name in DENOISERS if name in self.parts]:
-            try:
-                cls = getattr(diffusers, self.parts[part])
-                with torch.device("meta"):
-                    find_adapter(cls.from_config(self.call.configs[part]))
-                return
-            except ToMeError as unknown:
-                error = unknown
-            except Exception:  # what the meta device cannot build, or no config: loading tells
-                return
-        raise error
 
     def load(
         self, request: Request, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
     ) -> PipelineRunner:
         self.check(request)
-        options = {"variant": self._variant(), **self.options}
+        # diffusers wants to be told of some that they are not there, such as SD3's third encoder.
+        taken = inspect.signature(self.pipeline_class).parameters
+        options = dict.fromkeys(part for part in self._unused if part in taken)
+        options = {**options, **self.options}
         if dtype is not None:
             options["torch_dtype"] = dtype
         try:
@@ -143,17 +129,6 @@ class PipelineSource(Source):
         if self.setting.cache is not None:
             apply_cache(pipeline, self.setting.cache)
         return PipelineRunner(pipeline, request, self)
-
-    def _variant(self) -> str | None:
-        """The variant of weights that are there in no other; None if there are plain ones."""
-        folder = _find_file(self.folder, "model_index.json").parent
-        for part in self.parts:
-            files = [*folder.glob(f"{part}/*.safetensors"), *folder.glob(f"{part}/*.bin")]
-            found = [re.match(r"[^.]+\.([^.-]+)(-\d+-of-\d+)?\.", file.name) for file in files]
-            if found and all(found):
-                variants = sorted({match[1] for match in found})
-                return "fp16" if "fp16" in variants else variants[0]
-        return None
 
 
 class PipelineRunner(Runner):
@@ -194,7 +169,7 @@ class PipelineRunner(Runner):
             found = self.request.extra.get(name, self.call.default(name))
             if found:
                 return round(found)
-        return next((fps for name, fps in _FPS.items() if self.call.name.startswith(name)), 8)
+        return 8
 
     def run(
         self,
@@ -211,7 +186,7 @@ class PipelineRunner(Runner):
             arguments["callback_on_step_end"] = marks.end_step
         try:
             with _quiet(self.model), _decoded_latents(self.model) as decoded, marks:
-                seconds, result = Clock(self.device)(lambda: self.model(**arguments))
+                seconds, result = timed(lambda: self.model(**arguments), self.device)
         except ValueError as error:  # how pipelines refuse arguments
             if isinstance(error, ToMeError):
                 raise

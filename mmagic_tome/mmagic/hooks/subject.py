@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +11,7 @@ from mmengine.model import is_model_wrapper
 from torch import nn
 
 from ...errors import ToMeError
-from ...lab.request import INPUTS, Request
+from ...lab.request import Request
 from ...lab.runners import Output, runner_of
 from ...lab.runners.media import to_tensor
 from ...models import find_adapter
@@ -69,17 +68,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 tensor.data = data
             for module, training in modes:
                 module.training = training
-
-
-def part_of(request: Request, numbers: Sequence[int], prompts: Sequence[str]) -> Request:
-    """The request for the images ``numbers`` alone, with these prompts."""
-    return dataclasses.replace(
-        request,
-        prompts=prompts,
-        negative_prompt=request.negatives(numbers),
-        seed=[request.seed_of(number) for number in numbers],
-        **{kind: request.inputs(kind, numbers) for kind in INPUTS},
-    )
 
 
 def generate(model: nn.Module, request: Request, steps: int | None = None) -> Output:

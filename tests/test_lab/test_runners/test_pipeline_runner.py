@@ -1,9 +1,7 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """diffusers pipelines from folders: what they generate, and what is refused before they load."""
 
-import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -148,8 +146,9 @@ def test_inputs_of_several_sizes_are_brought_to_the_one_that_is_stated(pipeline_
         for images in ([WIDE, IMAGE], [WIDE.resize((64, 64)), IMAGE])
     )
     assert np.array_equal(*(pixels(one.run([0, 1]).images) for one in (both, alone)))
-    apart = request_of("inpaint", images=[WIDE, IMAGE], masks=[WIDE, IMAGE], size=None)
-    source.check(replace(apart, batch_size=1))  # a call each
+    # Without a size they are brought to that of the first image.
+    first = source.load(request_of("inpaint", images=[WIDE, IMAGE], masks=[WIDE], size=None))
+    assert [image.size for image in first.run([0, 1]).images] == [(96, 64)] * 2
 
 
 def test_an_upscaler_enlarges_its_image_at_every_run(pipeline_folder):
@@ -171,8 +170,7 @@ def test_weights_that_are_there_in_half_precision_only(pipeline_folder, tmp_path
     pipeline = PipelineSource(pipeline_folder("sd")).load(request, dtype=torch.float16).model
     pipeline.save_pretrained(tmp_path, variant="fp16")
     assert not (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").exists()
-    assert PipelineSource(tmp_path).load(request).dtype == torch.float32
-    source = PipelineSource(tmp_path, options=dict(torch_dtype="bf16"))
+    source = PipelineSource(tmp_path, options=dict(torch_dtype="bf16", variant="fp16"))
     assert source.load(request).dtype == torch.bfloat16
 
 
@@ -195,15 +193,8 @@ def test_weights_that_are_there_in_half_precision_only(pipeline_folder, tmp_path
         ("img2img", dict(images=[]), "needs images"),
         ("inpaint", dict(masks=[]), "needs masks"),
         ("controlnet", dict(controls=["nowhere.png"]), "nowhere.png does not exist"),
-        ("inpaint", dict(size=None, images=[IMAGE, WIDE]), "images of 64x64, images of 96x64"),
-        (
-            "inpaint",
-            dict(size=None, masks=[WIDE]),
-            "images of 64x64, masks of 96x64 .*state --size",
-        ),
         ("sd", dict(extra=dict(guidance_rescal=0.5)), "did you mean 'guidance_rescale'"),
-        ("sd", dict(extra=dict(num_inference_steps=5)), "the field 'steps' sets it"),
-        ("sd", dict(extra=dict(output_type="latent")), "the runner sets it"),
+        ("sd", dict(extra=dict(num_inference_steps=5)), "has no option 'num_inference_steps'"),
     ],
 )
 def test_a_request_that_does_not_fit_is_refused_before_weights_are_loaded(
@@ -213,19 +204,6 @@ def test_a_request_that_does_not_fit_is_refused_before_weights_are_loaded(
     source.check(request_of(name))
     with pytest.raises(ToMeError, match=message):
         source.check(request_of(name, **changes))
-
-
-def test_a_pipeline_without_a_known_network_is_refused_before_weights_are_loaded(described):
-    from diffusers import SanaTransformer2DModel
-
-    folder = described("pixart")
-    index = json.loads((folder / "model_index.json").read_text())
-    index["transformer"][1] = "SanaTransformer2DModel"
-    (folder / "model_index.json").write_text(json.dumps(index))
-    with torch.device("meta"):
-        SanaTransformer2DModel(num_layers=1).save_config(folder / "transformer")
-    with pytest.raises(ToMeError, match="SanaTransformer2DModel: no adapter is written"):
-        PipelineSource(folder).check(request_of("pixart"))
 
 
 @pytest.mark.parametrize(
