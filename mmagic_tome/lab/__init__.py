@@ -10,7 +10,7 @@ metrics/         fidelity and quality of images, by name
 results.py       the folder of a run: a manifest, rows, images
 infer.py, evaluate.py, benchmark.py, tune.py    what the commands do
 maps.py          which tokens merge, painted over images
-networks.py      what the benchmark times; ideal.py: what no method can beat
+networks.py      what the benchmark times
 report.py        tables, plots and the report, from the rows of a folder
 cli.py           the commands; options.py: their options
 ===============  =================================================================

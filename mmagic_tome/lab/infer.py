@@ -145,10 +145,11 @@ def report(run: RunFolder, method: Method, frame: pd.DataFrame | None) -> str:
     lines += ["", *(row["summary"] for row in run.find(kind="applied", method=method.name))]
     if frame is None or "speedup" not in frame:
         return "\n".join(lines)
-    base, other = frame.to_dict("records")
+    rows = {row["method"]: row for row in frame.to_dict("records")}
     lines += ["", "Seconds per image [network alone], medians of interleaved runs:"]
-    lines += [
-        "  {method}: {seconds:.2f} [{network_seconds:.2f}]".format(**row) for row in (base, other)
-    ]
-    lines.append(f"  speed-up: {speedup_text(other)}, {int(other['rounds'])} pairs; ~: not certain")
+    for name in (BASELINE.name, method.name):
+        lines.append("  {method}: {seconds:.2f} [{network_seconds:.2f}]".format(**rows[name]))
+    speedup = speedup_text(rows[method.name])
+    meaning = "; ~: not certain" if speedup.startswith("~") else ""
+    lines.append(f"  speed-up: {speedup}, pairs: {rows[method.name]['rounds']:.0f}{meaning}")
     return "\n".join(lines)

@@ -23,6 +23,7 @@ from .plots import contact_sheet
 from .results import RunFolder
 from .runners.base import Runner
 from .runners.media import evenly, save_media
+from .scores import image_rows
 
 # Of a sheet; evenly spread.
 MOST_BLOCKS, MOST_STEPS = 8, 4
@@ -108,16 +109,16 @@ class Recorder:
 def draw_maps(runner: Runner, method: Method, folder: RunFolder) -> None:
     """Run a method that merges on every image once more, and write what merged: a sheet beside each
     of its images in a folder."""
+    rows = image_rows(folder)
     for number, prompt in enumerate(runner.request.prompts):
-        (row,) = folder.find(kind="image", method=method.name, number=number)
-        image = Image.open(folder.path / row["file"])
+        file = folder.path / rows[method.name, number]["file"]
         with contextlib.ExitStack() as stack:
             handles = stack.enter_context(method.on(runner.model))
             blocks = merged_blocks(handles.tome, MOST_BLOCKS)
             recorder = stack.enter_context(Recorder(blocks))
             runner.run([number], method.steps, recorder.next_step)
-        path = (folder.path / row["file"]).with_suffix("")
-        save_media(f"{path}_merge", merge_sheet(prompt, recorder.records, image))
+        sheet = merge_sheet(prompt, recorder.records, Image.open(file))
+        save_media(file.with_name(f"{file.stem}_merge"), sheet)
 
 
 # --- painting -------------------------------------------------------------------------------------

@@ -128,27 +128,6 @@ def test_what_cannot_run_is_noted_and_the_others_go_on(tmp_path, monkeypatch):
         benchmark("tiny", methods, rounds=1, folder=tmp_path / "other")
 
 
-@pytest.mark.parametrize("name", ["sd", "wan"])
-def test_the_network_of_a_pipeline_is_called_as_the_pipeline_calls_it(name, tmp_path, monkeypatch):
-    import tiny_folders
-
-    from mmagic_tome.lab.runners import open_source
-
-    monkeypatch.setattr(module, "timed", counted)
-    source = open_source(pipeline=tiny_folders.pipeline_folder(name, tmp_path / "pipeline"))
-    request = {"guidance": 5.0, "prompts": ["a cat"], **({"frames": 5} if source.video else {})}
-    arguments = dict(size=(64, 64), rounds=1, request=request)
-    methods = [OURS, Method.from_dict(dict(name="caching", cache_cfg={"region": "network"}))]
-    frame = benchmark(source, methods, steps=8, folder=tmp_path / "run", **arguments)
-    frame = frame.set_index("method")
-    assert list(frame.index) == ["baseline", "ours", "caching"]
-    assert frame.loc["caching", "speedup"] > 1.3 and frame.loc["ours", "speedup"] > 1
-    one = benchmark(source, [OURS], folder=tmp_path / "one", **arguments).set_index("method")
-    # In each of 8 steps both guidance branches: in one forward, or in one each.
-    calls = {"sd": 8, "wan": 16}[name]
-    assert frame.loc["baseline", "seconds"] == calls * one.loc["baseline", "seconds"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

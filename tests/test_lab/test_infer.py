@@ -78,7 +78,7 @@ def test_compare_measures_against_the_baseline(runs, configs, config):
     sheet = Image.open(run.path / "compare.png")
     assert sheet.width > 3 * 256 and sheet.height > 2 * 256
     assert "Side by side" in printed
-    assert re.search(r"speed-up: ~?\d+\.\d\dx \(\d.*\), 6 pairs", printed)
+    assert re.search(r"speed-up: ~?\d+\.\d\dx \(\d.*\), pairs: 6", printed)
 
 
 def test_without_a_method_balanced_is_compared_and_one_pair_has_no_interval(runs, configs):
