@@ -113,7 +113,7 @@ def _sheet(runner: Runner, method: Method, run: RunFolder) -> Image.Image:
         pair = [frame_strip(read_frames(run, row)) for row in both]
         caption = f"{prompt}  ({_fidelity(run, both[1])})"
         rows.append((caption, [*pair, plots.difference_map(*pair)]))
-    heads = [BASELINE.name, method.name, f"difference, brightest from {plots.FULL_SCALE} of 255 on"]
+    heads = [BASELINE.name, method.name, f"difference, up to {plots.FULL_SCALE} of 255"]
     title = "{class_name}, {steps} steps, {size}, {device} {dtype}".format(**runner.settings)
     return plots.contact_sheet(title, heads, rows)
 
@@ -149,7 +149,7 @@ def report(run: RunFolder, method: Method, frame: pd.DataFrame | None) -> str:
     lines += ["", "Seconds per image [network alone], medians of interleaved runs:"]
     for name in (BASELINE.name, method.name):
         lines.append("  {method}: {seconds:.2f} [{network_seconds:.2f}]".format(**rows[name]))
-    speedup = speedup_text(rows[method.name])
-    meaning = "; ~: not certain" if speedup.startswith("~") else ""
-    lines.append(f"  speed-up: {speedup}, pairs: {rows[method.name]['rounds']:.0f}{meaning}")
+    other = rows[method.name]
+    pairs = f", pairs: {other['rounds']:.0f}; ~: not certain" if other["rounds"] > 1 else ""
+    lines.append(f"  speed-up: {speedup_text(other)}{pairs}")
     return "\n".join(lines)
