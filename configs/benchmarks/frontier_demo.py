@@ -4,6 +4,8 @@
 # The names are those of the published tables (docs/benchmarks/demo_model.md).
 _base_ = "../demo/sd-emoji.py"
 
+from mmagic_tome.lab.prompts import read_prompts, spread  # noqa: E402
+
 _network = dict(region="network", error_feedback=0.5, timestep_range=(0.1, 0.65))
 _inner = dict(region="inner", error_feedback=0.5)
 # Step caches at the same steps of every run.
@@ -14,8 +16,8 @@ _fixed = {
 }
 
 evaluation = dict(
-    prompts="demo",
-    limit=128,
+    # 64 of the captions, two images of each.
+    prompts=[one.text for one in spread(read_prompts("demo"), 64) for _ in range(2)],
     steps=20,
     guidance=3.0,
     batch_size=8,
@@ -98,3 +100,4 @@ evaluation = dict(
     fewer_steps=[0.9, 0.8, 0.65, 0.5, 0.4],
     rounds=9,
 )
+del read_prompts, spread

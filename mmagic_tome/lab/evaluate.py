@@ -223,6 +223,7 @@ def manifest_of(runner: Runner, methods: Sequence[Method], command: str) -> dict
     """What images depend on, to be compared when a run goes on.
 
     Weights count as loaded: a checkpoint that was replaced is noticed, one that was moved is not.
+    Reading gigabytes takes long, so only evaluations, which take longer, do it.
     """
     request, where = runner.request, environment(runner.device)
     return {
@@ -230,7 +231,7 @@ def manifest_of(runner: Runner, methods: Sequence[Method], command: str) -> dict
         "model": runner.source.name,
         "loaded": {
             "class_name": runner.source.class_name,
-            "weights": weights_digest(runner.model),
+            "weights": weights_digest(runner.model) if command == "evaluate" else None,
             "scheduler": runner.scheduler,
             "scheduler_config": _scheduler_config(runner.model),
         },

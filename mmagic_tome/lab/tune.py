@@ -155,7 +155,7 @@ def tune(
         settings = [own.replace(cache={"tolerance": one}) for one in tolerances]
         methods = [Method(f"tolerance {x:g}", one) for x, one in zip(tolerances, settings)]
         one = runner_of(runner.model, parts[part], source)
-        how = {"memory": False, "progress": progress}
+        how = {"memory": False, "command": "tune", "progress": progress}
         count = rounds or default_rounds(parts[part])
         frame = evaluate_runner(one, [*methods, *others], METRICS, count, folder / part, **how)
         found = frame.set_index("method", drop=False).to_dict("index")
