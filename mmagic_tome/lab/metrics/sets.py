@@ -41,8 +41,8 @@ def fid(weights: str | None = None, fewest: int = 2048) -> SetMetric:
 def kid(weights: str | None = None, fewest: int = 50) -> SetMetric:
     """Kernel inception distance (Binkowski et al., 2018; torch-fidelity); 0 is best.
 
-    Unbiased, so that it may be slightly below 0: the mean over 100 random subsets of 1000 images.
-    Smaller sets are compared as a whole.
+    Unbiased, so that it may be slightly below 0: the mean over 100 random subsets of 1000 images,
+    or of as many as the smaller set has; two sets of one such size are compared as a whole.
     """
     from torch_fidelity import metric_kid
 

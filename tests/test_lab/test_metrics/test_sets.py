@@ -72,18 +72,14 @@ def test_fid_and_kid_are_those_of_torchmetrics(pixels):
         assert found == {name: pytest.approx(expected, rel=1e-4)}
 
 
-def test_kid_has_a_real_spread_or_none(pixels):
+def test_kid_of_sets_of_several_sizes_is_about_the_same(pixels):
     kid = set_metric("kid")
-    few = kid.compute(features(99, 16), features(120, 16, seed=1, shift=0.5))
-    assert [*few] == ["kid"]
     found = {}
-    for count in (100, 400):
+    for count in (400, 1100):
         sets_ = features(count, 16), features(count + 7, 16, seed=1, shift=0.5)
-        found[count] = kid.compute(*sets_)
-        whole = set_metric("kid").function
-        assert found[count]["kid_std"] > 0.01 * found[count]["kid"] > 0
-        assert whole(*reversed(sets_))["kid"] == pytest.approx(found[count]["kid"], rel=0.05)
-    assert found[100]["kid_std"] > found[400]["kid_std"], "larger subsets scatter less"
+        found[count] = kid.compute(*sets_)["kid"]
+        assert kid.compute(*sets_)["kid"] == found[count]
+    assert found[400] == pytest.approx(found[1100], rel=0.2) and found[400] > 0
 
 
 @pytest.mark.parametrize("name", ["fid", "kid"])
