@@ -84,34 +84,12 @@ def test_with_a_residual(unet, target):
     torch.testing.assert_close(out, baseline, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_and_precision(unet):
-    handle = apply_tome(unet, prop_attn=True)
-    unet(**tiny_inputs()).sample.square().sum().backward()
-    to_k = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_k
-    assert to_k.weight.grad.isfinite().all() and to_k.weight.grad.abs().sum() > 0
-    handle.remove()
-    for dtype in (torch.bfloat16, torch.float16):
-        unet.to(dtype)
-        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tiny_inputs().items()}
-        with apply_tome(unet, prop_attn=True):
-            out = run(unet, **inputs)
-        assert out.dtype == dtype and out.isfinite().all()
-
-
-@torch.no_grad()
-@TARGETS
-@pytest.mark.parametrize(
-    "family", ["PixArt-alpha, PixArt-sigma", "PixArt, older checkpoints", "DiT"]
-)
-def test_transformers_of_one_stream(family, target):
-    family = TRANSFORMERS[family]
-    network, inputs = family.build(), family.inputs()
-    outputs = []
-    for options in (dict(ratio=0), dict(ratio=0.5), dict(ratio=0.5, prop_attn=True)):
-        with apply_tome(network, targets=[target], **options):
-            outputs.append(network(**inputs, return_dict=False)[0])
-    assert error(outputs[2], outputs[1]) > 1e-4
-    assert error(outputs[2], outputs[0]) < 1
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(unet, dtype):
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tiny_inputs().items()}
+    apply_tome(unet.to(dtype), prop_attn=True)
+    out = run(unet, **inputs)
+    assert out.dtype == dtype and out.isfinite().all()
 
 
 class Attention(TorchFunctionMode):
@@ -314,23 +292,6 @@ def test_nothing_stays_behind(way, channels):
     handle.remove()
     assert [type(one) for one in network.modules()] == classes
     assert torch.equal(network(**inputs)[0], before)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("way", ["unet", "Stable Diffusion 3"])
-def test_plans_and_residuals_of_steps(way, monkeypatch):
-    network, inputs = networks()[way]
-    apply_tome(network, ratio=0.5, prop_attn=True, plan_interval=2, residual=True)
-    runs = []
-    for channels in (False, True):
-        monkeypatch.setattr(proportional, "prefers_channels", lambda query, c=channels: c)
-        runs.append(
-            denoise(
-                network,
-                lambda t: {**inputs, "timestep": torch.full_like(inputs["timestep"], t)},
-            )
-        )
-    torch.testing.assert_close(*runs, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

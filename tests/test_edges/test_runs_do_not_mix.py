@@ -2,16 +2,15 @@
 """Nothing of one image ever reaches another, however the calls of runs follow each other."""
 
 import random
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from edge_pipelines import KEEPERS, SETTINGS, generate, relative, sd15_pipeline, skips
+from edge_pipelines import KEEPERS, SETTINGS, relative, skips
 from fixed_steps import FIXED
 from tiny import tiny_unet
 
-from mmagic_tome import apply_cache, apply_tome
+from mmagic_tome import apply_cache
 
 each = pytest.mark.parametrize("name", KEEPERS)
 
@@ -140,34 +139,6 @@ def test_random_interleavings(name):
         assert max(map(relative, image.outputs, baseline)) <= 2 * spread + 1e-6
 
 
-@each
-def test_a_validation_loop_over_unrelated_images(name):
-    network = tiny_unet()
-    images = [Image(network, seed) for seed in range(9)]
-
-    def predictions():
-        return [one.predict(network, 900 - 100 * i, one.texts) for i, one in enumerate(images)]
-
-    if name not in SETTINGS:
-        apply_tome(network, ratio=0.0 if name == "residual" else 0.5)
-    expected = predictions()
-    handle = KEEPERS[name](network)
-    assert equal(predictions(), expected)
-    if name in SETTINGS:
-        assert sum(skips(handle).values()) == 0
-
-
-def test_skip_layer_guidance():
-    """A second call per step with another batch, as Stable Diffusion 3.5 makes it."""
-    network = tiny_unet()
-    handle = apply_cache(network, FIXED["both"])
-    image = Image(network, steps=20)
-    for time in image.times:
-        image.predict(network, time, image.texts[:1])
-        image.step()
-    assert sum(skips(handle).values()) >= 2 * 6
-
-
 @pytest.mark.parametrize(
     ("texts", "late"),
     [
@@ -193,23 +164,3 @@ def test_calls_on_one_latent_are_extrapolated_apart(texts, late):
     assert sum(own) == len(own) if texts == 2 else sum(own) > 0.9 * len(own)
     calls = 10 * texts + 10 * len(every[late])
     assert skips(handle)["network"] >= 0.45 * calls - texts
-
-
-def test_two_threads():
-    network = tiny_unet()
-    handle = apply_cache(network, FIXED["both"])
-    with ThreadPoolExecutor(2) as threads:
-        found = list(threads.map(lambda seed: Image(network, seed).finish(), range(2)))
-    for seed, outputs in enumerate(found):
-        assert equal(outputs, alone("both", seed))
-    assert sum(skips(handle).values()) > 0
-
-
-def test_fresh_noise_at_every_step():
-    """The next input hardly follows from the last: runs may begin anew, and nothing is wrong."""
-    case, pipeline = sd15_pipeline(scheduler="EulerAncestralDiscreteScheduler")
-    baseline = generate(case, pipeline)
-    apply_cache(pipeline, FIXED["both"])
-    first = generate(case, pipeline)
-    assert torch.equal(generate(case, pipeline), first)
-    assert relative(first, baseline) < 0.5
