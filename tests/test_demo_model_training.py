@@ -123,16 +123,6 @@ def test_sigterm_writes_a_checkpoint_from_which_it_goes_on_as_if_nothing_was(too
         assert torch.equal(a, b)
 
 
-def test_two_workers_see_every_part(tools, tmp_path):
-    # A fork after OpenMP has started its threads would hang; conftest.py lets torch have one.
-    alone, module = tiny_trainer(tools, tmp_path / "alone", micro=2)
-    alone.run(max_steps=3)
-    trainer, shared = tiny_trainer(tools, tmp_path / "two", micro=2, workers=2)
-    trainer.run(max_steps=3)
-    for a, b in zip(module.parameters(), shared.parameters()):
-        torch.testing.assert_close(a, b)
-
-
 def test_steps_draw_sizes_by_weight(tools):
     options = dict(sizes=(128, 256), size_weights=(1, 2), merge=0.5, merge_share=0.75)
     stage = tools["stages"].Stage("s", size=256, **options)
@@ -144,9 +134,16 @@ def test_steps_draw_sizes_by_weight(tools):
     assert merges.count(0.5) == pytest.approx(0.75 * len(merges), abs=50)
     assert merges.count(0.5) + merges.count(0.0) == len(merges)
 
-    for weights in ((1, 2, 3), (1, -1)):
-        with pytest.raises(tools["common"].ToolError, match="size weights"):
-            tools["stages"].Stage("s", sizes=(128, 256), size_weights=weights)
+    stage = tools["stages"].Stage("s", size=128, sizes=(64, 128), size_batches=(8, 2))
+    assert [stage.batch_at(size) for size in (64, 128)] == [8, 2]
+    assert tools["stages"].Stage("s", batch=5, sizes=(64, 128)).batch_at(64) == 5
+    for wrong, said in (
+        (dict(size_weights=(1, 2, 3)), "size weights"),
+        (dict(size_weights=(1, -1)), "size weights"),
+        (dict(size_batches=(8,)), "size batches"),
+    ):
+        with pytest.raises(tools["common"].ToolError, match=said):
+            tools["stages"].Stage("s", sizes=(128, 256), **wrong)
 
 
 def test_sizes_of_one_stage_are_trained_in_turn_and_logged_apart(tools, tmp_path):
@@ -176,11 +173,14 @@ def test_sizes_of_one_stage_are_trained_in_turn_and_logged_apart(tools, tmp_path
 # --- what is shipped ------------------------------------------------------------------------------
 
 
-def test_shipped_files_name_no_machine():
-    for path in [*ASSETS.rglob("*config.json"), ASSETS / "model_index.json"]:
+@pytest.mark.parametrize("name", ["demo_model", "demo_dit"])
+def test_shipped_files_are_small_and_name_no_machine(name):
+    folder = ASSETS.parent / name
+    assert 10e6 < sum(path.stat().st_size for path in folder.rglob("*.safetensors")) <= 24e6
+    for path in [*folder.rglob("*config.json"), folder / "model_index.json"]:
         text = path.read_text(encoding="utf-8")
-        assert "_name_or_path" not in text, path
-        assert '"/' not in text, path
+        assert "_name_or_path" not in text and '"/' not in text, path
+    assert (folder / "README.md").is_file()
 
 
 def test_shipped_model_fits_mmagic_and_knows_its_captions(tools):

@@ -56,20 +56,12 @@ def test_zeus_skips_inside_its_window_and_alternates():
     # The line through 9 and 16, and 16 itself; later the line through 16 and 64.
     assert [float(one) for one in found[5:8]] == [23, 16, 23]
     assert [float(one) for one in found[9:12]] == [112, 64, 112]
-
-
-def test_zeus_spaced_extrapolates_to_the_next_step():
+    # Spaced: to the next step.
     found, _ = walk(zeus.Zeus(4, spaced=True), 20, square)
     assert float(found[9]) == 64 + (64 - 16) / 4
 
 
 # --- Spectrum -------------------------------------------------------------------------------------
-
-
-def test_chebyshev_polynomials_are_those_of_numpy():
-    times = torch.linspace(-1, 1, 7, dtype=torch.float64)
-    expected = np.polynomial.chebyshev.chebvander(times.numpy(), 4)
-    np.testing.assert_allclose(spectrum.chebyshev(times, 4), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("degree, ridge", [(4, 0.1), (3, 1.0), (2, 1e-9)])
@@ -211,27 +203,22 @@ def test_taylorseer_computes_three_steps_and_one_per_interval():
 # --- pipelines ------------------------------------------------------------------------------------
 
 STEPS = 12
-CONSERVATIVE = {
-    "zeus": zeus.method(1),
-    "spectrum": spectrum.method(**{**spectrum.PAPER, "window": 1, "growth": 0}),
-    "spectrum users": spectrum.method(**{**spectrum.USERS, "window": 1, "growth": 0}),
-    "easycache": easycache.method(0),
-    "ucache": easycache.ucache(0),
-    "fbcache": fbcache.method(0),
-    "adaptive diffusion": adaptive_diffusion.method(max_skips=0),
-    "sada": sada.method(0),
-    "taylorseer": taylorseer.method(interval=1),
-}
-STRONG = {
-    "zeus": zeus.method(3),
-    "spectrum": spectrum.method(**spectrum.PAPER),
-    "spectrum users": spectrum.method(**spectrum.USERS),
-    "easycache": easycache.method(5),
-    "ucache": easycache.ucache(50),
-    "fbcache": fbcache.method(5),
-    "adaptive diffusion": adaptive_diffusion.method(2),
-    "sada": sada.method(2),
-    "taylorseer": taylorseer.method(interval=3),
+# Name -> its most conservative setting, which skips nothing, and a strong one.
+PEERS = {
+    "zeus": (zeus.method(1), zeus.method(3)),
+    **{
+        name: (
+            spectrum.method(**{**options, "window": 1, "growth": 0}),
+            spectrum.method(**options),
+        )
+        for name, options in (("spectrum", spectrum.PAPER), ("spectrum users", spectrum.USERS))
+    },
+    "easycache": (easycache.method(0), easycache.method(5)),
+    "ucache": (easycache.ucache(0), easycache.ucache(50)),
+    "fbcache": (fbcache.method(0), fbcache.method(5)),
+    "adaptive diffusion": (adaptive_diffusion.method(max_skips=0), adaptive_diffusion.method(2)),
+    "sada": (sada.method(0), sada.method(2)),
+    "taylorseer": (taylorseer.method(interval=1), taylorseer.method(interval=3)),
 }
 
 
@@ -257,19 +244,15 @@ def traces(pipeline):
     return set(vars(network)), set(vars(pipeline.scheduler)) - {"step"}, sum(hooks)
 
 
-@pytest.mark.parametrize("name", CONSERVATIVE)
-def test_the_most_conservative_setting_is_the_baseline(case, pipeline, baseline, name):
+@pytest.mark.parametrize(("conservative", "strong"), PEERS.values(), ids=PEERS)
+def test_settings_skip_nothing_or_alike_in_every_run_and_are_removed(
+    case, pipeline, baseline, conservative, strong
+):
     before = traces(pipeline)
-    with CONSERVATIVE[name].function(pipeline) as skipping:
+    with conservative.function(pipeline) as skipping:
         assert torch.equal(case.run(pipeline, num_inference_steps=STEPS), baseline)
     assert skipping.steps == ["computed"] * STEPS
-    assert traces(pipeline) == before and "step" not in vars(pipeline.scheduler)
-
-
-@pytest.mark.parametrize("name", STRONG)
-def test_a_strong_setting_skips_alike_in_every_run_and_is_removed(case, pipeline, baseline, name):
-    before = traces(pipeline)
-    with STRONG[name].on(pipeline):
+    with strong.on(pipeline):
         first = case.run(pipeline, num_inference_steps=STEPS)
         again = case.run(pipeline, num_inference_steps=STEPS)
     assert torch.equal(first, again) and not torch.equal(first, baseline)
@@ -282,7 +265,7 @@ def test_fbcache_skips_all_blocks_but_the_first(case, pipeline):
     calls = []
     first, last = pipeline.unet.down_blocks[0], pipeline.unet.mid_block
     hooks = [m.register_forward_pre_hook(lambda m, args: calls.append(m)) for m in (first, last)]
-    with STRONG["fbcache"].function(pipeline) as skipping:
+    with PEERS["fbcache"][1].function(pipeline) as skipping:
         case.run(pipeline, num_inference_steps=STEPS)
     [hook.remove() for hook in hooks]
     computed = skipping.steps.count("computed")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from vits import BIASES, LAYERS, build, forget_positions, inputs, result, tiny_timm
 
+from mmagic_tome.merging import proportional
 from mmagic_tome.merging.sequence import combine, match_tokens
 from mmagic_tome.vit import apply_tome_vit, find_vit
 
@@ -162,3 +163,33 @@ def test_other_sizes_odd_counts_and_one_image(name):
         # The same as in a model that has seen no other size.
         twin = copy.deepcopy(model)
         assert torch.equal(result(twin, arguments), out)
+
+
+# --- proportional attention without a mask, as on a GPU ------------------------------------------
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_channels_do_what_the_mask_does_with_gradients(name, monkeypatch):
+    model, arguments = build(name, "sdpa").double(), inputs(name)
+    arguments = {key: x.double() for key, x in arguments.items()}
+    apply_tome_vit(model, r=6)
+    found = []
+    for channels in (False, True):
+        monkeypatch.setattr(proportional, "prefers_channels", lambda query, c=channels: c)
+        model.zero_grad()
+        with torch.enable_grad():
+            output = result(model, arguments)
+            output.square().sum().backward()
+        found.append([output, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-7, atol=1e-9)
+
+
+def test_attention_that_is_written_out_adds_the_mask(monkeypatch):
+    monkeypatch.setattr(proportional, "prefers_channels", lambda query: True)
+    found = []
+    for attention in ("sdpa", "eager"):
+        model, arguments = build("vit", attention), inputs("vit")
+        apply_tome_vit(model, r=6)
+        found.append(result(model, arguments))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
