@@ -130,3 +130,25 @@ def test_schedulers_of_four_outputs_are_warned_of():
         apply_cache(SimpleNamespace(unet=unet, scheduler=pndm, test_scheduler=ddim), FIXED["both"])
     with pytest.warns(UserWarning, match="PNDMScheduler amplifies"):
         apply_cache(SimpleNamespace(unet=unet, scheduler=ddim, test_scheduler=pndm), FIXED["both"])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "alternating"),
+    [
+        ("DDIM", {}, False),
+        ("UniPCMultistep", {}, False),
+        ("UniPCMultistep", dict(solver_order=3), True),
+        ("DEISMultistep", {}, True),
+        ("PNDM", {}, True),
+        ("LMSDiscrete", {}, True),
+    ],
+)
+def test_which_schedulers_amplify(name, options, alternating):
+    pipeline = Pipeline()
+    pipeline.scheduler = getattr(diffusers, f"{name}Scheduler")(**options)
+    timeline = Timeline(pipeline, 1000.0)
+    factor, found = timeline.amplification
+    assert found == alternating and (factor >= 3 if alternating else factor <= 1.5)
+    # A pickle no longer has the scheduler, and still knows; so does a copy of the pickle.
+    other = pickle.loads(pickle.dumps(timeline))
+    assert other.amplification == copy.deepcopy(other).amplification == (factor, found)

@@ -72,24 +72,6 @@ def equal(outputs, expected):
 
 
 @pytest.mark.parametrize(
-    ("stop", "then"),
-    [
-        (7, dict(seed=2, start=8)),  # image-to-image
-        (1, dict(seed=1, change=1)),  # another prompt: the first inputs are the same tensors
-    ],
-    ids=["start", "prompt"],
-)
-@each
-def test_another_image_after_a_stop(name, stop, then):
-    network = tiny_unet()
-    KEEPERS[name](network)
-    first = Image(network, seed=1)
-    for _ in range(stop):
-        first.step()
-    assert equal(Image(network, **then).finish(), alone(name, **then))
-
-
-@pytest.mark.parametrize(
     "images",
     [
         [dict(seed=seed) for seed in range(3)],  # views of one image
