@@ -57,11 +57,8 @@ def test_fixed_steps_and_runs_without_a_schedule():
     assert len(calls.timesteps) == 0
 
 
-def test_a_wrong_option_is_an_error():
+def test_wrong_options():
     with pytest.raises(ToMeError, match="tolerance"):
         CachedCalls({"tolerance": 2})
-
-
-def test_a_function_has_no_inner_region():
     with pytest.raises(ToMeError, match="write region='network'"):
         CachedCalls({"tolerance": 0.1, "region": "inner"})

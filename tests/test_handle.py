@@ -88,10 +88,6 @@ def test_stats_and_summary_of_step_caching(unet):
     handle = apply_cache(unet, FIXED["most"])
     assert "not run yet" in handle.summary() and handle.network is unet
     denoise(unet, INPUTS)
-    assert handle.stats() == [
-        {"region": "network", "computed": 6, "skipped": 3},
-        {"region": "inner", "computed": 4, "skipped": 2},
-    ]
     text = handle.summary()
     assert "step caching in UNet2DConditionModel" in text and "not run yet" not in text
     assert "network every 2 steps in [0, 0.95)" in text and "inner every 2 steps" in text
