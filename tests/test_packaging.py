@@ -241,40 +241,46 @@ print(len(build_page(demo).fns), len(found.steps), "figures" in report_of(found)
     assert re.search(r"[1-9]\d* 4 True", printed)
 
 
-def test_eval_extra_suffices_for_the_commands_and_the_demo_of_the_wheel(alone, tmp_path):
-    command = ["-W", "ignore", "-m", "mmagic_tome", "infer", "--steps", "12"]
-    options = ["--compare", "--rounds", "1", "--size", "64", "--device", "cpu"]
-    prompt = ["--prompt", "red apple"]
-    printed = alone("eval")(*command, *options, *prompt, cwd=tmp_path, OMP_NUM_THREADS="1")
-    assert "step caching in" in printed and "speed-up" in printed
-    (folder,) = (tmp_path / "work_dirs" / "sd-emoji_tome-balanced").iterdir()
-    result = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    assert (folder / result["images"][0]["file"]).is_file()
-    assert (folder / result["compare"]).is_file()
-    # Without a config the named setting that users are told to start with.
-    regions = result["applied"]["stats"]["step caching"]
-    assert [row["region"] for row in regions] == ["network", "inner", "innermost"]
-    assert any(row["skipped"] > 0 for row in regions)
+def test_eval_extra_suffices_for_the_commands(alone, tmp_path):
+    from mmagic_tome.assets import asset_path
+
+    command = ["-m", "mmagic_tome", "infer", "--pipeline", asset_path("demo_model"), "--compare"]
+    options = ["--steps=6", "--size=64", "--rounds=1", "--device=cpu", "--tolerance=0.1"]
+    python = alone("eval")
+    assert "speed-up" in python("-W", "ignore", *command, *options, "--prompt=cat", cwd=tmp_path)
 
 
-def test_configs_of_the_wheel_serve_as_bases(wheel, tmp_path):
+def test_configs_and_commands_of_the_wheel_work_away_from_the_checkout(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
-    installed = functools.partial(run, sys.executable, PYTHONPATH=str(tmp_path / "installed"))
     (tmp_path / "mine.py").write_text(
         "_base_ = 'mmagic_tome::demo/sd-emoji.py'\ntome_cfg = dict(ratio=0.25)\n"
     )
     script = """
-import mmagic_tome
+import runpy, sys
+from pathlib import Path
 from mmengine.config import Config
 from mmengine.hub import get_config
 config = Config.fromfile('mine.py')
-print(config.tome_cfg.ratio, config.model.type, config.model.unet.from_pretrained)
-print(get_config('mmagic_tome::demo/sd-emoji_tome-5e-1.py').tome_cfg.ratio)
+print("mine:", config.tome_cfg.ratio, config.model.type, config.model.unet.from_pretrained)
+print("theirs:", get_config('mmagic_tome::demo/sd-emoji_tome-5e-1.py').tome_cfg.ratio)
+tools = Path("installed/mmagic_tome/.mim/tools").resolve()
+sys.path.insert(0, str(tools))
+sys.argv = ["infer.py", *sys.argv[1:]]
+runpy.run_path(tools / "infer.py", run_name="__main__")
 """
-    printed = installed("-W", "ignore", "-c", script, cwd=tmp_path).splitlines()
-    ratio, kind, weights = printed[-2].split(" ", 2)
-    assert (ratio, kind, printed[-1]) == ("0.25", "StableDiffusion", "0.5")
-    assert Path(weights, "unet", "config.json").is_file() and str(ROOT) not in weights
-    tool = Path(weights).parents[1] / ".mim" / "tools" / "infer.py"
-    assert "usage: infer.py" in installed(tool, "--help", cwd=tmp_path)
+    options = ["--steps=12", "--size=64", "--rounds=1", "--device=cpu", "--compare"]
+    command = ["-W", "ignore", "-c", script, *options, "--prompt=red apple"]
+    where = dict(PYTHONPATH=str(tmp_path / "installed"), OMP_NUM_THREADS="1")
+    printed = run(sys.executable, *command, cwd=tmp_path, **where)
+    weights = re.search("mine: 0.25 StableDiffusion (.*)", printed)[1]
+    assert Path(weights, "unet", "config.json").is_file() and "theirs: 0.5" in printed
+    assert "step caching in" in printed and "speed-up" in printed and str(ROOT) not in printed
+    # Without a config the named setting that users are told to start with.
+    (folder,) = (tmp_path / "work_dirs" / "sd-emoji_tome-balanced").iterdir()
+    result = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert (folder / result["images"][0]["file"]).is_file()
+    assert (folder / result["compare"]).is_file()
+    regions = result["applied"]["stats"]["step caching"]
+    assert [row["region"] for row in regions] == ["network", "inner", "innermost"]
+    assert any(row["skipped"] > 0 for row in regions)
