@@ -29,11 +29,6 @@ NO_FINE_ATTENTION = dict(
 UNMERGEABLE = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
 
 
-@pytest.fixture
-def unet():
-    return tiny_unet(levels=3)
-
-
 def test_nothing_is_added_but_hooks_and_classes_and_nothing_is_left(unet):
     calls = []
     unet.register_forward_hook(lambda *_: calls.append(1))

@@ -9,16 +9,11 @@ import pytest
 import torch
 from denoise import denoise, denoising, outputs_at
 from fixed_steps import FIXED
-from tiny import hooks_of, run, tiny_inputs, tiny_unet
+from tiny import hooks_of, run, tiny_inputs
 
 from mmagic_tome import ToMeConfig, ToMeError, apply_cache, apply_tome, get_handle, remove_tome
 
 INPUTS = tiny_inputs()
-
-
-@pytest.fixture
-def unet():
-    return tiny_unet(levels=3)
 
 
 def test_with_puts_back_what_was_applied_before(unet):

@@ -9,7 +9,7 @@ import torch
 from denoise import STEPS, denoise, denoising, inputs_at, outputs_at
 from diffusers import FlowMatchEulerDiscreteScheduler
 from fixed_steps import FIXED, skips_of_run
-from tiny import error, tiny_inputs, tiny_unet
+from tiny import error, tiny_inputs
 from tiny_transformers import TRANSFORMERS
 from tiny_unets import NETWORKS
 
@@ -19,11 +19,6 @@ INPUTS = tiny_inputs()
 WIDE = dict(timestep_range=(0.0, 1.0))
 BOTH = [dict(**WIDE, region="network"), dict(**WIDE, region="inner")]
 EACH = [dict(**WIDE), dict(**WIDE, region="inner", error_feedback=1)]
-
-
-@pytest.fixture
-def unet():
-    return tiny_unet(levels=3)
 
 
 def counts(handle):
