@@ -33,7 +33,7 @@ def test_offloaded_weights_are_merged_and_cached_in_every_image(how, first):
     case, pipeline = sd15_pipeline()
 
     def image():
-        return generate(case, pipeline, num_inference_steps=8)
+        return generate(case, pipeline, num_inference_steps=12)
 
     def apply():
         apply_tome(pipeline, ratio=0.5, targets=["attn", "mlp"])
