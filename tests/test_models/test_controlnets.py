@@ -101,10 +101,11 @@ def test_skipped_with_the_network():
     assert get_handle(pipeline.controlnet, "cache") is not None
 
 
-@pytest.mark.parametrize("guess_mode", [False, True])
 @pytest.mark.parametrize("case", [CASE, SEVERAL], ids=["one", "several"])
 @pytest.mark.parametrize(
-    "setting", [FIXED["most"], dict(tolerance=0.5)], ids=["fixed", "tolerance"]
+    ("setting", "guess_mode"),
+    [(FIXED["most"], False), (dict(tolerance=0.5), False), (dict(tolerance=0.5), True)],
+    ids=["fixed", "tolerance", "guess mode"],
 )
 def test_how_often_controlnets_run(case, setting, guess_mode):
     """Guess mode calls them for the prompt alone, and the network for both."""
