@@ -63,8 +63,3 @@ def generate(case, pipeline, seed=0, **changes):
 def skips(handle):
     """Region -> how often it was skipped."""
     return {row["region"]: row["skipped"] for row in handle.stats()}
-
-
-def relative(a, b):
-    """Relative distance of two tensors."""
-    return float((a - b).norm() / b.norm())

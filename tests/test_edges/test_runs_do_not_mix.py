@@ -6,9 +6,9 @@ import random
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from edge_pipelines import KEEPERS, relative, skips
+from edge_pipelines import KEEPERS, skips
 from fixed_steps import FIXED
-from tiny import tiny_unet
+from tiny import error, tiny_unet
 
 from mmagic_tome import apply_cache
 
@@ -117,8 +117,8 @@ def test_random_interleavings(name):
     for image, one in zip(images, options):
         # As wrong as alone, or less: a step is computed where the run was not recognised.
         baseline = Image(tiny_unet(), **one).finish()
-        spread = max(map(relative, alone(name, **one), baseline))
-        assert max(map(relative, image.outputs, baseline)) <= 2 * spread + 1e-6
+        spread = max(map(error, alone(name, **one), baseline))
+        assert max(map(error, image.outputs, baseline)) <= 2 * spread + 1e-6
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_calls_on_one_latent_are_extrapolated_apart(texts, late):
         if step == 10:
             image.texts = every[late]
         for output, text in zip(image.step(), image.texts):
-            nearest = min(range(texts), key=lambda i: relative(output, exact[i]))
+            nearest = min(range(texts), key=lambda i: error(output, exact[i]))
             own.append(torch.equal(every[nearest], text))
     assert sum(own) == len(own) if texts == 2 else sum(own) > 0.9 * len(own)
     calls = 10 * texts + 10 * len(every[late])

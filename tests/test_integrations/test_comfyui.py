@@ -12,6 +12,7 @@ import comfy_engine
 import pytest
 import torch
 from comfy_standin import Flow, Patcher, Sampling, sample
+from tiny import error
 
 import integrations.comfyui
 from integrations.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
@@ -36,10 +37,6 @@ def accelerated(model, tolerance=0.02, ratio=0.0):
 
 def steps_of(model):
     return model.model_options["model_function_wrapper"].calls.handle.steps
-
-
-def error(found, wanted):
-    return float((found - wanted).norm() / wanted.norm())
 
 
 def test_the_node_is_described_as_comfyui_wants_it():
