@@ -125,7 +125,7 @@ def test_shipped_files_are_small_and_name_no_machine():
 @shipped
 def test_the_demo_runs_and_draws_on_white(tmp_path):
     """What `make demo-dit` does, for one prompt."""
-    source = runners.open_source(str(ROOT / "configs" / "demo" / "sd3-emoji_tome-balanced.py"))
+    source = runners.open_source(str(ROOT / "configs" / "demo" / "sd3-emoji_cache-balanced.py"))
     request = runners.make_request(source, prompts=["red apple"])
     result = infer(source, request, compare=True, rounds=1, folder=tmp_path, progress=False)
     assert (tmp_path / result["compare"]).is_file()

@@ -273,7 +273,7 @@ def test_demo_runs_from_the_wheel(installed, tmp_path):
     options = ["--compare", "--rounds", "1", "--size", "64", "--device", "cpu"]
     printed = installed(*command, *options, cwd=tmp_path, OMP_NUM_THREADS="1")
     assert "step caching in" in printed and "speed-up" in printed
-    (folder,) = (tmp_path / "work_dirs" / "sd-emoji_tome-balanced").iterdir()
+    (folder,) = (tmp_path / "work_dirs" / "sd-emoji_cache-balanced").iterdir()
     result = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert (folder / result["images"][0]["file"]).is_file()
     assert (folder / result["compare"]).is_file()
