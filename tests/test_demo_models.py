@@ -288,7 +288,7 @@ def test_shipped_model_fits_mmagic_and_knows_its_captions(tools):
 
 def test_the_demo_runs_and_draws_on_white(tmp_path):
     """What `make demo-dit` does, for one prompt."""
-    source = runners.open_source(str(ROOT / "configs" / "demo" / "sd3-emoji_tome-balanced.py"))
+    source = runners.open_source(str(ROOT / "configs" / "demo" / "sd3-emoji_cache-balanced.py"))
     request = runners.make_request(source, prompts=["red apple"])
     result = infer(source, request, compare=True, rounds=1, folder=tmp_path, progress=False)
     assert (tmp_path / result["compare"]).is_file()

@@ -277,7 +277,7 @@ runpy.run_path(tools / "infer.py", run_name="__main__")
     assert Path(weights, "unet", "config.json").is_file() and "theirs: 0.5" in printed
     assert "step caching in" in printed and "speed-up" in printed and str(ROOT) not in printed
     # Without a config the named setting that users are told to start with.
-    (folder,) = (tmp_path / "work_dirs" / "sd-emoji_tome-balanced").iterdir()
+    (folder,) = (tmp_path / "work_dirs" / "sd-emoji_cache-balanced").iterdir()
     result = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert (folder / result["images"][0]["file"]).is_file()
     assert (folder / result["compare"]).is_file()
