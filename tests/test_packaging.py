@@ -258,6 +258,7 @@ def test_configs_and_commands_of_the_wheel_work_away_from_the_checkout(wheel, tm
     )
     script = """
 import runpy, sys
+import mmagic_tome
 from pathlib import Path
 from mmengine.config import Config
 from mmengine.hub import get_config
