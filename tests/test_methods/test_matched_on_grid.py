@@ -9,7 +9,7 @@ from method_requests import cosines, request, tokens
 from tiny import tiny_inputs, tiny_unet
 
 from mmagic_tome import apply_tome
-from mmagic_tome.merging import MlerpPlan, PrunedPlan
+from mmagic_tome.merging import MlerpPlan, PrunedPlan, regular_layout
 from mmagic_tome.methods import build_method
 
 GRIDS, SEEDS = st.tuples(st.integers(2, 9), st.integers(2, 9)), st.integers(0, 10**6)
@@ -65,6 +65,24 @@ def test_threshold_by_brute_force(grid, threshold, seed):
 
 
 # PyPI ca-tome: with --no-deps, since it asks for an old torch.
+
+
+@pytest.mark.parametrize("threshold", [0.9, 0.7])
+def test_threshold_agrees_with_its_authors_package(threshold):
+    merge = pytest.importorskip("ca_tome.merge")
+    removed = set()
+    for seed in range(5):
+        x = tokens(2, 8, 10, seed=seed)
+        cache = dict(compute_on=[0], merge=None, unmerge=None)
+        theirs, back = merge.bipartite_soft_matching_random2d(
+            x, 10, 8, 2, 2, threshold, cache, 0, no_rand=True
+        )
+        ask = request(8, 10, layout=lambda: regular_layout(8, 10).select(0))
+        plan = build_method(dict(type="threshold", threshold=threshold)).plan(x, 0.75, ask)
+        assert plan.num_slots == theirs(x).shape[1]
+        torch.testing.assert_close(plan.unmerge(plan.merge(x)), back(theirs(x)))
+        removed.add(80 - plan.num_slots)
+    assert removed != {60}  # the threshold decides, not the number of sources
 
 
 @torch.no_grad()
