@@ -22,8 +22,9 @@ def offload(pipeline, how):
         pipeline.unet.enable_group_offload(**options, num_blocks_per_group=1)
     else:
         # enable_sequential_cpu_offload(device="cpu") fails inside accelerate without a GPU; this
-        # is what it does to the network.
-        accelerate.cpu_offload(pipeline.unet, execution_device=CPU)
+        # is what it does to each model.
+        for model in (pipeline.unet, pipeline.vae):
+            accelerate.cpu_offload(model, execution_device=CPU)
         assert pipeline.unet.conv_in.weight.is_meta
 
 
