@@ -12,7 +12,7 @@ from tiny import tiny_inputs, tiny_unet
 from tiny_transformers import TRANSFORMERS
 from tiny_unets import NETWORKS
 
-from mmagic_tome import apply_cache, apply_tome, remove_cache, remove_tome
+from mmagic_tome import apply_cache, apply_tome
 from mmagic_tome.graphs import eager_only, prepare_compiler
 
 PIXART = TRANSFORMERS["PixArt-alpha, PixArt-sigma"]
@@ -63,10 +63,8 @@ def compiled(network, fullgraph=True):
 def test_at_most_two_graphs_per_shape_and_the_same_image(build, shapes, options):
     network = build()
     baseline = run(network, shapes[0])
+    handle = apply_tome(network, **options)
     model, graphs = compiled(network)
-    assert torch.equal(run(model, shapes[0]), baseline)
-    graphs.clear()
-    handle = apply_tome(model, **options)
     for number, inputs in enumerate(shapes, start=1):
         for time in (500, 499, 400, 500):
             expected = run(network, inputs, time)
@@ -74,8 +72,6 @@ def test_at_most_two_graphs_per_shape_and_the_same_image(build, shapes, options)
         assert 1 <= len(graphs) <= 2 * number
         assert all(row["kept"] == row["tokens"] // 2 for row in handle.stats())
     assert not torch.allclose(run(model, shapes[0]), baseline, atol=1e-2)
-    handle.remove()
-    assert torch.equal(run(model, shapes[0]), baseline)
 
 
 @pytest.mark.slow
@@ -134,12 +130,10 @@ def apply(network, cache=None, **options):
 def test_steps_differ_and_no_step_of_a_second_run_is_compiled_again(title):
     network, inputs = tiny_unet(levels=2), tiny_inputs()
     baseline = denoise(network, inputs)
-    model, graphs = compiled(network, fullgraph=False)
-    assert torch.equal(denoise(model, inputs), baseline)
-    graphs.clear()
-    apply(model, **STEPS[title])
+    apply(network, **STEPS[title])
     expected = denoise(network, inputs)
     assert not torch.allclose(expected, baseline, atol=1e-3)
+    model, graphs = compiled(network, fullgraph=False)
     torch.testing.assert_close(denoise(model, inputs), expected, **close)
     first = len(graphs)
     torch.testing.assert_close(denoise(model, inputs), expected, **close)
@@ -149,8 +143,6 @@ def test_steps_differ_and_no_step_of_a_second_run_is_compiled_again(title):
     assert any("unet_2d" in one for one in traces) and not any("runs.py" in one for one in traces)
     with pytest.raises(Exception, match="write fullgraph=False"):
         run(torch.compile(network, fullgraph=True, backend="eager"))
-    remove_tome(model), remove_cache(model)
-    assert torch.equal(denoise(model, inputs), baseline)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +167,22 @@ def test_around_blocks_that_are_compiled_on_their_own(options, fullgraph, check)
 
 
 # --- applying and removing ------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [dict(ratio=0.5), dict(cache=FIXED["most"])], ids=str)
+def test_apply_and_remove_after_compiling(options):
+    network, inputs, steps = tiny_unet(levels=2), tiny_inputs(), (900, 800, 700, 600)
+    baseline = denoise(network, inputs, steps)
+    model, _ = compiled(network, fullgraph="ratio" in options)
+    assert torch.equal(denoise(model, inputs, steps), baseline)
+    for _ in range(2):
+        handle = apply(model, **options)
+        expected = denoise(network, inputs, steps)
+        assert not torch.equal(expected, baseline)
+        assert torch.equal(denoise(model, inputs, steps), expected)
+        handle.remove()
+        assert torch.equal(denoise(model, inputs, steps), baseline)
 
 
 def test_a_compiled_baseline_copy_does_not_serve_the_merged_one():
