@@ -39,10 +39,10 @@ $(STAMP):
 	@rm -f $(VENV)/.installed-* && touch $@
 
 demo: $(STAMP) ## generate images, the baseline's and faster ones side by side
-	$(PY) tools/infer.py configs/demo/sd-emoji_tome-balanced.py --compare --work-dir $(OUT) $(DEMO_ARGS)
+	$(PY) tools/infer.py configs/demo/sd-emoji_cache-balanced.py --compare --work-dir $(OUT) $(DEMO_ARGS)
 
 demo-dit: $(STAMP) ## the same with the demo diffusion transformer
-	$(PY) tools/infer.py configs/demo/sd3-emoji_tome-balanced.py --compare --work-dir $(OUT)-dit $(DEMO_ARGS)
+	$(PY) tools/infer.py configs/demo/sd3-emoji_cache-balanced.py --compare --work-dir $(OUT)-dit $(DEMO_ARGS)
 
 test: lint ## lint and all tests
 	$(PY) -m pytest $(PYTEST_ARGS)

@@ -34,6 +34,17 @@ def demo_pipeline() -> Any:
     return pipeline
 
 
+def demo_transformer() -> Any:
+    """The demo diffusion transformer, a small Stable Diffusion 3, in float32."""
+    from diffusers import StableDiffusion3Pipeline
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        asset_path("demo_dit"), torch_dtype=torch.float32, text_encoder_3=None, tokenizer_3=None
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def set_scheduler(pipeline: Any, name: str) -> None:
     """Give the pipeline a scheduler of :data:`SCHEDULERS`."""
     import diffusers

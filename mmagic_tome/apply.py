@@ -154,6 +154,9 @@ def apply_cache(
         patch.with_denoiser = one not in found
         patch.place(one.network)
         patched.append((one, patch))
+    experts = [patch for _, patch in patched if patch.leader is None]
+    for patch in experts:
+        patch.experts = tuple(one for one in experts if one is not patch)
     return CacheHandle(_parts(patched), replaced)
 
 

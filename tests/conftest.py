@@ -29,6 +29,14 @@ def sd_folder(tmp_path_factory):
     return tiny.tiny_sd_folder(tmp_path_factory.mktemp("tiny_sd"))
 
 
+@pytest.fixture
+def unet():
+    """A network with attention on three levels; see ``tiny.tiny_unet``."""
+    import tiny
+
+    return tiny.tiny_unet(levels=3)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _imports_are_no_garbage():
     """Leave what is there out of collections, which take seconds of all that was imported."""

@@ -22,12 +22,11 @@ from mmagic_tome import (
 
 EVERYTHING = dict(max_downsample=8, targets=["attn", "crossattn", "mlp"])
 BOTH = [dict(region="network"), dict(region="inner")]
+NO_FINE_ATTENTION = dict(
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+)
 UNMERGEABLE = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
-
-
-@pytest.fixture
-def unet():
-    return tiny_unet(levels=3)
 
 
 def test_nothing_is_added_but_hooks_and_classes_and_nothing_is_left(unet):
@@ -80,16 +79,9 @@ class Pipeline:
         vars(self).update(parts)
 
 
-def test_max_downsample_auto_is_the_finest_level_with_blocks():
-    network = tiny_unet(
-        levels=3,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    )  # like SDXL: no attention at the finest level
-    handle = apply_tome(network, ratio=0.5)
-    run(network)
-    seen = {(row["downsample"], row["tokens"], row["kept"]) for row in handle.stats()}
-    assert seen == {(2, 64, 32)}
+def test_a_max_downsample_without_blocks_names_the_levels_that_have_some():
+    """As SDXL has none at the finest level; there 'auto' merges the next (test_pipelines.py)."""
+    network = tiny_unet(levels=3, **NO_FINE_ATTENTION)
     with pytest.raises(ToMeError) as error:
         apply_tome(network, max_downsample=1)
     for text in ("max_downsample=1", "2 (3 blocks)", "4 (", "Write max_downsample=2 or 'auto'"):

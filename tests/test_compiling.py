@@ -13,6 +13,7 @@ from tiny_transformers import TRANSFORMERS
 from tiny_unets import NETWORKS
 
 from mmagic_tome import apply_cache, apply_tome
+from mmagic_tome.graphs import eager_only, prepare_compiler
 
 PIXART = TRANSFORMERS["PixArt-alpha, PixArt-sigma"]
 TARGETS = dict(ratio=0.5, targets=["attn", "mlp"])
@@ -192,3 +193,37 @@ def test_a_compiled_baseline_copy_does_not_serve_the_merged_one():
     for which in (0, 1, 0):
         model, _ = compiled([small, clone][which])
         assert torch.equal(run(model), expected[which])
+
+
+# --- before there is a compiler -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("takes_reason", [True, False], ids=["torch 2.8", "torch before 2.8"])
+def test_a_method_is_its_plain_self_until_the_compiler_is_prepared(takes_reason, monkeypatch):
+    disable, seen = torch.compiler.disable, []
+
+    def with_reason(fn=None, recursive=True, *, reason=None):
+        seen.append((recursive, reason))
+        return disable(fn, recursive)
+
+    def without(fn=None, recursive=True):
+        return with_reason(fn, recursive)
+
+    monkeypatch.setattr("mmagic_tome.graphs._waiting", [])
+    monkeypatch.setattr(torch.compiler, "disable", with_reason if takes_reason else without)
+
+    class Hook:
+        @eager_only()
+        def decide(self, step):
+            return 2 * step
+
+        @eager_only(inner=True)
+        def run(self): ...
+
+    plain = Hook.__dict__["decide"]
+    assert Hook().decide(3) == 6
+    for _ in range(2):
+        prepare_compiler()
+        assert Hook.__dict__["decide"] is not plain and Hook().decide(3) == 6
+        assert [recursive for recursive, _ in seen] == [False, True]  # the last one first
+    assert all(("fullgraph" in (reason or "")) == takes_reason for _, reason in seen)

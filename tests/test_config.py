@@ -105,12 +105,3 @@ def test_errors_say_key_value_range_and_what_to_write(options, says):
             make(**options)
         for text in says:
             assert text in str(error.value)
-
-
-def test_when_a_plan_is_due():
-    """Also where its block did not run at the steps at which it was due."""
-    due = ToMeConfig(plan_interval=4).plan_is_due
-    assert [due(5, step) for step in (6, 7, 8, 9, 13)] == [0, 0, 1, 1, 1]
-    assert due(-1, 1) and not due(0, 3)
-    listed = ToMeConfig(plan_interval=[0, 3]).plan_is_due
-    assert listed(1, 4) and not listed(3, 4) and listed(-1, 4) and not listed(3, 99)

@@ -1,7 +1,6 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Every figure of the pages is that of the committed data."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -11,19 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import figures
+
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def figures():
-    spec = importlib.util.spec_from_file_location("figures", ROOT / "benchmarks/figures.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def copy(figures, tmp_path):
+def copy(tmp_path):
     """The pages and the data alone: no plot is there before it is drawn."""
     for pattern in (*figures.PAGES, "benchmarks/data/*.json"):
         for path in ROOT.glob(pattern):
@@ -33,7 +26,7 @@ def copy(figures, tmp_path):
     return tmp_path
 
 
-def test_figures_are_those_of_the_data_and_all_of_both_are_used(figures, copy, monkeypatch):
+def test_figures_are_those_of_the_data_and_all_of_both_are_used(copy, monkeypatch):
     used = set()
     opened = figures.Data.__init__
 

@@ -1,51 +1,27 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """The benchmark for a GPU, at small shapes on a CPU."""
 
-import importlib.util
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import tiny_unet_config
 
+from benchmarks import figures, gpu
 from mmagic_tome.lab import benchmark
 from mmagic_tome.lab.networks import NETWORKS, Network
 
-ROOT = Path(__file__).parents[1]
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def gpu():
-    return load("gpu")
-
-
-@pytest.fixture(scope="module")
-def figures():
-    return load("figures")
-
 
 @pytest.fixture
-def bench(gpu, tmp_path, monkeypatch):
+def bench(tmp_path, monkeypatch):
     """Small shapes, and a network that is smaller still."""
     tiny = Network(tiny_unet_config(), factor=4, size=64, text=7)
     monkeypatch.setitem(NETWORKS, "small", tiny)
-
-    def compiled(network):
-        return torch.compile(network, backend="eager")
-
+    compiled = partial(torch.compile, backend="eager")
     monkeypatch.setattr(benchmark, "_compiled", compiled)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield gpu.Bench("cpu", tmp_path / "work", small=True)
-    torch.set_num_threads(threads)
+    return gpu.Bench("cpu", tmp_path / "work", small=True)
 
 
 def lines(bench):
@@ -66,7 +42,7 @@ FIGURES = {
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:step caching skipped nothing")
 @pytest.mark.parametrize("part", FIGURES)
-def test_a_part_is_measured_once_and_its_figure_drawn(part, gpu, figures, bench, tmp_path):
+def test_a_part_is_measured_once_and_its_figure_drawn(part, bench, tmp_path):
     data, figure, words = FIGURES[part]
     page = tmp_path / "docs" / "page.md"
     (tmp_path / "benchmarks/data").mkdir(parents=True)
@@ -85,7 +61,7 @@ def test_a_part_is_measured_once_and_its_figure_drawn(part, gpu, figures, bench,
     assert all(word in table for word in words)
 
 
-def test_what_was_interrupted_goes_on(gpu, bench):
+def test_what_was_interrupted_goes_on(bench):
     gpu.attention(bench)
     found = lines(bench)
     (path,) = bench.work_dir.rglob("rows.jsonl")
@@ -98,14 +74,14 @@ def test_what_was_interrupted_goes_on(gpu, bench):
     assert len(rows) == 6 and all(len(row["s"]) == 2 for row in rows)
 
 
-def test_a_part_ends_at_its_time_limit(gpu, tmp_path, capfd):
+def test_a_part_ends_at_its_time_limit(tmp_path, capfd):
     options = ["--device", "cpu", "--small", "--work-dir", tmp_path, "--out", tmp_path / "out"]
     gpu.main(list(map(str, [*options, "--parts", "caching", "--seconds-per-part", 0.2])))
     assert "caching: out of time; the same command goes on with it" in capfd.readouterr().out
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_cases_are_networks_that_exist(gpu):
+def test_cases_are_networks_that_exist():
     cases = gpu.Bench("cpu", Path(), small=False).cases()
     assert {name for name, _, _ in cases} <= set(NETWORKS)
     for name, pixels, _ in cases:
@@ -114,6 +90,6 @@ def test_cases_are_networks_that_exist(gpu):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(gpu):
+def test_without_a_gpu_it_says_so():
     with pytest.raises(SystemExit, match="no GPU here; write --device cpu"):
         gpu.main([])

@@ -102,7 +102,6 @@ def test_importing_the_package_imports_no_library():
 
 
 def test_every_public_name_is_there():
-    for name in mmagic_tome.__all__:
-        assert getattr(mmagic_tome, name) is not None, name
+    assert all(getattr(mmagic_tome, name) is not None for name in mmagic_tome.__all__)
     with pytest.raises(AttributeError, match="no attribute 'apply_tomes'"):
         mmagic_tome.apply_tomes  # noqa: B018

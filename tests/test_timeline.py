@@ -58,12 +58,13 @@ def test_the_last_of_two_evaluations_at_a_timestep_is_the_last_step():
         ([900.0, 600.0, 300.0, 10.0], 1, float(torch.tensor(0.3).bfloat16()), (0.25, False)),
         ([1000.0, 1.0], 1, 1.0, (0.5, False)),
         ([1000.0, 1.0], 1000, 1.0, (0, True)),
+        ([1.6, 0.4, -1.5], None, 0.4, (1 / 3, False)),  # ln(sigma) / 4
         # Not on the list: read off.
         ([900.0, 100.0], 1000, 500.0, (0.5, None)),
     ],
 )
 def test_places_on_the_list(timesteps, scale, time, expected):
-    assert at(Timeline(Pipeline(timesteps), float(scale)), time) == expected
+    assert at(Timeline(Pipeline(timesteps), scale and float(scale)), time) == expected
 
 
 def test_the_scheduler_is_looked_up_at_every_call_and_the_model_is_not_kept():
@@ -129,3 +130,25 @@ def test_schedulers_of_four_outputs_are_warned_of():
         apply_cache(SimpleNamespace(unet=unet, scheduler=pndm, test_scheduler=ddim), FIXED["both"])
     with pytest.warns(UserWarning, match="PNDMScheduler amplifies"):
         apply_cache(SimpleNamespace(unet=unet, scheduler=ddim, test_scheduler=pndm), FIXED["both"])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "alternating"),
+    [
+        ("DDIM", {}, False),
+        ("UniPCMultistep", {}, False),
+        ("UniPCMultistep", dict(solver_order=3), True),
+        ("DEISMultistep", {}, True),
+        ("PNDM", {}, True),
+        ("LMSDiscrete", {}, True),
+    ],
+)
+def test_which_schedulers_amplify(name, options, alternating):
+    pipeline = Pipeline()
+    pipeline.scheduler = getattr(diffusers, f"{name}Scheduler")(**options)
+    timeline = Timeline(pipeline, 1000.0)
+    factor, found = timeline.amplification
+    assert found == alternating and (factor >= 3 if alternating else factor <= 1.5)
+    # A pickle no longer has the scheduler, and still knows; so does a copy of the pickle.
+    other = pickle.loads(pickle.dumps(timeline))
+    assert other.amplification == copy.deepcopy(other).amplification == (factor, found)

@@ -1,3 +1,4 @@
+# The demo diffusion transformer with half of the image tokens merged around self-attention.
 _base_ = "./sd3-emoji.py"
 
 custom_imports = dict(imports=["mmagic_tome"], allow_failed_imports=False)

@@ -163,10 +163,10 @@ RECIPES["cpu_256"] = [
 # dense and lowers the learning rate to zero.
 MIXED = Stage(
     "unet_mixed",
-    steps=10_000,
+    steps=8_000,
     batch=8,
-    micro=4,
-    lr=2e-4,
+    micro=2,
+    lr=3e-4,
     lr_end=2e-4,
     warmup=200,
     size=256,

@@ -74,6 +74,9 @@ class CachePatch(Patch):
     ) -> None:
         super().__init__()
         self.leader = leader
+        #: Patches of the other denoisers of a pipeline, such as the experts of Wan 2.2: where
+        #: one takes over from another within a run, they share its budget.
+        self.experts: tuple[CachePatch, ...] = ()
         self.configs = tuple(configs)
         self.tolerance = configs[0].tolerance
         self.adapter = adapter
@@ -244,15 +247,17 @@ class NetworkCall(Interceptor):
         if run.state is None:
             errors = relative_errors(patch.adapter.inner_errors, *patch.timeline.amplification)
             run.state = Budget(patch.tolerance, errors)
-            before = patch.context.budget
-            if before is not None and time < before.time:
-                run.state.go_on(before)
+            kept = [one.context.budget for one in (patch, *patch.experts)]
+            before = [one for one in kept if one is not None and time < one.time]
+            if before:
+                run.state.go_on(min(before, key=lambda one: one.time))
         budget: Budget = run.state
         if len(run.called) == 1:
             if budget.ahead != time:  # otherwise its ControlNet was called first
                 patch.choose(run, time)
             budget.ahead, budget.time = None, time
-            patch.budget = budget
+            for one in (patch, *patch.experts):
+                one.budget = budget
             patch.context.budget = None if run.last else budget
         region = budget.skipped[-1]
         patch.context.slope = budget.slope

@@ -26,11 +26,11 @@ from .options import MISSED, Parser, exit_code
 #: Verb -> its default config or network, and what it does.
 VERBS = {
     "infer": (
-        "mmagic_tome::demo/sd-emoji_tome-balanced.py",
+        "mmagic_tome::demo/sd-emoji_cache-balanced.py",
         "generate images or clips; with --compare measure against the baseline",
     ),
     "evaluate": (
-        "mmagic_tome::demo/sd-emoji_tome-balanced.py",
+        "mmagic_tome::demo/sd-emoji_cache-balanced.py",
         "compare methods on many prompts: metrics, cost, a report",
     ),
     "benchmark": ("sd15", "time and memory of one forward or some steps of a network, by methods"),

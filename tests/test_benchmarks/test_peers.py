@@ -47,29 +47,45 @@ def square(step):
     return torch.tensor([float(step**2)])
 
 
-# --- ZEUS -----------------------------------------------------------------------------------------
+def straight(step):
+    """Changes by 0.5 and has the size 10."""
+    return torch.tensor([10 + step / 2, 10 - step / 2])
 
 
-def test_zeus_skips_inside_its_window_and_alternates():
-    found, computed = walk(zeus.Zeus(4), 20, square)
-    assert computed == [0, 1, 2, 3, 4, 8, 12, 16, 18, 19]
-    # The line through 9 and 16, and 16 itself; later the line through 16 and 64.
-    assert [float(one) for one in found[5:8]] == [23, 16, 23]
-    assert [float(one) for one in found[9:12]] == [112, 64, 112]
+def pair(step):
+    return torch.tensor([float(step)] * 2)
 
 
-def test_zeus_spaced_extrapolates_to_the_next_step():
-    found, _ = walk(zeus.Zeus(4, spaced=True), 20, square)
-    assert float(found[9]) == 64 + (64 - 16) / 4
+SQUARES, PAIRS = (square,), (straight, pair)
+OF_THE_PAPER = "#####.#.#..#...#....#....#.....#......#.......#..."
 
 
-# --- Spectrum -------------------------------------------------------------------------------------
-
-
-def test_chebyshev_polynomials_are_those_of_numpy():
-    times = torch.linspace(-1, 1, 7, dtype=torch.float64)
-    expected = np.polynomial.chebyshev.chebvander(times.numpy(), 4)
-    np.testing.assert_allclose(spectrum.chebyshev(times, 4), expected, atol=1e-12)
+@pytest.mark.parametrize(
+    ("peer", "of_step", "computed", "values"),
+    [
+        # The line through 9 and 16, and 16 itself; later the line through 16 and 64.
+        (zeus.Zeus(4), SQUARES, "#####...#...#...#.##", {5: 23, 6: 16, 7: 23, 9: 112, 10: 64}),
+        (zeus.Zeus(4, spaced=True), SQUARES, "#####...#...#...#.##", {9: 64 + (64 - 16) / 4}),
+        # As many as the authors report for their 3.5 times.
+        (spectrum.Spectrum(**spectrum.PAPER), SQUARES, OF_THE_PAPER, {}),
+        # 0.05 a step: two steps stay below 0.12. Step 3: its input and what step 1 added to it.
+        (easycache.EasyCache(0.12), PAIRS, "##..#..#.#", {3: (3 + 10.5 - 1, 3 + 9.5 - 1)}),
+        # From step 3 on. Steps 5 and 6 predict 0.18 and 0.53, above 0.5 together. From the fourth
+        # computed step on the threshold is 1: steps 9 and 10 predict 0.15 and 0.45, step 11 0.91.
+        (easycache.UCache(), PAIRS, "#####.#.#..#..#..#.#", {}),
+        (
+            taylorseer.TaylorSeer(1, interval=3),
+            SQUARES,
+            "###..#..#.",
+            {3: 4 + 3, 4: 4 + 6, 6: 25 + 7},
+        ),
+    ],
+)
+def test_steps_that_are_computed_and_what_the_others_return(peer, of_step, computed, values):
+    found, steps = walk(peer, len(computed), *of_step)
+    assert "".join("#" if i in steps else "." for i in range(len(computed))) == computed
+    for step, value in values.items():
+        assert found[step].tolist() == list(value if isinstance(value, tuple) else (value,))
 
 
 @pytest.mark.parametrize("degree, ridge", [(4, 0.1), (3, 1.0), (2, 1e-9)])
@@ -85,12 +101,6 @@ def test_ridge_weights_are_the_least_squares_solution(degree, ridge):
     np.testing.assert_allclose(weights @ values, expected[0], rtol=1e-7)
 
 
-def test_spectrum_computes_14_of_50_steps_with_the_settings_of_the_paper():
-    """As many as the authors report for their 3.5 times."""
-    _, computed = walk(spectrum.Spectrum(**spectrum.PAPER), 50, square)
-    assert computed == [0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 25, 31, 38, 46]
-
-
 def test_spectrum_mixes_the_fit_and_the_line():
     options = dict(degree=1, ridge=0.0, window=2, growth=0, warmup=3, space="output")
     # Least squares through 0, 1, 4 at steps 0, 1, 2: the line 2 s - 1/3. The last two: 4 + 3.
@@ -100,36 +110,6 @@ def test_spectrum_mixes_the_fit_and_the_line():
         assert float(found[3]) == pytest.approx(expected, rel=1e-6)
     users = spectrum.Spectrum(**{**options, "slope": 0.5, "mix": 0})
     assert float(walk(users, 6, square)[0][3]) == 4 + 3 / 2
-
-
-# --- EasyCache, UCache ----------------------------------------------------------------------------
-
-
-def straight(step):
-    """Changes by 0.5 and has the size 10."""
-    return torch.tensor([10 + step / 2, 10 - step / 2])
-
-
-def pair(step):
-    return torch.tensor([float(step)] * 2)
-
-
-def test_easycache_skips_until_the_predicted_changes_add_up():
-    assert easycache.predicted_change(0.5, 1.0, 10.0) == pytest.approx(0.05)
-    # 0.05 a step: two steps stay below 0.12. The first two and the last one are computed.
-    found, computed = walk(easycache.EasyCache(0.12), 10, straight, pair)
-    assert computed == [0, 1, 4, 7, 9]
-    # Step 3: its input and what step 1 added to its own.
-    assert found[3].tolist() == [3 + 10.5 - 1, 3 + 9.5 - 1]
-
-
-def test_ucache_measures_from_the_last_computed_input():
-    assert easycache.ucache_change(0.5, 1.0, 10.0, 0.0, 0) == pytest.approx(0.05)
-    assert easycache.ucache_change(0.5, 1.0, 10.0, 2.5, 2) == pytest.approx(2 * 0.5 / 40**0.5)
-    # From step 3 on. Steps 5 and 6 predict 0.18 and 0.53, above 0.5 together. From the fourth
-    # computed step on the threshold is 1: steps 9 and 10 predict 0.15 and 0.45, step 11 0.91.
-    _, computed = walk(easycache.UCache(), 20, straight, pair)
-    assert computed[:8] == [0, 1, 2, 3, 4, 6, 8, 11]
 
 
 # --- first-block cache ----------------------------------------------------------------------------
@@ -145,9 +125,6 @@ def test_fbcache_compares_with_the_last_computed_residual():
     assert found == [False, True, False, True, True, False, True]
 
 
-# --- AdaptiveDiffusion ----------------------------------------------------------------------------
-
-
 def test_adaptive_diffusion_looks_at_the_third_difference():
     assert adaptive_diffusion.is_stable([3.0, 2.0, 1.0], 0.0)
     assert adaptive_diffusion.is_stable([4.0, 2.0, 1.0], 0.25)
@@ -161,9 +138,6 @@ def test_adaptive_diffusion_computes_four_steps_and_every_fifth():
         skips.append(peer.skips(call, history))
         peer.stepped(call, torch.zeros(1), torch.tensor([float(step)]))  # constant change
     assert skips == [False] * 4 + [True] * 4 + [False] + [True] * 3
-
-
-# --- SADA -----------------------------------------------------------------------------------------
 
 
 def test_sada_extrapolates_by_three_rates():
@@ -190,9 +164,6 @@ def test_outputs_and_clean_latents_convert_into_each_other(kind):
     assert float(0.6 * clean + 0.8 * noise) == pytest.approx(2)
 
 
-# --- TaylorSeer -----------------------------------------------------------------------------------
-
-
 def test_taylorseer_expands_about_the_last_computed_step():
     first = taylorseer.update_derivatives([], square(0), 1, 2)
     second = taylorseer.update_derivatives(first, square(2), 2, 2)
@@ -202,36 +173,25 @@ def test_taylorseer_expands_about_the_last_computed_step():
     assert float(taylorseer.expand(third[:2], 3)) == 16 + 18
 
 
-def test_taylorseer_computes_three_steps_and_one_per_interval():
-    found, computed = walk(taylorseer.TaylorSeer(order=1, interval=3), 10, square)
-    assert computed == [0, 1, 2, 5, 8]
-    assert [float(found[step]) for step in (3, 4, 6)] == [4 + 3, 4 + 6, 25 + 7]
-
-
 # --- pipelines ------------------------------------------------------------------------------------
 
 STEPS = 12
-CONSERVATIVE = {
-    "zeus": zeus.method(1),
-    "spectrum": spectrum.method(**{**spectrum.PAPER, "window": 1, "growth": 0}),
-    "spectrum users": spectrum.method(**{**spectrum.USERS, "window": 1, "growth": 0}),
-    "easycache": easycache.method(0),
-    "ucache": easycache.ucache(0),
-    "fbcache": fbcache.method(0),
-    "adaptive diffusion": adaptive_diffusion.method(max_skips=0),
-    "sada": sada.method(0),
-    "taylorseer": taylorseer.method(interval=1),
-}
-STRONG = {
-    "zeus": zeus.method(3),
-    "spectrum": spectrum.method(**spectrum.PAPER),
-    "spectrum users": spectrum.method(**spectrum.USERS),
-    "easycache": easycache.method(5),
-    "ucache": easycache.ucache(50),
-    "fbcache": fbcache.method(5),
-    "adaptive diffusion": adaptive_diffusion.method(2),
-    "sada": sada.method(2),
-    "taylorseer": taylorseer.method(interval=3),
+# Name -> its most conservative setting, which skips nothing, and a strong one.
+PEERS = {
+    "zeus": (zeus.method(1), zeus.method(3)),
+    **{
+        name: (
+            spectrum.method(**{**options, "window": 1, "growth": 0}),
+            spectrum.method(**options),
+        )
+        for name, options in (("spectrum", spectrum.PAPER), ("spectrum users", spectrum.USERS))
+    },
+    "easycache": (easycache.method(0), easycache.method(5)),
+    "ucache": (easycache.ucache(0), easycache.ucache(50)),
+    "fbcache": (fbcache.method(0), fbcache.method(5)),
+    "adaptive diffusion": (adaptive_diffusion.method(max_skips=0), adaptive_diffusion.method(2)),
+    "sada": (sada.method(0), sada.method(2)),
+    "taylorseer": (taylorseer.method(interval=1), taylorseer.method(interval=3)),
 }
 
 
@@ -257,19 +217,15 @@ def traces(pipeline):
     return set(vars(network)), set(vars(pipeline.scheduler)) - {"step"}, sum(hooks)
 
 
-@pytest.mark.parametrize("name", CONSERVATIVE)
-def test_the_most_conservative_setting_is_the_baseline(case, pipeline, baseline, name):
+@pytest.mark.parametrize(("conservative", "strong"), PEERS.values(), ids=PEERS)
+def test_settings_skip_nothing_or_alike_in_every_run_and_are_removed(
+    case, pipeline, baseline, conservative, strong
+):
     before = traces(pipeline)
-    with CONSERVATIVE[name].function(pipeline) as skipping:
+    with conservative.function(pipeline) as skipping:
         assert torch.equal(case.run(pipeline, num_inference_steps=STEPS), baseline)
     assert skipping.steps == ["computed"] * STEPS
-    assert traces(pipeline) == before and "step" not in vars(pipeline.scheduler)
-
-
-@pytest.mark.parametrize("name", STRONG)
-def test_a_strong_setting_skips_alike_in_every_run_and_is_removed(case, pipeline, baseline, name):
-    before = traces(pipeline)
-    with STRONG[name].on(pipeline):
+    with strong.on(pipeline):
         first = case.run(pipeline, num_inference_steps=STEPS)
         again = case.run(pipeline, num_inference_steps=STEPS)
     assert torch.equal(first, again) and not torch.equal(first, baseline)
@@ -282,7 +238,7 @@ def test_fbcache_skips_all_blocks_but_the_first(case, pipeline):
     calls = []
     first, last = pipeline.unet.down_blocks[0], pipeline.unet.mid_block
     hooks = [m.register_forward_pre_hook(lambda m, args: calls.append(m)) for m in (first, last)]
-    with STRONG["fbcache"].function(pipeline) as skipping:
+    with PEERS["fbcache"][1].function(pipeline) as skipping:
         case.run(pipeline, num_inference_steps=STEPS)
     [hook.remove() for hook in hooks]
     computed = skipping.steps.count("computed")

@@ -1,11 +1,10 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-import json
 import pickle
 
 import pytest
 
 from mmagic_tome import StepCacheConfig, ToMeError
-from mmagic_tome.cache import PRESETS, coerce_cache, to_plain
+from mmagic_tome.cache import PRESETS, coerce_cache
 
 
 def test_defaults():
@@ -29,13 +28,6 @@ def test_copies_are_checked_and_pickles_work():
         config.replace(intervall=3)
     with pytest.raises(ToMeError, match="interval=1"):
         config.replace(interval=1)
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_json_round_trip(name):
-    plain = to_plain(PRESETS[name])
-    assert json.loads(json.dumps(plain)) == plain
-    assert coerce_cache(plain) == PRESETS[name] == coerce_cache(name)
 
 
 def test_options_and_dicts():
@@ -70,6 +62,10 @@ def test_options_and_dicts():
         (dict(timestep_range=0.5), "timestep_range=0.5"),
         (dict(timestep_range=(0, 1000)), "1 is the start of a run"),
         (dict(num_outer_blocks=0), "write num_outer_blocks=1"),
+        (dict(tolerance=-0.1), "tolerance=-0.1 must be a number at least 0"),
+        (dict(tolerance="1%"), "write tolerance=0.01"),
+        (dict(tolerance=1), "below 1; write tolerance=0.01"),
+        (dict(tolerance=0.01, interval=3), "leave out interval"),
     ],
 )
 def test_bad_options_are_named(options, said):
@@ -89,6 +85,7 @@ def test_bad_options_are_named(options, said):
         ([dict(region="inner"), dict(region="inner", interval=3)], {}, "'inner' twice"),
         ("balanced", dict(interval=3), "a tolerance decides by itself .* leave out interval"),
         ([dict(region="inner"), {}], dict(interval=3), "has 2 regions"),
+        ([dict(tolerance=0.01), dict(region="inner")], {}, "a tolerance covers all regions"),
     ],
 )
 def test_what_is_no_step_cache(config, options, said):

@@ -7,22 +7,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from denoise import STEPS, denoise, denoising, inputs_at, outputs_at
+from diffusers import FlowMatchEulerDiscreteScheduler
 from fixed_steps import FIXED, skips_of_run
-from tiny import QUICK, error, tiny_inputs, tiny_model, tiny_sd_folder, tiny_unet
+from tiny import error, tiny_inputs
 from tiny_transformers import TRANSFORMERS
 from tiny_unets import NETWORKS
 
-from mmagic_tome import ToMeError, apply_cache, apply_tome, get_handle
+from mmagic_tome import ToMeError, apply_cache, get_handle
 
 INPUTS = tiny_inputs()
 WIDE = dict(timestep_range=(0.0, 1.0))
 BOTH = [dict(**WIDE, region="network"), dict(**WIDE, region="inner")]
 EACH = [dict(**WIDE), dict(**WIDE, region="inner", error_feedback=1)]
-
-
-@pytest.fixture
-def unet():
-    return tiny_unet(levels=3)
 
 
 def counts(handle):
@@ -145,33 +141,7 @@ def test_inner_levels_are_skipped_and_outer_ones_computed(unet, outer):
         assert error(step.output, expected) < 0.3
 
 
-def test_merging_goes_on_in_what_is_computed(unet):
-    pipeline = SimpleNamespace(unet=unet, scheduler=SimpleNamespace(timesteps=torch.tensor(STEPS)))
-    apply_cache(pipeline, **WIDE)
-    with apply_tome(pipeline, ratio=0.5, max_downsample=4, plan_interval=2) as handle:
-        denoise(unet, INPUTS)
-        # Six calls are computed, so three plans each: a skipped step does not count.
-        assert {row["plans"] for row in handle.stats()} == {3}
-        assert {row["calls"] for row in handle.stats()} == {6}
-
-
 # --- runs -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", EACH, ids=str)
-def test_a_run_begins_by_itself(unet, options):
-    other = tiny_inputs(seed=4)
-    with apply_cache(unet, **options):
-        first = denoise(unet, INPUTS)
-        assert torch.equal(denoise(unet, INPUTS), first)
-        # A run that is left in the middle, and other sizes below its timestep.
-        list(denoising(unet, INPUTS, STEPS[:3]))
-        for size in (8, 24):
-            assert denoise(unet, tiny_inputs(size=size), (300,)).shape[-1] == size
-        steps = list(denoising(unet, other, (700, 600)))
-        assert torch.equal(denoise(unet, INPUTS), first)
-    for step, expected in zip(steps, outputs_at(unet, other, steps)):
-        assert torch.equal(step.output, expected)
 
 
 # --- other networks -------------------------------------------------------------------------------
@@ -222,17 +192,42 @@ def test_unets(kind):
     check_regions(network, kind.inputs(), times, regions)
 
 
-def test_mmagics_own_unet(tmp_path):
-    pytest.importorskip("mmagic")
-    model = tiny_model("native", tiny_sd_folder(tmp_path))
-    options = {**QUICK, "num_inference_steps": 8, "return_type": "tensor"}
-    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+# --- other timesteps and inputs -------------------------------------------------------------------
 
-    def image():
-        return model.infer("a tree", latents=latents.clone(), **options)["samples"]
 
-    baseline = image()
-    with apply_cache(model, FIXED["most"]) as handle:
-        assert not torch.equal(image(), baseline)
-        assert handle.stats()[0]["skipped"] >= 2
-    assert torch.equal(image(), baseline)
+@pytest.mark.parametrize(
+    ("shift", "steps", "dtype", "expected"),
+    [
+        # A shifted schedule spends few steps at low timesteps, and skips as many all the same.
+        (7.0, 20, torch.float32, {6}),
+        # Timesteps in half precision repeat, and a line needs two different ones: at most a step
+        # or two less than with exact ones.
+        (5.0, 100, torch.bfloat16, range(24, 29)),
+    ],
+)
+def test_flow_matching(shift, steps, dtype, expected):
+    network = TRANSFORMERS["Flux.1"].deeper(4).build()
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    handle = apply_cache(SimpleNamespace(transformer=network, scheduler=scheduler), FIXED["both"])
+    scheduler.set_timesteps(steps)
+    times = (scheduler.timesteps / 1000).to(dtype)
+    assert (len(times.unique()) < steps) == (dtype == torch.bfloat16)
+    inputs = TRANSFORMERS["Flux.1"].inputs()
+    for _ in range(2):
+        handle.reset_stats()
+        denoise(network, lambda time: {**inputs, "timestep": time.expand(2)}, times)
+        assert counts(handle)["network"][1] in expected
+
+
+def test_images_of_several_sizes_in_one_call():
+    """Z-Image takes a list."""
+    family = TRANSFORMERS["Z-Image"].deeper(4)
+
+    def at(time):
+        inputs = family.inputs(time=time)
+        return {**inputs, "x": [inputs["x"][0], inputs["x"][1][..., :4]]}
+
+    network = family.build()
+    handle = apply_cache(network, **WIDE)
+    list(denoising(network, at, STEPS))
+    assert counts(handle) == {"network": (6, 3)}

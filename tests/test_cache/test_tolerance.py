@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, PNDMScheduler
 from samplers import SCHEDULERS, TRAINED, scheduler_of
 from tiny import tiny_unet
 
-from mmagic_tome import ToMeError, apply_cache, get_handle
+from mmagic_tome import apply_cache
 from mmagic_tome.cache.extrapolate import extrapolate
 from mmagic_tome.cache.skip import CachePatch
 from mmagic_tome.cache.tolerance import REGIONS, Budget, relative_errors
@@ -251,16 +251,7 @@ def test_a_run_in_which_nothing_can_be_skipped_says_so(pipeline):
 
 @pytest.mark.parametrize(
     "title",
-    [
-        "Stable Diffusion 1.x",
-        "image to image",
-        "ControlNet",
-        "LoRA",
-        "SDXL base",
-        "Flux.1",
-        "Z-Image",
-        "Wan 2.1, 2.2 (video)",
-    ],
+    ["Stable Diffusion 1.x", "image to image", "ControlNet", "Z-Image", "Wan 2.1, 2.2 (video)"],
 )
 def test_pipelines(title):
     """One or two forwards per step, timesteps of 1000 and of 1, latents in lists and clips."""
@@ -298,22 +289,3 @@ def test_a_scheduler_that_amplifies_gets_no_feedback_and_skips_less():
         skipped[name] = len(handle.steps) - handle.steps.count("computed")
         assert error <= 5 * handle.predicted_error[0]
     assert 0 < skipped["PNDM"] < skipped["DDIM"]
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (dict(tolerance=-0.1), "tolerance=-0.1 must be a number at least 0"),
-        (dict(tolerance="1%"), "write tolerance=0.01"),
-        (dict(tolerance=1), "below 1; write tolerance=0.01"),
-        (dict(tolerance=0.01, interval=3), "leave out interval"),
-        (dict(tolerance=0.01, region="middle"), "region"),
-    ],
-)
-def test_wrong_options(options, said, pipeline):
-    with pytest.raises(ToMeError, match=said):
-        apply_cache(pipeline, **options)
-    two = [dict(tolerance=0.01), dict(region="inner")]
-    with pytest.raises(ToMeError, match="a tolerance covers all regions"):
-        apply_cache(pipeline, two)
-    assert get_handle(pipeline.unet) is None

@@ -13,18 +13,17 @@ from mmagic_tome import apply_cache, apply_tome
 
 STEPS = 20
 TIMES = range(951, 0, -50)  # of STEPS
-SETTINGS = tuple(FIXED)
 # Of 20 steps, how often each setting skips the network and its inner region.
 SKIPS = {
     "inner": {"inner": 7},
     "both": {"network": 6, "inner": 3},
     "most": {"network": 9, "inner": 3},
 }
-# What keeps state between steps: name -> network -> handle.
+# What keeps state between steps: name -> network -> handle. Outputs of the network and of its inner
+# region; the same with samples that predict errors; plans and what they merged.
 KEEPERS = {
-    **{name: partial(apply_cache, config=FIXED[name]) for name in SETTINGS},
+    "both": partial(apply_cache, config=FIXED["both"]),
     "tolerance": partial(apply_cache, tolerance=0.2),
-    "plan_interval": partial(apply_tome, ratio=0.5, plan_interval=4),
     "residual": partial(apply_tome, ratio=0.5, plan_interval=4, residual=True),
 }
 
@@ -64,8 +63,3 @@ def generate(case, pipeline, seed=0, **changes):
 def skips(handle):
     """Region -> how often it was skipped."""
     return {row["region"]: row["skipped"] for row in handle.stats()}
-
-
-def relative(a, b):
-    """Relative distance of two tensors."""
-    return float((a - b).norm() / b.norm())

@@ -10,21 +10,18 @@ from functools import partial
 
 import pytest
 import torch
-from denoise import denoise, denoising, inputs_at
-from edge_pipelines import KEEPERS, SETTINGS, TIMES, generate, sd15_pipeline, sd15_unet
+from denoise import denoise, denoising
+from edge_pipelines import KEEPERS, TIMES, generate, sd15_pipeline, sd15_unet
 from tiny import tiny_inputs, tiny_unet
 
-from mmagic_tome import apply_cache, apply_tome, get_handle
+from mmagic_tome import apply_tome, get_handle
 from mmagic_tome.cache.skip import CachePatch
 from mmagic_tome.patch import find_patch
 from mmagic_tome.tome.state import TomePatch
 
 APPLY = {
-    **{name: KEEPERS[name] for name in (*SETTINGS, "tolerance")},
+    **KEEPERS,
     "merging": partial(apply_tome, ratio=0.5),
-    "residual": partial(
-        apply_tome, ratio=0.5, targets=["attn", "mlp"], plan_interval=2, residual=True
-    ),
     "block": partial(apply_tome, ratio=0.5, targets="block"),
 }
 each = pytest.mark.parametrize("apply", APPLY.values(), ids=APPLY)
@@ -129,7 +126,7 @@ def test_a_block_can_be_copied_and_pickled_alone(name):
 
 @each
 def test_copies_in_the_middle_of_a_run_are_independent(apply):
-    network, inputs, times = tiny_unet(), tiny_inputs(), TIMES[::2]
+    network, inputs, times = tiny_unet(), tiny_inputs(), TIMES[::3]
     baseline = denoise(network, inputs, times)
     apply(network)
     expected = denoise(network, inputs, times)
@@ -150,20 +147,3 @@ def test_copies_in_the_middle_of_a_run_are_independent(apply):
     assert tensors_kept(network) > 0 or apply in (APPLY["merging"], APPLY["block"])
     get_handle(network).reset_run()
     assert tensors_kept(network) == 0
-
-
-@pytest.mark.parametrize("order", [0, 1, 2])
-@pytest.mark.parametrize("region", ["network", "inner"])
-@torch.no_grad()
-def test_callers_may_write_into_what_they_get(region, order):
-    found = []
-    for write in (False, True):
-        network, inputs = tiny_unet(), tiny_inputs()
-        apply_cache(network, region=region, interval=3, order=order, timestep_range=(0, 1))
-        for time in TIMES:
-            output = network(**inputs_at(inputs, time)).sample
-            found.append(output.clone())
-            inputs["sample"] = inputs["sample"] - 0.05 * output
-            if write:
-                output.zero_()
-    assert torch.equal(*torch.stack(found).chunk(2))

@@ -76,14 +76,9 @@ def test_too_few_steps():
         generate(case, pipeline)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, UserWarning, ZeroDivisionError])
+@pytest.mark.parametrize("error", [UserWarning, ZeroDivisionError])
 def test_skipping_goes_on_after_an_error(error):
     """In front of the network, or inside of it."""
-
-    class Interrupted(torch.Tensor):
-        def tolist(self):
-            raise KeyboardInterrupt
-
     network = tiny_unet()
     handle = apply_cache(network, FIXED["most"])
     expected = denoise(network, tiny_inputs(), TIMES)
@@ -91,8 +86,7 @@ def test_skipping_goes_on_after_an_error(error):
     if error is ZeroDivisionError:
         hook = network.mid_block.register_forward_pre_hook(lambda *_: 1 / 0)
     else:
-        time = torch.tensor(5000.0)  # warns
-        times.append(time.as_subclass(Interrupted) if error is KeyboardInterrupt else time)
+        times.append(torch.tensor(5000.0))  # warns
     with warnings.catch_warnings(), pytest.raises(error), hook:
         warnings.simplefilter("error")
         denoise_at(network, times)

@@ -9,16 +9,11 @@ import torch
 from denoise import denoise
 from edge_pipelines import TIMES
 from fixed_steps import FIXED
-from tiny import tiny_inputs, tiny_unet
+from tiny import run, tiny_inputs, tiny_unet
 
 from mmagic_tome import apply_cache, apply_tome
 
 BY_TIME = dict(base=0.5, timestep=dict(points=[(1, 1), (0, 0)]))
-
-
-@torch.no_grad()
-def run(network, **inputs):
-    return network(**tiny_inputs(**inputs)).sample
 
 
 def interrupted(network, action):
@@ -48,7 +43,7 @@ ACTIONS = {
     "ratio": lambda network, handle: setattr(handle, "ratio", 0.25),
     # A call ends by the options that it began with.
     "ratio by time": lambda network, handle: setattr(handle, "ratio", BY_TIME),
-    "call": lambda network, handle: run(network, size=24),
+    "call": lambda network, handle: run(network, **tiny_inputs(size=24)),
     "disabled": lambda network, handle: handle.disabled(),
 }
 
@@ -73,7 +68,7 @@ def test_replicas_run_their_own_weights():
     replica = network._replicate_for_data_parallel()
     replica.conv_out = baseline.conv_out = torch.nn.Conv2d(16, 4, 3, padding=1)
     denoise(replica, tiny_inputs(), TIMES)
-    assert torch.equal(run(replica, seed=1), run(baseline, seed=1))
+    assert torch.equal(run(replica, **tiny_inputs(seed=1)), run(baseline, **tiny_inputs(seed=1)))
 
 
 @pytest.mark.parametrize("targets", ["attn", "mlp", "block"])

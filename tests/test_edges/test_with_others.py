@@ -42,8 +42,8 @@ def test_the_form_of_the_output_is_that_of_the_call():
         inputs["sample"] = inputs["sample"] - 0.05 * output[0]
 
 
-def test_two_experts_are_merged_and_cached():
-    """Wan 2.2: one for high noise, one for low."""
+def two_experts():
+    """A pipeline of Wan 2.2, one denoiser for high noise and one for low; and what runs it."""
     title = "Wan 2.1, 2.2 (video)"
     family = TRANSFORMERS[title].deeper(4)
     pipeline = PIPELINES[title].pipeline()
@@ -55,18 +55,37 @@ def test_two_experts_are_merged_and_cached():
     def run():
         return PIPELINES[title].run(pipeline, height=32, width=32, num_inference_steps=20)
 
+    return pipeline, run
+
+
+def test_two_experts_are_merged_and_cached():
+    pipeline, run = two_experts()
     baseline = run()
     merging = apply_tome(pipeline, ratio=0.5)
     caching = apply_cache(pipeline, FIXED["most"])
     first = run()
     assert torch.equal(run(), first) and not torch.equal(first, baseline)
-    regions = {row["region"]: row for row in caching.stats()}
+    skipped = {row["region"]: row["skipped"] for row in caching.stats()}
     for name in ("transformer.", "transformer_2."):
         rows = [row for row in merging.stats() if row["target"].startswith(name)]
         assert rows and all(row["calls"] and row["kept"] < row["tokens"] for row in rows)
-        assert regions[name + "network"]["computed"] > 0
     # A window is a share of the whole run, whichever expert computes it.
-    skipped = sum(row["skipped"] for region, row in regions.items() if "network" in region)
-    assert skipped >= 2 * 2 * 7
+    assert skipped["transformer.network"] + skipped["transformer_2.network"] >= 2 * 2 * 7
     assert remove_tome(pipeline) and remove_cache(pipeline)
     assert torch.equal(run(), baseline)
+
+
+def test_two_experts_share_the_tolerance_of_a_run():
+    pipeline, run = two_experts()
+    handle = apply_cache(pipeline, tolerance=0.5)
+    run()
+    assert len(handle.steps) == 20  # of both
+    skipped = {row["region"]: row["skipped"] for row in handle.stats()}
+    assert skipped["transformer.network"] and skipped["transformer_2.network"]
+    both = handle.predicted_error[0]
+    assert 0 < both <= 0.5
+    handle.remove()
+    # By itself the first one spends no more than in the run of both.
+    first = apply_cache(pipeline, tolerance=0.5, denoisers=["transformer"])
+    run()
+    assert len(first.steps) < 20 and 0 < first.predicted_error[0] < both

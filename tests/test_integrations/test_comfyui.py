@@ -12,6 +12,7 @@ import comfy_engine
 import pytest
 import torch
 from comfy_standin import Flow, Patcher, Sampling, sample
+from tiny import error
 
 import integrations.comfyui
 from integrations.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
@@ -36,10 +37,6 @@ def accelerated(model, tolerance=0.02, ratio=0.0):
 
 def steps_of(model):
     return model.model_options["model_function_wrapper"].calls.handle.steps
-
-
-def error(found, wanted):
-    return float((found - wanted).norm() / wanted.norm())
 
 
 def test_the_node_is_described_as_comfyui_wants_it():
@@ -87,28 +84,14 @@ def test_steps_are_skipped_within_the_tolerance(sampling, batched):
     assert computed == sorted(computed, reverse=True) and computed[-1] < 0.75 * STEPS
 
 
-def test_both_ways_of_guidance_skip_the_same_steps():
-    found = []
-    for batched in (True, False):
-        fast = accelerated(Patcher(Sampling()), 0.05)
-        found.append((sample(fast, sigmas(), batched=batched), steps_of(fast)))
-    assert found[0][1] == found[1][1]
-    assert torch.allclose(found[0][0], found[1][0], atol=1e-5)
-
-
-def test_without_skips_it_is_the_baseline_bit_for_bit():
+def test_without_skips_it_is_the_baseline_and_the_original_stays_as_it_is():
     model = Patcher(Sampling())
     wanted = sample(model, sigmas())
-    assert torch.equal(sample(accelerated(model, 1e-9), sigmas()), wanted)
-    untouched = accelerated(model, 0.0)
-    assert "model_function_wrapper" not in untouched.model_options
-
-
-def test_the_original_and_other_clones_stay_as_they_are():
-    model = Patcher(Sampling())
     fast = accelerated(model, 0.1, 0.5)
     assert model.model_options == {"transformer_options": {}}
     assert fast is not model and fast.model is model.model
+    assert torch.equal(sample(accelerated(model, 1e-9), sigmas()), wanted)
+    assert "model_function_wrapper" not in accelerated(model, 0.0).model_options
 
 
 def test_a_run_does_not_leak_into_the_next():
@@ -139,22 +122,6 @@ def test_the_last_step_is_computed_wherever_it_ends(end):
     sample(fast, schedule)
     assert len(steps_of(fast)) == STEPS and steps_of(fast)[-1] == "computed"
     assert "network" in steps_of(fast)
-
-
-def test_noise_that_a_sampler_adds_keeps_the_tolerance():
-    def run(model):
-        generator = torch.Generator().manual_seed(5)
-
-        def noise(step, x):
-            return x + sigmas()[step + 1] * torch.randn(x.shape, generator=generator)
-
-        return sample(model, sigmas(), on_step=noise)
-
-    model = Patcher(Sampling())
-    wanted = run(model)
-    fast = accelerated(model, 0.02)
-    assert error(run(fast), wanted) <= 2 * 0.02
-    assert steps_of(fast)[:6] == ["computed"] * 6, "where noise outweighs what can be foreseen"
 
 
 def test_a_wrapper_that_was_there_runs_inside():

@@ -208,7 +208,7 @@ def test_bad_input_is_one_line_and_code_2(
             "evaluate {evaluation} --limit 1 --method tomesd:0.5 --work-dir here",
             ["1 image, ", "  tomesd 0.5 (tomesd)\n", "here/<time>"],
         ),
-        ("infer --prompt cat", ["sd-emoji_tome-balanced.py on", "(caching)"]),
+        ("infer --prompt cat", ["sd-emoji_cache-balanced.py on", "(caching)"]),
     ],
 )
 def test_a_dry_run_says_what_would_be_run(

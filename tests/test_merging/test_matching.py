@@ -1,6 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 import pytest
-import tomesd.merge
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -9,47 +8,10 @@ from hypothesis import strategies as st
 from mmagic_tome.merging import (
     MergePlan,
     bipartite_match,
-    grid_layout,
     random_layout,
     regular_layout,
     strongest,
-    tokens_to_remove,
 )
-
-
-@settings(deadline=None, max_examples=100)
-@given(
-    st.integers(1, 3),
-    st.integers(2, 20),
-    st.integers(2, 20),
-    st.sampled_from([(2, 2), (1, 2), (2, 1), (3, 2), (4, 4), (2, 3)]),
-    st.sampled_from([0.1, 0.25, 0.5, 0.6, 0.75, 0.9]),
-    st.one_of(st.none(), st.integers(0, 1000)),
-    st.sampled_from([torch.float32, torch.float64]),
-)
-def test_equals_tomesd(batch, h, w, cell, ratio, seed, dtype):
-    (sx, sy), r = cell, int(h * w * ratio)
-    if h < sy or w < sx or r == 0:
-        return
-    generator = torch.Generator().manual_seed(0 if seed is None else seed)
-    metric, x = torch.randn(2, batch, h * w, 8, generator=generator, dtype=torch.float64).to(dtype)
-    if seed is None:
-        layout, random = regular_layout(h, w, sx, sy), dict(no_rand=True)
-    else:  # it draws the position inside each cell, here once more from the same generator
-        offset = torch.randint(sy * sx, (h // sy, w // sx, 1), generator=generator)
-        layout = grid_layout(offset.view(1, -1), h, w, sx, sy)
-        random = dict(generator=torch.Generator().manual_seed(seed))
-        torch.randn(2, batch, h * w, 8, generator=random["generator"], dtype=torch.float64)
-    merge, unmerge = tomesd.merge.bipartite_soft_matching_random2d(
-        metric, w, h, sx, sy, r, **random
-    )
-    destinations, sources = layout.select(0)
-    plan = bipartite_match(
-        metric, destinations, sources, tokens_to_remove(h * w, len(sources), ratio)
-    )
-    assert plan.num_slots == merge(x).shape[1]
-    # A row-wise function in between: the whole effect on a model's features.
-    torch.testing.assert_close(plan.unmerge(plan.merge(x).sin()), unmerge(merge(x).sin()))
 
 
 def test_scores_of_all_pairs_are_never_held(monkeypatch):

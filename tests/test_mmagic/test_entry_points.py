@@ -212,10 +212,3 @@ def test_every_kind_of_model(kind, builder, write):
     model = BUILDERS[builder](write("model = {model}\n" + KINDS[kind] + keys))
     assert get_handle(model, "tome").ratio == 0.25
     assert get_handle(model, "cache").config == PRESETS["fast"]
-
-
-def test_runner_data_preprocessor_goes_to_the_inner_model(write):
-    """mmengine puts a top-level data_preprocessor into the outermost model config."""
-    text = PLACES["wrapper"] + "data_preprocessor = dict(type='DataPreprocessor', mean=7)\n"
-    model = by_runner(write(text))
-    assert float(model.data_preprocessor.mean.flatten()[0]) == 7

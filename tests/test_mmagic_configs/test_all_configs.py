@@ -30,7 +30,8 @@ LISTED = sorted(
     str(file.relative_to(OURS)) for name in mmagic_hub.FOLDERS for file in OURS.glob(f"{name}/*.py")
 )
 CONFIGS = [name for name in LISTED if not name.endswith("_eval.py") and "_cache-" not in name]
-CACHED = [name for name in LISTED if "_cache-" in name]
+# The same without merging are read in test_index.py.
+CACHED = [name for name in LISTED if "_tome-" in name and "_cache-" in name]
 EVALUATIONS = [name for name in LISTED if name.endswith("_eval.py")]
 ANIMATION = "controlnet/controlnet-animation_tome-5e-1.py"
 
@@ -86,7 +87,6 @@ def check(model, image):
     rows = handle.stats()
     assert seen == {row["target"]: {row["kept"]} for row in rows}
     assert len(rows) >= 5 and all(row["calls"] > 0 for row in rows)
-    np.testing.assert_array_equal(image(), merged)  # however often
     handle.ratio = 0
     baseline = image()
     assert np.isfinite(merged).all() and np.abs(merged - baseline).max() > 1e-3
@@ -125,12 +125,10 @@ def test_our_configs_with_step_caching(name, hub, build):
     model, given = build(config), mmagic_hub.arguments(config.model)
     given["num_inference_steps"] = 8
     assert model.cache_handle.description == "tolerance 0.02"
-    assert (model.tome_handle is not None) == ("_tome-" in name)
     cached = mmagic_hub.infer(model, **given)
     assert np.isfinite(cached).all() and len(model.cache_handle.steps) == 8
     assert remove_cache(model)
-    if model.tome_handle is not None:
-        assert all(row["kept"] < row["tokens"] for row in model.tome_handle.stats())
+    assert all(row["kept"] < row["tokens"] for row in model.tome_handle.stats())
 
 
 def test_attention_injection_joins_the_keys_of_a_reference(hub, build):

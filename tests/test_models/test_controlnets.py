@@ -101,6 +101,27 @@ def test_skipped_with_the_network():
     assert get_handle(pipeline.controlnet, "cache") is not None
 
 
+@pytest.mark.parametrize("case", [CASE, SEVERAL], ids=["one", "several"])
+@pytest.mark.parametrize(
+    ("setting", "guess_mode"),
+    [(FIXED["most"], False), (dict(tolerance=0.5), False), (dict(tolerance=0.5), True)],
+    ids=["fixed", "tolerance", "guess mode"],
+)
+def test_how_often_controlnets_run(case, setting, guess_mode):
+    """Guess mode calls them for the prompt alone, and the network for both."""
+    pipeline, ran = case.pipeline(), []
+    nets = getattr(pipeline.controlnet, "nets", [pipeline.controlnet])
+    for net in nets:
+        net.conv_in.register_forward_hook(lambda *call: ran.append(1))
+    for along in (True, False):
+        with apply_cache(pipeline, setting, controlnet=along) as handle:
+            ran.clear()
+            case.run(pipeline, num_inference_steps=12, guess_mode=guess_mode)
+            network, *others = (row for row in handle.stats() if "inner" not in row["region"])
+            assert network["skipped"] >= 3 and len(others) == len(nets) * along
+            assert len(ran) == len(nets) * (12 - network["skipped"] * along)
+
+
 def test_nothing_changes_where_there_is_none_or_an_unknown_one():
     unet = tiny_unet()
     for model, says in (

@@ -9,7 +9,7 @@ from tiny_transformers import TRANSFORMERS
 from tiny_unets import tiny_controlnet
 from torch import nn
 
-from mmagic_tome import ToMeError
+from mmagic_tome import ToMeError, apply_cache, apply_tome, get_handle, remove_tome
 from mmagic_tome.models import find_adapter, find_controlnets, find_denoisers
 from mmagic_tome.models.one_stream import Wan
 
@@ -53,7 +53,6 @@ def test_a_denoiser_without_an_adapter_is_unchanged_with_a_warning():
 def test_only_some():
     first, second = WAN.build(), WAN.build(seed=1)
     pipeline = SimpleNamespace(transformer=first, transformer_2=second, prior=fake("Other"))
-    assert named(find_denoisers(pipeline, only=["transformer_2"])) == {"": second}
     assert named(find_denoisers(pipeline, only="transformer")) == {"": first}
     both = find_denoisers(pipeline, only=["transformer_2", "transformer"])
     assert [one.name for one in both] == ["transformer", "transformer_2"]
@@ -77,10 +76,16 @@ def test_nothing_is_found():
         (None, r"\)\. Supported"),
         (SimpleNamespace(transformer=fake("PriorTransformer")), "PriorTransformer.*no adapter"),
         (SimpleNamespace(prior_prior=cascade), "SimpleNamespace, StableCascadeUNet"),
+        (fake("SanaTransformer2DModel"), "Sana.*no adapter is written for this transformer"),
+        (fake("FluxControlNetModel"), "FluxC.*merges the network that it controls"),
+        (fake("MultiControlNetModel"), "Multi.*call apply_tome with each of its .nets.*up_blocks"),
     ):
-        for find in (find_adapter, find_denoisers):
-            with pytest.raises(ToMeError, match=f"found no supported network in a.*{tried}"):
+        for find in (find_adapter, find_denoisers, apply_tome, apply_cache):
+            with pytest.raises(ToMeError, match=f"found no supported network in a.*{tried}") as e:
                 find(model)
+            assert "FluxTransformer2DModel" in str(e.value)
+            assert "docs/howto/add_a_model.md" in str(e.value)
+        assert get_handle(model) is None and not remove_tome(model)
 
 
 def test_controlnets_are_no_denoisers():

@@ -4,6 +4,7 @@
 import pytest
 import torch
 from diffusers.models import attention_processor
+from diffusers.utils import recurse_remove_peft_layers
 from model_runs import Seen, counts, difference
 from tiny_pipelines import PIPELINES
 from tiny_transformers import TRANSFORMERS
@@ -50,13 +51,17 @@ def test_step_caching_in_every_pipeline(case):
     def run():
         return case.run(pipeline, num_inference_steps=steps)
 
-    baseline, networks = run(), 1 + len(find_controlnets(pipeline))
-    with apply_cache(pipeline, order=0, timestep_range=(0, 1)) as handle:
-        assert handle.network is pipeline.unet and len(handle.stats()) == networks
-        assert 1e-3 < difference(run(), baseline) < 1.5
-        # Every second step, but never the last.
-        assert {(row["computed"], row["skipped"]) for row in handle.stats()} == {(3, 2)}
-    assert torch.equal(run(), baseline)
+    baseline, controlnets = run(), len(find_controlnets(pipeline))
+    # A ControlNet has no inner region.
+    for region, networks in (("network", 1 + controlnets), ("inner", 1)):
+        with apply_cache(pipeline, region=region, order=0, timestep_range=(0, 1)) as handle:
+            assert handle.network is pipeline.unet and len(handle.stats()) == networks
+            cached = run()
+            assert 0 < difference(cached, baseline) < 1.5
+            # Every second step, but never the last.
+            assert {(row["computed"], row["skipped"]) for row in handle.stats()} == {(3, 2)}
+            assert torch.equal(run(), cached)
+        assert torch.equal(run(), baseline)
 
 
 def test_ip_adapter_also_where_cross_attention_is_merged():
@@ -103,6 +108,31 @@ def test_lora_may_come_go_and_be_fused_while_something_is_applied(apply):
     handle.reset_stats()
     torch.testing.assert_close(run(pipeline), plain, rtol=1e-3, atol=1e-4)
     assert handle.active and handle.stats() == stats
+
+
+@pytest.mark.parametrize(
+    ("title", "names", "targets"),
+    [("Flux.1", ["proj_mlp"], ["attn", "mlp"]), ("Kandinsky 2.2", ["to_q", "to_k"], ["attn"])],
+)
+def test_lora_on_a_linear_that_is_itself_a_target(title, names, targets):
+    peft, case = pytest.importorskip("peft"), PIPELINES[title]
+    pipeline = case.pipeline()
+    baseline = case.run(pipeline)
+    handle = apply_tome(pipeline, ratio=0.5, targets=targets)
+    network, merged = handle.network, case.run(pipeline)
+    torch.manual_seed(7)
+    network.add_adapter(peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False))
+    with_lora = case.run(pipeline)
+    assert difference(with_lora, merged) > 1e-4
+    assert counts(handle) == {(case.tokens, case.tokens // 2)}
+    # Loaded before applying it is the same.
+    handle.remove()
+    handle = apply_tome(pipeline, ratio=0.5, targets=targets)
+    assert torch.equal(case.run(pipeline), with_lora)
+    recurse_remove_peft_layers(network)  # what unload_lora_weights() does
+    assert torch.equal(case.run(pipeline), merged)
+    handle.remove()
+    assert torch.equal(case.run(pipeline), baseline)
 
 
 # --- attention processors -------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from tiny_unets import (
     motion_unet,
     unet_of,
 )
-from torch import nn
 
 from mmagic_tome import ToMeError, apply_tome
 from mmagic_tome.models import find_adapter
@@ -88,22 +87,6 @@ def test_stacks_over_frames_are_unchanged():
     assert not torch.equal(run(network, inputs), baseline)
     assert not any("temp" in row["target"] for row in handle.stats())
     assert counts(handle) == {(64, 32)}
-
-
-def test_a_wrapper_with_a_forward_of_its_own_is_the_network():
-    """As MMagic's ViCo: the UNet's own forward never runs, only that of the wrapper."""
-    unet, inputs, wrapper = tiny_unet(), tiny_inputs(), nn.Module()
-    wrapper.model, wrapper.down_blocks = unet, unet.down_blocks
-    assert find_adapter(wrapper)[1] is unet
-    wrapper.forward = lambda **kwargs: type(unet).forward(unet, **kwargs)
-    assert find_adapter(wrapper)[1] is wrapper
-    baseline = run(wrapper, inputs)
-    with apply_tome(wrapper, ratio=0.5) as handle:
-        first = run(wrapper, inputs)
-        assert not torch.equal(run(wrapper, inputs, timestep=torch.tensor(1)), first)
-        assert torch.equal(run(wrapper, inputs), first) and not torch.equal(first, baseline)
-        assert counts(handle) == {(256, 128)}
-    assert torch.equal(run(wrapper, inputs), baseline)
 
 
 def test_added_keys_are_not_merged_and_their_neighbours_are():

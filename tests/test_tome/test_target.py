@@ -78,17 +78,6 @@ def test_images_of_a_batch_share_one_layout(unet):
     torch.testing.assert_close(out[1:], out[:1].expand_as(out[1:]), rtol=1e-4, atol=1e-5)
 
 
-def test_calls_of_any_form(unet):
-    apply_tome(unet, ratio=0.5)
-    sample, time, text = tiny_inputs().values()
-    expected = run(unet)
-    for form in (500.0, torch.tensor([500, 500])):
-        torch.testing.assert_close(run(unet, timestep=form), expected)
-    with torch.no_grad():
-        assert torch.equal(unet(sample, time, text).sample, expected)
-        assert torch.equal(unet(sample, time, text, return_dict=False)[0], expected)
-
-
 def test_calls_that_are_refused(unet):
     apply_tome(unet)
     with pytest.raises(ToMeError, match="attention_mask"):

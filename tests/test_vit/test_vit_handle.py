@@ -100,23 +100,8 @@ def test_handle_by_the_general_functions():
     assert get_vit_handle(model) is None
 
 
-def test_what_was_before_comes_back():
-    model, arguments = build("videomae"), inputs("videomae")
-    dense = result(model, arguments)
-    with apply_tome_vit(model, r=5) as outer:
-        five = result(model, arguments)
-        with apply_tome_vit(model, r=2) as inner:
-            assert inner.active and not outer.active
-            assert not torch.equal(result(model, arguments), five)
-        assert outer.active and not inner.active
-        assert torch.equal(result(model, arguments), five)
-        assert get_vit_handle(model).config == outer.config
-    assert get_vit_handle(model) is None and not outer.active
-    assert torch.equal(result(model, arguments), dense)
-
-
 @pytest.mark.parametrize("name", BIASES)
-def test_disabled_is_of_one_thread(name):
+def test_disabled_is_of_one_thread_and_with_puts_back_what_was_before(name):
     model, arguments = build(name), inputs(name)
 
     @torch.no_grad()
@@ -131,6 +116,9 @@ def test_disabled_is_of_one_thread(name):
         assert torch.equal(output(), baseline)
         assert handle.active and handle.tokens == tokens and handle.r == 5
     assert torch.equal(output(), merged)
+    with apply_tome_vit(model, r=2) as inner:
+        assert inner.active and not handle.active and not torch.equal(output(), merged)
+    assert handle.active and not inner.active and torch.equal(output(), merged)
 
 
 def test_target_speedup_counts_operations():

@@ -51,7 +51,6 @@ def test_backbone_of_mmpretrain():
     pytest.importorskip("mmpretrain")
     from mmpretrain.models import build_classifier
     from mmpretrain.registry import MODELS as REGISTRY
-    from mmpretrain.structures import DataSample
 
     arch = dict(embed_dims=32, num_layers=3, num_heads=2, feedforward_channels=48)
     backbone = dict(type="VisionTransformer", arch=arch, img_size=24, patch_size=4)
@@ -69,14 +68,6 @@ def test_backbone_of_mmpretrain():
     assert [after for _, after in handle.tokens] == [33, 29, 25]
     handle.r = 0
     assert torch.equal(merged(x)[0], plain(x)[0])
-    # It trains as any other classifier.
-    handle.r = 4
-    samples = [DataSample().set_gt_label(label) for label in (1, 3)]
-    with torch.enable_grad():
-        merged.loss(x, samples)["loss"].backward()
-    gradients = [p.grad for p in merged.parameters()]
-    assert all(g is not None and g.isfinite().all() for g in gradients)
-    assert handle.tokens[-1][1] == 25
     for inner, said in (
         (dict(backbone, out_type="featmap", out_indices=(0, 2)), "tokens of blocks in the middle"),
         (

@@ -115,9 +115,6 @@ def test_the_ratio_is_linear_between_points():
     for iteration, ratio in ((0, 0.1), (10, 0.1), (15, 0.3), (20, 0.5), (25, 0.5), (35, 0.25)):
         assert hook.ratio_at(iteration) == pytest.approx(ratio)
     assert hook.ratio_at(1000) == 0.0
-
-
-def test_iterations_of_a_schedule_rise():
     with pytest.raises(ToMeError, match="schedule of ToMeHook: iterations must rise"):
         ToMeHook(schedule=[(5, 0.1), (5, 0.2)])
 

@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""The demo model: how its data is joined, that training resumes, and what is shipped."""
+"""The demo models: how data is joined, that training resumes, what is exported and shipped."""
 
 import importlib
 import json
@@ -11,10 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from PIL import Image
 
-TOOLS = Path(__file__).resolve().parents[1] / "examples" / "demo_model"
-ASSETS = Path(__file__).resolve().parents[1] / "mmagic_tome" / "assets" / "demo_model"
+import mmagic_tome
+from mmagic_tome.lab import runners
+from mmagic_tome.lab.infer import infer
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = ROOT / "examples" / "demo_model"
+ASSETS = ROOT / "mmagic_tome" / "assets" / "demo_model"
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +86,7 @@ def test_captions_train_or_are_held_out(tools):
 # --- training -------------------------------------------------------------------------------------
 
 
-def tiny_trainer(tools, folder, workers=1, **kwargs):
+def tiny_trainer(tools, folder, **kwargs):
     """(trainer of a linear layer, the layer); keywords are those of its stage."""
     torch.manual_seed(0)
     module = torch.nn.Linear(4, 4)
@@ -91,7 +97,7 @@ def tiny_trainer(tools, folder, workers=1, **kwargs):
 
     stage = tools["stages"].Stage("tiny", steps=8, batch=8, lr=1e-2, warmup=2, **kwargs)
     modules = {"module": module}
-    trainer = tools["trainer"].Trainer(stage, modules, loss_fn, folder, "cpu", workers=workers)
+    trainer = tools["trainer"].Trainer(stage, modules, loss_fn, folder, "cpu")
     return trainer, module
 
 
@@ -123,16 +129,6 @@ def test_sigterm_writes_a_checkpoint_from_which_it_goes_on_as_if_nothing_was(too
         assert torch.equal(a, b)
 
 
-def test_two_workers_see_every_part(tools, tmp_path):
-    # A fork after OpenMP has started its threads would hang; conftest.py lets torch have one.
-    alone, module = tiny_trainer(tools, tmp_path / "alone", micro=2)
-    alone.run(max_steps=3)
-    trainer, shared = tiny_trainer(tools, tmp_path / "two", micro=2, workers=2)
-    trainer.run(max_steps=3)
-    for a, b in zip(module.parameters(), shared.parameters()):
-        torch.testing.assert_close(a, b)
-
-
 def test_steps_draw_sizes_by_weight(tools):
     options = dict(sizes=(128, 256), size_weights=(1, 2), merge=0.5, merge_share=0.75)
     stage = tools["stages"].Stage("s", size=256, **options)
@@ -144,9 +140,16 @@ def test_steps_draw_sizes_by_weight(tools):
     assert merges.count(0.5) == pytest.approx(0.75 * len(merges), abs=50)
     assert merges.count(0.5) + merges.count(0.0) == len(merges)
 
-    for weights in ((1, 2, 3), (1, -1)):
-        with pytest.raises(tools["common"].ToolError, match="size weights"):
-            tools["stages"].Stage("s", sizes=(128, 256), size_weights=weights)
+    stage = tools["stages"].Stage("s", size=128, sizes=(64, 128), size_batches=(8, 2))
+    assert [stage.batch_at(size) for size in (64, 128)] == [8, 2]
+    assert tools["stages"].Stage("s", batch=5, sizes=(64, 128)).batch_at(64) == 5
+    for wrong, said in (
+        (dict(size_weights=(1, 2, 3)), "size weights"),
+        (dict(size_weights=(1, -1)), "size weights"),
+        (dict(size_batches=(8,)), "size batches"),
+    ):
+        with pytest.raises(tools["common"].ToolError, match=said):
+            tools["stages"].Stage("s", sizes=(128, 256), **wrong)
 
 
 def test_sizes_of_one_stage_are_trained_in_turn_and_logged_apart(tools, tmp_path):
@@ -173,14 +176,96 @@ def test_sizes_of_one_stage_are_trained_in_turn_and_logged_apart(tools, tmp_path
     assert (log[32]["merge"], log[64]["merge"]) == (0.0, 0.5)
 
 
+# --- the diffusion transformer --------------------------------------------------------------------
+
+
+CAPTIONS = ["red apple", "panda", "house"]
+
+
+@pytest.fixture
+def tiny_dit(tools, tmp_path):
+    """(tokenizer, transformer, text encoders), random; no output is zero."""
+    torch.manual_seed(0)
+    tokenizer = tools["tokenizer"].train_tokenizer(CAPTIONS, tmp_path / "tokenizer", 600, 20)
+    models = tools["models_dit"]
+    encoders = models.build_text_encoders(len(tokenizer), tokenizer.eos_token_id, width=0.5)
+    width = sum(encoder.config.hidden_size for encoder in encoders)
+    transformer = models.build_transformer(width=64, layers=2, text_width=width, sample_size=16)
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return tokenizer, transformer, encoders
+
+
+def test_a_biased_key_is_as_many_tokens_of_zeros(tools, tiny_dit):
+    """Of the third text encoder that is not there: one token in training, 1 to 256 at inference."""
+    tokenizer, transformer, encoders = tiny_dit
+    ids = tokenizer(CAPTIONS, padding="max_length", max_length=20, return_tensors="pt").input_ids
+    text, pooled = tools["models_dit"].encode_text(*encoders, ids)
+    given = dict(pooled_projections=pooled, timestep=torch.tensor([1.0, 500.0, 999.0]))
+    noisy = torch.randn(3, 4, 16, 16)
+
+    def run(tokens, **kwargs):
+        padded = torch.nn.functional.pad(text, (0, 0, 0, tokens))
+        with torch.no_grad():
+            return transformer(noisy, padded, **given, **kwargs).sample
+
+    expected = run(40)
+    bias = torch.zeros(1, 1, 1, 64 + 20 + 1)
+    bias[..., -1] = np.log(40)
+    processor = tools["models_dit"].TrainingAttention()
+    transformer.set_attn_processor(processor)
+    for processor.ONE_MATRIX in (0, 600):
+        torch.testing.assert_close(run(40), expected)
+        found = run(1, joint_attention_kwargs={"key_bias": bias})
+        torch.testing.assert_close(found, expected)
+
+
+def test_it_is_trained_and_exported_as_a_pipeline(tools, tiny_dit, tmp_path):
+    tokenizer, transformer, encoders = tiny_dit
+    options = dict(steps=6, warmup=1, lr=1e-2, sizes=(32, 64), size_batches=(4, 2))
+    stage = tools["stages"].Stage("dit", size=64, **options)
+    latents = {size: torch.randn(3, 4, size // 4, size // 4) for size in (32, 64)}
+    prompts = tools["train_unet"].Prompts(CAPTIONS, tokenizer)
+    arguments = (transformer, encoders, latents, prompts, stage, "cpu")
+    loss_fn = tools["train_dit"].flow_loss(*arguments)
+    modules = dict(zip(("transformer", "text_encoder", "text_encoder_2"), (transformer, *encoders)))
+    trainer = tools["trainer"].Trainer(stage, modules, loss_fn, tmp_path, "cpu")
+    before = transformer.proj_out.weight.clone()
+    trainer.run()
+    assert not torch.equal(transformer.proj_out.weight, before)
+    lines = (tmp_path / "logs" / "dit.jsonl").read_text().splitlines()
+    assert {json.loads(line)["size"] for line in lines} == {32, 64}
+
+    models = tools["models_dit"]
+    vae = models.for_flow(tools["models"].build_vae(width=0.5))
+    parts = dict(modules, vae=vae, scheduler=models.build_flow_scheduler())
+    folder = tmp_path / "exported"
+    arguments = (folder, "StableDiffusion3Pipeline", tools["export_dit"].INDEX, 20)
+    written = tools["export"].export(parts, tmp_path / "tokenizer", *arguments)
+    assert 0 < written < tools["export"].LIMIT
+    # A third text encoder that is not there must be named, as for Stable Diffusion 3 itself.
+    entry = dict(from_pretrained=str(folder), text_encoder_3=None, tokenizer_3=None)
+    source = runners.open_source(Config(dict(pipeline=entry), cfg_text=" ", filename="dit.py"))
+    request = runners.make_request(source, prompts=["red apple"], steps=2, size=64)
+    runner = source.load(request)
+    assert runner.model.tokenizer_max_length == 20
+    assert runner.run([0]).images[0].size == (64, 64)
+    mmagic_tome.apply_tome(runner.model, ratio=0.5)
+    mmagic_tome.apply_cache(runner.model, tolerance=0.02)
+    assert runner.run([0]).images[0].size == (64, 64)
+
+
 # --- what is shipped ------------------------------------------------------------------------------
 
 
-def test_shipped_files_name_no_machine():
-    for path in [*ASSETS.rglob("*config.json"), ASSETS / "model_index.json"]:
+@pytest.mark.parametrize("name", ["demo_model", "demo_dit"])
+def test_shipped_files_are_small_and_name_no_machine(name):
+    folder = ASSETS.parent / name
+    assert 10e6 < sum(path.stat().st_size for path in folder.rglob("*.safetensors")) <= 24e6
+    for path in [*folder.rglob("*config.json"), folder / "model_index.json"]:
         text = path.read_text(encoding="utf-8")
-        assert "_name_or_path" not in text, path
-        assert '"/' not in text, path
+        assert "_name_or_path" not in text and '"/' not in text, path
+    assert (folder / "README.md").is_file()
 
 
 def test_shipped_model_fits_mmagic_and_knows_its_captions(tools):
@@ -199,3 +284,17 @@ def test_shipped_model_fits_mmagic_and_knows_its_captions(tools):
     assert red[0] > red[1] + 40 and red[0] > red[2] + 40
     assert blue[2] > blue[0] + 40
     assert yellow[0] > yellow[2] + 40 and yellow[1] > yellow[2] + 40
+
+
+def test_the_demo_runs_and_draws_on_white(tmp_path):
+    """What `make demo-dit` does, for one prompt."""
+    source = runners.open_source(str(ROOT / "configs" / "demo" / "sd3-emoji_cache-balanced.py"))
+    request = runners.make_request(source, prompts=["red apple"])
+    frame = infer(source, request, compare=True, rounds=1, folder=tmp_path, progress=False)
+    assert (tmp_path / "compare.png").is_file() and frame["psnr"][1] > 25
+    path = tmp_path / "images" / "baseline" / "000000.png"
+    image = np.asarray(Image.open(path).convert("RGB"), float)
+    assert image[[2, 2, -3, -3], [2, -3, 2, -3]].min() > 200
+    middle = len(image) // 2
+    red, green, _ = image[middle - 6 : middle + 6, middle - 6 : middle + 6].mean((0, 1))
+    assert red > green + 40

@@ -1,0 +1,79 @@
+#!/usr/bin/env python
+# Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
+"""Token merging where it pays: large pictures, whole runs, beside fewer steps.
+
+The demo UNet at 256 pixels (4096 tokens at its finest level), or the demo transformer, by every
+merging method at three strengths, with and without proportional attention, of keys and values
+alone, with plans reused and with a residual, with and without step caching; tomesd; fewer steps.
+How it is measured: ``frontier.py``. Choose settings on some captions, judge them on others. Writes
+``data/merging_frontier.json``::
+
+    python benchmarks/merging_frontier.py
+    python benchmarks/merging_frontier.py --model transformer --schedulers flow
+    python benchmarks/merging_frontier.py --captions judge --images 64 --only "ToMe 0.5|steps$"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import frontier
+from frontier import Case
+
+from mmagic_tome.lab.methods import Method, fewer_steps
+from mmagic_tome.methods import METHODS
+
+DATA = Path(__file__).parent / "data/merging_frontier.json"
+DEFAULT = Case("unet", 256, "DDIM", 3.0, 20)
+RATIOS = (0.25, 0.5, 0.75)
+SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)  # of the steps
+TOLERANCES = (0.01, 0.02, 0.05)
+#: What is changed of ToMe at each ratio.
+VARIANTS = {
+    "keys and values": dict(targets="attn_kv"),
+    "keys and values, prop_attn": dict(targets="attn_kv", prop_attn=True),
+    "attn and cross-attention, prop_attn": dict(targets=("attn", "crossattn"), prop_attn=True),
+    "blocks": dict(targets="block"),
+    "plan of 2 steps, prop_attn": dict(plan_interval=2, prop_attn=True),
+    "one plan per level, prop_attn": dict(share_plans=True, prop_attn=True),
+    "residual, prop_attn": dict(plan_interval=2, residual=True, prop_attn=True),
+    "residual of 4 steps, prop_attn": dict(plan_interval=4, residual=True, prop_attn=True),
+}
+
+
+def entries() -> Iterator[dict[str, Any]]:
+    """Those of this package."""
+    for ratio in RATIOS:
+        for name, kind in METHODS.items():
+            # Squares of 2x2 tokens become one, whatever the ratio is.
+            if ratio > kind().ceiling or (name in ("todo", "downsample") and ratio < RATIOS[-1]):
+                continue
+            options = dict(ratio=ratio, method=name)
+            label = f"{'ToMe' if name == 'tome' else name} {ratio:g}"
+            yield dict(name=label, tome_cfg=options)
+            yield dict(name=f"{label}, prop_attn", tome_cfg={**options, "prop_attn": True})
+        for label, changes in VARIANTS.items():
+            yield dict(name=f"ToMe {ratio:g}, {label}", tome_cfg=dict(ratio=ratio, **changes))
+    for tolerance in TOLERANCES:
+        cache = dict(tolerance=tolerance)
+        yield dict(name=f"tolerance {tolerance:g}", cache_cfg=cache)
+        yield dict(
+            name=f"tolerance {tolerance:g} and ToMe 0.5, prop_attn",
+            tome_cfg=dict(ratio=0.5, prop_attn=True),
+            cache_cfg=cache,
+        )
+
+
+def methods(case: Case) -> Sequence[Method]:
+    """All of a case; a method of which nothing is known for this model is noted as such when it is
+    tried."""
+    made = [Method.from_dict(entry) for entry in entries()]
+    if case.model == "unet":  # tomesd has nothing for transformers
+        made += [Method(f"tomesd {ratio:g}", tomesd={"ratio": ratio}) for ratio in RATIOS]
+    return [*made, *fewer_steps(SHARES, case.steps)]
+
+
+if __name__ == "__main__":
+    frontier.main(frontier.parser(__doc__.partition("\n")[0], DATA, DEFAULT).parse_args(), methods)
