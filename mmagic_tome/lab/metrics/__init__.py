@@ -11,24 +11,31 @@
     kid.compute(kid.features_of(real_images), kid.features_of(images))  # {'kid': ...}
 
 Libraries and weights are looked for when a metric is built, not when this package is imported:
-weights in torch hub's folder (``$TORCH_HOME/hub/checkpoints``), or downloaded to there.
+weights in torch hub's folder (``$TORCH_HOME/hub/checkpoints``), or downloaded to there unless
+``HF_HUB_OFFLINE=1``.
 """
 
 from __future__ import annotations
 
 import inspect
+import os
 import pickle
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+from unittest import mock
+
+import torch
 
 from ...errors import ToMeError
 from ...validate import did_you_mean
 from . import pairs, sets
 from .base import Metric, PairedMetric, SetMetric
 
-PAIRED = ("psnr", "ssim", "ms_ssim", "lpips", "latent_error")
-SETS = ("fid", "kid")
+PAIRED = ("psnr", "ssim", "ms_ssim", "lpips", "latent_error", "efficientnet_lite0_distance")
+SETS = ("fid", "kid", "frechet_efficientnet_lite0")
 NAMES = (*PAIRED, *SETS)
+
+_HUB_DOWNLOAD = torch.hub.download_url_to_file
 
 
 def paired(name: str, **options: Any) -> PairedMetric:
@@ -91,13 +98,24 @@ def check_metric(entry: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 def _build(known: Iterable[str], name: str, options: Mapping[str, Any]) -> Any:
     function = _function(known, name, options)
     try:
-        return function(**options)
+        with mock.patch.object(torch.hub, "download_url_to_file", _download):
+            return function(**options)
     except ImportError as error:
         needs = f"{error.name}: pip install {error.name}" if error.name else str(error)
         raise ToMeError(f"{name} needs {needs}") from error
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:300].rstrip(". ")
         raise ToMeError(f"{name} cannot be loaded: {reason}") from error
+
+
+def _download(url: str, path: str, *args: Any, **kwargs: Any) -> None:
+    """torch hub's own, which says where the file belongs if it fails, and heeds the switch."""
+    try:
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "TRUE", "YES"):
+            raise OSError("HF_HUB_OFFLINE forbids downloads")
+        _HUB_DOWNLOAD(url, path, *args, **kwargs)
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"{error}; put {url} at {path}") from error
 
 
 def _function(known: Iterable[str], name: Any, options: Mapping[str, Any]) -> Callable[..., Any]:

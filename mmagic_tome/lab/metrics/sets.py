@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Metrics of sets: FID, KID.
+"""Metrics of sets: FID, KID, EfficientNet's distance.
 
 ``weights`` is torch-fidelity's file of Inception-v3. Default: that in torch hub's cache.
 ``fewest`` is the smallest number of images that a metric takes; lower it for tests and curves.
@@ -13,8 +13,10 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from .base import SetMetric
+from .pairs import efficientnet
 
 
 @lru_cache(maxsize=1)
@@ -60,6 +62,22 @@ def kid(weights: str | None = None, fewest: int = 50) -> SetMetric:
         return {"kid": found[metric_kid.KEY_METRIC_KID_MEAN]}
 
     return SetMetric("kid", "KID", function, fewest=fewest, extract=inception(weights))
+
+
+def frechet_efficientnet_lite0(fewest: int = 50) -> SetMetric:
+    """Fréchet distance of EfficientNet-lite0's 1280 pooled features; no download. Not FID."""
+    name, label = "frechet_efficientnet_lite0", "Frechet distance, EfficientNet-lite0"
+    network = efficientnet()
+
+    def extract(image: Tensor) -> Tensor:
+        size = (224, 224)  # what it was trained with
+        image = interpolate((image - 127.5) / 128, size, mode="bicubic", antialias=True)
+        return network.to(image.device).extract_features(image).mean((2, 3))
+
+    def function(x: Tensor, y: Tensor) -> dict[str, float]:
+        return {name: frechet_distance(x, y)}
+
+    return SetMetric(name, label, function, fewest=fewest, extract=extract)
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:

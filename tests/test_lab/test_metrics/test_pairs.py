@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmagic_tome import ToMeError
-from mmagic_tome.lab.metrics import NAMES, PAIRED, available, paired
+from mmagic_tome.lab.metrics import NAMES, PAIRED, available, paired, pairs
 
 
 def random_images(count=3, size=48, seed=0):
@@ -140,26 +140,27 @@ def test_unknown_names_and_options_are_errors(build, message):
 
 
 def test_what_cannot_work_is_left_out_with_its_reason(tmp_path, monkeypatch):
-    def download(*args, **kwargs):
-        raise OSError("no network")
-
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     metrics, missing = available(NAMES, size=(64, 64), count=60)
-    assert [*metrics] == ["psnr", "ssim", "latent_error"]
+    assert [*metrics] == ["psnr", "ssim", "latent_error", *(n for n in NAMES if "efficient" in n)]
     assert {*metrics, *missing} == {*NAMES}
     assert all("\n" not in reason for reason in missing.values())
     assert "176 pixels" in missing["ms_ssim"]
-    assert all("cannot be loaded: no network" in missing[name] for name in ("lpips", "fid", "kid"))
+    for name, file in (("lpips", "alexnet-owt-7be5be79"), ("fid", "inception")):
+        assert file in missing[name] and f"at {tmp_path}/checkpoints" in missing[name]
+    (reason,) = available(["frechet_efficientnet_lite0"], count=49)[1].values()
+    assert "needs at least 50 images" in reason
 
 
 def test_a_file_that_is_no_weights_and_a_missing_library_are_reasons(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/alexnet-owt-7be5be79.pth").write_text("not weights")
-    assert "lpips cannot be loaded" in available(["lpips"])[1]["lpips"]
-    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    assert "pip install torch_fidelity" in available(["kid"])[1]["kid"]
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    pairs.efficientnet.cache_clear()
+    lpips, distance = available(("lpips", "efficientnet_lite0_distance"))[1].values()
+    assert "lpips cannot be loaded" in lpips
+    assert "pip install efficientnet_lite_pytorch" in distance
 
 
 def test_libraries_wait_until_a_metric_is_built():

@@ -126,3 +126,14 @@ def test_inception_is_loaded_once_and_sees_images_alone(inception):
     assert found.shape == (3, 2048)
     assert torch.equal(fid.features_of(images[1:2])[0], found[1]), "no batch makes a difference"
     assert not torch.equal(found[0], found[1])
+
+
+def test_efficientnet_frechet_tells_sets_apart_without_a_download():
+    metric = set_metric("frechet_efficientnet_lite0", fewest=2)
+    assert "FID" not in metric.label
+    real, images = (
+        metric.features_of(s) for s in (random_images(8), random_images(8, seed=1) // 2)
+    )
+    assert real.shape == (8, 1280)
+    assert metric.compute(real, images)[metric.name] > 1
+    assert metric.compute(real, real)[metric.name] < 1e-6
