@@ -76,9 +76,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             wrong = f"there is no verb {verb!r}" if verb else "state a verb"
             raise ToMeError(f"{wrong}; write one of {', '.join(VERBS)}")
         args = build_parser(verb, prog).parse_args(words)
-        if verb != "benchmark":
-            # Before torch and the libraries of models are imported, which takes long.
-            args.prompts, args.given = _prompts(args), _given(args)
+        # Before torch and the libraries of models are imported, which takes long.
+        args.prompts, args.given = _prompts(args), _given(args)
         # Deprecation notes between libraries are not this command's business.
         warnings.filterwarnings("ignore")
         return _RUN[verb](args)
@@ -92,6 +91,13 @@ def build_parser(verb: str, prog: str | None = None) -> Parser:
     parser = Parser(prog=prog or f"mmagic_tome {verb}", description=about, allow_abbrev=False)
     options.add_options(parser, verb, default)
     return parser
+
+
+# Options that a network with random weights has no use for.
+_OF_MODELS = (
+    *("checkpoint", "cfg_options", "prompt", "prompt_file", "negative_prompt", "images", "masks"),
+    *("controls", "references", "frames", "guidance", "seed", "extra"),
+)
 
 
 # --- what was asked for ---------------------------------------------------------------------------
@@ -129,7 +135,8 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     for image in itertools.chain(*(given[kind] or () for kind in INPUTS)):
         if not Path(image).expanduser().is_file():
             raise ToMeError(f"image {image} does not exist")
-    if args.config and "::" not in args.config and not Path(args.config).expanduser().exists():
+    path = Path(args.config or "")
+    if path.suffix and "::" not in args.config and not path.expanduser().exists():
         raise ToMeError(f"config {args.config} does not exist")
     make_request(None, **{**given, **dict.fromkeys(INPUTS), "prompts": ["-"]})
     return given
@@ -264,22 +271,36 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _benchmark(args: argparse.Namespace) -> None:
     from ..settings import Setting
-    from .benchmark import benchmark, check_methods, default_methods
+    from .benchmark import benchmark, case_request, check_methods, default_methods
     from .devices import DTYPES, check_device
     from .methods import BASELINE
     from .networks import check_network
     from .request import parse_size
 
-    name, device = args.network, check_device(args.device)
+    network, device = args.config or args.default_config, check_device(args.device)
+    name, setting, request = network, Setting(), dict(args.given)
     size = args.size and parse_size("", args.size)
-    check_network(name, size)
-    methods = _methods(args, Setting()) or default_methods()
+    if args.pipeline is None and not Path(network).suffix:
+        check_network(network, size)
+        unused = [key for key in _OF_MODELS if vars(args)[key] not in (None, [], {})]
+        if unused:
+            raise ToMeError(
+                f"{', '.join(unused)}: no meaning for {network}, a network with random weights; "
+                "leave it out, or state a config or --pipeline"
+            )
+    else:
+        network = _source(args)
+        name, setting = network.name, network.setting
+        if args.prompts:
+            request["prompts"] = [prompt.text for prompt in args.prompts]
+        case_request(network, size, args.batch_size, args.steps, request)
+    methods = _methods(args, setting) or default_methods()
     check_methods(methods)
     case = (size, args.batch_size, DTYPES.get(args.dtype), args.steps, args.rounds)
     title = f"{name} on {device}: {args.rounds} rounds"
     folder = _folder(args, "benchmark", name, title, [BASELINE, *methods])
     if folder:
-        benchmark(name, methods, *case, folder, device, args.mode)
+        benchmark(network, methods, *case, folder, device, args.mode, request)
         _report(folder)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -96,10 +96,19 @@ def _run(
 
 def _memory_and_flops(
     runner: Runner, method: Method, numbers: Sequence[int], bar: tqdm
-) -> Iterator[dict[str, Any]]:
+) -> list[dict[str, Any]]:
     """The rows of a method, which is applied anew for each figure: what an earlier run keeps would
     be freed within the measurement, which would then come out too small."""
-    run = partial(_run, runner, method, numbers, bar)
+
+    def run() -> None:
+        runner.run(numbers, method.steps, on_step=bar.update)
+
+    with method.on(runner.model):
+        run_bytes = peak_memory(run, runner.device)
+    with method.on(runner.model):
+        operations = count_flops(run)
     named = {"method": method.name, "images": len(numbers)}
-    yield {"kind": "memory", **named, "run_bytes": peak_memory(run, runner.device)}
-    yield {"kind": "flops", **named, "run": count_flops(run)}
+    return [
+        {"kind": "memory", **named, "run_bytes": run_bytes},
+        {"kind": "flops", **named, "run": operations},
+    ]

@@ -30,7 +30,7 @@ from .environment import environment
 from .files import whole_file
 from .methods import BASELINE, Method, check_names, predicted_errors
 from .metrics import available
-from .metrics.base import SetMetric
+from .metrics.base import Metric, SetMetric
 from .progress import progress_bar
 from .ranks import share
 from .real import RealImages
@@ -76,6 +76,8 @@ def evaluate(
     if held:
         # Sums in another order differ in their last bits.
         torch.set_num_threads(held["environment"]["threads"])
+    check_names([BASELINE, *methods])
+    _available(metrics, request.size, len(request))
     runner = source.load(request, device, dtype)
     return evaluate_runner(runner, methods, metrics, rounds, folder, real=real, progress=progress)
 
@@ -116,10 +118,7 @@ def evaluate_runner(
     folder = folder if isinstance(folder, RunFolder) else RunFolder(folder)
     methods = [BASELINE, *(one for one in methods if one.name != BASELINE.name)]
     check_names(methods)
-    asked = DEFAULT_METRICS if metrics is None else metrics
-    chosen, left_out = available(asked, runner.size, len(runner.request))
-    if metrics is not None and left_out:  # one that was asked for by name must work
-        raise ToMeError(next(iter(left_out.values())))
+    chosen, left_out = _available(metrics, runner.size, len(runner.request))
     for method in methods:
         with method.on(runner.model):
             pass  # what cannot be applied fails here, and not after hours
@@ -154,6 +153,16 @@ def evaluate_runner(
         if rounds and get_rank() == 0:
             measure_cost(runner, methods, rounds, folder, memory, show)
     return table(folder)
+
+
+def _available(
+    asked: Sequence[str | Mapping[str, Any]] | None, size: tuple[int, int] | None, count: int
+) -> tuple[dict[str, Metric], dict[str, str]]:
+    """See :func:`~.metrics.available`; ToMeError if one that was asked for by name cannot work."""
+    chosen, left_out = available(DEFAULT_METRICS if asked is None else asked, size, count)
+    if asked is not None and left_out:
+        raise ToMeError(next(iter(left_out.values())))
+    return chosen, left_out
 
 
 def _meet(folder: RunFolder) -> None:

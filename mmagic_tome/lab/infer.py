@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from ..errors import ToMeError
+from ..validate import check_integer
 from . import plots
 from .cost import default_rounds
 from .evaluate import evaluate_runner, make_images, manifest_of
@@ -89,6 +90,8 @@ def infer(
     """
     method = method or Method(source.setting.description, source.setting)
     check(source, request, method, compare, maps)
+    if rounds is not None:
+        check_integer("", "rounds", rounds, 1)
     runner, run = source.load(request, device, dtype), RunFolder(folder)
     frame = None
     if compare or maps:

@@ -162,8 +162,8 @@ def check_network(name: str, size: tuple[int, int] | None = None) -> Network:
     (height, width) in pixels. Default: None, its own."""
     if name not in NETWORKS:
         raise ToMeError(
-            f"there is no network {name!r}; write one of {', '.join(NETWORKS)}; "
-            "evaluate measures configs and pipelines"
+            f"there is no network {name!r}; write one of {', '.join(NETWORKS)}, a config's "
+            "path, or --pipeline FOLDER"
         )
     check_size(name, size, NETWORKS[name].unit)
     return NETWORKS[name]

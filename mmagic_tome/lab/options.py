@@ -87,19 +87,16 @@ _ROUNDS = "interleaved rounds"
 def add_options(parser: argparse.ArgumentParser, verb: str, default: str) -> None:
     """Add the options of a verb to its parser; ``default`` is what is run if nothing is stated."""
     add = parser.add_argument_group("what is run").add_argument
-    if verb == "benchmark":
-        shapes = "small, sd15, sd15-level0, sdxl, sd3 or flux, with random weights"
-        add("network", nargs="?", default=default, help=f"{shapes} (default: {default})")
-    else:
-        parser.set_defaults(default_config=default)
-        add("config", nargs="?", help=f"a file, or package::path (default: {default})")
-        weights = "weights of a MMagic model (default: config's load_from)"
-        add("checkpoint", nargs="?", help=weights)
-        pipeline = "diffusers pipeline, a folder or id, not a config (default: none)"
-        add("--pipeline", metavar="DIR", help=pipeline)
-        changes = "changes of the config: tome_cfg.sx=4 ... (default: none)"
-        add("--cfg-options", **_PAIRS, help=changes)
-        _request(parser.add_argument_group("what to generate"))
+    parser.set_defaults(default_config=default)
+    shapes = ", or small, sd15, sd15-level0, sdxl, sd3, flux (random weights)"
+    config = "a file, or package::path" + (shapes if verb == "benchmark" else "")
+    add("config", nargs="?", help=f"{config} (default: {default})")
+    add("checkpoint", nargs="?", help="weights of a MMagic model (default: config's load_from)")
+    pipeline = "diffusers pipeline, a folder or id, not a config (default: none)"
+    add("--pipeline", metavar="DIR", help=pipeline)
+    changes = "changes of the config: tome_cfg.sx=4 ... (default: none)"
+    add("--cfg-options", **_PAIRS, help=changes)
+    _request(parser.add_argument_group("what to generate"))
 
     add = parser.add_argument_group("how it is run").add_argument
     add("--device", metavar="DEV", help="cpu, cuda, cuda:1, ... (default: cuda, else cpu)")
@@ -107,7 +104,7 @@ def add_options(parser: argparse.ArgumentParser, verb: str, default: str) -> Non
     add("--steps", **_N, help=f"denoising steps {steps}")
     size = "height and width in pixels (default: the model's)"
     add("--size", metavar="N|HxW", help=size)
-    batch = 2 if verb == "benchmark" else 1
+    batch = "1, of a network by name 2" if verb == "benchmark" else "1"
     add("--batch-size", **_N, help=f"images per call (default: {batch})")
     dtype = "precision of the model (default: its own)"
     add("--dtype", choices=("fp32", "fp16", "bf16"), help=dtype)

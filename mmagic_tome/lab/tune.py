@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 
 from ..errors import ToMeError
 from ..settings import Setting
-from ..validate import check_number
+from ..validate import check_integer, check_number
 from .cost import default_rounds
 from .evaluate import evaluate_runner
 from .files import write_text
@@ -112,6 +112,8 @@ def check(source: Source, request: Request, cfg_options: Mapping[str, Any] | Non
     if source.path.endswith(CONFIGS):
         open_source(_config(source, request, HIGH, cfg_options))  # which has no other cache_cfg
     source.check(request)
+    if request.steps is not None and request.steps < 5:
+        raise ToMeError(f"{request.steps} steps are too few for step caching; write --steps 20")
 
 
 def tune(
@@ -144,10 +146,11 @@ def tune(
         ToMeError: See :func:`check`; fewer than five steps; images that are not finite.
     """
     check(source, request, cfg_options)
+    if rounds is not None:
+        check_integer("", "rounds", rounds, 1)
     folder, parts = Path(folder), split(request, limit)
     runner = source.load(parts["search"], device, dtype)
-    if runner.steps < 5:
-        raise ToMeError(f"{runner.steps} steps are too few for step caching; write --steps 20")
+    check(source, replace(request, steps=runner.steps), cfg_options)  # those of the model's class
 
     def measure(part: str, tolerances: Sequence[float], others: Sequence[Method] = ()) -> list[Row]:
         """The rows of these tolerances."""

@@ -13,6 +13,7 @@ from mmagic_tome.lab.benchmark import benchmark, default_methods
 from mmagic_tome.lab.methods import Method, parse_method
 from mmagic_tome.lab.networks import NETWORKS, Network, Work
 from mmagic_tome.lab.results import RunFolder
+from mmagic_tome.lab.runners import open_source
 
 OURS, TOMESD = parse_method("ours={'ratio': 0.5}"), Method("tomesd", tomesd=0.5)
 
@@ -126,6 +127,35 @@ def test_what_cannot_run_is_noted_and_the_others_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(Work, "__call__", out_of_memory)
     with pytest.raises(ToMeError, match="baseline cannot run: OutOfMemoryError: CUDA out of mem"):
         benchmark("tiny", methods, rounds=1, folder=tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["sd", "wan"])
+def test_the_network_of_a_pipeline_is_called_as_the_pipeline_calls_it(name, tmp_path, monkeypatch):
+    import tiny_folders
+
+    monkeypatch.setattr(module, "timed", counted)
+    source = open_source(pipeline=tiny_folders.pipeline_folder(name, tmp_path / "pipeline"))
+    request = {"guidance": 5.0, **({"frames": 5} if source.video else {})}
+    arguments = dict(size=(64, 64), rounds=1, request=request)
+    caching = Method.from_dict(dict(name="caching", cache_cfg={"region": "network"}))
+    frame = benchmark(source, [OURS, caching], steps=8, folder=tmp_path / "run", **arguments)
+    frame = frame.set_index("method")
+    assert frame.loc["caching", "speedup"] > 1.3 and frame.loc["ours", "speedup"] > 1
+    one = benchmark(source, [OURS], folder=tmp_path / "one", **arguments).set_index("method")
+    # In each of 8 steps both guidance branches: in one forward, or in one each.
+    calls = {"sd": 8, "wan": 16}[name]
+    assert frame.loc["baseline", "seconds"] == calls * one.loc["baseline", "seconds"]
+
+
+def test_the_network_of_a_config_is_measured_with_what_the_config_applies(configs, tmp_path):
+    pytest.importorskip("mmagic")
+    source = open_source(configs["tome"])
+    frame = benchmark(source, None, (64, 64), 2, steps=3, rounds=1, folder=tmp_path).set_index("method")
+    assert list(frame.index) == ["baseline", "ours"]
+    assert frame.loc["ours", "relative_error"] > 0
+    manifest = RunFolder(tmp_path).manifest
+    assert manifest["model"] == "tome" and manifest["dtype"] == "float32"
+    assert manifest["request"] == {"steps": 3, "size": [64, 64], "batch_size": 2}
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,7 @@ def test_a_pipeline_gets_a_python_file(command, pipeline_folder, tmp_path):
         ("--psnr 45 --speedup 2 --prompt cat dog", "not allowed with"),
         ("--speedup 0.9 --prompt cat dog", "write speedup=1.5"),
         ("--psnr 45 --prompt cat", "state two or more"),
+        ("--psnr 45 --prompt cat dog --steps 3", "too few for step caching"),
         ("--psnr 45 --prompt cat dog --cfg-options model.cache_cfg=fast", "configured twice"),
     ],
 )

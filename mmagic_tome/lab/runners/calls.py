@@ -129,6 +129,17 @@ class PipelineCall:
         check_size(self.name, request.size, self.unit)
         known = [name for name in self.parameters if name not in (*_FIELDS, self.guidance_name)]
         check_keys(f"the call of {self.name}", request.extra, known)
+        given = {self.arguments_of[field] for field in self.arguments_of if getattr(request, field)}
+        given |= {*_FIELDS, *request.extra}
+        missing = [
+            name
+            for name, parameter in self.parameters.items()
+            if parameter.default is parameter.empty and name not in given
+        ]
+        if missing:
+            raise ToMeError(
+                f"{self.name} needs {', '.join(missing)}, which must be among the extra parameters"
+            )
 
     def arguments(
         self, request: Request, numbers: Sequence[int], steps: int, size: tuple[int, int]

@@ -175,6 +175,16 @@ def setting_of(config: Any) -> Setting:
     return Setting(*(read(key, **places) for key, places in found.items()))
 
 
+def _check_paths(entry: Any, key: str) -> None:
+    """Raise ToMeError if an entry of a config names local files or folders that are not there."""
+    for name, value in entry.items() if isinstance(entry, Mapping) else ():
+        _check_paths(value, f"{key}.{name}")
+    # No name on a hub starts like this.
+    local = isinstance(entry, str) and entry.startswith(("/", "./", "../", "~"))
+    if local and not Path(entry).expanduser().exists():
+        raise ToMeError(f"{key} of the config is not there: {entry}")
+
+
 class MMagicSource(Source):
     """mmengine's ``Config`` of a class of MMagic's Stable Diffusion family, and a checkpoint: a
     file (or URL) with weights of the model or of a part of it, by default the config's
@@ -229,6 +239,7 @@ class MMagicSource(Source):
         most = motion.get("temporal_position_encoding_max_len")
         if most and (request.frames or 0) > most:
             raise ToMeError(f"the model makes at most {most} frames, got frames={request.frames}")
+        _check_paths(self.model, "model")
 
     def load(
         self, request: Request, device: str | torch.device = "cpu", dtype: torch.dtype | None = None

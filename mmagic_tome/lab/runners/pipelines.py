@@ -18,7 +18,7 @@ from torch import Tensor
 from ...apply import apply_cache, apply_tome
 from ...errors import ToMeError
 from ...mmagic.config_keys import read_keys
-from ...models import find_denoisers
+from ...models import find_adapter, find_denoisers
 from ...models.find import DENOISERS
 from ...settings import Setting
 from ...timeline import scheduler_name
@@ -101,7 +101,29 @@ class PipelineSource(Source):
         return configs
 
     def check(self, request: Request) -> None:
+        self._check_network()
         self.call.check(request)
+
+    def _check_network(self) -> None:
+        """Raise ToMeError unless an adapter knows a network of the pipeline: built without
+        memory."""
+        import diffusers
+
+        error = ToMeError(
+            f"{self.class_name} has no denoising network to merge or to skip; its components are "
+            f"{', '.join(self.parts)}"
+        )
+        for part in [name for name in DENOISERS if name in self.parts]:
+            try:
+                cls = getattr(diffusers, self.parts[part])
+                with torch.device("meta"):
+                    find_adapter(cls.from_config(self.call.configs[part]))
+                return
+            except ToMeError as unknown:
+                error = unknown
+            except Exception:  # what the meta device cannot build, or no config: loading tells
+                return
+        raise error
 
     def load(
         self, request: Request, device: str | torch.device = "cpu", dtype: torch.dtype | None = None

@@ -201,6 +201,8 @@ def test_what_does_not_fit_shows_before_anything_is_loaded(message):
 
 
 def test_weights_that_are_not_there():
+    with pytest.raises(ToMeError, match=r"model\.unet\.from_pretrained .* not there: /nowhere"):
+        source_of(folder="/nowhere").check(request_of())
     with pytest.raises(ToMeError, match=r"cannot build StableDiffusion.*somebody/nowhere"):
         source_of().load(request_of())
 

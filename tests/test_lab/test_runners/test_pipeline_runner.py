@@ -1,6 +1,7 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """diffusers pipelines from folders: what they generate, and what is refused before they load."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -204,6 +205,19 @@ def test_a_request_that_does_not_fit_is_refused_before_weights_are_loaded(
     source.check(request_of(name))
     with pytest.raises(ToMeError, match=message):
         source.check(request_of(name, **changes))
+
+
+def test_a_pipeline_without_a_known_network_is_refused_before_weights_are_loaded(described):
+    from diffusers import SanaTransformer2DModel
+
+    folder = described("pixart")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["transformer"][1] = "SanaTransformer2DModel"
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with torch.device("meta"):
+        SanaTransformer2DModel(num_layers=1).save_config(folder / "transformer")
+    with pytest.raises(ToMeError, match="SanaTransformer2DModel: no adapter is written"):
+        PipelineSource(folder).check(request_of("pixart"))
 
 
 @pytest.mark.parametrize(
