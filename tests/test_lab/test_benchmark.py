@@ -150,9 +150,8 @@ def test_the_network_of_a_pipeline_is_called_as_the_pipeline_calls_it(name, tmp_
 def test_the_network_of_a_config_is_measured_with_what_the_config_applies(configs, tmp_path):
     pytest.importorskip("mmagic")
     source = open_source(configs["tome"])
-    frame = benchmark(source, None, (64, 64), 2, steps=3, rounds=1, folder=tmp_path).set_index("method")
-    assert list(frame.index) == ["baseline", "ours"]
-    assert frame.loc["ours", "relative_error"] > 0
+    frame = benchmark(source, None, (64, 64), 2, steps=3, rounds=1, folder=tmp_path)
+    assert list(frame["method"]) == ["baseline", "ours"] and frame["relative_error"][1] > 0
     manifest = RunFolder(tmp_path).manifest
     assert manifest["model"] == "tome" and manifest["dtype"] == "float32"
     assert manifest["request"] == {"steps": 3, "size": [64, 64], "batch_size": 2}
