@@ -279,9 +279,9 @@ runpy.run_path(str(tools / "infer.py"), run_name="__main__")
     assert str(ROOT) not in weights and "step caching in" in printed and "speed-up" in printed
     # Without a config the named setting that users are told to start with.
     (folder,) = (tmp_path / "work_dirs" / "sd-emoji_cache-balanced").iterdir()
-    result = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    assert (folder / result["images"][0]["file"]).is_file()
-    assert (folder / result["compare"]).is_file()
-    regions = result["applied"]["stats"]["step caching"]
+    rows = map(json.loads, (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines())
+    found = {row["kind"]: row for row in rows}  # the last one of each, the method's
+    assert (folder / found["image"]["file"]).is_file() and (folder / "compare.png").is_file()
+    regions = found["applied"]["stats"]["step caching"]
     assert [row["region"] for row in regions] == ["network", "inner", "innermost"]
     assert any(row["skipped"] > 0 for row in regions)

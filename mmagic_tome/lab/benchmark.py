@@ -99,6 +99,7 @@ def benchmark(
     manifest = {
         "command": "benchmark",
         "model": network if named else network.name,
+        "source": network if named else network.path,
         "request": {"steps": steps, "size": list(size), "batch_size": batch},
         "dtype": str(dtype).removeprefix("torch."),
         "mode": mode,

@@ -15,14 +15,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .measure import FEWEST_ROUNDS, count_flops, interleaved, peak_memory
+from .measure import FEWEST_ROUNDS, WARM_UP_STEPS, count_flops, interleaved, peak_memory
 from .methods import Method
 from .progress import progress_bar
 from .request import Request
 from .results import RunFolder
 from .runners.base import Output, Runner
-
-WARM_UP_STEPS = 2
 
 
 def default_rounds(request: Request) -> int:

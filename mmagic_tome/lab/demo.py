@@ -18,7 +18,7 @@ from ..config import ToMeConfig
 from ..errors import ToMeError
 from ..settings import Setting
 from ..timeline import scheduler_of
-from .cost import WARM_UP_STEPS
+from .measure import WARM_UP_STEPS
 from .methods import BASELINE, Method
 from .metrics import paired
 from .request import Request, make_request

@@ -26,6 +26,9 @@ from ..patch import Interceptor, intercept, interceptors_of, release
 
 T = TypeVar("T")
 
+#: Denoising steps of a run that is not counted, before times are measured.
+WARM_UP_STEPS = 2
+
 
 def synchronize(device: str | torch.device) -> None:
     """Return when the device has finished all its work; at once on a CPU."""
