@@ -534,43 +534,6 @@ def distance_budget(page: Path) -> str:
 _BUDGET = (("ratio", 2), ("error", 4), ("psnr", 1))
 
 
-def frontiers(page: Path, name: str, **case: Any) -> str:
-    """Whole runs of a model by the methods of a frontier, the fastest first."""
-    data = Data(page, name)
-    rows = [row for row in data.rows if all(row[key] == case[key] for key in case)]
-    runs = [row for row in rows if "failed" not in row]
-    points = sorted(
-        (_paired(row).median, statistics.mean(row["psnr"])) for row in runs if _is_fewer(row)
-    )
-    cells = []
-    for row in runs:
-        speed, psnr = _paired(row), row["psnr"]
-        fewer = float(np.interp(speed.median, *zip(*points))) if points else math.nan
-        inside = points and points[0][0] <= speed.median <= points[-1][0] and not _is_fewer(row)
-        low = f"{np.percentile(psnr, 5):.1f}, {min(psnr):.1f}"
-        cells.append(
-            [
-                row["method"],
-                speed.text(),
-                f"{statistics.mean(psnr):.1f} ({low})",
-                f"{statistics.mean(psnr) - fewer:+.1f}" if inside else "",
-                f"{row['memory']:.2f}" if "memory" in row else "",
-            ]
-        )
-    cells += [[row["method"], "", row["failed"], "", ""] for row in rows if "failed" in row]
-    heads = ["", "times as fast", "PSNR, dB: mean (5 %, worst)", "over fewer steps, dB", "memory"]
-    return data.table(heads, cells)
-
-
-def _paired(row: Row) -> Interval:
-    """Each image's time beside the baseline's of the same turn."""
-    return interval(ratios(row["baseline_seconds"], row["seconds"]))
-
-
-def _is_fewer(row: Row) -> bool:
-    return re.fullmatch(r"\d+ steps", row["method"]) is not None
-
-
 def if_measured(figure: Callable[[Path], str], name: str) -> Callable[[Path], str]:
     """A figure of data that may not be there yet; a note in its place as long as they are not."""
 
@@ -615,17 +578,6 @@ FIGURES: Mapping[str, Callable[[Path], str]] = {
     "tolerance": tolerance,
     "operations": operations,
     "distance-budget": distance_budget,
-    **{
-        f"{name.replace('_', '-')}-{model}-{guidance:g}": if_measured(
-            partial(frontiers, name=name, model=model, guidance=guidance, captions="judge"), name
-        )
-        for name, model in (
-            ("merging_frontier", "unet"),
-            ("merging_frontier", "transformer"),
-            ("diffusion_transformer", "transformer"),
-        )
-        for guidance in (1.0, 3.0, 7.5)
-    },
     "attention-cpu": partial(attention, name="cpu_attention"),
     "gpu-attention": if_measured(partial(attention, name="gpu_attention"), "gpu_attention"),
     "gpu-networks": if_measured(gpu_networks, "gpu_networks"),

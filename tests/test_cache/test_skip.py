@@ -102,7 +102,7 @@ def test_skipped_steps_are_on_the_polynomial_through_the_last_computed_ones(unet
 
 @pytest.mark.parametrize("interval", [2, 3])
 @pytest.mark.parametrize("order", [0, 1])
-def test_error_feedback_adds_what_was_wrong_at_the_next_computed_step_but_the_last(unet, order, interval):
+def test_error_feedback_adds_what_was_wrong_but_at_the_last_step(unet, order, interval):
     options = dict(**WIDE, order=order, interval=interval, error_feedback=0.5)
     with apply_cache(unet, **options):
         steps = list(denoising(unet, INPUTS))
