@@ -517,6 +517,23 @@ def gpu_caching(page: Path) -> str:
     return data.table(["", "step cache", "computed step, ms", "skipped step, ms"], cells)
 
 
+def distance_budget(page: Path) -> str:
+    """Mean ratio and error of constant ratios and of ratios chosen by distance."""
+    data = Data(page, "distance_budget")
+    cells = [
+        [
+            row["method"],
+            f"{row['guidance']:g}",
+            *(f"{statistics.mean(row[key]):.{digits}f}" for key, digits in _BUDGET),
+        ]
+        for row in data.rows
+    ]
+    return data.table(["", "guidance", "ratio, mean", "latent error", "PSNR, dB"], cells)
+
+
+_BUDGET = (("ratio", 2), ("error", 4), ("psnr", 1))
+
+
 def if_measured(figure: Callable[[Path], str], name: str) -> Callable[[Path], str]:
     """A figure of data that may not be there yet; a note in its place as long as they are not."""
 
@@ -563,6 +580,7 @@ FIGURES: Mapping[str, Callable[[Path], str]] = {
     "run-continuity": continuity,
     "tolerance": tolerance,
     "operations": operations,
+    "distance-budget": distance_budget,
     "attention-cpu": partial(attention, name="cpu_attention"),
     "gpu-attention": if_measured(partial(attention, name="gpu_attention"), "gpu_attention"),
     "gpu-networks": if_measured(gpu_networks, "gpu_networks"),

@@ -54,8 +54,8 @@ class StepCacheConfig:
         order (int): 0: the last output again; 1 (default): on the line through the last two, along
             the timestep; 2: on the parabola through the last three.
         error_feedback (float): fraction in [0, 1] of the extrapolation error that is added back at
-            the next computed step. The error is measured against the line between the two computed
-            neighbours. Default 0.
+            the next computed step, but not at the last of a run. The error is measured against the
+            line between the two computed neighbours. Default 0.
         num_outer_blocks (int): what ``'inner'`` leaves outside: levels of a UNet, or quarters of a
             transformer's blocks at each end. Default 1.
 

@@ -76,13 +76,14 @@ class OutputHistory:
         self._structure: Any = None
 
     @eager_only()
-    def record(self, time: float, output: Any) -> Any:
-        """Note a computed output; return the output to go on with, see ``error_feedback``."""
+    def record(self, time: float, output: Any, feedback: bool = True) -> Any:
+        """Note a computed output; return the output to go on with, see ``error_feedback``, or the
+        same one without ``feedback``."""
         leaves, structure = tree_flatten(output)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if self.outputs and _shapes(tensors) != _shapes(self.outputs[-1]):
             self.times, self.outputs, self.guesses = [], [], []
-        guesses = [(at, self._guess(at, slope)) for at, slope in self.guesses]
+        guesses = [(at, self._guess(at, slope)) for at, slope in self.guesses if feedback]
         self.guesses = []
         if self.times and self.times[-1] == time:  # two evaluations at one timestep
             self.times, self.outputs = self.times[:-1], self.outputs[:-1]

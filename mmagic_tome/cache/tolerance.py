@@ -121,7 +121,7 @@ class Budget:
             left = (self.tolerance**2 - spent).clip(0)
             share = max(2 / steps_left, _SHARE)
             for region, relative in self.relative.items():
-                if region not in known or not self._may_skip(region):
+                if region not in known or not self._may_skip(region, steps_left):
                     continue
                 t1, t2 = known[region]
                 errors = curvature * abs((time - t2) * (time - t1)) * relative
@@ -142,12 +142,12 @@ class Budget:
         self.began.append(perf_counter())
         return chosen
 
-    def _may_skip(self, region: str) -> bool:
+    def _may_skip(self, region: str, steps_left: int) -> bool:
         """Whether enough was computed before a region. An inner region: at the last step at which
         the network was. The network: at the last step, or where outputs are steady at one of the
-        last two."""
+        last two; not right before the end, where outputs change faster than they did before."""
         if region == "network":
-            in_a_row = 2 if self.slope is None else 1
+            in_a_row = 2 if self.slope is None and steps_left > 2 else 1
             return self.skipped[-in_a_row:] != ["network"] * in_a_row
         return [one for one in self.skipped if one != "network"][-1:] in ([], [None])
 

@@ -102,7 +102,7 @@ def test_skipped_steps_are_on_the_polynomial_through_the_last_computed_ones(unet
 
 @pytest.mark.parametrize("interval", [2, 3])
 @pytest.mark.parametrize("order", [0, 1])
-def test_error_feedback_adds_what_was_wrong_at_the_next_computed_step(unet, order, interval):
+def test_error_feedback_adds_what_was_wrong_but_at_the_last_step(unet, order, interval):
     options = dict(**WIDE, order=order, interval=interval, error_feedback=0.5)
     with apply_cache(unet, **options):
         steps = list(denoising(unet, INPUTS))
@@ -111,7 +111,8 @@ def test_error_feedback_adds_what_was_wrong_at_the_next_computed_step(unet, orde
     computed = [i for i, step in enumerate(skips) if not step]
     for before, i in zip([0, *computed], computed):
         expected = baseline[i]
-        for j in range(before + 1, i):
+        # Nothing at the last step, whose output changes faster than the line between tells.
+        for j in range(before + 1, i) if i < len(steps) - 1 else ():
             # The truth at a skipped step is on the line between the computed neighbours.
             truth = torch.lerp(baseline[before], baseline[i], (j - before) / (i - before))
             expected = expected + 0.5 * (truth - steps[j].output)

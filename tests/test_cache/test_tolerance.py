@@ -110,6 +110,15 @@ def test_errors_since_a_computed_step_are_summed():
     assert budget.predicted == pytest.approx([own * (0.003**2 + 0.001**2) ** 0.5])
 
 
+def test_right_before_the_end_no_second_step_in_a_row_is_skipped():
+    """Outputs change faster there than the steps before tell."""
+    for left, second in ((3, "network"), (2, "inner")):
+        budget = Budget(0.5)
+        for remaining in (left + 1, left, left - 1):  # strides of 1
+            decide(budget, [1e-4], float(remaining), rate=1.0)
+        assert budget.skipped == [None, "network", second], left
+
+
 def test_errors_of_regions_are_those_of_the_model_and_the_scheduler():
     assert relative_errors() == pytest.approx({"network": 0.7, "inner": 0.18, "innermost": 0.09})
     unet = find_adapter(tiny_unet())[0]
