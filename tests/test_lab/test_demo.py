@@ -257,7 +257,8 @@ def test_a_visitor_moves_the_tolerance_merges_and_errs(browser, served, tmp_path
     address, _ = served
     browser.open(address)
     browser.wait("document.querySelector('#report .figures') !== null")
-    browser.wait("document.querySelectorAll('#images img').length >= 2")
+    loaded = "[...document.querySelectorAll('#images img')].filter((one) => one.currentSrc)"
+    browser.wait(f"{loaded}.length >= 2")
     first = look(browser)
     assert first["code"] == "mmagic_tome.apply_cache(pipeline, tolerance=0.02)"
     assert len(first["steps"]) == 12 and first["steps"][0] == first["steps"][-1] == "full"
