@@ -21,7 +21,8 @@ tome_eval = dict(
         ),
     ),
     # Steps, guidance, size and inputs are those of `infer_cfg`, else the defaults of the model's class.
-    test_cfg=dict(type="ToMeTestLoop"),
+    # The time of each block and target goes to work_dirs/<config>/<time>/profile.json.
+    test_cfg=dict(type="ToMeTestLoop", profile=True),
     test_evaluator=[
         dict(type="ToMeMetric", metric="psnr"),
         dict(type="ToMeMetric", metric="ssim"),

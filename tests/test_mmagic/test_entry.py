@@ -51,6 +51,16 @@ def test_the_demo_config_in_a_process_of_its_own(tmp_path, monkeypatch):
     assert all(f"{name}: " in printed for name in found)
     (folder,) = (path for path in (tmp_path / "w").iterdir() if path.is_dir())
     assert [path.name for path in folder.glob("vis_data/vis_image/*")] == ["test_000_0.png"]
+    times = {
+        (row["module"], row["method"]): row
+        for row in json.loads((folder / "profile.json").read_text())
+    }
+    assert {method for _, method in times} == {"baseline", "merged", "cached"}
+    assert times["network", "merged"]["calls"] == 4
+    block = "down_blocks.0.attentions.0.transformer_blocks.0"
+    assert times["network", "merged"]["ms"] > times[f"{block} (block)", "merged"]["ms"] > 0
+    assert times[f"{block} (block)", "merged"]["ms"] > times[f"{block}.attn", "merged"]["ms"] > 0
+    assert "profile: median milliseconds of a call" in printed
     assert 0 < found["merged/psnr"] < 60
 
 

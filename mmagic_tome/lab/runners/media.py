@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +21,8 @@ from torch import Tensor
 
 from ...errors import ToMeError
 from ..files import whole_file
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def load_image(image: str | os.PathLike | Image.Image, mode: str = "RGB") -> Image.Image:
@@ -46,7 +50,7 @@ def save_media(
     text: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write an image as PNG, or a clip, a list of frames of one size, as GIF and MP4; whole or not
-    at all. MP4 needs the package imageio-ffmpeg.
+    at all. MP4 needs the package imageio-ffmpeg; without it a note says once that there is none.
 
     Args:
         path: Without a suffix.
@@ -68,7 +72,7 @@ def save_media(
             image.save(part, format="PNG", pnginfo=info)
         return path
     frames = [frame.convert("RGB") for frame in image]
-    if importlib.util.find_spec("imageio_ffmpeg") is not None:
+    if _writes_mp4():
         import imageio
 
         with whole_file(path.with_name(f"{path.name}.mp4")) as part:
@@ -79,6 +83,15 @@ def save_media(
     with whole_file(path) as part:
         frames[0].save(part, format="GIF", save_all=True, append_images=frames[1:], **options)
     return path
+
+
+@functools.cache
+def _writes_mp4() -> bool:
+    """Whether clips can be written as MP4; notes it once if not."""
+    if importlib.util.find_spec("imageio_ffmpeg") is not None:
+        return True
+    _LOGGER.warning("clips are written as GIF only: MP4 needs `pip install imageio-ffmpeg`")
+    return False
 
 
 def frame_strip(image: Image.Image | Sequence[Image.Image], count: int = 4) -> Image.Image:

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import inspect
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,9 @@ from ..request import Request
 from .base import Output, Runner, Source, first_arguments, joined
 from .calls import DECODERS, PipelineCall
 
+# Frames per second that models were trained at, by the beginning of their pipelines' names.
+_FPS = {"Wan": 16, "SkyReels": 24, "HunyuanVideo": 15}
+
 
 class PipelineSource(Source):
     """A pipeline in diffusers' layout. Reads ``model_index.json`` and config files, no weights.
@@ -38,7 +42,8 @@ class PipelineSource(Source):
         config: mmengine's ``Config`` that names it and states the setting, ``infer_cfg`` and
             ``evaluation``. Default: None, nothing of these.
         options: Further arguments of ``from_pretrained``, such as ``torch_dtype='bfloat16'`` or
-            ``variant='fp16'``. Default: None.
+            ``variant='fp16'``. Default: None. A folder that has weights of one variant only is
+            loaded from that one.
 
     Raises:
         ToMeError: There is no such pipeline; diffusers has no such class.
@@ -132,7 +137,7 @@ class PipelineSource(Source):
         # diffusers wants to be told of some that they are not there, such as SD3's third encoder.
         taken = inspect.signature(self.pipeline_class).parameters
         options = dict.fromkeys(part for part in self._unused if part in taken)
-        options = {**options, **self.options}
+        options = {**options, "variant": self._variant(), **self.options}
         if dtype is not None:
             options["torch_dtype"] = dtype
         try:
@@ -151,6 +156,17 @@ class PipelineSource(Source):
         if self.setting.cache is not None:
             apply_cache(pipeline, self.setting.cache)
         return PipelineRunner(pipeline, request, self)
+
+    def _variant(self) -> str | None:
+        """The variant of weights that are there in no other; None if there are plain ones."""
+        folder = _find_file(self.folder, "model_index.json").parent
+        for part in self.parts:
+            files = [*folder.glob(f"{part}/*.safetensors"), *folder.glob(f"{part}/*.bin")]
+            found = [re.match(r"[^.]+\.([^.-]+)(-\d+-of-\d+)?\.", file.name) for file in files]
+            if found and all(found):
+                variants = sorted({match[1] for match in found})
+                return "fp16" if "fp16" in variants else variants[0]
+        return None
 
 
 class PipelineRunner(Runner):
@@ -191,7 +207,7 @@ class PipelineRunner(Runner):
             found = self.request.extra.get(name, self.call.default(name))
             if found:
                 return round(found)
-        return 8
+        return next((fps for name, fps in _FPS.items() if self.call.name.startswith(name)), 8)
 
     def run(
         self,

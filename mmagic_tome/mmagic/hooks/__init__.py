@@ -5,6 +5,7 @@
 tome.py        ``ToMeHook``: reports, changes the ratio by a schedule
 loops.py       ``ToMeTestLoop``, ``ToMeValLoop``: several methods, any metrics
 metrics.py     ``ToMeMetric``, ``ToMeSeconds``
+profile.py     times of the network, its blocks and targets, by method
 prompts.py     ``ToMePromptDataset``: prompts, and perhaps real images
 subject.py     the model of a runner, and generating with it
 =============  ==================================================================

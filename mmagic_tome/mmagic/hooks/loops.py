@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import get_rank, get_world_size
+from mmengine.dist import get_rank, get_world_size, is_main_process
 from mmengine.registry import LOOPS
 from mmengine.runner.base_loop import BaseLoop
 from PIL import Image
@@ -23,9 +25,11 @@ from torch import Tensor
 
 from ...errors import ToMeError
 from ...lab.methods import BASELINE, Method, check_names
+from ...lab.request import Request
 from ...lab.runners import Output, make_request
 from ...settings import Handles, Setting
 from .metrics import BASELINE_KEYS
+from .profile import Profile
 from .subject import generate, iteration_of, model_of, undisturbed
 
 # For how many samples the visualizer gets a sheet of all images.
@@ -46,6 +50,9 @@ class _ImageLoop(BaseLoop):
         evaluator: Metrics of MMagic, of this package (``ToMeMetric``), or both.
         methods: Dicts as of :meth:`mmagic_tome.lab.methods.Method.from_dict`, in a config without
             ``tome_cfg`` and ``cache_cfg``. Default: none.
+        profile: Whether to log the time of the network, its blocks and its targets by method, and
+            to write it to ``profile.json`` in the log folder. A compiled model's blocks cannot be
+            observed. Default: False.
         **request: Fields of :class:`mmagic_tome.lab.request.Request`, such as ``steps``,
             ``guidance``, ``seed`` and ``controls``. Default: those of ``infer_cfg``. Image i has
             the seed ``seed + i`` at any batch size and number of processes.
@@ -68,6 +75,7 @@ class _ImageLoop(BaseLoop):
         dataloader,
         evaluator,
         methods: Sequence[Mapping[str, Any]] = (),
+        profile: bool = False,
         **request: Any,
     ) -> None:
         super().__init__(runner, dataloader)
@@ -80,6 +88,7 @@ class _ImageLoop(BaseLoop):
         self.request = make_request(SimpleNamespace(defaults=defaults), prompts=prompts, **request)
         self._evaluator = evaluator
         self._evaluators: dict[str, Any] = {}
+        self._profile = Profile(self.model) if profile else None
 
     def run(self) -> dict[str, Any]:
         """Generate and judge everything, and call the hooks; return the results of all metrics."""
@@ -103,6 +112,9 @@ class _ImageLoop(BaseLoop):
                 if evaluator.metrics
                 for key, value in evaluator.evaluate().items()
             }
+        if self._profile is not None and is_main_process():
+            table = self._profile.write(Path(runner.log_dir, "profile.json"))
+            runner.logger.info(f"profile: median milliseconds of a call\n{table}")
         runner.call_hook(f"after_{mode}_epoch", metrics=metrics)
         runner.call_hook(f"after_{mode}")
         return metrics
@@ -136,17 +148,21 @@ class _ImageLoop(BaseLoop):
         request = replace(self.request.part(numbers), prompts=prompts)
         model, handles = self.model, Handles.of(self.model)
         with handles.disabled():
-            made = {BASELINE.name: generate(model, request)}
+            made = {BASELINE.name: self._timed(BASELINE.name, request)}
         if handles:
             configs = (one and one.config for one in (handles.tome, handles.cache))
             name = Method("applied", Setting(*configs)).label
-            made[name] = generate(model, request)
+            made[name] = self._timed(name, request)
         for method in self.methods:
             with method.on(model) as applied:
-                made[method.name] = generate(model, request, method.steps)
+                made[method.name] = self._timed(method.name, request, method.steps)
                 for handle in applied if index == 0 else ():
                     self.runner.logger.info(f"{method.name}: {handle.summary()}")
         return numbers, made
+
+    def _timed(self, method: str, request: Request, steps: int | None = None) -> Output:
+        with self._profile.of(method) if self._profile is not None else nullcontext():
+            return generate(self.model, request, steps)
 
     def _judge(self, batch: Any, made: Mapping[str, Output], warm: bool) -> list:
         """Pass the samples of each method to its metrics; return the last method's samples."""

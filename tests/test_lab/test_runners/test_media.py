@@ -14,15 +14,22 @@ REDS = range(0, 240, 40)
 FRAMES = [Image.new("RGB", (16, 8), (red, 0, 0)) for red in REDS]
 
 
-def test_a_clip_is_a_gif_and_where_that_can_be_an_mp4(tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def _notes_again():
+    media._writes_mp4.cache_clear()
+
+
+def test_a_clip_is_a_gif_and_where_that_can_be_an_mp4(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(media.importlib.util, "find_spec", lambda name: None)
     path = media.save_media(tmp_path / "clip", FRAMES, fps=10, text=dict(seed=7))
+    media.save_media(tmp_path / "clip", FRAMES, fps=10, text=dict(seed=7))
     gif = Image.open(path)
     assert json.loads(gif.info["comment"]) == {"seed": "7"}
     assert gif.info["duration"] == 100
     reds = [frame.convert("RGB").getpixel((0, 0))[0] for frame in ImageSequence.Iterator(gif)]
     assert np.allclose(reds, REDS, atol=3)
     assert [one.name for one in tmp_path.iterdir()] == ["clip.gif"]
+    assert caplog.text.count("pip install imageio-ffmpeg") == 1
 
 
 def test_an_mp4_has_the_frames(tmp_path):
