@@ -230,10 +230,11 @@ def peers(page: Path) -> str:
 
 
 def tolerance_pareto(page: Path) -> str:
-    """PSNR against whole-run speed-up of tolerances and of fewer steps, on three samplers."""
+    """PSNR against whole-run speed-up of tolerances and of fewer steps, on two samplers; narrow, so
+    that its words can be read at the width of a page."""
     data = Data(page, "tolerance")
     panels: dict[str, list[plots.Point]] = {}
-    for place in (("DDIM", 3.0), ("DPM-Solver++ 2M", 7.5), ("UniPC", 7.5)):
+    for place in (("DDIM", 3.0), ("DPM-Solver++ 2M", 7.5)):
         points = panels.setdefault(f"{place[0]}, guidance {place[1]:g}", [])
         for row in data.rows:
             if (row["scheduler"], row["guidance"], row["steps"]) != (*place, 20):
@@ -245,7 +246,8 @@ def tolerance_pareto(page: Path) -> str:
             psnr = statistics.mean(one["psnr"] for one in row["images"])
             label = NAMED.get(row["method"], row["method"])
             points.append(plots.Point(label, kind, speed.median, psnr, speed.low, speed.high))
-    return data.plot("pareto", plots.fidelity(panels, PSNR), "Fidelity against speed-up")
+    figure = plots.fidelity(panels, PSNR, width=4.6)
+    return data.plot("pareto", figure, "Fidelity against speed-up")
 
 
 @matplotlib.rc_context(plots.STYLE)

@@ -39,7 +39,7 @@ DATA = Path(__file__).parent / "data/tolerance.json"
 CHOSEN = ("DDIM", "Euler", "DPM-Solver++ 2M", "UniPC")
 SIZE = 128
 TOLERANCES = (0.005, 0.01, 0.02, 0.05)
-SHARES = (0.8, 0.65, 0.5, 0.4)  # of the steps
+SHARES = (0.9, 0.8, 0.65, 0.5, 0.4)  # of the steps
 
 
 def operations(pipeline: Any, steps: int = 1) -> dict[str, int]:

@@ -95,15 +95,18 @@ def pareto_front(points: Sequence[Point], higher_is_better: bool = True) -> list
 
 @matplotlib.rc_context(STYLE)
 def fidelity(
-    panels: Mapping[str, Sequence[Point]], ylabel: str, higher_is_better: bool = True
+    panels: Mapping[str, Sequence[Point]],
+    ylabel: str,
+    higher_is_better: bool = True,
+    width: float = 6.8,
 ) -> Figure:
     """Draw fidelity against speed-up, a panel per title; what the Pareto front dominates is shaded.
 
     An infinite y, such as the PSNR of equal images, is at the upper edge, labelled 'identical'; a
     point whose y is NaN is left out. ``higher_is_better``: False turns the axis round, so that
-    better is always up.
+    better is always up. ``width`` of a panel, in inches.
     """
-    figure, all_axes = panels_of(1.6 + 6.8 * len(panels), 5.4, len(panels))
+    figure, all_axes = panels_of(1.2 + width * len(panels), 2 + width / 2, len(panels))
     known = [point.y for points in panels.values() for point in points if math.isfinite(point.y)]
     lowest, highest = (min(known), max(known)) if known else (0.0, 1.0)
     top = highest + 0.15 * ((highest - lowest) or 1)
