@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from demo import SCHEDULERS, demo_pipeline, demo_transformer, set_scheduler
-from tolerance import known, psnr, relative_error
+from tolerance import decode, known, psnr, relative_error
 from torch import Tensor
 from tqdm import tqdm
 
@@ -108,9 +108,7 @@ class Bench:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels in 0 ... 1."""
-        config = self.pipeline.vae.config
-        latents = latents / config.scaling_factor + (config.get("shift_factor") or 0)
-        return (self.pipeline.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+        return decode(self.pipeline, latents)
 
     def measured(self, method: Method, caption: str, seed: int) -> dict[str, Any]:
         """Latents, seconds of the run and what the method says of it."""
@@ -140,7 +138,7 @@ def measure(
 
     Args:
         case: What is drawn.
-        methods: Without the baseline. One that fails is noted and left out.
+        methods: Without the baseline. One that fails is noted, and the others go on.
         kind: One of :data:`CAPTIONS`.
         count: Images.
         folder: Of this case and kind.

@@ -74,7 +74,9 @@ def run(pipeline: Any, prompt: str, seed: int, steps: int, guidance: float) -> T
 
 def decode(pipeline: Any, latents: Tensor) -> Tensor:
     """Pixels in 0 ... 1."""
-    image = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+    config = pipeline.vae.config
+    latents = latents / config.scaling_factor + (config.get("shift_factor") or 0)
+    image = pipeline.vae.decode(latents).sample
     return (image / 2 + 0.5).clamp(0, 1)
 
 

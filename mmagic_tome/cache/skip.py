@@ -34,7 +34,6 @@ class CacheContext(Context):
         super().__init__()
         self.tracker = RunTracker(dict)
         self.time: float | None = 0.0  # timestep of the call
-        self.last = False  # whether it is the run's last step
         # Region -> what is kept for the branch that is called; empty where nothing is.
         self.state: dict[str, RegionState] = {}
         self.skipped: set[str] = set()  # regions that are skipped in this call
@@ -155,7 +154,7 @@ class CachePatch(Patch):
         self.regions[region].computed += 1
         # Outputs change fastest at the end, so there a line through two tells little of the errors
         # between them; and the last step has a weight of its own.
-        feedback = not context.last
+        feedback = not context.tracker.runs[0].last
         return context.state[region].history.record(context.time, output, feedback)
 
 
@@ -230,7 +229,7 @@ class NetworkCall(Interceptor):
                 "step caching skips nothing, since it is not known how much of the run remains at "
                 f"timestep {timestep!r}; apply it to the pipeline instead of the network",
             )
-        context.time, context.last = time, run.last
+        context.time = time
         if time is None:  # no call continues another: nothing needs to be kept
             return run
         context.state = run.branch.state
