@@ -16,7 +16,7 @@ import argparse
 import itertools
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -25,12 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 from demo import SCHEDULERS, demo_pipeline, demo_transformer, set_scheduler
+from frontier_rows import advantage, paired, speedup
 from tolerance import decode, known, psnr, relative_error
 from torch import Tensor
 from tqdm import tqdm
 
 from mmagic_tome.lab.environment import environment
-from mmagic_tome.lab.measure import balanced_order, interval, peak_memory, ratios
+from mmagic_tome.lab.measure import balanced_order, peak_memory
 from mmagic_tome.lab.methods import BASELINE, Method, predicted_errors
 from mmagic_tome.lab.prompts import read_prompts, spread
 from mmagic_tome.lab.report import save_record
@@ -239,26 +240,6 @@ def collected(case: Case, kind: str, folder: RunFolder) -> list[dict[str, Any]]:
     return sorted(rows.values(), key=lambda row: -speedup(row)) + failed
 
 
-def speedup(row: dict[str, Any]) -> float:
-    """How many times as fast as the baseline, the median over images."""
-    return interval(ratios(row["baseline_seconds"], row["seconds"])).median
-
-
-def is_fewer_steps(row: dict[str, Any]) -> bool:
-    """Whether a row is the baseline with fewer steps."""
-    return re.fullmatch(r"\d+ steps", row["method"]) is not None
-
-
-def fewer_at(rows: Iterable[dict[str, Any]], factor: float) -> float | None:
-    """Mean PSNR of fewer steps at a speed-up, on the line between the two nearest numbers of
-    steps; None beyond what was measured."""
-    points = sorted((speedup(row), mean(row["psnr"])) for row in rows if is_fewer_steps(row))
-    for (low, a), (high, b) in itertools.pairwise(points):
-        if low <= factor <= high:
-            return a + (b - a) * (factor - low) / max(high - low, 1e-9)
-    return None
-
-
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Speed-up, PSNR (mean, 5th percentile, worst) and the advantage over fewer steps."""
     lines = []
@@ -270,10 +251,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         head = f"  {'':38s}  times as fast        PSNR   5 %  worst  over fewer steps   memory"
         lines.append(head)
         for row in runs:
-            found = interval(ratios(row["baseline_seconds"], row["seconds"]))
+            found, better = paired(row), advantage(runs, row)
             low, worst = np.percentile(row["psnr"], 5), min(row["psnr"])
-            other = None if is_fewer_steps(row) else fewer_at(runs, found.median)
-            over = "" if other is None else f"{mean(row['psnr']) - other:+.1f}"
+            over = "" if better is None else f"{better:+.1f}"
             peak = f"{row['memory']:.2f}" if "memory" in row else ""
             lines.append(
                 f"  {row['method']:38s}  {found.text():19s} {mean(row['psnr']):5.1f} {low:5.1f} "

@@ -72,15 +72,20 @@ def test_an_interrupted_run_goes_on_and_writes_each_row_once(frontier, tmp_path,
     assert "not of this model" in frontier.table(list(rows.values()))
 
 
-def test_the_advantage_is_over_fewer_steps_at_the_same_time(frontier):
+def test_the_advantage_is_over_fewer_steps_at_the_same_time(scripts):
+    found = scripts("frontier_rows")
+
     def row(method, seconds, psnr):
         return {"method": method, "seconds": seconds, "baseline_seconds": [10.0], "psnr": [psnr]}
 
     rows = [row("5 steps", [5.0], 20.0), row("8 steps", [8.0], 40.0)]
-    assert frontier.fewer_at(rows, 2) == pytest.approx(20)
-    assert frontier.fewer_at(rows, 1.625) == pytest.approx(30)
-    assert frontier.fewer_at(rows, 3) is None
-    assert not frontier.is_fewer_steps({"method": "residual of 4 steps"})
+    assert found.fewer_at(rows, 2) == pytest.approx(20)
+    assert found.fewer_at(rows, 1.625) == pytest.approx(30)
+    assert found.fewer_at(rows, 3) is None
+    better = row("ToMe", [8.0], 45.0)
+    assert found.advantage([*rows, better], better) == pytest.approx(5)
+    assert found.advantage(rows, rows[0]) is None
+    assert not found.is_fewer_steps({"method": "residual of 4 steps"})
 
 
 @pytest.mark.parametrize(
