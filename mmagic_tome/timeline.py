@@ -44,7 +44,7 @@ def scheduler_name(scheduler: Any) -> str:
 
 def warn_of_oscillation(model: object, configs: Sequence[Any]) -> None:
     """Warn if a model's scheduler amplifies the oscillation that error feedback of one of the step
-    caches introduces (``docs/benchmarks/fixed_steps.md``)."""
+    caches introduces (``docs/howto/scheduler.md``)."""
     name = scheduler_name(scheduler_of(model))
     if name in _FOUR_OUTPUTS and any(config.error_feedback for config in configs):
         warnings.warn(

@@ -10,8 +10,8 @@ With ``residual`` what merging loses is added (M merges, U unmerges)::
                                  R = D - U(f(M x))           what merging loses
     steps in between             U(f(M x)) + R
 
-Extrapolating R along the timestep, and a residual without a second run of f, were measured and lose
-(``docs/benchmarks/merging.md``).
+Extrapolating R along the timestep, and a residual without a second run of f, were measured and
+lose.
 """
 
 from __future__ import annotations
