@@ -55,7 +55,7 @@ format: $(STAMP) ## mend what ruff can mend
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-benchmark: $(STAMP) ## time baseline, merging, tomesd and the ideal (BENCHMARK_ARGS='...')
+benchmark: $(STAMP) ## time baseline, merging and tomesd (BENCHMARK_ARGS='...')
 	$(PY) tools/benchmark.py $(BENCHMARK_ARGS)
 
 figures: $(STAMP) ## write all tables and plots of the pages from benchmarks/data
