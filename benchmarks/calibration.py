@@ -22,15 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo import SCHEDULERS, demo_pipeline, set_scheduler
+from demo import SCHEDULERS, demo_pipeline, relative_error, set_scheduler
+from frontier import captions
 from PIL import Image
+from rows import known
 from tolerance import CHOSEN as DETERMINISTIC
-from tolerance import known, relative_error
 from torch import Tensor
 from tqdm import tqdm
 
 from mmagic_tome import apply_cache
-from mmagic_tome.lab.prompts import read_prompts, spread
 from mmagic_tome.lab.report import save_record
 
 DATA = Path(__file__).parent / "data/calibration.json"
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--tolerance", type=float, default=0.02, help="default: 0.02")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    prompts = spread([one.text for one in read_prompts("demo-held-out")], args.images)
+    prompts = [text for text, _ in captions("held-out", args.images)]
     every = itertools.product(args.task, args.size, args.schedulers, args.guidance, args.steps)
     measure([dict(zip(KEYS, one)) for one in every], prompts, args.tolerance)
 

@@ -19,8 +19,8 @@ from statistics import mean
 from typing import Any, ClassVar
 
 import torch
+from demo import psnr, relative_error
 from frontier import Bench, Case, captions
-from tolerance import psnr, relative_error
 from torch import Tensor
 from tqdm import tqdm
 

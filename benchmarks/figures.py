@@ -16,7 +16,6 @@ What a figure is made of is in ``figure_parts/``, by subject; tolerances are her
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import statistics
 from collections.abc import Callable, Mapping
@@ -26,10 +25,10 @@ from pathlib import Path
 import numpy as np
 from figure_parts import caching, frontiers, networks
 from figure_parts.data import PSNR, Data, Row, if_measured, listed
+from rows import fewer_at, is_fewer_steps, paired, saved
 
 from mmagic_tome.cache import PRESETS
 from mmagic_tome.lab import plots
-from mmagic_tome.lab.measure import Interval, interval, ratios
 
 PAGES = ("*.md", "docs/**/*.md", "benchmarks/*.md", "configs/*/README.md")
 MARKER = re.compile(r"<!-- figure: (\S+) -->")
@@ -40,76 +39,42 @@ NAMED = {f"tolerance {one[0].tolerance:g}": name for name, one in PRESETS.items(
 def presets(page: Path, what: str, fewer: str) -> str:
     """The named settings, each beside as many fewer steps as take the same time."""
     data = Data(page, "tolerance")
-    cells: dict[tuple, list[str]] = {}
-    for row in sorted(data.rows, key=_cell):
-        name = NAMED.get(row["method"])
-        if name is None:
-            continue
-        place = row["scheduler"], row["guidance"], row["steps"]
-        line = cells.setdefault(place, [what.format(*place)])
-        speed, psnr = _speed(data, row), [one["psnr"] for one in row["images"]]
-        beside = _fewer_steps(data, row, speed.median)
-        line.append(
-            f"{speed.text()}: **{statistics.mean(psnr):.1f} dB**"
-            + ("" if beside is None else f" ({fewer} {beside:.1f})")
-        )
-    return data.table(["", *(f"`{name}`" for name in NAMED.values())], [*cells.values()])
+    cells = []
+    for case, rows in _by_place(data).items():
+        line = [what.format(*case)]
+        for row in filter(lambda row: row["method"] in NAMED, rows):
+            speed = paired(row)
+            beside = fewer_at(rows, speed.median)
+            line.append(
+                f"{speed.text()}: **{statistics.mean(row['psnr']):.1f} dB**"
+                + ("" if beside is None else f" ({fewer} {beside:.1f})")
+            )
+        cells.append(line)
+    return data.table(["", *(f"`{name}`" for name in NAMED.values())], cells)
 
 
-def _cell(row: Row) -> tuple:
-    """By what rows of tolerances are sorted."""
-    return row["steps"], row["guidance"], row["scheduler"]
+def _by_place(data: Data) -> dict[tuple[str, float, int], list[Row]]:
+    """Scheduler, guidance scale, steps -> rows in the order of their methods, few steps first."""
 
+    def place(row: Row) -> tuple[int, float, str]:
+        return row["steps"], row["guidance"], row["scheduler"]
 
-def _baseline(data: Data, row: Row) -> Row:
-    keys = ("scheduler", "guidance", "steps")
-    same = (one for one in data.rows if all(one[key] == row[key] for key in keys))
-    return next(one for one in same if one["method"] == "baseline")
-
-
-def _speed(data: Data, row: Row) -> Interval:
-    """How many times as fast as the baseline: the median image, and the interval of that."""
-    return interval(ratios(_baseline(data, row)["seconds"], row["seconds"]))
-
-
-def _saved(row: Row) -> float:
-    """How many times fewer operations than the baseline."""
-    return 1 / statistics.mean(row["operations"])
-
-
-def _fewer_steps(data: Data, row: Row, speed: float, operations: bool = False) -> float | None:
-    """Mean PSNR of fewer steps that take as long, or as many operations: on the line between
-    measured numbers of steps, along the logarithm of the speed-up; None beyond them."""
-    keys = ("scheduler", "guidance", "steps")
-    points = sorted(
-        (
-            _saved(one) if operations else _speed(data, one).median,
-            statistics.mean(image["psnr"] for image in one["images"]),
-        )
-        for one in data.rows
-        if one["method"].endswith(" steps") and all(one[key] == row[key] for key in keys)
-    )
-    for (x0, y0), (x1, y1) in zip(points, points[1:]):
-        if x0 <= speed <= x1:
-            return y0 + (y1 - y0) * math.log(speed / x0) / math.log(x1 / x0)
-    return None
+    cases: dict[tuple[str, float, int], list[Row]] = {}
+    for row in sorted(data.rows, key=place):
+        cases.setdefault((row["scheduler"], row["guidance"], row["steps"]), []).append(row)
+    return {case: sorted(rows, key=lambda row: row["method"]) for case, rows in cases.items()}
 
 
 def tolerance_pareto(page: Path) -> str:
     """PSNR against whole-run speed-up of tolerances and of fewer steps, on two samplers; narrow, so
     that its words can be read at the width of a page."""
     data = Data(page, "tolerance")
-    panels: dict[str, list[plots.Point]] = {}
-    for place in (("DDIM", 3.0), ("DPM-Solver++ 2M", 7.5)):
-        points = panels.setdefault(f"{place[0]}, guidance {place[1]:g}", [])
-        for row in data.rows:
-            if (row["scheduler"], row["guidance"], row["steps"]) != (*place, 20):
-                continue
-            if row["method"] == "baseline":
-                continue
-            kind = "caching" if row["method"].startswith("tolerance") else "fewer steps"
-            speed = _speed(data, row)
-            psnr = statistics.mean(one["psnr"] for one in row["images"])
+    cases, panels = _by_place(data), {}
+    for case in (("DDIM", 3.0, 20), ("DPM-Solver++ 2M", 7.5, 20)):
+        points = panels.setdefault("{}, guidance {:g}".format(*case[:2]), [])
+        for row in cases[case]:
+            speed, psnr = paired(row), statistics.mean(row["psnr"])
+            kind = "fewer steps" if is_fewer_steps(row) else "caching"
             label = NAMED.get(row["method"], row["method"])
             points.append(plots.Point(label, kind, speed.median, psnr, speed.low, speed.high))
     figure = plots.fidelity(panels, PSNR, width=4.6)
@@ -120,27 +85,24 @@ def tolerance(page: Path) -> str:
     """Runs with a tolerance: time, predicted and realised errors, fewer steps beside them."""
     data = Data(page, "tolerance")
     cells = []
-    for row in sorted(data.rows, key=_cell):
-        if not row["method"].startswith("tolerance"):
-            continue
-        speed = _speed(data, row)
-        psnr = sorted(one["psnr"] for one in row["images"])
-        met = [one["error"] / one["predicted"] for one in row["images"] if one["predicted"]]
-        spread = [f"{value:.2f}" for value in np.quantile(met, [0.05, 0.5, 0.95])] if met else []
-        fewer = _fewer_steps(data, row, speed.median)
-        alike = _fewer_steps(data, row, _saved(row), operations=True)
-        cells.append(
-            [
-                f"{row['scheduler']}, guidance {row['guidance']:g}, {row['steps']} steps",
-                row["method"].removeprefix("tolerance "),
-                speed.text(),
-                f"{_saved(row):.2f}x",
-                f"{statistics.mean(one['error'] for one in row['images']):.4f}",
-                " / ".join(spread) or "-",
-                f"{statistics.mean(psnr):.1f} ({np.quantile(psnr, 0.05):.1f}, {psnr[0]:.1f})",
-                *("-" if one is None else f"{one:.1f}" for one in (fewer, alike)),
-            ]
-        )
+    for case, rows in _by_place(data).items():
+        for row in filter(lambda row: row["method"].startswith("tolerance"), rows):
+            speed, psnr = paired(row), row["psnr"]
+            met = [error / one for error, one in zip(row["error"], row["predicted"]) if one]
+            spread = [f"{one:.2f}" for one in np.quantile(met, [0.05, 0.5, 0.95])] if met else []
+            fewer = fewer_at(rows, speed.median), fewer_at(rows, saved(row), saved)
+            cells.append(
+                [
+                    "{}, guidance {:g}, {} steps".format(*case),
+                    row["method"].removeprefix("tolerance "),
+                    speed.text(),
+                    f"{saved(row):.2f}x",
+                    f"{statistics.mean(row['error']):.4f}",
+                    " / ".join(spread) or "-",
+                    f"{statistics.mean(psnr):.1f} ({np.quantile(psnr, 0.05):.1f}, {min(psnr):.1f})",
+                    *("-" if one is None else f"{one:.1f}" for one in fewer),
+                ]
+            )
     heads = ["", "tolerance", "times as fast", "fewer operations", "error of the final latent"]
     heads += ["realised / predicted: 5 %, median, 95 %", "PSNR, dB: mean (5 %, worst)"]
     heads += ["fewer steps in that time, dB", "fewer steps of as many operations, dB"]

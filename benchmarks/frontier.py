@@ -7,12 +7,13 @@ the baseline's of the same caption beside it. An image that is missing is measur
 of its own: an interrupted run goes on, and methods can be added.
 
 Half of the captions are for choosing settings and half for judging them, both of them held out and
-trained captions in equal shares.
+trained captions in equal shares; or the held-out ones of those that judge alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import re
 import time
@@ -24,9 +25,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from demo import SCHEDULERS, demo_pipeline, demo_transformer, set_scheduler
-from frontier_rows import advantage, paired, speedup
-from tolerance import decode, known, psnr, relative_error
+from demo import (
+    SCHEDULERS,
+    decode,
+    demo_pipeline,
+    demo_transformer,
+    psnr,
+    relative_error,
+    set_scheduler,
+    shares,
+)
+from rows import KEPT, advantage, known, paired, speedup
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,7 +46,7 @@ from mmagic_tome.lab.prompts import read_prompts, spread
 from mmagic_tome.lab.report import save_record
 from mmagic_tome.lab.results import RunFolder
 
-CAPTIONS = ("choose", "judge")
+CAPTIONS = ("choose", "judge", "held-out")
 #: Name -> what opens the pipeline, and options of its calls.
 MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "unet": (demo_pipeline, {}),
@@ -67,14 +76,17 @@ def captions(kind: str, count: int) -> list[tuple[str, bool]]:
     """(caption, whether it is held out) in turns of both sides.
 
     Args:
-        kind: One of :data:`CAPTIONS`: the even or the odd entries of both sets.
+        kind: One of :data:`CAPTIONS`: 'choose' is the even entries of both sets, 'judge' the odd
+            ones, 'held-out' the odd ones of captions that the model was not trained on.
         count: At most.
     """
+    sets = ("demo-held-out",) if kind == "held-out" else ("demo-held-out", "demo")
+    first = 0 if kind == "choose" else 1
     sides = []
-    for name in ("demo-held-out", "demo"):
-        every = [prompt.text for prompt in read_prompts(name)][CAPTIONS.index(kind) :: 2]
-        sides.append([(text, name != "demo") for text in spread(every, (count + 1) // 2)])
-    return [one for pair in zip(*sides) for one in pair][:count]
+    for name in sets:
+        every = [prompt.text for prompt in read_prompts(name)][first::2]
+        sides.append([(text, name != "demo") for text in spread(every, -(-count // len(sets)))])
+    return [one for turn in zip(*sides) for one in turn][:count]
 
 
 class Bench:
@@ -111,6 +123,12 @@ class Bench:
         """Pixels in 0 ... 1."""
         return decode(self.pipeline, latents)
 
+    @functools.cached_property
+    def left(self) -> dict[str, float]:
+        """Region -> share of the operations of a call that are left if it is skipped."""
+        size = self.case.size
+        return shares(self.pipeline, height=size, width=size, **self.options)
+
     def measured(self, method: Method, caption: str, seed: int) -> dict[str, Any]:
         """Latents, seconds of the run and what the method says of it."""
         with method.on(self.pipeline) as handles:
@@ -118,7 +136,21 @@ class Bench:
             latents = self.draw(caption, seed, method.steps)
             seconds = time.perf_counter() - began
             predicted = predicted_errors(handles, 1)[0] if handles else None
-        return {"latents": latents, "seconds": seconds, "predicted": predicted}
+            alone = handles.cache is not None and handles.tome is None
+            done = (alone and handles.cache.steps) or []
+        found = {"latents": latents, "seconds": seconds, "predicted": predicted}
+        return found | {"operations": self._operations(method, done)}
+
+    def _operations(self, method: Method, done: Sequence[str]) -> float | None:
+        """Share of the baseline's, where the steps alone say it.
+
+        Args:
+            method: Of the run.
+            done: What was done at each of its steps by step caching; empty without.
+        """
+        if method.kind == "fewer steps":
+            return method.steps / self.case.steps
+        return mean(self.left[step] for step in done) if done else None
 
     def memory(self, method: Method, caption: str) -> int:
         """Peak of the tensors of a run, bytes; twice for what a second run may keep."""
@@ -218,19 +250,21 @@ def _turn(
 
 
 def collected(case: Case, kind: str, folder: RunFolder) -> list[dict[str, Any]]:
-    """One row per method of what a folder has, the fastest first."""
+    """One row per method of what a folder has, the fastest first: lists of :data:`KEPT` with an
+    entry per image; ``memory`` is relative to the baseline's."""
     memory = {row["method"]: row["bytes"] for row in folder.find(kind="memory")}
     rows: dict[str, dict[str, Any]] = {}
     for run in sorted(folder.find(kind="run"), key=lambda run: run["number"]):
         row = rows.setdefault(run["method"], {**asdict(case), "captions": kind})
         row["method"] = run["method"]
-        for key in ("seconds", "baseline_seconds", "error", "psnr", "predicted", "held_out"):
+        for key in KEPT:
             value = run.get(key)
             value = float(f"{value:.5g}") if isinstance(value, float) else value
             row.setdefault(key, []).append(value)
     for name, row in rows.items():
-        if not any(row["predicted"]):
-            del row["predicted"]
+        for key in ("predicted", "operations"):
+            if all(value is None for value in row[key]):
+                del row[key]
         if name in memory:
             row["memory"] = memory[name] / memory[BASELINE.name]
     failed = [
@@ -247,7 +281,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for key, group in itertools.groupby(rows, key=lambda row: tuple(row[one] for one in keys)):
         some = list(group)
         runs = [row for row in some if "failed" not in row]
-        lines.append(f"{Case(*key[:-1])}, captions to {key[-1]}: {len(runs[0]['psnr'])} images")
+        lines.append(f"{Case(*key[:-1])}, {key[-1]} captions: {len(runs[0]['psnr'])} images")
         head = f"  {'':38s}  times as fast        PSNR   5 %  worst  over fewer steps   memory"
         lines.append(head)
         for row in runs:

@@ -23,18 +23,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo import SCHEDULERS, demo_pipeline, set_scheduler
+from demo import (
+    SCHEDULERS,
+    decode,
+    demo_pipeline,
+    operations,
+    psnr,
+    relative_error,
+    set_scheduler,
+    shares,
+)
+from frontier import captions
 from peers import adaptive_diffusion, easycache, fbcache, sada, spectrum, taylorseer, zeus
-from tolerance import CHOSEN, SIZE, decode, operations, psnr, relative_error, run, shares
+from tolerance import CHOSEN
 from torch import Tensor
 from tqdm import tqdm
 
 from mmagic_tome import apply_cache
 from mmagic_tome.lab.methods import Method
-from mmagic_tome.lab.prompts import read_prompts, spread
 from mmagic_tome.lab.report import save_record
 
 DATA = Path(__file__).parent / "data/step_caching_peers.json"
+SIZE = 128
 TOLERANCES = (0.005, 0.01, 0.02, 0.05, 0.1)
 SHARES = (0.8, 0.65, 0.5, 0.4, 0.3)  # of the steps
 BETTER = ("DPM-Solver++ 2M", "UniPC")  # samplers that users take to need fewer steps
@@ -58,6 +68,19 @@ PEERS = (
     *(taylorseer.method(2, interval) for interval in (2, 3)),
 )
 DEEPCACHE = (2, 3, 5)
+
+
+def run(pipeline: Any, prompt: str, seed: int, steps: int, guidance: float) -> Tensor:
+    """The final latents."""
+    return pipeline(
+        prompt,
+        height=SIZE,
+        width=SIZE,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="latent",
+    ).images
 
 
 class Bench:
@@ -195,8 +218,7 @@ def main() -> None:
     cells = itertools.product(args.schedulers, args.guidance, args.steps)
     cells = [] if args.table else [one for one in cells if one not in done]
     if cells:
-        every = [one.text for one in read_prompts("demo-held-out")]
-        prompts = spread(every, args.images)
+        prompts = [text for text, _ in captions("held-out", args.images)]
         bench = Bench(prompts, Path(f"work_dirs/step_caching_peers/{args.images}_images"))
         settings = {"model": "demo model", "size": f"{SIZE}x{SIZE}", "images": args.images}
         settings.update(dtype="float32", captions="held out", left_if_skipped=bench.left)

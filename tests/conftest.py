@@ -8,9 +8,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
-# examples/ and benchmarks/ are imported from the checkout; scripts find what is beside them.
+# examples/ and benchmarks/ are imported from the checkout.
 sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import pytest
 import torch

@@ -17,6 +17,8 @@ from mmagic_tome.lab.report import markdown
 
 # Networks of the benchmark, in full.
 NETWORKS = {
+    "unet": "demo model",
+    "transformer": "demo transformer",
     "sd15": "Stable Diffusion 1.5, random weights",
     "sd15-level0": "finest level of Stable Diffusion 1.5, random weights",
     "sdxl": "Stable Diffusion XL, random weights",
@@ -51,12 +53,14 @@ class Data:
         """What was measured, how, where, when; and a link to the file.
 
         Args:
-            about: What else was the same for all rows.
+            about: What rows are about that have a model each. Default: their models and sizes.
         """
         settings, where = self.record["settings"], self.record["environment"]
-        said = [str(settings[key]) for key in ("model", "size", "dtype") if key in settings]
-        said[0] = NETWORKS.get(said[0], said[0])
-        said += [about] if about else []
+        said = [settings[key] for key in ("model", "size", "dtype") if key in settings]
+        said = [NETWORKS.get(one, str(one)) for one in said]
+        of_rows = {(row["model"], row["size"]) for row in self.rows if {"model", "size"} <= {*row}}
+        models = [f"{NETWORKS[model]}, {size}x{size}" for model, size in sorted(of_rows)]
+        said[:0] = [about] if about else models
         for key in ("images", "steps"):
             if settings.get(key, 1) > 1:
                 said.append(f"{settings[key]} {key}")

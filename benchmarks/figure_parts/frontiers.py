@@ -17,18 +17,17 @@ from pathlib import Path
 from statistics import mean
 
 import numpy as np
-from frontier_rows import advantage, is_fewer_steps, paired, speedup
+from rows import advantage, is_fewer_steps, paired, speedup
 
 from mmagic_tome.lab import plots
 
-from .data import NOT_MEASURED, PSNR, Data, Row, if_measured
+from .data import NETWORKS, NOT_MEASURED, PSNR, Data, Row, if_measured
 
 BEST = 10  # methods of this package per case
 # Rows of other packages and of the method closest to them, which are always shown.
 ALWAYS = re.compile(r"tomesd .*|todo .*|diffusers .*|cache-dit .*")
 IDENTICAL = 100  # dB and more; the data write 120 for images that are equal
 _CASE = ("model", "size", "scheduler", "guidance", "steps")
-_MODELS = {"unet": "demo model", "transformer": "demo transformer"}
 
 
 def best(rows: Sequence[Row], count: int = BEST) -> list[Row]:
@@ -89,7 +88,7 @@ def _about(rows: Sequence[Row], *, without: str = "") -> str:
     """What all rows of a table have in common, and how many images there are."""
     row = next(row for row in rows if "psnr" in row)
     said = {
-        "model": _MODELS[row["model"]],
+        "model": NETWORKS[row["model"]],
         "size": f"{row['size']}x{row['size']}",
         "scheduler": {"flow": "flow matching, Euler"}.get(row["scheduler"], row["scheduler"]),
         "guidance": f"guidance {row['guidance']:g}",
@@ -216,7 +215,7 @@ def pareto(page: Path, name: str, image: str, guidances: Sequence[float], **case
     if not panels:
         return NOT_MEASURED
     figure = plots.fidelity(panels, PSNR, width=4.6)
-    return data.plot(image, figure, f"Fidelity against speed-up of the {_MODELS[case['model']]}")
+    return data.plot(image, figure, f"Fidelity against speed-up of the {NETWORKS[case['model']]}")
 
 
 # --- names of figures -----------------------------------------------------------------------------

@@ -36,8 +36,9 @@ def _fails(model):
 
 
 def test_captions_to_choose_by_never_judge_and_come_from_both_sides(frontier):
-    choose, judge = (frontier.captions(kind, 64) for kind in frontier.CAPTIONS)
-    assert len({text for text, _ in choose}) == 64 and not set(choose) & set(judge)
+    choose, judge, held_out = (frontier.captions(kind, 64) for kind in frontier.CAPTIONS)
+    assert len({text for text, _ in choose}) == 64 and not set(choose) & {*judge, *held_out}
+    assert len(held_out) == 64 and all(side for _, side in held_out)
     trained = {prompt.text for prompt in read_prompts("demo")}
     assert all((text in trained) != held_out for text, held_out in choose + judge)
     assert sum(held_out for _, held_out in judge) == 32
@@ -70,22 +71,27 @@ def test_an_interrupted_run_goes_on_and_writes_each_row_once(frontier, tmp_path,
     assert rows["breaks"]["failed"] == "TypeError: not of this model"
     assert all(error > 0 for error in rows["ratio 0.5"]["error"] + rows["2 steps"]["error"])
     assert "not of this model" in frontier.table(list(rows.values()))
+    assert rows["2 steps"]["operations"] == [round(2 / 3, 5)] * 2
+    assert rows["tolerance 0.05"]["operations"] == [1, 1], "all of three steps are computed"
+    assert "operations" not in rows["ratio 0.5"], "steps alone do not say it"
 
 
 def test_the_advantage_is_over_fewer_steps_at_the_same_time(scripts):
-    found = scripts("frontier_rows")
+    rows = scripts("rows")
 
-    def row(method, seconds, psnr):
-        return {"method": method, "seconds": seconds, "baseline_seconds": [10.0], "psnr": [psnr]}
+    def row(method, seconds, psnr, operations):
+        found = {"method": method, "seconds": seconds, "baseline_seconds": [10.0], "psnr": [psnr]}
+        return found | {"operations": operations}
 
-    rows = [row("5 steps", [5.0], 20.0), row("8 steps", [8.0], 40.0)]
-    assert found.fewer_at(rows, 2) == pytest.approx(20)
-    assert found.fewer_at(rows, 1.625) == pytest.approx(30)
-    assert found.fewer_at(rows, 3) is None
-    better = row("ToMe", [8.0], 45.0)
-    assert found.advantage([*rows, better], better) == pytest.approx(5)
-    assert found.advantage(rows, rows[0]) is None
-    assert not found.is_fewer_steps({"method": "residual of 4 steps"})
+    some = [row("5 steps", [5.0], 20.0, [0.25]), row("8 steps", [8.0], 40.0, [0.8])]
+    assert rows.fewer_at(some, 2) == pytest.approx(20)
+    assert rows.fewer_at(some, (2 * 1.25) ** 0.5) == pytest.approx(30)
+    assert rows.fewer_at(some, 3) is None
+    assert rows.fewer_at(some, 4, rows.saved) == pytest.approx(20)
+    better = row("ToMe", [8.0], 45.0, [0.9])
+    assert rows.advantage([*some, better], better) == pytest.approx(5)
+    assert rows.advantage(some, some[0]) is None
+    assert not rows.is_fewer_steps({"method": "residual of 4 steps"})
 
 
 @pytest.mark.parametrize(
