@@ -56,14 +56,14 @@ def methods(case: Case) -> Sequence[Method]:
             for ratio in RATIOS
             for name, options in (
                 ("", {}),
-                (", prop_attn", dict(prop_attn=True)),
+                (", unweighed", dict(prop_attn=False)),
                 (", blocks", dict(targets="block")),
             )
         ),
         dict(
-            name="tolerance 0.02 and ToMe 0.25, prop_attn",
+            name="tolerance 0.02 and ToMe 0.25",
             cache_cfg=dict(tolerance=0.02),
-            tome_cfg=dict(ratio=0.25, prop_attn=True),
+            tome_cfg=dict(ratio=0.25),
         ),
     ]
     ratios = _mag_ratios(case)

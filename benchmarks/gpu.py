@@ -68,7 +68,7 @@ ATTENTION = {
 CASES = [("sd15", 512), ("sd15", 1024), ("sdxl", 1024), ("sd3", 1024), ("flux", 1024)]
 METHODS = [
     dict(name="ToMe 0.5", tome_cfg=dict(ratio=0.5)),
-    dict(name="ToMe 0.5, prop_attn", tome_cfg=dict(ratio=0.5, prop_attn=True)),
+    dict(name="ToMe 0.5, unweighed", tome_cfg=dict(ratio=0.5, prop_attn=False)),
     dict(name="ToMe 0.5, blocks", tome_cfg=dict(ratio=0.5, targets="block")),
 ]
 # Every second step is skipped; a tolerance that nothing exceeds skips as often as it can.

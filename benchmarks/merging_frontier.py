@@ -3,8 +3,9 @@
 """Token merging where it pays: large pictures, whole runs, beside fewer steps.
 
 The demo UNet at 256 pixels (4096 tokens at its finest level), or the demo transformer, by every
-merging method at three strengths, with and without proportional attention, of keys and values
-alone, with plans reused and with a residual, with and without step caching; tomesd; fewer steps.
+merging method at three strengths, with proportional attention and without ("unweighed"), of keys
+and values alone, with plans reused and with a residual, with and without step caching; tomesd;
+fewer steps.
 How it is measured: ``frontier.py``. Choose settings on some captions, judge them on others. Writes
 ``data/merging_frontier.json``::
 
@@ -33,13 +34,15 @@ TOLERANCES = (0.01, 0.02, 0.05)
 #: What is changed of ToMe at each ratio.
 VARIANTS = {
     "keys and values": dict(targets="attn_kv"),
-    "keys and values, prop_attn": dict(targets="attn_kv", prop_attn=True),
-    "attn and cross-attention, prop_attn": dict(targets=("attn", "crossattn"), prop_attn=True),
+    "keys and values, unweighed": dict(targets="attn_kv", prop_attn=False),
+    "keys and values, plan of 2 steps": dict(targets="attn_kv", plan_interval=2),
+    "keys and values, residual": dict(targets="attn_kv", plan_interval=2, residual=True),
+    "attn and cross-attention": dict(targets=("attn", "crossattn")),
     "blocks": dict(targets="block"),
-    "plan of 2 steps, prop_attn": dict(plan_interval=2, prop_attn=True),
-    "one plan per level, prop_attn": dict(share_plans=True, prop_attn=True),
-    "residual, prop_attn": dict(plan_interval=2, residual=True, prop_attn=True),
-    "residual of 4 steps, prop_attn": dict(plan_interval=4, residual=True, prop_attn=True),
+    "plan of 2 steps": dict(plan_interval=2),
+    "one plan per level": dict(share_plans=True),
+    "residual": dict(plan_interval=2, residual=True),
+    "residual of 4 steps": dict(plan_interval=4, residual=True),
 }
 
 
@@ -53,15 +56,15 @@ def entries() -> Iterator[dict[str, Any]]:
             options = dict(ratio=ratio, method=name)
             label = f"{'ToMe' if name == 'tome' else name} {ratio:g}"
             yield dict(name=label, tome_cfg=options)
-            yield dict(name=f"{label}, prop_attn", tome_cfg={**options, "prop_attn": True})
+            yield dict(name=f"{label}, unweighed", tome_cfg={**options, "prop_attn": False})
         for label, changes in VARIANTS.items():
             yield dict(name=f"ToMe {ratio:g}, {label}", tome_cfg=dict(ratio=ratio, **changes))
     for tolerance in TOLERANCES:
         cache = dict(tolerance=tolerance)
         yield dict(name=f"tolerance {tolerance:g}", cache_cfg=cache)
         yield dict(
-            name=f"tolerance {tolerance:g} and ToMe 0.5, prop_attn",
-            tome_cfg=dict(ratio=0.5, prop_attn=True),
+            name=f"tolerance {tolerance:g} and ToMe 0.5",
+            tome_cfg=dict(ratio=0.5),
             cache_cfg=cache,
         )
 

@@ -54,9 +54,10 @@ class ToMeConfig(Options):
         exact_matching (bool): find every token's most similar destination in full precision.
             Default False: a CPU with fast 8-bit products chooses by them, three times as fast and
             to within half a per cent of similarity; no difference on any other device.
-        prop_attn (bool): proportional attention: softmax(Q K^T / sqrt(d) + log s), where s is the
-            number of tokens that a key stands for (arXiv 2210.09461, section 3). Default False, as
-            in arXiv 2303.17604.
+        prop_attn (bool | str): proportional attention: softmax(Q K^T / sqrt(d) + log s), where s is
+            the number of tokens that a key represents (arXiv 2210.09461, section 3). Default
+            ``'auto'``: wherever self-attention merges and takes weights; True is an error where it
+            does not take any. False is arXiv 2303.17604, and equals tomesd.
         plan_interval (int | sequence of int): compute a new merge plan at every this many steps
             and reuse it in between; or the numbers of the steps that compute one, 0 being the first
             (arXiv 2501.00946). Default 1.
@@ -85,7 +86,7 @@ class ToMeConfig(Options):
     use_rand: bool = True
     seed: int = 0
     exact_matching: bool = False
-    prop_attn: bool = False
+    prop_attn: Any = "auto"
     plan_interval: Any = 1
     share_plans: bool = False
     residual: bool = False
@@ -121,6 +122,8 @@ class ToMeConfig(Options):
                 check_bool("", field.name, getattr(self, field.name))
         for name in ("sx", "sy"):
             self._set(name, check_integer("", name, getattr(self, name), 1, _MAX_CELL, 2))
+        if self.prop_attn != "auto" and not isinstance(self.prop_attn, bool):
+            fail("", "prop_attn", self.prop_attn, "True, False or 'auto'", "auto")
         if self.sx * self.sy < 2:
             raise ToMeError(
                 "sx=1 and sy=1 make every token a destination and leave nothing to merge; write "
@@ -204,7 +207,7 @@ class ToMeConfig(Options):
                 "residual=True is added at steps that reuse a plan, and there are none; write "
                 "plan_interval=2"
             )
-        if self.prop_attn and not set(SELF_ATTENTION) & set(kinds):
+        if self.prop_attn is True and not set(SELF_ATTENTION) & set(kinds):
             raise ToMeError(
                 f"prop_attn=True weighs keys of self-attention, and targets are "
                 f"{', '.join(kinds)}; write targets=['attn'], or prop_attn=False"

@@ -82,6 +82,7 @@ def test_coerce_and_replace():
         (dict(targets=["mpl"]), ["write targets=['mlp']"]),
         (dict(targets=["block", "mlp"]), ["targets=['block']"]),
         (dict(targets=["attn", "attn_kv"]), ["write one"]),
+        (dict(prop_attn=1), ["prop_attn=1 must be True, False or 'auto'; write prop_attn='auto'"]),
         (dict(prop_attn=True, targets="block"), ["targets are block; write targets=['attn'], or"]),
         (dict(across_frames=True, targets=["stack"]), ["'stack'; write targets=['block']"]),
         (dict(across_frames=True, method="todo"), ["'attn_kv'; write", "method than 'todo'"]),

@@ -95,7 +95,7 @@ def _rows(**case):
     rows += [
         _row(f"method {number}", 1.2 + number / 10, 20 + number, **case) for number in range(12)
     ]
-    rows += [_row("tolerance 0.02 and ToMe 0.5, prop_attn", 1.7, 57, **case)]
+    rows += [_row("tolerance 0.02 and ToMe 0.5", 1.7, 57, **case)]
     rows += [_row("tolerance 0.02", 1.6, 58, **case), _row("idle", 0.99, 120, **case)]
     rows += [_row("diffusers TaylorSeer 3, order 1", 2, 30, **case)]
     shared = {**case, "captions": "judge"}
@@ -136,7 +136,7 @@ def test_a_frontier_shows_the_best_methods_and_all_of_other_packages(draw):
     table = _table(text)
     always = [*(f"tomesd {one:g}" for one in STRENGTHS), "todo 0.75", "17 steps", "6 steps"]
     assert {*always} <= {*table}
-    assert {"tolerance 0.02", "tolerance 0.02 and ToMe 0.5, prop_attn", "method 11"} <= {*table}
+    assert {"tolerance 0.02", "tolerance 0.02 and ToMe 0.5", "method 11"} <= {*table}
     assert "chosen on others" not in table and "idle" not in table and "method 1" not in table
     assert len([name for name in table if name.startswith(("method", "tolerance"))]) == 10
     assert table["tolerance 0.02"][0].startswith("1.6") and table["tolerance 0.02"][2][0] == "+"

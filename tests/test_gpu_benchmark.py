@@ -32,7 +32,7 @@ def lines(bench):
 
 FIGURES = {
     "attention": ("gpu_attention", "gpu-attention", ["mask", "channels", "small, batch 2"]),
-    "eager": ("gpu_networks", "gpu-networks", ["ToMe 0.5, prop_attn", "peak memory", "eager"]),
+    "eager": ("gpu_networks", "gpu-networks", ["ToMe 0.5, unweighed", "peak memory", "eager"]),
     "compiled": ("gpu_networks", "gpu-networks", ["ToMe 0.5, blocks", "compiled"]),
     "caching": ("gpu_caching", "gpu-caching", ["interval 2", "tolerance", "skipped step"]),
     "frontier": ("gpu_frontier", "gpu-frontier", ["balanced", "2 steps", "PSNR"]),

@@ -289,3 +289,35 @@ def test_what_cannot_weigh_keys_is_an_error():
         network(**inputs)
     with pytest.raises(ToMeError, match="no mask to weigh keys by; write prop_attn=False"):
         apply_tome(NETWORKS["Kandinsky 2.2: attention on the image itself"].build(), prop_attn=True)
+
+
+def test_by_default_keys_are_weighed_wherever_they_can_be(unet):
+    with apply_tome(unet):
+        default = run(unet)
+    with apply_tome(unet, prop_attn=True):
+        assert torch.equal(run(unet), default)
+    with apply_tome(unet, prop_attn=False):
+        assert not torch.equal(run(unet), default)
+    with apply_tome(unet, targets=["crossattn", "mlp"]) as handle:
+        run(unet)
+        assert "prop_attn" not in handle.description
+
+    unweighed = NETWORKS["Kandinsky 2.2: attention on the image itself"]
+    network, inputs = unweighed.build(), unweighed.inputs()
+    with apply_tome(network, prop_attn=False):
+        plain = run(network, inputs)
+    with apply_tome(network):
+        assert torch.equal(run(network, inputs), plain)
+
+
+def test_attention_that_takes_no_weights_is_named_once(unet):
+    def written_out(attn, hidden_states, encoder_hidden_states=None, **kwargs):
+        return hidden_states, encoder_hidden_states
+
+    network, inputs = networks()["Stable Diffusion 3"]
+    apply_tome(network)
+    network.set_attn_processor(written_out)
+    with pytest.warns(UserWarning, match="keys are not weighed and merging loses more") as seen:
+        network(**inputs)
+        network(**inputs)
+    assert len(seen) == 1

@@ -1,4 +1,4 @@
 # Step caching and token merging together, for large images.
 _base_ = "./vico_cache-balanced.py"
 
-tome_cfg = dict(ratio=0.5, prop_attn=True)
+tome_cfg = dict(ratio=0.5)

@@ -58,7 +58,8 @@ def translate_tomesd(options):
             "tomesd_cfg: merge_attn, merge_crossattn and merge_mlp are all False, which merges "
             "nothing; write merge_attn=True (or ratio=0 for the baseline)"
         )
-    return {**options, "targets": targets}
+    # It has no proportional attention.
+    return {"prop_attn": False, **options, "targets": targets}
 
 
 def read_keys(options):

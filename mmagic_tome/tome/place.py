@@ -64,7 +64,7 @@ def place(
                 joint=kind in block.joint_sequence,
                 context_argument=block.context_argument,
                 output_index=block.output_index.get(kind, 0),
-                weighs=config.prop_attn and kind in SELF_ATTENTION,
+                weighs=config.prop_attn and kind in SELF_ATTENTION and _takes_weights(block),
                 bias=block.mask_argument,
             )
             patch.targets.append(target)
@@ -123,8 +123,8 @@ def _check_block(block: Block, config: ToMeConfig) -> None:
     for kind in config.kinds:
         if kind in block.refused:
             raise ToMeError(f"{block.name} cannot be merged at {kind!r}: {block.refused[kind]}")
-        weighs = config.prop_attn and kind in SELF_ATTENTION
-        if weighs and block.mask_argument is None and block.image_keys is None:
+        weighs = config.prop_attn is True and kind in SELF_ATTENTION
+        if weighs and not _takes_weights(block):
             raise ToMeError(
                 f"prop_attn=True: self-attention of {block.name} takes no mask to weigh keys by; "
                 "write prop_attn=False"
@@ -134,6 +134,11 @@ def _check_block(block: Block, config: ToMeConfig) -> None:
                 f"{block.name} takes queries, keys and values from what is merged at {kind!r}, so "
                 "it cannot run unmerged at some steps; write residual=False"
             )
+
+
+def _takes_weights(block: Block) -> bool:
+    """Whether the keys of a block's self-attention can be weighed."""
+    return block.mask_argument is not None or block.image_keys is not None
 
 
 def _check_ratio(blocks: list[Block], config: ToMeConfig) -> None:

@@ -246,15 +246,17 @@ class WeighKeys(Interceptor):
         return self.weighed(*call)
 
     def weighed(self, module: nn.Module, proceed: Callable, args: tuple, kwargs: dict) -> Any:
-        """The call with its keys weighed; ToMeError if it does not let them."""
+        """The call with its keys weighed; ToMeError if it does not let them and they must."""
         weighing = self.patch.context.weighing = KeyWeighing(self.image_last)
         with weighing:
             output = proceed(module, *args, **kwargs)
         if weighing.log_size is not None and not weighing.masked:
-            raise ToMeError(
-                f"{self.target.name} does not call scaled_dot_product_attention, so its keys "
-                "cannot be weighed; use the model's default attention, or write prop_attn=False"
-            )
+            found = f"{self.target.name} does not call scaled_dot_product_attention, so its keys "
+            instead = "; use the model's default attention, or write prop_attn=False"
+            if self.patch.config.prop_attn is True:
+                raise ToMeError(f"{found}cannot be weighed{instead}")
+            said = f"{found}are not weighed and merging loses more detail{instead}"
+            self.patch.warn_once("unweighed", said)
         return output
 
 

@@ -95,7 +95,7 @@ def test_cached_matching_agrees_with_its_authors_package():
     steps = [(sample + 0.2 * i, torch.tensor(900 - 100 * i)) for i in range(6)]
 
     options = dict(ratio=0.75, exact_matching=True, plan_interval=at, max_downsample=2)
-    options.update(use_rand=False, targets=["attn", "crossattn", "mlp"])
+    options.update(use_rand=False, prop_attn=False, targets=["attn", "crossattn", "mlp"])
     method = dict(type="threshold", threshold=threshold)
     with apply_tome(unet, method=method, **options) as handle:
         ours = [unet(x, **{**inputs, "timestep": t}).sample for x, t in steps]

@@ -133,9 +133,9 @@ def test_clips_of_a_batch_do_not_mix_and_keep_their_own_text(targets):
         alone = dict(inputs, sample=inputs["sample"][clip : clip + 1], encoder_hidden_states=text)
         torch.testing.assert_close(run(network, alone)[0], merged[clip], rtol=1e-3, atol=1e-4)
     if targets == ["attn"]:  # what a key stands for is counted through the frames
-        apply_tome(network, **options, prop_attn=True)
-        weighed = run(network, inputs)
-        assert weighed.isfinite().all() and (weighed - merged).abs().max() > 1e-3
+        apply_tome(network, **options, prop_attn=False)
+        plain = run(network, inputs)
+        assert merged.isfinite().all() and (plain - merged).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plans alone", "residual"])

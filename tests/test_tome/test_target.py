@@ -32,7 +32,8 @@ def test_each_kind_of_target_merges_what_it_says(unet):
 def test_equals_tomesd_on_the_same_layout(unet):
     import tomesd
 
-    with apply_tome(unet, ratio=0.5, exact_matching=True, use_rand=False, **EVERYTHING):
+    options = dict(ratio=0.5, exact_matching=True, use_rand=False, prop_attn=False)
+    with apply_tome(unet, **options, **EVERYTHING):
         ours = run(unet)
     where = dict(max_downsample=8, merge_crossattn=True, merge_mlp=True)
     tomesd.apply_patch(unet, ratio=0.5, use_rand=False, **where)
