@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from figure_parts import caching, frontiers, networks
 from figure_parts.data import PSNR, Data, Row, if_measured, listed
-from rows import fewer_at, is_fewer_steps, paired, saved
+from rows import fewer_at, is_fewer_steps, paired, saved, speedup
 
 from mmagic_tome.cache import PRESETS
 from mmagic_tome.lab import plots
@@ -81,6 +81,24 @@ def tolerance_pareto(page: Path) -> str:
     return data.plot("pareto", figure, "Fidelity against speed-up")
 
 
+def tolerance_advantages(page: Path) -> str:
+    """How much further from the baseline fewer steps are than tolerances, within a sentence: in the
+    same time, and with as many operations."""
+    data = Data(page, "tolerance")
+    said = []
+    for by, what in ((speedup, "in the same time"), (saved, "with as many operations")):
+        found = []
+        for rows in _by_place(data).values():
+            for row in filter(lambda row: row["method"].startswith("tolerance"), rows):
+                other = fewer_at(rows, by(row), by)
+                found += [] if other is None else [statistics.mean(row["psnr"]) - other]
+        said.append(
+            f"{min(found):.1f} to {max(found):.1f} dB, {statistics.mean(found):.1f} dB on average, "
+            f"{what} ({len(found)} settings)"
+        )
+    return " and ".join(said)
+
+
 def tolerance(page: Path) -> str:
     """Runs with a tolerance: time, predicted and realised errors, fewer steps beside them."""
     data = Data(page, "tolerance")
@@ -115,6 +133,7 @@ FIGURES: Mapping[str, Callable[[Path], str]] = {
     "presets-zh": partial(presets, what="{}，引导 {:g}，{} 步", fewer="减少步数："),
     "pareto": tolerance_pareto,
     "tolerance": tolerance,
+    "tolerance-advantages": tolerance_advantages,
     "calibration": caching.calibration,
     "calibration_table": caching.calibration_table,
     "peers": caching.peers,
