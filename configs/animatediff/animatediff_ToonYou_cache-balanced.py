@@ -1,16 +1,6 @@
 # MMagic's AnimateDiff with step caching, the recommended setting: the expected error of the final
 # latent is 0.02 of its norm.
-_base_ = "mmagic::animatediff/animatediff_ToonYou.py"
+_base_ = "../_base_/animatediff.py"
 
 custom_imports = dict(imports=["mmagic_tome"], allow_failed_imports=False)
 cache_cfg = "balanced"
-
-# Weights of $SD_WEIGHTS, a folder in diffusers layout or a name on the model hub: the name in MMagic's
-# own config has left it.
-weights = "{{$SD_WEIGHTS:stable-diffusion-v1-5/stable-diffusion-v1-5}}"
-model = dict(
-    unet=dict(from_pretrained=weights),
-    vae=dict(from_pretrained=weights),
-    text_encoder=dict(pretrained_model_name_or_path=weights),
-    tokenizer=weights,
-)

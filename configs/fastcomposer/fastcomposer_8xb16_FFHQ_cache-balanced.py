@@ -1,19 +1,6 @@
 # MMagic's FastComposer with step caching, the recommended setting: the expected error of the final
 # latent is 0.02 of its norm.
-_base_ = "mmagic::fastcomposer/fastcomposer_8xb16_FFHQ.py"
+_base_ = "../_base_/fastcomposer.py"
 
 custom_imports = dict(imports=["mmagic_tome"], allow_failed_imports=False)
 cache_cfg = "balanced"
-
-# Weights of $SD_WEIGHTS, a folder in diffusers layout or a name on the model hub: the name in MMagic's
-# own config has left it.
-weights = "{{$SD_WEIGHTS:stable-diffusion-v1-5/stable-diffusion-v1-5}}"
-model = dict(
-    unet=dict(from_pretrained=weights),
-    vae=dict(from_pretrained=weights),
-    text_encoder=dict(pretrained_model_name_or_path=weights),
-    tokenizer=weights,
-    scheduler=dict(from_pretrained=weights),
-    test_scheduler=dict(from_pretrained=weights),
-    pretrained_cfg=dict(pretrained_model_name_or_path=weights),
-)

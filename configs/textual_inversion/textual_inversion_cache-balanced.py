@@ -1,18 +1,6 @@
 # MMagic's textual inversion with step caching, the recommended setting: training computes every step,
 # since caching pauses where gradients are enabled.
-_base_ = "mmagic::textual_inversion/textual_inversion.py"
+_base_ = "../_base_/textual_inversion.py"
 
 custom_imports = dict(imports=["mmagic_tome"], allow_failed_imports=False)
 cache_cfg = "balanced"
-
-# Weights of $SD_WEIGHTS, a folder in diffusers layout or a name on the model hub: the name in MMagic's
-# own config has left it.
-weights = "{{$SD_WEIGHTS:stable-diffusion-v1-5/stable-diffusion-v1-5}}"
-model = dict(
-    unet=dict(from_pretrained=weights),
-    vae=dict(from_pretrained=weights),
-    text_encoder=dict(pretrained_model_name_or_path=weights),
-    tokenizer=weights,
-    scheduler=dict(from_pretrained=weights),
-    test_scheduler=dict(from_pretrained=weights),
-)

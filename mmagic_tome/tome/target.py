@@ -53,8 +53,10 @@ class TargetHook(Hook):
         to write instead, if the call cannot be merged."""
         target = self.target
         self._check_call(plan, x, kwargs)
-        if target.weighs:
-            # softmax then counts a merged key as often as it stands for tokens.
+        # With a context of its own, as attention injection has, the keys are not what is merged.
+        own_keys = target.bias is not None and kwargs.get(target.context_argument) is not None
+        if target.weighs and not own_keys:
+            # softmax then counts a merged key as often as it represents tokens.
             log_size, weighing = log_sizes(plan.size, x.dtype), self.patch.context.weighing
             weighing.log_size, weighing.masked = log_size, target.bias is not None
             if weighing.masked:
