@@ -8,7 +8,7 @@ step caching and without. Nothing is timed, so other work may run beside it. Goe
 interrupted. Writes ``data/calibration.json``::
 
     python benchmarks/calibration.py                                # from text, 128 px
-    python benchmarks/calibration.py --size 64
+    python benchmarks/calibration.py --size 256 --steps 20
     python benchmarks/calibration.py --task img2img inpaint --steps 20
 """
 

@@ -182,6 +182,21 @@ RECIPES["mixed"] = [
     replace(MIXED, name="unet_mixed_2", steps=1500, lr_end=0.0, warmup=20, merge=0.0),
 ]
 
+# The last stage of the mixed sizes, from --start-from on: an average of the weights before and
+# after them (average.py), since learning 256 px cost some of what was known at 128 px.
+RECIPES["last"] = [
+    replace(
+        MIXED,
+        name="unet_last",
+        steps=1200,
+        lr=2e-4,
+        lr_end=0.0,
+        warmup=100,
+        size_weights=(2, 1),
+        merge=0.0,
+    )
+]
+
 # The diffusion transformer, on one core. A step at 64 px (64 tokens) costs a tenth of one at 256 px
 # for the same images: what captions mean is learned there, and the other sizes follow.
 DIT = Stage("dit_64", steps=3000, batch=32, lr=1e-3, lr_end=1e-3, warmup=200, size=64, ema=0.999)

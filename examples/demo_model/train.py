@@ -8,6 +8,7 @@ Recipes
   cpu   two cores, about two hours: most steps on 64 and 128 px images, in resumable pieces
   cpu_256  the same and about six hours more on 256 px images (4096 tokens)
   mixed  one core for hours, from --start-from on: 128 and 256 px mixed, more concepts
+  last  from --start-from on, an average of weights (average.py): 128 px more often than 256 px
   dit   one core for hours: the diffusion transformer; its VAE and the start of its text encoder
         come from --start-from (default: the shipped model)
   gpu   one large GPU, under 25 minutes: bf16, finishing on 256 px images
@@ -43,6 +44,8 @@ def main() -> None:
     check_stages(args)
     if args.recipe == "mixed" and args.start_from is None:
         args.start_from = ASSETS
+    if args.recipe == "last" and args.start_from is None:
+        raise ToolError("the recipe last needs --start-from MODEL, which average.py writes")
     common.repair_torchvision()
     data = Data(args.work_dir)
     previous: dict[str, str] = {}
