@@ -52,7 +52,7 @@ class StepCacheConfig:
             the schedule that remains is in [low, high); 1 is the start of a run, 0 its end. A
             schedule's last step is never skipped. Default (0.0, 0.95).
         order (int): 0: the last output again; 1 (default): on the line through the last two, along
-            the timestep; 2: on the parabola through the last three.
+            the timestep; 2: on the polynomial of degree 2 through the last three.
         error_feedback (float): fraction in [0, 1] of the extrapolation error that is added back at
             the next computed step, but not at the last of a run. The error is measured against the
             line between the two computed neighbours. Default 0.
@@ -107,7 +107,7 @@ class StepCacheConfig:
         if given:
             raise ToMeError(
                 f"{_WHERE}a tolerance decides by itself what to skip and where; leave out "
-                f"{', '.join(given)}, or leave out tolerance and the names that stand for one "
+                f"{', '.join(given)}, or leave out tolerance and the names of tolerances "
                 f"({', '.join(PRESETS)})"
             )
 

@@ -57,7 +57,7 @@ class Choice:
     size: str = ""  #: as ``--size`` takes it; '' is the model's own
     tolerance: float = 0.02  #: of step caching; 0 skips nothing
     ratio: float = 0.0  #: of token merging; 0 merges nothing
-    prop_attn: bool = True  #: proportional attention, where tokens are merged
+    prop_attn: bool = True  #: proportional attention wherever attention takes weights
 
     @property
     def baseline(self) -> Choice:
@@ -206,7 +206,8 @@ class Demo:
         own = self.source.setting.tome
         setting = Setting(own) if own is not None and choice.ratio else Setting()
         if choice.ratio:
-            setting = setting.replace(ratio=choice.ratio, prop_attn=choice.prop_attn)
+            prop_attn = "auto" if choice.prop_attn else False
+            setting = setting.replace(ratio=choice.ratio, prop_attn=prop_attn)
         if choice.tolerance:
             setting = setting.replace(cache={"tolerance": choice.tolerance})
         return setting
@@ -264,7 +265,7 @@ def _start_of(setting: Setting) -> dict[str, Any]:
     if setting.tome is not None:
         ratio = setting.tome.ratio
         found["ratio"] = ratio if isinstance(ratio, float) else 0.5
-        found["prop_attn"] = setting.tome.prop_attn
+        found["prop_attn"] = setting.tome.prop_attn is not False
         if setting.cache is None:
             found["tolerance"] = 0.0
     return found

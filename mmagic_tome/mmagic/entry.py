@@ -88,7 +88,7 @@ def _load(name: str) -> ModuleType:
     """The script of the installed MMagic as a module."""
     package = importlib.util.find_spec("mmagic")
     if package is None:
-        raise ToMeError("MMagic is not installed: pip install mmagic==1.2.0")
+        raise ToMeError("MMagic is not installed: pip install --no-deps mmagic==1.2.0")
     folder = Path(package.submodule_search_locations[0])
     file = folder / ".mim" / "tools" / f"{name}.py"
     if not file.is_file():  # MMagic's checkout on PYTHONPATH

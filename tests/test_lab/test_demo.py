@@ -67,7 +67,7 @@ def test_only_what_changed_runs_again(demo, runs):
     both = demo.compare(replace(choice, ratio=0.75, prop_attn=False))
     assert runs[2:] == [caching, merging, (*merging, *caching)]
     assert merged.steps == ["computed"] * 8 and merged.predicted_error is None
-    assert both.code.splitlines()[1] == "mmagic_tome.apply_tome(pipeline, ratio=0.75)"
+    assert both.code.splitlines()[1] == "mmagic_tome.apply_tome(pipeline, ratio=0.75, prop_attn=False)"
     assert "token merging in" in both.summary and "step caching in" in both.summary
 
     # Whatever the baseline depends on asks for another one.
@@ -140,7 +140,7 @@ def test_a_config_states_where_the_page_begins(pipeline_folder, tmp_path):
     )
     demo = Demo(demo_source(config))
     assert demo.first == Choice(
-        "owl", "", 0, 6, 3.0, demo.schedulers[0], "64x64", 0.0, 0.25, prop_attn=False
+        "owl", "", 0, 6, 3.0, demo.schedulers[0], "64x64", 0.0, 0.25, prop_attn=True
     )
     found = demo.compare(demo.first)
     assert found.code == "mmagic_tome.apply_tome(pipeline, ratio=0.25, use_rand=False)"
