@@ -67,7 +67,8 @@ def test_only_what_changed_runs_again(demo, runs):
     both = demo.compare(replace(choice, ratio=0.75, prop_attn=False))
     assert runs[2:] == [caching, merging, (*merging, *caching)]
     assert merged.steps == ["computed"] * 8 and merged.predicted_error is None
-    assert both.code.splitlines()[1] == "mmagic_tome.apply_tome(pipeline, ratio=0.75, prop_attn=False)"
+    merges = both.code.splitlines()[1]
+    assert merges == "mmagic_tome.apply_tome(pipeline, ratio=0.75, prop_attn=False)"
     assert "token merging in" in both.summary and "step caching in" in both.summary
 
     # Whatever the baseline depends on asks for another one.
