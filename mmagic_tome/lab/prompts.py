@@ -34,7 +34,7 @@ def read_prompts(source: str | Path | Sequence[Any]) -> list[Prompt]:
     Args:
         source: One of
 
-            - ``'demo'``: the 228 captions that the demo model was trained on;
+            - ``'demo'``: 228 of the 360 captions that the demo model was trained on;
             - ``'demo-held-out'``: 561 captions of the same kinds that it was not trained on;
             - a ``.txt`` file: one prompt per line, ``#`` begins a comment;
             - a ``.json`` file: a list of texts or of objects with ``prompt`` and optionally
