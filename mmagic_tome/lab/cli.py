@@ -66,12 +66,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         print("\nVERB --help explains the options of each.")
         return 0
     prog = prog or f"mmagic_tome {verb}".strip()
-    if verb in ("test", "train"):
-        from ..mmagic import entry
-
-        return getattr(entry, f"{verb}_main")(words, prog)
 
     def run() -> int | None:
+        if verb in ("test", "train"):
+            from ..mmagic import entry
+
+            return entry.run(verb, words, prog)
         if verb not in VERBS:
             wrong = f"there is no verb {verb!r}" if verb else "state a verb"
             raise ToMeError(f"{wrong}; write one of {', '.join(VERBS)}")
