@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..errors import ToMeError
 from .demo import Choice, Comparison, Demo
-from .runners import frame_strip
+from .runners.media import frame_strip
 
 # Region that was skipped -> class of its cell, and what the legend says.
 _CELLS = {

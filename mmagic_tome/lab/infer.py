@@ -22,7 +22,8 @@ from .methods import BASELINE, Method
 from .metrics import paired
 from .request import Request
 from .results import RunFolder
-from .runners import Runner, Source, frame_strip, save_media
+from .runners import Runner, Source
+from .runners.media import frame_strip, save_media
 from .scores import image_rows, read_frames
 from .table import speedup_text
 
