@@ -16,6 +16,7 @@ from PIL import Image
 
 import mmagic_tome
 from mmagic_tome.lab.infer import infer
+from mmagic_tome.lab.methods import Method
 from mmagic_tome.lab.request import make_request
 from mmagic_tome.lab.runners import open_source
 
@@ -291,7 +292,8 @@ def test_the_demo_runs_and_draws_on_white(tmp_path):
     """What `make demo-dit` does, for one prompt."""
     source = open_source(str(ROOT / "configs" / "demo" / "sd3-emoji_cache-balanced.py"))
     request = make_request(source, prompts=["red apple"])
-    frame = infer(source, request, compare=True, rounds=1, folder=tmp_path, progress=False)
+    method = Method("applied", source.setting)
+    frame = infer(source, request, method, compare=True, rounds=1, folder=tmp_path)
     assert (tmp_path / "compare.png").is_file() and frame["psnr"][1] > 25
     path = tmp_path / "images" / "baseline" / "000000.png"
     image = np.asarray(Image.open(path).convert("RGB"), float)

@@ -136,7 +136,8 @@ def tune(
         limit: Images at most; half of them search, the others check.
         folder: Where files go; what is there is not run again.
         cfg_options: What was changed of the source's config, to be repeated in the new one.
-        source, request, rounds, device, dtype, progress: See :func:`~.infer.infer`.
+        source, request, rounds, device, dtype: See :func:`~.infer.infer`.
+        progress: Whether to show bars.
 
     Returns:
         dict: ``tolerance``; ``met``, whether the check reaches the target; ``config``, the path of
@@ -145,7 +146,6 @@ def tune(
     Raises:
         ToMeError: See :func:`check`; fewer than five steps; images that are not finite.
     """
-    check(source, request, cfg_options)
     if rounds is not None:
         check_integer("", "rounds", rounds, 1)
     folder, parts = Path(folder), split(request, limit)
