@@ -3,7 +3,6 @@
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -55,24 +54,6 @@ def test_prompt_files_are_read_before_anything_slow_is_imported(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "2 set()\n" and "cannot read prompts from missing.txt" in done.stderr
-
-
-def test_commands_of_the_pages_have_options_that_there_are():
-    pages = [*ROOT.glob("*.md")]
-    for folder in ("benchmarks", "configs", "docs", "examples"):
-        pages += (ROOT / folder).rglob("*.md")
-    commands = re.compile(r"(?:tools/(\w+)\.py|-m mmagic_tome (\w+))([^\n`]*)")
-    found = 0
-    for page in pages:
-        if page.name == "commands.md":  # made of the parsers
-            continue
-        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-        for tool, module, words in commands.findall(text):
-            verb = tool or module
-            if verb in VERBS and "--help" not in words:
-                build_parser(verb, f"{page}: {verb}{words}").parse_args(shlex.split(words, True))
-                found += 1
-    assert found > 20
 
 
 @pytest.mark.parametrize(

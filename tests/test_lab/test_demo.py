@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from driven_browser import DrivenBrowser
+from browser import Browser
 
 from mmagic_tome import ToMeError, get_handle
 from mmagic_tome.lab import demo_page
@@ -234,7 +234,7 @@ def served(tmp_path_factory):
 
 @pytest.fixture
 def browser(tmp_path):
-    with DrivenBrowser(tmp_path / "browser") as browser:
+    with Browser(tmp_path / "browser") as browser:
         yield browser
 
 
