@@ -69,20 +69,10 @@ def infer(
 ) -> pd.DataFrame | None:
     """Generate images or clips into a folder, and print what was done; after :func:`check`.
 
-    Args:
-        source, request, device: What is run, on what, where.
-        method: What is applied.
-        compare: Also run the baseline; measure the speed-up, and how close images and latents are
-            to the baseline's; write ``compare.png``.
-        maps: Compare images, without times, and write the merge maps of each, see
-            :func:`~.maps.draw_maps`.
-        rounds: Interleaved pairs of runs with ``compare``. Default: None, five or more, with which
-            a speed-up can be certain.
-        folder: Where files go, see :mod:`.results`.
-        dtype: Of the whole model. Default: None, the source's.
-
-    Returns:
-        pandas.DataFrame: With ``compare``, see :func:`~.table.table`; else None.
+    With ``compare`` also those of the baseline, in interleaved pairs of runs (``rounds`` of them;
+    by default five or more, with which a speed-up can be certain): speed-up and fidelity,
+    ``compare.png``, and the table of :func:`~.table.table`, which is returned. With ``maps`` the
+    same without times, and the merge maps of :func:`~.maps.draw_maps`.
 
     Raises:
         ToMeError: The model cannot be loaded, or the method not be applied.

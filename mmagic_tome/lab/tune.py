@@ -136,8 +136,8 @@ def tune(
         limit: Images at most; half of them search, the others check.
         folder: Where files go; what is there is not run again.
         cfg_options: What was changed of the source's config, to be repeated in the new one.
-        source, request, rounds, device, dtype: See :func:`~.infer.infer`.
-        progress: Whether to show bars.
+        rounds: Interleaved rounds per setting. Default: None, five or more.
+        source, request, device, dtype, progress: See :func:`~.evaluate.evaluate`.
 
     Returns:
         dict: ``tolerance``; ``met``, whether the check reaches the target; ``config``, the path of
