@@ -24,6 +24,7 @@ from .environment import environment
 from .files import write_text
 from .metrics.base import Metric
 from .results import RunFolder
+from .scores import image_rows
 from .table import speedup_text, table
 
 # Of the page: pixels of a side, and prompts.
@@ -193,7 +194,7 @@ def _draw(folder: RunFolder, frame: pd.DataFrame, metrics: Mapping[str, Metric])
 
 def _images(folder: RunFolder, metrics: Mapping[str, Metric]) -> list[dict[str, Any]]:
     """What the page's script shows: prompts evenly spread."""
-    images = {(row["method"], row["number"]): row for row in folder.find(kind="image")}
+    images = image_rows(folder)
     said: dict[tuple[str, int], list[str]] = {key: [] for key in images}
     for row in folder.find(kind="metric"):
         if row["metric"] in metrics and row["number"] is not None and row["value"] is not None:
