@@ -343,7 +343,8 @@ def _demo(args: argparse.Namespace) -> None:
     from .devices import DTYPES, check_device
 
     check_gradio()
-    source = demo_source(args.config, args.checkpoint, args.pipeline, args.cfg_options)
+    keys = ("config", "checkpoint", "pipeline", "cfg_options")
+    source = demo_source(**{key: vars(args)[key] for key in keys})
     device = check_device(args.device)
     _quiet()
     given = {**args.given, "prompts": [prompt.text for prompt in args.prompts]}
