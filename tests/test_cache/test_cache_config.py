@@ -8,9 +8,12 @@ from mmagic_tome.cache import PRESETS, coerce_cache
 
 
 def test_copies_are_checked_and_pickles_work():
-    config = StepCacheConfig("inner", timestep_range=[0.1, 0.5])
+    config = StepCacheConfig(region="inner", timestep_range=[0.1, 0.5])
     assert pickle.loads(pickle.dumps(config)) == config == config.replace()
-    assert config.replace(interval=3) == StepCacheConfig("inner", 3, (0.1, 0.5))
+    changed = dict(region="inner", interval=3, timestep_range=(0.1, 0.5))
+    assert config.replace(interval=3) == StepCacheConfig(**changed)
+    with pytest.raises(ToMeError, match=r"write for example StepCacheConfig\(interval=3\)"):
+        StepCacheConfig("inner")
     with pytest.raises(ToMeError, match="did you mean 'interval'"):
         config.replace(intervall=3)
     with pytest.raises(ToMeError, match="interval=1"):
