@@ -25,7 +25,7 @@ from .files import write_text
 from .metrics.base import Metric
 from .results import RunFolder
 from .scores import image_rows
-from .table import speedup_text, table
+from .table import metrics_of, speedup_text, table
 
 # Of the page: pixels of a side, and prompts.
 LARGEST_SIDE, MOST_IMAGES = 512, 12
@@ -35,10 +35,7 @@ def write_report(folder: RunFolder) -> Path:
     """Write ``table.md``, ``results.csv``, ``results.json``, plots and ``report.html`` of a run, as
     far as it is; return the page, which needs no other file and no network."""
     frame, manifest = table(folder), folder.manifest
-    metrics = {
-        name: Metric(name, about["label"], None, about["unit"], about["higher_is_better"])
-        for name, about in manifest.get("metrics", {}).items()
-    }
+    metrics = metrics_of(manifest)
     columns = _columns(frame, metrics)
     cells = [[column[place] for column in columns.values()] for place in range(len(frame))]
     settings, notes = _settings(manifest), [row["text"] for row in folder.find(kind="note")]
