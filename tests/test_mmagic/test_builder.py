@@ -34,11 +34,8 @@ def built(monkeypatch):
     ("technique", "given", "config"),
     [
         ("tome", ConfigDict(ratio=0.25), ToMeConfig(ratio=0.25)),
-        ("tome", ToMeConfig(ratio=0.25), ToMeConfig(ratio=0.25)),
-        ("tome", {}, ToMeConfig()),
         ("tome", None, None),
         ("cache", "balanced", PRESETS["balanced"]),
-        ("cache", ConfigDict(interval=3), (StepCacheConfig(interval=3),)),
         ("cache", [dict(order=0)], (StepCacheConfig(order=0),)),
         ("cache", None, None),
     ],
