@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,6 @@ from .cache.skip import CachePatch
 from .errors import ToMeError
 from .handle import CacheHandle
 from .models.base import ModelAdapter
-from .patch import interceptors_of
 
 
 class CachedCalls:
@@ -83,17 +83,8 @@ class CachedCalls:
                 the other. Default None: their order does.
             branch: A name for the branch; wins over ``conditioning``. Default None.
         """
-        for interceptor in interceptors_of(self._network):
-            interceptor.set_branch(branch)
-        try:
+        with self._network.cache_context(branch):
             return self._network(latents, timestep, encoder_hidden_states=conditioning, do=function)
-        finally:
-            for interceptor in interceptors_of(self._network):
-                interceptor.set_branch(None)
-
-    def reset_run(self) -> None:
-        """Drop the tensors that are kept between steps, where a run was left in the middle."""
-        self._patch.forget_run()
 
 
 class Function(nn.Module):
@@ -102,6 +93,11 @@ class Function(nn.Module):
     def forward(self, latents: Tensor, timestep: Any, *, do: Callable, **_: Any) -> Tensor:
         """Return ``do()``."""
         return do()
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str | None) -> Iterator[None]:
+        """Name the branch of the calls inside, as models of diffusers have it."""
+        yield
 
 
 class _Adapter(ModelAdapter):

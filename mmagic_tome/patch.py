@@ -243,6 +243,16 @@ class Interceptor:
         """The pipeline names the guidance branch of the calls to come, such as 'cond'."""
 
 
+class RunSignals(Interceptor):
+    """Passes on to a tracker of runs what a pipeline says of them."""
+
+    def end_run(self) -> None:
+        self.patch.context.forget_run()
+
+    def set_branch(self, name: str | None) -> None:
+        self.patch.context.tracker.branch_name = name
+
+
 def intercept(module: nn.Module, interceptor: Interceptor, first: bool = False) -> None:
     """Let an interceptor run in place of a module's call; ``first``: in place of others there.
 

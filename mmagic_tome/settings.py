@@ -27,11 +27,6 @@ class Handles:
         """Those of what is applied to a model."""
         return cls(get_handle(model, "tome"), get_handle(model, "cache"))
 
-    @property
-    def description(self) -> str:
-        """The options in a few words; empty where nothing is applied."""
-        return ", ".join(handle.description for handle in self)
-
     def __bool__(self) -> bool:
         return any(True for _ in self)
 

@@ -87,12 +87,10 @@ def check_range(where: str, key: str, value: Any, example: tuple[float, float]) 
     return float(pair[0]), float(pair[1])
 
 
-def check_choice(
-    where: str, key: str, value: Any, known: Collection[str], default: str | None = None
-) -> str:
-    """One of ``known``; ``default`` is the first."""
+def check_choice(where: str, key: str, value: Any, known: Collection[str]) -> str:
+    """One of ``known``, of which the first is suggested where none is close."""
     if not isinstance(value, str) or value not in known:
-        instead = nearest(value, known) or default or next(iter(known))
+        instead = nearest(value, known) or next(iter(known))
         fail(where, key, value, f"one of {', '.join(known)}", instead)
     return value
 

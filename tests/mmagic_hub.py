@@ -96,14 +96,8 @@ def write_hub(folder):
     tiny.tiny_unet(**sd, in_channels=9).save_pretrained(folder / "inpaint" / "unet")
 
     _link(folder, "xl")
-    layers = dict(transformer_layers_per_block=(1, 2, 3))
-    added = dict(
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=_WIDTH + 6 * 8,
-    )
-    xl = dict(_UNET, block_out_channels=(32, 32, 32), cross_attention_dim=2 * _WIDTH)
-    xl.update(layers, **added)
+    xl = dict(_UNET, **tiny.XL_UNET, transformer_layers_per_block=(1, 2, 3))
+    xl.update(block_out_channels=(32, 32, 32), cross_attention_dim=2 * _WIDTH)
     xl.update(down_block_types=(plain, cross, cross))
     xl.update(up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"))
     tiny.tiny_unet(levels=3, **xl).save_pretrained(folder / "xl" / "unet")

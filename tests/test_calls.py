@@ -54,7 +54,7 @@ def test_fixed_steps_and_runs_without_a_schedule():
     _, ran = generate(calls, told=False)
     assert 1 < STEPS - len(ran) < STEPS / 2
     assert len(generate(calls, told=False)[1]) == len(ran), "every run is as the first"
-    calls.reset_run()
+    calls.handle.reset_run()
     assert len(calls.timesteps) == 0
 
 

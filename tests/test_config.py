@@ -71,7 +71,6 @@ def test_coerce_and_replace():
         (dict(max_downsample=3), ["one of [1, 2, 4", "write max_downsample=2"]),
         (dict(max_downsample="fine"), ["'auto'"]),
         (dict(use_rand=1), ["True or False", "write use_rand=True"]),
-        (dict(across_frames=1), ["across_frames=1 must be True or False"]),
         (dict(seed=-1), ["write seed=0"]),
         (dict(plan_interval=[]), ["plan_interval=[0, 8, 11, 13, 20]"]),
         (dict(plan_interval=[0, 2.5]), ["list of step numbers"]),

@@ -15,8 +15,10 @@ from mmengine.config import Config
 from PIL import Image
 
 import mmagic_tome
-from mmagic_tome.lab import runners
 from mmagic_tome.lab.infer import infer
+from mmagic_tome.lab.methods import Method
+from mmagic_tome.lab.request import make_request
+from mmagic_tome.lab.runners import open_source
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "examples" / "demo_model"
@@ -245,8 +247,8 @@ def test_it_is_trained_and_exported_as_a_pipeline(tools, tiny_dit, tmp_path):
     assert 0 < written < tools["export"].LIMIT
     # A third text encoder that is not there must be named, as for Stable Diffusion 3 itself.
     entry = dict(from_pretrained=str(folder), text_encoder_3=None, tokenizer_3=None)
-    source = runners.open_source(Config(dict(pipeline=entry), cfg_text=" ", filename="dit.py"))
-    request = runners.make_request(source, prompts=["red apple"], steps=2, size=64)
+    source = open_source(Config(dict(pipeline=entry), cfg_text=" ", filename="dit.py"))
+    request = make_request(source, prompts=["red apple"], steps=2, size=64)
     runner = source.load(request)
     assert runner.model.tokenizer_max_length == 20
     assert runner.run([0]).images[0].size == (64, 64)
@@ -288,9 +290,10 @@ def test_shipped_model_fits_mmagic_and_knows_its_captions(tools):
 
 def test_the_demo_runs_and_draws_on_white(tmp_path):
     """What `make demo-dit` does, for one prompt."""
-    source = runners.open_source(str(ROOT / "configs" / "demo" / "sd3-emoji_cache-balanced.py"))
-    request = runners.make_request(source, prompts=["red apple"])
-    frame = infer(source, request, compare=True, rounds=1, folder=tmp_path, progress=False)
+    source = open_source(str(ROOT / "configs" / "demo" / "sd3-emoji_cache-balanced.py"))
+    request = make_request(source, prompts=["red apple"])
+    method = Method("applied", source.setting)
+    frame = infer(source, request, method, compare=True, rounds=1, folder=tmp_path)
     assert (tmp_path / "compare.png").is_file() and frame["psnr"][1] > 25
     path = tmp_path / "images" / "baseline" / "000000.png"
     image = np.asarray(Image.open(path).convert("RGB"), float)

@@ -278,10 +278,12 @@ def test_attention_that_is_written_out_adds_the_mask(unet, processor, channels):
     torch.testing.assert_close(run(unet), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_cannot_weigh_keys_is_an_error():
-    def written_out(attn, hidden_states, encoder_hidden_states=None, **kwargs):
-        return hidden_states, encoder_hidden_states
+def written_out(attn, hidden_states, encoder_hidden_states=None, **kwargs):
+    """In place of a processor: attention that calls no function of torch's."""
+    return hidden_states, encoder_hidden_states
 
+
+def test_what_cannot_weigh_keys_is_an_error():
     network, inputs = networks()["Stable Diffusion 3"]
     apply_tome(network, prop_attn=True)
     network.set_attn_processor(written_out)
@@ -311,9 +313,6 @@ def test_by_default_keys_are_weighed_wherever_they_can_be(unet):
 
 
 def test_attention_that_takes_no_weights_is_named_once(unet):
-    def written_out(attn, hidden_states, encoder_hidden_states=None, **kwargs):
-        return hidden_states, encoder_hidden_states
-
     network, inputs = networks()["Stable Diffusion 3"]
     apply_tome(network)
     network.set_attn_processor(written_out)

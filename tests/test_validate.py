@@ -41,7 +41,6 @@ PAIR, WORDS = ((0.25, 1),), (["mean", "max"],)
         (check_range, PAIR, (None, (0, True), (0, 0.5, 1)), "write key=(0.25, 1)"),
         (check_choice, WORDS, ("maxx",), "must be one of mean, max; write key='max'"),
         (check_choice, WORDS, (3,), "one of mean, max; write key='mean'"),
-        (check_choice, (*WORDS, "max"), ("?",), "write key='max'"),
     ],
 )
 def test_what_is_wrong_and_what_to_write(check, options, values, end):

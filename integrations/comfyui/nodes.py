@@ -156,7 +156,7 @@ class StepCaching:
             self._given, self._sigmas = sigmas, sigmas[:-1][sigmas[:-1] > 0]
             if len(self._sigmas):
                 self.calls.timesteps = self.timesteps(self._sigmas)
-            self.calls.reset_run()  # the last one may have been interrupted
+            self.calls.handle.reset_run()  # the last one may have been interrupted
             self.calls.handle.reset_stats()
         return len(self._sigmas) > 0 and bool((sigma >= _NEARLY * self._sigmas[-1]).all())
 

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Union
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Union
 
 from ..errors import ToMeError
 from ..validate import (
+    Options,
     check_choice,
     check_integer,
-    check_keys,
     check_number,
     check_range,
     is_number,
@@ -21,18 +21,10 @@ from ..validate import (
 
 REGIONS = ("network", "inner")
 _WHERE = "step cache: "
-# Names that users know from elsewhere -> what to write.
-_ELSEWHERE = {
-    "ratio": "that is token merging; write tome_cfg=dict(ratio=0.5), or call apply_tome",
-    "steps": "write interval",
-    "cache_interval": "write interval",
-    "between": "write timestep_range",
-    "repay": "write error_feedback",
-}
 
 
-@dataclass(frozen=True)
-class StepCacheConfig:
+@dataclass(frozen=True, init=False)
+class StepCacheConfig(Options):
     """Skip one region of the network at some steps and extrapolate its output.
 
     With a tolerance, every run decides by itself what to skip and where (:mod:`.tolerance`);
@@ -71,12 +63,17 @@ class StepCacheConfig:
     num_outer_blocks: int = 1
     tolerance: float | None = None
 
-    def __new__(cls, *positional: Any, **options: Any) -> StepCacheConfig:
-        # Before dataclass's own __init__, which would raise a TypeError without a suggestion.
-        check_keys("a step cache", options, [field.name for field in fields(cls)], _ELSEWHERE)
-        return super().__new__(cls)
+    _what, _example = "a step cache", "dict(interval=3)"
+    # Names that users know from elsewhere -> what to write.
+    _elsewhere: ClassVar[Mapping[str, str]] = {
+        "ratio": "that is token merging; write tome_cfg=dict(ratio=0.5), or call apply_tome",
+        "steps": "write interval",
+        "cache_interval": "write interval",
+        "between": "write timestep_range",
+        "repay": "write error_feedback",
+    }
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         check_choice(_WHERE, "region", self.region, REGIONS)
         window = check_range(_WHERE, "timestep_range", self.timestep_range, (0.1, 0.65))
         fraction = check_number(_WHERE, "error_feedback", self.error_feedback, 0, 1, default=0.5)
@@ -88,7 +85,7 @@ class StepCacheConfig:
             "num_outer_blocks": check_integer(_WHERE, "num_outer_blocks", self.num_outer_blocks, 1),
         }
         for name, value in checked.items():
-            object.__setattr__(self, name, value)
+            self._set(name, value)
         if self.tolerance is not None:
             self._check_tolerance()
 
@@ -98,7 +95,7 @@ class StepCacheConfig:
                 f"{_WHERE}tolerance={self.tolerance!r} must be a number at least 0 and below 1; "
                 "write tolerance=0.01"
             )
-        object.__setattr__(self, "tolerance", float(self.tolerance))
+        self._set("tolerance", float(self.tolerance))
         given = [
             one.name
             for one in fields(self)
@@ -111,13 +108,9 @@ class StepCacheConfig:
                 f"({', '.join(PRESETS)})"
             )
 
-    def replace(self, **changes: Any) -> StepCacheConfig:
-        """A changed, validated copy."""
-        return replace(self, **changes)
-
     def to_dict(self) -> dict[str, Any]:
         """All options as JSON has them; ``StepCacheConfig(**options)`` is the inverse."""
-        return plain(asdict(self))
+        return plain(super().to_dict())
 
     @property
     def description(self) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import ToMeError
 from ..graphs import eager_only
 from ..latents import conditioning_of, latents_of, read_timestep
-from ..patch import Context, Interceptor, Patch, intercept
+from ..patch import Context, Interceptor, Patch, RunSignals, intercept
 from ..runs import Call, Run, RunTracker
 from ..timeline import Timeline
 from .config import StepCacheConfig
@@ -158,16 +158,10 @@ class CachePatch(Patch):
         return context.state[region].history.record(context.time, output, feedback)
 
 
-class NetworkCall(Interceptor):
+class NetworkCall(RunSignals):
     """The call of the network: which regions to skip, and the whole of it if that is one."""
 
     skips = True
-
-    def end_run(self) -> None:
-        self.patch.context.forget_run()
-
-    def set_branch(self, name: str | None) -> None:
-        self.patch.context.tracker.branch_name = name
 
     @eager_only(inner=True)
     def call(self, module: nn.Module, proceed: Callable, args: tuple, kwargs: dict) -> Any:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..errors import ToMeError
+from ..errors import ToMeError, one_line
 from ..settings import Setting
 from ..timeline import scheduler_of
 from ..validate import check_choice, check_integer
@@ -214,7 +214,7 @@ def _measure(
                     error = _relative_error(method, output, reference)
                 except Exception as error:  # whatever it is, the other methods can go on
                     kind = "" if isinstance(error, ToMeError) else f"{type(error).__name__}: "
-                    reason = (kind + " ".join(str(error).split()))[:300]
+                    reason = kind + one_line(error)
                     if method is BASELINE:
                         raise ToMeError(f"the baseline cannot run: {reason}") from error
                     folder.note(f"{method.name}: {reason}")

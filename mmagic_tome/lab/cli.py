@@ -66,12 +66,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         print("\nVERB --help explains the options of each.")
         return 0
     prog = prog or f"mmagic_tome {verb}".strip()
-    if verb in ("test", "train"):
-        from ..mmagic import entry
-
-        return getattr(entry, f"{verb}_main")(words, prog)
 
     def run() -> int | None:
+        if verb in ("test", "train"):
+            from ..mmagic import entry
+
+            return entry.run(verb, words, prog)
         if verb not in VERBS:
             wrong = f"there is no verb {verb!r}" if verb else "state a verb"
             raise ToMeError(f"{wrong}; write one of {', '.join(VERBS)}")
@@ -343,7 +343,8 @@ def _demo(args: argparse.Namespace) -> None:
     from .devices import DTYPES, check_device
 
     check_gradio()
-    source = demo_source(args.config, args.checkpoint, args.pipeline, args.cfg_options)
+    keys = ("config", "checkpoint", "pipeline", "cfg_options")
+    source = demo_source(**{key: vars(args)[key] for key in keys})
     device = check_device(args.device)
     _quiet()
     given = {**args.given, "prompts": [prompt.text for prompt in args.prompts]}

@@ -7,7 +7,7 @@ import contextlib
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,16 +85,11 @@ class Comparison:
         return self.baseline.seconds / self.accelerated.seconds
 
 
-def demo_source(
-    config: Any = None,
-    checkpoint: str | Path | None = None,
-    pipeline: str | Path | None = None,
-    cfg_options: Mapping[str, Any] | None = None,
-) -> Source:
-    """What :func:`~.runners.open_source` returns; if neither a config nor a pipeline is stated, the
-    demo model as a diffusers pipeline, which needs no MMagic."""
-    if config is not None or pipeline is not None or checkpoint is not None or cfg_options:
-        return open_source(config, checkpoint, pipeline, cfg_options)
+def demo_source(**given: Any) -> Source:
+    """What :func:`~.runners.open_source` returns for these arguments; without any the demo model as
+    a diffusers pipeline, which needs no MMagic."""
+    if any(given.values()):
+        return open_source(**given)
     from ..assets import asset_path
 
     source = open_source(pipeline=asset_path("demo_model"))

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..errors import ToMeError
 from .demo import Choice, Comparison, Demo
-from .runners import frame_strip
+from .runners.media import frame_strip
 
 # Region that was skipped -> class of its cell, and what the legend says.
 _CELLS = {
@@ -52,23 +52,9 @@ _CSS = """
 """  # noqa: E501
 
 
-def launch(
-    demo: Demo, host: str = "127.0.0.1", port: int | None = None, block: bool = True
-) -> tuple[Any, str]:
-    """Serve the page.
-
-    Args:
-        demo: What it shows.
-        host: Address to listen at. Default: this machine alone.
-        port: Default: the first free one from 7860 on.
-        block: Whether to return only after an interrupt. Default True.
-
-    Returns:
-        tuple: the ``gradio.Blocks``, whose ``close()`` ends it, and the page's address.
-
-    Raises:
-        ToMeError: Gradio is not installed; the port is taken.
-    """
+def launch(demo: Demo, host: str, port: int | None) -> None:
+    """Serve the page until an interrupt; without a ``port`` at the first free one from 7860 on.
+    ToMeError: the port is taken."""
     gradio = _gradio()
     page = build_page(demo)
     fonts = ["system-ui", "Segoe UI", "Roboto", "sans-serif"]
@@ -93,9 +79,7 @@ def launch(
     except OSError as error:
         raise ToMeError(f"cannot serve the page: {error}; write another --port") from None
     print(f"The demo page is at {address} (Ctrl+C ends it)", flush=True)
-    if block:
-        threading.Event().wait()  # an interrupt ends it
-    return page, address
+    threading.Event().wait()
 
 
 def check_gradio() -> None:
@@ -105,7 +89,6 @@ def check_gradio() -> None:
 
 
 def _gradio() -> Any:
-    check_gradio()
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio
 

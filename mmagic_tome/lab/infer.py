@@ -22,7 +22,8 @@ from .methods import BASELINE, Method
 from .metrics import paired
 from .request import Request
 from .results import RunFolder
-from .runners import Runner, Source, frame_strip, save_media
+from .runners import Runner, Source
+from .runners.media import frame_strip, save_media
 from .scores import image_rows, read_frames
 from .table import speedup_text
 
@@ -57,7 +58,7 @@ def check(
 def infer(
     source: Source,
     request: Request,
-    method: Method | None = None,
+    method: Method,
     *,
     compare: bool = False,
     maps: bool = False,
@@ -65,13 +66,12 @@ def infer(
     folder: str | Path,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-    progress: bool = True,
 ) -> pd.DataFrame | None:
     """Generate images or clips into a folder, and print what was done.
 
     Args:
         source, request, device: What is run, on what, where.
-        method: What is applied. Default: None, what the config applies.
+        method: What is applied.
         compare: Also run the baseline; measure the speed-up, and how close images and latents are
             to the baseline's; write ``compare.png``.
         maps: Compare images, without times, and write the merge maps of each, see
@@ -80,7 +80,6 @@ def infer(
             a speed-up can be certain.
         folder: Where files go, see :mod:`.results`.
         dtype: Of the whole model. Default: None, the source's.
-        progress: Whether to show bars.
 
     Returns:
         pandas.DataFrame: With ``compare``, see :func:`~.table.table`; else None.
@@ -88,7 +87,6 @@ def infer(
     Raises:
         ToMeError: See :func:`check`; the model cannot be loaded, or the method not be applied.
     """
-    method = method or Method(source.setting.description, source.setting)
     check(source, request, method, compare, maps)
     if rounds is not None:
         check_integer("", "rounds", rounds, 1)
@@ -96,12 +94,12 @@ def infer(
     frame = None
     if compare or maps:
         rounds = 0 if maps else rounds or default_rounds(request)
-        how = {"memory": False, "command": "infer", "progress": progress}
+        how = {"memory": False, "command": "infer"}
         frame = evaluate_runner(runner, [method], METRICS, rounds, run, **how)
         save_media(run.path / "compare", _sheet(runner, method, run))
     else:
         with run.writing(manifest_of(runner, [method], "infer")):
-            make_images(runner, [method], run, progress)
+            make_images(runner, [method], run, show=True)
     if maps:
         draw_maps(runner, method, run)
     print(report(run, method, frame))

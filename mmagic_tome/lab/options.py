@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import ToMeError
+from ..errors import ToMeError, one_line
 
 INTERRUPTED, BAD_INPUT, MISSED = 130, 2, 1
 
@@ -26,9 +26,7 @@ def exit_code(run: Callable[[], int | None], prog: str) -> int:
     except SystemExit as error:  # of --help
         return int(error.code or 0)
     except ToMeError as error:
-        text = " ".join(str(error).split())
-        text = text if len(text) <= 400 else text[:397] + "..."
-        print(f"{prog}: error: {text}", file=sys.stderr)
+        print(f"{prog}: error: {one_line(error, 400)}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt as error:
         print(f"{prog}: interrupted{error}", file=sys.stderr)

@@ -24,7 +24,8 @@ from .environment import environment
 from .files import write_text
 from .metrics.base import Metric
 from .results import RunFolder
-from .table import speedup_text, table
+from .scores import image_rows
+from .table import metrics_of, speedup_text, table
 
 # Of the page: pixels of a side, and prompts.
 LARGEST_SIDE, MOST_IMAGES = 512, 12
@@ -34,10 +35,7 @@ def write_report(folder: RunFolder) -> Path:
     """Write ``table.md``, ``results.csv``, ``results.json``, plots and ``report.html`` of a run, as
     far as it is; return the page, which needs no other file and no network."""
     frame, manifest = table(folder), folder.manifest
-    metrics = {
-        name: Metric(name, about["label"], None, about["unit"], about["higher_is_better"])
-        for name, about in manifest.get("metrics", {}).items()
-    }
+    metrics = metrics_of(manifest)
     columns = _columns(frame, metrics)
     cells = [[column[place] for column in columns.values()] for place in range(len(frame))]
     settings, notes = _settings(manifest), [row["text"] for row in folder.find(kind="note")]
@@ -193,7 +191,7 @@ def _draw(folder: RunFolder, frame: pd.DataFrame, metrics: Mapping[str, Metric])
 
 def _images(folder: RunFolder, metrics: Mapping[str, Metric]) -> list[dict[str, Any]]:
     """What the page's script shows: prompts evenly spread."""
-    images = {(row["method"], row["number"]): row for row in folder.find(kind="image")}
+    images = image_rows(folder)
     said: dict[tuple[str, int], list[str]] = {key: [] for key in images}
     for row in folder.find(kind="metric"):
         if row["metric"] in metrics and row["number"] is not None and row["value"] is not None:

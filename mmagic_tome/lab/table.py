@@ -36,7 +36,7 @@ def table(folder: RunFolder) -> pd.DataFrame:
     Columns of what was not measured are missing, and so are methods that could not run.
     """
     manifest = folder.manifest
-    found = _grouped(folder)
+    found, metrics = _grouped(folder), metrics_of(manifest)
     rows = []
     for name, method in manifest.get("methods", {}).items():
         row: Row = {}
@@ -54,8 +54,8 @@ def table(folder: RunFolder) -> pd.DataFrame:
                 row["relative_error"] = one["relative_error"]
         for one in found["flops", name, None]:
             row["flops"] = one["run"] / one["images"]
-        for metric, about in manifest.get("metrics", {}).items():
-            row.update(_quality(metric, about, found["metric", name, metric]))
+        for key, metric in metrics.items():
+            row.update(_quality(metric, found["metric", name, key]))
         predicted = [one.get("predicted_error") for one in images]
         if predicted and None not in predicted:
             row["predicted_error"] = float(np.mean(predicted))
@@ -111,11 +111,18 @@ def speedup_text(row: Mapping[str, Any]) -> str:
     return Interval(*ends, row["coverage"], int(row["rounds"])).text()
 
 
-def _quality(name: str, about: Mapping[str, Any], rows: list[Row]) -> Row:
+def metrics_of(manifest: Mapping[str, Any]) -> dict[str, Metric]:
+    """The metrics that a run was measured by, as far as its table needs them."""
+    return {
+        name: Metric(name, about["label"], None, about["unit"], about["higher_is_better"])
+        for name, about in manifest.get("metrics", {}).items()
+    }
+
+
+def _quality(metric: Metric, rows: list[Row]) -> Row:
     if not rows:
         return {}
     if rows[-1]["number"] is None:
-        return {name: rows[-1]["value"], **rows[-1]["others"]}
+        return {metric.name: rows[-1]["value"], **rows[-1]["others"]}
     values = [row["value"] for row in rows if row["value"] is not None]
-    metric = Metric(name, about["label"], None, about["unit"], about["higher_is_better"])
     return metric.figures(values) if values else {}

@@ -26,6 +26,7 @@ from .files import write_text
 from .infer import METRICS
 from .methods import Method, fewer_steps
 from .metrics import paired
+from .plan import DEFAULT_FEWER_STEPS
 from .prompts import spread
 from .report import write_report
 from .request import Request
@@ -36,7 +37,6 @@ from .table import speedup_text
 
 LOW, HIGH, PROBES = 0.001, 0.5, 6  # of tolerances, and how many are tried
 SAME = 0.98  # speed-ups that differ less count as equal
-FEWER = (0.8, 0.65, 0.5)  # shares of the steps
 CONFIGS = (".py", ".json", ".yaml", ".yml")
 Row = Mapping[str, Any]
 
@@ -136,7 +136,8 @@ def tune(
         limit: Images at most; half of them search, the others check.
         folder: Where files go; what is there is not run again.
         cfg_options: What was changed of the source's config, to be repeated in the new one.
-        source, request, rounds, device, dtype, progress: See :func:`~.infer.infer`.
+        rounds: Interleaved rounds per setting. Default: None, five or more.
+        source, request, device, dtype, progress: See :func:`~.evaluate.evaluate`.
 
     Returns:
         dict: ``tolerance``; ``met``, whether the check reaches the target; ``config``, the path of
@@ -179,7 +180,7 @@ def tune(
         # A setting with more to spare, where the check misses the target.
         further = [one for one in tried if one[target.key] > found[target.key]]
         chosen = [found["tolerance"], *([target.best(further)["tolerance"]] if further else [])]
-        rows = measure("check", chosen, fewer_steps(FEWER, runner.steps))
+        rows = measure("check", chosen, fewer_steps(DEFAULT_FEWER_STEPS, runner.steps))
     row = rows[0] if target.meets(rows[0]) or not target.meets(found) else target.best(rows)
     met, report = target.meets(row), write_report(RunFolder(folder / "check"))
     config = write_config(folder, source, request, row["tolerance"], cfg_options)

@@ -31,8 +31,6 @@ import sys
 from . import compat
 from .compat import when_imported
 
-__all__ = ["register_all", "register_config_package"]
-
 _INFERENCERS = "mmagic.apis.inferencers"
 
 # Module of another library, module of this package that is imported right after it, function of

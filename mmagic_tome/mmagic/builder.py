@@ -6,8 +6,6 @@ from torch import nn
 from ..errors import ToMeError
 from .config_keys import apply_keys, read_keys
 
-__all__ = ["build_tome"]
-
 # Keys that mmengine and MMagic put into, or look for in, the outermost model config.
 _FOR_THE_MODEL = ("data_preprocessor", "init_cfg")
 # Options of vision transformers alone.

@@ -6,8 +6,6 @@ from ..cache import coerce_cache, to_plain
 from ..config import ToMeConfig
 from ..errors import ToMeError
 
-__all__ = ["KEYS", "apply_keys", "read", "read_keys", "translate_tomesd"]
-
 #: Config key -> (what reads its value, what applies it, what shows it).
 KEYS = {
     "tome_cfg": (ToMeConfig.coerce, apply_tome, ToMeConfig.to_dict),

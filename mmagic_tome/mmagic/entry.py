@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -42,21 +41,17 @@ _NEEDED = {
 }
 
 
-def test_main(argv: Sequence[str] | None = None, prog: str = "test.py") -> int:
-    """Run MMagic's ``tools/test.py``; return the exit code: 0, or 2 after a one-line error.
+def run(name: str, argv: Sequence[str], prog: str) -> None:
+    """Run MMagic's ``tools/test.py`` or ``tools/train.py``.
 
-    Default arguments: those of the process. ``prog`` is the name shown in help and errors.
+    Args:
+        name: 'test' or 'train'.
+        argv: Arguments of the script.
+        prog: Name shown in help and errors.
+
+    Raises:
+        ToMeError: MMagic is not installed; arguments that cannot be, before anything is built.
     """
-    return _run("test", argv, prog)
-
-
-def train_main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
-    """Run MMagic's ``tools/train.py``; see :func:`test_main`."""
-    return _run("train", argv, prog)
-
-
-def _run(name: str, argv: Sequence[str] | None, prog: str) -> int:
-    argv = list(sys.argv[1:] if argv is None else argv)
 
     class Parser(argparse.ArgumentParser):
         """The script's parser, corrected."""
@@ -74,14 +69,9 @@ def _run(name: str, argv: Sequence[str] | None, prog: str) -> int:
         def parse_args(self) -> argparse.Namespace:
             return _completed(name, super().parse_intermixed_args(argv))
 
-    try:
-        script = _load(name)
-        script.argparse = SimpleNamespace(ArgumentParser=Parser)
-        script.main()
-    except ToMeError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    script = _load(name)
+    script.argparse = SimpleNamespace(ArgumentParser=Parser)
+    script.main()
 
 
 def _load(name: str) -> ModuleType:

@@ -12,8 +12,6 @@ import sys
 
 from .config_keys import apply_keys, read_keys
 
-__all__ = ["patch_animation", "patch_inferencer", "patch_init_model", "patch_runner"]
-
 
 def patch_runner():
     """``Runner.build_model``, which is on every path: ``from_cfg``, the constructor, a model given

@@ -28,8 +28,6 @@ from ..apply import apply_tome, get_handle
 from .builder import build_tome
 from .config_keys import KEYS, apply_keys, read_keys, translate_tomesd
 
-__all__ = ["patch"]
-
 # In the ``__dict__`` of a model while its ``__init__`` runs; what it was given so far.
 _BUILDING = "_tome_building"
 

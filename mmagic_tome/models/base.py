@@ -40,7 +40,6 @@ class Block:
             or no tuple.
         joint_sequence: kinds whose module receives text and image tokens in one sequence, the
             text where :meth:`ModelAdapter.num_text_tokens_before` says. Text is not merged.
-        joint: kinds that also update the text tokens, so that they cannot be skipped.
         refused: kind -> why tokens cannot be merged there and what to write instead: two
             sentences without the final full stop.
     """
@@ -57,7 +56,6 @@ class Block:
     image_keys: str | None = None
     output_index: dict[str, int] = field(default_factory=dict)
     joint_sequence: tuple[str, ...] = ()
-    joint: tuple[str, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
 
 

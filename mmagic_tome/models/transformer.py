@@ -33,7 +33,6 @@ ROTARY = dict(
 )
 # Blocks with joint attention of image and text tokens:
 JOINT = dict(
-    joint=("attn", "block"),
     image_keys="last",
     refused={
         "attn_kv": SAME_TOKENS,

@@ -24,8 +24,7 @@ _COMMON = dict(
     image_keys="first",
     refused={"attn_kv": SAME_TOKENS, "stack": TABLE_OF_ALL},
 )
-_TEXT = dict(_COMMON, joint_sequence=("attn", "mlp", "block"))
-_JOINT = dict(_TEXT, joint=("attn", "block"))
+_JOINT = dict(_COMMON, joint_sequence=("attn", "mlp", "block"))
 
 
 class _JointSequence(RotaryTransformer):
@@ -51,7 +50,7 @@ class ZImage(_JointSequence):
     image_first = True
     lists = (
         # Its sequences contain padding, which counts as text.
-        ("noise_refiner", dict(_TEXT, attn="attention")),
+        ("noise_refiner", dict(_JOINT, attn="attention")),
         ("layers", dict(_JOINT, attn="attention")),
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..graphs import eager_only
 from ..latents import conditioning_of, latents_of, read_timestep, tensors_of
 from ..merging.random import step_key
-from ..patch import Hook, Interceptor
+from ..patch import Hook
 from ..runs import Call
 from .state import TomeContext, TomePatch
 
@@ -131,16 +131,6 @@ class GridPreHook(StepHook):
         for context in contexts:
             context.grid = (height * context.frames, width)
             context.num_before = before
-
-
-class RunSignals(Interceptor):
-    """What a pipeline says of its runs, where merging keeps state between steps."""
-
-    def end_run(self) -> None:
-        self.patch.context.forget_run()
-
-    def set_branch(self, name: str | None) -> None:
-        self.patch.context.tracker.branch_name = name
 
 
 def guidance_map(

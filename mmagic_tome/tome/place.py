@@ -13,10 +13,10 @@ from torch import nn
 from ..config import ToMeConfig
 from ..errors import ToMeError
 from ..models import Block, ModelAdapter
-from ..patch import intercept, interceptors_of, register
+from ..patch import RunSignals, intercept, interceptors_of, register
 from ..schedules import SELF_ATTENTION, Place
 from .block import BlockPreHook
-from .network import GridPreHook, NetworkPostHook, NetworkPreHook, RunSignals
+from .network import GridPreHook, NetworkPostHook, NetworkPreHook
 from .state import BlockState, Target, TomePatch
 from .target import WeighKeys, target_hooks
 

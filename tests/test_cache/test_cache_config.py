@@ -7,23 +7,13 @@ from mmagic_tome import StepCacheConfig, ToMeError
 from mmagic_tome.cache import PRESETS, coerce_cache
 
 
-def test_defaults():
-    assert StepCacheConfig().to_dict() == {
-        "region": "network",
-        "interval": 2,
-        "timestep_range": [0.0, 0.95],
-        "order": 1,
-        "error_feedback": 0.0,
-        "num_outer_blocks": 1,
-        "tolerance": None,
-    }
-    assert coerce_cache() == PRESETS["balanced"]
-
-
 def test_copies_are_checked_and_pickles_work():
-    config = StepCacheConfig("inner", timestep_range=[0.1, 0.5])
+    config = StepCacheConfig(region="inner", timestep_range=[0.1, 0.5])
     assert pickle.loads(pickle.dumps(config)) == config == config.replace()
-    assert config.replace(interval=3) == StepCacheConfig("inner", 3, (0.1, 0.5))
+    changed = dict(region="inner", interval=3, timestep_range=(0.1, 0.5))
+    assert config.replace(interval=3) == StepCacheConfig(**changed)
+    with pytest.raises(ToMeError, match=r"write for example StepCacheConfig\(interval=3\)"):
+        StepCacheConfig("inner")
     with pytest.raises(ToMeError, match="did you mean 'interval'"):
         config.replace(intervall=3)
     with pytest.raises(ToMeError, match="interval=1"):
@@ -32,6 +22,7 @@ def test_copies_are_checked_and_pickles_work():
 
 def test_options_and_dicts():
     mmengine = pytest.importorskip("mmengine")
+    assert coerce_cache() == PRESETS["balanced"]
     assert coerce_cache(interval=3) == (StepCacheConfig(interval=3),)
     one = StepCacheConfig(region="inner", interval=3)
     options = dict(region="inner", interval=3)
@@ -48,18 +39,13 @@ def test_options_and_dicts():
     ("options", "said"),
     [
         (dict(interval=1), "write interval=2"),
-        (dict(interval=True), "interval=True"),
-        (dict(interval=2.5), "an integer"),
-        (dict(region="outer"), "network, inner"),
         (dict(region="iner"), "write region='inner'"),
         (dict(intervall=2), "did you mean 'interval'"),
         (dict(cache_interval=2), "write interval"),
         (dict(order=3), "write order=2"),
         (dict(error_feedback=2), "write error_feedback=1"),
         (dict(error_feedback="all"), "write error_feedback=0.5"),
-        (dict(timestep_range=(0.5, 0.5)), "low < high"),
         (dict(timestep_range=(0.8, 0.2)), "write timestep_range=(0.2, 0.8)"),
-        (dict(timestep_range=0.5), "timestep_range=0.5"),
         (dict(timestep_range=(0, 1000)), "1 is the start of a run"),
         (dict(num_outer_blocks=0), "write num_outer_blocks=1"),
         (dict(tolerance=-0.1), "tolerance=-0.1 must be a number at least 0"),

@@ -142,9 +142,6 @@ def test_inner_levels_are_skipped_and_outer_ones_computed(unet, outer):
         assert error(step.output, expected) < 0.3
 
 
-# --- runs -----------------------------------------------------------------------------------------
-
-
 # --- other networks -------------------------------------------------------------------------------
 
 

@@ -37,7 +37,7 @@ def runs(command, tmp_path):
 @pytest.fixture
 def no_loading(monkeypatch):
     """Let the test fail if weights are loaded."""
-    from mmagic_tome.lab.runners.mmagic import MMagicSource
+    from mmagic_tome.lab.runners.mmagic_source import MMagicSource
     from mmagic_tome.lab.runners.pipelines import PipelineSource
 
     def load(*args, **kwargs):

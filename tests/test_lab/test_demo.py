@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from driven_browser import DrivenBrowser
+from browser import Browser
 
 from mmagic_tome import ToMeError, get_handle
 from mmagic_tome.lab import demo_page
@@ -139,7 +139,7 @@ def test_a_config_states_where_the_page_begins(pipeline_folder, tmp_path):
         "tome_cfg = dict(ratio=0.25, use_rand=False)\n"
         "infer_cfg = dict(prompts=['owl'], steps=6, size=64, guidance=3.0)\n"
     )
-    demo = Demo(demo_source(config))
+    demo = Demo(demo_source(config=config))
     assert demo.first == Choice(
         "owl", "", 0, 6, 3.0, demo.schedulers[0], "64x64", 0.0, 0.25, prop_attn=True
     )
@@ -152,7 +152,7 @@ def test_a_model_of_mmagic_has_its_own_scheduler_alone(sd_folder, tmp_path):
     from tiny import tiny_config, write_config
 
     config = write_config(tmp_path / "mmagic.py", tiny_config(folder=sd_folder))
-    demo = Demo(demo_source(config), prompts=["owl"], steps=8, size=64)
+    demo = Demo(demo_source(config=config), prompts=["owl"], steps=8, size=64)
     assert len(demo.schedulers) == 1
     assert demo.compare(replace(demo.first, tolerance=0.5)).steps.count("network") > 0
 
@@ -235,7 +235,7 @@ def served(tmp_path_factory):
 
 @pytest.fixture
 def browser(tmp_path):
-    with DrivenBrowser(tmp_path / "browser") as browser:
+    with Browser(tmp_path / "browser") as browser:
         yield browser
 
 

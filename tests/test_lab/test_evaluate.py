@@ -9,9 +9,8 @@ import forked
 import numpy as np
 import pytest
 import torch
-from evaluations import CACHED, HALF, METHODS, TOLERANT, run
 from PIL import Image
-from toy_runner import ToyRunner, ToySource, toy_request
+from toy_runner import CACHED, HALF, METHODS, TOLERANT, ToyRunner, ToySource, run, toy_request
 
 from mmagic_tome.errors import ToMeError
 from mmagic_tome.lab.cost import measure_cost

@@ -83,7 +83,6 @@ def test_methods_are_texts_or_dicts_and_options_replace_those_of_the_config():
         ({}, dict(metrics=[dict(name="fid", x=5)]), "fid has no option 'x'"),
         ({}, dict(fewer_steps=[0.5]), "fewer_steps than how many"),
         ({}, dict(methods=["tome:0.5", "tome:0.5"]), "would share the folder"),
-        (dict(seed=[1, 2]), {}, "seed is one for all"),
         ({}, dict(real="nowhere"), "nowhere is not a folder"),
     ],
 )

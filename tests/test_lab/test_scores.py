@@ -3,8 +3,8 @@
 
 import numpy as np
 import pytest
-from evaluations import FEWER, HALF, run
 from PIL import Image
+from toy_runner import FEWER, HALF, run
 
 from mmagic_tome.errors import ToMeError
 from mmagic_tome.lab import evaluate as module

@@ -1,5 +1,6 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""A runner of a random UNet without text encoder and VAE: 64 x 64 images in milliseconds."""
+"""A runner of a random UNet without text encoder and VAE: 64 x 64 images in milliseconds; and
+evaluations of it."""
 
 import hashlib
 import time
@@ -9,12 +10,20 @@ import torch
 from PIL import Image
 from tiny import tiny_unet
 
+from mmagic_tome.lab.evaluate import evaluate
 from mmagic_tome.lab.measure import StepMarks
+from mmagic_tome.lab.methods import Method, parse_method
 from mmagic_tome.lab.request import Request
 from mmagic_tome.lab.runners.base import Output, Runner, Source
 from mmagic_tome.settings import Setting
 
 SIDE = 64
+HALF = Method.from_dict(dict(name="half", tome_cfg=dict(ratio=0.5)))
+CACHED = Method.from_dict(dict(name="Cached!", cache_cfg=dict(region="network")))
+FEWER = Method("3 steps", steps=3)
+TOLERANT = parse_method("tolerance:0.5")
+METHODS = [HALF, CACHED, FEWER]
+METRICS = ["psnr", "ssim", "latent_error"]
 
 
 def toy_request(**changes):
@@ -83,3 +92,10 @@ class ToyRunner(Runner):
         pixels = ((pixels.nan_to_num() / 3 + 0.5).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
         frames = [Image.fromarray(np.roll(pixels, shift, axis=1)) for shift in range(3)]
         return frames if self.video else frames[0]
+
+
+def run(folder, methods=METHODS, metrics=METRICS, rounds=0, source=None, **options):
+    """Evaluate; return the table."""
+    request = options.pop("request", None) or toy_request()
+    source = source or ToySource()
+    return evaluate(source, request, methods, metrics, rounds, folder, progress=False, **options)

@@ -13,6 +13,7 @@ import tiny
 import torch
 from PIL import Image
 
+from mmagic_tome.__main__ import main
 from mmagic_tome.mmagic import entry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,12 +39,8 @@ def test_the_demo_config_in_a_process_of_its_own(tmp_path, monkeypatch):
     torch.save({"state_dict": model.state_dict()}, tmp_path / "demo.pth")
     monkeypatch.chdir(tmp_path)
     options = ["infer_cfg.steps=4", "test_dataloader.dataset.prompts=[sailboat]"]
-    printed = printed_by(
-        lambda: entry.test_main(
-            [EVAL, "demo.pth", "--work-dir=w", "--out=metrics.json", "--cfg-options", *options]
-        ),
-        tmp_path,
-    )
+    words = ["test", EVAL, "demo.pth", "--work-dir=w", "--out=metrics.json", "--cfg-options"]
+    printed = printed_by(lambda: main([*words, *options]), tmp_path)
     found = json.loads((tmp_path / "metrics.json").read_text())
     names = ("psnr", "ssim", "latent_error", "seconds")
     of_methods = {f"{method}/{name}" for method in ("merged", "cached") for name in names}
@@ -90,7 +87,7 @@ def test_training_resumes_in_another_process(sd_folder, tmp_path):
 
     def printed_by_training(*arguments):
         command = [config, "--work-dir", str(tmp_path / "w"), *arguments]
-        return printed_by(lambda: entry.train_main(command), tmp_path)
+        return printed_by(lambda: main(["train", *command]), tmp_path)
 
     printed = printed_by_training("--auto-scale-lr")
     assert "token merging in UNet2DConditionModel" in printed
@@ -112,8 +109,7 @@ def completed(monkeypatch):
         loaded, found = entry._load(name), []
         monkeypatch.setattr(loaded, "main", lambda: found.append(loaded.parse_args()))
         monkeypatch.setattr(entry, "_load", lambda name: loaded)
-        main = getattr(entry, f"{name}_main")
-        assert main([str(argument) for argument in arguments]) == 0
+        assert main([name, *map(str, arguments)]) == 0
         return found[0]
 
     return completed
@@ -156,6 +152,6 @@ def test_input_that_cannot_be(name, arguments, message, capsys, monkeypatch):
         raise AssertionError("built")
 
     monkeypatch.setattr("mmengine.runner.Runner.from_cfg", build)
-    assert getattr(entry, f"{name}_main")(arguments) == 2
+    assert main([name, *arguments], f"{name}.py") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"{name}.py: error: ") and message in error

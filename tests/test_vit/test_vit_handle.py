@@ -43,8 +43,6 @@ def test_config_checks_like_the_function():
         (dict(r=(8, 1.5)), r"inflect in r=\(r, inflect\) must be in \[-1, 1\], got 1.5"),
         (dict(metric="key"), "metric='key' must be one of keys, .*; write metric='keys'"),
         (dict(distance="l1"), "distance='l1' must be one of"),
-        (dict(combination="median"), "combination='median' must be one of"),
-        (dict(partition="thirds"), "partition='thirds' must be one of"),
         (dict(prop_attn=1), "prop_attn=1 must be True or False; write prop_attn=True"),
         (dict(unmerge="last"), "unmerge='last' must be True or False"),
         (dict(seed=-1), "seed=-1 must be an integer at least 0; write seed=0"),

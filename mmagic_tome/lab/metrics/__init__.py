@@ -26,7 +26,7 @@ from unittest import mock
 
 import torch
 
-from ...errors import ToMeError
+from ...errors import ToMeError, one_line
 from ...validate import did_you_mean
 from . import pairs, sets
 from .base import Metric, PairedMetric, SetMetric
@@ -104,8 +104,7 @@ def _build(known: Iterable[str], name: str, options: Mapping[str, Any]) -> Any:
         needs = f"{error.name}: pip install {error.name}" if error.name else str(error)
         raise ToMeError(f"{name} needs {needs}") from error
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:300].rstrip(". ")
-        raise ToMeError(f"{name} cannot be loaded: {reason}") from error
+        raise ToMeError(f"{name} cannot be loaded: {one_line(error)}") from error
 
 
 def _download(url: str, path: str, *args: Any, **kwargs: Any) -> None:

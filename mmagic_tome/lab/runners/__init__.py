@@ -8,21 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ToMeError
-from ..request import Request, make_request
+from ..request import Request
 from .base import Output, Runner, Source
-from .media import frame_strip, load_image, save_media
 
-__all__ = [
-    "Output",
-    "Runner",
-    "Source",
-    "frame_strip",
-    "load_image",
-    "make_request",
-    "open_source",
-    "runner_of",
-    "save_media",
-]
+__all__ = ["Output", "Runner", "Source", "open_source", "runner_of"]
 
 
 def open_source(
@@ -62,7 +51,7 @@ def open_source(
     config.merge_from_dict(dict(cfg_options or {}))
     # MMagic's configs for training call their list of data transforms "pipeline".
     if config.get("pipeline") is None or isinstance(config.pipeline, (list, tuple)):
-        from .mmagic import MMagicSource
+        from .mmagic_source import MMagicSource
 
         source = MMagicSource(config, checkpoint=checkpoint)
     elif config.get("model") is not None:

@@ -25,8 +25,6 @@ from .base import Output, Runner, first_arguments, flat, joined
 from .media import load_image
 from .mmagic_source import MMagicSource, call_of, check_request
 
-__all__ = ["MMagicRunner", "MMagicSource"]
-
 _LANCZOS = Image.Resampling.LANCZOS
 # Images of subjects, which their models resize; MMagic resizes no others.
 _OWN_SIZES = ("image_reference", "reference_subject_images")

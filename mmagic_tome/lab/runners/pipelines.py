@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...apply import apply_cache, apply_tome
-from ...errors import ToMeError
+from ...errors import ToMeError, one_line
 from ...mmagic.config_keys import read_keys
 from ...models import find_adapter, find_denoisers
 from ...models.find import DENOISERS
@@ -146,7 +146,7 @@ class PipelineSource(Source):
                 warnings.simplefilter("ignore", FutureWarning)
                 pipeline = self.pipeline_class.from_pretrained(self.folder, **options)
         except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-            raise ToMeError(f"cannot load {self.folder}: {_one_line(error)}") from error
+            raise ToMeError(f"cannot load {self.folder}: {one_line(error)}") from error
         if "torch_dtype" not in options:
             # diffusers loads weights of half precision as float32, and transformers as they are.
             pipeline.to(find_denoisers(pipeline, warn=False)[0].network.dtype)
@@ -228,7 +228,7 @@ class PipelineRunner(Runner):
         except ValueError as error:  # how pipelines refuse arguments
             if isinstance(error, ToMeError):
                 raise
-            raise ToMeError(f"{self.call.name}: {_one_line(error)}") from error
+            raise ToMeError(f"{self.call.name}: {one_line(error)}") from error
         images = list(result.frames if hasattr(result, "frames") else result.images)
         first = images[0][0] if self.video else images[0]
         self.size = first.height, first.width
@@ -280,7 +280,7 @@ def _find_file(path: str, name: str) -> Path:
     except Exception as error:  # of the hub, of the network, for a name that cannot be an id
         raise ToMeError(
             f"pipeline {path!r} is neither a folder nor can the hub provide its {name}: "
-            f"{_one_line(error)}"
+            f"{one_line(error)}"
         ) from error
 
 
@@ -298,8 +298,3 @@ def _pipeline_class(name: Any) -> Any:
     if not (inspect.isclass(cls) and issubclass(cls, diffusers.DiffusionPipeline)):
         raise ToMeError(f"diffusers {diffusers.__version__} has no pipeline {name!r}")
     return cls
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."

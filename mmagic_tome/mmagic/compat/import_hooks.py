@@ -10,8 +10,6 @@ import contextlib
 import importlib.abc
 import sys
 
-__all__ = ["around_import", "when_imported"]
-
 
 def around_import(name, callback):
     """Enter the context manager that ``callback()`` returns around the code of a module that is not

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from ...errors import ToMeError
 from ...lab.methods import BASELINE, Method, check_names
-from ...lab.request import Request
-from ...lab.runners import Output, make_request
+from ...lab.request import Request, make_request
+from ...lab.runners import Output
 from ...settings import Handles, Setting
 from .metrics import BASELINE_KEYS
 from .profile import Profile

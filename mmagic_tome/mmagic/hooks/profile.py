@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -51,9 +50,9 @@ class Profile:
         for name, one in marks:
             self._seconds.setdefault((name, method), []).extend(one.seconds())
 
-    def frame(self) -> Any:
-        """A pandas DataFrame with a row per module and method: ``module``, ``method``, ``ms``
-        (median time of a call) and ``calls``."""
+    def write(self, path: str | Path) -> str:
+        """Write a row per module and method as JSON: ``module``, ``method``, ``ms`` (median time of
+        a call) and ``calls``; return them as a table."""
         import pandas
 
         rows = [
@@ -61,11 +60,7 @@ class Profile:
             for key, seconds in self._seconds.items()
             if seconds
         ]
-        return pandas.DataFrame(rows, columns=["module", "method", "ms", "calls"])
-
-    def write(self, path: str | Path) -> str:
-        """Write the rows as JSON; return them as a table."""
-        frame = self.frame()
+        frame = pandas.DataFrame(rows, columns=["module", "method", "ms", "calls"])
         frame.to_json(path, orient="records", indent=1)
         table = frame.pivot(index="module", columns="method", values="ms")
         table = table.loc[frame["module"].unique(), frame["method"].unique()].rename_axis(None)

@@ -15,8 +15,7 @@ from torch.utils.data import Dataset
 from ...errors import ToMeError
 from ...lab.prompts import read_prompts
 from ...lab.real import RealImages
-from ...lab.runners import load_image
-from ...lab.runners.media import to_tensor
+from ...lab.runners.media import load_image, to_tensor
 
 
 @DATASETS.register_module()

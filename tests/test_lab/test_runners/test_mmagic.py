@@ -16,8 +16,7 @@ from mmagic_tome import ToMeError, remove_tome
 from mmagic_tome.lab.devices import DTYPES, check_device
 from mmagic_tome.lab.request import Request
 from mmagic_tome.lab.runners import open_source
-from mmagic_tome.lab.runners.mmagic import MMagicSource
-from mmagic_tome.lab.runners.mmagic_source import CLASSES, load_config
+from mmagic_tome.lab.runners.mmagic_source import CLASSES, MMagicSource, load_config
 
 ONE = mmagic_hub.an_image()
 TWO = ONE.rotate(90)

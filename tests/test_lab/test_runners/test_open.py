@@ -10,7 +10,7 @@ from PIL import Image
 
 from mmagic_tome import ToMeError, get_handle
 from mmagic_tome.lab import runners
-from mmagic_tome.lab.request import Request
+from mmagic_tome.lab.request import Request, make_request
 from mmagic_tome.settings import Setting
 
 QUICK = dict(prompts=["a cat"], steps=2, size=64)
@@ -32,7 +32,7 @@ def test_a_config_of_a_pipeline_is_loaded_with_its_setting(folder):
     assert (source.name, source.path) == ("mine", "configs/mine.py")
     assert source.setting == Setting.coerce(dict(ratio=0.5))
     assert source.evaluation == dict(metrics=["psnr"])
-    request = runners.make_request(source)
+    request = make_request(source)
     runner = source.load(request)
     assert get_handle(runner.model).config.ratio == 0.5
     merged = runner.run([0]).latents
@@ -53,7 +53,7 @@ def test_a_config_file_names_class_and_precision_of_a_pipeline(folder, tmp_path)
     assert (source.name, source.class_name) == ("img2img", "StableDiffusionImg2ImgPipeline")
     assert source.path == str(path)
     assert source.setting.cache == Setting.coerce(dict(cache="balanced")).cache
-    request = runners.make_request(source, images=[Image.new("RGB", (64, 64), "red")])
+    request = make_request(source, images=[Image.new("RGB", (64, 64), "red")])
     assert source.load(request).dtype == torch.bfloat16
 
 
@@ -95,7 +95,7 @@ def test_a_runner_around_a_pipeline_that_is_there(folder):
 
 
 def request(infer_cfg=None, **given):
-    return runners.make_request(SimpleNamespace(defaults=infer_cfg or {}), **given)
+    return make_request(SimpleNamespace(defaults=infer_cfg or {}), **given)
 
 
 def test_what_is_given_comes_before_what_the_config_says():
