@@ -83,20 +83,24 @@ def tolerance_pareto(page: Path) -> str:
 
 def tolerance_advantages(page: Path) -> str:
     """How much further from the baseline fewer steps are than tolerances, within a sentence: in the
-    same time, and with as many operations."""
+    same time, and with as many operations; and in how many settings even the 5th percentile of a
+    tolerance's images is above the mean of fewer steps in the same time."""
     data = Data(page, "tolerance")
-    said = []
+    said, even_low = [], []
     for by, what in ((speedup, "in the same time"), (saved, "with as many operations")):
         found = []
         for rows in _by_place(data).values():
             for row in filter(lambda row: row["method"].startswith("tolerance"), rows):
                 other = fewer_at(rows, by(row), by)
-                found += [] if other is None else [statistics.mean(row["psnr"]) - other]
+                if other is not None:
+                    found.append(statistics.mean(row["psnr"]) - other)
+                    even_low += [np.quantile(row["psnr"], 0.05) >= other] if by is speedup else []
         said.append(
             f"{min(found):.1f} to {max(found):.1f} dB, {statistics.mean(found):.1f} dB on average, "
             f"{what} ({len(found)} settings)"
         )
-    return " and ".join(said)
+    low = f"even the 5th percentile of images is closer in {sum(even_low)} of {len(even_low)}"
+    return f"{said[0]}; {said[1]}; in the same time {low}"
 
 
 def tolerance(page: Path) -> str:
