@@ -62,7 +62,7 @@ def test_keys_of_the_inner_model_must_agree(sd_folder):
     same = dict(ratio=0.25, sx=2, prop_attn=False)  # as tomesd_cfg means it
     model = build_tome(inner, tome_cfg=same, cache_cfg=plain)
     assert model.tome_handle.ratio == 0.25 and model.cache_handle.config == PRESETS["balanced"]
-    both = r"'ratio': 0.25, .*}; tome_cfg of type='ToMe': {'ratio': 0.5}"
+    both = r"'ratio': 0.25, .*}; tome_cfg of type='ToMe': {'ratio': 0.5, .*}"
     for options, says in (
         (dict(tome_cfg=dict(ratio=0.5)), both),
         (dict(cache_cfg="fast"), "step caching is configured twice.*keep one"),

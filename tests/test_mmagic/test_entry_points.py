@@ -104,18 +104,21 @@ def image(model):
 
 @pytest.fixture(scope="module")
 def expected(sd_folder):
-    """Number of keys -> image by calls of ``apply_tome``, and of ``apply_cache`` too."""
+    """Number of keys -> image by calls of ``apply_tome``, and of ``apply_cache`` too; and by what
+    MMagic's own key means."""
     from mmagic.registry import MODELS
     from mmengine.registry import init_default_scope
 
     init_default_scope("mmagic")  # as MMagic's init_model does
     model = MODELS.build(tiny.tiny_config(folder=sd_folder))
-    images = [image(model)]
+    images = {0: image(model)}
+    apply_tome(model, ratio=0.5, prop_attn=False)
+    images["tomesd"] = image(model)
     apply_tome(model, ratio=0.5)
-    images.append(image(model))
+    images[1] = image(model)
     apply_cache(model, "balanced")
-    images.append(image(model))
-    for one, two in itertools.combinations(images, 2):
+    images[2] = image(model)
+    for one, two in itertools.combinations(images.values(), 2):
         assert np.abs(one - two).max() > 1, "it has to be visible for these tests"
     return images
 
@@ -127,9 +130,12 @@ def test_every_place_every_way(place, builder, write, expected):
     assert type(model).__name__ == "StableDiffusion"
     count = {"baseline": 0, "tomesd": 1}.get(place, 2)
     merging, caching = model.tome_handle, model.cache_handle
-    assert (merging and merging.config) == (ToMeConfig(ratio=0.5) if count else None)
+    # Keys are weighed, but as MMagic's own key means it.
+    asked = ToMeConfig(ratio=0.5, prop_attn=False if place == "tomesd" else "auto")
+    assert (merging and merging.config) == (asked if count else None)
     assert (caching and caching.config) == (PRESETS["balanced"] if count == 2 else None)
-    np.testing.assert_allclose(image(model), expected[count], rtol=0, atol=1)
+    by_calls = expected["tomesd" if place == "tomesd" else count]
+    np.testing.assert_allclose(image(model), by_calls, rtol=0, atol=1)
     if caching:
         assert {row["region"]: row["skipped"] for row in caching.stats()}["network"] > 0
         caching.remove()
