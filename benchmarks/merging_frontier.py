@@ -62,11 +62,12 @@ def entries() -> Iterator[dict[str, Any]]:
     for tolerance in TOLERANCES:
         cache = dict(tolerance=tolerance)
         yield dict(name=f"tolerance {tolerance:g}", cache_cfg=cache)
-        yield dict(
-            name=f"tolerance {tolerance:g} and ToMe 0.5",
-            tome_cfg=dict(ratio=0.5),
-            cache_cfg=cache,
-        )
+        for label, more in (("", {}), (", keys and values", dict(targets="attn_kv"))):
+            yield dict(
+                name=f"tolerance {tolerance:g} and ToMe 0.5{label}",
+                tome_cfg=dict(ratio=0.5, **more),
+                cache_cfg=cache,
+            )
 
 
 def methods(case: Case) -> Sequence[Method]:
