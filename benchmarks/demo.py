@@ -59,6 +59,23 @@ def set_scheduler(pipeline: Any, name: str) -> None:
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **options)
 
 
+@torch.no_grad()
+def draw(
+    pipeline: Any, caption: str, seed: int, size: int, steps: int, guidance: float, **options: Any
+) -> Tensor:
+    """The final latents of one image; options are more of the pipeline's call."""
+    return pipeline(
+        caption,
+        height=size,
+        width=size,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="latent",
+        **options,
+    ).images
+
+
 def decode(pipeline: Any, latents: Tensor) -> Tensor:
     """Pixels in 0 ... 1."""
     config = pipeline.vae.config

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from figure_parts import caching, frontiers, networks
 from figure_parts.data import PSNR, Data, Row, if_measured, listed
-from rows import fewer_at, is_fewer_steps, paired, saved, speedup
+from rows import advantage, fewer_at, is_fewer_steps, paired, saved, speedup
 
 from mmagic_tome.cache import PRESETS
 from mmagic_tome.lab import plots
@@ -91,9 +91,10 @@ def tolerance_advantages(page: Path) -> str:
         found = []
         for rows in _by_place(data).values():
             for row in filter(lambda row: row["method"].startswith("tolerance"), rows):
-                other = fewer_at(rows, by(row), by)
-                if other is not None:
-                    found.append(statistics.mean(row["psnr"]) - other)
+                better = advantage(rows, row, by)
+                if better is not None:
+                    found.append(better)
+                    other = statistics.mean(row["psnr"]) - better
                     even_low += [np.quantile(row["psnr"], 0.05) >= other] if by is speedup else []
         said.append(
             f"{min(found):.1f} to {max(found):.1f} dB, {statistics.mean(found):.1f} dB on average, "

@@ -30,6 +30,7 @@ from demo import (
     decode,
     demo_pipeline,
     demo_transformer,
+    draw,
     psnr,
     relative_error,
     set_scheduler,
@@ -105,20 +106,10 @@ class Bench:
         if case.scheduler != "flow":
             set_scheduler(self.pipeline, case.scheduler)
 
-    @torch.no_grad()
     def draw(self, caption: str, seed: int, steps: int | None = None) -> Tensor:
         """The final latents of one image."""
-        case = self.case
-        return self.pipeline(
-            caption,
-            height=case.size,
-            width=case.size,
-            num_inference_steps=steps or case.steps,
-            guidance_scale=case.guidance,
-            generator=torch.Generator().manual_seed(seed),
-            output_type="latent",
-            **self.options,
-        ).images
+        case, steps = self.case, steps or self.case.steps
+        return draw(self.pipeline, caption, seed, case.size, steps, case.guidance, **self.options)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

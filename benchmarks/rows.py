@@ -66,13 +66,18 @@ def fewer_at(
     return None
 
 
-def advantage(rows: Iterable[dict[str, Any]], row: dict[str, Any]) -> float | None:
+def advantage(
+    rows: Iterable[dict[str, Any]],
+    row: dict[str, Any],
+    by: Callable[[dict[str, Any]], float] = speedup,
+) -> float | None:
     """Mean PSNR above that of fewer steps in the same time, dB; None for fewer steps themselves and
     beyond what was measured of them.
 
     Args:
         rows: Of the same case.
         row: One of them.
+        by: As of :func:`fewer_at`; with :func:`saved` fewer steps of as many operations.
     """
-    other = None if is_fewer_steps(row) else fewer_at(rows, speedup(row))
+    other = None if is_fewer_steps(row) else fewer_at(rows, by(row), by)
     return None if other is None else mean(row["psnr"]) - other

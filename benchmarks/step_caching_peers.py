@@ -27,6 +27,7 @@ from demo import (
     SCHEDULERS,
     decode,
     demo_pipeline,
+    draw,
     operations,
     psnr,
     relative_error,
@@ -70,19 +71,6 @@ PEERS = (
 DEEPCACHE = (2, 3, 5)
 
 
-def run(pipeline: Any, prompt: str, seed: int, steps: int, guidance: float) -> Tensor:
-    """The final latents."""
-    return pipeline(
-        prompt,
-        height=SIZE,
-        width=SIZE,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        generator=torch.Generator().manual_seed(seed),
-        output_type="latent",
-    ).images
-
-
 class Bench:
     """The pipeline, and what is measured once.
 
@@ -116,7 +104,7 @@ class Bench:
         if file.exists():
             return torch.load(file)
         set_scheduler(self.pipeline, scheduler)
-        latents = run(self.pipeline, self.prompts[number], number, steps, guidance)
+        latents = draw(self.pipeline, self.prompts[number], number, SIZE, steps, guidance)
         self.cache.mkdir(parents=True, exist_ok=True)
         torch.save(latents.clone(), file)
         return latents
@@ -136,22 +124,22 @@ class Bench:
                     latents = solution(other, fewer, guidance, number)
                     yield "other sampler", f"{other}, {fewer} steps", fewer / steps, latents
         set_scheduler(self.pipeline, scheduler)
-        arguments = self.pipeline, self.prompts[number], number, steps, guidance
+        arguments = self.pipeline, self.prompts[number], number, SIZE, steps, guidance
         for tolerance in TOLERANCES:
             with apply_cache(self.pipeline, tolerance=tolerance) as handle:
-                latents = run(*arguments)
+                latents = draw(*arguments)
                 done = sum(left[step] for step in handle.steps) / steps
             yield "ours", f"tolerance {tolerance:g}", done, latents
         for interval in DEEPCACHE:
             method = Method(f"DeepCache {interval}", deepcache=interval)
             with method.on(self.pipeline):
-                latents = run(*arguments)
+                latents = draw(*arguments)
             computed = math.ceil(steps / interval)
             done = (computed + (steps - computed) * left["DeepCache"]) / steps
             yield "DeepCache", method.name, done, latents
         for method in PEERS:
             with method.function(self.pipeline) as skipping:
-                latents = run(*arguments)
+                latents = draw(*arguments)
             done = sum(left[step] for step in skipping.steps) / steps
             yield "peer", method.name, done, latents
 

@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.ticker import LogFormatter
+from rows import saved
 
 from mmagic_tome.lab import plots
 
@@ -30,7 +31,7 @@ def peers(page: Path) -> str:
         found = [
             statistics.mean(one[key] for one in row["images"]) for key in ("psnr", "converged")
         ]
-        text = f"{1 / statistics.mean(row['operations']):.2f}x: {found[0]:.1f} ({found[1]:.1f})"
+        text = f"{saved(row):.2f}x: {found[0]:.1f} ({found[1]:.1f})"
         head = f"{row['scheduler']}, guidance {row['guidance']:g}"
         cells.setdefault(row["method"], {})[head] = text
     heads = list(dict.fromkeys(head for line in cells.values() for head in line))

@@ -37,7 +37,7 @@ def best(rows: Sequence[Row], count: int = BEST) -> list[Row]:
     over fewer steps in the same time.
 
     Args:
-        rows: Of one case; those that failed are left out.
+        rows: Of one case; those that failed are not shown.
         count: Of the methods that are not always shown.
     """
     runs = [row for row in rows if "failed" not in row]

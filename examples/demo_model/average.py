@@ -9,7 +9,12 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from common import ToolError, run_tool
 
 PARTS = ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
 
@@ -25,6 +30,11 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.75, help="of `after`; default: 0.75")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    needed = [folder / part for folder in (args.before, args.after) for part in PARTS]
+    if missing := [str(path) for path in needed if not path.is_file()]:
+        raise ToolError(f"there is no {missing[0]}; give two models in diffusers layout")
+    if args.out.exists():
+        raise ToolError(f"--out {args.out} is there already; name another folder")
     shutil.copytree(args.after, args.out)
     for part in PARTS:
         old, new = load_file(args.before / part), load_file(args.after / part)
@@ -36,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)
