@@ -36,7 +36,14 @@ VARIANTS = {
     "keys and values": dict(targets="attn_kv"),
     "keys and values, unweighed": dict(targets="attn_kv", prop_attn=False),
     "keys and values, plan of 2 steps": dict(targets="attn_kv", plan_interval=2),
+    "keys and values, one plan per level": dict(targets="attn_kv", share_plans=True),
     "keys and values, residual": dict(targets="attn_kv", plan_interval=2, residual=True),
+    "keys and values, residual of 3 steps": dict(
+        targets="attn_kv", plan_interval=3, residual=True
+    ),
+    "keys and values, residual of 4 steps": dict(
+        targets="attn_kv", plan_interval=4, residual=True
+    ),
     "attn and cross-attention": dict(targets=("attn", "crossattn")),
     "blocks": dict(targets="block"),
     "plan of 2 steps": dict(plan_interval=2),
@@ -59,6 +66,10 @@ def entries() -> Iterator[dict[str, Any]]:
             yield dict(name=f"{label}, unweighed", tome_cfg={**options, "prop_attn": False})
         for label, changes in VARIANTS.items():
             yield dict(name=f"ToMe {ratio:g}, {label}", tome_cfg=dict(ratio=ratio, **changes))
+    for label, changes in VARIANTS.items():
+        if changes.get("targets") == "attn_kv":  # cells of 4x4 keep every query
+            options = dict(ratio=0.9, sx=4, sy=4, **changes)
+            yield dict(name=f"ToMe 0.9, {label}", tome_cfg=options)
     for tolerance in TOLERANCES:
         cache = dict(tolerance=tolerance)
         yield dict(name=f"tolerance {tolerance:g}", cache_cfg=cache)

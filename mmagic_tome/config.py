@@ -37,7 +37,9 @@ class ToMeConfig(Options):
         targets (str | sequence of str): what to merge around. Of ``'attn'`` (self-attention),
             ``'attn_kv'`` (its keys and values only), ``'crossattn'``, ``'mlp'`` (feed-forward); or
             ``'block'`` alone (once around every transformer block), or ``'stack'`` alone (once
-            around all blocks of a stack). Default ``('attn',)``.
+            around all blocks of a stack). Default ``'auto'``: the keys and values of
+            self-attention; all of it where that is not possible, ``across_frames``, and with
+            ``prop_attn=False``.
         method (str | dict): which tokens become one: a name out of
             :data:`mmagic_tome.methods.METHODS`, or a dict with the name as ``type`` and the
             method's own options. Default ``'tome'``.
@@ -63,8 +65,6 @@ class ToMeConfig(Options):
             (arXiv 2501.00946). Default 1.
         share_plans (bool): the first block of a resolution level computes the plan for all of that
             level. Default False.
-        residual (bool): at steps that compute a plan, targets run unmerged and note what merging
-            loses there; steps in between add it. Needs ``plan_interval``. Default False.
         controlnet (bool | dict): merge in the model's ControlNet too: True for the same options
             there, a dict of those that differ. Default False.
         across_frames (bool): in video UNets that work frame by frame (AnimateDiff) merge the tokens
@@ -78,7 +78,7 @@ class ToMeConfig(Options):
     """
 
     ratio: Any = 0.5
-    targets: Any = ("attn",)
+    targets: Any = "auto"
     method: Any = "tome"
     max_downsample: Any = "auto"
     sx: int = 2
@@ -89,7 +89,6 @@ class ToMeConfig(Options):
     prop_attn: Any = "auto"
     plan_interval: Any = 1
     share_plans: bool = False
-    residual: bool = False
     controlnet: Any = False
     across_frames: bool = False
 
@@ -112,6 +111,8 @@ class ToMeConfig(Options):
             ("merge_attn", "merge_crossattn", "merge_mlp", "sites"),
             "write targets, such as targets=['attn', 'mlp']",
         ),
+        "residual": "merging with a residual is no longer offered: merging keys and values alone "
+        "is as near to the baseline at the same speed; write targets='attn_kv'",
     }
 
     def _check(self) -> None:
@@ -167,13 +168,16 @@ class ToMeConfig(Options):
 
     def _check_targets(self) -> None:
         given = self.targets
+        if given == "auto":
+            return
         targets = (given,) if isinstance(given, str) else given
         if not isinstance(targets, tuple) or not targets:
             targets = (None,)
         for target in targets:
             if target not in TARGETS:
                 close = nearest(target, TARGETS) or "attn"
-                fail("", "targets", plain(given), f"a list of {', '.join(TARGETS)}", [close])
+                known = f"'auto' or a list of {', '.join(TARGETS)}"
+                fail("", "targets", plain(given), known, [close])
         whole = [target for target in targets if target in ("block", "stack")]
         if whole and len(targets) > 1:
             raise ToMeError(
@@ -197,16 +201,16 @@ class ToMeConfig(Options):
 
     def _check_together(self) -> None:
         keeps_queries = self.merge_method.keeps_queries
-        #: Kinds of target to merge at; a method that keeps queries merges keys and values.
-        kinds = tuple(
-            "attn_kv" if target == "attn" and keeps_queries else target for target in self.targets
-        )
-        self._set("kinds", kinds)
-        if self.residual and self.plan_interval == 1:
-            raise ToMeError(
-                "residual=True is added at steps that reuse a plan, and there are none; write "
-                "plan_interval=2"
-            )
+        targets = self.targets
+        if targets == "auto":
+            # Keys and values that are not weighed are no nearer to the baseline than all of it.
+            whole = self.across_frames or self.prop_attn is False
+            targets = ("attn",) if whole else SELF_ATTENTION
+        if keeps_queries:
+            targets = dict.fromkeys("attn_kv" if one == "attn" else one for one in targets)
+        #: Kinds of target to merge at. Where both are named a block has 'attn_kv' if it can.
+        self._set("kinds", tuple(targets))
+        kinds = self.kinds
         if self.prop_attn is True and not set(SELF_ATTENTION) & set(kinds):
             raise ToMeError(
                 f"prop_attn=True weighs keys of self-attention, and targets are "

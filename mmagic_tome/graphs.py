@@ -18,7 +18,7 @@ import torch
 logger = logging.getLogger("mmagic_tome")
 
 _REASON = (
-    "mmagic_tome: what depends on the denoising step (step caching, plan_interval, residual, "
+    "mmagic_tome: what depends on the denoising step (step caching, plan_interval, "
     "ratios by timestep, methods that watch the step) is decided outside of graphs; write "
     "fullgraph=False"
 )

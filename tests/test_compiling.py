@@ -114,7 +114,7 @@ def test_an_exported_network_merges_at_every_timestep():
 STEPS = {
     "both, merged as well": dict(cache=FIXED["both"], ratio=0.5),
     "plan_interval": dict(**TARGETS, plan_interval=2),
-    "residual of blocks": dict(targets="block", plan_interval=2, residual=True),
+    "plan_interval of blocks": dict(targets="block", plan_interval=2),
     "ratio by timestep": dict(ratio=dict(base=0.5, timestep=dict(timestep_range=(0.3, 0.8)))),
 }
 
@@ -150,10 +150,10 @@ def test_steps_differ_and_no_step_of_a_second_run_is_compiled_again(title):
     [
         (dict(cache=FIXED["both"]), True, lambda row: row["skipped"] > 0),
         (STEPS["plan_interval"], False, lambda row: row["plans"] == 2 * 5),
-        (STEPS["residual of blocks"], False, lambda row: row["plans"] == 2 * 5),
+        (STEPS["plan_interval of blocks"], False, lambda row: row["plans"] == 2 * 5),
         (TARGETS, True, lambda row: row["kept"] == 128),
     ],
-    ids=["both", "plan_interval", "residual", "targets"],
+    ids=["both", "plan_interval", "blocks", "targets"],
 )
 def test_around_blocks_that_are_compiled_on_their_own(options, fullgraph, check):
     network, inputs = tiny_unet(levels=2), tiny_inputs()

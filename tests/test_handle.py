@@ -95,7 +95,7 @@ def test_stats_and_summary_of_step_caching(unet):
 
 APPLY = dict(
     merging=lambda unet: apply_tome(unet, max_downsample=8, targets=["attn", "crossattn", "mlp"]),
-    residual=lambda unet: apply_tome(unet, plan_interval=2, residual=True),
+    plans=lambda unet: apply_tome(unet, plan_interval=3),
     cache=lambda unet: apply_cache(unet, interval=3),
     inner=lambda unet: apply_cache(unet, region="inner"),
 )
@@ -118,7 +118,7 @@ def test_disabled_is_the_baseline_in_this_thread_alone(unet, apply):
 
 
 @pytest.mark.parametrize("forget", ["disabled", "reset_run"])
-@pytest.mark.parametrize(("name", "steps"), [("residual", 1), ("cache", 2)])
+@pytest.mark.parametrize(("name", "steps"), [("cache", 2)])
 def test_a_run_that_is_forgotten_begins_anew(unet, name, steps, forget):
     handle = APPLY[name](unet)
 

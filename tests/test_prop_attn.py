@@ -68,21 +68,6 @@ def test_with_every_method(unet, method):
     assert (error(outputs[True], outputs[False]) < 1e-5) == even
 
 
-@TARGETS
-def test_with_a_residual(unet, target):
-    """What the residual restores is what merging loses with these weights: at one input all."""
-    embedding = unet.time_embedding.register_forward_hook(lambda m, a, out: torch.ones_like(out))
-    same = dict(sample=1 + tiny_inputs(seed=1)["sample"])
-    baseline = run(unet, **same)
-    options = dict(prop_attn=True, use_rand=False, plan_interval=2, residual=True)
-    with apply_tome(unet, targets=[target], **options) as handle:
-        for t in (900, 800):
-            out = run(unet, **same, timestep=torch.tensor(t))
-        assert {row["kept"] for row in handle.stats()} == {128}
-    embedding.remove()
-    torch.testing.assert_close(out, baseline, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(unet, dtype):
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tiny_inputs().items()}
@@ -283,40 +268,54 @@ def written_out(attn, hidden_states, encoder_hidden_states=None, **kwargs):
     return hidden_states, encoder_hidden_states
 
 
-def test_what_cannot_weigh_keys_is_an_error():
+def test_what_cannot_weigh_or_merge_keys_is_an_error():
     network, inputs = networks()["Stable Diffusion 3"]
-    apply_tome(network, prop_attn=True)
+    apply_tome(network, targets=["attn"], prop_attn=True)
     network.set_attn_processor(written_out)
-    with pytest.raises(ToMeError, match=r"attn does not call scaled_dot_product_attention"):
+    with pytest.raises(ToMeError, match=r"attn does not call .*cannot be weighed; use the model's"):
         network(**inputs)
+    for options in (dict(prop_attn=True), dict(targets=["attn_kv"])):
+        apply_tome(network, **options)
+        with pytest.raises(ToMeError, match=r"attn_kv does not call .*write targets=\['attn'\]"):
+            network(**inputs)
     with pytest.raises(ToMeError, match="no mask to weigh keys by; write prop_attn=False"):
         apply_tome(NETWORKS["Kandinsky 2.2: attention on the image itself"].build(), prop_attn=True)
 
 
-def test_by_default_keys_are_weighed_wherever_they_can_be(unet):
+def test_by_default_keys_and_values_are_merged_and_weighed_wherever_they_can_be(unet):
     with apply_tome(unet):
         default = run(unet)
-    with apply_tome(unet, prop_attn=True):
+    with apply_tome(unet, prop_attn=True, targets=["attn_kv"]):
         assert torch.equal(run(unet), default)
     with apply_tome(unet, prop_attn=False):
-        assert not torch.equal(run(unet), default)
+        unweighed = run(unet)
+    with apply_tome(unet, prop_attn=False, targets=["attn"]):
+        assert torch.equal(run(unet), unweighed)
     with apply_tome(unet, targets=["crossattn", "mlp"]) as handle:
         run(unet)
         assert "prop_attn" not in handle.description
 
-    unweighed = NETWORKS["Kandinsky 2.2: attention on the image itself"]
-    network, inputs = unweighed.build(), unweighed.inputs()
-    with apply_tome(network, prop_attn=False):
+    neither = NETWORKS["Kandinsky 2.2: attention on the image itself"]
+    network, inputs = neither.build(), neither.inputs()
+    with apply_tome(network, prop_attn=False, targets=["attn"]):
         plain = network(**inputs)[0]
     with apply_tome(network):
         assert torch.equal(network(**inputs)[0], plain)
 
 
-def test_attention_that_takes_no_weights_is_named_once(unet):
+@pytest.mark.parametrize(
+    ("options", "said", "kept"),
+    [
+        (dict(targets=["attn"]), "keys are not weighed and merging loses more", 0.5),
+        ({}, "keys and values stay unmerged; use the model's default attention", 1),
+    ],
+)
+def test_attention_that_hides_its_keys_is_named_once(options, said, kept):
     network, inputs = networks()["Stable Diffusion 3"]
-    apply_tome(network)
+    handle = apply_tome(network, **options)
     network.set_attn_processor(written_out)
-    with pytest.warns(UserWarning, match="keys are not weighed and merging loses more") as seen:
+    with pytest.warns(UserWarning, match=said) as seen:
         network(**inputs)
         network(**inputs)
     assert len(seen) == 1
+    assert {row["kept"] / row["tokens"] for row in handle.stats()} == {kept}

@@ -9,21 +9,19 @@ a key represents (ToMe, arXiv 2210.09461, section 3).
   the key's adds ``log s`` to the scaled product. No mask is left, so the flash kernel runs.
 
 :func:`prefers_channels` chooses per call. Attention that takes a mask receives one, so that it is
-exact with any implementation. Inside of :class:`KeyWeighing` a call of
+exact with any implementation. Inside of :class:`~.keys.AttentionKeys` a call of
 ``scaled_dot_product_attention`` exchanges this mask for channels, or gets what it lacks where
-attention takes no mask. That concerns the calls of one thread, and replaces nothing.
+attention takes no mask.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 # Largest head size of the flash kernels; they take multiples of this many channels.
 _WIDEST, _MULTIPLE = 256, 8
@@ -35,69 +33,6 @@ def log_sizes(size: Tensor, dtype: torch.dtype) -> Tensor:
     Inverses of soft merging may have sizes below 0, which count as 0.001.
     """
     return size.to(torch.promote_types(dtype, torch.float32)).clamp_min(1e-3).log()
-
-
-class KeyWeighing(TorchFunctionMode):
-    """Weighs the keys of the next call of ``scaled_dot_product_attention`` inside of it.
-
-    Args:
-        image_last: Whether the weighed keys follow all others, such as those of a text. Default
-            False: they precede them.
-
-    Attributes:
-        log_size: :func:`log_sizes` of the keys to weigh, (B, M); the call takes it away. Default
-            None: there is nothing to weigh.
-        masked: Whether the attention receives a mask that adds ``log_size``. Default False.
-    """
-
-    def __init__(self, image_last: bool = False) -> None:
-        super().__init__()
-        self.image_last = image_last
-        self.log_size: Tensor | None = None
-        self.masked = False
-
-    def __torch_function__(
-        self,
-        func: Callable,
-        types: Sequence[type],
-        args: tuple = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is Tensor.unflatten:  # written in Python, in a way that dynamo cannot trace
-            return args[0].unflatten(*args[1:], **kwargs)
-        if self.log_size is None or func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        log_size, self.log_size = self.log_size, None
-        return self.weighed(log_size, *args, **kwargs)
-
-    def weighed(
-        self,
-        log_size: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        **options: Any,
-    ) -> Tensor:
-        """``scaled_dot_product_attention`` with ``log_size`` added to the scores of the image's
-        keys."""
-        options.update(dropout_p=dropout_p, is_causal=is_causal)
-        others = key.shape[-2] - log_size.shape[-1]
-        log_size = F.pad(log_size, (others, 0) if self.image_last else (0, others))
-        own = attn_mask is not None and not self.masked  # a mask of the model itself
-        if prefers_channels(query) and not own:
-            return attention_with_channels(query, key, value, log_size, **options)
-        if attn_mask is None or own:
-            mask = log_size.to(query.dtype)[:, None, None]
-            if own and attn_mask.dtype == torch.bool:
-                mask = mask.masked_fill(~attn_mask, -math.inf)
-            elif own:
-                mask = mask + attn_mask
-            attn_mask = mask
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, **options)
 
 
 def prefers_channels(query: Tensor) -> bool:

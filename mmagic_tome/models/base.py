@@ -30,12 +30,14 @@ class Block:
             module, e.g. ``to_k`` and ``to_v`` next to ``to_q``.
         second_attention: kind -> a second module of that kind with its own input, which runs
             right after the first.
-        context_argument: the self-attention's argument for the tokens of keys and values.
+        context_argument: the self-attention's argument for the tokens of keys and values. Default
+            None: it has none, so keys and values are merged after projection if ``image_keys``
+            says where they are.
         mask_argument: the self-attention's argument for a bias (B, 1, keys) that is added to the
             scores of keys. Default None: it has none.
         image_keys: of a self-attention without such an argument, where the image's keys are in
             the ``scaled_dot_product_attention`` that it calls: 'first', 'last' (the others are
-            the text's). Default None: not known, so its keys cannot be weighed.
+            the text's). Default None: not known, so its keys can be neither weighed nor merged.
         output_index: kind -> index of the image tokens in the tuple that is returned. Default 0,
             or no tuple.
         joint_sequence: kinds whose module receives text and image tokens in one sequence, the
@@ -51,7 +53,7 @@ class Block:
     targets: dict[str, nn.Module | Sequence[nn.Module]] = field(default_factory=dict)
     shared_input: dict[str, Sequence[nn.Module]] = field(default_factory=dict)
     second_attention: dict[str, nn.Module] = field(default_factory=dict)
-    context_argument: str = "encoder_hidden_states"
+    context_argument: str | None = None
     mask_argument: str | None = None
     image_keys: str | None = None
     output_index: dict[str, int] = field(default_factory=dict)
@@ -196,6 +198,17 @@ class ModelAdapter:
         behind the image tokens are not merged either. Default None: all others are in front.
         """
         return None
+
+    def check(self, target: str, args: tuple, kwargs: dict) -> None:
+        """Refuse a call of a target that cannot be merged, whatever is merged there.
+
+        Args:
+            target: name of the target for error messages; ends with its kind.
+            args, kwargs: of the call.
+
+        Raises:
+            ToMeError: an argument that has no meaning for merged tokens.
+        """
 
     def adapt(self, target: str, plan: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Return the arguments that fit merged tokens, such as position embeddings and masks.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import ToMeError
 from ..merging.frames import FramePlan
 from .base import Block, ModelAdapter, argument, blocks_of
-from .transformer import BASIC, SAME_TOKENS
+from .transformer import BASIC
 
 # Stacks along frames (video UNets): their tokens lie on no image grid.
 _TEMPORAL = {"temp_attentions", "motion_modules"}
@@ -79,7 +79,7 @@ class DiffusersUNet(ModelAdapter):
                     downsample=downsample,
                     targets={"attn": [stack.to_q, stack.to_out[-1]]},
                     shared_input={"attn": own},
-                    refused={"attn_kv": SAME_TOKENS, "block": _WHOLE, "stack": _WHOLE},
+                    refused={"block": _WHOLE, "stack": _WHOLE},
                 )
                 blocks.append(block)
                 continue

@@ -99,14 +99,13 @@ class Flux2(Flux):
     timestep_position = 2
     lists = (_DOUBLE, ("single_transformer_blocks", _SINGLE_FLUX2))
 
-    def adapt(self, target: str, plan: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def check(self, target: str, args: tuple, kwargs: dict) -> None:
         inner = kwargs.get("joint_attention_kwargs") or {}
         if kwargs.get("kv_cache_mode") or inner.get("kv_cache_mode"):
             raise ToMeError(
                 f"{target} caches keys and values of reference images by position "
                 "(kv_cache_mode), which merged tokens do not have; call the model without it"
             )
-        return super().adapt(target, plan, args, kwargs)
 
 
 class HunyuanVideo(RotaryTransformer):

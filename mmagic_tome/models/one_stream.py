@@ -21,7 +21,16 @@ class DiT(Transformer):
     description = "DiT (DiTTransformer2DModel)"
     class_names = ("DiTTransformer2DModel",)
     timestep_position = 1
-    lists = (("transformer_blocks", dict(BASIC, mask_argument="attention_mask")),)
+    lists = (
+        (
+            "transformer_blocks",
+            dict(
+                BASIC,
+                context_argument="encoder_hidden_states",
+                mask_argument="attention_mask",
+            ),
+        ),
+    )
 
 
 class PixArt(DiT):
@@ -76,15 +85,14 @@ class SkyReelsV2(Wan):
     description = "SkyReels V2 (SkyReelsV2Transformer3DModel)"
     class_names = ("SkyReelsV2Transformer3DModel",)
 
-    def adapt(self, target: str, plan: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def check(self, target: str, args: tuple, kwargs: dict) -> None:
         # Fifth argument of a block, third of its attention.
-        position = {"block": 4, "attn": 2}.get(target.rpartition(".")[2])
+        position = {"block": 4, "attn": 2, "attn_kv": 2}.get(target.rpartition(".")[2])
         if position is not None and len(args) > position and args[position] is not None:
             raise ToMeError(
                 f"{target} received a causal mask over frames (num_frame_per_block > 1), which "
                 "does not fit tokens merged across frames; write targets=['crossattn', 'mlp']"
             )
-        return super().adapt(target, plan, args, kwargs)
 
 
 class LTX(Wan):

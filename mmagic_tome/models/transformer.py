@@ -18,24 +18,20 @@ from ..errors import ToMeError
 from ..merging.joint import joint_plan
 from .base import Block, ModelAdapter, blocks_of
 
-_OTHER_METHOD = "Use targets=['attn'] and a method that merges queries too, such as 'tome'"
-SAME_TOKENS = f"queries, keys and values are projected from the same tokens. {_OTHER_METHOD}"
 TABLE_OF_ALL = "every block receives the rotary table of all tokens. Write targets='block'"
 
 # Arguments of blocks_of. Attributes of diffusers' BasicTransformerBlock:
 BASIC = dict(attn="attn1", crossattn="attn2", mlp="ff")
 # Blocks with one stream and rotary embeddings:
-_ONE_TABLE = "queries and keys share one rotary table, so they must be the same tokens. "
 ROTARY = dict(
     BASIC,
     image_keys="first",
-    refused={"attn_kv": _ONE_TABLE + _OTHER_METHOD, "stack": TABLE_OF_ALL},
+    refused={"stack": TABLE_OF_ALL},
 )
 # Blocks with joint attention of image and text tokens:
 JOINT = dict(
     image_keys="last",
     refused={
-        "attn_kv": SAME_TOKENS,
         "stack": "text tokens pass from block to block as well. Write targets='block'",
     },
 )

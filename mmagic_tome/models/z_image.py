@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from ..errors import ToMeError
 from .base import argument
-from .transformer import SAME_TOKENS, TABLE_OF_ALL, RotaryTransformer
+from .transformer import TABLE_OF_ALL, RotaryTransformer
 
 _COMMON = dict(
     mlp="feed_forward",
     image_keys="first",
-    refused={"attn_kv": SAME_TOKENS, "stack": TABLE_OF_ALL},
+    refused={"stack": TABLE_OF_ALL},
 )
 _JOINT = dict(_COMMON, joint_sequence=("attn", "mlp", "block"))
 

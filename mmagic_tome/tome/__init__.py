@@ -6,6 +6,6 @@ state.py        what the hooks of one network share, and for how long
 network.py      a call of the network: its step, its run, its token grid
 block.py        plans of a block, and how long they are reused
 place.py        which blocks and targets, and the hooks on them
-target.py       merge what goes into a target, unmerge what comes out; residuals
+target.py       merge what goes into a target, unmerge what comes out
 ==============  ===============================================================
 """

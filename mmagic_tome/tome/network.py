@@ -58,7 +58,6 @@ class NetworkPreHook(StepHook):
         timestep = patch.adapter.timestep(args, kwargs)
         if config.tracks_steps:
             self.track(contexts[0], timestep, args, kwargs)
-            contexts[0].network = module if config.residual else None
         if not config.use_rand or timestep is None:
             return
         if not isinstance(timestep, Tensor):

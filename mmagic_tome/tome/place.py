@@ -18,7 +18,7 @@ from ..schedules import SELF_ATTENTION, Place
 from .block import BlockPreHook
 from .network import GridPreHook, NetworkPostHook, NetworkPreHook
 from .state import BlockState, Target, TomePatch
-from .target import WeighKeys, target_hooks
+from .target import MergeKeys, target_hooks
 
 
 def place(
@@ -55,21 +55,22 @@ def place(
         patch.blocks.append(merged)
         register(block.module, BlockPreHook(patch, merged))
         for name, kind, modules in _targets_of(block, kinds):
+            described = "attn" if kind == "attn_kv" else kind
             target = Target(
                 name,
                 kind,
                 merged,
                 paths=tuple(paths[id(module)] for module in modules),
                 shared=tuple(paths[id(one)] for one in block.shared_input.get(kind, ())),
-                joint=kind in block.joint_sequence,
+                joint=described in block.joint_sequence,
                 context_argument=block.context_argument,
                 output_index=block.output_index.get(kind, 0),
                 weighs=config.prop_attn and kind in SELF_ATTENTION and _takes_weights(block),
                 bias=block.mask_argument,
             )
             patch.targets.append(target)
-            if target.weighs:
-                intercept(modules[0], WeighKeys(patch, target, block.image_keys == "last"))
+            if target.weighs or target.merges_keys:
+                intercept(modules[0], MergeKeys(patch, target, block.image_keys == "last"))
             for path, hook in target_hooks(patch, target):
                 register(network.get_submodule(path), hook)
         patch.targets[-1].last = True
@@ -129,11 +130,6 @@ def _check_block(block: Block, config: ToMeConfig) -> None:
                 f"prop_attn=True: self-attention of {block.name} takes no mask to weigh keys by; "
                 "write prop_attn=False"
             )
-        if kind in block.shared_input and config.residual:
-            raise ToMeError(
-                f"{block.name} takes queries, keys and values from what is merged at {kind!r}, so "
-                "it cannot run unmerged at some steps; write residual=False"
-            )
 
 
 def _takes_weights(block: Block) -> bool:
@@ -166,15 +162,17 @@ def _targets_of(block: Block, kinds: tuple[str, ...]) -> Iterator[tuple[str, str
         if kind in kinds:
             modules = modules if isinstance(modules, (list, tuple)) else [modules]
             yield f"{block.name}.{kind}", kind, modules
-            if kind in block.second_attention:
-                yield f"{block.name}.{kind}_2", kind, [block.second_attention[kind]]
+            second = block.second_attention.get("attn" if kind == "attn_kv" else kind)
+            if second is not None:
+                yield f"{block.name}.{kind}_2", kind, [second]
 
 
 def _with_all_targets(blocks: list[Block], kinds: tuple[str, ...]) -> list[Block]:
     """The blocks with the targets that follow from what an adapter names.
 
-    'attn_kv' is at the same module as 'attn', 'block' is the block itself; 'stack' is all blocks
-    with the same grid at once, named after the first, which then represents them all.
+    'attn_kv' is at the same module as 'attn', which it replaces where both are wanted; 'block' is
+    the block itself; 'stack' is all blocks with the same grid at once, named after the first, which
+    then represents them all.
     """
     if "stack" in kinds:
         stacks: dict[nn.Module, list[Block]] = {}
@@ -189,8 +187,10 @@ def _with_all_targets(blocks: list[Block], kinds: tuple[str, ...]) -> list[Block
         targets: dict[str, Any] = {}
         for kind, modules in block.targets.items():
             targets[kind] = modules
-            if kind == "attn":
+            if kind == "attn" and (block.context_argument or block.image_keys):
                 targets["attn_kv"] = modules
+                if "attn_kv" in kinds:
+                    del targets["attn"]
         every.append(replace(block, targets={**targets, "block": block.module}))
     return every
 

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..config import ToMeConfig
 from ..merging import FramePlan, GridLayout, JointPlan, random_layout, regular_layout
-from ..merging.proportional import KeyWeighing
+from ..merging.keys import AttentionKeys
 from ..merging.random import hashed_integers
 from ..patch import Context, Patch, hooks_of, keep_last, register, unregister
 from ..runs import RunTracker
@@ -38,8 +38,6 @@ class StepState:
     unmerged: set[Hashable] = field(default_factory=set)
     #: Block -> the step at which it last computed its plans.
     computed_at: dict[str, int] = field(default_factory=dict)
-    #: Target -> what merging lost there at that step.
-    residuals: dict[str, Tensor] = field(default_factory=dict)
     #: For methods that watch the output, see :func:`~.network.guidance_map`.
     guidance_map: Tensor | None = None
 
@@ -78,9 +76,8 @@ class TomeContext(Context):
         self.shared: dict[tuple, Any] = {}
         self.computes = True  #: whether the block that runs computes its plans at this step
         self.pending: dict[str, Any] = {}  #: target -> what its pre-hook leaves its post-hook
-        #: Of the attention that runs, where it weighs keys.
-        self.weighing: KeyWeighing | None = None
-        self.network: nn.Module | None = None  #: that runs, where targets run a second time
+        #: Of the attention that runs, where it merges or weighs keys.
+        self.keys: AttentionKeys | None = None
 
     def forget_run(self) -> None:
         self.tracker.clear()
@@ -127,7 +124,7 @@ class Target:
     paths: tuple[str, ...]  # of its modules: into the first merged, out of the last unmerged
     shared: tuple[str, ...]  # of further modules that receive the same input
     joint: bool  # whether it is called with text and image tokens in one sequence
-    context_argument: str  # of its attention, for the tokens of keys and values
+    context_argument: str | None  # of its attention, for the tokens of keys and values
     output_index: int  # of the image's tokens in what it returns
     weighs: bool  # whether its attention weighs keys by their size
     bias: str | None  # argument of its attention for these weights; None: it takes no mask
@@ -140,6 +137,8 @@ class Target:
     def __post_init__(self) -> None:
         #: A block or stack, whose output is its input plus a change.
         self.whole = self.kind in ("block", "stack")
+        #: Keys and values of an attention that takes no tokens for them: merged after projection.
+        self.merges_keys = self.kind == "attn_kv" and self.context_argument is None
 
     def record(self, context: TomeContext, x: Tensor, plan: Any) -> None:
         """Note a call on tokens ``x``, in tokens of the image."""
@@ -157,6 +156,11 @@ class Target:
         if not torch.compiler.is_compiling():
             self.calls += 1
             self.unmerged_calls += kept == tokens
+
+    def missed(self) -> None:
+        """Note that the call that was recorded last ran on all tokens after all."""
+        self.kept = self.tokens
+        self.unmerged_calls += not torch.compiler.is_compiling()
 
     def tokens_of(self, output: Any) -> Tensor:
         """The image's tokens in what it returned."""

@@ -2,16 +2,11 @@
 """Merge the tokens that go into a target, unmerge those that come out.
 
 Around a block or a stack, whose output is its input plus a change, the change is merged and not the
-tokens: x + U(f(M x) - M x). What flows past the block keeps its detail.
+tokens: x + U(f(M x) - M x), where M merges and U unmerges. What flows past the block keeps its
+detail.
 
-With ``residual`` what merging loses is added (M merges, U unmerges)::
-
-    step that computes a plan    D = f(x)                    used as it is
-                                 R = D - U(f(M x))           what merging loses
-    steps in between             U(f(M x)) + R
-
-Extrapolating R along the timestep, and a residual without a second run of f, were measured and
-lose.
+Of keys and values nothing is unmerged: all queries stay. Attention that takes no tokens for them
+merges them after projection, see :class:`~mmagic_tome.merging.keys.AttentionKeys`.
 """
 
 from __future__ import annotations
@@ -19,13 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import ToMeError
-from ..graphs import eager_only
 from ..merging.joint import JointPlan
-from ..merging.proportional import KeyWeighing, log_sizes
+from ..merging.keys import AttentionKeys
+from ..merging.proportional import log_sizes
 from ..patch import Hook, Interceptor
 from .network import StepHook
 from .state import Target, TomePatch
@@ -51,25 +45,28 @@ class TargetHook(Hook):
     def merge(self, plan: Any, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple:
         """(args, kwargs) of a call on merged tokens, and these tokens; ToMeError, which says what
         to write instead, if the call cannot be merged."""
-        target = self.target
-        self._check_call(plan, x, kwargs)
+        target, keys = self.target, self.patch.context.keys
+        self._check_call(plan, x, args, kwargs)
         # With a context of its own, as attention injection has, the keys are not what is merged.
         own_keys = target.bias is not None and kwargs.get(target.context_argument) is not None
         if target.weighs and not own_keys:
             # softmax then counts a merged key as often as it represents tokens.
-            log_size, weighing = log_sizes(plan.size, x.dtype), self.patch.context.weighing
-            weighing.log_size, weighing.masked = log_size, target.bias is not None
-            if weighing.masked:
-                kwargs = {**kwargs, target.bias: log_size.to(x.dtype)[:, None]}
+            keys.log_size, keys.masked = log_sizes(plan.size, x.dtype), target.bias is not None
+            if keys.masked:
+                kwargs = {**kwargs, target.bias: keys.log_size.to(x.dtype)[:, None]}
+        if target.merges_keys:
+            keys.plan = plan
+            return args, kwargs, None
         merged = plan.merge(x)
         if target.kind == "attn_kv":
             return args, {**kwargs, target.context_argument: merged}, None
         args, kwargs = with_tokens(merged, args, kwargs)
         return *self.patch.adapter.adapt(target.name, plan, args, kwargs), merged
 
-    def _check_call(self, plan: Any, x: Tensor, kwargs: dict[str, Any]) -> None:
+    def _check_call(self, plan: Any, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
         target = self.target
         name, kind = target.name, target.kind
+        self.patch.adapter.check(name, args, kwargs)
         if x.shape[1] != plan.num_tokens or x.shape[0] != plan.batch:
             raise ToMeError(
                 f"{name} was given {tuple(x.shape[:2])} (batch, tokens) but its block has "
@@ -77,7 +74,8 @@ class TargetHook(Hook):
                 "disable_forward_chunking() or leave 'mlp' out of targets"
             )
         masked = kwargs.get("attention_mask") is not None and not self.patch.adapter.takes_masks
-        if masked and kind != "mlp":
+        # Where keys are merged after projection, their mask is merged with them.
+        if masked and kind != "mlp" and not target.merges_keys:
             memory = kwargs.get("encoder_hidden_states")
             of_image = memory is None or memory.shape[1] == plan.num_tokens
             if target.whole or (kind != "crossattn" and of_image):
@@ -85,7 +83,8 @@ class TargetHook(Hook):
                     f"{name} was given an attention_mask over image tokens, which has no meaning "
                     "for merged tokens; call the model without it or leave this target out"
                 )
-        if kind == "attn_kv" and kwargs.get(target.context_argument) is not None:
+        own_keys = kind == "attn_kv" and not target.merges_keys
+        if own_keys and kwargs.get(target.context_argument) is not None:
             raise ToMeError(
                 f"{name} takes keys and values from other tokens (only_cross_attention, "
                 "attention_injection), which the image's plan cannot merge; write targets=['attn']"
@@ -97,14 +96,6 @@ class TargetHook(Hook):
                     f"{name} was given ip_adapter_masks, which cover the token grid and do not fit "
                     "merged tokens; merge self-attention only"
                 )
-
-    def unmerged(self, plan: Any, x: Tensor, merged: Tensor | None, out: Tensor) -> Tensor:
-        """What a run on merged tokens of ``x`` returns for all tokens."""
-        if self.target.kind == "attn_kv":
-            return out
-        if self.target.whole:
-            return x + plan.unmerge(out - merged)
-        return plan.unmerge(out)
 
 
 class TargetPreHook(TargetHook):
@@ -158,7 +149,8 @@ class WholePostHook(TargetHook, StepHook):
         plan, x, merged = context.pending.pop(target.name, (None, None, None))
         if plan is None:
             return None
-        return target.replaced(output, self.unmerged(plan, x, merged, target.tokens_of(output)))
+        change = plan.unmerge(target.tokens_of(output) - merged)
+        return target.replaced(output, x + change)
 
 
 class SharedInputPreHook(TargetHook):
@@ -170,66 +162,9 @@ class SharedInputPreHook(TargetHook):
         return None if plan is None else with_tokens(plan.merge(x), args, kwargs)
 
 
-class ResidualPreHook(StepHook, TargetHook):
-    """Run unmerged where a plan is computed; merge in between."""
-
-    def run(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        context, target = self.patch.context, self.target
-        x = args[0] if args else kwargs["hidden_states"]
-        plan = self.plan_of(x)
-        known = target.name in context.state.residuals and not context.computes
-        # With gradients, as in training, steps are unrelated: merged without a residual.
-        if plan is None or not (known or torch.is_grad_enabled()):
-            target.record(context, x, None)
-            context.pending[target.name] = (plan, x, (args, kwargs), None)
-            return None
-        target.record(context, x, plan)
-        args, kwargs, merged = self.merge(plan, x, args, kwargs)
-        context.pending[target.name] = (plan, x, None, merged)
-        return args, kwargs
-
-
-class ResidualPostHook(StepHook, TargetHook):
-    """Note the residual, or add it."""
-
-    after = True
-
-    def run(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        context, target = self.patch.context, self.target
-        if target.name not in context.pending:
-            return None
-        if target.last:
-            context.plans = {}
-        plan, x, baseline, merged = context.pending.pop(target.name)
-        residuals, out = context.state.residuals, target.tokens_of(output)
-        if baseline is None:
-            y = self.unmerged(plan, x, merged, out)
-            if not torch.is_grad_enabled():
-                y = y + residuals[target.name]
-            return target.replaced(output, y)
-        # Where nothing was merged there is no residual to add.
-        residuals.pop(target.name, None)
-        if plan is not None:
-            residuals[target.name] = out - self.merged_output(plan, x, *baseline)
-        return None
-
-    def merged_output(self, plan: Any, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        """The target once more, on merged tokens, past the hooks that are in the middle of it."""
-        context, target = self.patch.context, self.target
-        args, kwargs, merged = self.merge(plan, x, args, kwargs)
-        pending, plans = dict(context.pending), context.plans
-        y: Any = None
-        for number, path in enumerate(target.paths):
-            if number:
-                args, kwargs = with_tokens(y, args, kwargs)
-            y = target.tokens_of(context.network.get_submodule(path).forward(*args, **kwargs))
-        context.pending, context.plans = pending, plans
-        return self.unmerged(plan, x, merged, y)
-
-
-class WeighKeys(Interceptor):
-    """Around an attention whose keys are weighed, see :class:`KeyWeighing`. Its target's hooks run
-    inside, and say by what."""
+class MergeKeys(Interceptor):
+    """Around an attention whose keys are weighed or merged, see :class:`AttentionKeys`. Its
+    target's hooks run inside, and say by what."""
 
     skips = True
 
@@ -239,35 +174,35 @@ class WeighKeys(Interceptor):
         self.image_last = image_last
 
     def call(self, module: nn.Module, proceed: Callable, args: tuple, kwargs: dict) -> Any:
-        # Hooks of a residual are not compiled, and a mode does not cross from there into graphs.
-        weighed = self.eager if self.patch.config.residual else self.weighed
-        return weighed(module, proceed, args, kwargs)
-
-    @eager_only()
-    def eager(self, *call: Any) -> Any:
-        return self.weighed(*call)
-
-    def weighed(self, module: nn.Module, proceed: Callable, args: tuple, kwargs: dict) -> Any:
-        """The call with its keys weighed; ToMeError if it does not let them and they must."""
-        weighing = self.patch.context.weighing = KeyWeighing(self.image_last)
-        with weighing:
+        keys = self.patch.context.keys = AttentionKeys(self.image_last)
+        with keys:
             output = proceed(module, *args, **kwargs)
-        if weighing.log_size is not None and not weighing.masked:
-            found = f"{self.target.name} does not call scaled_dot_product_attention, so its keys "
-            instead = "; use the model's default attention, or write prop_attn=False"
-            if self.patch.config.prop_attn is True:
-                raise ToMeError(f"{found}cannot be weighed{instead}")
-            said = f"{found}are not weighed and merging loses more detail{instead}"
-            self.patch.warn_once("unweighed", said)
+        if keys.plan is not None or (keys.log_size is not None and not keys.masked):
+            self.missed(keys.plan is not None)
         return output
+
+    def missed(self, merging: bool) -> None:
+        """ToMeError or warning: the attention did not let its keys be merged or weighed."""
+        config, target = self.patch.config, self.target
+        found = f"{target.name} does not call scaled_dot_product_attention, so its keys "
+        if merging:
+            instead = "; use the model's default attention, or write targets=['attn']"
+            if config.targets != "auto" or config.prop_attn is True:
+                raise ToMeError(f"{found}and values cannot be merged{instead}")
+            target.missed()
+            self.patch.warn_once("unmerged", f"{found}and values stay unmerged{instead}")
+            return
+        instead = "; use the model's default attention, or write prop_attn=False"
+        if config.prop_attn is True:
+            raise ToMeError(f"{found}cannot be weighed{instead}")
+        said = f"{found}are not weighed and merging loses more detail{instead}"
+        self.patch.warn_once("unweighed", said)
 
 
 def target_hooks(patch: TomePatch, target: Target) -> list[tuple[str, TargetHook]]:
     """(dotted path of a module, hook) of everything around a target."""
     before, after = TargetPreHook, TargetPostHook
-    if patch.config.residual:
-        before, after = ResidualPreHook, ResidualPostHook
-    elif target.whole:
+    if target.whole:
         before, after = WholePreHook, WholePostHook
     return [
         (target.paths[0], before(patch, target)),

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from .. import patch as patches
 from ..errors import ToMeError
+from ..merging.keys import AttentionKeys
 from ..merging.plan import gather_tokens
-from ..merging.proportional import KeyWeighing, log_sizes
+from ..merging.proportional import log_sizes
 from ..merging.sequence import combine, match_tokens, total_size
 from ..patch import Hook
 from .families import ViT
@@ -212,21 +213,21 @@ class AttentionPreHook(BlockHook):
         size = self.patch.context.size
         if size is None or not self.patch.config.prop_attn:
             return None
-        log_size, weighing = log_sizes(size, x.dtype), self.patch.context.weighing
-        weighing.log_size, weighing.masked = log_size, True
+        log_size, keys = log_sizes(size, x.dtype), self.patch.context.keys
+        keys.log_size, keys.masked = log_size, True
         return log_size.to(x.dtype)[:, None, None, :]
 
 
 class WeighKeys(patches.Interceptor):
     """Around an attention: where its bias would cost a GPU the fast kernel, keys are weighed
-    without it, see :class:`~..merging.proportional.KeyWeighing`."""
+    without it, see :class:`~..merging.keys.AttentionKeys`."""
 
     skips = True
 
     def call(self, module: nn.Module, proceed: Callable, args: tuple, kwargs: dict) -> Any:
         # Its hooks run inside, and say what the keys weigh.
-        self.patch.context.weighing = KeyWeighing()
-        with self.patch.context.weighing:
+        self.patch.context.keys = AttentionKeys()
+        with self.patch.context.keys:
             return proceed(module, *args, **kwargs)
 
 

@@ -88,7 +88,7 @@ def proportional_attention(
     bias = proxy.hook.bias(query)
     if bias is not None and attention_mask is not None:
         # A mask of the model itself, which further channels cannot replace.
-        proxy.hook.patch.context.weighing.log_size = None
+        proxy.hook.patch.context.keys.log_size = None
         bias = attention_mask + bias
     attention_mask = attention_mask if bias is None else bias
     return attention(module, query, key, value, attention_mask, **kwargs)

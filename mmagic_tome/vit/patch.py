@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..merging import MergePlan
-from ..merging.proportional import KeyWeighing
+from ..merging.keys import AttentionKeys
 from ..patch import Context, Patch
 from .config import ViTConfig, removed_for_speedup, removed_per_block
 from .families import ViT
@@ -20,7 +20,7 @@ class ViTContext(Context):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weighing: KeyWeighing | None = None  # of the attention that runs
+        self.keys: AttentionKeys | None = None  # of the attention that runs
         self.begin([])
 
     def begin(self, removed: list[int]) -> None:

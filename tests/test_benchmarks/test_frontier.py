@@ -91,10 +91,10 @@ def test_the_advantage_is_over_fewer_steps_at_the_same_time(scripts):
     better = row("ToMe", [8.0], 45.0, [0.9])
     assert rows.advantage([*some, better], better) == pytest.approx(5)
     assert rows.advantage(some, some[0]) is None
-    assert not rows.is_fewer_steps({"method": "residual of 4 steps"})
+    assert not rows.is_fewer_steps({"method": "plan of 2 steps"})
 
 
-@pytest.mark.parametrize(("name", "only"), [("merging_frontier", "^ToMe 0.5, residual$")])
+@pytest.mark.parametrize(("name", "only"), [("merging_frontier", "^ToMe 0.5, blocks$")])
 def test_a_script_writes_its_data_and_a_second_case_beside_it(
     scripts, frontier, tmp_path, name, only
 ):

@@ -20,11 +20,11 @@ SKIPS = {
     "most": {"network": 9, "inner": 3},
 }
 # What keeps state between steps: name -> network -> handle. Outputs of the network and of its inner
-# region; the same with samples that predict errors; plans and what they merged.
+# region; the same with samples that predict errors; plans.
 KEEPERS = {
     "both": partial(apply_cache, config=FIXED["both"]),
     "tolerance": partial(apply_cache, tolerance=0.2),
-    "residual": partial(apply_tome, ratio=0.5, plan_interval=4, residual=True),
+    "plans": partial(apply_tome, ratio=0.5, plan_interval=4),
 }
 
 

@@ -113,7 +113,7 @@ def test_a_model_is_freed_without_the_garbage_collector(apply, when, no_gc):
     assert "gone" in repr(handle) and handle.summary()
 
 
-@pytest.mark.parametrize("name", ["both", "residual"])
+@pytest.mark.parametrize("name", ["both", "plans"])
 def test_a_block_can_be_copied_and_pickled_alone(name):
     network = sd15_unet()
     APPLY[name](network)

@@ -19,7 +19,6 @@ JOINT = [t for t, family in TRANSFORMERS.items() if t != "DiT" and "crossattn" n
 def test_targets_that_joint_attention_does_not_allow(title):
     network = TRANSFORMERS[title].build()
     for targets, message in (
-        (["attn_kv"], r"\w\.0 cannot be merged at 'attn_kv'.*tome"),
         ("stack", "at 'stack'.*targets='block'"),
         (["crossattn"], "no transformer block with a target crossattn"),
     ):
@@ -49,7 +48,6 @@ CAUSAL = dict(num_frame_per_block=2)
 
 # Family, targets, what the error says, options of the network.
 AT_ONCE = [
-    (WAN.title, ["attn_kv"], "one rotary table.*'tome'", {}),
     ("CogView 4", ["attn", "mlp"], "on the image tokens and then on the text tokens", {}),
     (HUNYUAN_VIDEO.title, "block", f"first frame.*W{INSIDE}", FIRST_FRAME),
 ]
@@ -61,9 +59,11 @@ AT_THE_CALL = [
     ("Flux.1", ["attn"], "attn received an attention_mask", {OPTIONS: MASK}),
     ("Flux.1", ["attn"], "IP-Adapter write targets='block' or", {OPTIONS: IMAGE_PROMPT}),
     ("Flux.2", ["attn"], "kv_cache_mode.*call the model without it", KEYS_AND_VALUES),
+    ("Flux.2", "auto", "kv_cache_mode.*call the model without it", KEYS_AND_VALUES),
     ("Qwen-Image", ["attn"], "2 images in one sequence.*without token", TWO_IMAGES),
     ("Z-Image", ["attn"], "2 sizes in one batch.*one size at a time", TWO_SIZES),
     ("Z-Image", ["attn"], "several images in one sequence", dict(x=[[], []])),
+    (SKYREELS, "auto", r"causal mask.*write targets=\['crossattn', 'mlp'\]", CAUSAL),
     (SKYREELS, ["attn"], r"causal mask.*write targets=\['crossattn', 'mlp'\]", CAUSAL),
     (SKYREELS, "block", "blocks.0.block received a causal mask", CAUSAL),
 ]

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from denoise import denoising, inputs_at
 from model_runs import Seen, counts, difference, grids_of, image, output, run
 from tiny_transformers import TEXT, TRANSFORMERS
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from mmagic_tome import apply_tome
 from mmagic_tome.models import find_adapter
@@ -122,39 +124,71 @@ def test_the_timestep_is_where_the_adapter_says(family):
     assert adapter.timestep((None,), {}) is None
 
 
+class Lengths(TorchFunctionMode):
+    """Notes (queries, keys, values) of every call of ``scaled_dot_product_attention``."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            bound = dict(zip(("query", "key", "value"), args), **(kwargs or {}))
+            self.seen.append(tuple(bound[one].shape[-2] for one in ("query", "key", "value")))
+        return func(*args, **(kwargs or {}))
+
+
 @every_family
-def test_reused_plans_and_residual(family):
+@pytest.mark.parametrize("method", ["tome", "todo"])
+def test_keys_and_values_alone(family, method):
+    """The default: all queries stay, in every block's self-attention."""
+    network, inputs = family.build(), family.inputs()
+    with Lengths() as without:
+        baseline = run(network, inputs)
+    handle = apply_tome(network, ratio=0.5, method=method)
+    with Lengths() as lengths:
+        merged = run(network, inputs)
+    tokens = family.tokens()
+    kept = tokens // 2 if method == "tome" else tokens // 4
+    assert counts(handle) == {(tokens, kept)}
+    assert {row["kind"] for row in handle.stats()} == {"attn_kv"}
+    changed = [(one, two) for one, two in zip(lengths.seen, without.seen) if one != two]
+    assert len(changed) == len(handle.stats())
+    for (queries, *keys), (of_all, all_keys, _) in changed:
+        assert queries == of_all >= tokens
+        assert keys == [all_keys - tokens + kept] * 2
+    assert 1e-4 < difference(merged, baseline) < 0.8
+    alone = [run(network, one_entry(inputs, entry)) for entry in range(2)]
+    torch.testing.assert_close(torch.cat(alone), merged)
+
+
+@every_family
+def test_reused_plans(family):
     network = family.build()
 
     def calls(time):
         return family.inputs(time=time)
 
-    for targets in (family.inner, ["block"]):
-        errors = {}
-        for residual in (False, True):
-            options = dict(ratio=0.5, plan_interval=2, residual=residual, targets=targets)
-            with apply_tome(network, **options) as handle:
-                steps = list(denoising(network, calls, (500, 499.9)))
-                rows = {(row["kept"], row["plans"]) for row in handle.stats()}
-                assert rows == {(family.tokens() // 2, 1)}
-            merged = [image(step.output) for step in steps]
-            first, second = (
-                run(network, inputs_at(calls, step.time, step.latent)) for step in steps
-            )
-            assert torch.equal(merged[0], first) == residual
-            errors[residual] = difference(merged[1], second)
-        assert 0 < errors[True] < 0.8 * errors[False], errors
+    for targets in ("auto", family.inner, ["block"]):
+        with apply_tome(network, ratio=0.5, plan_interval=2, targets=targets) as handle:
+            steps = list(denoising(network, calls, (500, 499.9)))
+            rows = {(row["kept"], row["plans"]) for row in handle.stats()}
+            assert rows == {(family.tokens() // 2, 1)}
+        for step in steps:
+            plain = run(network, inputs_at(calls, step.time, step.latent))
+            assert 0 < difference(image(step.output), plain) < 0.8
 
 
 @every_family
-@pytest.mark.parametrize("around", ["inside", "block"])
+@pytest.mark.parametrize("around", ["keys", "inside", "block"])
 def test_gradients_are_those_without_checkpointing(family, around):
     network, inputs = family.build().train(), family.inputs()
     if not network._supports_gradient_checkpointing:
         pytest.skip("diffusers has no checkpointing for it")
     if family.title == "Chroma":  # whose single blocks lose the mask under checkpointing
         inputs["attention_mask"] = None
-    handle = apply_tome(network, ratio=0.5, targets="block" if around == "block" else family.inner)
+    targets = {"keys": "auto", "inside": family.inner, "block": "block"}[around]
+    handle = apply_tome(network, ratio=0.5, targets=targets)
 
     def gradients():
         torch.manual_seed(0)  # DiT drops labels

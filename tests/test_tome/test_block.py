@@ -3,12 +3,11 @@
 
 import pytest
 import torch
-from denoise import denoise, denoising, inputs_at, outputs_at
+from denoise import denoise, denoising, inputs_at
 from model_runs import Seen
 from tiny import error, tiny_inputs, tiny_unet
-from tiny_unets import kandinsky_unet
 
-from mmagic_tome import ToMeError, apply_cache, apply_tome
+from mmagic_tome import apply_cache, apply_tome
 from mmagic_tome.patch import find_patch
 from mmagic_tome.tome.state import TomePatch
 
@@ -79,32 +78,21 @@ def test_at_listed_steps(unet):
     with apply_tome(unet, plan_interval=[0, 1, 4]) as handle:
         made = [plans_per_block(handle)[0] for _ in denoising(unet, INPUTS, steps)]
         assert made == [1, 2, 2, 2, 3, 3]
-    with apply_tome(unet, plan_interval=[0, 1, 4], residual=True) as handle:
-        unmerged = []
-        for _ in denoising(unet, INPUTS, steps):
-            unmerged.append(handle.stats()[0]["unmerged_calls"])
-        assert unmerged == [1, 2, 2, 2, 3, 3]
 
 
-@pytest.mark.parametrize("residual", [False, True])
-def test_a_range_begins_and_ends_at_its_step_though_plans_are_reused(unet, residual):
+def test_a_range_begins_and_ends_at_its_step_though_plans_are_reused(unet):
     """In between, too: a plan is made where merging begins and not used where it ends."""
     ratio = dict(base=0.5, timestep=dict(timestep_range=(0.35, 0.75)))
-    with apply_tome(unet, ratio=ratio, plan_interval=8, residual=residual) as handle:
+    with apply_tome(unet, ratio=ratio, plan_interval=8) as handle:
         seen = []
         for _ in denoising(unet, INPUTS):
             row = handle.stats()[0]
             seen.append((row["kept"], row["plans"], row["unmerged_calls"]))
-    if residual:
-        # A residual needs one unmerged step more.
-        unmerged = [1, 2, 3, 3, 3, 3, 4, 5, 6]
-    else:
-        # 0.9, 0.8 remain | 0.7 to 0.4: four steps with one plan | 0.3, 0.2, 0.1.
-        unmerged = [1, 2, 2, 2, 2, 2, 3, 4, 5]
-    assert [one[2] for one in seen] == unmerged
+    # 0.9, 0.8 remain | 0.7 to 0.4: four steps with one plan | 0.3, 0.2, 0.1.
+    assert [one[2] for one in seen] == [1, 2, 2, 2, 2, 2, 3, 4, 5]
     assert [one[1] for one in seen] == [0, 0] + 7 * [1]
     merged = [one[0] == 128 for one in seen]
-    assert merged == [False, False, not residual, True, True, True, False, False, False]
+    assert merged == 2 * [False] + 4 * [True] + 3 * [False]
 
 
 def test_what_was_due_while_a_block_did_not_run_is_due_when_it_does(unet):
@@ -120,20 +108,17 @@ def test_what_was_due_while_a_block_did_not_run_is_due_when_it_does(unet):
 
 
 def test_training_keeps_nothing(unet):
-    handle = apply_tome(unet, plan_interval=5, residual=True)
+    handle = apply_tome(unet, plan_interval=5)
     for time in (900, 700):
         unet(**inputs_at(INPUTS, time)).sample.sum().backward()
     assert plans_per_block(handle) == [2]
     assert {row["kept"] for row in handle.stats()} == {128}
-    tracker = find_patch(unet, TomePatch).context.tracker
-    branches = [branch for run in tracker.runs for branch in run.branches.values()]
-    assert not any(branch.state.residuals for branch in branches)
 
 
 def test_two_calls_at_every_step_are_two_branches(unet):
     """As of pipelines that call their network without and with the text."""
     texts = [tiny_inputs(seed=seed)["encoder_hidden_states"] for seed in (1, 2)]
-    options = dict(plan_interval=2, residual=True)
+    options = dict(plan_interval=2)
 
     with apply_tome(unet, **options) as handle:
         for _ in range(2):
@@ -145,7 +130,6 @@ def test_two_calls_at_every_step_are_two_branches(unet):
                 latents += [1.02 * x - 0.1 * (3 * pair[1] - 2 * pair[0])]
             # Each branch computes its plans at steps 0, 2 and 4.
             assert plans_per_block(handle) == [2 * 3]
-            assert {row["unmerged_calls"] for row in handle.stats()} == {2 * 3}
     for branch, text in enumerate(texts):
         with apply_tome(unet, **options):
             for time, x, pair in zip(STEPS, latents, outputs):
@@ -212,50 +196,3 @@ def test_what_comes_into_a_merged_block_passes_unmerged(target):
     with apply_tome(unet, targets=[target], ratio=0.75) as handle:
         torch.testing.assert_close(call(unet, 900), baseline, rtol=1e-5, atol=1e-6)
         assert {row["kept"] for row in handle.stats()} == {64}
-
-
-# --- residuals ------------------------------------------------------------------------------------
-
-
-each = pytest.mark.parametrize("target", ["attn", "attn_kv", "crossattn", "mlp", "block", "stack"])
-
-
-@each
-def test_steps_that_compute_a_plan_are_the_baseline_to_the_bit(unet, target):
-    with apply_tome(unet, targets=[target], plan_interval=2, residual=True) as handle:
-        steps = list(denoising(unet, INPUTS, STEPS[:4]))
-        row = handle.stats()[0]
-        assert (row["calls"], row["unmerged_calls"], row["kept"]) == (4, 2, 128)
-    for number, (step, expected) in enumerate(zip(steps, outputs_at(unet, INPUTS, steps))):
-        if number % 2 == 0:
-            assert torch.equal(step.output, expected)
-        else:
-            assert 1e-5 < error(step.output, expected) < 0.5
-
-
-@each
-def test_where_nothing_changes_nothing_is_lost(unet, target):
-    """The same input at the next timestep: what the residual restores is all of it.
-
-    The timestep itself changes what the convolutions pass to the blocks, so it is held there.
-    """
-    options = dict(targets=[target], max_downsample=4, ratio=0.75, use_rand=False)
-
-    @torch.no_grad()
-    def outputs():
-        return [unet(**inputs_at(INPUTS, time)).sample for time in (900, 800)]
-
-    unet.time_embedding.register_forward_hook(lambda m, a, out: torch.ones_like(out))
-    baseline = outputs()
-    with apply_tome(unet, plan_interval=2, residual=True, **options) as handle:
-        restored = outputs()
-        assert handle.stats()[0]["unmerged_calls"] == 1
-    with apply_tome(unet, **options):
-        plain = outputs()
-    torch.testing.assert_close(restored[1], baseline[1], rtol=1e-4, atol=1e-5)
-    assert error(plain[1], baseline[1]) > 1e-3
-
-
-def test_targets_that_cannot_run_unmerged_at_some_steps_are_refused():
-    with pytest.raises(ToMeError, match="write residual=False"):
-        apply_tome(kandinsky_unet(), plan_interval=2, residual=True)
