@@ -33,23 +33,14 @@ SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)  # of the steps
 TOLERANCES = (0.01, 0.02, 0.05)
 #: What is changed of ToMe at each ratio.
 VARIANTS = {
-    "keys and values": dict(targets="attn_kv"),
+    "keys and values": {},
     "keys and values, unweighed": dict(targets="attn_kv", prop_attn=False),
-    "keys and values, plan of 2 steps": dict(targets="attn_kv", plan_interval=2),
-    "keys and values, one plan per level": dict(targets="attn_kv", share_plans=True),
-    "keys and values, residual": dict(targets="attn_kv", plan_interval=2, residual=True),
-    "keys and values, residual of 3 steps": dict(
-        targets="attn_kv", plan_interval=3, residual=True
-    ),
-    "keys and values, residual of 4 steps": dict(
-        targets="attn_kv", plan_interval=4, residual=True
-    ),
+    "keys and values, plan of 2 steps": dict(plan_interval=2),
+    "keys and values, one plan per level": dict(share_plans=True),
     "attn and cross-attention": dict(targets=("attn", "crossattn")),
     "blocks": dict(targets="block"),
-    "plan of 2 steps": dict(plan_interval=2),
-    "one plan per level": dict(share_plans=True),
-    "residual": dict(plan_interval=2, residual=True),
-    "residual of 4 steps": dict(plan_interval=4, residual=True),
+    "plan of 2 steps": dict(targets="attn", plan_interval=2),
+    "one plan per level": dict(targets="attn", share_plans=True),
 }
 
 
@@ -60,20 +51,20 @@ def entries() -> Iterator[dict[str, Any]]:
             # Squares of 2x2 tokens become one, whatever the ratio is.
             if ratio > kind().ceiling or (name in ("todo", "downsample") and ratio < RATIOS[-1]):
                 continue
-            options = dict(ratio=ratio, method=name)
+            options = dict(ratio=ratio, method=name, targets="attn")
             label = f"{'ToMe' if name == 'tome' else name} {ratio:g}"
             yield dict(name=label, tome_cfg=options)
             yield dict(name=f"{label}, unweighed", tome_cfg={**options, "prop_attn": False})
         for label, changes in VARIANTS.items():
             yield dict(name=f"ToMe {ratio:g}, {label}", tome_cfg=dict(ratio=ratio, **changes))
     for label, changes in VARIANTS.items():
-        if changes.get("targets") == "attn_kv":  # cells of 4x4 keep every query
+        if label.startswith("keys and values"):  # all queries stay, so cells may be larger
             options = dict(ratio=0.9, sx=4, sy=4, **changes)
             yield dict(name=f"ToMe 0.9, {label}", tome_cfg=options)
     for tolerance in TOLERANCES:
         cache = dict(tolerance=tolerance)
         yield dict(name=f"tolerance {tolerance:g}", cache_cfg=cache)
-        for label, more in (("", {}), (", keys and values", dict(targets="attn_kv"))):
+        for label, more in (("", dict(targets="attn")), (", keys and values", {})):
             yield dict(
                 name=f"tolerance {tolerance:g} and ToMe 0.5{label}",
                 tome_cfg=dict(ratio=0.5, **more),
