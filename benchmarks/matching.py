@@ -20,7 +20,6 @@ from tomesd.merge import bipartite_soft_matching_random2d
 
 from mmagic_tome.lab.report import save_record
 from mmagic_tome.merging import random_layout
-from mmagic_tome.merging.random import hashed_integers
 from mmagic_tome.methods import METHODS, PlanRequest, build_method
 
 SIDE, CHANNELS, RATIO, REPEATS = 64, 320, 0.5, 15
@@ -39,14 +38,10 @@ def milliseconds(function: Callable[[], object]) -> float:
 
 def request(exact: bool) -> PlanRequest:
     """What a block in the middle of a network would ask for."""
-
-    def draw(upper: int, count: int) -> torch.Tensor:
-        return hashed_integers(upper, 0, None, 1, count, torch.device("cpu"))[0]
-
+    layout = random_layout(SIDE, SIDE, 2, 2, seed=0)
     return PlanRequest(
-        SIDE, SIDE, sx=2, sy=2, downsample=1, level=0, depth=3, num_blocks=5, step=5, timestep=0.5,
-        exact=exact, layout=lambda: random_layout(SIDE, SIDE, 2, 2, seed=0).select(0), draw=draw,
-    )  # fmt: skip
+        SIDE, SIDE, sx=2, sy=2, level=0, exact=exact, layout=lambda: layout.select(0)
+    )
 
 
 @torch.inference_mode()
@@ -56,8 +51,7 @@ def main() -> None:
     x = torch.randn(2, SIDE * SIDE, CHANNELS)
     rows = []
     for name in ("tome", "tome, exact_matching", *sorted(set(METHODS) - {"tome"})):
-        options = {"threshold": -1} if name == "threshold" else {}  # random tokens are not similar
-        method = build_method({"type": name.split(",")[0], **options})
+        method = build_method(name.split(",")[0])
         asked = request(exact="exact" in name)
         plan = method.plan(x, RATIO, asked)
         y = plan.merge(x)

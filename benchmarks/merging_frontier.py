@@ -2,9 +2,9 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """Token merging where it pays: large pictures, whole runs, beside fewer steps.
 
-The demo UNet at 256 pixels (4096 tokens at its finest level), or the demo transformer, by every
-merging method at three strengths, with proportional attention and without ("unweighed"), of keys
-and values alone, with plans reused and with a residual, with and without step caching; tomesd;
+The demo UNet at 256 pixels (4096 tokens at its finest level), or the demo transformer, with
+self-attention or its keys and values merged at several ratios, with proportional attention and
+without ("unweighed"), with plans reused and shared, with and without step caching; ToDo; tomesd;
 fewer steps.
 How it is measured: ``frontier.py``. Choose settings on some captions, judge them on others. Writes
 ``data/merging_frontier.json``::
@@ -24,7 +24,6 @@ import frontier
 from frontier import Case
 
 from mmagic_tome.lab.methods import Method, fewer_steps
-from mmagic_tome.methods import METHODS
 
 DATA = Path(__file__).parent / "data/merging_frontier.json"
 DEFAULT = Case("unet", 256, "DDIM", 3.0, 20)
@@ -33,6 +32,8 @@ SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)  # of the steps
 TOLERANCES = (0.01, 0.02, 0.05)
 #: What is changed of ToMe at each ratio.
 VARIANTS = {
+    "": dict(targets="attn"),
+    "unweighed": dict(targets="attn", prop_attn=False),
     "keys and values": {},
     "keys and values, unweighed": dict(targets="attn_kv", prop_attn=False),
     "keys and values, plan of 2 steps": dict(plan_interval=2),
@@ -47,16 +48,12 @@ VARIANTS = {
 def entries() -> Iterator[dict[str, Any]]:
     """Those of this package."""
     for ratio in RATIOS:
-        for name, kind in METHODS.items():
-            # Squares of 2x2 tokens become one, whatever the ratio is.
-            if ratio > kind().ceiling or (name in ("todo", "downsample") and ratio < RATIOS[-1]):
-                continue
-            options = dict(ratio=ratio, method=name, targets="attn")
-            label = f"{'ToMe' if name == 'tome' else name} {ratio:g}"
-            yield dict(name=label, tome_cfg=options)
-            yield dict(name=f"{label}, unweighed", tome_cfg={**options, "prop_attn": False})
         for label, changes in VARIANTS.items():
-            yield dict(name=f"ToMe {ratio:g}, {label}", tome_cfg=dict(ratio=ratio, **changes))
+            name = ", ".join(filter(None, (f"ToMe {ratio:g}", label)))
+            yield dict(name=name, tome_cfg=dict(ratio=ratio, **changes))
+    for label, changes in (("", {}), (", unweighed", dict(prop_attn=False))):
+        # Squares of 2x2 tokens become one, whatever the ratio is.
+        yield dict(name=f"todo 0.75{label}", tome_cfg=dict(ratio=0.75, method="todo", **changes))
     for label, changes in VARIANTS.items():
         if label.startswith("keys and values"):  # all queries stay, so cells may be larger
             options = dict(ratio=0.9, sx=4, sy=4, **changes)

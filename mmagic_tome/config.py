@@ -240,14 +240,12 @@ class ToMeConfig(Options):
 
     def _derive(self) -> None:
         """What follows from the options: computed once, read at every call of a network."""
-        method, schedule = self.merge_method, self.ratio_schedule
-        #: Whether the method looks at what the network predicted last.
-        self._set("watches_output", method.watches_output)
+        schedule = self.ratio_schedule
         #: Whether plans are reused.
         self._set("keeps_plans", self.plan_interval != 1)
         #: Whether anything depends on the place of a step in its denoising run.
         by_step = self.keeps_plans or schedule.needs_timestep
-        self._set("tracks_steps", by_step or method.watches_output or method.tracks_steps)
+        self._set("tracks_steps", by_step)
         #: Whether nothing is ever merged.
         self._set("merges_nothing", schedule.zero)
         #: Whether every target of a block has the same plan, made anew at each step.

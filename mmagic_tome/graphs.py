@@ -18,9 +18,8 @@ import torch
 logger = logging.getLogger("mmagic_tome")
 
 _REASON = (
-    "mmagic_tome: what depends on the denoising step (step caching, plan_interval, "
-    "ratios by timestep, methods that watch the step) is decided outside of graphs; write "
-    "fullgraph=False"
+    "mmagic_tome: what depends on the denoising step (step caching, plan_interval, ratios by "
+    "timestep) is decided outside of graphs; write fullgraph=False"
 )
 
 # eager_only methods that wait for the compiler: importing it takes seconds, and most users never

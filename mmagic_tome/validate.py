@@ -1,7 +1,7 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
 """The one way to check what a user wrote: every error says what was found and what to write.
 
-In all functions ``where`` is the beginning of the message, such as ``"method 'toma': "``, and
+In all functions ``where`` is the beginning of the message, such as ``"method 'todo': "``, and
 ``default`` is what to suggest where nothing close to the value is allowed. The ``check_*``
 functions return the value, and raise :class:`ToMeError` for a wrong one.
 """

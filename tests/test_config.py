@@ -64,7 +64,6 @@ def test_coerce_and_replace():
         (dict(ratio=-0.1), ["[0, 0.75]", "write ratio=0"]),
         (dict(ratio="half"), ["ratio='half'", "a number", "write ratio=0.5"]),
         (dict(ratio=True), ["a number"]),
-        (dict(ratio=0.6, method="pitome"), ["ceiling 0.5 of method='pitome'", "another method"]),
         (dict(sx=1, sy=2, ratio=0.6), ["ratio=0.6", "0.5"]),
         (dict(sx=0), ["[1, 16]", "write sx=1"]),
         (dict(sx=1, sy=1), ["sx=1", "sy=1", "sx=2"]),

@@ -39,7 +39,7 @@ def test_description():
     assert Setting().description == "baseline"
     setting = Setting.coerce({"prop_attn": True, "cache": "fast"})
     assert setting.description == "ratio=0.5, prop_attn=True, cache='fast'"
-    assert ToMeConfig(ratio=min, method="prune").description == "ratio=min, method='prune'"
+    assert ToMeConfig(ratio=min, method="todo").description == "ratio=min, method='todo'"
     inner = {"tolerance": 0.02, "region": "inner"}
     for cache in (inner, {"tolerance": 0.5}, {"interval": 3}):
         setting = Setting.coerce({"cache": cache})

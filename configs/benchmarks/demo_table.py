@@ -14,10 +14,8 @@ evaluation = dict(
         dict(name="ToMe 0.5, regular", tome_cfg=dict(ratio=0.5, use_rand=False)),
         # Other options and methods of this package.
         dict(name="ToMe 0.5, plan_interval 4", tome_cfg=dict(ratio=0.5, plan_interval=4)),
-        *[
-            dict(name=f"{label} 0.5", tome_cfg=dict(ratio=0.5, method=method))
-            for label, method in (("PiToMe", "pitome"), ("ToFu", "tofu"))
-        ],
+        dict(name="ToMe 0.5, all of attention", tome_cfg=dict(ratio=0.5, targets="attn")),
+        dict(name="ToDo", tome_cfg=dict(ratio=0.75, method="todo")),
         *[dict(name=f"tomesd {r:g}", tomesd=dict(ratio=r)) for r in (0.25, 0.5, 0.75)],
         *["cache:quality", "cache:balanced", "cache:fast"],
     ],

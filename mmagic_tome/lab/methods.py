@@ -270,7 +270,7 @@ def parse_method(text: str) -> Method:
     Args:
         text: ``NAME={...}``: options of token merging and the keys ``cache``, ``steps``,
             ``tomesd``, ``deepcache``, as Python or JSON. Or one of ``METHOD:RATIO`` (``tome:0.5``,
-            ``tofu:0.5`` ...), ``cache:PRESET``, ``tolerance:ERROR``, ``tomesd:RATIO``,
+            ``todo:0.75``), ``cache:PRESET``, ``tolerance:ERROR``, ``tomesd:RATIO``,
             ``deepcache:INTERVAL``, ``steps:N``, ``baseline``.
 
     Raises:

@@ -2,7 +2,7 @@
 """Which tokens become one, and how: functions of tensors and their plans, on torch alone."""
 
 from .frames import FramePlan, as_clips
-from .grid2d import GridLayout, Windows, grid_layout, make_windows, random_layout, regular_layout
+from .grid2d import GridLayout, grid_layout, random_layout, regular_layout
 from .joint import JointPlan, join_sequence, joint_plan, split_sequence
 from .matching import (
     bipartite_match,
@@ -11,8 +11,7 @@ from .matching import (
     strongest,
     tokens_to_remove,
 )
-from .matrix import MatrixPlan
-from .plan import IndexPlan, MergePlan, MlerpPlan, Plan, PrunedPlan
+from .plan import IndexPlan, MergePlan, Plan, PrunedPlan
 from .published import (
     bipartite_soft_matching,
     kth_bipartite,
@@ -27,12 +26,9 @@ __all__ = [
     "GridLayout",
     "IndexPlan",
     "JointPlan",
-    "MatrixPlan",
     "MergePlan",
-    "MlerpPlan",
     "Plan",
     "PrunedPlan",
-    "Windows",
     "as_clips",
     "bipartite_match",
     "bipartite_soft_matching",
@@ -40,7 +36,6 @@ __all__ = [
     "join_sequence",
     "joint_plan",
     "kth_bipartite",
-    "make_windows",
     "match_tokens",
     "merge_source",
     "merge_wavg",

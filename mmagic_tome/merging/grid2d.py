@@ -1,5 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Rectangles of a two-dimensional token grid: cells with a destination each, and windows.
+"""Cells of a two-dimensional token grid, with a destination each.
 
 Source: "Token Merging for Fast Stable Diffusion" (Bolya and Hoffman, CVPRW 2023, arXiv
 2303.17604), section 4: partitioning tokens by cells of sy x sx, with one random destination in
@@ -94,15 +94,15 @@ def grid_layout(offset: Tensor, height: int, width: int, sx: int, sy: int) -> Gr
 
 
 @dataclass(frozen=True)
-class Windows:
-    """Windows of n tokens each, and the tokens outside of all windows."""
+class Cells:
+    """Cells of n tokens each, and the tokens outside of all cells."""
 
-    inside: Tensor  # (W, n) int64 token indices, row by row in every window
-    outside: Tensor  # (L,) int64 token indices; W * n + L = N
+    inside: Tensor  # (cells, n) int64 token indices, row by row in every cell
+    outside: Tensor  # (L,) int64 token indices; cells * n + L = N
 
     @property
     def count(self) -> int:
-        """W."""
+        """Number of cells."""
         return self.inside.shape[0]
 
     @property
@@ -111,8 +111,8 @@ class Windows:
         return self.inside.shape[1]
 
 
-def tile_grid(height: int, width: int, sy: int, sx: int, device: torch.device) -> Windows:
-    """All complete windows of sy x sx tokens from the top left of a grid, row by row.
+def tile_grid(height: int, width: int, sy: int, sx: int, device: torch.device) -> Cells:
+    """All complete cells of sy x sx tokens from the top left of a grid, row by row.
 
     Outside of them are the incomplete ones at its right edge, then those at the bottom.
     """
@@ -121,18 +121,4 @@ def tile_grid(height: int, width: int, sy: int, sx: int, device: torch.device) -
     inside = token[: rows * sy, : columns * sx].reshape(rows, sy, columns, sx).transpose(1, 2)
     right, bottom = token[: rows * sy, columns * sx :], token[rows * sy :]
     outside = torch.cat([right.reshape(-1), bottom.reshape(-1)])
-    return Windows(inside.reshape(rows * columns, sy * sx), outside)
-
-
-def make_windows(height: int, width: int, window: int, device: torch.device) -> Windows:
-    """Windows of at most ``window`` x ``window`` tokens from the top left of a grid; slightly
-    smaller ones where that leaves fewer tokens outside of all (:func:`window_side`)."""
-    return tile_grid(height, width, window_side(height, window), window_side(width, window), device)
-
-
-def window_side(length: int, window: int) -> int:
-    """The side in (window / 2, window] that leaves the fewest of ``length`` tokens outside, the
-    larger one of equals; ``length`` itself if that is at most ``window``."""
-    if length <= window:
-        return length
-    return min(range(window, window // 2, -1), key=lambda side: length % side)
+    return Cells(inside.reshape(rows * columns, sy * sx), outside)

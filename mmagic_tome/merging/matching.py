@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import int8
-from .plan import REDUCTIONS, IndexPlan, gather_tokens
+from .plan import MergePlan, gather_tokens
 
 # Largest number of similarities held at a time. On a CPU a chunk that stays in the cache
 # is as fast as any larger one (2**19 to 2**22 measure the same); a GPU needs rows to fill it.
@@ -38,8 +38,7 @@ def bipartite_match(
     r: int,
     *,
     exact: bool = True,
-    reduction: str = "mean",
-) -> IndexPlan:
+) -> MergePlan:
     """Merge the r sources with the most similar destinations into them: N -> N - r tokens.
 
     Every source draws one edge to the destination with the largest cosine similarity; the r best
@@ -51,7 +50,6 @@ def bipartite_match(
         sources (Tensor): (S,) or (B, S) int64 token indices; with the destinations all N tokens.
         r (int): tokens to remove, 0 <= r <= S.
         exact (bool): default True, see :func:`nearest_destination`.
-        reduction (str): default 'mean', see :func:`plan_of_edges`.
 
     Raises:
         ValueError: r out of range, or indices that do not add up to N.
@@ -62,7 +60,7 @@ def bipartite_match(
     if not 0 <= r <= num_src:
         raise ValueError(f"r must be in [0, {num_src}], got {r}")
     best, nearest = nearest_destination(metric, destinations, sources, exact)
-    return plan_of_edges(destinations, sources, nearest, strongest(best, r), r, reduction)
+    return plan_of_edges(destinations, sources, nearest, strongest(best, r), r)
 
 
 @torch.no_grad()
@@ -142,13 +140,12 @@ def plan_of_edges(
     nearest: Tensor,
     merged: Tensor,
     removed: int,
-    reduction: str = "mean",
     destinations_first: bool = True,
-) -> IndexPlan:
+) -> MergePlan:
     """Make the plan in which some of the edges merge: N -> N - r tokens.
 
     Slots are numbered destinations first, then the sources that stay, each in the order given, and
-    represented by them. Neither this nor pruning sorts or synchronizes with the device.
+    represented by them. This does not synchronize with the device.
 
     Args:
         destinations, sources: see :func:`bipartite_match`.
@@ -157,8 +154,6 @@ def plan_of_edges(
         merged (Tensor): (B, S) bool, the edges that merge; ``removed`` of them in every row (not
             checked: a check would synchronize with the device).
         removed (int): r.
-        reduction (str): a key of :data:`~.plan.REDUCTIONS`: 'mean' (default), 'prune' (the
-            destination's own features) or 'mlerp'.
         destinations_first (bool): False: the sources that stay are numbered before the
             destinations. Default True.
     """
@@ -172,7 +167,7 @@ def plan_of_edges(
     slot.scatter_(1, destinations.expand(batch, -1), own.expand(batch, -1))
     into = nearest + first_dst if first_dst else nearest
     slot.scatter_(1, sources.expand(batch, -1), torch.where(merged, into, stay))
-    return REDUCTIONS[reduction](slot, num_dst + num_stay, destinations)
+    return MergePlan(slot, num_dst + num_stay, destinations)
 
 
 def full_precision(x: Tensor) -> torch.autocast:

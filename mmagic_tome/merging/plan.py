@@ -21,8 +21,7 @@ class Plan(Protocol):
         num_tokens (int): N, tokens per entry before merging.
         num_slots (int): M, tokens per entry after merging.
         slot (Tensor): (B, N) int64, the slot of every token.
-        size (Tensor): (B, M), the number of tokens in every slot; rows sum to N. int64, floating
-            where tokens are shared out over several slots.
+        size (Tensor): (B, M) int64, the number of tokens in every slot; rows sum to N.
         representative (Tensor): (B, M) int64, the token whose position represents each slot.
     """
 
@@ -151,39 +150,6 @@ class PrunedPlan(IndexPlan):
         check_shape(x, self.batch, self.num_tokens, "merge")
         out = x.reshape(-1, x.shape[-1]).index_select(0, self._kept)
         return out.view(self.batch, self.num_slots, x.shape[-1])
-
-
-class MlerpPlan(MergePlan):
-    """MLERP: the direction of the average of a slot's tokens, the norm of its longest token.
-
-    ::
-
-        m = mean_i x_i        merge = m / |m| * max_i |x_i|
-
-    An average is shorter than its tokens, the more so the less they agree, which shifts the
-    distribution a layer was trained on; MLERP restores the norm. A slot of one token returns it up
-    to rounding. A slot whose tokens cancel has no direction and stays zero.
-
-    Source: "Token Fusion" (Kim et al., WACV 2024, arXiv 2312.01026), the section on MLERP.
-    """
-
-    __slots__ = ()
-
-    def merge(self, x: Tensor) -> Tensor:
-        mean = super().merge(x)
-        # Norms of half-precision tokens may not fit half precision.
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        longest = super().merge(norm, "max")
-        own = torch.linalg.vector_norm(mean, dim=-1, keepdim=True, dtype=wide)
-        # Where the average vanishes a factor would be 0 / 0; zero times any factor stays zero.
-        factor = longest / own.clamp_min(torch.finfo(wide).tiny)
-        factor = torch.where(own > 0, factor, torch.ones_like(factor))
-        return (mean.to(wide) * factor).to(x.dtype)
-
-
-#: What a slot holds: the plan class of every reduction. All take the same arguments.
-REDUCTIONS = {"mean": MergePlan, "prune": PrunedPlan, "mlerp": MlerpPlan}
 
 
 def check_shape(x: Tensor, batch: int, length: int, what: str) -> None:

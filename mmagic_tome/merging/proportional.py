@@ -28,11 +28,8 @@ _WIDEST, _MULTIPLE = 256, 8
 
 
 def log_sizes(size: Tensor, dtype: torch.dtype) -> Tensor:
-    """Log of the sizes (B, M) of keys, in ``dtype`` but at least in single precision.
-
-    Inverses of soft merging may have sizes below 0, which count as 0.001.
-    """
-    return size.to(torch.promote_types(dtype, torch.float32)).clamp_min(1e-3).log()
+    """Log of the sizes (B, M) of keys, in ``dtype`` but at least in single precision."""
+    return size.to(torch.promote_types(dtype, torch.float32)).log()
 
 
 def prefers_channels(query: Tensor) -> bool:

@@ -1,35 +1,8 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Token reduction methods by name, registered by :func:`register_method`.
-
-=============  ================================================
-on_grid.py     ``tome``, ``prune``, ``tofu``, ``threshold``
-squares.py     ``todo``, ``downsample``
-others         the method that they are named after
-=============  ================================================
-"""
+"""Which tokens become one: merging methods by name, registered by :func:`register_method`."""
 
 from .base import METHODS, Method, PlanRequest, build_method, register_method
-from .importance import Importance
-from .on_grid import Prune, Threshold, ToFu, ToMe
-from .pitome import PiToMe
-from .sito import SiTo
-from .squares import Downsample, ToDo
-from .toma import ToMA
+from .todo import ToDo
+from .tome import ToMe
 
-__all__ = [
-    "METHODS",
-    "Downsample",
-    "Importance",
-    "Method",
-    "PiToMe",
-    "PlanRequest",
-    "Prune",
-    "SiTo",
-    "Threshold",
-    "ToDo",
-    "ToFu",
-    "ToMA",
-    "ToMe",
-    "build_method",
-    "register_method",
-]
+__all__ = ["METHODS", "Method", "PlanRequest", "ToDo", "ToMe", "build_method", "register_method"]

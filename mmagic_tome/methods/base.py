@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +17,9 @@ from ..validate import nearest
 METHODS: dict[str, type[Method]] = {}
 
 # Names of methods elsewhere -> their names here, for error messages.
-_OTHER_NAMES = {
-    "adaptive": "threshold",
-    "catome": "threshold",
-    "ibtm": "importance",
-    "pruning": "prune",
-    "tokendownsampling": "todo",
-    "tokenfusion": "tofu",
-    "tomesd": "tome",
-}
+_OTHER_NAMES = {"tokendownsampling": "todo", "tomesd": "tome"}
+#: Methods that were offered until they were measured to be slower or further from the baseline.
+_REMOVED = ("downsample", "importance", "pitome", "prune", "sito", "threshold", "tofu", "toma")
 
 
 @dataclass(frozen=True)
@@ -36,21 +30,10 @@ class PlanRequest:
     width: int
     sx: int  # width of a cell in tokens
     sy: int
-    downsample: int  # how many times coarser the grid is than the network's input
     level: int  # number of the resolution level among the merged ones, 0 = finest grid
-    depth: int  # number of the block among the merged ones
-    num_blocks: int  # their count
-    step: int  # of the denoising run, 0 = first (always 0 where steps are not tracked)
-    timestep: float | None  # fraction of the run that remains, 1 = start; None: not tracked
     exact: bool  # match in full precision
     # () -> (destinations (D,), sources (S,)) int64, one destination per cell, random or regular.
     layout: Callable[[], tuple[Tensor, Tensor]]
-    # (upper, count) -> (count,) int64 in [0, upper), random numbers of this block and step, the
-    # same at every call; with ``use_rand=False`` at every step, too.
-    draw: Callable[[int, int], Tensor]
-    # (B / 2, h', w'), magnitude of classifier-free guidance at every position of the network's
-    # output at the last step; only for methods with ``watches_output``, None at the first step.
-    guidance_map: Tensor | None = None
 
     @property
     def cells(self) -> int:
@@ -68,8 +51,6 @@ class Method:
 
     where = ""  # what the message of a wrong option begins with: the method's name
     keeps_queries = False  # merge keys and values of self-attention only
-    tracks_steps = False  # plan() reads ``step`` or ``timestep`` of its request
-    watches_output = False  # plan() reads ``guidance_map``
     ceiling = 1.0  # largest ratio for any cells; 1: cells alone limit it
 
     def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> Plan | None:
@@ -81,11 +62,6 @@ class Method:
     def match(self, metric: Tensor, r: int, request: PlanRequest) -> Plan | None:
         """Make a plan that removes r >= 1 tokens; arguments and result are those of ``plan``."""
         raise NotImplementedError
-
-    def variant(self, depth: int, num_blocks: int) -> Hashable:
-        """Key of the plans that blocks at a depth may share (``share_plans=True``); None: all
-        blocks of a resolution level share one."""
-        return None
 
     def removed(self, tokens: int, ratio: float, request: PlanRequest) -> int:
         """r = min(int(N * ratio), sources); 0 for a grid without a complete cell."""
@@ -117,10 +93,15 @@ def build_method(spec: str | Mapping[str, Any]) -> Method:
     if "type" not in options:
         raise ToMeError(
             f"method={options!r} names no method: write its name under 'type', such as "
-            "dict(type='toma', window=4). One method serves all targets"
+            "dict(type='todo', downsample_factor=3). One method serves all targets"
         )
     name = options.pop("type")
     if not isinstance(name, str) or name not in METHODS:
+        if name in _REMOVED:
+            raise ToMeError(
+                f"method {name!r} is no longer offered: at the same speed method='tome' is nearer "
+                "to the baseline (docs/benchmarks/merging.md); leave it out"
+            )
         plain = "".join(filter(str.isalnum, str(name).lower()))
         close = _OTHER_NAMES.get(plain) or nearest(plain, METHODS)
         hint = f"did you mean {close!r}? " if close else ""

@@ -116,14 +116,13 @@ class BlockPreHook(StepHook):
         """The plan at a ratio: one made in this step, or a new one.
 
         Made for this block (``made``), or with ``share_plans`` for any of its level: then a block
-        gets another only where its ratio or its depth asks for one.
+        gets another only where its ratio asks for one.
         """
         block, config = self.block, context.config
         key: tuple = (ratio,)
         if config.share_plans:
             made = context.shared
-            variant = config.merge_method.variant(block.depth, block.num_blocks)
-            key = (ratio, block.downsample, context.grid, variant)
+            key = (ratio, block.downsample, context.grid)
         if key not in made:
             made[key] = self.compute(context, metric, ratio)
         return made[key]
@@ -139,16 +138,9 @@ class BlockPreHook(StepHook):
             width=width,
             sx=config.sx,
             sy=config.sy,
-            downsample=block.downsample,
             level=block.level,
-            depth=block.depth,
-            num_blocks=block.num_blocks,
-            step=context.step,
-            timestep=context.remaining,
             exact=config.exact_matching,
             layout=partial(patch.layout, context, block, metric.device),
-            draw=partial(patch.draw, context, block, metric.device),
-            guidance_map=context.state.guidance_map,
         )
         plan = config.merge_method.plan(metric.detach(), ratio, request)
         if plan is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graphs import eager_only
-from ..latents import conditioning_of, latents_of, read_timestep, tensors_of
+from ..latents import conditioning_of, latents_of, read_timestep
 from ..merging.random import step_key
 from ..patch import Hook
 from ..runs import Call
@@ -103,18 +103,7 @@ class NetworkPostHook(StepHook):
         if output is None:
             tracker.drop()
             return
-        run = tracker.runs[0]
-        state = run.branch.state
         tracker.end(output)
-        if context.config.watches_output:
-            state.guidance_map = guidance_map(run.copies, tensors_of(output), context.grid)
-            if state.guidance_map is None:
-                self.patch.warn_once(
-                    "guidance",
-                    f"method={context.config.method!r} looks at how far the text moves the "
-                    "prediction, and this model is called without both halves of classifier-free "
-                    "guidance in one batch: it merges as method='tome' does",
-                )
 
 
 class GridPreHook(StepHook):
@@ -130,22 +119,3 @@ class GridPreHook(StepHook):
         for context in contexts:
             context.grid = (height * context.frames, width)
             context.num_before = before
-
-
-def guidance_map(
-    copies: int | None, outputs: list[Tensor], grid: tuple[int, int] | None
-) -> Tensor | None:
-    """(B / 2, h, w), how far the text moves the prediction at every place; None without guidance.
-
-    ``copies`` is 2 if the halves of the batch are the same images without and with the text;
-    ``outputs`` of the network are (B, C, h, w), or (B, h * w, C) for tokens of a grid (h, w).
-    """
-    if copies != 2 or len(outputs) != 1:
-        return None
-    empty, text = outputs[0].detach().chunk(2)
-    moved = (text - empty).abs()
-    if moved.dim() == 4:
-        return moved.mean(1)
-    if moved.dim() == 3 and grid is not None and moved.shape[1] == grid[0] * grid[1]:
-        return moved.mean(2).unflatten(1, grid)
-    return None

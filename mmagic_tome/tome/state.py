@@ -22,7 +22,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..config import ToMeConfig
 from ..merging import FramePlan, GridLayout, JointPlan, random_layout, regular_layout
 from ..merging.keys import AttentionKeys
-from ..merging.random import hashed_integers
 from ..patch import Context, Patch, hooks_of, keep_last, register, unregister
 from ..runs import RunTracker
 from ..timeline import Timeline
@@ -38,8 +37,6 @@ class StepState:
     unmerged: set[Hashable] = field(default_factory=set)
     #: Block -> the step at which it last computed its plans.
     computed_at: dict[str, int] = field(default_factory=dict)
-    #: For methods that watch the output, see :func:`~.network.guidance_map`.
-    guidance_map: Tensor | None = None
 
 
 # Where steps are not tracked; nobody writes into it.
@@ -225,14 +222,6 @@ class TomePatch(Patch):
                 layouts = regular_layout(*cells, device)
             context.layouts[key] = layouts
         return layouts.select(block.row if config.use_rand else 0)
-
-    def draw(
-        self, context: TomeContext, block: BlockState, device: torch.device, upper: int, count: int
-    ) -> Tensor:
-        """(count,) random numbers below ``upper`` of a block and step, for methods that ask."""
-        # The upper half of the seed tells the blocks apart, and these numbers from the layouts'.
-        seed = context.config.seed + (block.depth + 1 << 32)
-        return hashed_integers(upper, seed, context.step_key, 1, count, device)[0]
 
     def settle(self, network: nn.Module) -> None:
         """Let hooks sit where they belong, whatever was changed since they were registered.

@@ -145,7 +145,7 @@ def test_a_package_that_is_missing_is_an_error_before_anything_runs(monkeypatch)
     ("text", "entry"),
     [
         ("tome:0.5", dict(name="ratio 0.5", tome_cfg=dict(ratio=0.5))),
-        ("tofu:0.25", dict(name="tofu 0.25", tome_cfg=dict(method="tofu", ratio=0.25))),
+        ("todo:0.25", dict(name="todo 0.25", tome_cfg=dict(method="todo", ratio=0.25))),
         ("cache:balanced", dict(name="balanced", cache_cfg="balanced")),
         ("tomesd:0.5", dict(name="tomesd 0.5", tomesd=0.5)),
         ("deepcache:3", dict(name="DeepCache 3", deepcache=3)),

@@ -4,8 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmagic_tome.merging import grid_layout, make_windows, random_layout
-from mmagic_tome.merging.grid2d import window_side
+from mmagic_tome.merging import grid_layout, random_layout
 from mmagic_tome.merging.random import hashed_integers, step_key
 
 CPU = torch.device("cpu")
@@ -25,23 +24,6 @@ def test_every_complete_cell_has_one_destination(h, w, sx, sy, seed, count):
         assert torch.equal(cell, torch.arange(cells))
         for every, one in zip(layout.select(slice(None)), (destinations, sources)):
             assert torch.equal(every[index], one)
-
-
-@settings(deadline=None, max_examples=60)
-@given(SIDES, SIDES, st.integers(2, 12))
-def test_windows_cover_every_token_once(height, width, window):
-    windows = make_windows(height, width, window, CPU)
-    together = torch.cat([windows.inside.reshape(-1), windows.outside])
-    assert torch.equal(together.sort().values, torch.arange(height * width))
-    row, column = windows.inside // width, windows.inside % width
-    # Solid rectangles of at most that side, in raster order.
-    sy = (row.amax(1) - row.amin(1) + 1).unique()
-    sx = (column.amax(1) - column.amin(1) + 1).unique()
-    assert len(sy) == len(sx) == 1 and sy * sx == windows.size
-    assert sy <= window and sx <= window
-    assert torch.equal(windows.inside, windows.inside.sort(dim=1).values)
-    assert (windows.count, windows.size) == windows.inside.shape
-    assert [window_side(length, 8) for length in (64, 15, 17, 23, 5)] == [8, 5, 8, 7, 5]
 
 
 def test_cells_of_more_tokens_than_a_byte_counts():

@@ -4,30 +4,19 @@
 import torch
 
 from mmagic_tome.merging import random_layout
-from mmagic_tome.merging.random import hashed_integers
 from mmagic_tome.methods import METHODS, PlanRequest
 
 # Every method with its defaults, and with options that lead another way.
-SPECS = [
-    *sorted(METHODS),
-    dict(type="tofu", prune_depth=0),
-    dict(type="threshold", threshold=-1),
-    dict(type="threshold", threshold=0.5),
-    dict(type="toma", window=4, unmerge="pinv"),
-    dict(type="downsample", factor=3),
-    dict(type="importance", prune_steps=10),
-]
+SPECS = [*sorted(METHODS), dict(type="todo", downsample_factor=3)]
 
 
 def request(height, width, seed=0, **changes):
     """A PlanRequest for a grid; keywords replace its fields."""
-    where = dict(downsample=1, level=0, depth=3, num_blocks=4, step=5, timestep=0.5)
     fields = dict(
-        **dict(height=height, width=width, sx=2, sy=2, exact=True),
+        **dict(height=height, width=width, sx=2, sy=2, level=0, exact=True),
         layout=lambda: random_layout(height, width, seed=seed).select(0),
-        draw=lambda *ask: hashed_integers(ask[0], seed, None, 1, ask[1], torch.device("cpu"))[0],
     )
-    return PlanRequest(**{**where, **fields, **changes})
+    return PlanRequest(**{**fields, **changes})
 
 
 def tokens(batch, height, width, channels=8, seed=0):
@@ -38,12 +27,6 @@ def tokens(batch, height, width, channels=8, seed=0):
     smooth = torch.nn.functional.interpolate(smooth, (height, width), mode="bilinear")
     noise = torch.randn(batch, channels, height, width, generator=generator)
     return (smooth + 0.3 * noise).flatten(2).transpose(1, 2).contiguous()
-
-
-def cosines(x):
-    """(B, N, N) similarities of (B, N, C) tokens, in double precision."""
-    unit = torch.nn.functional.normalize(x.double(), dim=-1)
-    return unit @ unit.transpose(-1, -2)
 
 
 def name_of(spec):

@@ -73,7 +73,6 @@ def test_blocks_of_a_level_share_at_equal_ratios_only(unet):
 
 
 def test_at_listed_steps(unet):
-    """The caching of CA-ToMe."""
     steps = (900, 800, 700, 600, 500, 400)
     with apply_tome(unet, plan_interval=[0, 1, 4]) as handle:
         made = [plans_per_block(handle)[0] for _ in denoising(unet, INPUTS, steps)]

@@ -1,9 +1,5 @@
 # Copyright (c) mmagic_tome authors. Licensed under the Apache License 2.0.
-"""Methods in which every square of tokens becomes one, independent of the tokens.
-
-``ratio`` selects where and when, not how much: above 0 they are on, at 0 off. Cells (``sx``,
-``sy``) have no effect.
-"""
+"""ToDo: keys and values of every second token, whatever the tokens are."""
 
 from __future__ import annotations
 
@@ -12,42 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..merging import IndexPlan, MergePlan, Plan, PrunedPlan
+from ..merging import Plan, PrunedPlan
 from ..validate import check_integer
 from .base import Method, PlanRequest, register_method
-
-
-def squares_plan(
-    kind: type[IndexPlan], metric: Tensor, factor: int, request: PlanRequest
-) -> IndexPlan | None:
-    """Plan of all squares of ``factor`` x ``factor`` tokens, smaller at the grid's far edges, each
-    represented by its top-left token. None for a grid of one token."""
-    height, width = request.height, request.width
-    if height * width == 1:
-        return None
-    token = torch.arange(height * width, device=metric.device)
-    row, column = token // width, token % width
-    slot = (row // factor) * -(-width // factor) + column // factor
-    kept = token.view(height, width)[::factor, ::factor].reshape(-1)
-    return kind(slot.expand(metric.shape[0], -1), kept.shape[0], kept)
-
-
-@register_method("downsample")
-class Downsample(Method):
-    """A control, not a published method: measures the benefit of matching similar tokens at all.
-
-    The grid is scaled down before a target, by the averages of squares, and up again after it, by
-    copies. It removes 1 - 1 / factor**2 of the tokens.
-
-    Args:
-        factor (int): side of the squares, in [2, 16]. Default 2.
-    """
-
-    def __init__(self, factor: Any = 2) -> None:
-        self.factor = check_integer(self.where, "factor", factor, 2, 16)
-
-    def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> Plan | None:
-        return squares_plan(MergePlan, metric, self.factor, request) if ratio > 0 else None
 
 
 @register_method("todo")
@@ -62,6 +25,9 @@ class ToDo(Method):
     nothing is unmerged. The cost of attention's products falls from N² to N² / factor²; the
     projections of queries and output stay as they are. Targets other than self-attention, if
     selected, are downsampled in the same way and upsampled by copying.
+
+    ``ratio`` selects where and when, not how much: above 0 it is on, at 0 off. Cells (``sx``,
+    ``sy``) have no effect.
 
     Args:
         downsample_factor (int): on the finest merged level, in [1, 16]. Default 2. Larger
@@ -82,7 +48,13 @@ class ToDo(Method):
         self.factors = [check_integer(self.where, *item, 1, 16) for item in given.items()]
 
     def plan(self, metric: Tensor, ratio: float, request: PlanRequest) -> Plan | None:
+        height, width = request.height, request.width
         factor = self.factors[min(request.level, 1)]
-        if ratio <= 0 or factor == 1:
+        if ratio <= 0 or factor == 1 or height * width == 1:
             return None
-        return squares_plan(PrunedPlan, metric, factor, request)
+        token = torch.arange(height * width, device=metric.device)
+        row, column = token // width, token % width
+        # Squares are smaller at the grid's far edges.
+        slot = (row // factor) * -(-width // factor) + column // factor
+        kept = token.view(height, width)[::factor, ::factor].reshape(-1)
+        return PrunedPlan(slot.expand(metric.shape[0], -1), kept.shape[0], kept)
