@@ -13,7 +13,7 @@ SIDES = st.integers(1, 26)
 CALLS = st.tuples(SIDES, SIDES, st.integers(1, 4), st.integers(0, 999))
 QUIET = dict(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 TARGETS = [["attn"], ["attn", "crossattn", "mlp"], ["mlp"], "block", "stack"]
-OPTIONS = [{}, dict(targets="block"), dict(plan_interval=2), dict(plan_interval=2, residual=True)]
+OPTIONS = [{}, dict(targets="block"), dict(plan_interval=2), dict(targets="attn")]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..errors import ToMeError
 from . import proportional
 from .joint import joint_plan
 from .plan import Plan
@@ -73,7 +72,7 @@ class AttentionKeys(TorchFunctionMode):
         **options: Any,
     ) -> Tensor:
         """``scaled_dot_product_attention`` with the image's keys and values merged, and
-        ``log_size`` added to the scores of its keys; ToMeError if they do not fit the plan."""
+        ``log_size`` added to the scores of its keys; ValueError if they do not fit the plan."""
         plan, log_size = self.plan, self.log_size
         self.plan = self.log_size = None
         options.update(dropout_p=dropout_p, is_causal=is_causal)
@@ -103,7 +102,7 @@ class AttentionKeys(TorchFunctionMode):
         others = key.shape[-2] - plan.num_tokens
         if key.dim() != 4 or key.shape[0] != plan.batch or others < 0 or is_causal:
             found = f"keys {tuple(key.shape)}" + (", of causal attention" if is_causal else "")
-            raise ToMeError(
+            raise ValueError(
                 f"an attention has {found}, which a plan for {plan.batch} x {plan.num_tokens} "
                 "tokens cannot merge; write targets=['attn']"
             )

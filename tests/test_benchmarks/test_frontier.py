@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from mmagic_tome.lab.methods import Method, parse_method
-from mmagic_tome.methods import METHODS
 from mmagic_tome.lab.prompts import read_prompts
 from mmagic_tome.lab.results import RunFolder
+from mmagic_tome.methods import METHODS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 STEPS = 3
