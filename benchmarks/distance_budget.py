@@ -4,9 +4,10 @@
 
 Merging knows its distances before it merges. Here they choose the ratio of every target and step:
 as many tokens merge as keep the summed distance (1 - cosine, per token, or weighed by the tokens'
-energy) below a bound, for the image of a batch that has least. Beside it constant ratios, all with
-proportional attention. The demo model draws captions; per method the mean ratio, the relative error
-of the final latents and the PSNR. Writes ``data/distance_budget.json``::
+energy) below a bound, for the image of a batch that has least. Beside it constant ratios, all
+around self-attention with proportional attention. The demo model draws captions; per method the
+mean ratio, the relative error of the final latents and the PSNR. Writes
+``data/distance_budget.json``::
 
     python benchmarks/distance_budget.py
 """
@@ -92,7 +93,7 @@ def main() -> None:
             image = bench.decode(baseline)
             for name, options in methods().items():
                 DistanceBudget.ratios.clear()
-                with apply_tome(bench.pipeline, prop_attn=True, **options):
+                with apply_tome(bench.pipeline, targets="attn", prop_attn=True, **options):
                     latents = bench.draw(caption, number)
                 ratio = mean(DistanceBudget.ratios or [options["ratio"]])
                 measured = relative_error(latents, baseline), psnr(bench.decode(latents), image)

@@ -20,6 +20,7 @@ import torch
 from mmengine import Config
 
 from mmagic_tome import ToMeConfig, apply_tome, runs
+from mmagic_tome.fits import Fit
 from mmagic_tome.lab.measure import count_flops
 from mmagic_tome.lab.networks import NETWORKS
 from mmagic_tome.lab.report import save_record
@@ -73,7 +74,7 @@ def run(network: Any, control: Any, call: dict[str, Any], steps: int) -> None:
 def count(file: str) -> dict[str, Any]:
     """The row of a config."""
     config = Config.fromfile(file)
-    options = ToMeConfig.from_dict(config.tome_cfg)
+    options = ToMeConfig.coerce(config.tome_cfg)
     with torch.device("meta"):
         network, control, call = build(config.model)
     interval = options.plan_interval
@@ -87,7 +88,9 @@ def count(file: str) -> dict[str, Any]:
     if options.controlnet_config is not None:
         handles.append(apply_tome(control, options.controlnet_config))
     # Tensors without data cannot be compared: every call continues the run.
-    fits = dict(same_input=lambda *_: False, fit=lambda r, _: (0.0, dict.fromkeys(r.branches, 1)))
+    fits = dict(
+        same_input=lambda *_: False, fit=lambda run, _: Fit(0.0, dict.fromkeys(run.branches, 1.0))
+    )
     with mock.patch.multiple(runs.Run, **fits), mock.patch("torch.equal", return_value=True):
         merged = count_flops(step) / steps
     assert all(row["kept"] < row["tokens"] for handle in handles for row in handle.stats())

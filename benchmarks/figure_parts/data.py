@@ -14,6 +14,7 @@ from typing import Any
 from mmagic_tome.lab import plots
 from mmagic_tome.lab.measure import Interval, interval, ratios
 from mmagic_tome.lab.report import markdown
+from mmagic_tome.methods.base import REMOVED
 
 # Networks of the benchmark, in full.
 NETWORKS = {
@@ -115,7 +116,7 @@ COLUMNS: dict[str, Callable[[Data, Row], str]] = {
 
 
 def listed(page: Path, name: str, pick: str = "", by_speed: bool = False) -> str:
-    """Every method with whatever was measured.
+    """Every method with whatever was measured, without merging methods that are no longer offered.
 
     Args:
         page: Where the table goes.
@@ -125,6 +126,7 @@ def listed(page: Path, name: str, pick: str = "", by_speed: bool = False) -> str
     """
     data = Data(page, name)
     rows = [row for row in data.rows if re.fullmatch(pick or ".*", row["method"])]
+    rows = [row for row in rows if row["method"].lower() not in REMOVED]
     if by_speed:
         rows.sort(key=lambda row: data.speedup(row).median)
 

@@ -1,4 +1,4 @@
-# The demo diffusion transformer with half of the image tokens merged around self-attention.
+# The demo diffusion transformer with half of the keys and values of the image merged.
 _base_ = "./sd3-emoji.py"
 
 custom_imports = dict(imports=["mmagic_tome"], allow_failed_imports=False)

@@ -19,7 +19,7 @@ METHODS: dict[str, type[Method]] = {}
 # Names of methods elsewhere -> their names here, for error messages.
 _OTHER_NAMES = {"tokendownsampling": "todo", "tomesd": "tome"}
 #: Methods that were offered until they were measured to be slower or further from the baseline.
-_REMOVED = ("downsample", "importance", "pitome", "prune", "sito", "threshold", "tofu", "toma")
+REMOVED = ("downsample", "importance", "pitome", "prune", "sito", "threshold", "tofu", "toma")
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def build_method(spec: str | Mapping[str, Any]) -> Method:
         )
     name = options.pop("type")
     if not isinstance(name, str) or name not in METHODS:
-        if name in _REMOVED:
+        if name in REMOVED:
             raise ToMeError(
                 f"method {name!r} is no longer offered: at the same speed method='tome' is nearer "
                 "to the baseline (docs/benchmarks/merging.md); leave it out"
