@@ -45,9 +45,9 @@ def apply_tome(
         model: a diffusers UNet, diffusion transformer or pipeline, a MMagic model (or its
             ``unet``), MMagic's native ``DenoisingUnet``; or a vision transformer of timm,
             transformers or mmpretrain.
-        config: a :class:`ToMeConfig`, a dict of its options, or None for the defaults (ratio 0.5
-            around self-attention of the finest level). For a vision transformer a dict of
-            options of :func:`mmagic_tome.vit.apply_tome_vit`.
+        config: a :class:`ToMeConfig`, a dict of its options, or None for the defaults (ratio 0.5,
+            keys and values of self-attention, at the finest level). For a vision transformer a
+            dict of options of :func:`mmagic_tome.vit.apply_tome_vit`.
         denoisers: names of the denoisers of a pipeline to merge, such as ``['transformer']``.
             Default: all that it has.
         **options: options of :class:`ToMeConfig` (or of ``apply_tome_vit``); they win over

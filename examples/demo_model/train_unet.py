@@ -68,7 +68,7 @@ def set_merging(unet, ratio: float) -> None:
     if getattr(unet, "_merge_ratio", 0.0) != ratio:
         remove_tome(unet)
         if ratio:
-            apply_tome(unet, ratio=ratio)
+            apply_tome(unet, ratio=ratio, targets="attn")
         unet._merge_ratio = ratio
 
 
