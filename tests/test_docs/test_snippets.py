@@ -15,13 +15,13 @@ import mmagic_tome
 from mmagic_tome import ToMeConfig
 from mmagic_tome.assets import asset_path
 from mmagic_tome.cache import coerce_cache
+from mmagic_tome.methods import base as methods
 from mmagic_tome.vit import ViTConfig
 
 RUN = [
     page
     for page in pages()
-    if page == "README.md"
-    or page == "docs/project/demo_model.md"
+    if page in ("README.md", "docs/project/demo_model.md", "docs/reference/methods.md")
     or page.startswith(
         ("docs/get_started/", "docs/howto/", "docs/reference/step", "docs/reference/t")
     )
@@ -101,6 +101,7 @@ def world(monkeypatch, tmp_path, sd_folder):
         (tmp_path / name).symlink_to(ROOT / name)
     for name in ("edges.png", "photo.jpg"):
         Image.new("RGB", (64, 64)).save(tmp_path / name)
+    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))  # a page registers one
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SD_WEIGHTS", str(sd_folder))
     return real
