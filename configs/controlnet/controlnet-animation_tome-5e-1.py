@@ -2,6 +2,7 @@
 _base_ = "mmagic::controlnet_animation/anythingv3_config.py"
 
 custom_imports = dict(imports=["mmagic_tome"], allow_failed_imports=False)
-tome_cfg = dict(ratio=0.5)
+# With attention injection keys come from other frames, so queries are merged as well.
+tome_cfg = dict(ratio=0.5, targets=["attn"])
 
 model = dict(attention_injection=True)
