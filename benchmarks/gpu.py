@@ -67,7 +67,8 @@ ATTENTION = {
 # Network and pixels of a side, in the order in which they are measured.
 CASES = [("sd15", 512), ("sd15", 1024), ("sdxl", 1024), ("sd3", 1024), ("flux", 1024)]
 METHODS = [
-    dict(name="ToMe 0.5", tome_cfg=dict(ratio=0.5)),
+    dict(name="ToMe 0.5, keys and values", tome_cfg=dict(ratio=0.5)),
+    dict(name="ToMe 0.5", tome_cfg=dict(ratio=0.5, targets="attn")),
     dict(name="ToMe 0.5, unweighed", tome_cfg=dict(ratio=0.5, prop_attn=False)),
     dict(name="ToMe 0.5, blocks", tome_cfg=dict(ratio=0.5, targets="block")),
 ]
@@ -229,7 +230,7 @@ def frontier(bench: Bench) -> None:
         source,
         prompts="demo",
         limit=2 if bench.small else 32,
-        methods=["cache:quality", "cache:balanced", "cache:fast", METHODS[1]],
+        methods=["cache:quality", "cache:balanced", "cache:fast", METHODS[0]],
         fewer_steps=[0.5] if bench.small else [0.8, 0.65, 0.5, 0.4],
         metrics=["psnr", "latent_error"],
         rounds=bench.rounds,

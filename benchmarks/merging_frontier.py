@@ -4,7 +4,7 @@
 
 The demo UNet at 256 pixels (4096 tokens at its finest level), or the demo transformer, with
 self-attention or its keys and values merged at several ratios, with proportional attention and
-without ("unweighed"), with plans reused and shared, with and without step caching; ToDo; tomesd;
+without ("unweighed"), with plans reused, with and without step caching; ToDo; tomesd;
 fewer steps.
 How it is measured: ``frontier.py``. Choose settings on some captions, judge them on others. Writes
 ``data/merging_frontier.json``::
@@ -37,11 +37,9 @@ VARIANTS = {
     "keys and values": {},
     "keys and values, unweighed": dict(targets="attn_kv", prop_attn=False),
     "keys and values, plan of 2 steps": dict(plan_interval=2),
-    "keys and values, one plan per level": dict(share_plans=True),
     "attn and cross-attention": dict(targets=("attn", "crossattn")),
     "blocks": dict(targets="block"),
     "plan of 2 steps": dict(targets="attn", plan_interval=2),
-    "one plan per level": dict(targets="attn", share_plans=True),
 }
 
 

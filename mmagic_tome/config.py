@@ -63,8 +63,6 @@ class ToMeConfig(Options):
         plan_interval (int | sequence of int): compute a new merge plan at every this many steps
             and reuse it in between; or the numbers of the steps that compute one, 0 being the first
             (arXiv 2501.00946). Default 1.
-        share_plans (bool): the first block of a resolution level computes the plan for all of that
-            level. Default False.
         controlnet (bool | dict): merge in the model's ControlNet too: True for the same options
             there, a dict of those that differ. Default False.
         across_frames (bool): in video UNets that work frame by frame (AnimateDiff) merge the tokens
@@ -88,7 +86,6 @@ class ToMeConfig(Options):
     exact_matching: bool = False
     prop_attn: Any = "auto"
     plan_interval: Any = 1
-    share_plans: bool = False
     controlnet: Any = False
     across_frames: bool = False
 
@@ -111,6 +108,8 @@ class ToMeConfig(Options):
             ("merge_attn", "merge_crossattn", "merge_mlp", "sites"),
             "write targets, such as targets=['attn', 'mlp']",
         ),
+        "share_plans": "plans of one block are no longer used by others: it saves hardly any time "
+        "and loses much detail; write plan_interval=2 to reuse each block's own",
         "residual": "merging with a residual is no longer offered: merging keys and values alone "
         "is as near to the baseline at the same speed; write targets='attn_kv'",
     }
@@ -249,7 +248,7 @@ class ToMeConfig(Options):
         #: Whether nothing is ever merged.
         self._set("merges_nothing", schedule.zero)
         #: Whether every target of a block has the same plan, made anew at each step.
-        self._set("one_plan", schedule.constant and not (self.keeps_plans or self.share_plans))
+        self._set("one_plan", schedule.constant and not self.keeps_plans)
 
     def plan_is_due(self, last: int, step: int) -> bool:
         """Whether a plan that was computed at step ``last`` (-1: never) is due at ``step``; also

@@ -20,7 +20,7 @@ TARGETS = dict(ratio=0.5, targets=["attn", "mlp"])
 # A ratio that does not depend on the step.
 BY_LEVEL = dict(downsample={1: 0.5, 2: 0.5})
 EVERYWHERE = dict(max_downsample=8, targets=["attn", "crossattn", "mlp"], ratio=BY_LEVEL)
-STACKS = dict(max_downsample=8, targets="stack", share_plans=True)
+STACKS = dict(max_downsample=8, targets="stack")
 close = dict(rtol=1e-4, atol=1e-5)
 
 

@@ -56,8 +56,10 @@ def translate_tomesd(options):
             "tomesd_cfg: merge_attn, merge_crossattn and merge_mlp are all False, which merges "
             "nothing; write merge_attn=True (or ratio=0 for the baseline)"
         )
-    # It has no proportional attention.
-    return {"prop_attn": False, **options, "targets": targets}
+    if targets != ("attn",):
+        options["targets"] = targets
+    # It has no proportional attention; without, self-attention is merged as a whole.
+    return {"prop_attn": False, **options}
 
 
 def read_keys(options):

@@ -60,7 +60,7 @@ class BlockPreHook(StepHook):
             return self.kept_plans(context, metric, ratios)
         plans, made = {}, {}
         for kind, ratio in ratios.items():
-            plans[kind] = self.shared(context, metric, ratio, made)
+            plans[kind] = self.made_once(context, metric, ratio, made)
         return plans
 
     def kept_plans(
@@ -79,7 +79,7 @@ class BlockPreHook(StepHook):
             owner = (block.name, kind)
             # Also where a plan would still be reused: a schedule ends at the step it names.
             if ratio <= 0 or context.computes or owner not in state.plans:
-                state.plans[owner] = self.shared(context, metric, ratio, made)
+                state.plans[owner] = self.made_once(context, metric, ratio, made)
             plans[kind] = state.plans[owner]
             (state.unmerged.discard if ratio > 0 else state.unmerged.add)(owner)
         return plans
@@ -110,22 +110,13 @@ class BlockPreHook(StepHook):
             "token merging needs one token per grid place"
         )
 
-    def shared(
-        self, context: TomeContext, metric: Tensor, ratio: float, made: dict[tuple, Any]
+    def made_once(
+        self, context: TomeContext, metric: Tensor, ratio: float, made: dict[float, Any]
     ) -> Any:
-        """The plan at a ratio: one made in this step, or a new one.
-
-        Made for this block (``made``), or with ``share_plans`` for any of its level: then a block
-        gets another only where its ratio asks for one.
-        """
-        block, config = self.block, context.config
-        key: tuple = (ratio,)
-        if config.share_plans:
-            made = context.shared
-            key = (ratio, block.downsample, context.grid)
-        if key not in made:
-            made[key] = self.compute(context, metric, ratio)
-        return made[key]
+        """The plan at a ratio, which is computed if it is not among those ``made`` in this call."""
+        if ratio not in made:
+            made[ratio] = self.compute(context, metric, ratio)
+        return made[ratio]
 
     def compute(self, context: TomeContext, metric: Tensor, ratio: float) -> Any:
         """A new plan; None if there is nothing to merge."""

@@ -83,12 +83,6 @@ class TargetHook(Hook):
                     f"{name} was given an attention_mask over image tokens, which has no meaning "
                     "for merged tokens; call the model without it or leave this target out"
                 )
-        own_keys = kind == "attn_kv" and not target.merges_keys
-        if own_keys and kwargs.get(target.context_argument) is not None:
-            raise ToMeError(
-                f"{name} takes keys and values from other tokens (only_cross_attention, "
-                "attention_injection), which the image's plan cannot merge; write targets=['attn']"
-            )
         if kind == "crossattn" or target.whole:
             more = kwargs.get("cross_attention_kwargs") or {}
             if kwargs.get("ip_adapter_masks", more.get("ip_adapter_masks")) is not None:
@@ -105,7 +99,7 @@ class TargetPreHook(TargetHook):
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         context, target = self.patch.context, self.target
         x = args[0] if args else kwargs["hidden_states"]
-        plan = self.plan_of(x)
+        plan = None if self.has_other_keys(kwargs) else self.plan_of(x)
         target.record(context, x, plan)
         if plan is None:
             return None
@@ -113,6 +107,22 @@ class TargetPreHook(TargetHook):
         if target.whole:
             context.pending[target.name] = (plan, x, merged)
         return args, kwargs
+
+    def has_other_keys(self, kwargs: dict[str, Any]) -> bool:
+        """Whether keys and values are those of other tokens, which are not merged: a warning, or
+        a ToMeError where they were asked for."""
+        target, patch = self.target, self.patch
+        takes_tokens = target.kind == "attn_kv" and not target.merges_keys
+        if not takes_tokens or kwargs.get(target.context_argument) is None:
+            return False
+        said = (
+            f"{target.name} takes keys and values from other tokens (only_cross_attention, "
+            "attention_injection), which {} merge; to merge its queries write targets=['attn']"
+        )
+        if patch.config.targets != "auto":
+            raise ToMeError(said.format("the image's plan cannot"))
+        patch.warn_once("other keys", said.format("do not"))
+        return True
 
 
 class TargetPostHook(TargetHook):

@@ -15,7 +15,8 @@ from mmagic_tome.lab.networks import NETWORKS, Network, Work
 from mmagic_tome.lab.results import RunFolder
 from mmagic_tome.lab.runners import open_source
 
-OURS, TOMESD = parse_method("ours={'ratio': 0.5}"), Method("tomesd", tomesd=0.5)
+OURS = parse_method("ours={'ratio': 0.5, 'targets': 'attn'}")
+TOMESD = Method("tomesd", tomesd=0.5)
 
 
 @pytest.fixture(autouse=True)

@@ -52,7 +52,13 @@ def ours(name, hub):
 
 
 # Kind of target -> a layer there that is given the tokens.
-LAYERS = {"attn": "attn1.to_q", "crossattn": "attn2.to_q", "mlp": "ff", "block": "attn1.to_q"}
+LAYERS = {
+    "attn": "attn1.to_q",
+    "attn_kv": "attn1.to_k",
+    "crossattn": "attn2.to_q",
+    "mlp": "ff",
+    "block": "attn1.to_q",
+}
 
 
 def layers_at_targets(handle):
@@ -137,6 +143,9 @@ def test_attention_injection_joins_the_keys_of_a_reference(hub, build):
     apply_tome(model, ratio=0.5, targets=["attn_kv"])
     with pytest.raises(ToMeError, match=r"attention_injection.*write targets="):
         mmagic_hub.infer(model, **given)
+    apply_tome(model, ratio=0.5)
+    with pytest.warns(UserWarning, match="which do not merge; to merge its queries write"):
+        assert np.isfinite(mmagic_hub.infer(model, **given)).all()
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)

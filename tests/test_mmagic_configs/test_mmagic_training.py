@@ -57,7 +57,7 @@ def test_checkpoints_and_averages(name, hub, build, tmp_path):
             parameter.mul_(0.5)
     load_checkpoint(other, file, strict=True)
     baseline = mmagic_hub.infer(other, **given)
-    assert np.abs(baseline - merged).max() > 30
+    assert np.abs(baseline - merged).max() > 8
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.5)

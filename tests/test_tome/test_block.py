@@ -8,8 +8,6 @@ from model_runs import Seen
 from tiny import error, tiny_inputs, tiny_unet
 
 from mmagic_tome import apply_cache, apply_tome
-from mmagic_tome.patch import find_patch
-from mmagic_tome.tome.state import TomePatch
 
 STEPS = (900, 700, 500, 300, 100)
 INPUTS = tiny_inputs()
@@ -40,36 +38,17 @@ def test_a_plan_is_reused_for_so_many_steps(unet):
             assert plans_per_block(handle) == [2 * made]
 
 
-@pytest.mark.parametrize("interval", [1, 2])
-def test_one_plan_for_a_level(unet, interval):
-    options = dict(max_downsample=2, targets=["attn", "mlp"], plan_interval=interval)
-    with apply_tome(unet, **options):
-        apart = denoise(unet, INPUTS, STEPS)
-    with apply_tome(unet, **options, share_plans=True) as handle:
-        shared = denoise(unet, INPUTS, STEPS)
-        made = {}
-        for row in handle.stats():
-            made.setdefault(row["downsample"], {})[row["block"]] = row["plans"]
-        # One plan of the level for all kinds of target; its first block makes it.
-        for blocks in made.values():
-            assert [*blocks.values()] == [{1: 5, 2: 3}[interval], 0, 0]
-        assert {row["kept"] / row["tokens"] for row in handle.stats()} == {0.5}
-        # Nothing is kept beyond its step.
-        assert not find_patch(unet, TomePatch).context.shared
-    assert 1e-5 < error(shared, apart) < 0.5
-
-
-def test_blocks_of_a_level_share_at_equal_ratios_only(unet):
+def test_targets_at_equal_ratios_share_a_plan(unet):
     """Another ratio by depth or by target is another plan, and stays so while it is reused."""
     ratio = dict(depth=[0.5, 0.25, 0.25], target={"mlp": 0.25})
-    options = dict(ratio=ratio, targets=["attn", "mlp"], plan_interval=2, share_plans=True)
+    options = dict(ratio=ratio, targets=["attn", "mlp"], plan_interval=2)
     with apply_tome(unet, **options) as handle:
         for _ in denoising(unet, INPUTS, STEPS[:3]):
             kept = [(row["kind"], row["kept"]) for row in handle.stats()]
             assert kept == [("attn", 128), ("mlp", 192)] + 2 * [("attn", 192), ("mlp", 192)]
         plans = {row["block"]: row["plans"] for row in handle.stats()}
-        # Two ratios at each of the steps 0 and 2.
-        assert list(plans.values()) == [4, 0, 0]
+        # At each of the steps 0 and 2, two ratios in the first block and one in the others.
+        assert list(plans.values()) == [4, 2, 2]
 
 
 def test_at_listed_steps(unet):

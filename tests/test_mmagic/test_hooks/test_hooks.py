@@ -34,7 +34,7 @@ def test_tables_and_a_schedule(mode, make_runner, tmp_path):
     getattr(runner, mode)()
     log = log_of(tmp_path)
     assert "token merging in UNet2DConditionModel" in log
-    assert re.search(r"\.attn +1 +64 +\d+ +\d+% +\d+", log), "the table of what was merged"
+    assert re.search(r"\.attn_kv +1 +64 +\d+ +\d+% +\d+", log), "the table of what was merged"
     # Two batches of a test or validation are its iterations 0 and 1.
     ratio = get_handle(runner.model).ratio
     assert ratio == pytest.approx(0.5 if mode == "train" else 0.25)
