@@ -111,7 +111,7 @@ class ToMeConfig(Options):
         "share_plans": "plans of one block are no longer used by others: it saves hardly any time "
         "and loses much detail; write plan_interval=2 to reuse each block's own",
         "residual": "merging with a residual is no longer offered: merging keys and values alone "
-        "is as near to the baseline at the same speed; write targets='attn_kv'",
+        "is as close to the baseline at the same speed; write targets='attn_kv'",
     }
 
     def _check(self) -> None:
@@ -202,7 +202,7 @@ class ToMeConfig(Options):
         keeps_queries = self.merge_method.keeps_queries
         targets = self.targets
         if targets == "auto":
-            # Keys and values that are not weighed are no nearer to the baseline than all of it.
+            # Keys and values that are not weighed are no closer to the baseline than all of it.
             whole = self.across_frames or self.prop_attn is False
             targets = ("attn",) if whole else SELF_ATTENTION
         if keeps_queries:

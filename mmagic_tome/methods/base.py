@@ -99,7 +99,7 @@ def build_method(spec: str | Mapping[str, Any]) -> Method:
     if not isinstance(name, str) or name not in METHODS:
         if name in REMOVED:
             raise ToMeError(
-                f"method {name!r} is no longer offered: at the same speed method='tome' is nearer "
+                f"method {name!r} is no longer offered: at the same speed method='tome' is closer "
                 "to the baseline (docs/benchmarks/merging.md); leave it out"
             )
         plain = "".join(filter(str.isalnum, str(name).lower()))

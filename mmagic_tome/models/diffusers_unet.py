@@ -83,14 +83,18 @@ class DiffusersUNet(ModelAdapter):
                 )
                 blocks.append(block)
                 continue
+            # Where attn1 is given the text, its keys are not the image's.
+            of_text = any(
+                getattr(block, "only_cross_attention", False) for block in stack.transformer_blocks
+            )
             members = blocks_of(
                 network,
                 f"{name}.transformer_blocks",
                 stack,
                 **BASIC,
                 downsample=downsample,
-                context_argument=self.context_argument,
-                mask_argument=_mask_argument(stack.transformer_blocks),
+                context_argument=None if of_text else self.context_argument,
+                mask_argument=None if of_text else _mask_argument(stack.transformer_blocks),
                 refused=_refused(stack),
             )
             blocks += [block for block in members if "attn" in block.targets]

@@ -116,8 +116,8 @@ class TargetPreHook(TargetHook):
         if not takes_tokens or kwargs.get(target.context_argument) is None:
             return False
         said = (
-            f"{target.name} takes keys and values from other tokens (only_cross_attention, "
-            "attention_injection), which {} merge; to merge its queries write targets=['attn']"
+            f"{target.name} takes keys and values from other tokens (attention_injection), which "
+            "{} merge; to merge its queries write targets=['attn']"
         )
         if patch.config.targets != "auto":
             raise ToMeError(said.format("the image's plan cannot"))

@@ -163,7 +163,7 @@ def test_todo_leaves_coarser_levels_unmerged():
         ("tomesd", "did you mean 'tome'"),
         ("token-downsampling", "did you mean 'todo'"),
         ("x", "unknown method 'x': Known: todo, tome"),
-        ("tofu", "'tofu' is no longer offered: at the same speed method='tome' is nearer"),
+        ("tofu", "'tofu' is no longer offered: at the same speed method='tome' is closer"),
         (dict(type="toma", window=4), "'toma' is no longer offered"),
     ],
 )

@@ -15,17 +15,22 @@ from mmagic_tome.models import find_controlnets
 SD = PIPELINES["Stable Diffusion 1.x"]
 
 
+@pytest.mark.parametrize("default", [True, False], ids=["default", "attention as a whole"])
 @pytest.mark.parametrize("case", PIPELINES.values(), ids=PIPELINES)
-def test_every_pipeline(case):
+def test_every_pipeline(case, default):
     """What diffusers' own pipelines call the networks with, over all steps."""
     pipeline, family = case.pipeline(), TRANSFORMERS.get(case.title)
     baseline = case.run(pipeline)
     assert baseline.std() > 0.05
-    targets = family.inner if family else ["attn"]
+    # The x4 upscaler's first attention reads the text, so only its queries can merge.
+    layer = "to_k" if default and case.title != "upscaler x4" else "to_q"
+    targets = "auto" if default else family.inner if family else ["attn"]
     with apply_tome(pipeline, ratio=0.5, plan_interval=2, targets=targets) as handle:
         assert handle.network is (pipeline.transformer if family else pipeline.unet)
         paths = [row["block"] for row in handle.stats()]
-        seen = Seen(handle.network, *(f"{p}.{name}to_q" for p in paths for name in ("", "attn1.")))
+        seen = Seen(
+            handle.network, *(f"{p}.{name}{layer}" for p in paths for name in ("", "attn1."))
+        )
         merged = case.run(pipeline)
         if not family:  # what the layers inside really receive
             assert list(seen.lengths().values()) == [case.tokens // 2] * len(paths)
