@@ -218,6 +218,31 @@ def pareto(page: Path, name: str, image: str, guidances: Sequence[float], **case
     return data.plot(image, figure, f"Fidelity against speed-up of the {NETWORKS[case['model']]}")
 
 
+def methods(page: Path) -> str:
+    """PSNR of every merging method there was, by the fraction of tokens that merge.
+
+    Their times are not in the data: what a method saves at most is the share of attention's
+    products that remains.
+    """
+    data, ratios = Data(page, "merging_methods"), (0.25, 0.5, 0.75)
+    found: dict[str, dict[float, dict[float, float]]] = {}
+    for row in data.rows:
+        name, rest = re.fullmatch(r"(.*?) ([0-9.]+)((?:, .*)?)", row["method"]).group(1, 3)
+        ratio = float(row["method"].removeprefix(name).split(",")[0])
+        by_guidance = found.setdefault(name + rest, {}).setdefault(ratio, {})
+        by_guidance[row["guidance"]] = mean(row["psnr"])
+    rest = [name for name in found if not name.endswith(", unweighed") or name.startswith("ToMe")]
+    cells = []
+    for name in sorted(rest, key=lambda name: -found[name].get(0.5, {}).get(7.5, 0)):
+        line = [name]
+        for ratio in ratios:
+            by_guidance = found[name].get(ratio, {})
+            line.append(" / ".join(f"{by_guidance[one]:.1f}" for one in sorted(by_guidance)))
+        cells.append(line)
+    heads = ["ratio", *(f"{ratio:g}" for ratio in ratios)]
+    return data.table(heads, cells, "demo model, 256x256, DDIM, 20 steps, 2 captions")
+
+
 # --- names of figures -----------------------------------------------------------------------------
 
 
@@ -234,7 +259,8 @@ def merging_figures() -> dict[str, Callable[[Path], str]]:
         for guidance in guidances:
             key = f"merging-{model}-{guidance:g}"
             made[key] = partial(frontier, name=name, guidance=guidance, **case)
-    return {key: if_measured(figure, name) for key, figure in made.items()}
+    made = {key: if_measured(figure, name) for key, figure in made.items()}
+    return {**made, "merging-methods": methods}
 
 
 def transformer_figures() -> dict[str, Callable[[Path], str]]:
