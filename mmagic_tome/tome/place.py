@@ -69,7 +69,7 @@ def place(
                 bias=block.mask_argument,
             )
             patch.targets.append(target)
-            if target.weighs or target.merges_keys:
+            if target.weighs or kind == "attn_kv":
                 intercept(modules[0], MergeKeys(patch, target, block.image_keys == "last"))
             for path, hook in target_hooks(patch, target):
                 register(network.get_submodule(path), hook)

@@ -132,8 +132,6 @@ class Target:
     def __post_init__(self) -> None:
         #: A block or stack, whose output is its input plus a change.
         self.whole = self.kind in ("block", "stack")
-        #: Keys and values of an attention that takes no tokens for them: merged after projection.
-        self.merges_keys = self.kind == "attn_kv" and self.context_argument is None
 
     def record(self, context: TomeContext, x: Tensor, plan: Any) -> None:
         """Note a call on tokens ``x``, in tokens of the image."""

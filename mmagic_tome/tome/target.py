@@ -42,19 +42,23 @@ class TargetHook(Hook):
         of_image = plan.num_slots if merged else plan.num_tokens
         return JointPlan(plan, x.shape[1] - of_image, context.num_before)
 
-    def merge(self, plan: Any, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple:
-        """(args, kwargs) of a call on merged tokens, and these tokens; ToMeError, which says what
-        to write instead, if the call cannot be merged."""
+    def merge(
+        self, module: nn.Module, plan: Any, x: Tensor, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple:
+        """(args, kwargs) of a call of the target's first module on merged tokens, and these tokens;
+        ToMeError, which says what to write instead, if the call cannot be merged."""
         target, keys = self.target, self.patch.context.keys
-        self._check_call(plan, x, args, kwargs)
+        inside = self.merges_inside(module)
+        self._check_call(plan, x, args, kwargs, inside)
         # With a context of its own, as attention injection has, the keys are not what is merged.
         own_keys = target.bias is not None and kwargs.get(target.context_argument) is not None
         if target.weighs and not own_keys:
             # softmax then counts a merged key as often as it represents tokens.
-            keys.log_size, keys.masked = log_sizes(plan.size, x.dtype), target.bias is not None
+            keys.log_size = log_sizes(plan.size, x.dtype)
+            keys.masked = target.bias is not None and not inside
             if keys.masked:
                 kwargs = {**kwargs, target.bias: keys.log_size.to(x.dtype)[:, None]}
-        if target.merges_keys:
+        if inside:
             keys.plan = plan
             return args, kwargs, None
         merged = plan.merge(x)
@@ -63,7 +67,17 @@ class TargetHook(Hook):
         args, kwargs = with_tokens(merged, args, kwargs)
         return *self.patch.adapter.adapt(target.name, plan, args, kwargs), merged
 
-    def _check_call(self, plan: Any, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
+    def merges_inside(self, module: nn.Module) -> bool:
+        """Whether keys and values are merged after projection, inside of the attention."""
+        target = self.target
+        if target.kind != "attn_kv":
+            return False
+        # One projection of queries, keys and values needs the same tokens for all three.
+        return target.context_argument is None or getattr(module, "fused_projections", False)
+
+    def _check_call(
+        self, plan: Any, x: Tensor, args: tuple, kwargs: dict[str, Any], inside: bool
+    ) -> None:
         target = self.target
         name, kind = target.name, target.kind
         self.patch.adapter.check(name, args, kwargs)
@@ -75,7 +89,7 @@ class TargetHook(Hook):
             )
         masked = kwargs.get("attention_mask") is not None and not self.patch.adapter.takes_masks
         # Where keys are merged after projection, their mask is merged with them.
-        if masked and kind != "mlp" and not target.merges_keys:
+        if masked and kind != "mlp" and not inside:
             memory = kwargs.get("encoder_hidden_states")
             of_image = memory is None or memory.shape[1] == plan.num_tokens
             if target.whole or (kind != "crossattn" and of_image):
@@ -103,7 +117,7 @@ class TargetPreHook(TargetHook):
         target.record(context, x, plan)
         if plan is None:
             return None
-        args, kwargs, merged = self.merge(plan, x, args, kwargs)
+        args, kwargs, merged = self.merge(module, plan, x, args, kwargs)
         if target.whole:
             context.pending[target.name] = (plan, x, merged)
         return args, kwargs
@@ -112,8 +126,9 @@ class TargetPreHook(TargetHook):
         """Whether keys and values are those of other tokens, which are not merged: a warning, or
         a ToMeError where they were asked for."""
         target, patch = self.target, self.patch
-        takes_tokens = target.kind == "attn_kv" and not target.merges_keys
-        if not takes_tokens or kwargs.get(target.context_argument) is None:
+        if target.kind != "attn_kv" or target.context_argument is None:
+            return False
+        if kwargs.get(target.context_argument) is None:
             return False
         said = (
             f"{target.name} takes keys and values from other tokens (attention_injection), which "

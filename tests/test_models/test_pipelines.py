@@ -152,8 +152,9 @@ for kind in ("AttnProcessor2_0", "AttnProcessor"):
 
 @pytest.mark.parametrize("switch_on", PROCESSORS.values(), ids=PROCESSORS)
 @pytest.mark.parametrize("first", ["merging", "processor"])
-def test_attention_processors(switch_on, first):
-    pipeline, options = SD.pipeline(), dict(ratio=0.5, targets=["attn", "crossattn"])
+@pytest.mark.parametrize("targets", ["auto", ["attn", "crossattn"]], ids=str)
+def test_attention_processors(switch_on, first, targets):
+    pipeline, options = SD.pipeline(), dict(ratio=0.5, targets=targets)
     baseline = SD.run(pipeline)
     handle = apply_tome(pipeline, **options)
     expected = SD.run(pipeline)
