@@ -35,6 +35,7 @@ VARIANTS = {
     "": dict(targets="attn"),
     "unweighed": dict(targets="attn", prop_attn=False),
     "keys and values": {},
+    "keys and values, cells of 2x2": dict(targets="attn_kv", sx=2, sy=2),
     "keys and values, unweighed": dict(targets="attn_kv", prop_attn=False),
     "keys and values, plan of 2 steps": dict(plan_interval=2),
     "attn and cross-attention": dict(targets=("attn", "crossattn")),
@@ -52,10 +53,7 @@ def entries() -> Iterator[dict[str, Any]]:
     for label, changes in (("", {}), (", unweighed", dict(prop_attn=False))):
         # Squares of 2x2 tokens become one, whatever the ratio is.
         yield dict(name=f"todo 0.75{label}", tome_cfg=dict(ratio=0.75, method="todo", **changes))
-    for label, changes in VARIANTS.items():
-        if label.startswith("keys and values"):  # all queries stay, so cells may be larger
-            options = dict(ratio=0.9, sx=4, sy=4, **changes)
-            yield dict(name=f"ToMe 0.9, {label}", tome_cfg=options)
+    yield dict(name="ToMe 0.9, keys and values", tome_cfg=dict(ratio=0.9))
     for tolerance in TOLERANCES:
         cache = dict(tolerance=tolerance)
         yield dict(name=f"tolerance {tolerance:g}", cache_cfg=cache)

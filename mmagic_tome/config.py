@@ -31,9 +31,9 @@ class ToMeConfig(Options):
 
     Args:
         ratio (float | dict | callable): share of the tokens to remove at every target, in
-            ``[0, 1 - 1 / (sx * sy)]``. 0 is the baseline, bit for bit. Default 0.5. A dict or a
-            callable gives another ratio to each resolution level, depth, target and part of the
-            run, see :class:`~mmagic_tome.schedules.RatioSchedule`.
+            ``[0, 1 - 1 / (sx * sy)]``: by default up to 0.9375. 0 is the baseline, bit for bit.
+            Default 0.5. A dict or a callable gives another ratio to each resolution level, depth,
+            target and part of the run, see :class:`~mmagic_tome.schedules.RatioSchedule`.
         targets (str | sequence of str): what to merge around. Of ``'attn'`` (self-attention),
             ``'attn_kv'`` (its keys and values only), ``'crossattn'``, ``'mlp'`` (feed-forward); or
             ``'block'`` alone (once around every transformer block), or ``'stack'`` alone (once
@@ -46,8 +46,9 @@ class ToMeConfig(Options):
         max_downsample (int | str): merge in blocks whose grid is at most this many times coarser
             than the latent: 1, 2, 4, 8 ... Default ``'auto'``: the finest level that has blocks (1
             for Stable Diffusion 1 and 2, 2 for SDXL), where attention costs most.
-        sx, sy (int): width and height in tokens of the cells that get one destination each.
-            Default 2.
+        sx, sy (int | str): width and height in tokens of the cells that get one destination each.
+            Default ``'auto'``: 4 where keys and values alone are merged, since fewer destinations
+            take less time to match; otherwise 2, as in the paper. Never more than the grid has.
         use_rand (bool): draw the destination of a cell at random, anew for every block and step
             (a hash of ``seed``, never a global generator); otherwise its top-left token. Default
             True.
@@ -79,8 +80,8 @@ class ToMeConfig(Options):
     targets: Any = "auto"
     method: Any = "tome"
     max_downsample: Any = "auto"
-    sx: int = 2
-    sy: int = 2
+    sx: Any = "auto"
+    sy: Any = "auto"
     use_rand: bool = True
     seed: int = 0
     exact_matching: bool = False
@@ -121,10 +122,11 @@ class ToMeConfig(Options):
             if isinstance(field.default, bool) and field.name != "controlnet":
                 check_bool("", field.name, getattr(self, field.name))
         for name in ("sx", "sy"):
-            self._set(name, check_integer("", name, getattr(self, name), 1, _MAX_CELL, 2))
+            if getattr(self, name) != "auto":
+                self._set(name, check_integer("", name, getattr(self, name), 1, _MAX_CELL, 2))
         if self.prop_attn != "auto" and not isinstance(self.prop_attn, bool):
             fail("", "prop_attn", self.prop_attn, "True, False or 'auto'", "auto")
-        if self.sx * self.sy < 2:
+        if self.sx == self.sy == 1:
             raise ToMeError(
                 "sx=1 and sy=1 make every token a destination and leave nothing to merge; write "
                 "sx=2, sy=2"
@@ -137,15 +139,17 @@ class ToMeConfig(Options):
         # Building a method checks its options; a method is stateless, so one serves all.
         #: The method that ``method`` names.
         self._set("merge_method", build_method(self.method))
-        self._check_ratio()
         self._check_targets()
+        self._set_kinds()
+        self._check_ratio()
         self._check_plan_interval()
         self._check_together()
         self._derive()
         self._check_controlnet()
 
     def _check_ratio(self) -> None:
-        ratio, cells = self.ratio, 1 - 1 / (self.sx * self.sy)
+        ratio, (sx, sy) = self.ratio, self.cell
+        cells = 1 - 1 / (sx * sy)
         ceiling = min(cells, self.merge_method.ceiling)
         #: Largest possible ratio: one token of every cell stays; less where the method has less.
         self._set("ceiling", ceiling)
@@ -156,7 +160,7 @@ class ToMeConfig(Options):
             if ratio > ceiling + 1e-9:
                 why, other = f"of method={self.method!r}", "another method"
                 if ceiling == cells:
-                    why = f"of sx={self.sx}, sy={self.sy}, since one token of every cell stays"
+                    why = f"of sx={sx}, sy={sy}, since one token of every cell stays"
                     other = "wider cells"
                 raise ToMeError(
                     f"ratio={ratio!r} is above the ceiling {ceiling:g} {why}; write "
@@ -188,6 +192,21 @@ class ToMeConfig(Options):
         # In the order in which a block runs them.
         self._set("targets", tuple(target for target in TARGETS if target in targets))
 
+    def _set_kinds(self) -> None:
+        targets = self.targets
+        if targets == "auto":
+            # Keys and values that are not weighed are no closer to the baseline than all of it.
+            whole = self.across_frames or self.prop_attn is False
+            targets = ("attn",) if whole else SELF_ATTENTION
+        if self.merge_method.keeps_queries:
+            targets = dict.fromkeys("attn_kv" if one == "attn" else one for one in targets)
+        #: Kinds of target to merge at. Where both are named a block has 'attn_kv' if it can.
+        self._set("kinds", tuple(targets))
+        keys_alone = "attn_kv" in self.kinds and set(self.kinds) <= set(SELF_ATTENTION)
+        usual = 4 if keys_alone else 2
+        #: Width and height of a cell in tokens, see :meth:`cell_of`.
+        self._set("cell", tuple(usual if one == "auto" else one for one in (self.sx, self.sy)))
+
     def _check_plan_interval(self) -> None:
         interval = self.plan_interval
         if not isinstance(interval, tuple):
@@ -199,17 +218,7 @@ class ToMeConfig(Options):
         self._set("plan_interval", tuple(sorted(set(interval))))
 
     def _check_together(self) -> None:
-        keeps_queries = self.merge_method.keeps_queries
-        targets = self.targets
-        if targets == "auto":
-            # Keys and values that are not weighed are no closer to the baseline than all of it.
-            whole = self.across_frames or self.prop_attn is False
-            targets = ("attn",) if whole else SELF_ATTENTION
-        if keeps_queries:
-            targets = dict.fromkeys("attn_kv" if one == "attn" else one for one in targets)
-        #: Kinds of target to merge at. Where both are named a block has 'attn_kv' if it can.
-        self._set("kinds", tuple(targets))
-        kinds = self.kinds
+        kinds, keeps_queries = self.kinds, self.merge_method.keeps_queries
         if self.prop_attn is True and not set(SELF_ATTENTION) & set(kinds):
             raise ToMeError(
                 f"prop_attn=True weighs keys of self-attention, and targets are "
@@ -249,6 +258,14 @@ class ToMeConfig(Options):
         self._set("merges_nothing", schedule.zero)
         #: Whether every target of a block has the same plan, made anew at each step.
         self._set("one_plan", schedule.constant and not self.keeps_plans)
+
+    def cell_of(self, height: int, width: int) -> tuple[int, int]:
+        """Width and height of the cells of a grid of so many tokens."""
+        sx, sy = self.cell
+        return (
+            min(sx, width) if self.sx == "auto" else sx,
+            min(sy, height) if self.sy == "auto" else sy,
+        )
 
     def plan_is_due(self, last: int, step: int) -> bool:
         """Whether a plan that was computed at step ``last`` (-1: never) is due at ``step``; also

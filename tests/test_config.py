@@ -60,8 +60,8 @@ def test_coerce_and_replace():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (dict(ratio=0.95), ["ratio=0.95", "0.75", "write ratio=0.75, or wider cells"]),
-        (dict(ratio=-0.1), ["[0, 0.75]", "write ratio=0"]),
+        (dict(ratio=0.95), ["ratio=0.95", "sx=4, sy=4", "write ratio=0.9375, or wider cells"]),
+        (dict(ratio=-0.1), ["[0, 0.9375]", "write ratio=0"]),
         (dict(ratio="half"), ["ratio='half'", "a number", "write ratio=0.5"]),
         (dict(ratio=True), ["a number"]),
         (dict(sx=1, sy=2, ratio=0.6), ["ratio=0.6", "0.5"]),
@@ -89,7 +89,7 @@ def test_coerce_and_replace():
         (dict(method=dict(attn="tome")), ["under 'type'"]),
         (dict(method=dict(type="tome", window=3)), ["window"]),
         (dict(controlnet=1), ["controlnet=1 must be True, False or a dict"]),
-        (dict(controlnet=dict(ratio=0.9)), ["controlnet: ratio=0.9 is above"]),
+        (dict(controlnet=dict(ratio=0.95)), ["controlnet: ratio=0.95 is above"]),
         (dict(controlnet=dict(controlnet=True)), ["has no 'controlnet'"]),
         (dict(ration=0.5), ["'ration'", "did you mean 'ratio'"]),
         (dict(foo=0.5), ["'foo'", "Known: ratio"]),

@@ -124,11 +124,12 @@ class BlockPreHook(StepHook):
             return None
         patch, block, config = self.patch, self.block, context.config
         height, width = context.grid
+        sx, sy = config.cell_of(height, width)
         request = PlanRequest(
             height=height,
             width=width,
-            sx=config.sx,
-            sy=config.sy,
+            sx=sx,
+            sy=sy,
             level=block.level,
             exact=config.exact_matching,
             layout=partial(patch.layout, context, block, metric.device),

@@ -208,7 +208,7 @@ class TomePatch(Patch):
         key = (block.downsample, height, width, device)
         layouts = context.layouts.get(key)
         if layouts is None:
-            cells = (height, width, config.sx, config.sy)
+            cells = (height, width, *config.cell_of(height, width))
             if config.use_rand:
                 # A layout per block of the level: every block decorrelates its choice from the
                 # others' at no more launches than one layout takes.

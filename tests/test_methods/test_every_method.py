@@ -195,5 +195,6 @@ def test_a_method_of_ones_own_may_have_a_ceiling(pairs):
     for ratio in (0.6, dict(downsample={1: 0.6})):
         with pytest.raises(ToMeError, match=r"0\.6.*([Ww]rite|ratio=) ?0\.5"):
             ToMeConfig(method="pairs", ratio=ratio, targets=["attn", "mlp"])
-    with pytest.raises(ToMeError, match=r"0\.75"):
-        ToMeConfig(method="tome", ratio=0.8)
+    for targets, ceiling in (("auto", "0.9375"), ("attn", "0.75"), (["attn_kv", "mlp"], "0.75")):
+        with pytest.raises(ToMeError, match=f"above the ceiling {ceiling}.*write ratio={ceiling}"):
+            ToMeConfig(targets=targets, ratio=0.95)
