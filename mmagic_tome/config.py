@@ -111,8 +111,8 @@ class ToMeConfig(Options):
         ),
         "share_plans": "plans of one block are no longer used by others: it saves hardly any time "
         "and loses much detail; write plan_interval=2 to reuse each block's own",
-        "residual": "merging with a residual is no longer offered: merging keys and values alone "
-        "is as close to the baseline at the same speed; write targets='attn_kv'",
+        "residual": "merging with a residual is no longer offered: merging keys and values alone, "
+        "the default, is as close to the baseline at the same speed; leave it out",
     }
 
     def _check(self) -> None:
@@ -198,14 +198,15 @@ class ToMeConfig(Options):
             # Keys and values that are not weighed are no closer to the baseline than all of it.
             whole = self.across_frames or self.prop_attn is False
             targets = ("attn",) if whole else SELF_ATTENTION
-        if self.merge_method.keeps_queries:
+        #: Whether the method merges keys and values alone.
+        self._set("keeps_queries", self.merge_method.keeps_queries)
+        if self.keeps_queries:
             targets = dict.fromkeys("attn_kv" if one == "attn" else one for one in targets)
         #: Kinds of target to merge at. Where both are named a block has 'attn_kv' if it can.
         self._set("kinds", tuple(targets))
         keys_alone = "attn_kv" in self.kinds and set(self.kinds) <= set(SELF_ATTENTION)
-        usual = 4 if keys_alone else 2
-        #: Width and height of a cell in tokens, see :meth:`cell_of`.
-        self._set("cell", tuple(usual if one == "auto" else one for one in (self.sx, self.sy)))
+        #: Width and height of the largest cells, in tokens; see :meth:`cell_of`.
+        self._set("cell", self._cell(keys_alone))
 
     def _check_plan_interval(self) -> None:
         interval = self.plan_interval
@@ -218,7 +219,7 @@ class ToMeConfig(Options):
         self._set("plan_interval", tuple(sorted(set(interval))))
 
     def _check_together(self) -> None:
-        kinds, keeps_queries = self.kinds, self.merge_method.keeps_queries
+        kinds, keeps_queries = self.kinds, self.keeps_queries
         if self.prop_attn is True and not set(SELF_ATTENTION) & set(kinds):
             raise ToMeError(
                 f"prop_attn=True weighs keys of self-attention, and targets are "
@@ -259,9 +260,14 @@ class ToMeConfig(Options):
         #: Whether every target of a block has the same plan, made anew at each step.
         self._set("one_plan", schedule.constant and not self.keeps_plans)
 
-    def cell_of(self, height: int, width: int) -> tuple[int, int]:
-        """Width and height of the cells of a grid of so many tokens."""
-        sx, sy = self.cell
+    def _cell(self, keys_alone: bool) -> tuple[int, int]:
+        usual = 4 if keys_alone else 2
+        return tuple(usual if one == "auto" else one for one in (self.sx, self.sy))
+
+    def cell_of(self, height: int, width: int, kinds: tuple[str, ...]) -> tuple[int, int]:
+        """Width and height of the cells of a grid of so many tokens, for a block that is merged at
+        these kinds of target."""
+        sx, sy = self._cell(kinds == ("attn_kv",))
         return (
             min(sx, width) if self.sx == "auto" else sx,
             min(sy, height) if self.sy == "auto" else sy,

@@ -75,7 +75,7 @@ def test_coerce_and_replace():
         (dict(plan_interval=[0, 2.5]), ["list of step numbers"]),
         (dict(plan_interval=0), ["write plan_interval=1"]),
         (dict(share_plans=True), ["no longer used by others", "write plan_interval=2"]),
-        (dict(residual=True), ["no longer offered", "write targets='attn_kv'"]),
+        (dict(residual=True), ["no longer offered", "leave it out"]),
         (dict(targets=[]), ["targets=['attn']"]),
         (dict(targets=3), ["targets=['attn']"]),
         (dict(targets=["mpl"]), ["write targets=['mlp']"]),

@@ -292,7 +292,7 @@ def test_by_default_keys_and_values_are_merged_and_weighed_wherever_they_can_be(
 
     neither = NETWORKS["Kandinsky 2.2: attention on the image itself"]
     network, inputs = neither.build(), neither.inputs()
-    with apply_tome(network, prop_attn=False, targets=["attn"], sx=4, sy=4):
+    with apply_tome(network, prop_attn=False, targets=["attn"]):
         plain = network(**inputs)[0]
     with apply_tome(network):
         assert torch.equal(network(**inputs)[0], plain)
@@ -314,3 +314,81 @@ def test_attention_that_hides_its_keys_is_named_once(options, said, kept):
         network(**inputs)
     assert len(seen) == 1
     assert {row["kept"] / row["tokens"] for row in handle.stats()} == {kept}
+
+
+class Wrapper(torch.nn.Module):
+    """In place of an attention, which it calls."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("targets", ["auto", ["attn"]], ids=str)
+def test_attention_that_is_wrapped_later_merges_and_weighs_as_before(targets):
+    network, inputs = networks()["Stable Diffusion 3"]
+    baseline = network(**inputs)[0]
+    handle = apply_tome(network, targets=targets)
+    expected = network(**inputs)[0]
+    for block in network.transformer_blocks:
+        block.attn = Wrapper(block.attn)
+    torch.testing.assert_close(network(**inputs)[0], expected)
+    handle.remove()
+    torch.testing.assert_close(network(**inputs)[0], baseline)
+
+
+@torch.no_grad()
+def test_others_may_wrap_the_function_of_attention(monkeypatch):
+    network, inputs = networks()["Stable Diffusion 3"]
+    apply_tome(network)
+    expected, original = network(**inputs)[0], F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *args, **kwargs: original(*args, **kwargs)
+    )
+    torch.testing.assert_close(network(**inputs)[0], expected)
+
+
+@torch.no_grad()
+def test_attention_that_another_hook_skips_is_no_error():
+    """As pyramid attention broadcast does."""
+    network, inputs = networks()["Stable Diffusion 3"]
+    handle = apply_tome(network, targets=["attn_kv"])
+    network(**inputs)
+    for block in network.transformer_blocks:
+        block.attn.forward = written_out_of_block
+    network(**inputs)
+    assert {row["kept"] / row["tokens"] for row in handle.stats()} == {0.5}
+
+
+def written_out_of_block(hidden_states, encoder_hidden_states=None, **kwargs):
+    return hidden_states, encoder_hidden_states
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("network", ["unet", "Stable Diffusion 3"])
+def test_perturbed_attention_leaves_keys_alone(network):
+    """Its processors run on a part of the batch."""
+    from diffusers.models import attention_processor as processors
+
+    network, inputs = networks()[network]
+    if "sample" in inputs:
+        processor = processors.PAGIdentitySelfAttnProcessor2_0()
+        attentions = [one for one in network.attn_processors if "attn1" in one]
+    else:
+        processor = processors.PAGJointAttnProcessor2_0()
+        attentions = list(network.attn_processors)
+    network.set_attn_processor({**network.attn_processors, **dict.fromkeys(attentions, processor)})
+    baseline = network(**inputs)[0]
+    handle = apply_tome(network)
+    with pytest.warns(UserWarning, match="part of the batch only .*do not merge; to merge queries"):
+        assert torch.equal(network(**inputs)[0], baseline)
+    assert {row["kept"] / row["tokens"] for row in handle.stats()} == {1}
+    apply_tome(network, targets=["attn_kv"])
+    with pytest.raises(ToMeError, match="the image's plan cannot merge"):
+        network(**inputs)
+    apply_tome(network, targets=["attn"])
+    assert not torch.equal(network(**inputs)[0], baseline)

@@ -17,6 +17,7 @@ from typing import Any
 from .. import remove_cache, remove_tome
 from ..errors import ToMeError
 from ..methods import METHODS
+from ..methods.base import REMOVED
 from ..models import find_adapter
 from ..settings import Handles, Setting
 from ..validate import check_integer, check_keys, check_number
@@ -301,7 +302,7 @@ def _short(text: str) -> Method:
     if word in _SHORT:
         name, key = _SHORT[word]
         return Method.from_dict({"name": name.format(value), key: value})
-    if word in METHODS:
+    if word in METHODS or word in REMOVED:  # whose error says what to write
         name = f"ratio {value}" if word == "tome" else f"{word} {value}"
         return Method.from_dict({"name": name, "tome_cfg": {"method": word, "ratio": value}})
     raise ToMeError(

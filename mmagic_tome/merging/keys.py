@@ -22,6 +22,8 @@ from . import proportional
 from .joint import joint_plan
 from .plan import Plan
 
+_ATTENTION = torch._C._nn.scaled_dot_product_attention
+
 
 class AttentionKeys(TorchFunctionMode):
     """Merges and weighs the keys of the next call of ``scaled_dot_product_attention`` inside of it.
@@ -57,9 +59,10 @@ class AttentionKeys(TorchFunctionMode):
         if func is Tensor.unflatten:  # written in Python, in a way that dynamo cannot trace
             return args[0].unflatten(*args[1:], **kwargs)
         wanted = self.plan is not None or self.log_size is not None
-        if not wanted or func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        return self.attention(*args, **kwargs)
+        # Others may have wrapped torch's function, and call the original.
+        if wanted and (func is F.scaled_dot_product_attention or func is _ATTENTION):
+            return self.attention(*args, **kwargs)
+        return func(*args, **kwargs)
 
     def attention(
         self,

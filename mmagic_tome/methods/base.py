@@ -100,7 +100,7 @@ def build_method(spec: str | Mapping[str, Any]) -> Method:
         if name in REMOVED:
             raise ToMeError(
                 f"method {name!r} is no longer offered: at the same speed method='tome' is closer "
-                "to the baseline (docs/benchmarks/merging.md); leave it out"
+                "to the baseline (docs/explanation/method_notes.md); leave it out"
             )
         plain = "".join(filter(str.isalnum, str(name).lower()))
         close = _OTHER_NAMES.get(plain) or nearest(plain, METHODS)

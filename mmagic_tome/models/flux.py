@@ -57,7 +57,7 @@ class Flux(RotaryTransformer):
         if kwargs.get("ip_hidden_states") is not None and "encoder_hidden_states" in kwargs:
             raise ToMeError(
                 f"{target} returns the IP-Adapter's output separately, which cannot be unmerged; "
-                "with an IP-Adapter write targets='block' or targets=['mlp']"
+                "with an IP-Adapter write targets='attn_kv' or targets='block'"
             )
         return super().adapt(target, plan, args, kwargs)
 

@@ -124,7 +124,7 @@ class BlockPreHook(StepHook):
             return None
         patch, block, config = self.patch, self.block, context.config
         height, width = context.grid
-        sx, sy = config.cell_of(height, width)
+        sx, sy = config.cell_of(height, width, block.kinds)
         request = PlanRequest(
             height=height,
             width=width,

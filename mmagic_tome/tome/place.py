@@ -67,10 +67,11 @@ def place(
                 output_index=block.output_index.get(kind, 0),
                 weighs=config.prop_attn and kind in SELF_ATTENTION and _takes_weights(block),
                 bias=block.mask_argument,
+                image_last=block.image_keys == "last",
             )
             patch.targets.append(target)
-            if target.weighs or kind == "attn_kv":
-                intercept(modules[0], MergeKeys(patch, target, block.image_keys == "last"))
+            if target.intercepted:
+                intercept(modules[0], MergeKeys(patch, target))
             for path, hook in target_hooks(patch, target):
                 register(network.get_submodule(path), hook)
         patch.targets[-1].last = True
@@ -82,7 +83,7 @@ def blocks_to_merge(adapter: ModelAdapter, network: nn.Module, config: ToMeConfi
     """Blocks within ``max_downsample`` that have a wanted target; ToMeError if there are none, or
     merging them is not possible as asked."""
     name = type(network).__name__
-    every = _with_all_targets(adapter.blocks(network), config.kinds)
+    every = _with_all_targets(adapter.blocks(network), config)
     blocks = [block for block in every if not block.targets.keys().isdisjoint(config.kinds)]
     if not blocks:
         known = ", ".join(dict.fromkeys(kind for block in every for kind in block.targets))
@@ -167,14 +168,14 @@ def _targets_of(block: Block, kinds: tuple[str, ...]) -> Iterator[tuple[str, str
                 yield f"{block.name}.{kind}_2", kind, [second]
 
 
-def _with_all_targets(blocks: list[Block], kinds: tuple[str, ...]) -> list[Block]:
+def _with_all_targets(blocks: list[Block], config: ToMeConfig) -> list[Block]:
     """The blocks with the targets that follow from what an adapter names.
 
     'attn_kv' is at the same module as 'attn', which it replaces where both are wanted; 'block' is
     the block itself; 'stack' is all blocks with the same grid at once, named after the first, which
     then represents them all.
     """
-    if "stack" in kinds:
+    if "stack" in config.kinds:
         stacks: dict[nn.Module, list[Block]] = {}
         for block in blocks:
             stacks.setdefault(block.grid_module, []).append(block)
@@ -187,9 +188,12 @@ def _with_all_targets(blocks: list[Block], kinds: tuple[str, ...]) -> list[Block
         targets: dict[str, Any] = {}
         for kind, modules in block.targets.items():
             targets[kind] = modules
-            if kind == "attn" and (block.context_argument or block.image_keys):
+            if kind != "attn" or not (block.context_argument or block.image_keys):
+                continue
+            # Unweighed, keys and values are not worth it: then all of self-attention by default.
+            if config.targets != "auto" or config.keeps_queries or _takes_weights(block):
                 targets["attn_kv"] = modules
-                if "attn_kv" in kinds:
+                if "attn_kv" in config.kinds:
                     del targets["attn"]
         every.append(replace(block, targets={**targets, "block": block.module}))
     return every

@@ -22,7 +22,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..config import ToMeConfig
 from ..merging import FramePlan, GridLayout, JointPlan, random_layout, regular_layout
 from ..merging.keys import AttentionKeys
-from ..patch import Context, Patch, hooks_of, keep_last, register, unregister
+from ..patch import (
+    Context,
+    Patch,
+    hooks_of,
+    intercept,
+    interceptors_of,
+    keep_last,
+    register,
+    release,
+    unregister,
+)
 from ..runs import RunTracker
 from ..timeline import Timeline
 
@@ -64,7 +74,7 @@ class TomeContext(Context):
         #: Text tokens in front of the image's, see ``ModelAdapter.num_text_tokens_before``.
         self.num_before: int | list[int] | None = None
         self.frames = 1  #: of a clip, where they are merged together; otherwise 1
-        #: (downsample, height, width, device) -> all layouts of a level.
+        #: (downsample, height, width, kinds, device) -> all layouts of a level.
         self.layouts: dict[tuple, GridLayout] = {}
         #: Kind of target -> plan or None, of the block that runs. One place for all blocks, since
         #: they do not nest: so the hooks of all blocks are the same code to a compiler.
@@ -123,15 +133,19 @@ class Target:
     output_index: int  # of the image's tokens in what it returns
     weighs: bool  # whether its attention weighs keys by their size
     bias: str | None  # argument of its attention for these weights; None: it takes no mask
+    image_last: bool  # whether the image's keys follow all others
     last: bool = False  # of its block
     tokens: int | None = None  # of the image, at the last call
     kept: int | None = None  # of these, after merging
     calls: int = 0
     unmerged_calls: int = 0  # calls on all tokens
+    merged_inside: bool = False  # whether its attention has ever merged keys and values itself
 
     def __post_init__(self) -> None:
         #: A block or stack, whose output is its input plus a change.
         self.whole = self.kind in ("block", "stack")
+        #: Whether keys are weighed or merged inside of its attention.
+        self.intercepted = self.weighs or self.kind == "attn_kv"
 
     def record(self, context: TomeContext, x: Tensor, plan: Any) -> None:
         """Note a call on tokens ``x``, in tokens of the image."""
@@ -205,10 +219,10 @@ class TomePatch(Patch):
     def layout(self, context: TomeContext, block: BlockState, device: torch.device) -> Any:
         """(destinations, sources) of a block; all layouts of a grid are drawn together."""
         config, (height, width) = context.config, context.grid
-        key = (block.downsample, height, width, device)
+        key = (block.downsample, height, width, block.kinds, device)
         layouts = context.layouts.get(key)
         if layouts is None:
-            cells = (height, width, *config.cell_of(height, width))
+            cells = (height, width, *config.cell_of(height, width, block.kinds))
             if config.use_rand:
                 # A layout per block of the level: every block decorrelates its choice from the
                 # others' at no more launches than one layout takes.
@@ -264,3 +278,15 @@ class TomePatch(Patch):
             module = network.get_submodule(path)
             if not any(type(one) is type(hook) for one in hooks_of(module, self)):
                 register(module, hook)
+        if target.intercepted:
+            self._settle_interceptor(network.get_submodule(target.paths[0]), target)
+
+    def _settle_interceptor(self, module: nn.Module, target: Target) -> None:
+        """Let the interceptor of a target be on its first module, and not inside of it."""
+        from .target import MergeKeys
+
+        for one in module.modules():
+            for interceptor in interceptors_of(one):
+                if getattr(interceptor, "target", None) is target:
+                    release(one, interceptor)
+        intercept(module, MergeKeys(self, target))

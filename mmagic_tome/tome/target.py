@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ToMeError
@@ -52,7 +53,7 @@ class TargetHook(Hook):
         self._check_call(plan, x, args, kwargs, inside)
         # With a context of its own, as attention injection has, the keys are not what is merged.
         own_keys = target.bias is not None and kwargs.get(target.context_argument) is not None
-        if target.weighs and not own_keys:
+        if target.weighs and not own_keys and not perturbs(module):
             # softmax then counts a merged key as often as it represents tokens.
             keys.log_size = log_sizes(plan.size, x.dtype)
             keys.masked = target.bias is not None and not inside
@@ -113,7 +114,7 @@ class TargetPreHook(TargetHook):
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         context, target = self.patch.context, self.target
         x = args[0] if args else kwargs["hidden_states"]
-        plan = None if self.has_other_keys(kwargs) else self.plan_of(x)
+        plan = None if self.has_other_keys(module, kwargs) else self.plan_of(x)
         target.record(context, x, plan)
         if plan is None:
             return None
@@ -122,18 +123,19 @@ class TargetPreHook(TargetHook):
             context.pending[target.name] = (plan, x, merged)
         return args, kwargs
 
-    def has_other_keys(self, kwargs: dict[str, Any]) -> bool:
-        """Whether keys and values are those of other tokens, which are not merged: a warning, or
-        a ToMeError where they were asked for."""
+    def has_other_keys(self, module: nn.Module, kwargs: dict[str, Any]) -> bool:
+        """Whether keys and values are not those of the block's tokens, and are not merged: a
+        warning, or a ToMeError where they were asked for."""
         target, patch = self.target, self.patch
-        if target.kind != "attn_kv" or target.context_argument is None:
+        if target.kind != "attn_kv":
             return False
-        if kwargs.get(target.context_argument) is None:
+        if perturbs(module):
+            what = "has keys for a part of the batch only (perturbed attention guidance)"
+        elif target.context_argument and kwargs.get(target.context_argument) is not None:
+            what = "takes keys and values from other tokens (attention_injection)"
+        else:
             return False
-        said = (
-            f"{target.name} takes keys and values from other tokens (attention_injection), which "
-            "{} merge; to merge its queries write targets=['attn']"
-        )
+        said = f"{target.name} {what}, which {{}} merge; to merge queries write targets=['attn']"
         if patch.config.targets != "auto":
             raise ToMeError(said.format("the image's plan cannot"))
         patch.warn_once("other keys", said.format("do not"))
@@ -193,22 +195,25 @@ class MergeKeys(Interceptor):
 
     skips = True
 
-    def __init__(self, patch: TomePatch, target: Target, image_last: bool) -> None:
+    def __init__(self, patch: TomePatch, target: Target) -> None:
         super().__init__(patch)
         self.target = target
-        self.image_last = image_last
 
     def call(self, module: nn.Module, proceed: Callable, args: tuple, kwargs: dict) -> Any:
-        keys = self.patch.context.keys = AttentionKeys(self.image_last)
+        keys = self.patch.context.keys = AttentionKeys(self.target.image_last)
         with keys:
             output = proceed(module, *args, **kwargs)
         if keys.plan is not None or (keys.log_size is not None and not keys.masked):
             self.missed(keys.plan is not None)
+        elif not (self.target.merged_inside or torch.compiler.is_compiling()):
+            self.target.merged_inside = True
         return output
 
     def missed(self, merging: bool) -> None:
         """ToMeError or warning: the attention did not let its keys be merged or weighed."""
         config, target = self.patch.config, self.target
+        if target.merged_inside:  # another hook skipped a call, as attention broadcast does
+            return
         found = f"{target.name} does not call scaled_dot_product_attention, so its keys "
         if merging:
             instead = "; use the model's default attention, or write targets=['attn']"
@@ -222,6 +227,12 @@ class MergeKeys(Interceptor):
             raise ToMeError(f"{found}cannot be weighed{instead}")
         said = f"{found}are not weighed and merging loses more detail{instead}"
         self.patch.warn_once("unweighed", said)
+
+
+def perturbs(module: nn.Module) -> bool:
+    """Whether an attention runs on a part of its batch, for perturbed attention guidance (arXiv
+    2403.17377); such processors of diffusers neither take a context nor a mask of the batch."""
+    return type(getattr(module, "processor", None)).__name__.startswith("PAG")
 
 
 def target_hooks(patch: TomePatch, target: Target) -> list[tuple[str, TargetHook]]:

@@ -57,7 +57,7 @@ AT_THE_CALL = [
     (LTX.title, "block", f"block received one timestep.*w{INSIDE}", per_token()),
     (LTX.title, ["attn"], "without num_frames, height and width", NO_SIZES),
     ("Flux.1", ["attn"], "attn received an attention_mask", {OPTIONS: MASK}),
-    ("Flux.1", ["attn"], "IP-Adapter write targets='block' or", {OPTIONS: IMAGE_PROMPT}),
+    ("Flux.1", ["attn"], "IP-Adapter write targets='attn_kv' or", {OPTIONS: IMAGE_PROMPT}),
     ("Flux.2", ["attn"], "kv_cache_mode.*call the model without it", KEYS_AND_VALUES),
     ("Flux.2", "auto", "kv_cache_mode.*call the model without it", KEYS_AND_VALUES),
     ("Qwen-Image", ["attn"], "2 images in one sequence.*without token", TWO_IMAGES),
