@@ -273,6 +273,11 @@ class ToMeConfig(Options):
             min(sy, height) if self.sy == "auto" else sy,
         )
 
+    def resolved(self) -> ToMeConfig:
+        """The same options with what ``sx='auto'`` and ``sy='auto'`` mean."""
+        sx, sy = self.cell
+        return self.replace(sx=sx, sy=sy)
+
     def plan_is_due(self, last: int, step: int) -> bool:
         """Whether a plan that was computed at step ``last`` (-1: never) is due at ``step``; also
         for a step in between at which its block did not run."""

@@ -93,7 +93,7 @@ def apply_keys(model, configs, top_level=False):
 
 
 def _must_agree(key, first, config, second, other):
-    if config == other:
+    if config == other or (key == "tome_cfg" and config.resolved() == other.resolved()):
         return
     show = KEYS[key][2]
     theirs, ours = show(config), show(other)

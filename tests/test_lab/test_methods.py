@@ -102,7 +102,7 @@ def test_descriptions_hold_what_images_depend_on():
 
     entry = dict(name="a", tome_cfg=dict(ratio=0.5), cache_cfg="balanced", steps=9)
     found = Method.from_dict(entry).to_dict()
-    assert found["tome_cfg"]["ratio"] == 0.5 and found["tome_cfg"]["sx"] == 2
+    assert found["tome_cfg"]["ratio"] == 0.5 and found["tome_cfg"]["sx"] == "auto"
     assert [one["tolerance"] for one in found["cache_cfg"]] == [0.02]
     rebuilt = Method.from_dict({key: found[key] for key in entry})
     assert rebuilt.setting == Method.from_dict(entry).setting

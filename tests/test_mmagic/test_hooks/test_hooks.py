@@ -120,8 +120,8 @@ def test_the_ratio_is_linear_between_points():
 
 
 def test_what_does_not_fit_the_model(make_runner, tmp_path):
-    too_much = ToMeHook(schedule=[(0, 0.9)])
-    with pytest.raises(ToMeError, match=r"schedule of ToMeHook: .*0.9 is above"):
+    too_much = ToMeHook(schedule=[(0, 0.95)])
+    with pytest.raises(ToMeError, match=r"schedule of ToMeHook: .*0.95 is above"):
         too_much.before_run(make_runner("test", tmp_path))
     with pytest.raises(ToMeError, match=r"nothing to report: .*write tome_cfg"):
         ToMeHook().before_run(make_runner("test", tmp_path, tome_cfg=None))
