@@ -68,7 +68,7 @@ def test_factor_of_the_timestep(spec, expected):
     ("spec", "said"),
     [
         (dict(timestep=dict(points=[(1, 1)])), "names no ratio"),
-        (dict(base=0.9), "0.9"),
+        (dict(base=0.95), "0.95"),
         (dict(base="x"), "'x'"),
         (dict(levels={1: 0.5}), "no option 'levels'"),
         (dict(base=0.5, downsample=[]), "must be a dict"),

@@ -117,7 +117,7 @@ def build_page(demo: Demo) -> Any:
                     elem_id="tolerance",
                 )  # fmt: skip
                 ratio = gradio.Slider(
-                    0, 0.75, first.ratio, step=0.05, label="Ratio of token merging",
+                    0, 0.9, first.ratio, step=0.05, label="Ratio of token merging",
                     info="fraction of the tokens to remove; pays off at large images",
                     elem_id="ratio",
                 )  # fmt: skip

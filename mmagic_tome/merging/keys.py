@@ -61,11 +61,12 @@ class AttentionKeys(TorchFunctionMode):
         wanted = self.plan is not None or self.log_size is not None
         # Others may have wrapped torch's function, and call the original.
         if wanted and (func is F.scaled_dot_product_attention or func is _ATTENTION):
-            return self.attention(*args, **kwargs)
+            return self.attention(func, *args, **kwargs)
         return func(*args, **kwargs)
 
     def attention(
         self,
+        function: Callable,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -74,8 +75,8 @@ class AttentionKeys(TorchFunctionMode):
         is_causal: bool = False,
         **options: Any,
     ) -> Tensor:
-        """``scaled_dot_product_attention`` with the image's keys and values merged, and
-        ``log_size`` added to the scores of its keys; ValueError if they do not fit the plan."""
+        """``function``, torch's or another's in its place, with the image's keys and values merged
+        and ``log_size`` added to their scores; ValueError if they do not fit the plan."""
         plan, log_size = self.plan, self.log_size
         self.plan = self.log_size = None
         options.update(dropout_p=dropout_p, is_causal=is_causal)
@@ -85,7 +86,7 @@ class AttentionKeys(TorchFunctionMode):
             if attn_mask is not None:
                 attn_mask = _of_merged(attn_mask, plan)
         if log_size is None:
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, **options)
+            return function(query, key, value, attn_mask=attn_mask, **options)
         others = key.shape[-2] - log_size.shape[-1]
         log_size = F.pad(log_size, (others, 0) if self.image_last else (0, others))
         own = attn_mask is not None and not self.masked  # a mask of the model itself
@@ -98,7 +99,7 @@ class AttentionKeys(TorchFunctionMode):
             elif own:
                 mask = mask + attn_mask
             attn_mask = mask
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, **options)
+        return function(query, key, value, attn_mask=attn_mask, **options)
 
     def _whole(self, plan: Plan, key: Tensor, is_causal: bool) -> Plan:
         """A plan of all keys, from that of the image's."""

@@ -113,7 +113,7 @@ def test_warnings_of_the_run_are_shown(demo):
         (dict(steps=0), "write steps=1"),
         (dict(guidance=-1.0), "at least 0"),
         (dict(tolerance=0.0), "nothing to compare; raise one of them"),
-        (dict(ratio=0.9), "write ratio=0.75"),
+        (dict(ratio=0.95), "write ratio=0.9375"),
         (dict(scheduler="Adam"), "no scheduler 'Adam'"),
         (dict(seed=-1), "seed"),
     ],

@@ -144,7 +144,7 @@ def test_attention_injection_joins_the_keys_of_a_reference(hub, build):
     with pytest.raises(ToMeError, match=r"attention_injection.*write targets="):
         mmagic_hub.infer(model, **given)
     apply_tome(model, ratio=0.5)
-    with pytest.warns(UserWarning, match="which do not merge; to merge its queries write"):
+    with pytest.warns(UserWarning, match="which do not merge; to merge queries write"):
         assert np.isfinite(mmagic_hub.infer(model, **given)).all()
 
 

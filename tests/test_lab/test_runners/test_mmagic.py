@@ -212,7 +212,7 @@ def test_weights_that_are_not_there():
         (dict(model=dict(type="EDSRNet")), "EDSRNet is none of MMagic's Stable Diffusion"),
         (dict(model=dict(type="StableDifusion")), "MMagic has no model 'StableDifusion'"),
         (dict(), "no model=dict"),
-        (dict(model=dict(type="StableDiffusion"), tome_cfg=dict(ratio=0.9)), "ratio=0.9"),
+        (dict(model=dict(type="StableDiffusion"), tome_cfg=dict(ratio=0.95)), "ratio=0.95"),
         (dict(model=dict(type="StableDiffusion", cache_cfg="fast"), cache_cfg="quality"), "twice"),
     ],
 )
