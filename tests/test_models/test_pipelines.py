@@ -15,8 +15,17 @@ from mmagic_tome.models import find_controlnets
 SD = PIPELINES["Stable Diffusion 1.x"]
 
 
-@pytest.mark.parametrize("default", [True, False], ids=["default", "attention as a whole"])
-@pytest.mark.parametrize("case", PIPELINES.values(), ids=PIPELINES)
+# Around attention as a whole transformers call their blocks as test_transformers.py does.
+WHOLE = [case for case in PIPELINES.values() if case.title not in TRANSFORMERS]
+
+
+@pytest.mark.parametrize(
+    ("case", "default"),
+    [
+        *(pytest.param(case, True, id=f"{case.title}-default") for case in PIPELINES.values()),
+        *(pytest.param(case, False, id=f"{case.title}-whole") for case in WHOLE),
+    ],
+)
 def test_every_pipeline(case, default):
     """What diffusers' own pipelines call the networks with, over all steps."""
     pipeline, family = case.pipeline(), TRANSFORMERS.get(case.title)
@@ -24,7 +33,7 @@ def test_every_pipeline(case, default):
     assert baseline.std() > 0.05
     # The x4 upscaler's first attention reads the text, so only its queries can merge.
     layer = "to_k" if default and case.title != "upscaler x4" else "to_q"
-    targets = "auto" if default else family.inner if family else ["attn"]
+    targets = "auto" if default else ["attn"]
     with apply_tome(pipeline, ratio=0.5, plan_interval=2, targets=targets) as handle:
         assert handle.network is (pipeline.transformer if family else pipeline.unet)
         paths = [row["block"] for row in handle.stats()]
