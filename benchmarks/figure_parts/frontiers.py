@@ -210,7 +210,8 @@ def pareto(page: Path, name: str, image: str, guidances: Sequence[float], **case
         }
         if points:
             panels[f"guidance {guidance:g}"] = [
-                replace(point, label=None if point.name in named else "") for point in points
+                replace(point, label=_label(point.name) if point.name in named else "")
+                for point in points
             ]
     if not panels:
         return NOT_MEASURED
@@ -241,6 +242,12 @@ def methods(page: Path) -> str:
         cells.append(line)
     heads = ["ratio", *(f"{ratio:g}" for ratio in ratios)]
     return data.table(heads, cells, "demo model, 256x256, DDIM, 20 steps, 2 captions")
+
+
+def _label(method: str) -> str:
+    """A method in a plot, whose legend says whether it merges and caches."""
+    short = method.removeprefix("tolerance ").replace(" and ToMe 0.5, keys and values", "")
+    return short.removeprefix("ToMe ").replace(", keys and values", "").replace("cells of ", "")
 
 
 # --- names of figures -----------------------------------------------------------------------------
