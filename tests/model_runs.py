@@ -2,6 +2,8 @@
 """Calls of networks, what they return and what modules inside receive."""
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from mmagic_tome.models import find_adapter
 
@@ -61,3 +63,22 @@ class Seen:
         """name -> N, of names with an ending."""
         given = self.given.items()
         return {name: x.shape[1] for name, x in given if name.endswith(ending)}
+
+
+class AttentionCalls(TorchFunctionMode):
+    """Notes (query, key, value, mask) of every call of ``scaled_dot_product_attention``."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            names = ("query", "key", "value", "attn_mask")
+            given = dict(zip(names, args), **(kwargs or {}))
+            self.calls.append(tuple(map(given.get, names)))
+        return func(*args, **(kwargs or {}))
+
+    def lengths(self):
+        """Number of queries, keys and values of every call."""
+        return [tuple(one.shape[-2] for one in call[:3]) for call in self.calls]

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from model_runs import AttentionCalls
 from tiny import error, run, tiny_inputs, tiny_unet
 from tiny_transformers import TRANSFORMERS
 from tiny_unets import NETWORKS
-from torch.overrides import TorchFunctionMode
 
 from mmagic_tome import ToMeError, apply_tome
 from mmagic_tome.merging import proportional
@@ -71,20 +71,6 @@ def test_half_precision(unet, dtype):
     assert out.dtype == dtype and out.isfinite().all()
 
 
-class Attention(TorchFunctionMode):
-    """Notes the keys and the mask of every call of ``scaled_dot_product_attention``."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            bound = dict(zip(("query", "key", "value", "attn_mask"), args), **(kwargs or {}))
-            self.calls.append((bound["key"], bound.get("attn_mask")))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.fixture
 def channels(monkeypatch):
     """Further channels in place of a mask, as on a GPU."""
@@ -109,10 +95,11 @@ def test_the_weights_are_those_of_the_image_in_every_transformer(family, monkeyp
             inputs[text] = (
                 [one + change for one in texts] if isinstance(texts, list) else texts + change
             )
-        with Attention() as seen:
+        with AttentionCalls() as seen:
             outputs.append(as_tensor(network(**inputs, return_dict=False)[0]))
         # The blocks that a text passes before it meets the image have other keys.
-        firsts.append(next(c for c in seen.calls if c[0].shape[-2] >= slots and c[1] is not None))
+        masked = ((key, mask) for _, key, _, mask in seen.calls if mask is not None)
+        firsts.append(next(call for call in masked if call[0].shape[-2] >= slots))
     (key, mask), (other, _) = firsts
     of_text = (key != other).any(-1).any(1)
     counted = mask.float().softmax(-1)[:, 0, 0]
@@ -122,12 +109,12 @@ def test_the_weights_are_those_of_the_image_in_every_transformer(family, monkeyp
     )
     assert not of_text.all(1).any() and counted.max() > 1.5 / tokens
     monkeypatch.setattr(proportional, "prefers_channels", lambda query: True)
-    with Attention() as seen:
+    with AttentionCalls() as seen:
         again = as_tensor(network(**inputs, return_dict=False)[0])
     torch.testing.assert_close(again, outputs[1], rtol=1e-4, atol=1e-4)
-    masked = [mask for key, mask in seen.calls if mask is not None]
+    masked = [mask for *_, mask in seen.calls if mask is not None]
     if not any("mask" in name for name in inputs):
-        assert not masked and max(key.shape[-1] for key, _ in seen.calls) == 16  # eight more
+        assert not masked and max(key.shape[-1] for _, key, *_ in seen.calls) == 16  # eight more
 
 
 def as_tensor(output):

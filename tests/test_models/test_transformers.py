@@ -6,12 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from denoise import denoising, inputs_at
-from model_runs import Seen, counts, difference, grids_of, image, output, run
+from model_runs import AttentionCalls, Seen, counts, difference, grids_of, image, output, run
 from tiny_transformers import TEXT, TRANSFORMERS
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from mmagic_tome import apply_tome
 from mmagic_tome.models import find_adapter
@@ -124,35 +122,21 @@ def test_the_timestep_is_where_the_adapter_says(family):
     assert adapter.timestep((None,), {}) is None
 
 
-class Lengths(TorchFunctionMode):
-    """Notes (queries, keys, values) of every call of ``scaled_dot_product_attention``."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            bound = dict(zip(("query", "key", "value"), args), **(kwargs or {}))
-            self.seen.append(tuple(bound[one].shape[-2] for one in ("query", "key", "value")))
-        return func(*args, **(kwargs or {}))
-
-
 @every_family
 @pytest.mark.parametrize("method", ["tome", "todo"])
 def test_keys_and_values_alone(family, method):
     """The default: all queries stay, in every block's self-attention."""
     network, inputs = family.build(), family.inputs()
-    with Lengths() as without:
+    with AttentionCalls() as without:
         baseline = run(network, inputs)
     handle = apply_tome(network, ratio=0.5, method=method)
-    with Lengths() as lengths:
+    with AttentionCalls() as attention:
         merged = run(network, inputs)
     tokens = family.tokens()
     kept = tokens // 2 if method == "tome" else tokens // 4
     assert counts(handle) == {(tokens, kept)}
     assert {row["kind"] for row in handle.stats()} == {"attn_kv"}
-    changed = [(one, two) for one, two in zip(lengths.seen, without.seen) if one != two]
+    changed = [(one, two) for one, two in zip(attention.lengths(), without.lengths()) if one != two]
     assert len(changed) == len(handle.stats())
     for (queries, *keys), (of_all, all_keys, _) in changed:
         assert queries == of_all >= tokens
