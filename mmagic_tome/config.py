@@ -198,9 +198,7 @@ class ToMeConfig(Options):
             # Keys and values that are not weighed are no closer to the baseline than all of it.
             whole = self.across_frames or self.prop_attn is False
             targets = ("attn",) if whole else SELF_ATTENTION
-        #: Whether the method merges keys and values alone.
-        self._set("keeps_queries", self.merge_method.keeps_queries)
-        if self.keeps_queries:
+        if self.merge_method.keeps_queries:
             targets = dict.fromkeys("attn_kv" if one == "attn" else one for one in targets)
         #: Kinds of target to merge at. Where both are named a block has 'attn_kv' if it can.
         self._set("kinds", tuple(targets))
@@ -219,7 +217,7 @@ class ToMeConfig(Options):
         self._set("plan_interval", tuple(sorted(set(interval))))
 
     def _check_together(self) -> None:
-        kinds, keeps_queries = self.kinds, self.keeps_queries
+        kinds, keeps_queries = self.kinds, self.merge_method.keeps_queries
         if self.prop_attn is True and not set(SELF_ATTENTION) & set(kinds):
             raise ToMeError(
                 f"prop_attn=True weighs keys of self-attention, and targets are "

@@ -228,13 +228,12 @@ def methods(page: Path) -> str:
     data, ratios = Data(page, "merging_methods"), (0.25, 0.5, 0.75)
     found: dict[str, dict[float, dict[float, float]]] = {}
     for row in data.rows:
-        name, rest = re.fullmatch(r"(.*?) ([0-9.]+)((?:, .*)?)", row["method"]).group(1, 3)
-        ratio = float(row["method"].removeprefix(name).split(",")[0])
-        by_guidance = found.setdefault(name + rest, {}).setdefault(ratio, {})
+        name, ratio, variant = re.fullmatch(r"(.*?) ([0-9.]+)(|, .*)", row["method"]).groups()
+        by_guidance = found.setdefault(name + variant, {}).setdefault(float(ratio), {})
         by_guidance[row["guidance"]] = mean(row["psnr"])
-    rest = [name for name in found if not name.endswith(", unweighed") or name.startswith("ToMe")]
+    shown = [name for name in found if not name.endswith(", unweighed") or name.startswith("ToMe")]
     cells = []
-    for name in sorted(rest, key=lambda name: -found[name].get(0.5, {}).get(7.5, 0)):
+    for name in sorted(shown, key=lambda name: -found[name].get(0.5, {}).get(7.5, 0)):
         line = [name]
         for ratio in ratios:
             by_guidance = found[name].get(ratio, {})

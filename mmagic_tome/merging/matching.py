@@ -11,7 +11,6 @@ Source: "Token Merging: Your ViT But Faster" (Bolya et al., ICLR 2023, arXiv 221
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -110,19 +109,15 @@ def best_scores(
     ``score`` makes scores of the dot products (B, s, D) of (B, S, C) and (B, D, C); None: the same.
     """
     bound = _MAX_SCORES_CPU if src.device.type == "cpu" else _MAX_SCORES_GPU
-    parts = by_chunks(src, dst, bound, lambda x: (x if score is None else score(x)).max(dim=-1))
-    if len(parts) == 1:
-        return tuple(parts[0])
-    best, nearest = zip(*parts)
-    return torch.cat(best, dim=1), torch.cat(nearest, dim=1)
-
-
-def by_chunks(src: Tensor, dst: Tensor, bound: int, reduce: Callable[[Tensor], Any]) -> list[Any]:
-    """``reduce`` of the dot products (B, s, D) of (B, S, C) and (B, D, C), in chunks of sources: at
-    most ``bound`` products are held at a time, or one row of B * D."""
     (batch, num_dst), dst = dst.shape[:2], dst.transpose(1, 2)
-    rows = max(1, bound // (batch * num_dst))
-    return [reduce(torch.bmm(part, dst)) for part in src.split(rows, dim=1)]
+    found = []
+    for part in src.split(max(1, bound // (batch * num_dst)), dim=1):
+        scores = torch.bmm(part, dst)
+        found.append((scores if score is None else score(scores)).max(dim=-1))
+    if len(found) == 1:
+        return tuple(found[0])
+    best, nearest = zip(*found)
+    return torch.cat(best, dim=1), torch.cat(nearest, dim=1)
 
 
 def strongest(score: Tensor, count: int) -> Tensor:

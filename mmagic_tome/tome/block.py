@@ -71,14 +71,14 @@ class BlockPreHook(StepHook):
         # When a schedule first becomes non-zero there is no earlier plan to reuse.
         begins = any(ratios[kind] > 0 for kind in ratios if (block.name, kind) in state.unmerged)
         due = config.plan_is_due(state.computed_at.get(block.name, -1), context.step)
-        context.computes = begins or due
-        if context.computes:
+        computes = begins or due
+        if computes:
             state.computed_at[block.name] = context.step
         plans, made = {}, {}
         for kind, ratio in ratios.items():
             owner = (block.name, kind)
             # Also where a plan would still be reused: a schedule ends at the step it names.
-            if ratio <= 0 or context.computes or owner not in state.plans:
+            if ratio <= 0 or computes or owner not in state.plans:
                 state.plans[owner] = self.made_once(context, metric, ratio, made)
             plans[kind] = state.plans[owner]
             (state.unmerged.discard if ratio > 0 else state.unmerged.add)(owner)

@@ -183,6 +183,7 @@ def _with_all_targets(blocks: list[Block], config: ToMeConfig) -> list[Block]:
             replace(members[0], targets={"stack": [block.module for block in members]})
             for members in stacks.values()
         ]
+    wanted = config.targets != "auto" or config.merge_method.keeps_queries
     every = []
     for block in blocks:
         targets: dict[str, Any] = {}
@@ -191,7 +192,7 @@ def _with_all_targets(blocks: list[Block], config: ToMeConfig) -> list[Block]:
             if kind != "attn" or not (block.context_argument or block.image_keys):
                 continue
             # Unweighed, keys and values are not worth it: then all of self-attention by default.
-            if config.targets != "auto" or config.keeps_queries or _takes_weights(block):
+            if wanted or _takes_weights(block):
                 targets["attn_kv"] = modules
                 if "attn_kv" in config.kinds:
                     del targets["attn"]

@@ -79,7 +79,6 @@ class TomeContext(Context):
         #: Kind of target -> plan or None, of the block that runs. One place for all blocks, since
         #: they do not nest: so the hooks of all blocks are the same code to a compiler.
         self.plans: dict[str, Any] = {}
-        self.computes = True  #: whether the block that runs computes its plans at this step
         self.pending: dict[str, Any] = {}  #: target -> what its pre-hook leaves its post-hook
         #: Of the attention that runs, where it merges or weighs keys.
         self.keys: AttentionKeys | None = None
